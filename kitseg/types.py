@@ -1,0 +1,112 @@
+"""The few central things, as frozen dataclasses. Arrays are (D, H, W): slices, rows, columns, KiTS orientation (I, P, L)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A voxel lattice in the patient.
+
+    shape: voxels per axis; affine: (4, 4), voxel index to millimetres in RAS+.
+    """
+
+    shape: Triple
+    affine: NDArray[np.float64]
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres per voxel along each array axis."""
+        z, y, x = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(z), float(y), float(x)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(np.prod(self.spacing)) / 1000
+
+    def same_as(self, other: Geometry, tolerance: float = 1e-3) -> bool:
+        """Whether shape and affine (within ``tolerance`` mm) agree."""
+        return self.shape == other.shape and bool(np.allclose(self.affine, other.affine, atol=tolerance, rtol=0))
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One scan or label map.
+
+    array: (D, H, W) in orientation (I, P, L); geometry: of that array; native: of the file as it lies on disk,
+    the return ticket for everything that is written beside it.
+    """
+
+    array: NDArray[Any]
+    geometry: Geometry
+    native: Geometry
+    case_id: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where a case's files are; ``label`` is None for a scan without reference."""
+
+    id: str
+    image: Path
+    label: Path | None = None
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of voxels on a grid, start inclusive, stop exclusive; it may reach outside the grid (then it is padded)."""
+
+    start: Triple
+    stop: Triple
+
+    @property
+    def size(self) -> Triple:
+        """Voxels per axis."""
+        z, y, x = (b - a for a, b in zip(self.start, self.stop, strict=True))
+        return z, y, x
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """The box as an index; only for a box inside its grid."""
+        z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+        return z, y, x
+
+    def union(self, other: Box) -> Box:
+        """The smallest box that holds both."""
+        return Box(_triple(map(min, self.start, other.start)), _triple(map(max, self.stop, other.stop)))
+
+    def clip(self, shape: Triple) -> Box:
+        """The part inside a grid of ``shape`` voxels (empty axes where there is none)."""
+        start = _triple(min(max(a, 0), n) for a, n in zip(self.start, shape, strict=True))
+        stop = _triple(min(max(b, a), n) for a, b, n in zip(start, self.stop, shape, strict=True))
+        return Box(start, stop)
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """What a model believes about a scan, on the scan's own lattice.
+
+    array: (K, D, H, W) float16 inside ``box``; outside it the background has probability 1.
+    channels: the K names; geometry: the whole scan in (I, P, L); native: the scan's file on disk.
+    """
+
+    array: NDArray[np.float16]
+    channels: tuple[str, ...]
+    box: Box
+    geometry: Geometry
+    native: Geometry
+    case_id: str
+
+
+def _triple(values: Any) -> Triple:
+    z, y, x = (int(v) for v in values)
+    return z, y, x
