@@ -80,6 +80,15 @@ class Box:
         z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
         return z, y, x
 
+    def moved(self, origin: Triple) -> Box:
+        """The same box in coordinates that begin at ``origin``."""
+        start, stop = (_triple(a - o for a, o in zip(side, origin, strict=True)) for side in (self.start, self.stop))
+        return Box(start, stop)
+
+    def grown(self, by: int) -> Box:
+        """The box with ``by`` more voxels on every side."""
+        return Box(_triple(a - by for a in self.start), _triple(b + by for b in self.stop))
+
     def union(self, other: Box) -> Box:
         """The smallest box that holds both."""
         return Box(_triple(map(min, self.start, other.start)), _triple(map(max, self.stop, other.stop)))

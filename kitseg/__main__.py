@@ -1,0 +1,6 @@
+"""``python -m kitseg``."""
+
+from kitseg.cli import main
+
+if __name__ == "__main__":
+    main()

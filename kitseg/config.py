@@ -1,0 +1,209 @@
+"""A run as data: composing it, reading it back, and building objects from it. The only module that knows Hydra."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kitseg.errors import InputError, UsageError
+
+Config = dict[str, Any]
+ALLOWED = re.compile(
+    r"kitseg\.(nets|losses|links|stages|patches|inference|postprocess)(\.[a-z]\w*)+\.[A-Z]\w*"
+    r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
+)
+
+OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a channel comes from: a stage, one of its heads, one of that head's channels."""
+
+    stage: str
+    head: str
+    channel: str
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of a method.
+
+    inputs: earlier stages whose output says where or what this one sees; guide: ``labels`` or ``inner`` for training;
+    spacing: of its grid in mm; heads, channels: what it predicts; parts: the specifications that ``build`` takes.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    guide: str
+    spacing: tuple[float, float, float]
+    heads: tuple[str, ...]
+    channels: tuple[str, ...]
+    samples_per_case: int
+    batch: int
+    epochs: int
+    validate_every: int
+    precision: str
+    parts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as a small graph: stages with named inputs, the channels it puts out, and what cleans them."""
+
+    name: str
+    paper: str
+    published: Mapping[str, float]
+    stages: Mapping[str, StageSpec]
+    outputs: Mapping[str, Source]
+    postprocess: Sequence[Any]
+
+
+def compose(method: str, size: str, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration of a run.
+
+    Raises:
+        UsageError: an unknown method, size or key, or a value of the wrong form.
+    """
+    for kind, name in (("method", method), ("size", size)):
+        if name not in names(kind):
+            raise UsageError(f"there is no {kind} '{name}'; there are {', '.join(names(kind))}")
+    try:
+        with initialize_config_module("kitseg.conf", version_base="1.3"):
+            config = hydra_compose("kitseg", [f"method={method}", f"size={size}", *overrides])
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+def names(kind: str) -> list[str]:
+    """What there is of a kind: ``method``, ``size`` or ``stage``."""
+    folder = resources.files("kitseg.conf") / kind
+    return sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def read(path: Path) -> Config:
+    """A configuration that ``write`` wrote.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(path, f"can't be read ({error})", "Train again, or restore the file.") from error
+    if not isinstance(config, dict):
+        raise InputError(path, "holds no configuration", "Train again, or restore the file.")
+    return config
+
+
+def dump(config: Config) -> str:
+    """A configuration as YAML."""
+    return yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
+
+
+def differences(old: Config, new: Config, prefix: str = "") -> list[str]:
+    """One line for each key whose value differs."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{name}.")
+        elif before != after:
+            lines.append(f"{name}: {before} → {after}")
+    return lines
+
+
+def method_of(config: Config) -> Method:
+    """The method that a configuration describes."""
+    stages = {name: _stage(name, config["stages"][name]) for name in config["chain"]}
+    outputs = {channel: parse_source(text, stages) for channel, text in config["outputs"].items()}
+    return Method(config["name"], config["paper"], config["published"], stages, outputs, config["postprocess"])
+
+
+def parse_source(text: str, stages: Mapping[str, StageSpec]) -> Source:
+    """``stage[.head].channel`` as a source.
+
+    Raises:
+        UsageError: a stage, head or channel that isn't there.
+    """
+    stage, *rest = text.split(".")
+    spec = _known(stages, stage, "stage")
+    head, channel = rest if len(rest) == 2 else (spec.heads[-1], *rest)
+    _known(spec.heads, head, f"head of {stage}")
+    _known(spec.channels, channel, f"channel of {stage}")
+    return Source(stage, head, channel)
+
+
+def head_of(text: str, stages: Mapping[str, StageSpec]) -> tuple[StageSpec, str]:
+    """``stage[.head]`` as a stage and a head; a stage alone means its last head.
+
+    Raises:
+        UsageError: a stage or head that isn't there.
+    """
+    stage, _, head = text.partition(".")
+    spec = _known(stages, stage, "stage")
+    _known(spec.heads, head or spec.heads[-1], f"head of {stage}")
+    return spec, head or spec.heads[-1]
+
+
+def build(spec: Any, **more: Any) -> Any:
+    """The object that ``_target_`` names, with everything below it; only classes on the allow-list.
+
+    Raises:
+        UsageError: a target that isn't allowed, or arguments that it doesn't take.
+    """
+    for target in _targets(spec):
+        if not ALLOWED.fullmatch(target):
+            raise UsageError(f"the configuration names {target}, which is not a part that kitseg builds from")
+    try:
+        return instantiate(spec, **more, _convert_="all")
+    except HydraException as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def _targets(spec: Any) -> list[str]:
+    if isinstance(spec, Mapping):
+        found = [str(spec["_target_"])] if "_target_" in spec else []
+        return found + [t for value in spec.values() for t in _targets(value)]
+    if isinstance(spec, list | tuple):
+        return [t for value in spec for t in _targets(value)]
+    return []
+
+
+def _stage(name: str, config: Config) -> StageSpec:
+    z, y, x = config["spacing"]
+    parts = {key: config[key] for key in ("intensity", "region", "sampler", "module")}
+    return StageSpec(
+        name=name,
+        inputs=tuple(config["inputs"]),
+        guide=config.get("guide", "labels"),
+        spacing=(z, y, x),
+        heads=tuple(config["heads"]),
+        channels=tuple(config["channels"]),
+        samples_per_case=config["samples_per_case"],
+        batch=config["batch"],
+        epochs=config["epochs"],
+        validate_every=config["validate_every"],
+        precision=config["precision"],
+        parts=parts,
+    )
+
+
+def _known(known: Any, name: str, kind: str) -> Any:
+    if name not in known:
+        raise UsageError(f"there is no {kind} '{name}'; there are {', '.join(known)}")
+    return known[name] if isinstance(known, Mapping) else name

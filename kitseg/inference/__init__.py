@@ -1,0 +1,1 @@
+"""A trained stage sees a whole case."""

@@ -1,0 +1,120 @@
+"""A scan goes through a method's stages; what they believe returns to the scan's own grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kitseg.config import Source, StageSpec
+from kitseg.links.crop import paste
+from kitseg.links.intensity import ClipScale
+from kitseg.links.regions import Region
+from kitseg.patches.datamodule import region_image
+from kitseg.postprocess.components import bounding_box
+from kitseg.types import Box, Geometry, Probabilities, Volume
+from kitseg.volumes.resample import from_grid
+from kitseg.volumes.store import image_on_grid
+
+EMPTY = Box((0, 0, 0), (0, 0, 0))
+NEGLIGIBLE = 0.01
+
+
+class Predictor(Protocol):
+    """A trained stage, its checkpoints averaged."""
+
+    spec: StageSpec
+    intensity: ClipScale
+    region: Region
+
+    def predict(self, image: Tensor, head: str) -> Tensor:
+        """(K, D, H, W) float32 probabilities of a region (1, D, H, W), on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one head of a stage believes: (K, d, h, w) in a box of the stage's grid; None where it saw nothing."""
+
+    array: Tensor | None
+    box: Box
+    grid: Geometry
+    channels: tuple[str, ...]
+
+    def labels(self) -> NDArray[np.uint8]:
+        """The most probable channel on the whole grid, as a guide for a later stage."""
+        found = np.zeros(self.grid.shape, np.uint8)
+        if self.array is not None:
+            paste(self.array.argmax(dim=0).numpy().astype(np.uint8), self.box, found)
+        return found
+
+
+def run_stage(scan: Volume, stage: Predictor, head: str, earlier: Mapping[str, Output]) -> Output:
+    """One stage on a scan, with what the earlier stages that it names in its inputs believe."""
+    hu, grid = image_on_grid(scan, stage.spec.spacing)
+    region = region_for(stage, grid, earlier)
+    if region is None:
+        return Output(None, EMPTY, grid, stage.spec.channels)
+    values = stage.predict(region_image(hu, region, stage.intensity), head)
+    return Output(values, region, grid, stage.spec.channels)
+
+
+def region_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -> Box | None:
+    """The box of ``grid`` that a stage sees, given what the earlier stages believe."""
+    if not stage.spec.inputs:
+        return stage.region(grid, None, None)
+    guide = earlier[stage.spec.inputs[0]]
+    return stage.region(grid, guide.labels(), guide.grid)
+
+
+def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:
+    """The outputs of the wanted (stage, head) pairs, as ``stage.head``; earlier stages run where they are needed."""
+    seen: dict[str, Output] = {}
+    for name, stage in stages.items():
+        heads = [head for stage_name, head in wanted if stage_name == name] or [stage.spec.heads[-1]]
+        for head in heads:
+            seen[f"{name}.{head}"] = seen[name] = run_stage(scan, stage, head, seen)
+    return {f"{name}.{head}": seen[f"{name}.{head}"] for name, head in wanted}
+
+
+def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan: Volume) -> Probabilities:
+    """The named channels on the scan's own grid, in the smallest box outside which foreground is negligible (< 1 %).
+
+    Args:
+        outputs: by ``stage.head``. channels: where each channel of the result comes from.
+    """
+    parts: dict[str, tuple[NDArray[np.float16], Box]] = {}
+    for key, output in outputs.items():
+        values, box = _foreground_part(output)
+        if 0 not in box.size:
+            parts[key] = from_grid(values, box, output.grid.shape, scan.geometry.shape)
+    box = EMPTY
+    for _, part in parts.values():
+        box = part if box == EMPTY else box.union(part)
+    array = np.zeros((len(channels), *box.size), np.float16)
+    for row, (name, source) in zip(array, channels.items(), strict=True):
+        row[...] = name == "background"
+        if (key := f"{source.stage}.{source.head}") in parts:
+            values, part = parts[key]
+            row[part.moved(box.start).slices] = values[outputs[key].channels.index(source.channel)]
+    return Probabilities(array, tuple(channels), box, scan.geometry, scan.native, scan.case_id)
+
+
+def _foreground_part(output: Output) -> tuple[NDArray[np.float32], Box]:
+    """The part of an output inside the grid and around its foreground, one voxel wider than that."""
+    if output.array is None:
+        return np.empty((0, 0, 0, 0), np.float32), EMPTY
+    box = output.box.clip(output.grid.shape)
+    values = output.array.numpy()[(slice(None), *box.moved(output.box.start).slices)]
+    if "background" not in output.channels:
+        return values, box
+    found = bounding_box(values[output.channels.index("background")] < 1 - NEGLIGIBLE)
+    if found is None:
+        return values, EMPTY
+    near = found.grown(1).clip(box.size)
+    origin = box.start
+    return values[(slice(None), *near.slices)], near.moved((-origin[0], -origin[1], -origin[2]))

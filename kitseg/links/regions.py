@@ -1,0 +1,86 @@
+"""Where on its grid a stage works, given what an earlier stage found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.postprocess.components import bounding_box, keep_kidneys
+from kitseg.types import Box, Geometry, Triple
+
+MULTIPLE = 16
+
+
+class Region(Protocol):
+    """The box of a stage's grid that the stage sees."""
+
+    def size(self, grid: Geometry) -> Triple:
+        """The box in voxels of ``grid``."""
+        ...
+
+    def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box | None:
+        """The box on ``grid``; it may reach outside. None where there is nothing to see.
+
+        Args:
+            grid: the stage's lattice.
+            guide: labels (D, H, W) that an earlier stage found (in training: true ones), None for a first stage.
+            guide_grid: the guide's lattice, over the same extent as ``grid``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WholeVolume:
+    """The whole grid."""
+
+    def size(self, grid: Geometry) -> Triple:
+        """All of its voxels."""
+        return grid.shape
+
+    def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box:
+        """The box from the first voxel to the last."""
+        return Box((0, 0, 0), grid.shape)
+
+
+@dataclass(frozen=True)
+class FixedAroundForeground:
+    """A box of fixed extent around the guide's foreground (two-phase paper, section 3.2).
+
+    Centred on the mid-point of the foreground's bounding box, after dropping the components that can't be kidneys;
+    shifted inside the volume where the volume is larger than the box, centred over it where it is smaller.
+
+    extent: millimetres (slices, rows, columns); in voxels it is rounded up to the next multiple of 16.
+    """
+
+    extent: Sequence[float]
+
+    def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box | None:
+        """The box on ``grid``, None where the guide holds no foreground."""
+        if guide is None or guide_grid is None:
+            raise ValueError("a box around the foreground needs a guide")
+        found = bounding_box(keep_kidneys(guide > 0, guide_grid.voxel_ml))
+        if found is None:
+            return None
+        size = self.size(grid)
+        middle = [
+            (a + b) / 2 * n / m for a, b, n, m in zip(found.start, found.stop, grid.shape, guide_grid.shape, strict=True)
+        ]
+        z, y, x = (_start(c, k, n) for c, k, n in zip(middle, size, grid.shape, strict=True))
+        return Box((z, y, x), (z + size[0], y + size[1], x + size[2]))
+
+    def size(self, grid: Geometry) -> Triple:
+        """The box in voxels of ``grid``."""
+        voxels = (e / s / MULTIPLE for e, s in zip(self.extent, grid.spacing, strict=True))
+        z, y, x = (int(np.ceil(v - 0.05)) * MULTIPLE for v in voxels)
+        return z, y, x
+
+
+def _start(middle: float, size: int, n: int) -> int:
+    """Where an interval of ``size`` voxels begins on an axis of ``n``."""
+    if n <= size:
+        return -((size - n) // 2)
+    return int(np.clip(round(middle - size / 2), 0, n - size))

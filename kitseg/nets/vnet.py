@@ -1,0 +1,174 @@
+"""V-Net (Milletari et al. 2016) as the two-phase paper uses it, and the fused pair of its second phase.
+
+Tensors are (N, C, D, H, W); D, H and W are multiples of 16 (four down stages).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class ConvBlock(nn.Sequential):
+    """Conv 5³, InstanceNorm, PReLU; shape kept. InstanceNorm because the batch is 1 (deviation from BatchNorm)."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(
+            nn.Conv3d(channels_in, channels_out, kernel_size=5, padding=2),
+            nn.InstanceNorm3d(channels_out, affine=True),
+            nn.PReLU(channels_out),
+        )
+
+
+class InputStage(nn.Module):
+    """Conv 5³ to ``width`` channels plus the input tiled to as many: (N, C, ...) -> (N, width, ...)."""
+
+    def __init__(self, channels_in: int, width: int) -> None:
+        super().__init__()
+        if width % channels_in:
+            raise ValueError(f"the input's {channels_in} channels can't be tiled to {width}")
+        self.copies = width // channels_in
+        self.conv = nn.Conv3d(channels_in, width, kernel_size=5, padding=2)
+        self.norm = nn.InstanceNorm3d(width, affine=True)
+        self.act = nn.PReLU(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return act(norm(conv(x)) + tiled x)."""
+        out: Tensor = self.act(self.norm(self.conv(x)) + x.repeat(1, self.copies, 1, 1, 1))
+        return out
+
+
+class DownStage(nn.Module):
+    """Halve the grid, double the channels, ``convs`` residual convolutions: (N, C, D, H, W) -> (N, 2C, D/2, H/2, W/2)."""
+
+    def __init__(self, channels_in: int, convs: int, dropout: float) -> None:
+        super().__init__()
+        width = 2 * channels_in
+        self.down = nn.Sequential(
+            nn.Conv3d(channels_in, width, kernel_size=2, stride=2),
+            nn.InstanceNorm3d(width, affine=True),
+            nn.PReLU(width),
+        )
+        self.dropout = nn.Dropout3d(dropout)
+        self.convs = nn.Sequential(*(ConvBlock(width, width) for _ in range(convs)))
+        self.act = nn.PReLU(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return act(convs(dropout(down)) + down)."""
+        down = self.down(x)
+        out: Tensor = self.act(self.convs(self.dropout(down)) + down)
+        return out
+
+
+class UpStage(nn.Module):
+    """Double the grid and join the skip: (N, C, D, H, W) and (N, out/2, 2D, 2H, 2W) -> (N, out, 2D, 2H, 2W)."""
+
+    def __init__(self, channels_in: int, channels_out: int, convs: int, dropout: float) -> None:
+        super().__init__()
+        half = channels_out // 2
+        self.dropout = nn.Dropout3d(dropout)
+        self.up = nn.Sequential(
+            nn.ConvTranspose3d(channels_in, half, kernel_size=2, stride=2),
+            nn.InstanceNorm3d(half, affine=True),
+            nn.PReLU(half),
+        )
+        self.convs = nn.Sequential(*(ConvBlock(channels_out, channels_out) for _ in range(convs)))
+        self.act = nn.PReLU(channels_out)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Return act(convs(joined) + joined), joined being the upsampled input beside the skip."""
+        joined = torch.cat([self.up(self.dropout(x)), skip], dim=1)
+        out: Tensor = self.act(self.convs(joined) + joined)
+        return out
+
+
+class VNet(nn.Module):
+    """V-Net with four down and four up stages.
+
+    Args:
+        channels_in: channels of the input; ``width`` is a multiple of it.
+        classes: channels of the logits.
+        width: channels at full resolution (16 in the paper; then 32-64-128-256).
+        down, up: convolutions per stage, from the input on; 2,3,3,3 and 3,3,2,1 as in the V-Net paper's figure.
+        dropout: channel dropout at the two deepest down and up stages.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        channels_in: int = 1,
+        classes: int = 3,
+        width: int = 16,
+        down: Sequence[int] = (2, 3, 3, 3),
+        up: Sequence[int] = (3, 3, 2, 1),
+        dropout: float = 0.5,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        drops = (0.0, 0.0, dropout, dropout)
+        widths_up = (16 * width, 8 * width, 4 * width, 2 * width)
+        inputs_up = (16 * width, *widths_up[:3])
+        self.checkpointing = checkpointing
+        self.input = InputStage(channels_in, width)
+        self.downs = nn.ModuleList(
+            DownStage(width * 2**i, n, p) for i, (n, p) in enumerate(zip(down, drops, strict=True))
+        )
+        self.ups = nn.ModuleList(
+            UpStage(a, b, n, p) for a, b, n, p in zip(inputs_up, widths_up, up, reversed(drops), strict=True)
+        )
+        self.head = nn.Sequential(
+            nn.Conv3d(2 * width, classes, kernel_size=5, padding=2),
+            nn.InstanceNorm3d(classes, affine=True),
+            nn.PReLU(classes),
+            nn.Conv3d(classes, classes, kernel_size=1),
+        )
+
+    def forward(self, x: Tensor, guidance: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the four decoder feature maps, deepest first.
+
+        Args:
+            x: (N, channels_in, D, H, W).
+            guidance: another V-Net's decoder maps, added to this one's before the next up stage (two-phase, Fig. 4).
+
+        Returns:
+            (N, classes, D, H, W) and maps at 1/8, 1/4, 1/2 and full resolution.
+        """
+        skips = [self._run(self.input, x)]
+        for stage in self.downs:
+            skips.append(self._run(stage, skips[-1]))
+        out, features = skips.pop(), []
+        for i, stage in enumerate(self.ups):
+            out = self._run(stage, out, skips.pop())
+            if guidance:
+                out = out + guidance[i]
+            features.append(out)
+        return self._run(self.head, out), features
+
+    def _run(self, stage: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            out: Tensor = checkpoint(stage, *inputs, use_reentrant=False)
+            return out
+        return stage(*inputs)
+
+
+class FusedVNet(nn.Module):
+    """Two V-Nets in a row (two-phase paper, section 3.3 and Fig. 4).
+
+    V-Net₁ sees the ROI. V-Net₂ sees the ROI beside V-Net₁'s softmax, and V-Net₁'s decoder maps are added to its own.
+
+    Args:
+        first: takes (N, 1, D, H, W). second: takes (N, 1 + classes, D, H, W).
+    """
+
+    def __init__(self, first: VNet, second: VNet) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of both networks for the ROI ``x`` (N, 1, D, H, W): twice (N, classes, D, H, W)."""
+        logits, features = self.first(x)
+        fused, _ = self.second(torch.cat([x, logits.softmax(dim=1)], dim=1), features)
+        return logits, fused

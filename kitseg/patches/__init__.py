@@ -1,0 +1,1 @@
+"""From volumes to batches: TorchIO subjects, samplers, the queue and the DataModule."""

@@ -1,0 +1,91 @@
+"""TorchIO's queue made addressable: a patch is a function of (seed, epoch, index), whoever draws it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+
+import torch
+import torchio as tio
+from torch.utils.data import Sampler
+
+from kitseg.patches.samplers import PaddedSampler
+from kitseg.patches.subjects import CaseSubjects
+
+Address = tuple[int, int]
+
+
+class PatchQueue(tio.Queue):  # type: ignore[misc]
+    """A queue whose patches are looked up by (epoch, index) instead of popped.
+
+    TorchIO's queue ignores the index and keeps state, because filling it means loading volumes. Mapped volumes cost
+    nothing to open, so every patch is drawn when asked for, with a generator seeded by (seed, epoch, index): the same
+    patch with any number of workers and ranks.
+
+    Args:
+        subjects: the cases. samples_per_case: patches per case and epoch. sampler: where patches lie.
+        transform: applied to each patch. seed: of everything random here.
+    """
+
+    def __init__(
+        self,
+        subjects: CaseSubjects,
+        samples_per_case: int,
+        sampler: PaddedSampler,
+        transform: Callable[[tio.Subject], tio.Subject],
+        seed: int,
+    ) -> None:
+        super().__init__(
+            subjects, samples_per_case, samples_per_case, sampler, shuffle_subjects=False, start_background=False
+        )
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        """Patches per epoch."""
+        return len(self.subjects_dataset.folders) * int(self.samples_per_volume)
+
+    def __getitem__(self, address: Address) -> tio.Subject:
+        """The patch at (epoch, index)."""
+        epoch, index = address
+        with seeded(self.seed, epoch):
+            order = torch.randperm(len(self.subjects_dataset.folders)).tolist()
+        with seeded(self.seed, epoch, index):
+            subject = self.subjects_dataset[order[index % len(order)]]
+            patch: tio.Subject = self.transform(next(self.sampler(subject, 1)))
+        return patch
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Torch's generator, which TorchIO draws from, seeded by ``numbers`` inside the block and restored after it."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest, "big"))
+        yield
+
+
+class AddressSampler(Sampler[Address]):
+    """Addresses (epoch, index) of one rank; all ranks together give each index of the epoch once.
+
+    The indices that don't fill a last global batch are left out, so that every rank has as many batches.
+
+    Args:
+        queue: what is addressed. batch: global batch size. rank, ranks: which share this is.
+    """
+
+    def __init__(self, queue: Sized, batch: int, rank: int, ranks: int) -> None:
+        self.total = len(queue) // batch * batch or len(queue) // ranks * ranks
+        self.rank, self.ranks, self.epoch = rank, ranks, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Address]:
+        """The rank's addresses in order."""
+        return ((self.epoch, index) for index in range(self.rank, self.total, self.ranks))
+
+    def __len__(self) -> int:
+        """Addresses of this rank."""
+        return self.total // self.ranks

@@ -1,0 +1,1 @@
+"""One function a verb: the steps of the journey in order."""

@@ -1,0 +1,254 @@
+"""From scans to labels: ``infer``, ``ensemble``, ``postprocess``, and all of them at once as ``predict``."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kitseg import __version__, config, ensemble
+from kitseg.config import Method, Source
+from kitseg.errors import KitsegError, UsageError
+from kitseg.files import write_json
+from kitseg.labels import KIDNEY, TUMOR
+from kitseg.pipeline.model import Model, open_model
+from kitseg.report.pictures import case_picture
+from kitseg.runs import Run
+from kitseg.types import Case, Probabilities, Volume
+from kitseg.volumes.blocks import (
+    block_cases,
+    read_block,
+    read_manifest,
+    scan_of,
+    write_block,
+    write_manifest,
+)
+from kitseg.volumes.kits import collect_scans
+from kitseg.volumes.nifti import file_digest, read_image, write_labels
+
+SCHEMA = 1
+
+OnDone = Callable[["Outcome"], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case; ``error`` says why where there is no result."""
+
+    case: str
+    error: str = ""
+    note: str = ""
+    result: Path | None = None
+    volumes_ml: Mapping[str, float] | None = None
+    seconds: float = 0.0
+
+
+def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) -> list[Outcome]:
+    """Do the work case by case; a case that fails doesn't stop the others."""
+    outcomes = []
+    for case in cases:
+        begun = time.perf_counter()
+        try:
+            outcome = work(case)
+        except KitsegError as error:
+            outcome = Outcome(case, error=str(error))
+        outcomes.append(_timed(outcome, time.perf_counter() - begun))
+        on_done(outcomes[-1])
+    return outcomes
+
+
+def infer(model: Model, stage: str | None, scans: Sequence[Case], to: Path, on_done: OnDone) -> list[Outcome]:
+    """Probabilities of each scan into a folder: the model's checkpoints and folds averaged.
+
+    Args:
+        stage: ``stage[.head]`` whose own output is wanted; the method's output where it is None.
+    """
+    channels = output_channels(model.method, stage)
+    write_manifest(to, _manifest(model, stage, channels))
+    by_id = {scan.id: scan for scan in scans}
+
+    def work(case: str) -> Outcome:
+        scan = read_image(by_id[case].image, case)
+        probabilities = ensemble.mean((member, 1.0) for member in model.predict(scan, channels))
+        write_block(to, probabilities, by_id[case].image, file_digest(by_id[case].image))
+        return Outcome(case, note=_nothing(probabilities), result=to / f"{case}.npy")
+
+    return each(list(by_id), work, on_done)
+
+
+def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done: OnDone) -> list[Outcome]:
+    """The weighted mean of folders of probabilities, case by case.
+
+    Raises:
+        UsageError: the folders hold different cases or channels, or the weights don't fit.
+    """
+    if len(weights) != len(folders) or min(weights) < 0 or sum(weights) <= 0:
+        raise UsageError(f"{len(folders)} folders need as many weights that aren't negative, not {list(weights)}")
+    cases = block_cases(folders[0])
+    for folder in folders[1:]:
+        if odd := sorted(set(cases) ^ set(block_cases(folder))):
+            raise UsageError(f"{folders[0]} and {folder} don't hold the same cases: {', '.join(odd)}")
+    manifests = [read_manifest(folder) for folder in folders]
+    if any(manifest["channels"] != manifests[0]["channels"] for manifest in manifests):
+        raise UsageError("the folders hold different channels: " + ", ".join(str(m["channels"]) for m in manifests))
+    members = [{"folder": str(f), "weight": w, "model": m["model"]} for f, w, m in zip(folders, weights, manifests, strict=True)]
+    write_manifest(to, {**manifests[0], "members": members})
+
+    def work(case: str) -> Outcome:
+        scan, digest = scan_of(folders[0], case)
+        if any(scan_of(folder, case)[1] != digest for folder in folders[1:]):
+            raise KitsegError(f"{case}: the folders were inferred from different scans. Infer them again.")
+        mean = ensemble.mean((read_block(f, case), w) for f, w in zip(folders, weights, strict=True))
+        write_block(to, mean, scan, digest)
+        return Outcome(case, result=to / f"{case}.npy")
+
+    return each(cases, work, on_done)
+
+
+def postprocess(folder: Path, to: Path, on_done: OnDone) -> list[Outcome]:
+    """Labels from a folder of probabilities, cleaned as its manifest expects."""
+    steps = build_steps(read_manifest(folder)["postprocess"])
+
+    def work(case: str) -> Outcome:
+        path, _ = scan_of(folder, case)
+        labels = clean(read_block(folder, case), read_image(path, case), steps)
+        return _write_labels(to, case, labels, read_block(folder, case))
+
+    return each(block_cases(folder), work, on_done)
+
+
+def predict_scans(model: Model, scans: Sequence[Case], to: Path, on_done: OnDone) -> list[Outcome]:
+    """Labels, figures and a picture for each scan: ``infer``, ``ensemble`` and ``postprocess`` without the files."""
+    channels, steps = output_channels(model.method, None), build_steps(model.method.postprocess)
+    digest = model.digest()
+    by_id = {scan.id: scan for scan in scans}
+
+    def work(case: str) -> Outcome:
+        begun = time.perf_counter()
+        scan = read_image(by_id[case].image, case)
+        probabilities = ensemble.mean((member, 1.0) for member in model.predict(scan, channels))
+        labels = clean(probabilities, scan, steps)
+        outcome = _write_labels(to, case, labels, probabilities)
+        facts = {
+            "case": case,
+            "scan": by_id[case].image.name,
+            "volumes_ml": outcome.volumes_ml,
+            "note": outcome.note,
+            "seconds": round(time.perf_counter() - begun, 2),
+            "model": {"path": str(model.run.path), "folds": model.folds, "sha256": digest, **model_facts(model)},
+            "versions": versions(),
+        }
+        write_json(to / f"{case}.json", SCHEMA, facts)
+        case_picture(to / f"{case}.png", scan, labels, title=case)
+        return outcome
+
+    return each(list(by_id), work, on_done)
+
+
+def predict(
+    scans: Path | str | Sequence[Path | str],
+    model: Path | str | None = None,
+    output: Path | str = "predictions",
+    device: str = "auto",
+) -> list[Outcome]:
+    """``kitseg predict`` from Python.
+
+    Args:
+        scans: NIfTI files or folders. model: a run or a fold; the only finished run under ``runs/`` where it is None.
+        output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``. device: auto, cpu or cuda.
+
+    Returns:
+        One outcome a scan, with the label file, the volumes in ml, or the error in words.
+    """
+    many = [scans] if isinstance(scans, str | Path) else list(scans)
+    opened = open_model(Path(model) if model else choose_run(Path("runs")).path, device)
+    return predict_scans(opened, collect_scans([Path(scan) for scan in many]), Path(output), lambda _: None)
+
+
+def choose_run(runs: Path) -> Run:
+    """The only finished run that learned from patients' scans.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    finished = [run for run in map(Run, sorted(runs.glob("*"))) if run.config.exists() and _is_finished(run)]
+    real = [run for run in finished if not model_facts(run)["phantom"]]
+    if len(real) == 1:
+        return real[0]
+    if real:
+        raise UsageError("several runs are finished; pick one with --model: " + ", ".join(str(r.path) for r in real))
+    hint = f" ({', '.join(str(run.path) for run in finished)} learned from phantoms: name it with --model)" if finished else ""
+    raise UsageError(f"{runs} holds no finished run{hint}; train one with `kitseg train`, or give --model")
+
+
+def model_facts(model: Model | Run) -> dict[str, Any]:
+    """What a run says of its training: whether it learned from phantoms, with which version."""
+    run = model.run if isinstance(model, Model) else model
+    info = run.read_info()
+    return {"phantom": info["phantom"], "trained_with": info["kitseg"]}
+
+
+def output_channels(method: Method, stage: str | None) -> dict[str, Source]:
+    """The channels of a stage's head, or the method's own output."""
+    if stage is None:
+        return dict(method.outputs)
+    spec, head = config.head_of(stage, method.stages)
+    return {channel: Source(spec.name, head, channel) for channel in spec.channels}
+
+
+def build_steps(specs: Sequence[Any]) -> list[Any]:
+    """The post-processing steps of a method."""
+    return [config.build(spec) for spec in specs]
+
+
+def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Any]) -> NDArray[np.uint8]:
+    """Labels (D, H, W) from probabilities, put through the post-processing steps."""
+    labels = ensemble.to_labels(probabilities)
+    for step in steps:
+        labels = step(labels, scan.array, scan.geometry.voxel_ml)
+    return labels
+
+
+def versions() -> dict[str, str]:
+    """What computed this."""
+    return {"kitseg": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+
+
+def _manifest(model: Model, stage: str | None, channels: Mapping[str, Source]) -> dict[str, Any]:
+    return {
+        "channels": list(channels),
+        "method": model.method.name,
+        "stage": stage,
+        "model": {"path": str(model.run.path), "folds": model.folds, "sha256": model.digest(), **model_facts(model)},
+        "postprocess": model.method.postprocess,
+        "versions": versions(),
+    }
+
+
+def _write_labels(to: Path, case: str, labels: NDArray[np.uint8], probabilities: Probabilities) -> Outcome:
+    path = to / f"{case}.nii.gz"
+    write_labels(path, labels, probabilities.native)
+    ml = probabilities.geometry.voxel_ml
+    volumes = {name: round(int((labels == value).sum()) * ml, 3) for name, value in (("kidney", KIDNEY), ("tumor", TUMOR))}
+    return Outcome(case, note=_nothing(probabilities), result=path, volumes_ml=volumes)
+
+
+def _nothing(probabilities: Probabilities) -> str:
+    return "" if probabilities.array.size else "no kidney or tumor found: all background"
+
+
+def _timed(outcome: Outcome, seconds: float) -> Outcome:
+    return replace(outcome, seconds=seconds)
+
+
+def _is_finished(run: Run) -> bool:
+    last = list(config.method_of(config.read(run.config)).stages)[-1]
+    return bool(run.folds(last))
+

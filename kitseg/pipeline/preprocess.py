@@ -1,0 +1,95 @@
+"""Cases onto the grids that a method needs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from joblib import Parallel, delayed
+
+from kitseg.config import Method
+from kitseg.errors import InputError, KitsegError
+from kitseg.types import Case
+from kitseg.volumes.kits import find_cases
+from kitseg.volumes.store import grid_name, store_bytes, store_case
+
+Spacing = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case on one grid: ``done``, ``unchanged`` or, with ``error`` set, ``failed``."""
+
+    case: str
+    grid: str
+    state: str
+    error: str = ""
+
+
+def method_grids(method: Method) -> list[Spacing]:
+    """The spacings of a method's stages, each once."""
+    return list(dict.fromkeys(stage.spacing for stage in method.stages.values()))
+
+
+def labelled_cases(data: Path) -> list[Case]:
+    """The cases of a folder that have a label to learn from.
+
+    Raises:
+        InputError: there are none.
+    """
+    cases = [case for case in find_cases(data) if case.label is not None]
+    if not cases:
+        raise InputError(data, "holds no case with a segmentation", "Add case_00000/segmentation.nii.gz and so on.")
+    return cases
+
+
+def preprocess(
+    cases: Sequence[Case],
+    grids: Sequence[Spacing],
+    to: Path,
+    convention: str,
+    jobs: int,
+    on_done: Callable[[Outcome], None],
+) -> list[Outcome]:
+    """Store every case on every grid, in parallel; a broken case doesn't stop the others.
+
+    Raises:
+        KitsegError: the disk is too small.
+    """
+    _check_disk(cases, grids, to)
+    tasks = (delayed(_store)(case, spacing, to, convention) for case in cases for spacing in grids)
+    outcomes = []
+    for outcome in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
+        outcomes.append(outcome)
+        on_done(outcome)
+    return sorted(outcomes, key=lambda o: (o.case, o.grid))
+
+
+def disk_needed(cases: Iterable[Case], grids: Sequence[Spacing]) -> int:
+    """Bytes that the stores of all cases take, from their headers; unreadable cases count nothing."""
+    total = 0
+    for case in cases:
+        try:
+            total += sum(store_bytes(case, spacing) for spacing in grids)
+        except KitsegError:
+            continue
+    return total
+
+
+def _check_disk(cases: Sequence[Case], grids: Sequence[Spacing], to: Path) -> None:
+    there = next(folder for folder in (to.absolute(), *to.absolute().parents) if folder.exists())
+    missing = [case for case in cases if not all((to / grid_name(g) / case.id / "meta.json").exists() for g in grids)]
+    needed, free = disk_needed(missing, grids), shutil.disk_usage(there).free
+    if needed > free:
+        raise KitsegError(f"{to}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Free some space.")
+
+
+def _store(case: Case, spacing: Spacing, to: Path, convention: str) -> Outcome:
+    grid = grid_name(spacing)
+    try:
+        changed = store_case(case, to / grid / case.id, spacing, convention)
+    except KitsegError as error:
+        return Outcome(case.id, grid, "failed", str(error))
+    return Outcome(case.id, grid, "done" if changed else "unchanged")

@@ -1,0 +1,1 @@
+"""What a person looks at: ``pictures`` draws cases and training curves, ``page`` collects them in one HTML file."""

@@ -1,0 +1,69 @@
+"""One self-contained HTML page about a study: scores, pictures and how they came about."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from kitseg.files import aside
+
+Row = Mapping[str, str | float]
+
+
+def write_study_page(
+    path: Path,
+    title: str,
+    rows: Sequence[Row],
+    mean: Row,
+    pictures: Mapping[str, Path],
+    facts: Mapping[str, str],
+    notes: Sequence[str],
+) -> None:
+    """Writes the page as one HTML file that needs no network and no other file, whole or not at all.
+
+    Args:
+        path: the HTML file to write.
+        title: the page's heading.
+        rows: a row of the Dice table per case: ``case`` (its id) and the scores by name, in the order of the columns.
+        mean: the table's last row, by the same score names.
+        pictures: a PNG per case id, in the order of the page; they are embedded.
+        facts: what was done, by name: commands, seconds, versions.
+        notes: paragraphs for the reader, above the table.
+
+    Raises:
+        FileNotFoundError: a picture doesn't exist.
+    """
+    columns = list(dict.fromkeys(name for row in (*rows, mean) for name in row if name != "case"))
+    figures = [
+        {"case": case, "png": base64.b64encode(png.read_bytes()).decode("ascii"), "row": _row_of(case, rows)}
+        for case, png in pictures.items()
+    ]
+    pages = Environment(loader=PackageLoader("kitseg.report"), autoescape=True, undefined=StrictUndefined)
+    pages.filters["score"] = _score
+    html = pages.get_template("study.html.j2").render(
+        title=title,
+        columns=columns,
+        rows=rows,
+        mean=mean,
+        figures=figures,
+        anchors={case: f"case-{number}" for number, case in enumerate(pictures, 1)},
+        facts=facts,
+        notes=notes,
+    )
+    with aside(path) as partial:
+        partial.write_text(html, encoding="utf-8")
+
+
+def _row_of(case: str, rows: Sequence[Row]) -> Row:
+    """The case's row of the table, an empty one where it has none."""
+    return next((row for row in rows if row["case"] == case), {})
+
+
+def _score(value: str | float | None) -> str:
+    """A table cell: numbers with three decimals, a dash for what is missing."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

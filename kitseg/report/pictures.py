@@ -1,0 +1,186 @@
+"""PNG pictures: a case in three planes, and the curves of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
+
+from kitseg.files import aside
+from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
+from kitseg.postprocess.components import keep_kidneys
+from kitseg.types import Triple, Volume
+
+#: How each label is drawn.
+COLOURS: dict[int, tuple[str, str]] = {KIDNEY: ("kidney", "#2ecc40"), TUMOR: ("tumor", "#ff2d2d")}
+
+_WINDOW = (-160, 240)  # level 40, width 400
+_FILL = 0.3
+_INCHES = 12.0  # width of a case's picture
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """A cut through a scan: which array axis stands still, and what lies at the picture's left and top edge."""
+
+    name: str
+    axis: int
+    left: str
+    top: str
+
+    def cut(self, array: NDArray[Any], at: Triple) -> NDArray[Any]:
+        """The 2D image: in orientation (I, P, L) every cut is the right way up as it lies."""
+        cut: NDArray[Any] = array.take(at[self.axis], axis=self.axis)
+        return cut
+
+    def lengths(self, of_axes: Sequence[float]) -> tuple[float, float]:
+        """Of three numbers, one an array axis, those of the picture's rows and columns."""
+        rows, columns = (v for axis, v in enumerate(of_axes) if axis != self.axis)
+        return rows, columns
+
+
+_PLANES = (_Plane("Axial", 0, "R", "A"), _Plane("Coronal", 1, "R", "H"), _Plane("Sagittal", 2, "A", "H"))
+
+
+def case_picture(
+    path: Path,
+    ct: Volume,
+    labels: NDArray[np.uint8],
+    reference: NDArray[np.uint8] | None = None,
+    title: str = "",
+) -> None:
+    """Draws a case in three planes and writes it as PNG, whole or not at all.
+
+    The planes go through the largest tumor (the reference's, else the prediction's), else through the largest kidney,
+    else through the middle. Patient's right, or anterior in the sagittal plane, is at the picture's left; lengths are
+    true; the window is level 40, width 400 HU. Rows of the picture: CT, the reference where there is one, prediction.
+
+    Args:
+        path: the PNG to write.
+        ct: scan with array (D, H, W) in orientation (I, P, L), in HU.
+        labels: (D, H, W) predicted label map.
+        reference: (D, H, W) reference label map.
+        title: a line above the picture.
+
+    Raises:
+        ValueError: a label map hasn't the CT's shape.
+    """
+    maps = {"Reference": reference, "Prediction": labels} if reference is not None else {"Prediction": labels}
+    for name, array in maps.items():
+        if array.shape != ct.array.shape:
+            raise ValueError(f"{name.lower()} and CT differ in shape: {array.shape} and {ct.array.shape}")
+    at = _centre(list(maps.values()), ct.array.shape)
+    figure, grid = _canvas(ct, 1 + len(maps), title)
+    for row, overlay in zip(grid, [None, *maps.values()], strict=True):
+        for axes, plane in zip(row, _PLANES, strict=True):
+            _draw_ct(axes, plane, ct, at)
+            if overlay is not None:
+                _draw_labels(axes, plane.cut(overlay, at), axes.get_aspect())
+    for axes, plane in zip(grid[0], _PLANES, strict=True):
+        axes.set_title(f"{plane.name} (slice {at[plane.axis]})", fontsize=10)
+    for row, name in zip(grid, ["CT", *maps], strict=True):
+        row[0].set_ylabel(name, fontsize=10)
+    _save(figure, path)
+
+
+def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Draws training loss and validation Dice over the epochs and writes them as PNG, whole or not at all.
+
+    Each row of ``history`` has ``epoch`` and any of ``train/loss``, ``val/dice_kidney``, ``val/dice_tumor`` and
+    ``val/dice``; epochs without validation leave no point. Loss has a logarithmic axis where it is positive throughout.
+    """
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    loss, dice = figure.subplots(1, 2)
+    _curve(loss, history, "train/loss", "training", "#1f4e79")
+    _curve(dice, history, "val/dice_kidney", "kidney", "#1a9632")
+    _curve(dice, history, "val/dice_tumor", "tumor", "#d62222")
+    _curve(dice, history, "val/dice", "mean", "#444444")
+    losses = [row["train/loss"] for row in history if "train/loss" in row]
+    if losses and min(losses) > 0:
+        loss.set_yscale("log")
+    dice.set_ylim(0, 1.02)
+    for axes, name in ((loss, "Loss"), (dice, "Dice (validation)")):
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
+    """A voxel in the middle of what is worth seeing in label maps of ``shape``."""
+    for mask in _sights(maps):
+        if mask.any():
+            where = np.argwhere(keep_kidneys(mask, voxel_ml=1.0, most=1))
+            nearest = where[np.argmin(((where - where.mean(0)) ** 2).sum(1))]
+            return int(nearest[0]), int(nearest[1]), int(nearest[2])
+    z, y, x = (n // 2 for n in shape)
+    return z, y, x
+
+
+def _sights(maps: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.bool_]]:
+    yield from (labels == TUMOR for labels in maps)
+    yield from (labels != BACKGROUND for labels in maps)
+
+
+def _canvas(ct: Volume, rows: int, title: str) -> tuple[Figure, NDArray[Any]]:
+    """A figure with (rows, 3) axes, each as large as its plane in millimetres, and a legend."""
+    extent = [n * mm for n, mm in zip(ct.array.shape, ct.geometry.spacing, strict=True)]
+    sizes = [plane.lengths(extent) for plane in _PLANES]
+    widths, height = [width for _, width in sizes], max(height for height, _ in sizes)
+    inches = rows * height * _INCHES / sum(widths) + 0.9
+    figure = Figure(figsize=(_INCHES, min(max(inches, 3.0), 40.0)), dpi=100, layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False, width_ratios=widths)
+    if title:
+        figure.suptitle(title, fontsize=12, parse_math=False)
+    handles = [Patch(fc=to_rgba(colour, _FILL), ec=colour, label=name) for name, colour in COLOURS.values()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure, grid
+
+
+def _draw_ct(axes: Axes, plane: _Plane, ct: Volume, at: Triple) -> None:
+    rows, columns = plane.lengths(ct.geometry.spacing)
+    low, high = _WINDOW
+    axes.imshow(plane.cut(ct.array, at), cmap="gray", vmin=low, vmax=high, aspect=rows / columns)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    halo = [withStroke(linewidth=2, foreground="black")]
+    edge: dict[str, Any] = {"color": "#ffd75e", "fontsize": 9, "path_effects": halo}
+    axes.text(0.02, 0.5, plane.left, transform=axes.transAxes, ha="left", va="center", **edge)
+    axes.text(0.5, 0.98, plane.top, transform=axes.transAxes, ha="center", va="top", **edge)
+
+
+def _draw_labels(axes: Axes, labels: NDArray[np.uint8], aspect: Any) -> None:
+    """Each label as a transparent area with an outline."""
+    for label, (_, colour) in COLOURS.items():
+        mask = labels == label
+        if not mask.any():
+            continue
+        fill = np.zeros((*mask.shape, 4))
+        fill[mask] = to_rgba(colour, _FILL)
+        axes.imshow(fill, interpolation="nearest", aspect=aspect)
+        if min(mask.shape) > 1:  # a contour needs an area
+            axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1.0)
+
+
+def _curve(axes: Axes, history: Sequence[Mapping[str, float]], key: str, name: str, colour: str) -> None:
+    points = [(row["epoch"], row[key]) for row in history if key in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker=".", markersize=4, linewidth=1.4, color=colour, label=name)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with aside(path) as partial:
+        FigureCanvasAgg(figure)  # becomes the figure's canvas, without pyplot's global state
+        figure.savefig(partial)

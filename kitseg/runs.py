@@ -1,0 +1,126 @@
+"""Every path of a training run, in one place, and what is written there.
+
+``runs/<name>/``: ``config.yaml`` (resolved), ``run.json``, ``splits.json``, ``fold_<k>/<stage>/``, and for
+out-of-fold predictions ``fold_<k>/<stage>/inner_<i>/``. A stage's folder holds ``best/`` (weights), ``last.ckpt``
+(full state), ``history.csv``, ``curves.png``, ``tensorboard/``, and ``done.json`` once it is finished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kitseg.errors import InputError, UsageError
+from kitseg.files import read_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """Where one training of one stage lives."""
+
+    path: Path
+
+    @property
+    def best(self) -> Path:
+        """Weights of the best checkpoints."""
+        return self.path / "best"
+
+    @property
+    def last(self) -> Path:
+        """Full state of the last finished epoch that was validated."""
+        return self.path / "last.ckpt"
+
+    @property
+    def regions(self) -> Path:
+        """The box of each case that this stage sees."""
+        return self.path / "regions.json"
+
+    @property
+    def done(self) -> Path:
+        """Written last; its presence says that the training is finished."""
+        return self.path / "done.json"
+
+    def inner(self, number: int) -> StageFolder:
+        """The same stage trained on an inner fold."""
+        return StageFolder(self.path / f"inner_{number}")
+
+    def checkpoints(self) -> list[tuple[Path, str]]:
+        """The finished training's best checkpoints with their hashes, best first.
+
+        Raises:
+            InputError: not finished, or a checkpoint is missing.
+        """
+        if not self.done.exists():
+            raise InputError(self.path, "is not trained to its end", "Call `kitseg train` again: it goes on.")
+        rows = [(self.best / row["file"], row["sha256"]) for row in read_json(self.done, SCHEMA)["checkpoints"]]
+        for path, _ in rows:
+            if not path.exists():
+                raise InputError(path, "is missing", "Restore it, or train again with --restart.")
+        return rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: one configuration, its folds."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def info(self) -> Path:
+        """What the run learned from."""
+        return self.path / "run.json"
+
+    @property
+    def split(self) -> Path:
+        """The split that the run was trained with."""
+        return self.path / "splits.json"
+
+    def read_info(self) -> dict[str, Any]:
+        """What the run learned from.
+
+        Raises:
+            InputError: missing or damaged.
+        """
+        return read_json(self.info, SCHEMA)
+
+    def stage(self, fold: int, stage: str) -> StageFolder:
+        """Where a stage of a fold lives."""
+        return StageFolder(self.path / f"fold_{fold}" / stage)
+
+    def folds(self, stage: str) -> list[int]:
+        """The folds in which ``stage`` is finished."""
+        numbers = (int(p.name[5:]) for p in self.path.glob("fold_*") if p.name[5:].isdigit())
+        return sorted(n for n in numbers if self.stage(n, stage).done.exists())
+
+
+def find_run(path: Path) -> tuple[Run, int | None]:
+    """A run by its folder, or one of its folds by the fold's folder.
+
+    Raises:
+        UsageError: neither.
+    """
+    if (path / "config.yaml").exists():
+        return Run(path), None
+    name = path.name.removeprefix("fold_")
+    if path.name.startswith("fold_") and name.isdigit() and (path.parent / "config.yaml").exists():
+        return Run(path.parent), int(name)
+    raise UsageError(f"{path} is neither a run nor a fold of one: it needs a config.yaml; `kitseg train` makes runs")
+
+
+def move_aside(path: Path) -> Path | None:
+    """Rename ``path`` to the first free ``<name>.old-<n>``; None where there is nothing."""
+    if not path.exists():
+        return None
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(target)
+    return target

@@ -1,0 +1,58 @@
+"""What the user sees: bars with the time left, tables, one line an outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Shown(Protocol):
+    """An outcome that can be told in a line."""
+
+    @property
+    def case(self) -> str:
+        """The case."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why there is no result."""
+        ...
+
+
+def say(text: str) -> None:
+    """One line."""
+    out.print(text, soft_wrap=True, highlight=False)
+
+
+def complain(text: str) -> None:
+    """One line on the error stream."""
+    err.print(f"[red]✗[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar; the function it gives moves it by one."""
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=out, transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
+
+
+def cell(value: Any) -> str:
+    """A table cell: numbers short, tuples spaced, nothing as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, tuple):
+        return " ".join(cell(part) for part in value)
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) <= 1 else f"{value:.4g}"
+    return str(value)

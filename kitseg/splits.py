@@ -1,0 +1,119 @@
+"""Which cases train, validate and test: one file that every verb uses."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kitseg.errors import InputError, KitsegError
+from kitseg.files import write_json
+from kitseg.labels import CONVENTIONS
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cases to learn from and cases to be scored on."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fold(Part):
+    """An outer fold; ``inner`` splits its training cases again, for out-of-fold predictions between stages."""
+
+    inner: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Outer folds with their inner folds, a test set that no fold sees, the seed, the labels' convention."""
+
+    folds: tuple[Fold, ...]
+    test: tuple[str, ...]
+    seed: int
+    convention: str
+
+    @property
+    def cases(self) -> set[str]:
+        """Every case of the split."""
+        return {case for fold in self.folds for case in (*fold.train, *fold.val)} | set(self.test)
+
+
+def make_split(cases: Iterable[str], folds: int, inner: int, test: int, seed: int, convention: str) -> Split:
+    """A random split by case; the order of ``cases`` doesn't matter.
+
+    Raises:
+        KitsegError: fewer than two cases to learn from.
+    """
+    shuffled = sorted(cases)
+    random.Random(seed).shuffle(shuffled)
+    held, rest = shuffled[:test], shuffled[test:]
+    if len(rest) < 2:
+        raise KitsegError(f"{len(rest)} labelled case(s) can't be split into training and validation: add cases")
+    outer = []
+    for part in _parts(rest, folds):
+        nested = _parts(list(part.train), inner) if len(part.train) > 1 else []
+        outer.append(Fold(part.train, part.val, tuple(nested)))
+    return Split(tuple(outer), tuple(sorted(held)), seed, convention)
+
+
+def write_split(split: Split, path: Path) -> None:
+    """Write the split file, aside first."""
+    write_json(path, SCHEMA, asdict(split))
+
+
+def read_split(path: Path) -> Split:
+    """Read a split file, one's own or a user's, and check it.
+
+    Raises:
+        InputError: unreadable, another schema, a case on both sides, inner folds that aren't part of their outer one.
+    """
+    try:
+        raw = json.loads(path.read_text())
+        folds = tuple(
+            Fold(**_sides(fold), inner=tuple(Part(**_sides(part)) for part in fold.get("inner", ())))
+            for fold in raw["folds"]
+        )
+        split = Split(folds, tuple(raw.get("test", ())), int(raw.get("seed", 0)), raw["convention"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "It needs `schema`, `convention` and `folds`, a list of {train, val, inner}."
+        raise InputError(path, f"is no split file ({type(error).__name__}: {error})", remedy) from error
+    if raw.get("schema") != SCHEMA:
+        raise InputError(path, f"has schema {raw.get('schema')}, this version reads {SCHEMA}", "Write it anew.")
+    problem = _problem(split)
+    if problem:
+        raise InputError(path, problem, "Mend the file; each case belongs to one side.")
+    return split
+
+
+def _sides(part: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {"train": tuple(part["train"]), "val": tuple(part["val"])}
+
+
+def _parts(cases: Sequence[str], count: int) -> list[Part]:
+    """``count`` parts (fewer where there are fewer cases), each case once in a validation side."""
+    count = min(count, len(cases))
+    sides = [sorted(cases[i::count]) for i in range(count)]
+    return [Part(tuple(sorted(set(cases) - set(val))), tuple(val)) for val in sides]
+
+
+def _problem(split: Split) -> str | None:
+    if split.convention not in CONVENTIONS:
+        return f"names the label convention '{split.convention}', not one of {', '.join(CONVENTIONS)}"
+    for i, fold in enumerate(split.folds):
+        both = set(fold.train) & set(fold.val) | set(split.test) & {*fold.train, *fold.val}
+        if both:
+            return f"fold {i} has {', '.join(sorted(both))} on two sides"
+        if not fold.train or not fold.val:
+            return f"fold {i} has no training or no validation cases"
+        for j, part in enumerate(fold.inner):
+            if set(part.train) & set(part.val) or not {*part.train, *part.val} <= set(fold.train):
+                return f"inner fold {j} of fold {i} isn't a split of that fold's training cases"
+    return None

@@ -1,0 +1,1 @@
+"""One LightningModule a file: what it minimizes, what it logs, what it predicts."""

@@ -1,0 +1,16 @@
+"""Phase 1 of two-phase: one V-Net on patches of the coarse grid (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kitseg.stages.base import Stage
+
+
+class CoarseVNet(Stage):
+    """Localizes kidney and tumor; ``net`` is a ``kitseg.nets.vnet.VNet``."""
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One head: (N, 3, D, H, W) for ``x`` (N, 1, D, H, W)."""
+        logits, _ = self.net(x)
+        return (logits,)

@@ -1,0 +1,109 @@
+"""Probabilities on disk: what ``infer``, ``ensemble`` and ``postprocess`` hand to each other.
+
+``<folder>/<case>.npy`` holds (K, D, H, W) float16 inside a box of the scan's grid, ``<case>.json`` the channels, the
+box, the scan's geometry, path and hash, and ``manifest.json`` what made them and what post-processing they expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kitseg.errors import InputError
+from kitseg.files import aside, read_json, write_json
+from kitseg.types import Box, Geometry, Probabilities
+from kitseg.volumes.nifti import file_digest
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+def write_block(folder: Path, probabilities: Probabilities, scan: Path, digest: str) -> None:
+    """Write a case's probabilities; the scan they belong to is named with its hash."""
+    block = folder / f"{probabilities.case_id}.npy"
+    with aside(block) as partial:
+        np.save(partial, probabilities.array)
+    content = {
+        "case": probabilities.case_id,
+        "channels": probabilities.channels,
+        "box": {"start": probabilities.box.start, "stop": probabilities.box.stop},
+        "geometry": _plain(probabilities.geometry),
+        "native": _plain(probabilities.native),
+        "scan": {"path": str(scan.absolute()), "sha256": digest},
+    }
+    write_json(folder / f"{probabilities.case_id}.json", SCHEMA, content)
+
+
+def read_block(folder: Path, case_id: str) -> Probabilities:
+    """Read a case's probabilities, memory-mapped.
+
+    Raises:
+        InputError: missing, damaged, or of another shape than its box.
+    """
+    meta = read_json(folder / f"{case_id}.json", SCHEMA)
+    path = folder / f"{case_id}.npy"
+    try:
+        array = np.load(path, mmap_mode="r") if 0 not in _box(meta).size else np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(path, f"can't be read ({error})", "Run `kitseg infer` again.") from error
+    channels, box = tuple(meta["channels"]), _box(meta)
+    if array.shape != (len(channels), *box.size):
+        raise InputError(path, f"has shape {array.shape}, its box says otherwise", "Run `kitseg infer` again.")
+    return Probabilities(array, channels, box, _geometry(meta["geometry"]), _geometry(meta["native"]), case_id)
+
+
+def scan_of(folder: Path, case_id: str) -> tuple[Path, str]:
+    """The scan that a case's probabilities belong to, and its hash.
+
+    Raises:
+        InputError: the scan is gone or has changed since.
+    """
+    scan = read_json(folder / f"{case_id}.json", SCHEMA)["scan"]
+    path = Path(scan["path"])
+    if not path.exists():
+        raise InputError(path, "is gone, and post-processing reads its HU", "Put the scan back, or infer again.")
+    if file_digest(path) != scan["sha256"]:
+        raise InputError(path, f"has changed since {folder} was made", "Run `kitseg infer` again.")
+    return path, scan["sha256"]
+
+
+def block_cases(folder: Path) -> list[str]:
+    """The cases of a folder of probabilities.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    cases = sorted(path.stem for path in folder.glob("*.json") if path.name != MANIFEST)
+    if not cases or not (folder / MANIFEST).exists():
+        raise InputError(folder, "holds no probabilities", "Make them with `kitseg infer`.")
+    return cases
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write what made the folder's probabilities and what post-processing they expect."""
+    write_json(folder / MANIFEST, SCHEMA, content)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read what ``write_manifest`` wrote.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    return read_json(folder / MANIFEST, SCHEMA)
+
+
+def _plain(geometry: Geometry) -> dict[str, Any]:
+    return {"shape": geometry.shape, "affine": geometry.affine.tolist()}
+
+
+def _geometry(plain: Mapping[str, Any]) -> Geometry:
+    z, y, x = plain["shape"]
+    return Geometry((z, y, x), np.array(plain["affine"]))
+
+
+def _box(meta: Mapping[str, Any]) -> Box:
+    return Box(tuple(meta["box"]["start"]), tuple(meta["box"]["stop"]))

@@ -1,0 +1,183 @@
+"""Is the data what it should be? One report per case; a broken case is a row in a table, never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.errors import InputError
+from kitseg.labels import TUMOR
+from kitseg.types import Case, Geometry, Triple, Volume
+from kitseg.volumes import kits, nifti
+
+LOWEST_HU, HIGHEST_HU = -4096, 32767
+AIR_HU, SOFT_TISSUE_HU = -200, 30  # a CT's darkest percent is below, its brightest above
+SLICE_MM, PIXEL_MM = (0.3, 10.0), (0.2, 8.0)
+SAMPLES = 1_000_000
+
+SERIES_SLICES = 8  # on either side of the jump to a second series
+SERIES_JUMP = 2.5  # times the largest change nearby and the median one
+PROFILE_PIXELS = 64
+
+
+@dataclass(frozen=True)
+class CaseReport:
+    """What was found out about a case; what couldn't be read is None.
+
+    shape, spacing (mm): (D, H, W) in orientation (I, P, L); orientation: the file's own axes;
+    kidney_ml: kidney with cysts, without tumor.
+    """
+
+    id: str
+    problems: list[str] = field(default_factory=list)
+    shape: Triple | None = None
+    spacing: tuple[float, float, float] | None = None
+    orientation: str | None = None
+    hu_range: tuple[float, float] | None = None
+    kidney_ml: float | None = None
+    tumor_ml: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is nothing to complain about."""
+        return not self.problems
+
+
+def check_folder(
+    data: Path,
+    convention: str = "kits19",
+    jobs: int = 1,
+    on_done: Callable[[CaseReport], None] | None = None,
+) -> list[CaseReport]:
+    """Check every case of a folder in ``jobs`` processes; ``on_done`` hears of each in the order of their ids.
+
+    Raises:
+        InputError: the folder is missing or holds no cases.
+    """
+    cases = kits.list_cases(data)
+    done = joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(check_case)(c, convention) for c in cases)
+    reports = []
+    for report in done:
+        reports.append(report)
+        if on_done:
+            on_done(report)
+    return reports
+
+
+def check_case(case: Case | Path, convention: str = "kits19") -> CaseReport:
+    """Read a case (or its folder) and judge its lattice, values, slices and labels; never raises for bad files."""
+    case = kits.case_of(case) if isinstance(case, Path) else case
+    try:
+        return _check(case, convention)
+    except Exception as error:
+        return CaseReport(case.id, [f"it can't be checked ({type(error).__name__}: {error})"])
+
+
+def looks_like_hu(array: NDArray[np.generic]) -> bool:
+    """Whether a CT's values can be Hounsfield units: air or fat at the dark end, soft tissue at the bright one."""
+    samples = array.ravel()[:: max(1, array.size // SAMPLES)]
+    dark, bright = np.percentile(samples.astype(np.float32), (1, 99))
+    return bool(dark <= AIR_HU and bright >= SOFT_TISSUE_HU)
+
+
+def second_series(array: NDArray[np.generic]) -> int | None:
+    """The slice where a second series seems to start, or None.
+
+    array: (D, H, W) HU. Neighboring slices differ little; where a series ends and the next begins, the mean absolute
+    difference between two slices (averaged over blocks of pixels against noise, in -1000..300 HU) is far above the
+    scan's median and above the largest of the 8 differences before and after. A gap of many slices looks the same.
+    """
+    change = _changes(array)
+    near = SERIES_SLICES
+    for k in range(near - 1, len(change) - near + 1):
+        around = np.concatenate([change[max(0, k - near) : k], change[k + 1 : k + 1 + near]])
+        if change[k] > SERIES_JUMP * max(around.max(), np.median(change)):
+            return k + 1
+    return None
+
+
+def _changes(array: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Mean absolute difference in HU between each slice and the next, (D - 1,)."""
+    _, h, w = array.shape
+    block = max(1, min(h, w) // PROFILE_PIXELS)
+    h, w = h // block, w // block
+    blocks = array[:, : h * block, : w * block].reshape(-1, h, block, w, block)
+    coarse = np.clip(blocks.mean((2, 4), dtype=np.float32), -1000, 300)
+    change: NDArray[np.float32] = np.abs(np.diff(coarse, axis=0)).mean((1, 2))
+    return change
+
+
+def _check(case: Case, convention: str) -> CaseReport:
+    image, problems = _read(nifti.read_image, case.image, case.id)
+    if image is None:
+        return CaseReport(case.id, problems)
+    low, high = float(image.array.min()), float(image.array.max())
+    if not nifti.knows_orientation(case.image):
+        problems.append(f"{case.image.name}: its header doesn't say how the scan lies in the patient")
+    problems += _lattice_problems(image.geometry) + _hu_problems(image.array, low, high)
+    kidney_ml, tumor_ml = None, None
+    if case.label is not None:
+        labels, unreadable = _read(lambda path, name: nifti.read_labels(path, name, convention), case.label, case.id)
+        problems += unreadable
+        if labels is not None:
+            kidney_ml, tumor_ml = _volumes(labels)
+            problems += _label_problems(labels, image.geometry)
+    return CaseReport(
+        case.id,
+        problems,
+        image.geometry.shape,
+        image.geometry.spacing,
+        nifti.axis_codes(image.native),
+        (low, high),
+        kidney_ml,
+        tumor_ml,
+    )
+
+
+def _read(read: Callable[[Path, str], Volume], path: Path, name: str) -> tuple[Volume | None, list[str]]:
+    try:
+        return read(path, name), []
+    except InputError as error:
+        return None, [f"{path.name}: {error.problem}. {error.remedy}"]
+
+
+def _lattice_problems(geometry: Geometry) -> list[str]:
+    z, y, x = geometry.spacing
+    problems = []
+    if not SLICE_MM[0] <= z <= SLICE_MM[1]:
+        problems.append(f"its slices are {z:.3g} mm apart, not {SLICE_MM[0]:g}-{SLICE_MM[1]:g} mm")
+    if not PIXEL_MM[0] <= min(y, x) <= max(y, x) <= PIXEL_MM[1]:
+        problems.append(f"its pixels are {y:.3g} x {x:.3g} mm, not {PIXEL_MM[0]:g}-{PIXEL_MM[1]:g} mm")
+    return problems
+
+
+def _hu_problems(array: NDArray[np.generic], low: float, high: float) -> list[str]:
+    problems = []
+    if low < LOWEST_HU or high > HIGHEST_HU or not looks_like_hu(array):
+        problems.append(f"its values {low:g} to {high:g} don't look like Hounsfield units")
+    start = second_series(array)
+    if start is not None:
+        problems.append(f"the picture jumps before slice {start} of {len(array)}: a second series, or missing slices")
+    return problems
+
+
+def _volumes(labels: Volume) -> tuple[float, float]:
+    """Millilitres of kidney (with cysts) and of tumor."""
+    foreground, tumor = int(np.count_nonzero(labels.array)), int(np.count_nonzero(labels.array == TUMOR))
+    return (foreground - tumor) * labels.geometry.voxel_ml, tumor * labels.geometry.voxel_ml
+
+
+def _label_problems(labels: Volume, geometry: Geometry) -> list[str]:
+    problems = []
+    if labels.geometry.shape != geometry.shape:
+        problems.append(f"the labels have shape {labels.geometry.shape}, the image {geometry.shape}")
+    elif not labels.geometry.same_as(geometry):
+        problems.append("the labels lie elsewhere than the image (their affines differ)")
+    if not labels.array.any():
+        problems.append("nothing is labelled")
+    return problems

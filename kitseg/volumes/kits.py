@@ -1,0 +1,135 @@
+"""Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz`` and flat folders of NIfTI files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from kitseg.errors import InputError, UsageError
+from kitseg.types import Case
+
+IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
+SUFFIXES = (".nii.gz", ".nii")
+_EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
+
+
+def case_number(name: str) -> int | None:
+    """The KiTS number in a name: its last group of exactly five digits (``prediction_00210`` is 210)."""
+    groups = re.findall(r"(?<!\d)\d{5}(?!\d)", name)
+    return int(groups[-1]) if groups else None
+
+
+def case_name(number: int) -> str:
+    """The id of a KiTS case, such as ``case_00210``."""
+    return f"case_{number:05d}"
+
+
+def scan_id(path: Path) -> str:
+    """What to call a scan: its folder's name in the KiTS layout, else the file's name without ``.nii.gz``."""
+    return path.absolute().parent.name if path.name == IMAGE else _stem(path)
+
+
+def case_of(folder: Path) -> Case:
+    """A KiTS case folder as a case; its image may be missing."""
+    label = folder / LABEL
+    return Case(folder.absolute().name, folder / IMAGE, label if label.is_file() else None)
+
+
+def list_cases(data: Path) -> list[Case]:
+    """Every case in a folder, sorted by id, also those whose image is missing from their ``case_*`` folder.
+
+    A folder holds cases in the KiTS layout, or is one case itself, or holds NIfTI files (which have no labels).
+
+    Raises:
+        InputError: the folder is missing or holds nothing of the kind.
+        UsageError: two files have the same id.
+    """
+    _check_folder(data)
+    if (data / IMAGE).is_file():
+        return [case_of(data)]
+    folders = [f for f in data.iterdir() if f.is_dir() and (f.name.startswith("case_") or (f / IMAGE).is_file())]
+    cases = [case_of(f) for f in folders] or [Case(scan_id(f), f) for f in _flat(data)]
+    if not cases:
+        raise InputError(data, "the folder holds no scans", _EXPECTED)
+    return _distinct(cases)
+
+
+def find_cases(data: Path) -> list[Case]:
+    """The cases in a folder that have an image, sorted by id; see ``list_cases``.
+
+    Raises:
+        InputError: the folder is missing or holds no scan.
+        UsageError: two files have the same id.
+    """
+    cases = [case for case in list_cases(data) if case.image.is_file()]
+    if not cases:
+        raise InputError(data, f"none of its case folders holds {IMAGE}", _EXPECTED)
+    return cases
+
+
+def collect_scans(paths: Sequence[Path]) -> list[Case]:
+    """The scans that files, case folders and folders of scans name, sorted by id; the same file counts once.
+
+    Raises:
+        InputError: a path is missing or a folder holds no scan.
+        UsageError: two files have the same id.
+    """
+    cases: list[Case] = []
+    for path in paths:
+        if path.is_dir():
+            cases += find_cases(path)
+        elif path.is_file():
+            cases.append(Case(scan_id(path), path))
+        else:
+            raise InputError(path, "there is no such file or folder", "Check the path")
+    return _distinct({case.image.resolve(): case for case in cases}.values())
+
+
+def find_labels(folder: Path) -> dict[str, Path]:
+    """The label maps in a folder, KiTS layout or flat, by case id.
+
+    The id is ``case_00210`` where the name holds a KiTS number, so that ``prediction_00210.nii.gz`` and
+    ``case_00210/segmentation.nii.gz`` meet; else it is the name without ``.nii.gz``.
+
+    Raises:
+        InputError: the folder is missing or holds no label maps.
+        UsageError: two files have the same id.
+    """
+    _check_folder(folder)
+    files = sorted(folder.glob(f"*/{LABEL}")) or _flat(folder)
+    if not files:
+        raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
+    cases = [Case(_canonical(f.parent.name if f.name == LABEL else _stem(f)), f) for f in files]
+    return {case.id: case.image for case in _distinct(cases)}
+
+
+def _canonical(name: str) -> str:
+    number = case_number(name)
+    return name if number is None else case_name(number)
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+
+
+def _flat(folder: Path) -> list[Path]:
+    files = (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    return sorted(f for f in files if f.name.lower().endswith(SUFFIXES))
+
+
+def _distinct(cases: Iterable[Case]) -> list[Case]:
+    """The cases sorted by id, all ids different."""
+    by_id: dict[str, Case] = {}
+    for case in cases:
+        other = by_id.setdefault(case.id, case)
+        if other is not case:
+            raise UsageError(f"{other.image} and {case.image} are both called {case.id}. Rename one of them")
+    return [by_id[name] for name in sorted(by_id)]
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise InputError(folder, "it is a file, not a folder", _EXPECTED)
+    if not folder.is_dir():
+        raise InputError(folder, "there is no such folder", _EXPECTED)

@@ -1,0 +1,116 @@
+"""Between a scan's own lattice and a grid of another spacing, with an exact way back.
+
+Both lattices cover the same block of space: voxel i of n covers the share [i/n, (i+1)/n] of the extent on each axis.
+A grid's spacing is therefore the extent divided by a whole number of voxels, the nearest to the spacing asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.types import Box, Geometry, Triple
+
+Coordinates = NDArray[np.float64]
+SLAB = 16
+
+
+def grid_geometry(scan: Geometry, spacing: Sequence[float]) -> Geometry:
+    """The lattice over ``scan``'s extent whose voxels come nearest to ``spacing`` (mm, slices-rows-columns)."""
+    extent = [n * s for n, s in zip(scan.shape, scan.spacing, strict=True)]
+    z, y, x = (max(1, round(e / s)) for e, s in zip(extent, spacing, strict=True))
+    ratio = np.array(scan.shape) / (z, y, x)
+    affine = scan.affine.copy()
+    affine[:3, :3] *= ratio
+    affine[:3, 3] += scan.affine[:3, :3] @ ((ratio - 1) / 2)
+    return Geometry((z, y, x), affine)
+
+
+def to_grid(image: NDArray[Any], shape: Triple) -> NDArray[np.float32]:
+    """A scan (D, H, W) resampled trilinearly to ``shape``, both covering the same extent; edges are held."""
+    z, y, x = (_centres(range(m), m, n) for m, n in zip(shape, image.shape, strict=True))
+    return sample_linear(image, z, y, x)
+
+
+def labels_to_grid(labels: NDArray[np.uint8], shape: Triple) -> NDArray[np.uint8]:
+    """Labels (D, H, W) on a lattice of ``shape`` over the same extent, by nearest neighbour."""
+    index = [_nearest(range(m), m, n) for m, n in zip(shape, labels.shape, strict=True)]
+    return labels[np.ix_(*index)]
+
+
+def box_on(box: Box, source: Triple, target: Triple) -> Box:
+    """The voxels of lattice ``target`` whose centres lie in ``box`` of lattice ``source``; both cover the same extent.
+
+    A voxel whose centre lies on the border between two boxes belongs to the later one.
+    """
+    start, stop = (
+        tuple(int(np.ceil(p * m / n - 0.5)) for p, n, m in zip(side, source, target, strict=True))
+        for side in (box.start, box.stop)
+    )
+    return Box(start, stop).clip(target)
+
+
+def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple) -> tuple[NDArray[np.float16], Box]:
+    """Probabilities in a box of a grid, returned to the scan's own lattice.
+
+    Args:
+        values: (K, d, h, w), the contents of ``box``.
+        box: a box on the grid; it may reach outside.
+        grid, scan: the shapes of the two lattices, which cover the same extent.
+
+    Returns:
+        (K, D, H, W) float16, interpolated trilinearly with edges held, and the box of the scan that they fill: the
+        voxels whose centres lie in ``box``.
+    """
+    target = box_on(box, grid, scan)
+    axes = zip(target.start, target.stop, scan, grid, box.start, strict=True)
+    z, y, x = (_centres(range(a, b), n, m) - start for a, b, n, m, start in axes)
+    out = np.empty((len(values), *target.size), np.float16)
+    for channel, block in zip(out, values, strict=True):
+        sample_linear(block, z, y, x, channel)
+    return out, target
+
+
+def sample_linear(
+    array: NDArray[Any], z: Coordinates, y: Coordinates, x: Coordinates, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """Linear interpolation of ``array`` (D, H, W) on the lattice of voxel coordinates ``z`` × ``y`` × ``x``.
+
+    Coordinates outside are held at the edge. Works slab by slab, so that only ``out`` (float32 where none is given)
+    has the size of the result.
+    """
+    rows, columns = _weights(y, array.shape[1]), _weights(x, array.shape[2]).T
+    if out is None:
+        out = np.empty((len(z), len(y), len(x)), np.float32)
+    for first in range(0, len(z), SLAB):
+        part = z[first : first + SLAB]
+        low = int(np.clip(np.floor(part.min()), 0, len(array) - 1))
+        high = int(np.clip(np.floor(part.max()) + 2, low + 1, len(array)))
+        source = array[low:high].astype(np.float32, copy=False)
+        slab = np.tensordot(_weights(part - low, len(source)), source, axes=1)
+        out[first : first + SLAB] = np.matmul(np.matmul(rows, slab), columns)
+    return out
+
+
+def _centres(voxels: range, there: int, here: int) -> Coordinates:
+    """Centres of ``voxels`` of an axis with ``there`` voxels, in voxel coordinates of one with ``here``."""
+    return (np.array(voxels) + 0.5) * here / there - 0.5
+
+
+def _nearest(voxels: range, there: int, here: int) -> NDArray[np.int64]:
+    return np.minimum(((np.array(voxels) + 0.5) * here / there).astype(np.int64), here - 1)
+
+
+def _weights(coordinates: Coordinates, n: int) -> NDArray[np.float32]:
+    """(len(coordinates), n) matrix of linear interpolation along an axis of n voxels."""
+    held = np.clip(coordinates, 0, n - 1)
+    low = np.minimum(np.floor(held).astype(np.int64), max(n - 2, 0))
+    fraction = held - low
+    matrix = np.zeros((len(held), n), np.float32)
+    index = np.arange(len(held))
+    matrix[index, low] = 1 - fraction
+    matrix[index, np.minimum(low + 1, n - 1)] += fraction
+    return matrix

@@ -1,0 +1,74 @@
+"""The checks. ``nox`` runs lint, types, tests and wheel with the Python that called it (3.11 to 3.13)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "types", "tests", "wheel"]
+nox.options.reuse_venv = "yes"
+
+ROOT = Path(__file__).resolve().parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+
+
+def install(session: nox.Session, *packages: str, group: str | None = None) -> None:
+    """Install packages and a dependency group of pyproject.toml, all in the tested versions."""
+    tools = nox.project.dependency_groups(PYPROJECT, group) if group else ()
+    session.install("-c", str(ROOT / "constraints.txt"), *packages, *tools)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style (ruff) and who may import whom (import-linter); reads the sources only, so it needs no torch."""
+    install(session, group="lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict."""
+    install(session, "-e", ".", group="types")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Pytest in two processes; arguments after ``--`` go to pytest."""
+    install(session, "-e", ".", group="tests")
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The sdist, and the wheel made from it, in dist/."""
+    install(session, group="build")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--no-isolation")
+
+
+@nox.session(requires=["build"], reuse_venv=False)
+def wheel(session: nox.Session) -> None:
+    """Install the wheel into a clean environment and use it outside the checkout."""
+    (built,) = (ROOT / "dist").glob("*.whl")
+    install(session, str(built))
+    with TemporaryDirectory() as folder, session.chdir(folder):
+        session.run("kitseg", "--help")
+        session.run("kitseg", "methods")
+        session.run("kitseg", "demo", "--quick")
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    """Execute copies of the notebooks."""
+    install(session, "-e", ".", group="notebooks")
+    with TemporaryDirectory() as folder:
+        for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+            copy = shutil.copy(notebook, folder)
+            session.run("jupyter", "execute", "--kernel_name=python3", copy)

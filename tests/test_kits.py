@@ -1,0 +1,143 @@
+"""Which files belong to which case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kitseg.errors import InputError, UsageError
+from kitseg.types import Case
+from kitseg.volumes import kits
+
+
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two whole cases, one without labels, one without image, and things that are no cases."""
+    folder = tmp_path / "data"
+    for name in ("case_00002", "case_00000"):
+        touch(folder / name / "imaging.nii.gz", folder / name / "segmentation.nii.gz")
+    touch(folder / "case_00210" / "imaging.nii.gz", folder / "case_00003" / "segmentation.nii.gz")
+    touch(folder / "kits.json", folder / "notes" / "a.txt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("case_00210", 210),
+        ("prediction_00007", 7),
+        ("00210", 210),
+        ("case_00210_late", 210),
+        ("study_12345_case_00001", 1),
+        ("scan_20190101", None),
+        ("case_210", None),
+        ("patient", None),
+    ],
+)
+def test_case_number(name: str, number: int | None) -> None:
+    assert kits.case_number(name) == number
+
+
+def test_scan_id() -> None:
+    assert kits.scan_id(Path("data/case_00001/imaging.nii.gz")) == "case_00001"
+    assert kits.scan_id(Path("scans/patient.7.nii.gz")) == "patient.7"
+    assert kits.scan_id(Path("scans/PATIENT.NII")) == "PATIENT"
+
+
+def test_scan_id_of_a_file_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "case_00005").mkdir()
+    monkeypatch.chdir(tmp_path / "case_00005")
+    assert kits.scan_id(Path("imaging.nii.gz")) == "case_00005"
+
+
+def test_kits_layout(data: Path) -> None:
+    assert kits.find_cases(data) == [
+        Case(name, data / name / "imaging.nii.gz", data / name / "segmentation.nii.gz" if labelled else None)
+        for name, labelled in (("case_00000", True), ("case_00002", True), ("case_00210", False))
+    ]
+
+
+def test_a_case_without_image_is_listed_but_not_found(data: Path) -> None:
+    assert [case.id for case in kits.list_cases(data)] == ["case_00000", "case_00002", "case_00003", "case_00210"]
+    assert "case_00003" not in [case.id for case in kits.find_cases(data)]
+
+
+def test_flat_folder(tmp_path: Path) -> None:
+    touch(tmp_path / "b.nii", tmp_path / "a.nii.gz", tmp_path / "readme.txt", tmp_path / ".12.a.nii.gz")
+    assert kits.find_cases(tmp_path) == [Case("a", tmp_path / "a.nii.gz"), Case("b", tmp_path / "b.nii")]
+
+
+def test_a_case_folder_is_a_case(data: Path) -> None:
+    assert kits.find_cases(data / "case_00002") == [kits.case_of(data / "case_00002")]
+
+
+@pytest.mark.parametrize("find", [kits.find_cases, kits.list_cases, kits.find_labels])
+def test_nothing_to_find(tmp_path: Path, find) -> None:
+    with pytest.raises(InputError, match=r"the folder holds no .*\. Give .*case_00000/"):
+        find(tmp_path)
+    with pytest.raises(InputError, match="there is no such folder"):
+        find(tmp_path / "missing")
+    touch(tmp_path / "a.nii.gz")
+    with pytest.raises(InputError, match="it is a file"):
+        find(tmp_path / "a.nii.gz")
+
+
+def test_case_folders_without_any_image(tmp_path: Path) -> None:
+    touch(tmp_path / "case_00003" / "segmentation.nii.gz")
+    with pytest.raises(InputError, match=r"none of its case folders holds imaging\.nii\.gz"):
+        kits.find_cases(tmp_path)
+
+
+def test_collect_files_folders_and_cases(data: Path, tmp_path: Path) -> None:
+    touch(tmp_path / "one" / "x.nii.gz", tmp_path / "flat" / "y.nii", tmp_path / "flat" / "z.nii.gz")
+    scans = kits.collect_scans([tmp_path / "one" / "x.nii.gz", data / "case_00002", tmp_path / "flat"])
+    assert [scan.id for scan in scans] == ["case_00002", "x", "y", "z"]
+    assert scans[0].image == data / "case_00002" / "imaging.nii.gz"
+
+
+def test_the_same_scan_twice_counts_once(data: Path) -> None:
+    image = data / "case_00000" / "imaging.nii.gz"
+    scans = kits.collect_scans([data, data / "case_00000", image])
+    assert [scan.id for scan in scans] == ["case_00000", "case_00002", "case_00210"]
+
+
+def test_two_scans_of_one_name(data: Path, tmp_path: Path) -> None:
+    touch(tmp_path / "flat" / "case_00000.nii.gz")
+    with pytest.raises(UsageError) as caught:
+        kits.collect_scans([data, tmp_path / "flat"])
+    assert str(data / "case_00000" / "imaging.nii.gz") in str(caught.value)
+    assert str(tmp_path / "flat" / "case_00000.nii.gz") in str(caught.value)
+
+
+def test_a_scan_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder"):
+        kits.collect_scans([tmp_path / "a.nii.gz"])
+
+
+def test_labels_in_the_kits_layout(data: Path) -> None:
+    names = ("case_00000", "case_00002", "case_00003")
+    assert kits.find_labels(data) == {name: data / name / "segmentation.nii.gz" for name in names}
+
+
+def test_flat_labels_meet_by_number(tmp_path: Path) -> None:
+    touch(tmp_path / "prediction_00210.nii.gz", tmp_path / "case_00007.nii.gz", tmp_path / "patient.nii")
+    assert kits.find_labels(tmp_path) == {
+        "case_00007": tmp_path / "case_00007.nii.gz",
+        "case_00210": tmp_path / "prediction_00210.nii.gz",
+        "patient": tmp_path / "patient.nii",
+    }
+
+
+def test_two_label_maps_of_one_case(tmp_path: Path) -> None:
+    touch(tmp_path / "prediction_00210.nii.gz", tmp_path / "case_00210.nii.gz")
+    with pytest.raises(
+        UsageError, match=r"case_00210\.nii\.gz and .*prediction_00210\.nii\.gz are both called case_00210"
+    ):
+        kits.find_labels(tmp_path)

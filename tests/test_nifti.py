@@ -1,0 +1,422 @@
+"""NIfTI in and out: orientations, exact grids, and everything that can be wrong with a file."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from nibabel import orientations
+
+from kitseg.errors import InputError
+from kitseg.types import Geometry
+from kitseg.volumes import nifti
+
+SHAPE = (3, 4, 5)
+IPL = np.array([[0, 0, -0.8, 90], [0, -0.7, 0, 60.5], [-2.5, 0, 0, 1000.25], [0, 0, 0, 1]])
+ALL_CODES = [
+    "".join(codes) for axes in itertools.permutations(("LR", "PA", "IS")) for codes in itertools.product(*axes)
+]
+
+
+def affine_of(codes: str) -> np.ndarray:
+    """A lattice with axes ``codes`` and spacing 0.5, 0.75, 2 mm along them."""
+    turn = orientations.axcodes2ornt(tuple(codes))
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, spacing in enumerate((0.5, 0.75, 2.0)):
+        affine[int(turn[axis, 0]), axis] = turn[axis, 1] * spacing
+    affine[:3, 3] = 12.5, -30.25, 400
+    return affine
+
+
+def rotation(degrees: float) -> np.ndarray:
+    """About the left-right axis."""
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    turned = np.eye(4)
+    turned[1:3, 1:3] = [[c, -s], [s, c]]
+    return turned
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray = IPL) -> Path:
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    return path
+
+
+def count(shape: tuple[int, ...] = SHAPE, dtype: type = np.int16) -> np.ndarray:
+    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+
+
+def refused(path: Path, words: str, read=nifti.read_image) -> None:
+    """Reading fails in one line that names the file and holds the words."""
+    arguments = () if read is nifti.read_geometry else ("a",)
+    with pytest.raises(InputError, match=words) as caught:
+        read(path, *arguments)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert caught.value.remedy
+
+
+# --- orientation
+
+
+def test_the_48_orientations_are_48() -> None:
+    assert len(set(ALL_CODES)) == 48
+
+
+@pytest.mark.parametrize("affine", [*map(affine_of, ALL_CODES), rotation(20) @ IPL, rotation(-35) @ affine_of("LPS")])
+def test_round_trip_of_any_orientation(tmp_path: Path, affine: np.ndarray) -> None:
+    stored = save(tmp_path / "in.nii.gz", count(), affine)
+    volume = nifti.read_image(stored, "a")
+    assert nifti.axis_codes(volume.geometry) == "IPL"
+    assert volume.array.shape == volume.geometry.shape
+    assert volume.array.flags.c_contiguous
+    for index in [(0, 0, 0), (2, 3, 4), (1, 0, 3)]:  # each voxel stays where it is in the patient
+        where = nibabel.load(stored).affine @ [*index, 1]
+        there = np.linalg.solve(volume.geometry.affine, where)[:3]
+        np.testing.assert_allclose(there, there.round(), atol=1e-6)
+        assert volume.array[tuple(there.round().astype(int))] == count()[index]
+
+    nifti.write_image(tmp_path / "out.nii.gz", volume.array, volume.native)
+    before, after = nibabel.load(stored), nibabel.load(tmp_path / "out.nii.gz")
+    assert np.array_equal(after.affine, before.affine)
+    assert np.array_equal(after.dataobj, count())
+
+
+def test_canonical_geometry_by_hand() -> None:
+    # RAS, 2 x 3 x 4 voxels of 1, 2, 5 mm: I is -S, P is -A, L is -R
+    native = Geometry((2, 3, 4), np.diag([1.0, 2, 5, 1]))
+    turned = nifti.canonical_geometry(native)
+    assert turned.shape == (4, 3, 2)
+    assert turned.spacing == (5, 2, 1)
+    np.testing.assert_array_equal(turned.affine, [[0, 0, -1, 1], [0, -2, 0, 4], [-5, 0, 0, 15], [0, 0, 0, 1]])
+
+
+def test_kits_orientation_stays_as_it_is(tmp_path: Path) -> None:
+    volume = nifti.read_image(save(tmp_path / "a.nii.gz", count()), "case_00000")
+    assert volume.case_id == "case_00000"
+    assert volume.geometry.same_as(volume.native, tolerance=0)
+    np.testing.assert_array_equal(volume.array, count())
+    np.testing.assert_allclose(volume.geometry.spacing, (2.5, 0.7, 0.8), rtol=1e-6)
+
+
+def test_an_oblique_lattice_stays_oblique() -> None:
+    native = Geometry(SHAPE, rotation(20) @ IPL)
+    np.testing.assert_array_equal(nifti.canonical_geometry(native).affine, native.affine)
+
+
+def test_turning_refuses_another_shape() -> None:
+    native = Geometry(SHAPE, affine_of("RAS"))
+    with pytest.raises(ValueError, match="native lattice"):
+        nifti.turn_to_canonical(np.zeros((5, 4, 3)), native)
+    with pytest.raises(ValueError, match="lattice of"):
+        nifti.turn_to_native(np.zeros((3, 4, 5)), native)
+
+
+# --- values
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64, ">i2"])
+def test_integers_become_int16(tmp_path: Path, dtype: type) -> None:
+    image = nibabel.Nifti1Image(count(dtype=dtype), IPL, dtype=dtype)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    array = nifti.read_image(tmp_path / "a.nii.gz", "a").array
+    assert array.dtype == np.int16
+    np.testing.assert_array_equal(array, count())
+
+
+def test_integers_beyond_int16_become_float32(tmp_path: Path) -> None:
+    array = nifti.read_image(save(tmp_path / "a.nii.gz", count(dtype=np.int32) + 40000), "a").array
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, count() + 40000.0)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_scaled_integers_become_hu(tmp_path: Path, name: str) -> None:
+    image = nibabel.Nifti1Image(count(), IPL)
+    image.header.set_slope_inter(2, -1024)
+    image.to_filename(tmp_path / name)
+    array = nifti.read_image(tmp_path / name, "a").array
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, count() * 2.0 - 1024)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_floats_are_float32(tmp_path: Path, dtype: type) -> None:
+    array = nifti.read_image(save(tmp_path / "a.nii", count(dtype=dtype) - 0.5), "a").array
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, count() - 0.5)
+
+
+def test_one_volume_in_four_dimensions_is_squeezed(tmp_path: Path) -> None:
+    volume = nifti.read_image(save(tmp_path / "a.nii.gz", count((*SHAPE, 1))), "a")
+    assert volume.native.shape == volume.array.shape == SHAPE
+
+
+def test_labels_stored_as_floats(tmp_path: Path) -> None:
+    labels = (count() % 3).astype(np.float64)
+    volume = nifti.read_labels(save(tmp_path / "a.nii.gz", labels), "a")
+    assert volume.array.dtype == np.uint8
+    np.testing.assert_array_equal(volume.array, labels)
+
+
+def test_labels_that_nibabel_scaled(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image((count() % 3).astype(np.float32), IPL)
+    image.set_data_dtype(np.uint8)
+    image.to_filename(tmp_path / "a.nii.gz")
+    assert nibabel.load(tmp_path / "a.nii.gz").dataobj.slope != 1
+    np.testing.assert_array_equal(nifti.read_labels(tmp_path / "a.nii.gz", "a").array, count() % 3)
+
+
+def test_labels_are_turned(tmp_path: Path) -> None:
+    stored = save(tmp_path / "a.nii.gz", (count() % 3).astype(np.uint8), affine_of("RAS"))
+    array = nifti.read_labels(stored, "a").array
+    np.testing.assert_array_equal(array, (count() % 3)[::-1, ::-1, ::-1].transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (3, np.uint8, "label values 3"),
+        (-1, np.int16, "label values -1"),
+        (256, np.int16, "label values 256"),
+        (1.5, np.float32, "label values 1.5"),
+        (np.nan, np.float32, "label values nan"),
+        (np.inf, np.float32, "label values inf"),
+    ],
+)
+def test_strange_labels_are_named(tmp_path: Path, value: float, dtype: type, words: str) -> None:
+    labels = np.zeros(SHAPE, dtype)
+    labels[1, 2, 3] = value
+    refused(save(tmp_path / "a.nii.gz", labels), words, nifti.read_labels)
+
+
+def test_cysts_belong_to_kits23(tmp_path: Path) -> None:
+    stored = save(tmp_path / "a.nii.gz", (count() % 4).astype(np.uint8))
+    np.testing.assert_array_equal(nifti.read_labels(stored, "a", "kits23").array, count() % 4)
+    refused(stored, "choose the convention kits23", nifti.read_labels)
+
+
+# --- writing
+
+
+def test_labels_come_back_on_the_scans_own_grid(tmp_path: Path) -> None:
+    scan = nifti.read_image(save(tmp_path / "scan.nii.gz", count(), rotation(7) @ affine_of("LAS")), "a")
+    labels = (scan.array % 3).astype(np.uint8)
+    nifti.write_labels(tmp_path / "new" / "out.nii.gz", labels, scan.native)
+    source, written = nibabel.load(tmp_path / "scan.nii.gz"), nibabel.load(tmp_path / "new" / "out.nii.gz")
+    assert written.shape == source.shape
+    assert np.array_equal(written.affine, source.affine)
+    assert written.get_data_dtype() == np.uint8
+    assert np.array_equal(written.dataobj, np.asarray(source.dataobj) % 3)
+    assert (written.header["sform_code"], written.header["qform_code"]) == (1, 1)
+    np.testing.assert_allclose(written.get_qform(), source.affine, atol=1e-4)
+    np.testing.assert_array_equal(nifti.read_labels(tmp_path / "new" / "out.nii.gz", "a").array, labels)
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["out.nii.gz"]
+
+
+def test_a_file_with_a_qform_alone(tmp_path: Path) -> None:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(SHAPE)
+    header.set_data_dtype(np.int16)
+    header.set_qform(rotation(12) @ IPL, code=1)
+    nibabel.save(nibabel.Nifti1Image(count(), None, header), tmp_path / "a.nii.gz")
+    volume = nifti.read_image(tmp_path / "a.nii.gz", "a")
+    nifti.write_image(tmp_path / "b.nii.gz", volume.array, volume.native)
+    again = nifti.read_image(tmp_path / "b.nii.gz", "a")
+    assert again.native.same_as(volume.native, tolerance=1e-4)  # a quaternion has no exact matrix in float32
+    np.testing.assert_array_equal(again.array, volume.array)
+
+
+def test_writing_refuses_other_types(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="uint8 is written, not int16"):
+        nifti.write_labels(tmp_path / "a.nii.gz", count(), Geometry(SHAPE, IPL))
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="can't be written"):
+        nifti.write_labels(tmp_path / "file" / "a.nii.gz", np.zeros(SHAPE, np.uint8), Geometry(SHAPE, IPL))
+    (tmp_path / "a.nii.gz").mkdir()  # the last step, renaming, fails
+    with pytest.raises(InputError, match="can't be written"):
+        nifti.write_labels(tmp_path / "a.nii.gz", np.zeros(SHAPE, np.uint8), Geometry(SHAPE, IPL))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.nii.gz", "file"]
+
+
+def test_phantoms_are_marked(tmp_path: Path) -> None:
+    native = Geometry(SHAPE, IPL)
+    nifti.write_image(tmp_path / "a.nii.gz", count(), native, nifti.PHANTOM_MARK)
+    nifti.write_image(tmp_path / "b.nii.gz", count(), native)
+    assert nifti.is_phantom(tmp_path / "a.nii.gz")
+    assert not nifti.is_phantom(tmp_path / "b.nii.gz")
+
+
+def test_orientation_that_no_header_tells(tmp_path: Path) -> None:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(SHAPE)
+    nibabel.save(nibabel.Nifti1Image(count(), None, header), tmp_path / "a.nii.gz")
+    assert not nifti.knows_orientation(tmp_path / "a.nii.gz")
+    assert nifti.knows_orientation(save(tmp_path / "b.nii.gz", count()))
+
+
+def test_digest(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, example B.1
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert nifti.file_digest(tmp_path / "a") == known
+    with pytest.raises(InputError, match="no such file"):
+        nifti.file_digest(tmp_path / "b")
+
+
+# --- what can't be used
+
+READERS = [nifti.read_geometry, nifti.read_image, nifti.read_labels]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_missing_file_and_folder(tmp_path: Path, read) -> None:
+    refused(tmp_path / "a.nii.gz", "no such file", read)
+    (tmp_path / "b.nii.gz").mkdir()
+    refused(tmp_path / "b.nii.gz", "it is a folder", read)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"Dear colleague,\n" * 100, "broken or no NIfTI"),
+        (b"\x1f\x8b\x08\x00", "broken or no NIfTI"),
+    ],
+)
+def test_what_is_no_nifti(tmp_path: Path, read, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, words, read)
+
+
+def test_zipped_text_and_other_suffixes(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(b"Dear colleague,\n" * 100))
+    refused(tmp_path / "a.nii.gz", "broken or no NIfTI")
+    (tmp_path / "a.dcm").write_bytes(b"DICM")
+    refused(tmp_path / "a.dcm", "it is no NIfTI file")
+
+
+def test_a_file_cut_anywhere(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(-1000, 1000, (20, 20, 20)).astype(np.int16)
+    whole = save(tmp_path / "a.nii.gz", noise).read_bytes()
+    plain = save(tmp_path / "a.nii", noise).read_bytes()
+    for share in (0.001, 0.01, 0.1, 0.5, 0.99):
+        for name, content in (("b.nii.gz", whole), ("b.nii", plain)):
+            (tmp_path / name).write_bytes(content[: int(len(content) * share)])
+            refused(tmp_path / name, "broken or no NIfTI|cut short")
+    (tmp_path / "b.nii.gz").write_bytes(whole[:-2])  # all voxels are there, the checksum isn't
+    refused(tmp_path / "b.nii.gz", "broken or no NIfTI")
+
+
+def test_a_flipped_bit(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(-1000, 1000, (20, 20, 20)).astype(np.int16)
+    content = bytearray(save(tmp_path / "a.nii.gz", noise).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    refused(tmp_path / "a.nii.gz", "broken or no NIfTI")
+
+
+def test_any_damaged_header_is_read_or_refused(tmp_path: Path) -> None:
+    content = save(tmp_path / "a.nii", np.zeros(SHAPE, np.int16)).read_bytes()
+    rng = np.random.default_rng(0)
+    refusals = 0
+    for _ in range(500):
+        damaged = bytearray(content)
+        for place in rng.integers(0, 348, 4):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "b.nii").write_bytes(damaged)
+        try:
+            nifti.read_image(tmp_path / "b.nii", "a")
+        except InputError:
+            refusals += 1
+    assert 0 < refusals < 500
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((4, 5), "2 dimensions"), ((3, 4, 5, 2), "4 dimensions"), ((3, 4, 5, 1, 2), "5 dimensions"), ((3, 0, 5), "empty")],
+)
+@pytest.mark.parametrize("read", READERS)
+def test_shapes(tmp_path: Path, shape: tuple[int, ...], words: str, read) -> None:
+    refused(save(tmp_path / "a.nii.gz", np.zeros(shape, np.uint8)), words, read)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    array = count(dtype=np.float32)
+    array[1, 1, 1] = value
+    refused(save(tmp_path / "a.nii.gz", array), "not finite")
+
+
+def test_float64_beyond_float32(tmp_path: Path) -> None:
+    refused(save(tmp_path / "a.nii.gz", count(dtype=np.float64) * 1e300), "not finite")
+
+
+def sheared() -> np.ndarray:
+    affine = IPL.copy()
+    affine[1, 2] = 0.01
+    return affine
+
+
+@pytest.mark.parametrize(
+    ("affine", "words"),
+    [
+        (np.diag([1.0, 1, 0, 1]), "singular"),
+        (np.array([[1.0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), "singular"),
+        (sheared(), "sheared"),
+        (np.diag([0.04, 1.0, 1, 1]), "spacing is 0.04 x 1 x 1 mm"),
+        (np.diag([1.0, 21, 1, 1]), "spacing is 1 x 21 x 1 mm"),
+        (np.diag([1.0, np.nan, 1, 1]), "affine holds values that are not finite"),
+    ],
+)
+@pytest.mark.parametrize("read", READERS)
+def test_lattices(tmp_path: Path, affine: np.ndarray, words: str, read) -> None:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(SHAPE)
+    header["sform_code"] = 1
+    header["srow_x"], header["srow_y"], header["srow_z"] = affine[:3]
+    (tmp_path / "a.nii").write_bytes(header.binaryblock + bytes(4) + count().tobytes(order="F"))
+    refused(tmp_path / "a.nii", words, read)
+
+
+def test_a_little_shear_is_rounding(tmp_path: Path) -> None:
+    affine = IPL.copy()
+    affine[1, 2] = 0.0005
+    assert nifti.read_image(save(tmp_path / "a.nii.gz", count(), affine), "a").array.shape == SHAPE
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, [("R", "u1"), ("G", "u1"), ("B", "u1")]])
+@pytest.mark.parametrize("read", READERS)
+def test_colors_and_complex_numbers(tmp_path: Path, dtype, read) -> None:
+    refused(save(tmp_path / "a.nii.gz", np.zeros(SHAPE, dtype)), "not numbers of HU", read)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [((2000, 2000, 2000), "claims 8000000000 voxels"), ((1000, 1000, 1000), "cut short")]
+)
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_header_that_promises_too_much(tmp_path: Path, shape: tuple[int, ...], words: str, name: str) -> None:
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.int16)
+    header.set_sform(IPL, 1)
+    content = header.binaryblock + bytes(1000)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    refused(tmp_path / name, words)
+
+
+def test_reading_needs_no_torch_nor_scientific_machinery() -> None:
+    heavy = "{'torch', 'scipy.ndimage', 'matplotlib', 'joblib', 'huggingface_hub', 'pooch'}"
+    code = f"import sys, kitseg.volumes.nifti; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,246 @@
+"""Pictures are decoded and looked at pixel by pixel; pages are parsed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from kitseg.report.page import write_study_page
+from kitseg.report.pictures import case_picture, learning_curve
+from kitseg.types import Geometry, Volume
+
+SHAPE = (20, 40, 50)
+SPACING = (5.0, 2.0, 2.0)
+
+
+def scan(hu: NDArray[np.int16], spacing: tuple[float, float, float] = SPACING) -> Volume:
+    affine = np.zeros((4, 4))
+    affine[2, 0], affine[1, 1], affine[0, 2], affine[3, 3] = *(-mm for mm in spacing), 1
+    geometry = Geometry(hu.shape, affine)
+    return Volume(hu, geometry, geometry, "case_00000")
+
+
+def air(shape: tuple[int, int, int] = SHAPE) -> NDArray[np.int16]:
+    return np.full(shape, -1000, np.int16)
+
+
+def pixels(path: Path) -> NDArray[np.int64]:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.array(image.convert("RGB"), np.int64)
+
+
+def panels(rgb: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The planes of a picture, row by row from the left."""
+    found = ndimage.find_objects(ndimage.label(rgb.sum(2) < 740)[0])
+    large = [s for s in found if min(s[0].stop - s[0].start, s[1].stop - s[1].start) > 60]
+    large.sort(key=lambda s: s[0].start + s[0].stop)
+    rows = [sorted(large[n : n + 3], key=lambda s: s[1].start) for n in range(0, len(large), 3)]
+    return [rgb[s][2:-2, 2:-2] for row in rows for s in row]  # without the frame
+
+
+def centre_of(panel: NDArray[np.int64], seen: NDArray[np.bool_]) -> tuple[float, float]:
+    """Mean row and column of the seen pixels, as parts of the panel."""
+    rows, columns = np.nonzero(seen)
+    return float(rows.mean()) / panel.shape[0], float(columns.mean()) / panel.shape[1]
+
+
+def red(panel: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return (panel[..., 0] > panel[..., 1] + 40) & (panel[..., 0] > panel[..., 2] + 40)
+
+
+def green(panel: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return (panel[..., 1] > panel[..., 0] + 40) & (panel[..., 1] > panel[..., 2] + 40)
+
+
+def blue(panel: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return panel[..., 2] > panel[..., 0] + 40
+
+
+def test_labels_are_drawn_where_they_are(tmp_path: Path) -> None:
+    reference = np.zeros(SHAPE, np.uint8)
+    reference[4:12, 20:32, 5:20] = 1
+    reference[6:9, 22:27, 8:13] = 2
+    prediction = np.zeros(SHAPE, np.uint8)
+    prediction[4:12, 20:32, 5:20] = 1
+    path = tmp_path / "case.png"
+    case_picture(path, scan(air()), prediction, reference, r"no $\formula$ in a_title")
+    planes = panels(pixels(path))
+    assert len(planes) == 9
+    for ct, ref, pred in zip(planes[:3], planes[3:6], planes[6:], strict=True):
+        assert not red(ct).sum() + green(ct).sum()
+        assert red(ref).sum() > 50
+        assert green(ref).sum() > 50
+        assert not red(pred)[20:, 20:].any()
+        assert green(pred).sum() > green(ref).sum()
+    tumor = [(24.5, 10.5, 40, 50), (7.5, 10.5, 20, 50), (7.5, 24.5, 20, 40)]
+    for plane, (row, column, rows, columns) in zip(planes[3:6], tumor, strict=True):
+        assert centre_of(plane, red(plane)) == pytest.approx((row / rows, column / columns), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("region", "plane"),
+    [
+        (np.s_[:, :8, :10], 0),  # anterior right
+        (np.s_[:4, :, :10], 1),  # head, right
+        (np.s_[:4, :8, :], 2),  # head, anterior
+    ],
+)
+def test_a_corner_ends_at_the_upper_left(tmp_path: Path, region: tuple[slice, ...], plane: int) -> None:
+    """Patient's right, anterior and head are at the planes' left and top."""
+    hu = air()
+    hu[region] = 100
+    path = tmp_path / "corner.png"
+    case_picture(path, scan(hu), np.zeros(SHAPE, np.uint8))
+    panel = panels(pixels(path))[plane]
+    grey = (panel.min(2) > 120) & (panel.max(2) - panel.min(2) < 5)
+    assert centre_of(panel, grey) == pytest.approx((0.1, 0.1), abs=0.01)
+
+
+def test_lengths_are_true(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.png"
+    case_picture(path, scan(air((12, 40, 60)), (7.5, 2.0, 2.0)), np.zeros((12, 40, 60), np.uint8))
+    planes = panels(pixels(path))[:3]
+    millimetres = [(80, 120), (90, 120), (90, 80)]
+    scale = planes[0].shape[1] / 120
+    for plane, (height, width) in zip(planes, millimetres, strict=True):
+        assert plane.shape[:2] == pytest.approx((height * scale, width * scale), rel=0.03)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (6, 1, 9), (3, 3, 3)])
+def test_thin_and_full_label_maps_are_drawn_without_warning(
+    tmp_path: Path, label: int, shape: tuple[int, int, int]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case_picture(tmp_path / "case.png", scan(air(shape)), np.full(shape, label, np.uint8))
+    assert pixels(tmp_path / "case.png").shape[2] == 3
+
+
+def test_a_refused_picture_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prediction and CT differ in shape"):
+        case_picture(tmp_path / "case.png", scan(air()), np.zeros((2, 2, 2), np.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_learning_curve_shows_what_there_is(tmp_path: Path) -> None:
+    falling = [{"epoch": e, "train/loss": 1.0 / (e + 1)} for e in range(5)]
+    scored = [row | {"val/dice_kidney": 0.9, "val/dice_tumor": 0.5, "val/dice": 0.7} for row in falling]
+    negative = [{"epoch": row["epoch"], "train/loss": -row["train/loss"]} for row in falling]
+    histories = {"empty": [], "loss": falling, "both": scored, "negative": negative}
+    for name, history in histories.items():
+        learning_curve(tmp_path / f"{name}.png", history)
+    both, loss = pixels(tmp_path / "both.png"), pixels(tmp_path / "loss.png")
+    middle = both.shape[1] // 2
+    assert red(both[:, middle:]).any()
+    assert green(both[:, middle:]).any()
+    assert not red(loss[:, middle:]).any()
+    assert not blue(pixels(tmp_path / "empty.png")).any()
+    assert blue(loss).sum() > 400
+    assert blue(pixels(tmp_path / "negative.png")).sum() > 400
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".png"] * 4
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "link", "img"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.text.append(data.strip())
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> tuple[Page, str, bytes]:
+    png = tmp_path / "case.png"
+    learning_curve(png, [])
+    path = tmp_path / "study.html"
+    write_study_page(
+        path,
+        title="Study <of> & more",
+        rows=[{"case": "<script>alert(1)</script>", "kidney": 0.9126, "tumor": 0.5}, {"case": "b", "kidney": 1.0}],
+        mean={"kidney": 0.9563, "tumor": 0.5},
+        pictures={"<script>alert(1)</script>": png},
+        facts={"Command": "kitseg demo <out>"},
+        notes=["Drawn, not scanned."],
+    )
+    html = path.read_text(encoding="utf-8")
+    return Page(html), html, png.read_bytes()
+
+
+def test_page_shows_everything(page: tuple[Page, str, bytes]) -> None:
+    parsed, _, _ = page
+    assert parsed.open == []
+    table = parsed.text[parsed.text.index("Case") : parsed.text.index("Pictures")]
+    name = "<script>alert(1)</script>"
+    assert table == ["Case", "kidney", "tumor", name, "0.913", "0.500", "b", "1.000", "–", "Mean", "0.956", "0.500"]
+    for text in ("Study <of> & more", "For research use only.", "Drawn, not scanned.", "Command", "kitseg demo <out>"):
+        assert text in parsed.text
+    assert any("Not a medical device" in text for text in parsed.text)
+
+
+def test_page_escapes_what_it_is_given(page: tuple[Page, str, bytes]) -> None:
+    parsed, html, _ = page
+    assert "<script" not in html
+    assert not {"script", "of", "out"} & {tag for tag, _ in parsed.tags}
+
+
+def test_page_needs_nothing_else(page: tuple[Page, str, bytes]) -> None:
+    parsed, html, png = page
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "url(" not in html
+    assert "@import" not in html
+    links = [value for _, attributes in parsed.tags for key, value in attributes.items() if key in {"src", "href"}]
+    assert all(link is not None and link.startswith(("data:image/png;base64,", "#")) for link in links)
+    images = [attributes["src"] for tag, attributes in parsed.tags if tag == "img"]
+    assert [base64.b64decode((image or "").split(",")[1]) for image in images] == [png]
+    icon = next(attributes["href"] or "" for tag, attributes in parsed.tags if tag == "link")
+    Image.open(io.BytesIO(base64.b64decode(icon.split(",")[1]))).load()
+
+
+def test_page_links_rows_to_pictures(page: tuple[Page, str, bytes]) -> None:
+    parsed, _, _ = page
+    anchors = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]
+    figures = [attributes["id"] for tag, attributes in parsed.tags if tag == "figure"]
+    assert anchors == [f"#{figure}" for figure in figures] == ["#case-1"]
+
+
+def test_a_missing_picture_leaves_no_page(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        write_study_page(tmp_path / "study.html", "t", [], {}, {"a": tmp_path / "gone.png"}, {}, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "study.html"
+    write_study_page(path, "old", [], {}, {}, {}, [])
+    old = path.read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        write_study_page(path, "no UTF-8 has \udc80", [], {}, {}, {}, [])
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
