@@ -32,7 +32,9 @@ Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Chan
 Jobs = Annotated[int, typer.Option(help="Cases worked on at a time; -1: as many as there are cores.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Model = Annotated[Path | None, typer.Option(help="A run, or one fold of it.")]
-Convention = Annotated[str, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23 (cysts are 3).")]
+Convention = Annotated[
+    str, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23 (cysts are 3).")
+]
 
 
 def main() -> None:
@@ -277,7 +279,9 @@ def evaluate(
     table = Table("case", "kidney", "tumor", "")
     for score in scores:
         note = "missing: counts as background" if score.missing else escape(score.error)
-        table.add_row(score.case, *(screen.cell(score.dice.get(name)) for name in ("kidney", "tumor")), f"[red]{note}[/]")
+        table.add_row(
+            score.case, *(screen.cell(score.dice.get(name)) for name in ("kidney", "tumor")), f"[red]{note}[/]"
+        )
     mean = scoring.mean_dice(scores)
     table.add_section()
     table.add_row("mean", *(screen.cell(mean.get(name)) for name in ("kidney", "tumor")), "")

@@ -112,7 +112,8 @@ def read(path: Path) -> Config:
 
 def dump(config: Config) -> str:
     """A configuration as YAML."""
-    return yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
+    text: str = yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
+    return text
 
 
 def differences(old: Config, new: Config, prefix: str = "") -> list[str]:

@@ -1,4 +1,7 @@
-"""The few central things, as frozen dataclasses. Arrays are (D, H, W): slices, rows, columns, KiTS orientation (I, P, L)."""
+"""The few central things, as frozen dataclasses.
+
+Arrays are (D, H, W): slices, rows, columns in KiTS orientation (I, P, L).
+"""
 
 from __future__ import annotations
 

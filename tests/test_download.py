@@ -156,6 +156,14 @@ def test_a_missing_case_does_not_stop_the_others(server: ThreadingHTTPServer, tm
     assert not (tmp_path / "data" / "case_00000" / "imaging.nii.gz").exists()
 
 
+def test_three_failures_in_a_row_end_it(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+    cases = [2, 0, 3, 4, 5, 1]
+    with pytest.raises(KitsegError, match=r"3 cases in a row failed.*case_00005 couldn't.*Call again to go on"):
+        download_kits19(tmp_path / "data", cases, source=source_of(server))
+    assert label_path(1) not in gets(server)
+    assert (tmp_path / "data" / "case_00000" / "imaging.nii.gz").exists()
+
+
 def test_a_second_call_goes_on(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     image = server.files.pop(image_path(0))
     assert len(download_kits19(tmp_path / "data", [0], source=source_of(server))) == 1

@@ -27,9 +27,20 @@ NEGLIGIBLE = 0.01
 class Predictor(Protocol):
     """A trained stage, its checkpoints averaged."""
 
-    spec: StageSpec
-    intensity: ClipScale
-    region: Region
+    @property
+    def spec(self) -> StageSpec:
+        """What the stage is."""
+        ...
+
+    @property
+    def intensity(self) -> ClipScale:
+        """From HU to what its network sees."""
+        ...
+
+    @property
+    def region(self) -> Region:
+        """Where on its grid it works."""
+        ...
 
     def predict(self, image: Tensor, head: str) -> Tensor:
         """(K, D, H, W) float32 probabilities of a region (1, D, H, W), on the CPU."""
@@ -85,7 +96,9 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
     """The named channels on the scan's own grid, in the smallest box outside which foreground is negligible (< 1 %).
 
     Args:
-        outputs: by ``stage.head``. channels: where each channel of the result comes from.
+        outputs: by ``stage.head``.
+        channels: where each channel of the result comes from.
+        scan: the scan.
     """
     parts: dict[str, tuple[NDArray[np.float16], Box]] = {}
     for key, output in outputs.items():
@@ -99,8 +112,8 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
     for row, (name, source) in zip(array, channels.items(), strict=True):
         row[...] = name == "background"
         if (key := f"{source.stage}.{source.head}") in parts:
-            values, part = parts[key]
-            row[part.moved(box.start).slices] = values[outputs[key].channels.index(source.channel)]
+            found, part = parts[key]
+            row[part.moved(box.start).slices] = found[outputs[key].channels.index(source.channel)]
     return Probabilities(array, tuple(channels), box, scan.geometry, scan.native, scan.case_id)
 
 

@@ -67,7 +67,8 @@ class FixedAroundForeground:
             return None
         size = self.size(grid)
         middle = [
-            (a + b) / 2 * n / m for a, b, n, m in zip(found.start, found.stop, grid.shape, guide_grid.shape, strict=True)
+            (a + b) / 2 * n / m
+            for a, b, n, m in zip(found.start, found.stop, grid.shape, guide_grid.shape, strict=True)
         ]
         z, y, x = (_start(c, k, n) for c, k, n in zip(middle, size, grid.shape, strict=True))
         return Box((z, y, x), (z + size[0], y + size[1], x + size[2]))

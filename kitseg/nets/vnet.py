@@ -42,7 +42,10 @@ class InputStage(nn.Module):
 
 
 class DownStage(nn.Module):
-    """Halve the grid, double the channels, ``convs`` residual convolutions: (N, C, D, H, W) -> (N, 2C, D/2, H/2, W/2)."""
+    """Halve the grid, double the channels, then ``convs`` residual convolutions.
+
+    (N, C, D, H, W) -> (N, 2C, D/2, H/2, W/2).
+    """
 
     def __init__(self, channels_in: int, convs: int, dropout: float) -> None:
         super().__init__()
@@ -120,8 +123,7 @@ class VNet(nn.Module):
             UpStage(a, b, n, p) for a, b, n, p in zip(inputs_up, widths_up, up, reversed(drops), strict=True)
         )
         self.head = nn.Sequential(
-            nn.Conv3d(2 * width, classes, kernel_size=5, padding=2),
-            nn.InstanceNorm3d(classes, affine=True),
+            nn.Conv3d(2 * width, classes, kernel_size=5, padding=2),  # no norm here: see docs/methods/two-phase.md
             nn.PReLU(classes),
             nn.Conv3d(classes, classes, kernel_size=1),
         )

@@ -47,7 +47,8 @@ class Normalize:
 
     def __call__(self, patch: tio.Subject) -> tio.Subject:
         """The patch with scaled intensities."""
-        patch["image"].set_data(self.intensity(patch["image"].data))
+        image = patch.get_image("image")
+        image.set_data(self.intensity(image.data))
         return patch
 
 
@@ -145,7 +146,9 @@ class StageData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Patches go to the device at once, whole cases window by window."""
-        return batch if isinstance(batch, WholeCase) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if isinstance(batch, WholeCase):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _share(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

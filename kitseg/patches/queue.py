@@ -16,7 +16,7 @@ from kitseg.patches.subjects import CaseSubjects
 Address = tuple[int, int]
 
 
-class PatchQueue(tio.Queue):  # type: ignore[misc]
+class PatchQueue(tio.Queue):
     """A queue whose patches are looked up by (epoch, index) instead of popped.
 
     TorchIO's queue ignores the index and keeps state, because filling it means loading volumes. Mapped volumes cost
@@ -39,19 +39,19 @@ class PatchQueue(tio.Queue):  # type: ignore[misc]
         super().__init__(
             subjects, samples_per_case, samples_per_case, sampler, shuffle_subjects=False, start_background=False
         )
-        self.transform, self.seed = transform, seed
+        self.cases, self.transform, self.seed = subjects, transform, seed
 
     def __len__(self) -> int:
         """Patches per epoch."""
-        return len(self.subjects_dataset.folders) * int(self.samples_per_volume)
+        return len(self.cases.folders) * self.samples_per_volume
 
     def __getitem__(self, address: Address) -> tio.Subject:
         """The patch at (epoch, index)."""
         epoch, index = address
         with seeded(self.seed, epoch):
-            order = torch.randperm(len(self.subjects_dataset.folders)).tolist()
+            order = torch.randperm(len(self.cases.folders)).tolist()
         with seeded(self.seed, epoch, index):
-            subject = self.subjects_dataset[order[index % len(order)]]
+            subject = self.cases[order[index % len(order)]]
             patch: tio.Subject = self.transform(next(self.sampler(subject, 1)))
         return patch
 

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 
 import torch
 import torchio as tio
+from torch import Tensor
 from torchio.data.sampler.sampler import RandomSampler
 
 from kitseg.links.crop import crop
@@ -14,7 +15,7 @@ from kitseg.patches.subjects import region_of
 from kitseg.types import Box, Triple
 
 
-class PaddedSampler(RandomSampler):  # type: ignore[misc]
+class PaddedSampler(RandomSampler):
     """Draws boxes with TorchIO's generator; subclasses say where."""
 
     def size(self, region: Triple) -> Triple:
@@ -42,7 +43,8 @@ class ForegroundSampler(PaddedSampler):
     """
 
     def __init__(self, patch_size: Sequence[int], foreground: float) -> None:
-        super().__init__(tuple(patch_size))
+        z, y, x = patch_size
+        super().__init__((z, y, x))
         self.foreground = foreground
 
     def size(self, region: Triple) -> Triple:
@@ -66,7 +68,7 @@ class ForegroundSampler(PaddedSampler):
         return _box(start, self.patch_size.tolist())
 
     def _foreground_voxel(self, subject: tio.Subject) -> list[int] | None:
-        rows = subject["foreground"]
+        rows: Tensor = subject.foreground
         labels = rows[:, 0].unique()
         if not len(labels):
             return None
@@ -95,7 +97,7 @@ class RegionSampler(PaddedSampler):
 
 def patch_of(subject: tio.Subject, box: Box) -> tio.Subject:
     """The contents of ``box``: ``image`` in HU (float32) padded with air, ``label`` padded with background."""
-    image, label = subject["image"], subject["label"]
+    image, label = subject.get_image("image"), subject.get_image("label")
     affine = image.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ box.start
     hu = crop(image.data[0].numpy(), box, AIR).astype("float32")

@@ -14,7 +14,7 @@ from kitseg.types import Box
 from kitseg.volumes.store import StoredCase, open_case
 
 
-class CaseSubjects(tio.SubjectsDataset):  # type: ignore[misc]
+class CaseSubjects(tio.SubjectsDataset):
     """Subjects of stored cases, opened when asked for, their voxels left on disk.
 
     Args:
@@ -24,7 +24,7 @@ class CaseSubjects(tio.SubjectsDataset):  # type: ignore[misc]
 
     def __init__(self, folders: Sequence[Path], regions: Sequence[Box]) -> None:
         self.folders, self.regions = list(folders), list(regions)
-        super().__init__(self.folders, load_getitem=False)
+        super().__init__(self.folders, load_getitem=False)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tio.Subject:
         """The subject with ``image`` (HU), ``label``, ``foreground`` coordinates and ``region``."""

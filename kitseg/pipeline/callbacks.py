@@ -17,8 +17,10 @@ CURVE_EVERY = 10.0  # seconds
 
 
 class History(pl.Callback):
-    """One row an epoch into ``history.csv`` and ``curves.png``; travels in the checkpoint, so that a resumed
-    training continues it."""
+    """One row an epoch into ``history.csv`` and ``curves.png``.
+
+    Travels in the checkpoint, so that a resumed training continues it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rows, self.drawn = folder, list[dict[str, float]](), 0.0
@@ -69,9 +71,14 @@ class EpochBar(pl.Callback):
 
     def __init__(self, title: str) -> None:
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total:.0f} epochs"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[state]}"),
-        )  # fmt: skip
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.1f}/{task.total:.0f} epochs"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+        )
         self.title = title
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

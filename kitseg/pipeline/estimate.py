@@ -28,7 +28,7 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, .
     """
     speed = _flops_per_second(plan.machine)
     sizes = {spec.name: _size(spec, example) for spec in plan.method.stages.values()}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for unit in units(plan.method, plan.part, stage):
         spec, part = plan.method.stages[unit.stage], unit.part(plan)
         patch, parameters, flops = sizes[unit.stage]
@@ -37,7 +37,9 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, .
         hours = spec.epochs * steps * batch * flops * FORWARD_AND_BACKWARD / speed / plan.machine.world / 3600
         grid, voxels = (" × ".join(f"{value:.4g}" for value in values) for values in (spec.spacing, patch))
         cases = f"{len(part.train)} + {len(part.val)} val"
-        rows.append((str(unit), grid, cases, str(batch), voxels, f"{spec.epochs} × {steps}", f"{parameters / 1e6:.2f} M", _in_words(hours)))  # noqa: E501
+        steps_in_words = f"{spec.epochs} × {steps}"
+        size = f"{parameters / 1e6:.2f} M"
+        rows.append((str(unit), grid, cases, str(batch), voxels, steps_in_words, size, _in_words(hours)))
     return rows
 
 

@@ -32,13 +32,14 @@ class TrainedStage:
     region: Any
     checkpoints: tuple[Path, ...]
 
+    @torch.inference_mode()
     def predict(self, image: Tensor, head: str) -> Tensor:
         """The mean over the checkpoints of (K, D, H, W) probabilities for a region (1, D, H, W)."""
         total: Tensor | None = None
         number = self.spec.heads.index(head)
         for path in self.checkpoints:
             load_weights(self.module, path)
-            with torch.inference_mode(), _autocast(self.module.device, self.spec.precision):
+            with _autocast(self.module.device, self.spec.precision):
                 values = self.module.window(lambda x: self.module.probabilities(x, number), image)
             total = values if total is None else total.add_(values)
         if total is None:
@@ -83,7 +84,8 @@ def open_model(path: Path, device: str, last_stage: str | None = None) -> Model:
     """Open a run (its finished folds) or one fold for prediction.
 
     Args:
-        path: a run's folder or a fold's. device: ``auto``, ``cpu`` or ``cuda``.
+        path: a run's folder or a fold's.
+        device: ``auto``, ``cpu`` or ``cuda``.
         last_stage: the last stage needed; all of the method's where it is None.
 
     Raises:

@@ -67,8 +67,7 @@ def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) 
 def infer(model: Model, stage: str | None, scans: Sequence[Case], to: Path, on_done: OnDone) -> list[Outcome]:
     """Probabilities of each scan into a folder: the model's checkpoints and folds averaged.
 
-    Args:
-        stage: ``stage[.head]`` whose own output is wanted; the method's output where it is None.
+    ``stage`` is the ``stage[.head]`` whose own output is wanted; the method's output where it is None.
     """
     channels = output_channels(model.method, stage)
     write_manifest(to, _manifest(model, stage, channels))
@@ -98,7 +97,10 @@ def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done
     manifests = [read_manifest(folder) for folder in folders]
     if any(manifest["channels"] != manifests[0]["channels"] for manifest in manifests):
         raise UsageError("the folders hold different channels: " + ", ".join(str(m["channels"]) for m in manifests))
-    members = [{"folder": str(f), "weight": w, "model": m["model"]} for f, w, m in zip(folders, weights, manifests, strict=True)]
+    members = [
+        {"folder": str(f), "weight": w, "model": m["model"]}
+        for f, w, m in zip(folders, weights, manifests, strict=True)
+    ]
     write_manifest(to, {**manifests[0], "members": members})
 
     def work(case: str) -> Outcome:
@@ -161,8 +163,10 @@ def predict(
     """``kitseg predict`` from Python.
 
     Args:
-        scans: NIfTI files or folders. model: a run or a fold; the only finished run under ``runs/`` where it is None.
-        output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``. device: auto, cpu or cuda.
+        scans: NIfTI files or folders.
+        model: a run or a fold; the only finished run under ``runs/`` where it is None.
+        output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``.
+        device: auto, cpu or cuda.
 
     Returns:
         One outcome a scan, with the label file, the volumes in ml, or the error in words.
@@ -184,7 +188,11 @@ def choose_run(runs: Path) -> Run:
         return real[0]
     if real:
         raise UsageError("several runs are finished; pick one with --model: " + ", ".join(str(r.path) for r in real))
-    hint = f" ({', '.join(str(run.path) for run in finished)} learned from phantoms: name it with --model)" if finished else ""
+    hint = (
+        f" ({', '.join(str(run.path) for run in finished)} learned from phantoms: name it with --model)"
+        if finished
+        else ""
+    )
     raise UsageError(f"{runs} holds no finished run{hint}; train one with `kitseg train`, or give --model")
 
 
@@ -218,7 +226,12 @@ def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Any]) -> N
 
 def versions() -> dict[str, str]:
     """What computed this."""
-    return {"kitseg": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {
+        "kitseg": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _manifest(model: Model, stage: str | None, channels: Mapping[str, Source]) -> dict[str, Any]:
@@ -236,7 +249,9 @@ def _write_labels(to: Path, case: str, labels: NDArray[np.uint8], probabilities:
     path = to / f"{case}.nii.gz"
     write_labels(path, labels, probabilities.native)
     ml = probabilities.geometry.voxel_ml
-    volumes = {name: round(int((labels == value).sum()) * ml, 3) for name, value in (("kidney", KIDNEY), ("tumor", TUMOR))}
+    volumes = {
+        name: round(int((labels == value).sum()) * ml, 3) for name, value in (("kidney", KIDNEY), ("tumor", TUMOR))
+    }
     return Outcome(case, note=_nothing(probabilities), result=path, volumes_ml=volumes)
 
 
@@ -251,4 +266,3 @@ def _timed(outcome: Outcome, seconds: float) -> Outcome:
 def _is_finished(run: Run) -> bool:
     last = list(config.method_of(config.read(run.config)).stages)[-1]
     return bool(run.folds(last))
-

@@ -219,8 +219,11 @@ def fit_unit(plan: Plan, unit: Unit) -> None:
 
 
 def _start_ranks(plan: Plan, unit: Unit, number: int) -> None:
-    """One fit a process: Lightning starts the other ranks from this command; under torchrun each rank does this,
-    and each unit meets at a port of its own."""
+    """Start a process for this fit: one fit a process.
+
+    Lightning starts the other ranks from this command; under torchrun each rank does this, and each unit meets at a
+    port of its own.
+    """
     environment = dict(os.environ)
     if "MASTER_PORT" in environment:
         port = int(environment["MASTER_PORT"]) + 1 + number
@@ -254,9 +257,12 @@ def _prepare(plan: Plan, unit: Unit) -> None:
 
 
 def _regions(plan: Plan, spec: StageSpec, cases: Iterable[str], side: str) -> dict[str, Box | None]:
-    """The boxes of a stage's cases: for validation from the earlier stage's own predictions; for training from
-    predictions of its inner folds, or from the labels, which also stand in where the earlier stage found nothing.
-    A training case without any foreground has no region to learn from and is left out."""
+    """The boxes of a stage's cases.
+
+    For validation from the earlier stage's own predictions; for training from predictions of its inner folds, or from
+    the labels, which also stand in where the earlier stage found nothing.
+    A training case without any foreground has no region to learn from and is left out.
+    """
     region = config.build(spec.parts["region"])
     if not spec.inputs:
         return {case: region(_open(plan, spec, case).grid, None, None) for case in cases}

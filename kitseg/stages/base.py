@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -17,6 +16,9 @@ from kitseg.inference.windows import Window
 from kitseg.links.crop import paste
 from kitseg.patches.datamodule import WholeCase
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeScheduler = Callable[..., torch.optim.lr_scheduler.LRScheduler]
@@ -96,5 +98,3 @@ def _of_all_ranks(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, fl
     dist.all_gather_object(gathered, scores)
     merged = {case: score for part in gathered for case, score in (part or {}).items()}
     return {case: merged[case] for case in sorted(merged)}
-
-

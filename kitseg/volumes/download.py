@@ -20,6 +20,7 @@ from kitseg.volumes.kits import IMAGE, LABEL, case_name
 
 CASES, LABELLED_CASES = 300, 210
 CLINICAL = "kits.json"
+GIVE_UP = 3  # cases in a row that fail: the network is gone
 _STAGING = ".download"
 
 
@@ -63,11 +64,13 @@ def download_kits19(
 ) -> list[KitsegError]:
     """Fetch cases into ``to`` in the KiTS layout, with ``kits.json``; returns one error for each that failed.
 
-    A case that fails doesn't stop the others. Files are written aside and then renamed; those that are there are
-    skipped. Cases from 210 on have no labels. ``progress`` hears the name of each case that was dealt with.
+    A case that fails doesn't stop the others, three in a row do. Files are written aside and then renamed; those that
+    are there are skipped. Cases from 210 on have no labels. ``progress`` hears the name of each case that was dealt
+    with.
 
     Raises:
         InputError: the folder can't be made.
+        KitsegError: three cases in a row failed.
     """
     staging = to / _STAGING
     try:
@@ -75,9 +78,14 @@ def download_kits19(
     except OSError as error:
         raise InputError(to, f"the folder can't be made ({error.strerror})", "Choose another one") from error
     failures = _attempt(CLINICAL, partial(_fetch_clinical, to, source))
+    in_a_row = 0
     for number in cases:
         name = case_name(number)
-        failures += _attempt(name, partial(_fetch_case, to, number, source))
+        failed = _attempt(name, partial(_fetch_case, to, number, source))
+        failures += failed
+        in_a_row = in_a_row + 1 if failed else 0
+        if in_a_row == GIVE_UP:
+            raise KitsegError(f"{GIVE_UP} cases in a row failed, so the rest wasn't tried. The last: {failed[0]}")
         if progress:
             progress(name)
     if not failures:

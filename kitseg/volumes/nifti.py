@@ -93,10 +93,10 @@ def read_image(path: Path, case_id: str) -> Volume:
     return Volume(array, canonical_geometry(native), native, case_id)
 
 
-def read_labels(path: Path, case_id: str, convention: str = "kits19") -> Volume:
+def read_labels(path: Path, case_id: str, convention: str | None = "kits19") -> Volume:
     """A label map as (D, H, W) uint8 in orientation (I, P, L).
 
-    Integers that are stored as floats are accepted.
+    Integers that are stored as floats are accepted. With no convention, any of 0 to 255 is.
 
     Raises:
         InputError: see ``read_image``; also for values that the convention doesn't know.
@@ -105,7 +105,7 @@ def read_labels(path: Path, case_id: str, convention: str = "kits19") -> Volume:
     image = _open(path)
     native = _geometry(path, image)
     stored, slope, offset = _stored(path, image, native)
-    known = list(CONVENTIONS[convention])
+    known = list(CONVENTIONS[convention]) if convention else list(range(256))
     array = np.empty(native.shape, np.uint8, order="F")
     strange: set[float] = set()
     for plane in range(native.shape[2]):
@@ -116,7 +116,7 @@ def read_labels(path: Path, case_id: str, convention: str = "kits19") -> Volume:
         strange.update(np.unique(values[~good])[:5].tolist())
         array[..., plane] = np.where(good, whole, 0)
     if strange:
-        raise InputError(path, *_strange_labels(strange, convention))
+        raise InputError(path, *_strange_labels(strange, convention or "kits19"))
     labels = np.ascontiguousarray(turn_to_canonical(array, native))
     return Volume(labels, canonical_geometry(native), native, case_id)
 

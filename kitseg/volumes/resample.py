@@ -46,11 +46,7 @@ def box_on(box: Box, source: Triple, target: Triple) -> Box:
 
     A voxel whose centre lies on the border between two boxes belongs to the later one.
     """
-    start, stop = (
-        tuple(int(np.ceil(p * m / n - 0.5)) for p, n, m in zip(side, source, target, strict=True))
-        for side in (box.start, box.stop)
-    )
-    return Box(start, stop).clip(target)
+    return Box(_first_centres(box.start, source, target), _first_centres(box.stop, source, target)).clip(target)
 
 
 def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple) -> tuple[NDArray[np.float16], Box]:
@@ -59,7 +55,8 @@ def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple) -> tup
     Args:
         values: (K, d, h, w), the contents of ``box``.
         box: a box on the grid; it may reach outside.
-        grid, scan: the shapes of the two lattices, which cover the same extent.
+        grid: the shape of the grid.
+        scan: the shape of the scan's lattice, over the same extent.
 
     Returns:
         (K, D, H, W) float16, interpolated trilinearly with edges held, and the box of the scan that they fill: the
@@ -93,6 +90,12 @@ def sample_linear(
         slab = np.tensordot(_weights(part - low, len(source)), source, axes=1)
         out[first : first + SLAB] = np.matmul(np.matmul(rows, slab), columns)
     return out
+
+
+def _first_centres(border: Triple, source: Triple, target: Triple) -> Triple:
+    """On each axis, the first voxel of ``target`` whose centre isn't before a border given in voxels of ``source``."""
+    z, y, x = (int(np.ceil(p * m / n - 0.5)) for p, n, m in zip(border, source, target, strict=True))
+    return z, y, x
 
 
 def _centres(voxels: range, there: int, here: int) -> Coordinates:

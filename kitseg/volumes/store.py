@@ -118,10 +118,10 @@ def _foreground(label: NDArray[np.uint8]) -> NDArray[np.int32]:
     return np.concatenate(rows).astype(np.int32)
 
 
-def _sources(case: Case, digest: bool) -> dict[str, dict[str, Any]]:
+def _sources(case: Case, digest: bool) -> dict[str, dict[str, int | str]]:
     """Size, time and, where asked, hash of the files of a case."""
     files = {"image": case.image, "label": case.label}
-    found = {}
+    found: dict[str, dict[str, int | str]] = {}
     for role, path in files.items():
         if path is not None:
             state = path.stat()
