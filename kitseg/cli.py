@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from kitseg import __version__, screen
 from kitseg.errors import KitsegError, UsageError
@@ -113,7 +112,7 @@ def check(
     _known_convention(convention)
     with screen.bar("check", len(list_cases(data))) as step:
         reports = check_folder(data, convention, jobs, lambda *_: step())
-    table = Table("case", "shape", "spacing (mm)", "axes", "HU", "kidney (ml)", "tumor (ml)", "")
+    table = screen.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney (ml)", "tumor (ml)", "")
     for r in reports:
         state = "[green]ok[/]" if r.ok else "[red]" + escape("; ".join(r.problems)) + "[/]"
         cells = (r.shape, r.spacing, r.orientation, r.hu_range, r.kidney_ml, r.tumor_ml)
@@ -276,7 +275,7 @@ def evaluate(
     _known_convention(convention)
     required = scoring.required_cases(cases, split)
     scores = scoring.evaluate(predictions, references, convention, required)
-    table = Table("case", "kidney", "tumor", "")
+    table = screen.table("case", "kidney", "tumor", "")
     for score in scores:
         note = "missing: counts as background" if score.missing else escape(score.error)
         table.add_row(
@@ -296,7 +295,7 @@ def methods() -> None:
     """What there is: each method's stages, paper and published Dice."""
     from kitseg import config
 
-    table = Table("method", "stages", "paper", "published Dice")
+    table = screen.table("method", "stages", "paper", "published Dice")
     for name in config.names("method"):
         method = config.method_of(config.compose(name, "paper"))
         dice = ", ".join(f"{key} {value}" for key, value in method.published.items())
@@ -367,7 +366,7 @@ def _show_plan(plan: Any, cases: Sequence[Any], stage: str | None) -> None:
     """The trainings that a plan holds, with their size and an estimate of their time."""
     from kitseg.pipeline.estimate import estimates
 
-    table = Table("training", "grid (mm)", "cases", "batch", "patch", "epochs × steps", "parameters", "estimate")
+    table = screen.table("training", "grid (mm)", "cases", "batch", "patch", "epochs × steps", "parameters", "estimate")
     for row in estimates(plan, cases[0], stage):
         table.add_row(*row)
     screen.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {plan.machine.describe()}")

@@ -80,12 +80,15 @@ def compose(method: str, size: str, overrides: Sequence[str] = ()) -> Config:
     for kind, name in (("method", method), ("size", size)):
         if name not in names(kind):
             raise UsageError(f"there is no {kind} '{name}'; there are {', '.join(names(kind))}")
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"--set {override}: write it as KEY=VALUE")
     try:
         with initialize_config_module("kitseg.conf", version_base="1.3"):
             config = hydra_compose("kitseg", [f"method={method}", f"size={size}", *overrides])
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(_explain(str(error), method, size, overrides)) from error
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
@@ -103,8 +106,9 @@ def read(path: Path) -> Config:
     """
     try:
         config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(path, f"can't be read ({error})", "Train again, or restore the file.") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(path, f"can't be read ({reason})", "Train again, or restore the file.") from error
     if not isinstance(config, dict):
         raise InputError(path, "holds no configuration", "Train again, or restore the file.")
     return config
@@ -176,6 +180,21 @@ def build(spec: Any, **more: Any) -> Any:
         raise UsageError(" ".join(str(error).split())) from error
 
 
+def _explain(message: str, method: str, size: str, overrides: Sequence[str]) -> str:
+    """Hydra's message in a line; where a key isn't there, with the keys that are."""
+    for key in (override.partition("=")[0] for override in overrides):
+        if f"'{key}'" in message:
+            there: Any = compose(method, size)
+            known = []
+            for part in key.split("."):
+                known = list(there) if isinstance(there, dict) else []
+                if part not in known:
+                    break
+                there = there[part]
+            return f"--set {key}: there is no such key; there are {', '.join(known)}"
+    return f"--set {' '.join(overrides)}: {' '.join(message.split())}"
+
+
 def _targets(spec: Any) -> list[str]:
     if isinstance(spec, Mapping):
         found = [str(spec["_target_"])] if "_target_" in spec else []
@@ -195,13 +214,20 @@ def _stage(name: str, config: Config) -> StageSpec:
         spacing=(z, y, x),
         heads=tuple(config["heads"]),
         channels=tuple(config["channels"]),
-        samples_per_case=config["samples_per_case"],
-        batch=config["batch"],
-        epochs=config["epochs"],
-        validate_every=config["validate_every"],
+        samples_per_case=_count(config, name, "samples_per_case"),
+        batch=_count(config, name, "batch"),
+        epochs=_count(config, name, "epochs"),
+        validate_every=_count(config, name, "validate_every"),
         precision=config["precision"],
         parts=parts,
     )
+
+
+def _count(config: Config, stage: str, key: str) -> int:
+    value = config[key]
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"stages.{stage}.{key} is {value!r}; it must be a whole number from 1 on")
+    return value
 
 
 def _known(known: Any, name: str, kind: str) -> Any:

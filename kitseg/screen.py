@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-out = Console()
+WIDTH_IN_A_FILE = 120
+out = Console(width=None if Console().is_terminal else WIDTH_IN_A_FILE)
 err = Console(stderr=True)
-
-
-class Shown(Protocol):
-    """An outcome that can be told in a line."""
-
-    @property
-    def case(self) -> str:
-        """The case."""
-        ...
-
-    @property
-    def error(self) -> str:
-        """Why there is no result."""
-        ...
 
 
 def say(text: str) -> None:
@@ -36,6 +25,14 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """One line on the error stream."""
     err.print(f"[red]✗[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def table(*columns: str) -> Table:
+    """An empty table whose first column is never cut."""
+    made = Table(box=SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        made.add_column(column, no_wrap=number == 0)
+    return made
 
 
 @contextmanager

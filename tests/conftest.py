@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: workers share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: the tests share the cores
+
+#: A network that trains in seconds: the two-phase method on very coarse grids.
+SMALLEST = (
+    "--method=two-phase",
+    "--size=tiny",
+    "--set=size.slice_factor=4",
+    "--set=size.inplane_factor=8",
+    "--set=size.width=4",
+    "--set=size.epochs=4",
+    "--set=size.validate_every=2",
+    "--set=size.coarse_samples=8",
+    "--set=size.fine_samples=4",
+    "--set=size.learning_rate=3e-3",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended and what it printed."""
+
+    code: int
+    text: str
+
+
+def kitseg(cwd: Path, *arguments: str) -> Result:
+    """Run the command line in this process, in a folder."""
+    from kitseg.cli import main
+
+    printed, code = io.StringIO(), 0
+    old = sys.argv
+    sys.argv = ["kitseg", *arguments]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = old
+    return Result(code, printed.getvalue())
+
+
+def kitseg_process(cwd: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "kitseg", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +73,21 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist (set KITSEG_SHARED to the folder that holds it)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with six labelled phantoms in ``data`` and two more in ``test``."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    for name, count, seed in (("data", 6, 0), ("test", 2, 1)):
+        made = kitseg(folder, "phantom", name, f"--cases={count}", f"--seed={seed}", "--matrix=64", "--jobs=1")
+        assert made.code == 0, made.text
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(phantoms: Path) -> Path:
+    """The same folder with a finished run, ``runs/two-phase-tiny``; tests of one xdist group share it."""
+    done = kitseg(phantoms, "train", *SMALLEST, "--jobs=1")
+    assert done.code == 0, done.text
+    return phantoms

@@ -69,7 +69,7 @@ class ForegroundSampler(PaddedSampler):
 
     def _foreground_voxel(self, subject: tio.Subject) -> list[int] | None:
         rows: Tensor = subject.foreground
-        labels = rows[:, 0].unique()
+        labels = torch.unique(rows[:, 0])
         if not len(labels):
             return None
         rows = rows[rows[:, 0] == labels[_integer(len(labels))]]

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kitseg import screen
 from kitseg.files import aside
 from kitseg.report.pictures import learning_curve
 
@@ -72,12 +73,13 @@ class EpochBar(pl.Callback):
     def __init__(self, title: str) -> None:
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TextColumn("{task.completed:.1f}/{task.total:.0f} epochs"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[state]}"),
+            console=screen.out,
         )
         self.title = title
 

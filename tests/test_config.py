@@ -1,0 +1,325 @@
+"""A run as data: the paper's values, what a user may change, and what may be built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kitseg import config
+from kitseg.config import Source
+from kitseg.errors import InputError, UsageError
+from kitseg.links.intensity import ClipScale
+from kitseg.links.regions import FixedAroundForeground
+from kitseg.nets.vnet import VNet
+
+EVERY = [(method, size) for method in config.names("method") for size in config.names("size")]
+
+
+def stage(name: str, *overrides: str, size: str = "paper") -> config.StageSpec:
+    return config.method_of(config.compose("two-phase", size, overrides)).stages[name]
+
+
+def problem(*overrides: str) -> str:
+    """What a user is told about ``--set`` with these overrides."""
+    with pytest.raises(UsageError) as error:
+        config.method_of(config.compose("two-phase", "paper", overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- the paper's values ----------------------------------------------------------------------------------------------
+
+
+def test_what_there_is() -> None:
+    assert "two-phase" in config.names("method")
+    assert config.names("size") == ["paper", "small", "tiny"]
+
+
+def test_the_whole_run() -> None:
+    run = config.compose("two-phase", "paper")
+    assert {k: run[k] for k in ("seed", "folds", "keep_best", "convention", "chain")} == {
+        "seed": 0, "folds": 5, "keep_best": 5, "convention": "kits19", "chain": ["coarse", "fine"],
+    }  # fmt: skip
+    assert run["published"] == {"kidney": 0.968, "tumor": 0.75}
+    built = [config.build(step) for step in run["postprocess"]]
+    assert [(type(step).__name__, vars(step)) for step in built] == [
+        ("KeepKidneys", {"most": 2, "min_ratio": 0.05, "min_ml": 20}),
+        ("RemoveLowHuTumors", {"threshold": 10}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "samples"),
+    [("coarse", (3, 1.56324994, 1.56324994), 4), ("fine", (3, 0.78162497, 0.78162497), 1)],
+)
+def test_the_papers_stages(name: str, spacing: tuple[float, float, float], samples: int) -> None:
+    spec = stage(name)
+    assert (spec.epochs, spec.batch, spec.precision) == (600, 1, "16-mixed")
+    assert spec.spacing == pytest.approx(spacing)
+    assert spec.samples_per_case == samples
+    assert spec.channels == ("background", "kidney", "tumor")
+    assert config.build(spec.parts["intensity"]) == ClipScale(-250, 250, 250)
+
+
+def test_the_papers_links_between_the_stages() -> None:
+    coarse, fine = stage("coarse"), stage("fine")
+    assert (coarse.inputs, coarse.guide, coarse.heads) == ((), "labels", ("main",))
+    assert (fine.inputs, fine.guide, fine.heads) == (("coarse",), "inner", ("1", "2"))
+    region = config.build(fine.parts["region"])
+    assert isinstance(region, FixedAroundForeground)
+    assert list(region.extent) == pytest.approx([80 * 3, 240 * 0.78162497, 384 * 0.78162497])
+    assert list(config.build(coarse.parts["sampler"]).patch_size) == [64, 128, 128]
+
+
+@pytest.mark.parametrize("name", ["coarse", "fine"])
+def test_the_papers_optimizer(name: str) -> None:
+    module = stage(name).parts["module"]
+    optimizer = config.build(module["optimizer"])(torch.nn.Linear(1, 1).parameters())
+    assert type(optimizer) is torch.optim.Adam
+    used = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    assert used == {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
+    scheduler = config.build(module["scheduler"])(optimizer)
+    assert type(scheduler) is torch.optim.lr_scheduler.StepLR
+    rates = []
+    for _ in range(600):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    found = [rates[i] for i in (0, 199, 200, 399, 400, 599)]
+    assert found == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5, 2.5e-5, 2.5e-5])
+    assert type(config.build(module["loss"])) is torch.nn.CrossEntropyLoss
+
+
+@pytest.mark.parametrize(("method", "size"), EVERY)
+def test_every_method_composes_and_builds_at_every_size(method: str, size: str) -> None:
+    run = config.compose(method, size)
+    found = config.method_of(run)
+    assert found.name == method
+    assert list(found.stages) == run["chain"]
+    assert {source.stage for source in found.outputs.values()} <= set(found.stages)
+    assert set(found.published) <= set(found.outputs)
+    for step in found.postprocess:
+        config.build(step)
+    for name, spec in found.stages.items():
+        earlier = run["chain"][: run["chain"].index(name)]
+        assert set(spec.inputs) <= set(earlier)
+        with torch.device("meta"):
+            parts = {key: config.build(part) for key, part in spec.parts.items()}
+        assert sum(p.numel() for p in parts["module"].net.parameters()) > 0
+
+
+def test_a_smaller_size_keeps_the_method() -> None:
+    lines = config.differences(config.compose("two-phase", "paper"), config.compose("two-phase", "tiny"))
+    assert "size.width: 16 → 8" in lines
+    assert not [line for line in lines if line.startswith(("outputs", "postprocess", "published", "chain"))]
+
+
+# --- what a user may change ------------------------------------------------------------------------------------------
+
+
+def test_a_key_of_the_size_reaches_the_stages() -> None:
+    assert (stage("coarse", "size.epochs=7").epochs, stage("fine", "size.epochs=7").epochs) == (7, 7)
+
+
+def test_a_key_of_one_stage() -> None:
+    changes = ("stages.fine.epochs=7", "stages.fine.module.optimizer.lr=0.5")
+    assert (stage("coarse", *changes).epochs, stage("fine", *changes).epochs) == (600, 7)
+    assert stage("fine", *changes).parts["module"]["optimizer"]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "known"),
+    [
+        ("stages.fine.epoch=3", "stages.fine.epoch", ["epochs", "batch", "validate_every"]),
+        ("stages.find.epochs=3", "stages.find.epochs", ["coarse", "fine"]),
+        ("sed=3", "sed", ["seed", "folds", "stages", "size"]),
+        ("size.with=8", "size.with", ["width", "epochs", "patch"]),
+        ("stages.fine.module.optimizer.rate=1", "stages.fine.module.optimizer.rate", ["lr", "betas", "eps"]),
+    ],
+)
+def test_a_mistyped_key(override: str, key: str, known: list[str]) -> None:
+    text = problem(override)
+    assert f"{key}:" in text
+    listed = text.split("there are ")[1].split(", ")
+    assert set(known) <= set(listed)
+
+
+def test_a_mistyped_key_beside_a_good_one() -> None:
+    text = problem("stages.fine.epochs=3", "stages.fine.epoch=3")
+    assert "stages.fine.epoch:" in text
+    assert "epochs" in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=[1", "name='x", "seed=???", "seed=${nope}", "seed", "", "stages.fine.epochs=many", "stages.fine.epochs=0",
+     "stages.fine.batch=-1", "stages.fine.epochs=1.5", "size.epochs=null"],
+)  # fmt: skip
+def test_a_value_of_the_wrong_form(override: str) -> None:
+    assert problem(override)
+
+
+@pytest.mark.parametrize("override", ["stages.fine.epochs=many", "stages.coarse.batch=0"])
+def test_a_wrong_value_is_named(override: str) -> None:
+    key, _, value = override.partition("=")
+    assert key in problem(override)
+    assert value in problem(override)
+
+
+def test_an_unknown_method_or_size() -> None:
+    with pytest.raises(UsageError, match=r"there is no method 'two-fase'; there are .*two-phase"):
+        config.compose("two-fase", "paper")
+    with pytest.raises(UsageError, match="there is no size 'large'; there are paper, small, tiny"):
+        config.compose("two-phase", "large")
+
+
+# --- what may be built -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "torch.load", "builtins.eval", "subprocess.Popen", "kitseg.cli.main", "kitseg.cli.App",
+     "kitseg.runs.RunFolder", "kitseg.config.build", "kitseg.volumes.nifti.Path", "torch.nn.modules.module.Module",
+     "torch.nn.init.ones_", "torch.hub.load", "torch.optim.swa_utils.SWALR", "kitseg.nets.vnet.checkpoint",
+     "kitseg.nets.VNet", "xkitseg.nets.vnet.VNet", "torch.nn.ReLU; os", "torch.nn.ReLU\n", ""],
+)  # fmt: skip
+def test_targets_that_are_not_on_the_list(target: str) -> None:
+    for spec in ({"_target_": target}, {"a": [{"b": {"_target_": target}}]}):
+        with pytest.raises(UsageError, match="not a part that kitseg builds from"):
+            config.build(spec)
+
+
+def test_a_target_below_an_allowed_one() -> None:
+    with pytest.raises(UsageError, match=r"names os\.system"):
+        config.build({"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "os.system"}]})
+
+
+def test_nothing_runs_before_the_refusal(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    with pytest.raises(UsageError):
+        config.build([{"_target_": "torch.nn.ReLU"}, {"_target_": "os.mkdir", "path": str(made)}])
+    assert not made.exists()
+
+
+def test_a_target_that_an_interpolation_makes(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    spec = "${oc.create:{_target_: os.mkdir, path: " + str(made) + "}}"
+    with pytest.raises(UsageError):
+        config.build({"_target_": "torch.nn.Identity", "x": spec})
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("target", ["torch.nn.Nope", "kitseg.nets.vnet.Nope", "kitseg.nets.nope.Nope"])
+def test_an_allowed_target_that_is_not_there(target: str) -> None:
+    with pytest.raises(UsageError, match=target):
+        config.build({"_target_": target})
+
+
+def test_arguments_that_a_part_does_not_take() -> None:
+    with pytest.raises(UsageError, match="colour"):
+        config.build({"_target_": "torch.nn.ReLU", "colour": "red"})
+
+
+def test_what_is_allowed_is_built() -> None:
+    spec = {"_target_": "kitseg.nets.vnet.VNet", "width": 4, "down": [1, 1, 1, 1], "up": [1, 1, 1, 1]}
+    with torch.device("meta"):
+        net = config.build(spec, classes=2)
+    assert isinstance(net, VNet)
+    assert net.head[-1].out_channels == 2
+    assert isinstance(config.build([{"_target_": "torch.nn.ReLU"}])[0], torch.nn.ReLU)
+
+
+# --- a method's graph ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stages() -> Any:
+    return config.method_of(config.compose("two-phase", "paper")).stages
+
+
+def test_sources(stages: Any) -> None:
+    assert config.parse_source("fine.1.tumor", stages) == Source("fine", "1", "tumor")
+    assert config.parse_source("fine.tumor", stages) == Source("fine", "2", "tumor")  # the last head
+    assert config.parse_source("coarse.kidney", stages) == Source("coarse", "main", "kidney")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nope.kidney", "no stage 'nope'; there are coarse, fine"),
+        ("fine.3.kidney", "no head of fine '3'; there are 1, 2"),
+        ("fine.2.cyst", "no channel of fine 'cyst'; there are background, kidney, tumor"),
+        ("fine", "fine"),
+        ("fine.2.kidney.more", "fine.2.kidney.more"),
+        ("", "no stage ''"),
+    ],
+)
+def test_sources_that_are_not_there(stages: Any, text: str, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        config.parse_source(text, stages)
+    assert said in str(error.value)
+
+
+def test_heads(stages: Any) -> None:
+    assert config.head_of("fine", stages) == (stages["fine"], "2")
+    assert config.head_of("fine.1", stages) == (stages["fine"], "1")
+    assert config.head_of("coarse", stages) == (stages["coarse"], "main")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nope", "no stage 'nope'; there are coarse, fine"),
+        ("fine.3", "no head of fine '3'; there are 1, 2"),
+        ("fine.2.kidney", "no head of fine '2.kidney'; there are 1, 2"),
+    ],
+)
+def test_heads_that_are_not_there(stages: Any, text: str, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        config.head_of(text, stages)
+    assert said in str(error.value)
+
+
+# --- written and read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "size"), EVERY)
+def test_a_configuration_there_and_back(tmp_path: Path, method: str, size: str) -> None:
+    run = config.compose(method, size)
+    (tmp_path / "config.yaml").write_text(config.dump(run), encoding="utf-8")
+    again = config.read(tmp_path / "config.yaml")
+    assert again == run
+    assert config.dump(again) == config.dump(run)
+    assert config.method_of(again) == config.method_of(run)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a: [1", b"- 1\n", b"word", b"\x00", b"\xff\xfe\x00", b"x: !!python/name:os"]
+)
+def test_a_damaged_configuration(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        config.read(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="can't be read"):
+        config.read(tmp_path / "config.yaml")
+
+
+def test_differences_by_hand() -> None:
+    old = {"seed": 0, "size": {"width": 16, "patch": [1, 2]}, "gone": 1, "same": {"a": 1}}
+    new = {"seed": 0, "size": {"width": 8, "patch": [1, 3]}, "same": {"a": 1}, "new": {"b": 2}}
+    assert config.differences(old, new) == [
+        "gone: 1 → None",
+        "new: None → {'b': 2}",
+        "size.patch: [1, 2] → [1, 3]",
+        "size.width: 16 → 8",
+    ]
+    assert config.differences(old, old) == []

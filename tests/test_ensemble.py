@@ -1,0 +1,315 @@
+"""Means of probabilities by hand, and what lies on disk between two verbs."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitseg.ensemble import mean, to_labels
+from kitseg.errors import InputError
+from kitseg.types import Box, Geometry, Probabilities, Triple
+from kitseg.volumes import blocks
+from kitseg.volumes.nifti import file_digest
+
+CHANNELS = ("background", "kidney", "tumor")
+EMPTY = Box((0, 0, 0), (0, 0, 0))
+
+
+def geometry(shape: Triple) -> Geometry:
+    affine = np.diag([3, 0.75, 0.5, 1])
+    affine[:3, 3] = (-7, 8, 9.125)
+    return Geometry(shape, affine)
+
+
+def belief(
+    array: Any, box: Box, shape: Triple = (1, 1, 6), channels: tuple[str, ...] = CHANNELS, case: str = "case_00000"
+) -> Probabilities:
+    values = np.asarray(array, np.float16).reshape(len(channels), *box.size)
+    return Probabilities(values, channels, box, geometry(shape), geometry(shape[::-1]), case)
+
+
+def row(start: int, stop: int) -> Box:
+    return Box((0, 0, start), (1, 1, stop))
+
+
+def nothing(shape: Triple = (1, 1, 6)) -> Probabilities:
+    return belief([], EMPTY, shape)
+
+
+# --- means -----------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_of_different_extent_by_hand() -> None:
+    a = belief([[0.5, 0.25], [0.5, 0.25], [0, 0.5]], row(0, 2))
+    b = belief([[0.25, 0.5], [0.25, 0.5], [0.5, 0]], row(1, 3))
+    found = mean([(a, 1), (b, 1)])
+    assert found.box == row(0, 3)
+    assert found.array.dtype == np.float16
+    assert found.array.reshape(3, 3).tolist() == [[0.75, 0.25, 0.75], [0.25, 0.25, 0.25], [0, 0.5, 0]]
+    assert (found.channels, found.case_id) == (a.channels, a.case_id)
+    assert found.geometry is a.geometry
+    assert found.native is a.native
+
+
+def test_background_in_the_gap_between_boxes() -> None:
+    a, b = belief([[0], [0], [1]], row(0, 1)), belief([[0], [1], [0]], row(3, 4))
+    found = mean([(a, 1), (b, 1)])
+    assert found.array.reshape(3, 4).tolist() == [[0.5, 1, 1, 0.5], [0, 0, 0, 0.5], [0.5, 0, 0, 0]]
+
+
+def test_weights_by_hand() -> None:
+    a, b = belief([[0], [1], [0]], row(0, 1)), belief([[0], [0], [1]], row(0, 1))
+    assert mean([(a, 3), (b, 1)]).array.ravel().tolist() == [0, 0.75, 0.25]
+    assert mean([(a, 0.375), (b, 0.125)]).array.ravel().tolist() == [0, 0.75, 0.25]
+
+
+def test_weights_where_a_box_ends() -> None:
+    a, b = belief([[0], [1], [0]], row(0, 1)), belief([[0], [0], [1]], row(1, 2))
+    assert mean([(a, 3), (b, 1)]).array.reshape(3, 2).tolist() == [[0.25, 0.75], [0.75, 0], [0, 0.25]]
+
+
+def test_the_sum_is_float32_and_rounded_once() -> None:
+    """1 + 3 × 2⁻¹² over 4 lies 0.75 of float16's step above 0.25; a float16 sum would stay at 1."""
+    ones, small = (belief([[value]], row(0, 1), channels=("kidney",)) for value in (1, 2**-12))
+    assert mean([(ones, 1), (small, 1), (small, 1), (small, 1)]).array.item() == 0.25 + 2**-12
+    assert mean([(small, 1), (small, 1), (small, 1), (ones, 1)]).array.item() == 0.25 + 2**-12
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0, 0.3])
+def test_a_single_member_is_the_identity(weight: float) -> None:
+    """All float16 values from 0 to 1, bit for bit."""
+    every = np.arange(0x3C00 + 1, dtype=np.uint16).view(np.float16)
+    member = belief(every, Box((0, 0, 0), (1, 1, len(every))), (1, 1, len(every)), ("kidney",))
+    found = mean([(member, weight)])
+    assert np.array_equal(found.array.view(np.uint16), member.array.view(np.uint16))
+    assert found.box == member.box
+
+
+def test_a_mean_leaves_its_members_alone() -> None:
+    a, b = belief([[0], [1], [0]], row(0, 1)), belief([[0], [0], [1]], row(0, 1))
+    mean([(a, 1), (b, 1)])
+    assert a.array.ravel().tolist() == [0, 1, 0]
+
+
+def test_channels_without_background_are_0_outside() -> None:
+    kidney = ("kidney", "tumor")
+    a, b = belief([[1], [0.5]], row(0, 1), channels=kidney), belief([[1], [1]], row(2, 3), channels=kidney)
+    assert mean([(a, 1), (b, 1)]).array.reshape(2, 3).tolist() == [[0.5, 0, 0.5], [0.25, 0, 0.5]]
+
+
+@st.composite
+def members(draw: Any) -> list[tuple[Probabilities, float]]:
+    drawn = []
+    for seed in range(draw(st.integers(1, 4))):
+        starts = [draw(st.integers(0, n)) for n in (4, 3, 5)]
+        stops = [draw(st.integers(a, n)) for a, n in zip(starts, (4, 3, 5), strict=True)]
+        box = Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
+        values = np.random.default_rng(seed).dirichlet((1, 1, 1), box.size)
+        drawn.append((belief(np.moveaxis(values, -1, 0), box, (4, 3, 5)), draw(st.sampled_from([0.5, 1, 2]))))
+    return drawn
+
+
+@given(members())
+@settings(max_examples=50, deadline=None)
+def test_the_mean_of_whole_scans(drawn: list[tuple[Probabilities, float]]) -> None:
+    """Against a mean over the whole scan, with the background written out."""
+
+    def whole(member: Probabilities) -> Any:
+        dense = np.zeros((3, 4, 3, 5))
+        dense[0] = 1
+        dense[(slice(None), *member.box.slices)] = member.array
+        return dense
+
+    found = whole(mean(drawn))
+    expected = np.average([whole(m) for m, _ in drawn], axis=0, weights=[w for _, w in drawn])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2**-11)
+
+
+def test_members_that_see_nothing() -> None:
+    found = mean([(nothing(), 1), (nothing(), 2)])
+    assert (found.box, found.array.shape) == (EMPTY, (3, 0, 0, 0))
+    one = belief([[0], [0], [1]], row(2, 3))
+    for pair in ([(nothing(), 1.0), (one, 1.0)], [(one, 1.0), (nothing(), 1.0)]):
+        found = mean(pair)
+        assert found.box == row(2, 3)
+        assert found.array.ravel().tolist() == [0.5, 0, 0.5]
+
+
+def test_members_are_let_go() -> None:
+    """When a member is made, only the first and the one before it may still be held."""
+    made: list[Any] = []
+
+    def stream() -> Any:
+        for i in range(4):
+            assert all(made[j]() is None for j in range(1, i - 1))
+            member = belief([[i == 0], [i == 1], [i >= 2]], row(0, 1))
+            made.append(weakref.ref(member))
+            yield member, 1.0
+            del member
+
+    assert mean(stream()).array.ravel().tolist() == [0.25, 0.25, 0.5]
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (belief([[1], [0]], row(0, 1), channels=("background", "kidney")), "has channels"),
+        (belief([[1], [0], [0]], row(0, 1), channels=("background", "tumor", "kidney")), "has channels"),
+        (belief([[1], [0], [0]], row(0, 1), (1, 1, 7)), "two different grids"),
+    ],
+)
+def test_members_that_do_not_fit(other: Probabilities, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        mean([(belief([[0], [1], [0]], row(0, 1)), 1), (other, 1)])
+
+
+def test_no_members() -> None:
+    with pytest.raises(ValueError, match="at least one member"):
+        mean([])
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_by_hand() -> None:
+    seen = belief([[0.5, 0.2, 0.1, 0.4], [0.3, 0.5, 0.1, 0.4], [0.2, 0.3, 0.8, 0.2]], row(1, 5))
+    assert to_labels(seen).tolist() == [[[0, 0, 1, 2, 0, 0]]]  # equals go to the first channel
+    assert to_labels(seen).dtype == np.uint8
+
+
+def test_labels_follow_the_channels_names() -> None:
+    seen = belief([[0.7, 0.1], [0.2, 0.1], [0.1, 0.8]], row(4, 6), channels=("tumor", "background", "kidney"))
+    assert to_labels(seen).tolist() == [[[0, 0, 0, 0, 2, 1]]]
+
+
+def test_labels_of_nothing() -> None:
+    assert to_labels(nothing((2, 1, 2))).tolist() == [[[0, 0]], [[0, 0]]]
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    path = tmp_path / "imaging.nii.gz"
+    path.write_bytes(b"a scan")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, scan: Path) -> Path:
+    """A folder of probabilities of one case."""
+    folder = tmp_path / "probabilities"
+    blocks.write_block(folder, belief([[0.5, 0.25], [0.5, 0.25], [0, 0.5]], row(2, 4)), scan, file_digest(scan))
+    blocks.write_manifest(folder, {"method": "two-phase", "postprocess": []})
+    return folder
+
+
+def test_a_block_there_and_back(folder: Path) -> None:
+    found = blocks.read_block(folder, "case_00000")
+    assert isinstance(found.array, np.memmap)
+    assert (found.channels, found.box, found.case_id) == (CHANNELS, row(2, 4), "case_00000")
+    assert found.array.reshape(3, 2).tolist() == [[0.5, 0.25], [0.5, 0.25], [0, 0.5]]
+    assert found.array.dtype == np.float16
+    for here, there in ((found.geometry, geometry((1, 1, 6))), (found.native, geometry((6, 1, 1)))):
+        assert here.shape == there.shape
+        assert np.array_equal(here.affine, there.affine)
+    assert to_labels(mean([(found, 1)])).tolist() == [[[0, 0, 0, 2, 0, 0]]]
+
+
+def test_an_empty_block_there_and_back(tmp_path: Path, scan: Path) -> None:
+    blocks.write_block(tmp_path / "out", nothing(), scan, "0" * 64)
+    found = blocks.read_block(tmp_path / "out", "case_00000")
+    assert (found.box, found.array.shape) == (EMPTY, (3, 0, 0, 0))
+
+
+def test_nothing_but_the_blocks_stays_in_the_folder(folder: Path) -> None:
+    assert sorted(p.name for p in folder.iterdir()) == ["case_00000.json", "case_00000.npy", "manifest.json"]
+    assert blocks.block_cases(folder) == ["case_00000"]
+    assert blocks.read_manifest(folder) == {"schema": 1, "method": "two-phase", "postprocess": []}
+
+
+def test_the_scan_of_a_block(folder: Path, scan: Path) -> None:
+    assert blocks.scan_of(folder, "case_00000") == (scan, file_digest(scan))
+
+
+def said(error: pytest.ExceptionInfo[InputError], path: Path, problem: str) -> None:
+    assert str(error.value).startswith(f"{path}: ")
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_scan_that_has_changed(folder: Path, scan: Path) -> None:
+    scan.write_bytes(b"another scan")
+    with pytest.raises(InputError) as error:
+        blocks.scan_of(folder, "case_00000")
+    said(error, scan, "has changed since")
+
+
+def test_a_scan_that_is_gone(folder: Path, scan: Path) -> None:
+    scan.unlink()
+    with pytest.raises(InputError) as error:
+        blocks.scan_of(folder, "case_00000")
+    said(error, scan, "is gone")
+
+
+def test_a_folder_without_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    with pytest.raises(InputError) as error:
+        blocks.block_cases(folder)
+    said(error, folder, "holds no probabilities")
+    with pytest.raises(InputError) as error:
+        blocks.read_manifest(folder)
+    said(error, folder / "manifest.json", "can't be read")
+
+
+def test_a_folder_without_cases(tmp_path: Path) -> None:
+    blocks.write_manifest(tmp_path, {})
+    with pytest.raises(InputError) as error:
+        blocks.block_cases(tmp_path)
+    said(error, tmp_path, "holds no probabilities")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all"])
+def test_a_damaged_array(folder: Path, content: bytes) -> None:
+    (folder / "case_00000.npy").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        blocks.read_block(folder, "case_00000")
+    said(error, folder / "case_00000.npy", "can't be read")
+
+
+def test_a_truncated_array(folder: Path) -> None:
+    path = folder / "case_00000.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(InputError) as error:
+        blocks.read_block(folder, "case_00000")
+    said(error, path, "can't be read")
+
+
+def test_an_array_that_is_not_its_boxs(folder: Path) -> None:
+    np.save(folder / "case_00000.npy", np.zeros((3, 1, 1, 3), np.float16))
+    with pytest.raises(InputError) as error:
+        blocks.read_block(folder, "case_00000")
+    said(error, folder / "case_00000.npy", "its box says otherwise")
+
+
+def test_a_missing_case(folder: Path) -> None:
+    with pytest.raises(InputError) as error:
+        blocks.read_block(folder, "case_00001")
+    said(error, folder / "case_00001.json", "can't be read")
+
+
+def test_another_schema(folder: Path) -> None:
+    path = folder / "case_00000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 0}))
+    with pytest.raises(InputError) as error:
+        blocks.read_block(folder, "case_00000")
+    said(error, path, "is not of schema 1")

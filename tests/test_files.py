@@ -1,0 +1,144 @@
+"""Nothing under its final name until it is whole."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from kitseg.errors import InputError, KitsegError
+from kitseg.files import aside, read_json, write_json, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "a.txt"
+    with aside(path) as partial:
+        partial.write_text("new")
+        assert partial.parent == path.parent
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with aside(tmp_path / "case") as partial:
+        partial.mkdir()
+        (partial / "image.npy").write_text("1")
+        assert not (tmp_path / "case").exists()
+    assert names(tmp_path) == ["case"]
+    assert names(tmp_path / "case") == ["image.npy"]
+
+
+def fail_halfway(path: Path, error: BaseException) -> None:
+    """Write a file, and stop before the block ends."""
+    with aside(path) as partial:
+        partial.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, KitsegError])
+def test_nothing_appears_after_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error, match=r"^halfway$"):
+        fail_halfway(tmp_path / "a.txt", error("halfway"))
+    assert names(tmp_path) == []
+
+
+def test_what_was_there_stays_after_an_exception(tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "old").touch()
+    with pytest.raises(ValueError, match="halfway"):
+        fail_halfway(tmp_path / "case", ValueError("halfway"))
+    assert names(tmp_path) == ["case"]
+    assert names(tmp_path / "case") == ["old"]
+
+
+def test_a_file_is_replaced(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    write_text(tmp_path / "a.txt", "nëw")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "nëw"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "old").touch()
+    with aside(tmp_path / "case") as partial:
+        partial.mkdir()
+        (partial / "new").touch()
+        assert names(tmp_path / "case") == ["old"]
+    assert names(tmp_path / "case") == ["new"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_is_overwritten(tmp_path: Path, kind: str) -> None:
+    """The first block is left as a killed process leaves it: its partial is put back."""
+    with aside(tmp_path / "a") as partial:
+        stray = partial
+        partial.touch()
+    (tmp_path / "a").unlink()
+    if kind == "folder":
+        stray.mkdir()
+        (stray / "junk").touch()
+    else:
+        stray.write_text("junk")
+    with aside(tmp_path / "a") as partial:
+        assert not partial.exists()
+        partial.write_text("new")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def one_line(error: pytest.ExceptionInfo[KitsegError], *parts: str) -> None:
+    text = str(error.value)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(KitsegError) as error, aside(tmp_path / "runs" / "a.txt"):
+        pytest.fail("there is nowhere to write to")
+    one_line(error, str(tmp_path / "runs" / "a.txt"), "can't be written", "choose a folder that is writable")
+    assert names(tmp_path) == ["runs"]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(KitsegError) as error:
+        fail_halfway(tmp_path / "a.txt", OSError(errno.ENOSPC, "No space left on device"))
+    one_line(error, str(tmp_path / "a.txt"), "No space left on device", "Free some space")
+    assert names(tmp_path) == []
+
+
+def test_a_folder_in_the_way_of_a_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").touch()
+    with pytest.raises(KitsegError) as error:
+        write_text(tmp_path / "a", "new")
+    one_line(error, str(tmp_path / "a"))
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["mine"]
+
+
+def test_json_there_and_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", 3, {"case": "case_00000", "spacing": (3.0, 0.5)})
+    assert read_json(tmp_path / "a.json", 3) == {"schema": 3, "case": "case_00000", "spacing": [3.0, 0.5]}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'"schema"', b'{"schema": 2}', b"{}"])
+def test_json_that_cannot_be_used(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_json(path, 3)
+    one_line(error, str(path))
+
+
+def test_json_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        read_json(tmp_path / "a.json", 3)

@@ -1,0 +1,251 @@
+"""The fixed region of interest, boxes that reach outside, and intensities; by hand and on real label maps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+
+from kitseg import config
+from kitseg.links.crop import crop, paste
+from kitseg.links.intensity import AIR, ClipScale
+from kitseg.links.regions import FixedAroundForeground, WholeVolume
+from kitseg.types import Box, Geometry, Triple
+from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.resample import grid_geometry, labels_to_grid
+
+few = settings(max_examples=30, deadline=None)
+EXTENT = (240, 187.5899928, 300.14398848)
+PAPER = (3, 0.78162497, 0.78162497)
+ROI = (80, 240, 384)
+
+
+def grid(shape: Triple, spacing: tuple[float, float, float]) -> Geometry:
+    return Geometry(shape, np.diag([*spacing, 1.0]))
+
+
+def guide(shape: Triple, *boxes: tuple[Triple, Triple]) -> NDArray[np.uint8]:
+    labels = np.zeros(shape, np.uint8)
+    for start, stop in boxes:
+        labels[Box(start, stop).slices] = 1
+    return labels
+
+
+# --- the fixed region ------------------------------------------------------------------------------------------------
+
+
+def test_the_methods_region_is_the_papers() -> None:
+    stage = config.method_of(config.compose("two-phase", "paper")).stages["fine"]
+    region = config.build(stage.parts["region"])
+    assert region == FixedAroundForeground(list(EXTENT))
+    assert region.size(grid((100, 512, 512), PAPER)) == ROI
+
+
+@pytest.mark.parametrize("native", [(5.0, 0.9), (0.5, 0.438), (3.0, 1.041), (1.25, 0.742)])
+def test_size_on_grids_that_nearly_have_the_papers_spacing(native: tuple[float, float]) -> None:
+    """A grid's spacing is its extent over a whole number of voxels, a little off what was asked for."""
+    scan = grid((round(300 / native[0]), 512, 512), (native[0], native[1], native[1]))
+    assert FixedAroundForeground(EXTENT).size(grid_geometry(scan, PAPER)) == ROI
+
+
+@pytest.mark.parametrize("size", config.names("size"))
+def test_size_at_every_size(size: str) -> None:
+    stage = config.method_of(config.compose("two-phase", size)).stages["fine"]
+    lattice = grid_geometry(grid((70, 512, 500), (4.5, 0.8, 0.8)), stage.spacing)
+    voxels = FixedAroundForeground(EXTENT).size(lattice)
+    assert all(n % 16 == 0 for n in voxels)
+    reach = np.array(voxels) * lattice.spacing
+    assert (reach > np.array(EXTENT) - 0.05 * 16 * np.array(lattice.spacing)).all()
+    assert (reach < np.array(EXTENT) + 16 * np.array(lattice.spacing)).all()
+
+
+@given(st.tuples(*[st.floats(1, 500)] * 3), st.tuples(*[st.floats(0.3, 9)] * 3))
+@few
+def test_size_is_the_least_multiple_of_16_that_covers_the_extent(
+    extent: tuple[float, float, float], spacing: tuple[float, float, float]
+) -> None:
+    for n, e, s in zip(FixedAroundForeground(extent).size(grid((9, 9, 9), spacing)), extent, spacing, strict=True):
+        assert n % 16 == 0
+        assert n >= e / s - 0.81
+        assert n < e / s + 16
+
+
+#: 10 mm voxels hold 1 ml, so 20 of them can be a kidney; the region is 16 voxels on every axis.
+CENTIMETRES = (10.0, 10.0, 10.0)
+SIXTEEN = FixedAroundForeground((160, 160, 160))
+
+
+def test_centred_on_the_middle_of_the_bounding_box() -> None:
+    """Foreground from 20 to 26, 10 to 14 and 12 to 17: the middle is 23, 12, 14.5; the bulk lies elsewhere."""
+    lattice = grid((64, 40, 40), CENTIMETRES)
+    labels = guide(lattice.shape, ((20, 10, 12), (22, 14, 17)), ((22, 10, 12), (26, 11, 13)))
+    labels[20, 10, 12] = 2
+    box = SIXTEEN(lattice, labels, lattice)
+    assert box == Box((15, 4, 6), (31, 20, 22))  # 14.5 - 8 = 6.5 rounds to the even voxel
+
+
+def test_shifted_inside_a_larger_volume() -> None:
+    lattice = grid((64, 40, 40), CENTIMETRES)
+    box = SIXTEEN(lattice, guide(lattice.shape, ((0, 36, 0), (4, 40, 40))), lattice)
+    assert box == Box((0, 24, 12), (16, 40, 28))
+
+
+def test_centred_over_a_smaller_volume() -> None:
+    lattice = grid((10, 15, 16), CENTIMETRES)
+    box = SIXTEEN(lattice, guide(lattice.shape, ((0, 0, 0), (4, 4, 4))), lattice)
+    assert box == Box((-3, 0, 0), (13, 16, 16))
+
+
+def test_a_guide_on_a_coarser_lattice() -> None:
+    """The guide has half the voxels: its middle 7, 5, 6 is 14, 10, 12 on the region's lattice."""
+    coarse = grid((20, 20, 20), (20, 20, 20))
+    box = SIXTEEN(grid((40, 40, 40), CENTIMETRES), guide(coarse.shape, ((5, 4, 5), (9, 6, 7))), coarse)
+    assert box == Box((6, 2, 4), (22, 18, 20))
+
+
+def test_a_false_blob_far_away_moves_nothing() -> None:
+    lattice = grid((40, 40, 40), CENTIMETRES)
+    kidney = ((10, 10, 10), (15, 14, 15))
+    alone = SIXTEEN(lattice, guide(lattice.shape, kidney), lattice)
+    with_blob = SIXTEEN(lattice, guide(lattice.shape, kidney, ((36, 37, 37), (38, 40, 40))), lattice)  # 18 ml
+    with_second = SIXTEEN(lattice, guide(lattice.shape, kidney, ((36, 36, 37), (38, 40, 40))), lattice)  # 24 ml
+    assert alone == with_blob == Box((4, 4, 4), (20, 20, 20))
+    assert with_second == Box((16, 17, 17), (32, 33, 33))
+
+
+@pytest.mark.parametrize(("spacing", "first_slice"), [(10.0, 4), (20.0, 13)])
+def test_the_guides_own_voxels_say_what_is_large_enough(spacing: float, first_slice: int) -> None:
+    """Eight voxels of 1 ml are no second kidney, eight of 8 ml are: the middle is 12.5 without and 21 with them."""
+    lattice = grid((40, 40, 40), (spacing, spacing, spacing))
+    labels = guide(lattice.shape, ((10, 10, 10), (15, 14, 15)), ((30, 10, 10), (32, 12, 12)))
+    box = FixedAroundForeground((16 * spacing, 16 * spacing, 16 * spacing))(lattice, labels, lattice)
+    assert box is not None
+    assert box.start == (first_slice, 4, 4)
+
+
+def test_no_foreground_no_region() -> None:
+    lattice = grid((20, 20, 20), CENTIMETRES)
+    assert SIXTEEN(lattice, guide(lattice.shape), lattice) is None
+
+
+def test_a_region_around_nothing_that_is_known() -> None:
+    lattice = grid((20, 20, 20), CENTIMETRES)
+    with pytest.raises(ValueError, match="needs a guide"):
+        SIXTEEN(lattice, None, None)
+
+
+def test_the_whole_volume() -> None:
+    lattice = grid((7, 8, 9), CENTIMETRES)
+    assert WholeVolume()(lattice, None, None) == Box((0, 0, 0), (7, 8, 9))
+    assert WholeVolume().size(lattice) == (7, 8, 9)
+
+
+def cut_voxels(file: Path) -> tuple[str, Triple, int]:
+    """The true labels on the paper's grid: the region's size, and how many foreground voxels lie outside it."""
+    labels = read_labels(file, file.parent.name)
+    lattice = grid_geometry(labels.geometry, PAPER)
+    foreground = labels_to_grid(labels.array, lattice.shape) > 0
+    box = FixedAroundForeground(EXTENT)(lattice, foreground.astype(np.uint8), lattice)
+    assert box is not None
+    inside = np.count_nonzero(foreground[box.clip(lattice.shape).slices])
+    return file.parent.name, box.size, int(np.count_nonzero(foreground)) - int(inside)
+
+
+@pytest.mark.slow
+def test_the_region_cuts_no_real_kidney(shared: Path) -> None:
+    """Every 10th of the 210 cases; all of them where KITSEG_ALL=1 (five minutes)."""
+    files = sorted((shared / "kits19").glob("case_*/segmentation.nii.gz"))
+    assert len(files) == 210
+    chosen = files if os.environ.get("KITSEG_ALL") == "1" else files[::10]
+    found = Parallel(n_jobs=2)(delayed(cut_voxels)(file) for file in chosen)
+    assert {size for _, size, _ in found} == {ROI}
+    assert [(name, cut) for name, _, cut in found if cut] == []
+
+
+# --- crop and paste --------------------------------------------------------------------------------------------------
+
+
+def test_crop_by_hand() -> None:
+    array = np.arange(6).reshape(1, 2, 3)
+    found = crop(array, Box((0, -1, 1), (1, 1, 4)), -9)
+    assert found.tolist() == [[[-9, -9, -9], [1, 2, -9]]]
+    assert crop(array, Box((0, 0, 0), (1, 2, 3)), -9).tolist() == array.tolist()
+
+
+def test_paste_by_hand() -> None:
+    onto = np.zeros((1, 2, 3), int)
+    paste(np.array([[[1, 2, 3], [4, 5, 6]]]), Box((0, -1, 1), (1, 1, 4)), onto)
+    assert onto.tolist() == [[[0, 4, 5], [0, 0, 0]]]
+
+
+@st.composite
+def arrays_and_boxes(draw: Any) -> tuple[NDArray[np.int64], Box]:
+    """An array without zeros, and a box that meets it."""
+    shape = draw(st.tuples(*[st.integers(1, 6)] * 3))
+    starts = [draw(st.integers(-4, n - 1)) for n in shape]
+    stops = [draw(st.integers(max(a, 0) + 1, n + 4)) for a, n in zip(starts, shape, strict=True)]
+    box = Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
+    return np.arange(1, np.prod(shape) + 1).reshape(shape), box
+
+
+@given(arrays_and_boxes())
+@few
+def test_paste_undoes_crop(both: tuple[NDArray[np.int64], Box]) -> None:
+    array, box = both
+    cropped = crop(array, box, 0)
+    assert cropped.shape == box.size
+    back = np.zeros_like(array)
+    paste(cropped, box, back)
+    inside = box.clip(array.shape)
+    assert np.array_equal(back[inside.slices], array[inside.slices])
+    assert np.count_nonzero(back) == np.prod(inside.size) == np.count_nonzero(cropped)
+
+
+@given(arrays_and_boxes())
+@few
+def test_crop_undoes_paste(both: tuple[NDArray[np.int64], Box]) -> None:
+    array, box = both
+    values = -np.arange(1, np.prod(box.size) + 1).reshape(box.size)
+    onto = array.copy()
+    paste(values, box, onto)
+    again = crop(onto, box, 0)
+    inside = box.clip(array.shape)
+    within = inside.moved(box.start).slices
+    assert np.array_equal(again[within], values[within])
+    assert np.count_nonzero(again) == np.prod(inside.size)
+    assert np.count_nonzero(onto != array) == np.prod(inside.size)
+
+
+# --- intensities -----------------------------------------------------------------------------------------------------
+
+
+def test_clip_and_scale_by_hand() -> None:
+    hu = torch.tensor([-1024, -251, -250, -125, 0, 25, 250, 3071], dtype=torch.int16)
+    found = ClipScale(-250, 250, 250)(hu)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor([-1, -1, -1, -0.5, 0, 0.1, 1, 1]))
+
+
+def test_clip_shift_and_scale_by_hand() -> None:
+    found = ClipScale(-79, 304, 76.9, 101)(torch.tensor([-1000.0, 101.0, 177.9, 1000.0]))
+    torch.testing.assert_close(found, torch.tensor([-180 / 76.9, 0, 1, 203 / 76.9]))
+
+
+def test_the_methods_intensity_is_the_papers() -> None:
+    for stage in config.method_of(config.compose("two-phase", "paper")).stages.values():
+        assert config.build(stage.parts["intensity"]) == ClipScale(-250, 250, 250)
+
+
+def test_padding_with_air_becomes_the_lowest_intensity() -> None:
+    """Air is -1000 HU, clipped to -250, which the network sees as -1."""
+    hu = np.full((1, 1, 2), 125, np.int16)
+    padded = crop(hu, Box((0, 0, -1), (1, 1, 3)), AIR)
+    assert ClipScale(-250, 250, 250)(torch.from_numpy(padded)).tolist() == [[[-1, 0.5, 0.5, -1]]]
