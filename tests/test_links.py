@@ -121,14 +121,13 @@ def test_a_false_blob_far_away_moves_nothing() -> None:
     assert with_second == Box((16, 17, 17), (32, 33, 33))
 
 
-@pytest.mark.parametrize(("spacing", "first_slice"), [(10.0, 4), (20.0, 13)])
-def test_the_guides_own_voxels_say_what_is_large_enough(spacing: float, first_slice: int) -> None:
-    """Eight voxels of 1 ml are no second kidney, eight of 8 ml are: the middle is 12.5 without and 21 with them."""
-    lattice = grid((40, 40, 40), (spacing, spacing, spacing))
-    labels = guide(lattice.shape, ((10, 10, 10), (15, 14, 15)), ((30, 10, 10), (32, 12, 12)))
-    box = FixedAroundForeground((16 * spacing, 16 * spacing, 16 * spacing))(lattice, labels, lattice)
+def test_the_guides_own_voxels_say_what_is_large_enough() -> None:
+    """Eight of its voxels of 8 ml can be a kidney: the middle is (5 + 17) / 2 of its slices, 22 of the region's."""
+    coarse = grid((20, 20, 20), (20, 20, 20))
+    labels = guide(coarse.shape, ((5, 5, 5), (8, 7, 8)), ((15, 5, 5), (17, 7, 7)))
+    box = SIXTEEN(grid((40, 40, 40), CENTIMETRES), labels, coarse)
     assert box is not None
-    assert box.start == (first_slice, 4, 4)
+    assert box.start[0] == 14
 
 
 def test_no_foreground_no_region() -> None:
