@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from kitseg.errors import InputError, UsageError
 
 Config = dict[str, Any]
 ALLOWED = re.compile(
-    r"kitseg\.(nets|losses|links|stages|patches|inference|postprocess)(\.[a-z]\w*)+\.[A-Z]\w*"
+    r"kitseg\.(nets|links|stages|patches|inference|postprocess)\.[a-z]\w*\.[A-Z]\w*"
     r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
 )
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("sixteens", lambda voxels, by: math.ceil(voxels / by / 16) * 16, replace=True)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def compose(method: str, size: str, overrides: Sequence[str] = ()) -> Config:
         if name not in names(kind):
             raise UsageError(f"there is no {kind} '{name}'; there are {', '.join(names(kind))}")
     for override in overrides:
-        if "=" not in override:
-            raise UsageError(f"--set {override}: write it as KEY=VALUE")
+        if not re.match(r"[A-Za-z]\S*=", override):
+            raise UsageError(f"--set {override}: write it as KEY=VALUE, for a key that is there")
     try:
         with initialize_config_module("kitseg.conf", version_base="1.3"):
             config = hydra_compose("kitseg", [f"method={method}", f"size={size}", *overrides])
@@ -133,10 +135,17 @@ def differences(old: Config, new: Config, prefix: str = "") -> list[str]:
 
 
 def method_of(config: Config) -> Method:
-    """The method that a configuration describes."""
-    stages = {name: _stage(name, config["stages"][name]) for name in config["chain"]}
-    outputs = {channel: parse_source(text, stages) for channel, text in config["outputs"].items()}
-    return Method(config["name"], config["paper"], config["published"], stages, outputs, config["postprocess"])
+    """The method that a configuration describes.
+
+    Raises:
+        UsageError: a key is missing or holds what can't be meant.
+    """
+    try:
+        stages = {name: _stage(name, config["stages"][name]) for name in config["chain"]}
+        outputs = {channel: parse_source(text, stages) for channel, text in config["outputs"].items()}
+        return Method(config["name"], config["paper"], config["published"], stages, outputs, config["postprocess"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"the configuration describes no method ({type(error).__name__}: {error})") from error
 
 
 def parse_source(text: str, stages: Mapping[str, StageSpec]) -> Source:
@@ -147,6 +156,8 @@ def parse_source(text: str, stages: Mapping[str, StageSpec]) -> Source:
     """
     stage, *rest = text.split(".")
     spec = _known(stages, stage, "stage")
+    if len(rest) not in (1, 2):
+        raise UsageError(f"{text} is not of the form stage[.head].channel")
     head, channel = rest if len(rest) == 2 else (spec.heads[-1], *rest)
     _known(spec.heads, head, f"head of {stage}")
     _known(spec.channels, channel, f"channel of {stage}")
@@ -171,6 +182,9 @@ def build(spec: Any, **more: Any) -> Any:
     Raises:
         UsageError: a target that isn't allowed, or arguments that it doesn't take.
     """
+    for text in _strings(spec):
+        if "${" in text:
+            raise UsageError(f"the configuration holds {text}, which is not a plain value")
     for target in _targets(spec):
         if not ALLOWED.fullmatch(target):
             raise UsageError(f"the configuration names {target}, which is not a part that kitseg builds from")
@@ -178,6 +192,14 @@ def build(spec: Any, **more: Any) -> Any:
         return instantiate(spec, **more, _convert_="all")
     except HydraException as error:
         raise UsageError(" ".join(str(error).split())) from error
+
+
+def _strings(spec: Any) -> list[str]:
+    if isinstance(spec, Mapping):
+        return [text for pair in spec.items() for part in pair for text in _strings(part)]
+    if isinstance(spec, list | tuple):
+        return [text for value in spec for text in _strings(value)]
+    return [spec] if isinstance(spec, str) else []
 
 
 def _explain(message: str, method: str, size: str, overrides: Sequence[str]) -> str:
@@ -206,6 +228,8 @@ def _targets(spec: Any) -> list[str]:
 
 def _stage(name: str, config: Config) -> StageSpec:
     z, y, x = config["spacing"]
+    if min(z, y, x) <= 0:
+        raise UsageError(f"stages.{name}.spacing is {config['spacing']}; it must be three positive numbers of mm")
     parts = {key: config[key] for key in ("intensity", "region", "sampler", "module")}
     return StageSpec(
         name=name,

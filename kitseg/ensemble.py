@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
     total, weights = np.empty(0, np.float32), 0.0
     for member, weight in members:
         if first is None:
-            first, box = member, member.box
+            first, box = replace(member, array=np.empty((0, 0, 0, 0), np.float16)), member.box
             total = np.zeros(member.array.shape, np.float32)
         _same_kind(first, member)
         wider = _union(box, member.box)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kitseg.errors import InputError, KitsegError
+from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.files import write_json
 from kitseg.labels import CONVENTIONS
 
@@ -50,11 +50,14 @@ def make_split(cases: Iterable[str], folds: int, inner: int, test: int, seed: in
     """A random split by case; the order of ``cases`` doesn't matter.
 
     Raises:
-        KitsegError: fewer than two cases to learn from.
+        UsageError: fewer than two folds, or an unknown convention. KitsegError: fewer than two cases to learn from.
     """
     shuffled = sorted(cases)
     random.Random(seed).shuffle(shuffled)
     held, rest = shuffled[:test], shuffled[test:]
+    if folds < 2 or inner < 2 or test < 0 or convention not in CONVENTIONS:
+        asked = f"{folds} folds, {inner} inner folds, {test} test cases, label convention '{convention}'"
+        raise UsageError(f"no split of {asked}: it takes 2 folds or more of each, and a known convention")
     if len(rest) < 2:
         raise KitsegError(f"{len(rest)} labelled case(s) can't be split into training and validation: add cases")
     outer = []
@@ -81,7 +84,7 @@ def read_split(path: Path) -> Split:
             Fold(**_sides(fold), inner=tuple(Part(**_sides(part)) for part in fold.get("inner", ())))
             for fold in raw["folds"]
         )
-        split = Split(folds, tuple(raw.get("test", ())), int(raw.get("seed", 0)), raw["convention"])
+        split = Split(folds, _cases(raw.get("test", [])), int(raw.get("seed", 0)), raw["convention"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "It needs `schema`, `convention` and `folds`, a list of {train, val, inner}."
         raise InputError(path, f"is no split file ({type(error).__name__}: {error})", remedy) from error
@@ -94,7 +97,13 @@ def read_split(path: Path) -> Split:
 
 
 def _sides(part: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {"train": tuple(part["train"]), "val": tuple(part["val"])}
+    return {side: _cases(part[side]) for side in ("train", "val")}
+
+
+def _cases(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(case, str) for case in value) or len(set(value)) < len(value):
+        raise ValueError(f"{value!r} is not a list of case names, each once")
+    return tuple(value)
 
 
 def _parts(cases: Sequence[str], count: int) -> list[Part]:
@@ -105,7 +114,9 @@ def _parts(cases: Sequence[str], count: int) -> list[Part]:
 
 
 def _problem(split: Split) -> str | None:
-    if split.convention not in CONVENTIONS:
+    if not split.folds:
+        return "holds no folds"
+    if split.convention not in list(CONVENTIONS):
         return f"names the label convention '{split.convention}', not one of {', '.join(CONVENTIONS)}"
     for i, fold in enumerate(split.folds):
         both = set(fold.train) & set(fold.val) | set(split.test) & {*fold.train, *fold.val}
@@ -114,6 +125,12 @@ def _problem(split: Split) -> str | None:
         if not fold.train or not fold.val:
             return f"fold {i} has no training or no validation cases"
         for j, part in enumerate(fold.inner):
-            if set(part.train) & set(part.val) or not {*part.train, *part.val} <= set(fold.train):
+            if not _is_inside(part, fold.train):
                 return f"inner fold {j} of fold {i} isn't a split of that fold's training cases"
     return None
+
+
+def _is_inside(part: Part, cases: Sequence[str]) -> bool:
+    """Whether both sides hold cases, none of them twice, all of them among ``cases``."""
+    train, val = set(part.train), set(part.val)
+    return bool(train and val) and not train & val and train | val <= set(cases)

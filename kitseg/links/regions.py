@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from kitseg.postprocess.components import bounding_box, keep_kidneys
 from kitseg.types import Box, Geometry, Triple
 
-MULTIPLE = 16
-
 
 class Region(Protocol):
     """The box of a stage's grid that the stage sees."""
 
-    def size(self, grid: Geometry) -> Triple:
+    def shape(self, grid: Geometry) -> Triple:
         """The box in voxels of ``grid``."""
         ...
 
@@ -37,7 +35,7 @@ class Region(Protocol):
 class WholeVolume:
     """The whole grid."""
 
-    def size(self, grid: Geometry) -> Triple:
+    def shape(self, grid: Geometry) -> Triple:
         """All of its voxels."""
         return grid.shape
 
@@ -53,10 +51,10 @@ class FixedAroundForeground:
     Centred on the mid-point of the foreground's bounding box, after dropping the components that can't be kidneys;
     shifted inside the volume where the volume is larger than the box, centred over it where it is smaller.
 
-    extent: millimetres (slices, rows, columns); in voxels it is rounded up to the next multiple of 16.
+    size: voxels of the stage's grid (slices, rows, columns); 80 × 240 × 384 in the paper.
     """
 
-    extent: Sequence[float]
+    size: Sequence[int]
 
     def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box | None:
         """The box on ``grid``, None where the guide holds no foreground."""
@@ -65,7 +63,7 @@ class FixedAroundForeground:
         found = bounding_box(keep_kidneys(guide > 0, guide_grid.voxel_ml))
         if found is None:
             return None
-        size = self.size(grid)
+        size = self.shape(grid)
         middle = [
             (a + b) / 2 * n / m
             for a, b, n, m in zip(found.start, found.stop, grid.shape, guide_grid.shape, strict=True)
@@ -73,10 +71,9 @@ class FixedAroundForeground:
         z, y, x = (_start(c, k, n) for c, k, n in zip(middle, size, grid.shape, strict=True))
         return Box((z, y, x), (z + size[0], y + size[1], x + size[2]))
 
-    def size(self, grid: Geometry) -> Triple:
-        """The box in voxels of ``grid``."""
-        voxels = (e / s / MULTIPLE for e, s in zip(self.extent, grid.spacing, strict=True))
-        z, y, x = (int(np.ceil(v - 0.05)) * MULTIPLE for v in voxels)
+    def shape(self, grid: Geometry) -> Triple:
+        """The box in voxels, whatever the grid."""
+        z, y, x = self.size
         return z, y, x
 
 

@@ -46,7 +46,7 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, .
 def _size(spec: StageSpec, example: Case) -> tuple[Triple, int, int]:
     """Patch, parameters and floating-point operations of one forward pass of a patch."""
     grid = grid_geometry(canonical_geometry(read_geometry(example.image)), spec.spacing)
-    region = config.build(spec.parts["region"]).size(grid)
+    region = config.build(spec.parts["region"]).shape(grid)
     patch: Triple = config.build(spec.parts["sampler"]).size(region)
     with torch.device("meta"):
         module = build_stage(spec).eval()

@@ -57,8 +57,9 @@ def write_scores(path: Path, scores: Sequence[Score], convention: str) -> None:
 
 
 def mean_dice(scores: Sequence[Score]) -> dict[str, float]:
-    """Mean Dice per class over the scored cases."""
-    return mean_scores({score.case: score.dice for score in scores if score.dice})
+    """Mean Dice per class over the scored cases; empty where none could be scored."""
+    scored = {score.case: score.dice for score in scores if score.dice}
+    return mean_scores(scored) if scored else {}
 
 
 def _score(case: str, prediction: Path | None, reference: Path, convention: str) -> Score:

@@ -94,6 +94,8 @@ def open_model(path: Path, device: str, last_stage: str | None = None) -> Model:
     run, fold = find_run(path)
     method = config.method_of(config.read(run.config))
     chain = list(method.stages)
+    if last_stage not in (None, *chain):
+        raise UsageError(f"{method.name} has no stage '{last_stage}'; it has {', '.join(chain)}")
     chain = chain[: chain.index(last_stage or chain[-1]) + 1]
     folds = [fold] if fold is not None else run.folds(chain[-1])
     if not folds:

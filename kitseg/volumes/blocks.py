@@ -43,13 +43,12 @@ def read_block(folder: Path, case_id: str) -> Probabilities:
     Raises:
         InputError: missing, damaged, or of another shape than its box.
     """
-    meta = read_json(folder / f"{case_id}.json", SCHEMA)
-    path = folder / f"{case_id}.npy"
+    meta = _meta(folder, case_id)
+    path, channels, box = folder / f"{case_id}.npy", tuple(meta["channels"]), _box(meta)
     try:
-        array = np.load(path, mmap_mode="r") if 0 not in _box(meta).size else np.load(path)
+        array = np.load(path, mmap_mode=None if 0 in box.size else "r")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(path, f"can't be read ({error})", "Run `kitseg infer` again.") from error
-    channels, box = tuple(meta["channels"]), _box(meta)
     if array.shape != (len(channels), *box.size):
         raise InputError(path, f"has shape {array.shape}, its box says otherwise", "Run `kitseg infer` again.")
     return Probabilities(array, channels, box, _geometry(meta["geometry"]), _geometry(meta["native"]), case_id)
@@ -61,7 +60,7 @@ def scan_of(folder: Path, case_id: str) -> tuple[Path, str]:
     Raises:
         InputError: the scan is gone or has changed since.
     """
-    scan = read_json(folder / f"{case_id}.json", SCHEMA)["scan"]
+    scan = _meta(folder, case_id)["scan"]
     path = Path(scan["path"])
     if not path.exists():
         raise InputError(path, "is gone, and post-processing reads its HU", "Put the scan back, or infer again.")
@@ -94,6 +93,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: missing or damaged.
     """
     return read_json(folder / MANIFEST, SCHEMA)
+
+
+def _meta(folder: Path, case_id: str) -> dict[str, Any]:
+    path = folder / f"{case_id}.json"
+    meta = read_json(path, SCHEMA)
+    if missing := {"channels", "box", "geometry", "native", "scan"} - set(meta):
+        raise InputError(path, f"lacks {', '.join(sorted(missing))}", "Run `kitseg infer` again.")
+    return meta
 
 
 def _plain(geometry: Geometry) -> dict[str, Any]:
