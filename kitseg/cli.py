@@ -24,12 +24,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
+PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
+
 Data = Annotated[Path, typer.Argument(help="Folder of cases: case_00000/imaging.nii.gz, or flat .nii.gz files.")]
 Method = Annotated[str, typer.Option(help="The method; `kitseg methods` lists them.")]
 Size = Annotated[str, typer.Option(help="paper, small or tiny.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the configuration.")]
-Jobs = Annotated[int, typer.Option(help="Cases worked on at a time; -1: as many as there are cores.")]
+
+
+def _check_jobs(jobs: int) -> int:
+    if jobs == 0:
+        raise UsageError("--jobs 0: it takes 1 or more, or -1 for as many as there are cores")
+    return jobs
+
+
+Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases worked on at a time; -1: one a core.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Split = Annotated[Path | None, typer.Option(help="A split file: only its test cases, or a fold's with --fold.")]
+Fold = Annotated[int | None, typer.Option(help="With --split: the validation cases of this fold.")]
 Model = Annotated[Path | None, typer.Option(help="A run, or one fold of it.")]
 Convention = Annotated[
     str, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23 (cysts are 3).")
@@ -44,8 +56,6 @@ def main() -> None:
         _fail(error, 2)
     except KitsegError as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail(KitsegError("stopped; the same command goes on where this one was"), 130)
 
 
 @app.callback(invoke_without_command=True)
@@ -160,8 +170,8 @@ def train(
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="The run's name; METHOD-SIZE by default.")] = None,
     jobs: Jobs = -1,
-    restart: Annotated[bool, typer.Option(help="Move an earlier training aside and begin again.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Move an earlier training aside and begin again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     set_: Set = [],  # noqa: B006
     only: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -172,6 +182,10 @@ def train(
     from kitseg.pipeline.preprocess import labelled_cases
     from kitseg.runs import Run
 
+    if gpus and device == "cpu":
+        raise UsageError("--gpus and --device cpu exclude each other")
+    if processes > 1 and device != "cpu":
+        raise UsageError("--processes is for --device cpu; on GPUs the ranks are --gpus")
     overrides = [*set_, *([f"size.epochs={epochs}"] if epochs else []), *([f"seed={seed}"] if seed is not None else [])]
     configuration = config.compose(method, size, overrides)
     machine = Machine("cuda" if gpus else device, gpus or processes, workers)
@@ -182,41 +196,46 @@ def train(
         return training.fit_unit(begin.plan(), training.Unit.parse(only))
     if rank() > 0:
         return training.train(begin.wait(), stage, screen.say)
-    cases = labelled_cases(data)
+    where, cases = machine.describe(), labelled_cases(data)
     if dry_run:
-        return _show_plan(begin.rehearse([case.id for case in cases]), cases, stage)
+        return _show_plan(begin.rehearse([case.id for case in cases]), cases, stage, where)
     if restart and (old := begin.restart(stage)):
         screen.say(f"the old training is now {old}")
     failed = _preprocess(cases, configuration, store, jobs)
-    plan = begin.claim([case.id for case in cases if case.id not in failed])
-    _show_plan(plan, cases, stage)
+    good = [case for case in cases if case.id not in failed]
+    if not good:
+        raise KitsegError(f"{data}: no case could be preprocessed; see above")
+    plan = begin.claim([case.id for case in good])
+    _show_plan(plan, good, stage, where)
     training.train(plan, stage, screen.say)
     screen.say(f"trained: {plan.run.path}")
+    _exit(bool(failed))
 
 
 @app.command(epilog="Example: kitseg infer --run runs/two-phase-small --stage fine.1 --data data -o probabilities")
 def infer(
-    run: Annotated[Path, typer.Option(help="A run (its folds averaged) or one fold of it.")],
-    data: Annotated[Path, typer.Option(help="Scans: a file, a folder of cases or of files.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")],
+    run: Annotated[Path | None, typer.Option(help="A run (its folds averaged) or one fold of it.")] = None,
+    data: Annotated[Path, typer.Option(help="Scans: a file, a folder of cases or of files.")] = Path("data"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = PROBABILITIES,
     stage: Annotated[str | None, typer.Option(help="A stage's own output, such as coarse or fine.1.")] = None,
+    split: Split = None,
+    fold: Fold = None,
     device: Device = "auto",
 ) -> None:
     """Probabilities of each scan: a run's checkpoints averaged, on the scan's own grid."""
     from kitseg.pipeline import predict as steps
     from kitseg.pipeline.model import open_model
-    from kitseg.volumes.kits import collect_scans
 
-    scans = collect_scans([data])
-    model = open_model(run, device, stage.partition(".")[0] if stage else None)
-    _say_model(model)
+    scans = steps.choose_scans([data], split, fold)
+    model = open_model(run or steps.choose_run(Path("runs")).path, device, stage.partition(".")[0] if stage else None)
+    screen.say(steps.describe(model))
     _work("infer", len(scans), lambda done: steps.infer(model, stage, scans, output, done))
 
 
 @app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
 def ensemble(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of probabilities.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for their mean.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of probabilities.")] = [PROBABILITIES],  # noqa: B006
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for their mean.")] = Path("ensemble"),
     weights: Annotated[str | None, typer.Option(help="One number a folder, comma-separated.")] = None,
 ) -> None:
     """The mean of folders of probabilities."""
@@ -228,10 +247,10 @@ def ensemble(
     _work("ensemble", count, lambda done: steps.average(folders, shares, output, done))
 
 
-@app.command(epilog="Example: kitseg postprocess probabilities/mean -o predictions")
+@app.command(epilog="Example: kitseg postprocess ensemble -o predictions")
 def postprocess(
-    folder: Annotated[Path, typer.Argument(help="Folder of probabilities.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = Path("predictions"),
+    folder: Annotated[Path, typer.Argument(help="Folder of probabilities.")] = Path("ensemble"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = PREDICTIONS,
 ) -> None:
     """Labels from probabilities, cleaned as the method asks."""
     from kitseg.pipeline import predict as steps
@@ -242,45 +261,46 @@ def postprocess(
 
 @app.command(epilog="Example: kitseg predict case_00210.nii.gz --model runs/two-phase-paper")
 def predict(
-    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, case folders, or folders of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels, figures and pictures.")] = Path(
-        "predictions"
-    ),
+    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, case folders, or folders of them.")] = [  # noqa: B006
+        Path("data")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = PREDICTIONS,
     model: Model = None,
+    split: Split = None,
+    fold: Fold = None,
     device: Device = "auto",
 ) -> None:
     """Kidney and tumor labels for scans, on each scan's own grid."""
     from kitseg.pipeline import predict as steps
     from kitseg.pipeline.model import open_model
-    from kitseg.volumes.kits import collect_scans
 
-    cases = collect_scans(scans)
+    cases = steps.choose_scans(scans, split, fold)
     opened = open_model(model or steps.choose_run(Path("runs")).path, device)
-    _say_model(opened)
+    screen.say(steps.describe(opened))
     _work("predict", len(cases), lambda done: steps.predict_scans(opened, cases, output, done))
 
 
 @app.command(epilog="Example: kitseg evaluate predictions data --json scores.json")
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder of label maps to score.")],
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps to score.")] = PREDICTIONS,
     references: Annotated[Path, typer.Argument(help="Folder of reference label maps.")] = Path("data"),
     convention: Convention = "kits19",
     cases: Annotated[str | None, typer.Option(help="Cases that must be there: 210-299; missing is background.")] = None,
-    split: Annotated[Path | None, typer.Option(help="A split file whose test cases must be there.")] = None,
+    split: Split = None,
+    fold: Fold = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
 ) -> None:
     """KiTS19 scoring: kidney (with tumor) and tumor Dice per case and on average."""
     from kitseg.pipeline import evaluate as scoring
 
     _known_convention(convention)
-    required = scoring.required_cases(cases, split)
+    required = scoring.required_cases(cases, split, fold)
     scores = scoring.evaluate(predictions, references, convention, required)
     table = screen.table("case", "kidney", "tumor", "")
     for score in scores:
         note = "missing: counts as background" if score.missing else escape(score.error)
-        table.add_row(
-            score.case, *(screen.cell(score.dice.get(name)) for name in ("kidney", "tumor")), f"[red]{note}[/]"
-        )
+        dice = (screen.cell(score.dice.get(name)) for name in ("kidney", "tumor"))
+        table.add_row(score.case, *dice, f"[red]{note}[/]")
     mean = scoring.mean_dice(scores)
     table.add_section()
     table.add_row("mean", *(screen.cell(mean.get(name)) for name in ("kidney", "tumor")), "")
@@ -305,13 +325,13 @@ def methods() -> None:
 
 @app.command(epilog="Example: kitseg demo")
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder for everything the demo makes.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option(help="Smallest possible: shows that the installation works.")] = False,
+    out: Annotated[Path | None, typer.Argument(help="Folder for all it makes: demo, or demo-quick.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smallest possible: does the installation work?")] = False,
 ) -> None:
     """The whole tool on phantoms, in minutes: every command it stands for is printed."""
     from kitseg.pipeline.demo import run_demo
 
-    run_demo(out, quick, screen.say)
+    run_demo(out or Path("demo-quick" if quick else "demo"), quick, screen.say)
 
 
 def _preprocess(cases: Sequence[Any], configuration: dict[str, Any], to: Path, jobs: int) -> set[str]:
@@ -362,22 +382,15 @@ def _repeat(given: dict[str, Any]) -> tuple[str, ...]:
     return (*options, *(f"--set={override}" for override in given["overrides"]))
 
 
-def _show_plan(plan: Any, cases: Sequence[Any], stage: str | None) -> None:
+def _show_plan(plan: Any, cases: Sequence[Any], stage: str | None, where: str) -> None:
     """The trainings that a plan holds, with their size and an estimate of their time."""
     from kitseg.pipeline.estimate import estimates
 
     table = screen.table("training", "grid (mm)", "cases", "batch", "patch", "epochs × steps", "parameters", "estimate")
     for row in estimates(plan, cases[0], stage):
         table.add_row(*row)
-    screen.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {plan.machine.describe()}")
+    screen.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {where}")
     screen.out.print(table)
-
-
-def _say_model(model: Any) -> None:
-    facts = model.run.read_info()
-    phantoms = "; [yellow]it learned from phantoms, not from patients[/]" if facts["phantom"] else ""
-    folds = ", ".join(map(str, model.folds))
-    screen.say(f"model: {model.run.path} ({model.method.name}, fold {folds}) on {model.device}{phantoms}")
 
 
 def _known_convention(convention: str) -> None:

@@ -91,7 +91,12 @@ def compose(method: str, size: str, overrides: Sequence[str] = ()) -> Config:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(str(error), method, size, overrides)) from error
-    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+    configuration = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+    for key, least in {"seed": 0, "folds": 2, "inner_folds": 2, "test_cases": 0, "keep_best": 1}.items():
+        value = configuration[key]
+        if not isinstance(value, int) or value < least:
+            raise UsageError(f"{key} is {value!r}; it must be a whole number from {least} on")
+    return configuration
 
 
 def names(kind: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -17,15 +18,17 @@ from kitseg.errors import InputError, KitsegError
 def aside(path: Path) -> Iterator[Path]:
     """A hidden sibling of ``path`` to write a file or a folder to; it becomes ``path`` when the block ends well.
 
-    Otherwise it is removed; one that a killed process left is overwritten.
+    Otherwise it is removed, and so is one that a killed process left.
 
     Raises:
         KitsegError: the folder can't be written to, or the disk is full.
     """
-    partial = path.with_name(f".partial.{path.name}")
+    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
+        for stray in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
+            if stray == partial or not _is_alive(stray.name.split(".")[2]):
+                _remove(stray)
         yield partial
         if path.is_dir() and partial.is_dir():
             shutil.rmtree(path)
@@ -61,6 +64,17 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("schema") != schema:
         raise InputError(path, f"is not of schema {schema}", "Make it again with this version of kitseg.")
     return content
+
+
+def _is_alive(process: str) -> bool:
+    """Whether a process with this id runs on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -134,3 +134,22 @@ def _is_inside(part: Part, cases: Sequence[str]) -> bool:
     """Whether both sides hold cases, none of them twice, all of them among ``cases``."""
     train, val = set(part.train), set(part.val)
     return bool(train and val) and not train & val and train | val <= set(cases)
+
+
+def held_out(path: Path | None, fold: int | None) -> list[str]:
+    """The test cases of a split file, or the validation cases of one of its folds; empty where no file is given.
+
+    Raises:
+        UsageError: a fold without a split file, a fold that isn't there, or a split without test cases.
+    """
+    if path is None:
+        if fold is not None:
+            raise UsageError("--fold says which part of a split file; give the file with --split")
+        return []
+    split = read_split(path)
+    if fold is not None and not 0 <= fold < len(split.folds):
+        raise UsageError(f"{path} has no fold {fold}: {len(split.folds)} folds, from 0 on")
+    cases = split.test if fold is None else split.folds[fold].val
+    if not cases:
+        raise UsageError(f"{path} has no test cases; --fold takes a fold's validation cases")
+    return list(cases)

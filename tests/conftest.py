@@ -7,10 +7,12 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: the tests share the cores
 
@@ -23,7 +25,8 @@ SMALLEST = (
     "--set=size.width=4",
     "--set=size.epochs=4",
     "--set=size.validate_every=2",
-    "--set=size.coarse_samples=8",
+    "--set=stages.coarse.spacing=[6,6.25,6.25]",
+    "--set=size.coarse_samples=12",
     "--set=size.fine_samples=4",
     "--set=size.learning_rate=3e-3",
 )
@@ -75,19 +78,39 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with six labelled phantoms in ``data`` and two more in ``test``."""
-    folder = tmp_path_factory.mktemp("phantoms")
-    for name, count, seed in (("data", 6, 0), ("test", 2, 1)):
-        made = kitseg(folder, "phantom", name, f"--cases={count}", f"--seed={seed}", "--matrix=64", "--jobs=1")
-        assert made.code == 0, made.text
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first worker to ask for it makes, and all workers share."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not (folder / "ready").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "ready").touch()
     return folder
 
 
 @pytest.fixture(scope="session")
-def trained(phantoms: Path) -> Path:
-    """The same folder with a finished run, ``runs/two-phase-tiny``; tests of one xdist group share it."""
-    done = kitseg(phantoms, "train", *SMALLEST, "--jobs=1")
-    assert done.code == 0, done.text
-    return phantoms
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with six labelled phantoms in ``data`` and two more in ``test``."""
+
+    def make(folder: Path) -> None:
+        for name, count, seed in (("data", 6, 0), ("test", 2, 1)):
+            made = kitseg(folder, "phantom", name, f"--cases={count}", f"--seed={seed}", "--matrix=64", "--jobs=1")
+            assert made.code == 0, made.text
+
+    return once(tmp_path_factory, "phantoms", make)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """A working folder with those phantoms and a finished run, ``runs/two-phase-tiny``."""
+
+    def make(folder: Path) -> None:
+        for name in ("data", "test"):
+            (folder / name).symlink_to(phantoms / name)
+        done = kitseg(folder, "train", *SMALLEST, "--jobs=1")
+        assert done.code == 0, done.text
+
+    return once(tmp_path_factory, "trained", make)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import kitseg
 
-pytestmark = pytest.mark.xdist_group("journey")
 MODEL = "--model=runs/two-phase-tiny"
 AFFINE = np.array([[0, 0, -3.0, 0], [0, -3.0, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]])
 

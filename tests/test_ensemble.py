@@ -209,7 +209,7 @@ def folder(tmp_path: Path, scan: Path) -> Path:
     """A folder of probabilities of one case."""
     folder = tmp_path / "probabilities"
     blocks.write_block(folder, belief([[0.5, 0.25], [0.5, 0.25], [0, 0.5]], row(2, 4)), scan, file_digest(scan))
-    blocks.write_manifest(folder, {"method": "two-phase", "postprocess": []})
+    blocks.claim_manifest(folder, {"method": "two-phase", "postprocess": []})
     return folder
 
 
@@ -272,7 +272,7 @@ def test_a_folder_without_manifest(folder: Path) -> None:
 
 
 def test_a_folder_without_cases(tmp_path: Path) -> None:
-    blocks.write_manifest(tmp_path, {})
+    blocks.claim_manifest(tmp_path, {})
     with pytest.raises(InputError) as error:
         blocks.block_cases(tmp_path)
     said(error, tmp_path, "holds no probabilities")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,13 @@ def test_json_that_cannot_be_used(tmp_path: Path, content: bytes) -> None:
 def test_json_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         read_json(tmp_path / "a.json", 3)
+
+
+def test_another_process_half_written_file_is_left_alone(tmp_path: Path) -> None:
+    others = [tmp_path / f".partial.{process}.a" for process in (os.getppid(), 999_999_999)]
+    for other in others:
+        other.touch()
+    with aside(tmp_path / "a") as partial:
+        partial.touch()
+    assert others[0].exists()
+    assert not others[1].exists()

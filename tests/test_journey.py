@@ -15,7 +15,6 @@ from nibabel.orientations import aff2axcodes, axcodes2ornt, inv_ornt_aff, io_ori
 
 import kitseg as package
 
-pytestmark = pytest.mark.xdist_group("journey")
 RUN = "runs/two-phase-tiny"
 
 
@@ -202,6 +201,45 @@ def test_one_broken_scan_stops_no_other(trained: Path, tmp_path: Path) -> None:
     assert "bad.nii.gz" in result.text
     assert "1 of 2 cases done" in result.text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.json", "good.nii.gz", "good.png"]
+
+
+def test_predict_never_writes_over_what_is_not_its_own(trained: Path, tmp_path: Path) -> None:
+    scan = tmp_path / "scan.nii.gz"
+    shutil.copy(trained / "test" / "case_00000" / "imaging.nii.gz", scan)
+    before = scan.read_bytes()
+    refused = kitseg(trained, "predict", str(scan), "-o", str(tmp_path), f"--model={RUN}")
+    assert refused.code == 2
+    assert "is the scan itself" in refused.text
+    assert scan.read_bytes() == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scan.json").write_text('{"from": "the scanner"}')
+    refused = kitseg(trained, "predict", str(scan), "-o", str(tmp_path / "out"), f"--model={RUN}")
+    assert refused.code == 2
+    assert "was not written by kitseg" in refused.text
+    assert (tmp_path / "out" / "scan.json").read_text() == '{"from": "the scanner"}'
+
+
+def test_a_folder_holds_probabilities_of_one_kind(trained: Path) -> None:
+    infer = ("infer", f"--run={RUN}", "--data=test", "-o", "kind")
+    assert kitseg(trained, *infer).code == 0
+    assert kitseg(trained, *infer).code == 0
+    refused = kitseg(trained, *infer, "--stage=fine.1")
+    assert refused.code == 2
+    assert "another model, stage or version" in refused.text
+    refused = kitseg(trained, "ensemble", "kind", "-o", "kind")
+    assert refused.code == 2
+
+
+def test_only_the_cases_that_a_fold_holds_out(trained: Path, tmp_path: Path) -> None:
+    held_out = ("--split=splits.json", "--fold=0")
+    labels = str(tmp_path / "labels")
+    assert kitseg(trained, "predict", *held_out, "-o", labels, f"--model={RUN}").code == 0
+    expected = json.loads((trained / "splits.json").read_text())["folds"][0]["val"]
+    assert sorted(path.name[:10] for path in (tmp_path / "labels").glob("*.nii.gz")) == expected
+    scored = kitseg(trained, "evaluate", labels, *held_out, "--json", str(tmp_path / "s.json"))
+    assert scored.code == 0, scored.text
+    assert sorted(json.loads((tmp_path / "s.json").read_text())["cases"]) == expected
+    assert kitseg(trained, "evaluate", labels, "--split=splits.json").code == 2
 
 
 def test_a_run_trained_on_phantoms_is_never_picked_silently(trained: Path) -> None:

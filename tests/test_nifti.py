@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from nibabel import orientations
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, KitsegError
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
 
@@ -240,10 +240,10 @@ def test_writing_refuses_other_types(tmp_path: Path) -> None:
 
 def test_failed_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="can't be written"):
+    with pytest.raises(KitsegError, match="can't be written"):
         nifti.write_labels(tmp_path / "file" / "a.nii.gz", np.zeros(SHAPE, np.uint8), Geometry(SHAPE, IPL))
     (tmp_path / "a.nii.gz").mkdir()  # the last step, renaming, fails
-    with pytest.raises(InputError, match="can't be written"):
+    with pytest.raises(KitsegError, match="can't be written"):
         nifti.write_labels(tmp_path / "a.nii.gz", np.zeros(SHAPE, np.uint8), Geometry(SHAPE, IPL))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.nii.gz", "file"]
 

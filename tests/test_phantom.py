@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, KitsegError
 from kitseg.volumes.nifti import is_phantom
 from kitseg.volumes.phantom import PHANTOM_MARK, make_case, write_case
 
@@ -132,19 +132,29 @@ def test_case_is_written_in_the_kits_layout_and_marked(tmp_path: Path) -> None:
         np.testing.assert_allclose(image.affine, make_case(3, 2, 64)[2], atol=1e-5)
 
 
-def test_writing_again_replaces_the_case_and_keeps_other_files(tmp_path: Path) -> None:
+def test_writing_again_replaces_the_phantom(tmp_path: Path) -> None:
     write_case(tmp_path, 0, 2, 48)
-    (tmp_path / "case_00002" / "notes.txt").write_text("mine")
-    (tmp_path / ".case_00002.partial").mkdir()  # an interrupted run left it
+    (tmp_path / ".partial.999999999.case_00002").mkdir()  # a process that is gone left it
     write_case(tmp_path, 1, 2, 48)
     assert [path.name for path in tmp_path.iterdir()] == ["case_00002"]
-    assert (tmp_path / "case_00002" / "notes.txt").read_text() == "mine"
     ct, label, _ = make_case(1, 2, 48)
     np.testing.assert_array_equal(nib.load(tmp_path / "case_00002" / "imaging.nii.gz").dataobj, ct)
     np.testing.assert_array_equal(nib.load(tmp_path / "case_00002" / "segmentation.nii.gz").dataobj, label)
 
 
-def test_folder_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
+def test_a_patients_case_is_never_replaced(tmp_path: Path) -> None:
+    write_case(tmp_path, 0, 2, 48)
+    image = tmp_path / "case_00002" / "imaging.nii.gz"
+    scan = nib.load(image)
+    scan.header["descrip"] = "a patient"
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), scan.affine, scan.header), image)
+    before = image.read_bytes()
+    with pytest.raises(InputError, match="is no phantom"):
+        write_case(tmp_path, 0, 2, 48)
+    assert image.read_bytes() == before
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(InputError, match="can't be written"):
+    with pytest.raises(KitsegError, match="can't be written"):
         write_case(tmp_path / "file", 0, 2, 32)

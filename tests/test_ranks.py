@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALLEST
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 OPTIONS = (*SMALLEST, "--epochs=2", "--set=size.coarse_samples=2", "--set=size.fine_samples=2", "--jobs=1")
 
 

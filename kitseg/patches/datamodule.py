@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kitseg.errors import KitsegError
 from kitseg.links.crop import crop
 from kitseg.links.intensity import AIR, ClipScale
 from kitseg.patches.queue import AddressSampler, PatchQueue
@@ -130,6 +131,8 @@ class StageData(pl.LightningDataModule):
         """Batches of patches for this rank."""
         rank, ranks = self._share()
         share = batch_per_rank(self.feed.batch, ranks)
+        if len(self.queue) < share * ranks:
+            raise KitsegError(f"{len(self.queue)} patches an epoch don't fill a batch of {share * ranks}: add cases")
         return tio.SubjectsLoader(
             self.queue,
             batch_size=share,
@@ -141,7 +144,8 @@ class StageData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """This rank's validation cases, one at a time."""
         rank, ranks = self._share()
-        mine: Sequence[int] = range(rank, len(self.cases), ranks)
+        # a rank without a case of its own repeats one, so that all ranks meet at the end; scores are merged by case
+        mine: Sequence[int] = range(rank, len(self.cases), ranks) or [rank % len(self.cases)]
         return DataLoader(self.cases, batch_size=None, sampler=mine)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -75,7 +75,7 @@ class AddressSampler(Sampler[Address]):
     """
 
     def __init__(self, queue: Sized, batch: int, rank: int, ranks: int) -> None:
-        self.total = len(queue) // batch * batch or len(queue) // ranks * ranks
+        self.total = len(queue) // batch * batch
         self.rank, self.ranks, self.epoch = rank, ranks, 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
 from kitseg.config import StageSpec
+from kitseg.errors import UsageError
 from kitseg.patches.datamodule import batch_per_rank
 from kitseg.pipeline.fit import Machine
 from kitseg.pipeline.model import build_stage
@@ -51,8 +52,11 @@ def _size(spec: StageSpec, example: Case) -> tuple[Triple, int, int]:
     with torch.device("meta"):
         module = build_stage(spec).eval()
         x = torch.empty(1, 1, *patch)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module.logits(x)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module.logits(x)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
     return patch, sum(p.numel() for p in module.parameters()), counter.get_total_flops()
 
 

@@ -14,7 +14,7 @@ from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.files import write_json
 from kitseg.labels import to_kits19
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
-from kitseg.splits import read_split
+from kitseg.splits import held_out
 from kitseg.volumes.download import parse_cases
 from kitseg.volumes.kits import case_name, find_labels
 from kitseg.volumes.nifti import read_labels
@@ -65,15 +65,19 @@ def mean_dice(scores: Sequence[Score]) -> dict[str, float]:
 def _score(case: str, prediction: Path | None, reference: Path, convention: str) -> Score:
     try:
         truth = read_labels(reference, case, convention)
-        if prediction is None:
-            return Score(case, _dice(np.zeros_like(truth.array), truth.array, convention), missing=True)
+    except KitsegError as error:
+        return Score(case, {}, error=str(error))
+    nothing = _dice(np.zeros_like(truth.array), truth.array, convention)
+    if prediction is None:
+        return Score(case, nothing, missing=True)
+    try:
         found = read_labels(prediction, case, None)
         if not found.geometry.same_as(truth.geometry, tolerance=0.1):
             problem = f"lies on another grid than {reference} (shape or affine)"
             raise InputError(prediction, problem, "Save it with the shape and affine of the scan.")
         return Score(case, _dice(found.array, truth.array, convention))
     except KitsegError as error:
-        return Score(case, {}, error=str(error))
+        return Score(case, nothing, error=f"{error} It counts as background.")
 
 
 def _dice(found: NDArray[np.uint8], truth: NDArray[np.uint8], convention: str) -> dict[str, float]:
@@ -83,19 +87,14 @@ def _dice(found: NDArray[np.uint8], truth: NDArray[np.uint8], convention: str) -
     return kits19_scores(found, truth)
 
 
-def required_cases(numbers: str | None, split: Path | None) -> list[str]:
-    """The cases that must be there, from ``--cases 210-299`` or the test set of a split file.
+def required_cases(numbers: str | None, split: Path | None, fold: int | None) -> list[str]:
+    """The cases that must be there: from ``--cases 210-299``, a split file's test set, or a fold's validation cases.
 
     Raises:
-        UsageError: both are given, or the split has no test set.
+        UsageError: both are given, or the split has no such cases.
     """
     if numbers and split:
         raise UsageError("--cases and --split both say what must be there; give one of them")
     if numbers:
         return [case_name(number) for number in parse_cases(numbers)]
-    if split is None:
-        return []
-    cases = list(read_split(split).test)
-    if not cases:
-        raise UsageError(f"{split} has no test cases")
-    return cases
+    return held_out(split, fold)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 
 from kitseg import config
 from kitseg.config import StageSpec
-from kitseg.errors import UsageError
-from kitseg.files import read_json, write_json
+from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.files import aside, read_json, write_json
 from kitseg.patches.datamodule import Feed, StageCases, StageData
 from kitseg.pipeline.callbacks import EpochBar, History
-from kitseg.pipeline.model import build_stage
+from kitseg.pipeline.model import build_stage, torch_device
 from kitseg.runs import SCHEMA, StageFolder
 from kitseg.types import Box
 from kitseg.volumes.nifti import file_digest
@@ -51,7 +54,8 @@ class Machine:
         gpus = torch.cuda.device_count()
         if self.device == "cuda" and self.ranks > gpus:
             raise UsageError(f"{self.ranks} GPU(s) asked for, torch finds {gpus} here")
-        return "cuda" if self.device == "cuda" or (self.device == "auto" and gpus) else "cpu"
+        torch_device(self.device)
+        return "cuda" if gpus and self.device != "cpu" else "cpu"
 
     def describe(self) -> str:
         """The machine in words."""
@@ -69,6 +73,28 @@ def rank() -> int:
     return next((int(os.environ[key]) for key in keys if key in os.environ), 0)
 
 
+class BestCheckpoints(ModelCheckpoint):
+    """The best checkpoints by validation Dice; a run whose folder has moved still knows its own."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the earlier session's checkpoints, wherever they lay then."""
+        here = {path: str(Path(str(self.dirpath)) / Path(path).name) for path in state_dict["best_k_models"]}
+        moved = {**state_dict, "dirpath": self.dirpath}
+        moved["best_k_models"] = {here[path]: dice for path, dice in state_dict["best_k_models"].items()}
+        for key in ("best_model_path", "kth_best_model_path"):
+            moved[key] = here.get(state_dict[key], "")
+        super().load_state_dict(moved)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints appear under their name whole or not at all, also where the folder is on another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write aside, then rename."""
+        with aside(Path(path)) as partial:
+            torch.save(checkpoint, partial)
+
+
 def fit(spec: StageSpec, folder: StageFolder, store: Path, seed: int, keep: int, machine: Machine) -> None:
     """Train one stage into ``folder``, or go on where an earlier call stopped.
 
@@ -78,7 +104,7 @@ def fit(spec: StageSpec, folder: StageFolder, store: Path, seed: int, keep: int,
     _quiet()
     pl.seed_everything(seed, workers=True, verbose=False)
     module = build_stage(spec)
-    best = ModelCheckpoint(
+    best = BestCheckpoints(
         folder.best, "{epoch:04d}-{val/dice:.4f}", monitor="val/dice", mode="max", save_top_k=keep,
         save_weights_only=True, auto_insert_metric_name=False, enable_version_counter=False,
     )  # fmt: skip
@@ -95,7 +121,7 @@ def _trainer(spec: StageSpec, folder: StageFolder, machine: Machine, best: Model
     backend = "gloo" if accelerator == "cpu" else "nccl"
     ddp = DDPStrategy(process_group_backend=backend, timeout=RENDEZVOUS, broadcast_buffers=False)
     last = ModelCheckpoint(
-        folder.path, "last", every_n_epochs=spec.validate_every, save_on_train_epoch_end=True,
+        folder.path, "last", every_n_epochs=1, save_on_train_epoch_end=True,
         enable_version_counter=False,
     )  # fmt: skip
     return pl.Trainer(
@@ -105,10 +131,11 @@ def _trainer(spec: StageSpec, folder: StageFolder, machine: Machine, best: Model
         strategy=ddp if machine.world > 1 else "auto",
         precision=spec.precision if accelerator == "cuda" else "32-true",  # type: ignore[arg-type]
         max_epochs=spec.epochs,
-        check_val_every_n_epoch=min(spec.validate_every, spec.epochs),
+        check_val_every_n_epoch=math.gcd(spec.validate_every, spec.epochs),  # so that the last epoch is validated
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
+        plugins=[WholeFiles()],
         callbacks=[History(folder.path), EpochBar(folder.path.name), best, last],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -151,11 +178,20 @@ def _box(numbers: Sequence[int]) -> Box:
 
 
 def _resume(folder: StageFolder) -> Path | None:
-    return folder.last if folder.last.exists() else None
+    if not folder.last.exists():
+        return None
+    try:
+        torch.load(folder.last, map_location="meta", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        remedy = "Begin this stage again with --restart --stage, or restore the file."
+        raise InputError(folder.last, f"can't be loaded ({str(error).splitlines()[0]})", remedy) from error
+    return folder.last
 
 
 def _finish(folder: StageFolder, best: ModelCheckpoint) -> None:
     """Keep the best checkpoints only and say that the training is done."""
+    if not best.best_k_models:
+        raise KitsegError(f"{folder.path}: the training ended without a validated checkpoint")
     ranked = sorted(best.best_k_models.items(), key=lambda item: -float(item[1]))
     kept = [folder.best / Path(path).name for path, _ in ranked]
     for stray in set(folder.best.glob("*.ckpt")) - set(kept):

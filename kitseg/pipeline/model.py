@@ -41,6 +41,8 @@ class TrainedStage:
             load_weights(self.module, path)
             with _autocast(self.module.device, self.spec.precision):
                 values = self.module.window(lambda x: self.module.probabilities(x, number), image)
+            if not bool(values.isfinite().all()):
+                raise InputError(path, "gives probabilities that aren't numbers", "Train again, or use --device cpu.")
             total = values if total is None else total.add_(values)
         if total is None:
             raise ValueError("a trained stage has at least one checkpoint")
@@ -151,4 +153,5 @@ def torch_device(name: str) -> torch.device:
 
 
 def _autocast(device: torch.device, precision: str) -> Any:
-    return torch.autocast("cuda", torch.float16) if device.type == "cuda" and "16" in precision else nullcontext()
+    kinds = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+    return torch.autocast("cuda", kinds[precision]) if device.type == "cuda" and precision in kinds else nullcontext()

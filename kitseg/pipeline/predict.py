@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,23 +16,26 @@ from numpy.typing import NDArray
 
 from kitseg import __version__, config, ensemble
 from kitseg.config import Method, Source
-from kitseg.errors import KitsegError, UsageError
-from kitseg.files import write_json
+from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.files import read_json, write_json
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.pipeline.model import Model, open_model
 from kitseg.report.pictures import case_picture
 from kitseg.runs import Run
+from kitseg.screen import say
+from kitseg.splits import held_out
 from kitseg.types import Case, Probabilities, Volume
 from kitseg.volumes.blocks import (
     block_cases,
+    claim_manifest,
     read_block,
     read_manifest,
     scan_of,
     write_block,
-    write_manifest,
 )
+from kitseg.volumes.check import looks_like_hu
 from kitseg.volumes.kits import collect_scans
-from kitseg.volumes.nifti import file_digest, read_image, write_labels
+from kitseg.volumes.nifti import file_digest, knows_orientation, read_image, write_labels
 
 SCHEMA = 1
 
@@ -59,6 +63,8 @@ def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) 
             outcome = work(case)
         except KitsegError as error:
             outcome = Outcome(case, error=str(error))
+        except Exception as error:  # whatever it is, the other cases go on
+            outcome = Outcome(case, error=f"{case}: {type(error).__name__}: {' '.join(str(error).split())}")
         outcomes.append(_timed(outcome, time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes
@@ -70,7 +76,7 @@ def infer(model: Model, stage: str | None, scans: Sequence[Case], to: Path, on_d
     ``stage`` is the ``stage[.head]`` whose own output is wanted; the method's output where it is None.
     """
     channels = output_channels(model.method, stage)
-    write_manifest(to, _manifest(model, stage, channels))
+    claim_manifest(to, _manifest(model, stage, channels))
     by_id = {scan.id: scan for scan in scans}
 
     def work(case: str) -> Outcome:
@@ -90,6 +96,8 @@ def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done
     """
     if len(weights) != len(folders) or min(weights) < 0 or sum(weights) <= 0:
         raise UsageError(f"{len(folders)} folders need as many weights that aren't negative, not {list(weights)}")
+    if to.resolve() in [folder.resolve() for folder in folders]:
+        raise UsageError(f"{to} is one of the folders to average; choose another one for the mean")
     cases = block_cases(folders[0])
     for folder in folders[1:]:
         if odd := sorted(set(cases) ^ set(block_cases(folder))):
@@ -101,7 +109,7 @@ def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done
         {"folder": str(f), "weight": w, "model": m["model"]}
         for f, w, m in zip(folders, weights, manifests, strict=True)
     ]
-    write_manifest(to, {**manifests[0], "members": members})
+    claim_manifest(to, {**manifests[0], "members": members})
 
     def work(case: str) -> Outcome:
         scan, digest = scan_of(folders[0], case)
@@ -120,6 +128,7 @@ def postprocess(folder: Path, to: Path, on_done: OnDone) -> list[Outcome]:
 
     def work(case: str) -> Outcome:
         path, _ = scan_of(folder, case)
+        _spare(path, to / f"{case}.nii.gz")
         labels = clean(read_block(folder, case), read_image(path, case), steps)
         return _write_labels(to, case, labels, read_block(folder, case))
 
@@ -131,13 +140,17 @@ def predict_scans(model: Model, scans: Sequence[Case], to: Path, on_done: OnDone
     channels, steps = output_channels(model.method, None), build_steps(model.method.postprocess)
     digest = model.digest()
     by_id = {scan.id: scan for scan in scans}
+    for case, scan in by_id.items():
+        _spare(scan.image, to / f"{case}.nii.gz")
+        _spare_foreign(to / f"{case}.json")
 
     def work(case: str) -> Outcome:
         begun = time.perf_counter()
         scan = read_image(by_id[case].image, case)
         probabilities = ensemble.mean((member, 1.0) for member in model.predict(scan, channels))
         labels = clean(probabilities, scan, steps)
-        outcome = _write_labels(to, case, labels, probabilities)
+        written = _write_labels(to, case, labels, probabilities)
+        outcome = replace(written, note="; ".join(filter(None, [written.note, *doubts(by_id[case].image, scan)])))
         facts = {
             "case": case,
             "scan": by_id[case].image.name,
@@ -173,7 +186,27 @@ def predict(
     """
     many = [scans] if isinstance(scans, str | Path) else list(scans)
     opened = open_model(Path(model) if model else choose_run(Path("runs")).path, device)
+    say(describe(opened))
     return predict_scans(opened, collect_scans([Path(scan) for scan in many]), Path(output), lambda _: None)
+
+
+def describe(model: Model) -> str:
+    """The model in a line, with a word where it learned from phantoms."""
+    phantoms = "; it learned from phantoms, not from patients" if model_facts(model)["phantom"] else ""
+    folds = ", ".join(map(str, model.folds))
+    return f"model: {model.run.path} ({model.method.name}, fold {folds}) on {model.device}{phantoms}"
+
+
+def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None) -> list[Case]:
+    """The scans in files and folders, or those of them that a split holds out.
+
+    Raises:
+        UsageError: a held-out case that isn't there.
+    """
+    scans, wanted = collect_scans(paths), held_out(split, fold)
+    if missing := sorted(set(wanted) - {scan.id for scan in scans}):
+        raise UsageError(f"{', '.join(missing)} of {split} can't be found in {', '.join(map(str, paths))}")
+    return [scan for scan in scans if not wanted or scan.id in wanted]
 
 
 def choose_run(runs: Path) -> Run:
@@ -182,7 +215,8 @@ def choose_run(runs: Path) -> Run:
     Raises:
         UsageError: there is none, or there are several.
     """
-    finished = [run for run in map(Run, sorted(runs.glob("*"))) if run.config.exists() and _is_finished(run)]
+    folders = (path for path in sorted(runs.glob("*")) if not re.search(r"\.old-\d+$", path.name))
+    finished = [run for run in map(Run, folders) if run.config.exists() and _is_finished(run)]
     real = [run for run in finished if not model_facts(run)["phantom"]]
     if len(real) == 1:
         return real[0]
@@ -255,6 +289,27 @@ def _write_labels(to: Path, case: str, labels: NDArray[np.uint8], probabilities:
     return Outcome(case, note=_nothing(probabilities), result=path, volumes_ml=volumes)
 
 
+def doubts(path: Path, scan: Volume) -> list[str]:
+    """What makes a scan's labels doubtful: values that don't look like HU, an orientation that the file doesn't say."""
+    found = [] if looks_like_hu(scan.array) else ["its values don't look like Hounsfield units"]
+    return found if knows_orientation(path) else [*found, "the file doesn't say its orientation"]
+
+
+def _spare(scan: Path, target: Path) -> None:
+    """Never write over the scan itself."""
+    if target.resolve() == scan.resolve():
+        raise UsageError(f"{target} is the scan itself; choose another folder with --output")
+
+
+def _spare_foreign(path: Path) -> None:
+    """Never write over a file that kitseg didn't make."""
+    if path.exists():
+        try:
+            read_json(path, SCHEMA)["versions"]["kitseg"]
+        except (InputError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} was not written by kitseg; choose another folder with --output") from error
+
+
 def _nothing(probabilities: Probabilities) -> str:
     return "" if probabilities.array.size else "no kidney or tumor found: all background"
 
@@ -264,5 +319,8 @@ def _timed(outcome: Outcome, seconds: float) -> Outcome:
 
 
 def _is_finished(run: Run) -> bool:
-    last = list(config.method_of(config.read(run.config)).stages)[-1]
-    return bool(run.folds(last))
+    try:
+        last = list(config.method_of(config.read(run.config)).stages)[-1]
+        return bool(run.folds(last)) and run.info.exists()
+    except KitsegError:
+        return False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.config import Method
 from kitseg.errors import InputError, KitsegError
@@ -56,14 +57,18 @@ def preprocess(
     """Store every case on every grid, in parallel; a broken case doesn't stop the others.
 
     Raises:
-        KitsegError: the disk is too small.
+        KitsegError: the disk is too small, or a worker was killed.
     """
     _check_disk(cases, grids, to)
     tasks = (delayed(_store)(case, spacing, to, convention) for case in cases for spacing in grids)
     outcomes = []
-    for outcome in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
-        outcomes.append(outcome)
-        on_done(outcome)
+    try:
+        for outcome in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
+            outcomes.append(outcome)
+            on_done(outcome)
+    except TerminatedWorkerError as error:
+        remedy = "The machine may be short of memory: call again, which goes on, with a smaller --jobs."
+        raise KitsegError(f"a worker process was killed. {remedy}") from error
     return sorted(outcomes, key=lambda o: (o.case, o.grid))
 
 
@@ -92,4 +97,6 @@ def _store(case: Case, spacing: Spacing, to: Path, convention: str) -> Outcome:
         changed = store_case(case, to / grid / case.id, spacing, convention)
     except KitsegError as error:
         return Outcome(case.id, grid, "failed", str(error))
+    except Exception as error:  # whatever it is, the other cases go on
+        return Outcome(case.id, grid, "failed", f"{case.image}: {type(error).__name__}: {' '.join(str(error).split())}")
     return Outcome(case.id, grid, "done" if changed else "unchanged")

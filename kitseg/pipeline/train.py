@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from kitseg.patches.datamodule import region_image
 from kitseg.pipeline.fit import Machine, fit, rank, write_regions
 from kitseg.pipeline.model import build_stage, torch_device, trained_stage
 from kitseg.runs import SCHEMA, Run, StageFolder, move_aside
+from kitseg.screen import bar
 from kitseg.splits import Fold, Part, Split, make_split, read_split, write_split
 from kitseg.types import Box
 from kitseg.volumes.store import StoredCase, grid_name, open_case
@@ -114,7 +115,9 @@ class Start:
         return self.plan()
 
     def restart(self, stage: str | None) -> Path | None:
-        """Move the old run aside: the whole of it where its configuration differs, else the fold or the stage alone.
+        """Move the old run aside: the whole of it where its configuration or split differs.
+
+        Otherwise the fold alone, or the stage with the later ones that build on it.
 
         Raises:
             UsageError: there are several ranks already.
@@ -123,15 +126,28 @@ class Start:
             raise UsageError("--restart can't be used under torchrun: move the old run aside by hand")
         if not self.run.config.exists():
             return None
-        if config.differences(config.read(self.run.config), self.config):
+        other_split = self.split.exists() and read_split(self.split) != read_split(self.run.split)
+        if other_split or config.differences(config.read(self.run.config), self.config):
             return move_aside(self.run.path)
-        fold = self.run.path / f"fold_{self.fold}"
-        return move_aside(fold / stage if stage else fold)
+        if stage is None:
+            return move_aside(self.run.path / f"fold_{self.fold}")
+        for later in _dependent(config.method_of(self.config), stage):
+            move_aside(self.run.stage(self.fold, later).path)
+        return move_aside(self.run.stage(self.fold, stage).path)
 
     def _plan(self, split: Split) -> Plan:
         if self.fold >= len(split.folds):
             raise UsageError(f"there is no fold {self.fold}: {len(split.folds)} folds, from 0 on")
         return Plan(self.config, self.run, split, self.fold, self.store, self.machine, self.repeat)
+
+
+def _dependent(method: Method, stage: str) -> list[str]:
+    """The stages that build on a stage, directly or not."""
+    found = [stage]
+    for name, spec in method.stages.items():
+        if set(spec.inputs) & set(found):
+            found.append(name)
+    return found[1:]
 
 
 def new_split(cases: Iterable[str], configuration: Config) -> Split:
@@ -256,7 +272,7 @@ def _prepare(plan: Plan, unit: Unit) -> None:
         write_json(plan.run.info, SCHEMA, {"kitseg": __version__, "phantom": phantom, "cases": [c.id for c in cases]})
 
 
-def _regions(plan: Plan, spec: StageSpec, cases: Iterable[str], side: str) -> dict[str, Box | None]:
+def _regions(plan: Plan, spec: StageSpec, cases: Sequence[str], side: str) -> dict[str, Box | None]:
     """The boxes of a stage's cases.
 
     For validation from the earlier stage's own predictions; for training from predictions of its inner folds, or from
@@ -267,18 +283,21 @@ def _regions(plan: Plan, spec: StageSpec, cases: Iterable[str], side: str) -> di
     if not spec.inputs:
         return {case: region(_open(plan, spec, case).grid, None, None) for case in cases}
     earlier = plan.method.stages[spec.inputs[0]]
-    predictors = _predictors(plan, earlier, cases, side == "train" and spec.guide == "inner")
+    guided = side == "val" or spec.guide == "inner"
+    predictors = _predictors(plan, earlier, cases, side == "train") if guided else {}
     found: dict[str, Box | None] = {}
-    for case in cases:
-        stored = _open(plan, spec, case)
-        box = None
-        if side == "val" or spec.guide == "inner":
-            guide = _predict(_open(plan, earlier, case), predictors[case], earlier)
-            box = region(stored.grid, guide.labels(), guide.grid)
-        if box is None and side == "train":
-            box = region(stored.grid, np.asarray(stored.label), stored.grid)
-        if box is not None or side == "val":
-            found[case] = box
+    with bar(f"{spec.name}: where to look ({side})", len(cases)) as step:
+        for case in cases:
+            stored = _open(plan, spec, case)
+            box = None
+            if case in predictors:
+                guide = _predict(_open(plan, earlier, case), predictors[case], earlier)
+                box = region(stored.grid, guide.labels(), guide.grid)
+            if box is None and side == "train":
+                box = region(stored.grid, np.asarray(stored.label), stored.grid)
+            if box is not None or side == "val":
+                found[case] = box
+            step()
     return found
 
 

@@ -6,13 +6,14 @@ box, the scan's geometry, path and hash, and ``manifest.json`` what made them an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, UsageError
 from kitseg.files import aside, read_json, write_json
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.nifti import file_digest
@@ -75,19 +76,26 @@ def block_cases(folder: Path) -> list[str]:
     Raises:
         InputError: the folder holds none.
     """
-    cases = sorted(path.stem for path in folder.glob("*.json") if path.name != MANIFEST)
+    cases = sorted(path.stem for path in folder.glob("*.json") if path.name != MANIFEST and path.name[0] != ".")
     if not cases or not (folder / MANIFEST).exists():
         raise InputError(folder, "holds no probabilities", "Make them with `kitseg infer`.")
     return cases
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write what made the folder's probabilities and what post-processing they expect."""
-    write_json(folder / MANIFEST, SCHEMA, content)
+def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write what made the folder's probabilities and what post-processing they expect.
+
+    Raises:
+        UsageError: the folder holds probabilities that something else made.
+    """
+    path = folder / MANIFEST
+    if path.exists() and read_json(path, SCHEMA) != {"schema": SCHEMA, **json.loads(json.dumps(content))}:
+        raise UsageError(f"{folder} holds probabilities of another model, stage or version; choose another folder")
+    write_json(path, SCHEMA, content)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what ``write_manifest`` wrote.
+    """Read what ``claim_manifest`` wrote.
 
     Raises:
         InputError: missing or damaged.

@@ -48,7 +48,7 @@ def list_cases(data: Path) -> list[Case]:
     _check_folder(data)
     if (data / IMAGE).is_file():
         return [case_of(data)]
-    folders = [f for f in data.iterdir() if f.is_dir() and (f.name.startswith("case_") or (f / IMAGE).is_file())]
+    folders = [f for f in _folders(data) if f.name.startswith("case_") or (f / IMAGE).is_file()]
     cases = [case_of(f) for f in folders] or [Case(scan_id(f), f) for f in _flat(data)]
     if not cases:
         raise InputError(data, "the folder holds no scans", _EXPECTED)
@@ -97,7 +97,7 @@ def find_labels(folder: Path) -> dict[str, Path]:
         UsageError: two files have the same id.
     """
     _check_folder(folder)
-    files = sorted(folder.glob(f"*/{LABEL}")) or _flat(folder)
+    files = sorted(f / LABEL for f in _folders(folder) if (f / LABEL).is_file()) or _flat(folder)
     if not files:
         raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
     cases = [Case(_canonical(f.parent.name if f.name == LABEL else _stem(f)), f) for f in files]
@@ -111,6 +111,11 @@ def _canonical(name: str) -> str:
 
 def _stem(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder; hidden ones are somebody's half-written ones."""
+    return [f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
 
 
 def _flat(folder: Path) -> list[Path]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,6 +21,7 @@ from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
+from kitseg.files import aside
 from kitseg.labels import CONVENTIONS
 from kitseg.types import Geometry, Triple, Volume
 
@@ -121,13 +121,13 @@ def read_labels(path: Path, case_id: str, convention: str | None = "kits19") -> 
     return Volume(labels, canonical_geometry(native), native, case_id)
 
 
-def write_labels(path: Path, labels: NDArray[np.uint8], native: Geometry) -> None:
+def write_labels(path: Path, labels: NDArray[np.uint8], native: Geometry, description: str = "") -> None:
     """Write (D, H, W) labels in orientation (I, P, L) as uint8 on the native lattice; never half a file.
 
     Raises:
         InputError: the file can't be written.
     """
-    _write(Path(path), labels, np.dtype(np.uint8), native, "")
+    _write(Path(path), labels, np.dtype(np.uint8), native, description)
 
 
 def write_image(path: Path, array: NDArray[np.int16], native: Geometry, description: str = "") -> None:
@@ -288,16 +288,8 @@ def _write(path: Path, array: NDArray[Any], dtype: np.dtype[Any], native: Geomet
     header.set_sform(native.affine, code=1)
     header["descrip"] = description
     image = _nib.Nifti1Image(turn_to_native(array, native), None, header)
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nibabel.save(image, aside)
-        os.replace(aside, path)
-    except OSError as error:
-        raise InputError(path, f"it can't be written ({error.strerror})", "Choose a folder with room") from error
-    finally:
-        with suppress(OSError):
-            aside.unlink()
+    with aside(path) as partial:
+        nibabel.save(image, partial)
 
 
 def _turn(native: Geometry) -> NDArray[np.float64]:

@@ -7,8 +7,6 @@ Axes are (z, y, x) = (caudal, posterior, to the patient's left); the origin is t
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.errors import InputError
+from kitseg.files import aside
 from kitseg.labels import KIDNEY, TUMOR
-from kitseg.volumes.nifti import PHANTOM_MARK
+from kitseg.types import Geometry
+from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
 from kitseg.volumes.phantom_canvas import (
     FAT,
     FLUID,
@@ -274,35 +274,16 @@ def make_case(
 def write_case(folder: Path, seed: int, index: int, matrix: int) -> None:
     """Write ``folder/case_{index:05d}`` with imaging.nii.gz and segmentation.nii.gz, both marked as phantom.
 
-    A new case appears complete or not at all; over an old one, an interruption leaves no label beside a wrong image.
+    The case appears complete or not at all; an earlier phantom of that name is replaced.
 
     Raises:
-        InputError: the folder can't be written.
+        InputError: a case of that name is there that isn't a phantom. KitsegError: the folder can't be written.
     """
-    ct, label, affine = make_case(seed, index, matrix)
     target = folder / f"case_{index:05d}"
-    aside = folder / f".{target.name}.partial"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _save(aside / "imaging.nii.gz", ct, affine)
-        _save(aside / "segmentation.nii.gz", label, affine)
-        if target.exists():
-            (target / "segmentation.nii.gz").unlink(missing_ok=True)
-            os.replace(aside / "imaging.nii.gz", target / "imaging.nii.gz")
-            os.replace(aside / "segmentation.nii.gz", target / "segmentation.nii.gz")
-        else:
-            os.replace(aside, target)
-    except OSError as error:
-        raise InputError(target, f"it can't be written ({error.strerror})", "Choose a folder with room") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _save(path: Path, array: NDArray[Any], affine: NDArray[np.float64]) -> None:
-    image = _nib.Nifti1Image(array, affine)
-    image.header["descrip"] = PHANTOM_MARK
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine, code=1)
-    image.set_sform(affine, code=1)
-    _nib.save(image, path)
+    if target.exists() and not (target.is_dir() and is_phantom(target / "imaging.nii.gz")):
+        raise InputError(target, "is there already and is no phantom", "Choose another folder")
+    ct, label, affine = make_case(seed, index, matrix)
+    native = Geometry((ct.shape[0], ct.shape[1], ct.shape[2]), affine)
+    with aside(target) as partial:
+        write_image(partial / "imaging.nii.gz", ct, native, PHANTOM_MARK)
+        write_labels(partial / "segmentation.nii.gz", label, native, PHANTOM_MARK)
