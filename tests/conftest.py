@@ -27,6 +27,7 @@ SMALLEST = (
     "--set=size.validate_every=2",
     "--set=stages.coarse.spacing=[6,6.25,6.25]",
     "--set=size.coarse_samples=12",
+    "--set=size.keep_best=5",
     "--set=size.fine_samples=4",
     "--set=size.learning_rate=3e-3",
 )

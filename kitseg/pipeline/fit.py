@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -131,7 +130,7 @@ def _trainer(spec: StageSpec, folder: StageFolder, machine: Machine, best: Model
         strategy=ddp if machine.world > 1 else "auto",
         precision=spec.precision if accelerator == "cuda" else "32-true",  # type: ignore[arg-type]
         max_epochs=spec.epochs,
-        check_val_every_n_epoch=math.gcd(spec.validate_every, spec.epochs),  # so that the last epoch is validated
+        check_val_every_n_epoch=_validate_every(spec),  # so that the last epoch is validated
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
@@ -141,6 +140,11 @@ def _trainer(spec: StageSpec, folder: StageFolder, machine: Machine, best: Model
         enable_model_summary=False,
         log_every_n_steps=1,
     )
+
+
+def _validate_every(spec: StageSpec) -> int:
+    """The configured number of epochs, or the next smaller one with which the last epoch is validated too."""
+    return max(n for n in range(1, spec.validate_every + 1) if spec.epochs % n == 0)
 
 
 def _data(spec: StageSpec, folder: StageFolder, store: Path, seed: int, machine: Machine) -> StageData:

@@ -37,7 +37,8 @@ class Stage(pl.LightningModule):
         self, net: nn.Module, loss: nn.Module, optimizer: MakeOptimizer, scheduler: MakeScheduler, window: Window
     ) -> None:
         super().__init__()
-        self.net, self.loss, self.window = net, loss, window
+        self.net = net.to(memory_format=torch.channels_last_3d)
+        self.loss, self.window = loss, window
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.validated: dict[str, dict[str, float]] = {}
         self.loaded: Path | None = None  # the checkpoint whose weights the network holds
