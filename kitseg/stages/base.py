@@ -37,7 +37,8 @@ class Stage(pl.LightningModule):
         self, net: nn.Module, loss: nn.Module, optimizer: MakeOptimizer, scheduler: MakeScheduler, window: Window
     ) -> None:
         super().__init__()
-        self.net = net.to(memory_format=torch.channels_last_3d)
+        # faster on the CPU; torch's stub doesn't know the argument
+        self.net: nn.Module = net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.loss, self.window = loss, window
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.validated: dict[str, dict[str, float]] = {}
