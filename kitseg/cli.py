@@ -78,7 +78,7 @@ def phantom(
 
     from kitseg.volumes.phantom import write_case
 
-    tasks = (delayed(write_case)(out, seed, index, matrix) for index in range(cases))
+    tasks = (delayed(write_case)(out.absolute(), seed, index, matrix) for index in range(cases))
     with screen.bar("phantoms", cases) as step:
         for _ in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
             step()

@@ -59,6 +59,7 @@ def preprocess(
     Raises:
         KitsegError: the disk is too small, or a worker was killed.
     """
+    to = to.absolute()  # worker processes may stand in another folder
     _check_disk(cases, grids, to)
     tasks = (delayed(_store)(case, spacing, to, convention) for case in cases for spacing in grids)
     outcomes = []

@@ -46,6 +46,7 @@ def list_cases(data: Path) -> list[Case]:
         UsageError: two files have the same id.
     """
     _check_folder(data)
+    data = data.absolute()  # worker processes may stand in another folder
     if (data / IMAGE).is_file():
         return [case_of(data)]
     folders = [f for f in _folders(data) if f.name.startswith("case_") or (f / IMAGE).is_file()]
