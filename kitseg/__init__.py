@@ -4,7 +4,7 @@ The folders tell a scan's journey, in this order:
 
 1. ``volumes``      a CT file becomes a volume on a grid, and labels find their way back
 2. ``patches``      volumes become batches
-3. ``stages``       a LightningModule turns batches into probabilities (``nets``, ``losses``: pure maths;
+3. ``stages``       a LightningModule turns batches into probabilities (``nets``: pure maths;
    ``links``: what ties one stage to the next)
 4. ``inference``    a trained stage sees a whole case; probabilities return to the CT's own grid
 5. ``ensemble``     probabilities are averaged
