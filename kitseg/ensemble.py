@@ -29,7 +29,7 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
             first, box = replace(member, array=np.empty((0, 0, 0, 0), np.float16)), member.box
             total = np.zeros(member.array.shape, np.float32)
         _same_kind(first, member)
-        wider = _union(box, member.box)
+        wider = box.union(member.box)
         total = _widen(total, box, wider, first.channels, weights)
         box = wider
         total += _widen(member.array.astype(np.float32), member.box, box, first.channels, 1.0) * np.float32(weight)
@@ -54,12 +54,6 @@ def _same_kind(first: Probabilities, other: Probabilities) -> None:
         raise ValueError(f"{other.case_id} has channels {other.channels} here and {first.channels} there")
     if not other.geometry.same_as(first.geometry):
         raise ValueError(f"{other.case_id} lies on two different grids")
-
-
-def _union(a: Box, b: Box) -> Box:
-    if 0 in a.size or 0 in b.size:
-        return b if 0 in a.size else a
-    return a.union(b)
 
 
 def _widen(

@@ -20,5 +20,12 @@ class InputError(KitsegError):
         return f"{self.path}: {self.problem}. {self.remedy}"
 
 
+def in_words(name: Path | str, error: Exception) -> str:
+    """An error in one line: its own words, or for one that nobody foresaw, what it befell and its type."""
+    if isinstance(error, KitsegError):
+        return str(error)
+    return f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
 class UsageError(KitsegError):
     """A command that can't mean what it says (exit code 2)."""

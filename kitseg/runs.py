@@ -30,7 +30,7 @@ class StageFolder:
 
     @property
     def last(self) -> Path:
-        """Full state of the last finished epoch that was validated."""
+        """Full state of the last finished epoch."""
         return self.path / "last.ckpt"
 
     @property

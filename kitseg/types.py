@@ -93,7 +93,9 @@ class Box:
         return Box(_triple(a - by for a in self.start), _triple(b + by for b in self.stop))
 
     def union(self, other: Box) -> Box:
-        """The smallest box that holds both."""
+        """The smallest box that holds both; an empty one adds nothing."""
+        if 0 in self.size or 0 in other.size:
+            return other if 0 in self.size else self
         return Box(_triple(map(min, self.start, other.start)), _triple(map(max, self.stop, other.stop)))
 
     def clip(self, shape: Triple) -> Box:

@@ -11,13 +11,12 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel import orientations
+from nifti_files import IPL, SHAPE, count, refused, save
 
 from kitseg.errors import InputError, KitsegError
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
 
-SHAPE = (3, 4, 5)
-IPL = np.array([[0, 0, -0.8, 90], [0, -0.7, 0, 60.5], [-2.5, 0, 0, 1000.25], [0, 0, 0, 1]])
 ALL_CODES = [
     "".join(codes) for axes in itertools.permutations(("LR", "PA", "IS")) for codes in itertools.product(*axes)
 ]
@@ -40,25 +39,6 @@ def rotation(degrees: float) -> np.ndarray:
     turned = np.eye(4)
     turned[1:3, 1:3] = [[c, -s], [s, c]]
     return turned
-
-
-def save(path: Path, array: np.ndarray, affine: np.ndarray = IPL) -> Path:
-    nibabel.save(nibabel.Nifti1Image(array, affine), path)
-    return path
-
-
-def count(shape: tuple[int, ...] = SHAPE, dtype: type = np.int16) -> np.ndarray:
-    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
-
-
-def refused(path: Path, words: str, read=nifti.read_image) -> None:
-    """Reading fails in one line that names the file and holds the words."""
-    arguments = () if read is nifti.read_geometry else ("a",)
-    with pytest.raises(InputError, match=words) as caught:
-        read(path, *arguments)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
-    assert caught.value.remedy
 
 
 # --- orientation

@@ -67,6 +67,13 @@ class Output:
 def run_stage(scan: Volume, stage: Predictor, head: str, earlier: Mapping[str, Output]) -> Output:
     """One stage on a scan, with what the earlier stages that it names in its inputs believe."""
     hu, grid = image_on_grid(scan, stage.spec.spacing)
+    return run_on_grid(hu, grid, stage, head, earlier)
+
+
+def run_on_grid(
+    hu: NDArray[np.int16], grid: Geometry, stage: Predictor, head: str, earlier: Mapping[str, Output]
+) -> Output:
+    """The same for a scan that lies on the stage's grid already, (D, H, W) HU."""
     region = region_for(stage, grid, earlier)
     if region is None:
         return Output(None, EMPTY, grid, stage.spec.channels)
@@ -107,7 +114,7 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
             parts[key] = from_grid(values, box, output.grid.shape, scan.geometry.shape)
     box = EMPTY
     for _, part in parts.values():
-        box = part if box == EMPTY else box.union(part)
+        box = box.union(part)
     array = np.zeros((len(channels), *box.size), np.float16)
     for row, (name, source) in zip(array, channels.items(), strict=True):
         row[...] = name == "background"

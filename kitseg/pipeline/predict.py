@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kitseg import __version__, config, ensemble
 from kitseg.config import Method, Source
-from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.errors import InputError, KitsegError, UsageError, in_words
 from kitseg.files import read_json, write_json
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.pipeline.model import Model, open_model
@@ -61,11 +61,9 @@ def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) 
         begun = time.perf_counter()
         try:
             outcome = work(case)
-        except KitsegError as error:
-            outcome = Outcome(case, error=str(error))
         except Exception as error:  # whatever it is, the other cases go on
-            outcome = Outcome(case, error=f"{case}: {type(error).__name__}: {' '.join(str(error).split())}")
-        outcomes.append(_timed(outcome, time.perf_counter() - begun))
+            outcome = Outcome(case, error=in_words(case, error))
+        outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes
 
@@ -129,8 +127,9 @@ def postprocess(folder: Path, to: Path, on_done: OnDone) -> list[Outcome]:
     def work(case: str) -> Outcome:
         path, _ = scan_of(folder, case)
         _spare(path, to / f"{case}.nii.gz")
-        labels = clean(read_block(folder, case), read_image(path, case), steps)
-        return _write_labels(to, case, labels, read_block(folder, case))
+        probabilities = read_block(folder, case)
+        labels = clean(probabilities, read_image(path, case), steps)
+        return _write_labels(to, case, labels, probabilities)
 
     return each(block_cases(folder), work, on_done)
 
@@ -138,7 +137,7 @@ def postprocess(folder: Path, to: Path, on_done: OnDone) -> list[Outcome]:
 def predict_scans(model: Model, scans: Sequence[Case], to: Path, on_done: OnDone) -> list[Outcome]:
     """Labels, figures and a picture for each scan: ``infer``, ``ensemble`` and ``postprocess`` without the files."""
     channels, steps = output_channels(model.method, None), build_steps(model.method.postprocess)
-    digest = model.digest()
+    origin = _origin(model)
     by_id = {scan.id: scan for scan in scans}
     for case, scan in by_id.items():
         _spare(scan.image, to / f"{case}.nii.gz")
@@ -157,7 +156,7 @@ def predict_scans(model: Model, scans: Sequence[Case], to: Path, on_done: OnDone
             "volumes_ml": outcome.volumes_ml,
             "note": outcome.note,
             "seconds": round(time.perf_counter() - begun, 2),
-            "model": {"path": str(model.run.path), "folds": model.folds, "sha256": digest, **model_facts(model)},
+            "model": origin,
             "versions": versions(),
         }
         write_json(to / f"{case}.json", SCHEMA, facts)
@@ -268,12 +267,17 @@ def versions() -> dict[str, str]:
     }
 
 
+def _origin(model: Model) -> dict[str, Any]:
+    """Which model made a result."""
+    return {"path": str(model.run.path), "folds": model.folds, "sha256": model.digest(), **model_facts(model)}
+
+
 def _manifest(model: Model, stage: str | None, channels: Mapping[str, Source]) -> dict[str, Any]:
     return {
         "channels": list(channels),
         "method": model.method.name,
         "stage": stage,
-        "model": {"path": str(model.run.path), "folds": model.folds, "sha256": model.digest(), **model_facts(model)},
+        "model": _origin(model),
         "postprocess": model.method.postprocess,
         "versions": versions(),
     }
@@ -312,10 +316,6 @@ def _spare_foreign(path: Path) -> None:
 
 def _nothing(probabilities: Probabilities) -> str:
     return "" if probabilities.array.size else "no kidney or tumor found: all background"
-
-
-def _timed(outcome: Outcome, seconds: float) -> Outcome:
-    return replace(outcome, seconds=seconds)
 
 
 def _is_finished(run: Run) -> bool:

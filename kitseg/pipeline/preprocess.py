@@ -11,7 +11,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.config import Method
-from kitseg.errors import InputError, KitsegError
+from kitseg.errors import InputError, KitsegError, in_words
 from kitseg.types import Case
 from kitseg.volumes.kits import find_cases
 from kitseg.volumes.store import grid_name, store_bytes, store_case
@@ -96,8 +96,6 @@ def _store(case: Case, spacing: Spacing, to: Path, convention: str) -> Outcome:
     grid = grid_name(spacing)
     try:
         changed = store_case(case, to / grid / case.id, spacing, convention)
-    except KitsegError as error:
-        return Outcome(case.id, grid, "failed", str(error))
     except Exception as error:  # whatever it is, the other cases go on
-        return Outcome(case.id, grid, "failed", f"{case.image}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return Outcome(case.id, grid, "failed", in_words(case.image, error))
     return Outcome(case.id, grid, "done" if changed else "unchanged")

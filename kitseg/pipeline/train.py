@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,7 @@ from kitseg import __version__, config
 from kitseg.config import Config, Method, StageSpec
 from kitseg.errors import KitsegError, UsageError
 from kitseg.files import write_json, write_text
-from kitseg.inference.chain import Output, Predictor, region_for
-from kitseg.patches.datamodule import region_image
+from kitseg.inference.chain import Predictor, run_on_grid
 from kitseg.pipeline.fit import Machine, fit, rank, write_regions
 from kitseg.pipeline.model import build_stage, torch_device, trained_stage
 from kitseg.runs import SCHEMA, Run, StageFolder, move_aside
@@ -43,7 +42,7 @@ class Plan:
     fold: int
     store: Path
     machine: Machine
-    arguments: tuple[str, ...] = field(default=())
+    arguments: tuple[str, ...] = ()
 
     @property
     def method(self) -> Method:
@@ -291,7 +290,8 @@ def _regions(plan: Plan, spec: StageSpec, cases: Sequence[str], side: str) -> di
             stored = _open(plan, spec, case)
             box = None
             if case in predictors:
-                guide = _predict(_open(plan, earlier, case), predictors[case], earlier)
+                seen = _open(plan, earlier, case)
+                guide = run_on_grid(seen.image, seen.grid, predictors[case], earlier.heads[-1], {})
                 box = region(stored.grid, guide.labels(), guide.grid)
             if box is None and side == "train":
                 box = region(stored.grid, np.asarray(stored.label), stored.grid)
@@ -310,14 +310,6 @@ def _predictors(plan: Plan, earlier: StageSpec, cases: Iterable[str], inner: boo
         return dict.fromkeys(cases, predictor)
     parts = enumerate(plan.part.inner)
     return {case: trained_stage(earlier, module, outer.inner(i)) for i, part in parts for case in part.val}
-
-
-def _predict(case: StoredCase, predictor: Predictor, spec: StageSpec) -> Output:
-    region = region_for(predictor, case.grid, {})
-    if region is None:
-        raise ValueError(f"stage {spec.name} has no region of its own")
-    image = region_image(case.image, region, predictor.intensity)
-    return Output(predictor.predict(image, spec.heads[-1]), region, case.grid, spec.channels)
 
 
 def _open(plan: Plan, spec: StageSpec, case: str) -> StoredCase:
