@@ -15,6 +15,7 @@ from kitseg.errors import KitsegError, UsageError
 
 if TYPE_CHECKING:
     from kitseg.pipeline.predict import Outcome
+    from kitseg.pipeline.priors import Fit
 
 app = typer.Typer(
     name="kitseg",
@@ -135,6 +136,34 @@ def check(
     _exit(bad > 0)
 
 
+@app.command(epilog="Example: kitseg fit-priors --labels data --split splits.json --fold 0")
+def fit_priors(
+    labels: Annotated[Path, typer.Option(help="Folder of true label maps, KiTS layout or flat.")] = Path("data"),
+    split: Annotated[Path | None, typer.Option(help="A split file: only its training cases, with --fold.")] = None,
+    fold: Annotated[int | None, typer.Option(help="With --split: the training cases of this fold.")] = None,
+    convention: Convention = "kits19",
+    jobs: Jobs = -1,
+    report: Annotated[Path | None, typer.Option("--json", help="Write the range and every tumor to this file.")] = None,
+) -> None:
+    """Measure the shape of true tumors, and how many of them each prior of post-processing would cost."""
+    from kitseg.pipeline import priors
+
+    _known_convention(convention)
+    maps = priors.training_labels(labels, split, fold)
+    with screen.bar("fit-priors", len(maps)) as step:
+
+        def done(finding: priors.Finding) -> None:
+            step()
+            if finding.error:
+                screen.complain(finding.error)
+
+        fit = priors.fit_priors(maps, convention, jobs, done)
+    if report:
+        priors.write_fit(report, fit)
+    _show_fit(fit)
+    _exit(any(finding.error for finding in fit.findings))
+
+
 @app.command(epilog="Example: kitseg preprocess data --method two-phase --jobs 4")
 def preprocess(
     data: Data = Path("data"),
@@ -178,7 +207,8 @@ def train(
     """Train a method's stages in order; the same command goes on where an earlier one stopped."""
     from kitseg import config
     from kitseg.pipeline import train as training
-    from kitseg.pipeline.fit import Machine, rank
+    from kitseg.pipeline.machine import Machine, rank
+    from kitseg.pipeline.plan import Start, Unit
     from kitseg.pipeline.preprocess import labelled_cases
     from kitseg.runs import Run
 
@@ -191,9 +221,9 @@ def train(
     machine = Machine("cuda" if gpus else device, gpus or processes, workers)
     run = Run(runs / (name or f"{method}-{size}"))
     repeat = _repeat(locals())
-    begin = training.Start(configuration, run, fold, split, store, machine, repeat)
+    begin = Start(configuration, run, fold, split, store, machine, repeat)
     if only:
-        return training.fit_unit(begin.plan(), training.Unit.parse(only))
+        return training.fit_unit(begin.plan(), Unit.parse(only))
     if rank() > 0:
         return training.train(begin.wait(), stage, screen.say)
     where, cases = machine.describe(), labelled_cases(data)
@@ -251,12 +281,13 @@ def ensemble(
 def postprocess(
     folder: Annotated[Path, typer.Argument(help="Folder of probabilities.")] = Path("ensemble"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = PREDICTIONS,
+    without: Annotated[list[str], typer.Option(metavar="NAME", help="Leave out this prior; all: every one.")] = [],  # noqa: B006
 ) -> None:
     """Labels from probabilities, cleaned as the method asks."""
     from kitseg.pipeline import predict as steps
     from kitseg.volumes.blocks import block_cases
 
-    _work("postprocess", len(block_cases(folder)), lambda done: steps.postprocess(folder, output, done))
+    _work("postprocess", len(block_cases(folder)), lambda done: steps.postprocess(folder, output, done, without))
 
 
 @app.command(epilog="Example: kitseg predict case_00210.nii.gz --model runs/two-phase-paper")
@@ -386,11 +417,28 @@ def _show_plan(plan: Any, cases: Sequence[Any], stage: str | None, where: str) -
     """The trainings that a plan holds, with their size and an estimate of their time."""
     from kitseg.pipeline.estimate import estimates
 
-    table = screen.table("training", "grid (mm)", "cases", "batch", "patch", "epochs × steps", "parameters", "estimate")
+    columns = ("cases", "batch", "patch", "epochs × steps", "parameters", "memory", "time")
+    table = screen.table("training", "grid", *columns)
     for row in estimates(plan, cases[0], stage):
         table.add_row(*row)
     screen.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {where}")
     screen.out.print(table)
+
+
+def _show_fit(fit: Fit) -> None:
+    """What the priors cost, and the line that uses the fitted range."""
+    table = screen.table("prior", "settings", "tumors lost", "tumor lost (ml)", "cases without any tumor left")
+    for cost in fit.costs:
+        settings = ", ".join(f"{key} {value:g}" for key, value in cost.setting.items())
+        tumors, cases = f"{cost.lost_tumors} of {cost.tumors}", f"{cost.lost_cases} of {cost.cases}"
+        table.add_row(cost.prior, settings, tumors, f"{cost.lost_ml:.1f} of {cost.ml:.1f}", cases)
+    screen.out.print(table)
+    failed = sum(bool(finding.error) for finding in fit.findings)
+    screen.say(f"{len(fit.findings) - failed} of {len(fit.findings)} cases read")
+    if not any(cost.prior == "dark" for cost in fit.costs):
+        screen.say("dark: not tried, since no CT (imaging.nii.gz) lies beside the labels")
+    screen.say(f"λ1/λ2 of {fit.tumors} tumors of 10 voxels or more, 5-95 %: {fit.low:.3f}-{fit.high:.3f}")
+    screen.say(f"--set postprocess.shape.low={fit.low:.3f} --set postprocess.shape.high={fit.high:.3f}")
 
 
 def _known_convention(convention: str) -> None:

@@ -19,15 +19,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kitseg.errors import InputError, UsageError
+from kitseg.types import Grid
 
 Config = dict[str, Any]
 ALLOWED = re.compile(
-    r"kitseg\.(nets|links|stages|patches|inference|postprocess)\.[a-z]\w*\.[A-Z]\w*"
+    r"kitseg\.(nets|losses|links|stages|patches|inference|postprocess)\.[a-z]\w*\.[A-Z]\w*"
     r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
+    r"|torchio\.Random[A-Z]\w*"
 )
+PARTS, OPTIONAL = ("intensity", "region", "sampler", "module"), ("link", "augmentation")
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
+OmegaConf.register_new_resolver("share", lambda whole, by: max(1, round(whole / by)), replace=True)
 OmegaConf.register_new_resolver("sixteens", lambda voxels, by: math.ceil(voxels / by / 16) * 16, replace=True)
+OmegaConf.register_new_resolver("either", lambda size, paper: paper if size is None else size, replace=True)
 
 
 @dataclass(frozen=True)
@@ -40,23 +46,39 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """Trainings of a stage that each start from the best weights so far, on a new share of the cases, until none helps.
+
+    most: rounds after the first training; share: of the training cases; epochs: of each round.
+    """
+
+    most: int
+    share: float
+    epochs: int
+
+
+@dataclass(frozen=True)
 class StageSpec:
     """One stage of a method.
 
     inputs: earlier stages whose output says where or what this one sees; guide: ``labels`` or ``inner`` for training;
-    spacing: of its grid in mm; heads, channels: what it predicts; parts: the specifications that ``build`` takes.
+    grid: the lattice it works on; heads, channels: what it predicts; batch: patches a step, over all ranks;
+    at_once: of them at a time on a device, whose gradients are added up to the batch; stop_after: validations without
+    improvement that end the training; rounds: trainings after the first; parts: the specifications for ``build``.
     """
 
     name: str
     inputs: tuple[str, ...]
     guide: str
-    spacing: tuple[float, float, float]
+    grid: Grid
     heads: tuple[str, ...]
     channels: tuple[str, ...]
-    samples_per_case: int
     batch: int
+    at_once: int
     epochs: int
     validate_every: int
+    stop_after: int | None
+    rounds: Rounds | None
     precision: str
     parts: Mapping[str, Any]
 
@@ -70,7 +92,7 @@ class Method:
     published: Mapping[str, float]
     stages: Mapping[str, StageSpec]
     outputs: Mapping[str, Source]
-    postprocess: Sequence[Any]
+    postprocess: Mapping[str, Any]
 
 
 def compose(method: str, size: str, overrides: Sequence[str] = ()) -> Config:
@@ -232,23 +254,26 @@ def _targets(spec: Any) -> list[str]:
 
 
 def _stage(name: str, config: Config) -> StageSpec:
-    z, y, x = config["spacing"]
-    if min(z, y, x) <= 0:
-        raise UsageError(f"stages.{name}.spacing is {config['spacing']}; it must be three positive numbers of mm")
-    parts = {key: config[key] for key in ("intensity", "region", "sampler", "module")}
+    try:
+        grid = Grid(**config["grid"])
+        rounds = Rounds(**config["rounds"]) if config.get("rounds") else None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"stages.{name}: {error}") from error
     return StageSpec(
         name=name,
         inputs=tuple(config["inputs"]),
         guide=config.get("guide", "labels"),
-        spacing=(z, y, x),
+        grid=grid,
         heads=tuple(config["heads"]),
         channels=tuple(config["channels"]),
-        samples_per_case=_count(config, name, "samples_per_case"),
         batch=_count(config, name, "batch"),
+        at_once=_count({"at_once": config["batch"], **config}, name, "at_once"),
         epochs=_count(config, name, "epochs"),
         validate_every=_count(config, name, "validate_every"),
+        stop_after=config.get("stop_after"),
+        rounds=rounds,
         precision=config["precision"],
-        parts=parts,
+        parts={key: config[key] for key in PARTS} | {key: config.get(key) for key in OPTIONAL},
     )
 
 

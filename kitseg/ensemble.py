@@ -1,4 +1,4 @@
-"""Means of probabilities, and the labels that follow from them."""
+"""Means of probabilities, and the masks that follow from them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
-from kitseg.types import Box, Probabilities
+from kitseg.types import Box, Masks, Probabilities
 
-IDS = {"background": BACKGROUND, "kidney": KIDNEY, "tumor": TUMOR}
+CHANNELS = ("background", "kidney", "tumor", "foreground")
 
 
 def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
@@ -40,13 +39,30 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
     return Probabilities(values, first.channels, box, first.geometry, first.native, first.case_id)
 
 
-def to_labels(probabilities: Probabilities) -> NDArray[np.uint8]:
-    """The most probable label of each voxel of the whole scan, (D, H, W) uint8."""
-    labels = np.zeros(probabilities.geometry.shape, np.uint8)
-    ids = np.array([IDS[channel] for channel in probabilities.channels], np.uint8)
-    if probabilities.array.size:
-        labels[probabilities.box.slices] = ids[probabilities.array.argmax(axis=0)]
-    return labels
+def to_masks(probabilities: Probabilities) -> Masks:
+    """Foreground and tumor inside the probabilities' box, (D, H, W) of that box.
+
+    With a channel "background" the channels exclude each other: each voxel belongs to the most probable one (of equals
+    to the first). Without it each channel stands for itself: probability above 0.5. The foreground is the channel
+    "foreground" where there is one, else "kidney" ∪ "tumor", and empty where there is no "kidney" either.
+
+    Raises:
+        ValueError: a channel of another name.
+    """
+    names, array = probabilities.channels, np.asarray(probabilities.array)
+    if strange := sorted(set(names) - set(CHANNELS)):
+        raise ValueError(f"channels named {', '.join(strange)}; masks come from {', '.join(CHANNELS)}")
+    nothing = np.zeros(probabilities.box.size, np.bool_)
+    if not array.size:
+        return Masks(nothing, nothing)
+    if "background" in names:
+        best = array.argmax(axis=0)
+        found = {name: best == index for index, name in enumerate(names)}
+    else:
+        found = {name: channel > np.float16(0.5) for name, channel in zip(names, array, strict=True)}
+    tumor = found.get("tumor", nothing)
+    foreground = found["kidney"] | tumor if "kidney" in found else nothing
+    return Masks(found.get("foreground", foreground), tumor)
 
 
 def _same_kind(first: Probabilities, other: Probabilities) -> None:

@@ -1,8 +1,9 @@
 """Every path of a training run, in one place, and what is written there.
 
 ``runs/<name>/``: ``config.yaml`` (resolved), ``run.json``, ``splits.json``, ``fold_<k>/<stage>/``, and for
-out-of-fold predictions ``fold_<k>/<stage>/inner_<i>/``. A stage's folder holds ``best/`` (weights), ``last.ckpt``
-(full state), ``history.csv``, ``curves.png``, ``tensorboard/``, and ``done.json`` once it is finished.
+out-of-fold predictions ``fold_<k>/<stage>/inner_<i>/``. A stage's folder holds ``places.json`` (where it looks),
+``guides/`` (what it is told), ``best/`` (weights), ``last.ckpt`` (full state), ``history.csv``, ``curves.png``,
+``tensorboard/``, and ``done.json`` once it is finished. A stage trained in rounds has all this in ``round_<r>/``.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ class StageFolder:
         return self.path / "last.ckpt"
 
     @property
-    def regions(self) -> Path:
-        """The box of each case that this stage sees."""
-        return self.path / "regions.json"
+    def places(self) -> Path:
+        """Where this stage looks at each case."""
+        return self.path / "places.json"
+
+    def guide(self, case: str) -> Path:
+        """What this stage is told about a case by the stage before it."""
+        return self.path / "guides" / f"{case}.npy"
 
     @property
     def done(self) -> Path:
@@ -47,6 +52,19 @@ class StageFolder:
         """The same stage trained on an inner fold."""
         return StageFolder(self.path / f"inner_{number}")
 
+    def round(self, number: int) -> StageFolder:
+        """One training of a stage that is trained in rounds; 0 is the first."""
+        return StageFolder(self.path / f"round_{number}")
+
+    def threshold(self) -> float | None:
+        """The probability from which foreground counts, where the training has chosen one.
+
+        Raises:
+            InputError: missing or damaged.
+        """
+        chosen: float | None = read_json(self.done, SCHEMA)["threshold"]
+        return chosen
+
     def checkpoints(self) -> list[tuple[Path, str]]:
         """The finished training's best checkpoints with their hashes, best first.
 
@@ -55,7 +73,7 @@ class StageFolder:
         """
         if not self.done.exists():
             raise InputError(self.path, "is not trained to its end", "Call `kitseg train` again: it goes on.")
-        rows = [(self.best / row["file"], row["sha256"]) for row in read_json(self.done, SCHEMA)["checkpoints"]]
+        rows = [(self.path / row["file"], row["sha256"]) for row in read_json(self.done, SCHEMA)["checkpoints"]]
         for path, _ in rows:
             if not path.exists():
                 raise InputError(path, "is missing", "Restore it, or train again with --restart.")

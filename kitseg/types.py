@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
+
 Triple = tuple[int, int, int]
 
 
@@ -39,6 +41,35 @@ class Geometry:
     def same_as(self, other: Geometry, tolerance: float = 1e-3) -> bool:
         """Whether shape and affine (within ``tolerance`` mm) agree."""
         return self.shape == other.shape and bool(np.allclose(self.affine, other.affine, atol=tolerance, rtol=0))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The lattice a stage works on, whatever the scan: how far apart its voxels are, and how values get there and back.
+
+    slices: mm between slices, None for the scan's own; inplane: mm between pixels; pixels: of the longer side instead;
+    image: how HU get onto the grid, back: how probabilities return, each ``linear`` or ``nearest``.
+    """
+
+    slices: float | None = None
+    inplane: float | None = None
+    pixels: int | None = None
+    image: str = "linear"
+    back: str = "linear"
+
+    def __post_init__(self) -> None:
+        if any(value is not None and value <= 0 for value in (self.slices, self.inplane, self.pixels)):
+            raise ValueError("a grid's slices, inplane and pixels are positive")
+        if self.inplane is not None and self.pixels is not None:
+            raise ValueError("a grid takes inplane or pixels, not both")
+        if not {self.image, self.back} <= {"linear", "nearest"}:
+            raise ValueError("a grid's image and back are linear or nearest")
+
+    def __str__(self) -> str:
+        across = "native" if self.inplane is None else f"{self.inplane:.4g}mm"
+        across = across if self.pixels is None else f"{self.pixels}px"
+        along = "native" if self.slices is None else f"{self.slices:.4g}mm"
+        return f"{along}-{across}" + ("-nearest" if self.image == "nearest" else "")
 
 
 @dataclass(frozen=True)
@@ -119,6 +150,46 @@ class Probabilities:
     geometry: Geometry
     native: Geometry
     case_id: str
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which voxels hold kidney or tumor, and which hold tumor: what post-processing cleans.
+
+    foreground: (D, H, W), kidney ∪ tumor as far as the method says so; tumor: (D, H, W), which may reach outside the
+    foreground where two networks found them.
+    """
+
+    foreground: NDArray[np.bool_]
+    tumor: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        if self.foreground.shape != self.tumor.shape:
+            raise ValueError(f"the masks differ in shape: {self.foreground.shape} and {self.tumor.shape}")
+
+    @classmethod
+    def from_labels(cls, labels: NDArray[np.uint8]) -> Masks:
+        """The masks of a label map (D, H, W), whose tumors all lie in the foreground."""
+        return cls(labels != BACKGROUND, labels == TUMOR)
+
+    @property
+    def either(self) -> NDArray[np.bool_]:
+        """Foreground ∪ tumor."""
+        return self.foreground | self.tumor
+
+    def crop(self, box: Box) -> Masks:
+        """The part of both masks in a box."""
+        return Masks(self.foreground[box.slices], self.tumor[box.slices])
+
+    def without(self, gone: NDArray[np.bool_]) -> Masks:
+        """Both masks without the voxels of a third one."""
+        return Masks(self.foreground & ~gone, self.tumor & ~gone)
+
+    def labels(self) -> NDArray[np.uint8]:
+        """The label map: foreground is kidney, and then tumor is tumor."""
+        labels = self.foreground.astype(np.uint8) * np.uint8(KIDNEY)
+        labels[self.tumor] = TUMOR
+        return labels
 
 
 def _triple(values: Any) -> Triple:

@@ -44,7 +44,7 @@ def test_the_whole_run() -> None:
         "seed": 0, "folds": 5, "keep_best": 5, "convention": "kits19", "chain": ["coarse", "fine"],
     }  # fmt: skip
     assert run["published"] == {"kidney": 0.968, "tumor": 0.75}
-    built = [config.build(step) for step in run["postprocess"]]
+    built = [config.build(step) for step in run["postprocess"].values()]
     assert [(type(step).__name__, vars(step)) for step in built] == [
         ("KeepKidneys", {"most": 2, "min_ratio": 0.05, "min_ml": 20}),
         ("RemoveLowHuTumors", {"threshold": 10}),
@@ -101,7 +101,7 @@ def test_every_method_composes_and_builds_at_every_size(method: str, size: str) 
     assert list(found.stages) == run["chain"]
     assert {source.stage for source in found.outputs.values()} <= set(found.stages)
     assert set(found.published) <= set(found.outputs)
-    for step in found.postprocess:
+    for step in found.postprocess.values():
         config.build(step)
     for name, spec in found.stages.items():
         earlier = run["chain"][: run["chain"].index(name)]

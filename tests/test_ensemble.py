@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitseg.ensemble import mean, to_labels
+from kitseg.ensemble import mean, to_masks
 from kitseg.errors import InputError
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes import blocks
@@ -176,22 +176,44 @@ def test_no_members() -> None:
         mean([])
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
+# --- masks -----------------------------------------------------------------------------------------------------------
 
 
-def test_labels_by_hand() -> None:
-    seen = belief([[0.5, 0.2, 0.1, 0.4], [0.3, 0.5, 0.1, 0.4], [0.2, 0.3, 0.8, 0.2]], row(1, 5))
-    assert to_labels(seen).tolist() == [[[0, 0, 1, 2, 0, 0]]]  # equals go to the first channel
-    assert to_labels(seen).dtype == np.uint8
+def masks(channels: tuple[str, ...], *rows: list[float]) -> tuple[list[int], list[int]]:
+    """Foreground and tumor of a row of voxels."""
+    found = to_masks(belief(rows, row(1, 1 + len(rows[0])), channels=channels))
+    assert found.foreground.shape == found.tumor.shape == (1, 1, len(rows[0]))
+    assert found.foreground.dtype == found.tumor.dtype == np.bool_
+    return found.foreground.astype(int).ravel().tolist(), found.tumor.astype(int).ravel().tolist()
 
 
-def test_labels_follow_the_channels_names() -> None:
-    seen = belief([[0.7, 0.1], [0.2, 0.1], [0.1, 0.8]], row(4, 6), channels=("tumor", "background", "kidney"))
-    assert to_labels(seen).tolist() == [[[0, 0, 0, 0, 2, 1]]]
+def test_the_most_probable_channel_where_there_is_a_background() -> None:
+    """Of equals the first one; a foreground of kidney and tumor together doesn't outvote the background."""
+    rows = [0.5, 0.2, 0.1, 0.4], [0.3, 0.5, 0.1, 0.4], [0.2, 0.3, 0.8, 0.2]
+    assert masks(CHANNELS, *rows) == ([0, 1, 1, 0], [0, 0, 1, 0])
+    assert masks(("tumor", "background", "kidney"), *rows) == ([1, 0, 1, 1], [1, 0, 0, 1])
 
 
-def test_labels_of_nothing() -> None:
-    assert to_labels(nothing((2, 1, 2))).tolist() == [[[0, 0]], [[0, 0]]]
+def test_foreground_against_background() -> None:
+    assert masks(("background", "foreground"), [0.4, 0.5, 0.6], [0.6, 0.5, 0.4]) == ([1, 0, 0], [0, 0, 0])
+
+
+def test_without_background_each_channel_stands_for_itself() -> None:
+    above = float(np.nextafter(np.float16(0.5), np.float16(1)))
+    rows = [0.9, above, 0.5, 0.1], [0.2, above, 0.9, 0.5]
+    assert masks(("foreground", "tumor"), *rows) == ([1, 1, 0, 0], [0, 1, 1, 0])
+    assert masks(("kidney", "tumor"), *rows) == ([1, 1, 1, 0], [0, 1, 1, 0])
+    assert masks(("foreground",), rows[0]) == ([1, 1, 0, 0], [0, 0, 0, 0])
+    assert masks(("tumor",), rows[1]) == ([0, 0, 0, 0], [0, 1, 1, 0])
+
+
+def test_masks_of_nothing() -> None:
+    assert to_masks(nothing((2, 1, 2))).foreground.shape == (0, 0, 0)
+
+
+def test_masks_of_a_channel_that_means_something_else() -> None:
+    with pytest.raises(ValueError, match="slice"):
+        to_masks(belief([[1], [0]], row(0, 1), channels=("background", "slice")))
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -209,7 +231,7 @@ def folder(tmp_path: Path, scan: Path) -> Path:
     """A folder of probabilities of one case."""
     folder = tmp_path / "probabilities"
     blocks.write_block(folder, belief([[0.5, 0.25], [0.5, 0.25], [0, 0.5]], row(2, 4)), scan, file_digest(scan))
-    blocks.claim_manifest(folder, {"method": "two-phase", "postprocess": []})
+    blocks.claim_manifest(folder, {"method": "two-phase", "postprocess": {}})
     return folder
 
 
@@ -222,7 +244,7 @@ def test_a_block_there_and_back(folder: Path) -> None:
     for here, there in ((found.geometry, geometry((1, 1, 6))), (found.native, geometry((6, 1, 1)))):
         assert here.shape == there.shape
         assert np.array_equal(here.affine, there.affine)
-    assert to_labels(mean([(found, 1)])).tolist() == [[[0, 0, 0, 2, 0, 0]]]
+    assert to_masks(mean([(found, 1)])).labels().tolist() == [[[0, 2]]]
 
 
 def test_an_empty_block_there_and_back(tmp_path: Path, scan: Path) -> None:
@@ -234,7 +256,7 @@ def test_an_empty_block_there_and_back(tmp_path: Path, scan: Path) -> None:
 def test_nothing_but_the_blocks_stays_in_the_folder(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["case_00000.json", "case_00000.npy", "manifest.json"]
     assert blocks.block_cases(folder) == ["case_00000"]
-    assert blocks.read_manifest(folder) == {"schema": 1, "method": "two-phase", "postprocess": []}
+    assert blocks.read_manifest(folder) == {"schema": 1, "method": "two-phase", "postprocess": {}}
 
 
 def test_the_scan_of_a_block(folder: Path, scan: Path) -> None:

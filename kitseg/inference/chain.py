@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kitseg.config import Source, StageSpec
+from kitseg.errors import UsageError
+from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
-from kitseg.links.intensity import ClipScale
 from kitseg.links.regions import Region
-from kitseg.patches.datamodule import region_image
+from kitseg.patches.datamodule import Sight
 from kitseg.postprocess.components import bounding_box
 from kitseg.types import Box, Geometry, Probabilities, Volume
 from kitseg.volumes.resample import from_grid
-from kitseg.volumes.store import image_on_grid
+from kitseg.volumes.store import image_on_grid, statistics
 
 EMPTY = Box((0, 0, 0), (0, 0, 0))
 NEGLIGIBLE = 0.01
@@ -33,8 +35,13 @@ class Predictor(Protocol):
         ...
 
     @property
-    def intensity(self) -> ClipScale:
-        """From HU to what its network sees."""
+    def sight(self) -> Sight:
+        """From HU and an earlier stage's output to what its network sees."""
+        ...
+
+    @property
+    def threshold(self) -> float | None:
+        """The probability from which foreground counts, where the training has chosen one."""
         ...
 
     @property
@@ -43,30 +50,42 @@ class Predictor(Protocol):
         ...
 
     def predict(self, image: Tensor, head: str) -> Tensor:
-        """(K, D, H, W) float32 probabilities of a region (1, D, H, W), on the CPU."""
+        """(K, D, H, W) float32 probabilities of a region (C, D, H, W), on the CPU."""
         ...
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one head of a stage believes: (K, d, h, w) in a box of the stage's grid; None where it saw nothing."""
+    """What one head of a stage believes: (K, d, h, w) in a box of the stage's grid; None where it saw nothing.
+
+    threshold: the probability from which foreground counts; the most probable channel where it is None.
+    """
 
     array: Tensor | None
     box: Box
     grid: Geometry
     channels: tuple[str, ...]
+    threshold: float | None = None
+    back: str = "linear"
 
     def labels(self) -> NDArray[np.uint8]:
-        """The most probable channel on the whole grid, as a guide for a later stage."""
+        """Label ids on the whole grid, as a guide for a later stage."""
         found = np.zeros(self.grid.shape, np.uint8)
         if self.array is not None:
-            paste(self.array.argmax(dim=0).numpy().astype(np.uint8), self.box, found)
+            paste(label_ids(self.array, self.channels, self.threshold), self.box, found)
+        return found
+
+    def foreground(self) -> NDArray[np.float32]:
+        """The probability of foreground on the whole grid."""
+        found = np.zeros(self.grid.shape, np.float32)
+        if self.array is not None:
+            paste(foreground(self.array, self.channels).numpy(), self.box, found)
         return found
 
 
 def run_stage(scan: Volume, stage: Predictor, head: str, earlier: Mapping[str, Output]) -> Output:
     """One stage on a scan, with what the earlier stages that it names in its inputs believe."""
-    hu, grid = image_on_grid(scan, stage.spec.spacing)
+    hu, grid = image_on_grid(scan, stage.spec.grid)
     return run_on_grid(hu, grid, stage, head, earlier)
 
 
@@ -74,11 +93,31 @@ def run_on_grid(
     hu: NDArray[np.int16], grid: Geometry, stage: Predictor, head: str, earlier: Mapping[str, Output]
 ) -> Output:
     """The same for a scan that lies on the stage's grid already, (D, H, W) HU."""
+    channels, back = stage.spec.channels, stage.spec.grid.back
+    nothing = Output(None, EMPTY, grid, channels, stage.threshold, back)
     region = region_for(stage, grid, earlier)
     if region is None:
-        return Output(None, EMPTY, grid, stage.spec.channels)
-    values = stage.predict(region_image(hu, region, stage.intensity), head)
-    return Output(values, region, grid, stage.spec.channels)
+        return nothing
+    image, seen = stage.sight.region(hu, statistics(hu), region, guide_for(stage, grid, earlier))
+    if not seen.any():
+        return nothing
+    values = spread(stage.predict(image, head), seen, channels)
+    return Output(values, region, grid, channels, stage.threshold, back)
+
+
+def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -> NDArray[np.float16] | None:
+    """What a stage with a link is told by the stage before it, on the whole of ``grid``.
+
+    Raises:
+        UsageError: the two stages work on different grids.
+    """
+    link = stage.sight.link
+    if link is None:
+        return None
+    told = earlier[stage.spec.inputs[0]]
+    if told.grid.shape != grid.shape:
+        raise UsageError(f"stage {stage.spec.name} is guided by {stage.spec.inputs[0]}, so both need the same grid")
+    return link.guide(told.foreground(), told.labels() > 0)
 
 
 def region_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -> Box | None:
@@ -111,7 +150,7 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
     for key, output in outputs.items():
         values, box = _foreground_part(output)
         if 0 not in box.size:
-            parts[key] = from_grid(values, box, output.grid.shape, scan.geometry.shape)
+            parts[key] = from_grid(values, box, output.grid.shape, scan.geometry.shape, output.back)
     box = EMPTY
     for _, part in parts.values():
         box = box.union(part)
@@ -130,9 +169,7 @@ def _foreground_part(output: Output) -> tuple[NDArray[np.float32], Box]:
         return np.empty((0, 0, 0, 0), np.float32), EMPTY
     box = output.box.clip(output.grid.shape)
     values = output.array.numpy()[(slice(None), *box.moved(output.box.start).slices)]
-    if "background" not in output.channels:
-        return values, box
-    found = bounding_box(values[output.channels.index("background")] < 1 - NEGLIGIBLE)
+    found = bounding_box(foreground(torch.from_numpy(values), output.channels).numpy() > NEGLIGIBLE)
     if found is None:
         return values, EMPTY
     near = found.grown(1).clip(box.size)

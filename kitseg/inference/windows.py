@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -57,6 +58,45 @@ class SlidingWindow:
             aggregator.add_batch(probabilities.float().cpu(), patch[tio.LOCATION])
         output: Tensor = aggregator.get_output_tensor()
         return output[:, : shape[0], : shape[1], : shape[2]].to(torch.float32)
+
+
+@dataclass(frozen=True)
+class DepthWindow:
+    """Windows of ``size`` slices every ``step`` slices over the full plane, summed and renormalized.
+
+    The end is padded with zeros (guided-unetpp paper, section 2).
+    """
+
+    size: int
+    step: int
+
+    def __call__(self, predict: Predict, region: Tensor) -> Tensor:
+        """The region's probabilities, on the CPU."""
+        depth = region.shape[1]
+        windows = max(0, math.ceil((depth - self.size) / self.step)) + 1
+        padded = functional.pad(region, (0, 0, 0, 0, 0, (windows - 1) * self.step + self.size - depth))
+        total, count = torch.zeros(0), torch.zeros(padded.shape[1])
+        for start in range(0, windows * self.step, self.step):
+            part = slice(start, start + self.size)
+            found = predict(padded[None, :, part])[0].float().cpu()
+            if start == 0:
+                total = torch.zeros(len(found), *padded.shape[1:])
+            total[:, part] += found
+            count[part] += 1
+        return (total / count[:, None, None])[:, :depth]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Slice by slice, ``batch`` of them at a time."""
+
+    batch: int
+
+    def __call__(self, predict: Predict, region: Tensor) -> Tensor:
+        """The region's probabilities, on the CPU."""
+        slices = region.transpose(0, 1)[:, :, None]
+        parts = [predict(part)[:, :, 0].float().cpu() for part in torch.split(slices, self.batch)]
+        return torch.cat(parts).transpose(0, 1)
 
 
 def _triple(values: Sequence[int]) -> Triple:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 AIR = -1000.0
+
+
+class Intensity(Protocol):
+    """How a network sees Hounsfield units; any shape, float32."""
+
+    def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
+        """The scaled intensities; ``statistics``: mean and standard deviation of the whole scan in HU."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,16 @@ class ClipScale:
     scale: float
     shift: float = 0.0
 
-    def __call__(self, hu: Tensor) -> Tensor:
-        """The scaled intensities."""
+    def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
+        """The scaled intensities; the scan's statistics make no difference."""
         return (hu.float().clamp(self.low, self.high) - self.shift) / self.scale
+
+
+@dataclass(frozen=True)
+class ZScore:
+    """Zero mean and unit variance over the whole scan, whatever is cropped later (guided-unetpp paper, section 2)."""
+
+    def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
+        """The scaled intensities; a scan of one value becomes 0."""
+        mean, deviation = statistics
+        return (hu.float() - mean) / (deviation or 1.0)

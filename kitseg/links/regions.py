@@ -45,6 +45,30 @@ class WholeVolume:
 
 
 @dataclass(frozen=True)
+class Square:
+    """Every slice as a square of ``pixels``, or some of its rows; a slice that is no square lies in its middle.
+
+    rows: from where to where, as shares of the square's height; (0.5, 1) is the posterior half of the body
+    (dual-unet, "the lower half").
+    """
+
+    pixels: int
+    rows: Sequence[float] = (0.0, 1.0)
+
+    def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box:
+        """The box on ``grid``; the guide makes no difference."""
+        (depth, height, width), (_, rows, columns) = grid.shape, self.shape(grid)
+        top = -((self.pixels - height) // 2) + round(self.pixels * self.rows[0])
+        left = -((columns - width) // 2)
+        return Box((0, top, left), (depth, top + rows, left + columns))
+
+    def shape(self, grid: Geometry) -> Triple:
+        """All slices; the rows and columns of the square."""
+        first, last = (round(self.pixels * share) for share in self.rows)
+        return grid.shape[0], last - first, self.pixels
+
+
+@dataclass(frozen=True)
 class FixedAroundForeground:
     """A box of fixed extent around the guide's foreground (two-phase paper, section 3.2).
 

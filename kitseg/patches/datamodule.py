@@ -17,60 +17,90 @@ from torch.utils.data import DataLoader, Dataset
 
 from kitseg.errors import KitsegError
 from kitseg.links.crop import crop
-from kitseg.links.intensity import AIR, ClipScale
+from kitseg.links.guides import Link
+from kitseg.links.intensity import AIR, Intensity
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import PaddedSampler
-from kitseg.patches.subjects import CaseSubjects
+from kitseg.patches.subjects import CaseSubjects, Place
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
-Regions = Mapping[Path, Box | None]
+Places = Mapping[Path, Place]
 
 
 @dataclass(frozen=True)
 class WholeCase:
-    """A validation case: its region as the network sees it (1, D, H, W) and its label on the whole grid.
+    """A validation case: its region as the network sees it (C, d, H, W), the slices seen, and its label on the grid.
 
-    ``image`` and ``region`` are None where the earlier stage found nothing.
+    ``image`` and ``region`` are None where there is nothing to see; ``seen`` (D,) says which slices of the region
+    ``image`` holds.
     """
 
     id: str
     image: Tensor | None
+    seen: NDArray[np.bool_]
     region: Box | None
     label: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Normalize:
-    """Intensities of a patch as the network sees them."""
+class Sight:
+    """What makes a network's input: HU, and perhaps what the earlier stage knows."""
 
-    intensity: ClipScale
+    intensity: Intensity
+    link: Link | None
 
-    def __call__(self, patch: tio.Subject) -> tio.Subject:
-        """The patch with scaled intensities."""
-        image = patch.get_image("image")
-        image.set_data(self.intensity(image.data))
+    def __call__(self, hu: Tensor, statistics: tuple[float, float], guide: Tensor | None) -> Tensor:
+        """(C, d, h, w) float32 from HU (1, d, h, w) and a guide (G, d, h, w)."""
+        image = self.intensity(hu, statistics)
+        return image if self.link is None or guide is None else self.link(image, guide)
+
+    def patch(self, patch: tio.Subject) -> tio.Subject:
+        """A patch as the network sees it."""
+        image, (mean, deviation) = patch.get_image("image"), torch.as_tensor(patch["statistics"]).tolist()
+        guide = patch.get_image("guide").data if "guide" in patch else None
+        image.set_data(self(image.data, (mean, deviation), guide))
         return patch
+
+    def region(
+        self, hu: NDArray[Any], statistics: tuple[float, float], region: Box, guide: NDArray[Any] | None
+    ) -> tuple[Tensor, NDArray[np.bool_]]:
+        """What a network sees of a region: (C, d, H, W), and which of the region's slices these are, (D,) bool."""
+        seen = np.ones(region.size[0], np.bool_)
+        told: Tensor | None = None
+        image = torch.from_numpy(crop(hu, region, AIR).astype(np.float32))[None]
+        if guide is not None:
+            cropped = np.stack([crop(channel, region, 0) for channel in guide])
+            seen = cropped[-1].any((1, 2))
+            told, image = torch.from_numpy(cropped[:, seen]), image[:, seen]
+        return self(image, statistics, told), seen
 
 
 class WholeCases(Dataset[WholeCase]):
     """Validation cases, one whole region each."""
 
-    def __init__(self, regions: Regions, intensity: ClipScale) -> None:
-        self.regions, self.intensity = list(regions.items()), intensity
+    def __init__(self, places: Places, sight: Sight) -> None:
+        self.places, self.sight = list(places.items()), sight
 
     def __len__(self) -> int:
         """The number of cases."""
-        return len(self.regions)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> WholeCase:
         """One case."""
-        folder, region = self.regions[index]
+        folder, place = self.places[index]
         case = open_case(folder)
         if case.label is None:
             raise ValueError(f"{case.id} has no label to be scored against")
-        image = None if region is None else region_image(case.image, region, self.intensity)
-        return WholeCase(case.id, image, region, np.asarray(case.label))
+        if place.box is None:
+            return WholeCase(case.id, None, np.zeros(0, np.bool_), None, np.asarray(case.label))
+        image, seen = self.sight.region(case.image, case.statistics, place.box, place.read_guide())
+        return WholeCase(case.id, image if seen.any() else None, seen, place.box, np.asarray(case.label))
+
+
+def steps_per_batch(share: int, at_once: int) -> int:
+    """In how many equal parts a rank takes its share of a batch, each of at most ``at_once`` patches."""
+    return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= at_once)
 
 
 def batch_per_rank(batch: int, ranks: int) -> int:
@@ -78,33 +108,36 @@ def batch_per_rank(batch: int, ranks: int) -> int:
     return max(1, batch // ranks)
 
 
-def region_image(hu: NDArray[Any], region: Box, intensity: ClipScale) -> Tensor:
-    """A region of a scan on a stage's grid as the network sees it: (1, D, H, W) float32."""
-    return intensity(torch.from_numpy(crop(hu, region, AIR).astype(np.float32)))[None]
-
-
 @dataclass(frozen=True)
 class StageCases:
-    """Stored cases of a stage with the region of each: to learn from, and to be scored on."""
+    """Stored cases of a stage and where it looks at each: to learn from, and to be scored on."""
 
-    train: Mapping[Path, Box]
-    val: Regions
+    train: Places
+    val: Places
 
 
 @dataclass(frozen=True)
 class Feed:
     """How a stage is fed.
 
-    sampler: where patches lie; intensity: from HU to what the network sees; samples_per_case: patches per case and
-    epoch; batch: global batch size, over all ranks; seed: of everything random; workers: loader processes per rank.
+    sampler: where patches lie; augmentation: TorchIO's transforms of a patch in HU; sight: what the network sees of it;
+    batch: global batch size, over all ranks; at_once: of them at a time; seed: of everything random; workers: loader
+    processes per rank.
     """
 
     sampler: PaddedSampler
-    intensity: ClipScale
-    samples_per_case: int
+    augmentation: Sequence[tio.Transform]
+    sight: Sight
     batch: int
+    at_once: int
     seed: int
     workers: int
+
+    def transform(self, patch: tio.Subject) -> tio.Subject:
+        """A patch, augmented, as the network sees it."""
+        for change in self.augmentation:
+            patch = change(patch)
+        return self.sight.patch(patch)
 
 
 class StageData(pl.LightningDataModule):
@@ -122,21 +155,20 @@ class StageData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the cases."""
         cases, feed = self.find(), self.feed
-        subjects = CaseSubjects(list(cases.train), list(cases.train.values()))
-        normalize = Normalize(feed.intensity)
-        self.queue = PatchQueue(subjects, feed.samples_per_case, feed.sampler, normalize, feed.seed)
-        self.cases = WholeCases(cases.val, feed.intensity)
+        self.queue = PatchQueue(CaseSubjects(cases.train), feed.sampler, feed.transform, feed.seed)
+        self.cases = WholeCases(cases.val, feed.sight)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of patches for this rank."""
         rank, ranks = self._share()
         share = batch_per_rank(self.feed.batch, ranks)
-        if len(self.queue) < share * ranks:
-            raise KitsegError(f"{len(self.queue)} patches an epoch don't fill a batch of {share * ranks}: add cases")
+        there = min(share, len(self.queue) // ranks)  # an epoch may hold less than a batch
+        if not there:
+            raise KitsegError(f"{len(self.queue)} patches an epoch are too few for {ranks} ranks: add labelled cases")
         return tio.SubjectsLoader(
             self.queue,
-            batch_size=share,
-            sampler=AddressSampler(self.queue, share * ranks, rank, ranks),
+            batch_size=min(there, share // steps_per_batch(share, self.feed.at_once)),
+            sampler=AddressSampler(self.queue, there * ranks, rank, ranks),
             num_workers=self.feed.workers,
             persistent_workers=self.feed.workers > 0,
         )

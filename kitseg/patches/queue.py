@@ -10,7 +10,7 @@ import torch
 import torchio as tio
 from torch.utils.data import Sampler
 
-from kitseg.patches.samplers import PaddedSampler
+from kitseg.patches.samplers import PaddedSampler, patch_of
 from kitseg.patches.subjects import CaseSubjects
 
 Address = tuple[int, int]
@@ -24,35 +24,34 @@ class PatchQueue(tio.Queue):
     patch with any number of workers and ranks.
 
     Args:
-        subjects: the cases. samples_per_case: patches per case and epoch. sampler: where patches lie.
+        subjects: the cases. sampler: where patches lie, and how many a case gives.
         transform: applied to each patch. seed: of everything random here.
     """
 
     def __init__(
         self,
         subjects: CaseSubjects,
-        samples_per_case: int,
         sampler: PaddedSampler,
         transform: Callable[[tio.Subject], tio.Subject],
         seed: int,
     ) -> None:
-        super().__init__(
-            subjects, samples_per_case, samples_per_case, sampler, shuffle_subjects=False, start_background=False
-        )
-        self.cases, self.transform, self.seed = subjects, transform, seed
+        super().__init__(subjects, 1, 1, sampler, shuffle_subjects=False, start_background=False)
+        self.cases, self.where, self.transform, self.seed = subjects, sampler, transform, seed
+        counts = [sampler.count(subjects[index]) for index in range(len(subjects.folders))]
+        self.samples = [(case, number) for case, count in enumerate(counts) for number in range(count)]
 
     def __len__(self) -> int:
         """Patches per epoch."""
-        return len(self.cases.folders) * self.samples_per_volume
+        return len(self.samples)
 
     def __getitem__(self, address: Address) -> tio.Subject:
         """The patch at (epoch, index)."""
         epoch, index = address
         with seeded(self.seed, epoch):
-            order = torch.randperm(len(self.cases.folders)).tolist()
+            case, number = self.samples[int(torch.randperm(len(self.samples))[index])]
         with seeded(self.seed, epoch, index):
-            subject = self.cases[order[index % len(order)]]
-            patch: tio.Subject = self.transform(next(self.sampler(subject, 1)))
+            subject = self.cases[case]
+            patch: tio.Subject = self.transform(patch_of(subject, self.where.draw(subject, number)))
         return patch
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+import numpy as np
 import torch
 import torchio as tio
 from torch import Tensor
@@ -14,6 +15,9 @@ from kitseg.links.intensity import AIR
 from kitseg.patches.subjects import region_of
 from kitseg.types import Box, Triple
 
+FOREGROUND, TUMOR = 0, 1  # the columns of a subject's ``slices``
+SHARES = {None: 1.0, "foreground": 0.36, "tumor": 0.126}  # of the slices of the KiTS19 training scans
+
 
 class PaddedSampler(RandomSampler):
     """Draws boxes with TorchIO's generator; subclasses say where."""
@@ -22,29 +26,56 @@ class PaddedSampler(RandomSampler):
         """Voxels of a patch from a region of this many voxels."""
         raise NotImplementedError
 
-    def draw(self, subject: tio.Subject) -> Box:
-        """A random box on the subject's grid."""
+    def expected(self, region: Triple) -> float:
+        """About how many patches a case with a region of this many voxels gives in an epoch."""
+        raise NotImplementedError
+
+    def count(self, subject: tio.Subject) -> int:
+        """How many patches the subject gives in an epoch."""
+        raise NotImplementedError
+
+    def draw(self, subject: tio.Subject, number: int) -> Box:
+        """A box on the subject's grid for the epoch's patch of this number."""
         raise NotImplementedError
 
     def __call__(self, subject: tio.Subject, num_patches: int | None = None) -> Generator[tio.Subject, None, None]:
-        """Yield ``num_patches`` patches, without end where it is None."""
-        left = num_patches
-        while left is None or left > 0:
-            yield patch_of(subject, self.draw(subject))
-            left = None if left is None else left - 1
+        """Yield ``num_patches`` patches, an epoch's where it is None."""
+        for number in range(self.count(subject) if num_patches is None else num_patches):
+            yield patch_of(subject, self.draw(subject, number))
 
 
-class ForegroundSampler(PaddedSampler):
+class PatchSampler(PaddedSampler):
+    """As many patches of each case; subclasses say where.
+
+    Args:
+        per_case: patches per case and epoch.
+    """
+
+    def __init__(self, patch_size: Triple | int, per_case: int) -> None:
+        super().__init__(patch_size)
+        self.per_case = per_case
+
+    def expected(self, region: Triple) -> float:
+        """The same for every case."""
+        return self.per_case
+
+    def count(self, subject: tio.Subject) -> int:
+        """The same for every case."""
+        return self.per_case
+
+
+class ForegroundSampler(PatchSampler):
     """Patches inside the subject's region: some centred on a foreground voxel, the others anywhere.
 
     Args:
         patch_size: voxels (slices, rows, columns).
         foreground: the share of patches centred on kidney or tumor, half of them on tumor where there is one.
+        per_case: patches per case and epoch.
     """
 
-    def __init__(self, patch_size: Sequence[int], foreground: float) -> None:
+    def __init__(self, patch_size: Sequence[int], foreground: float, per_case: int) -> None:
         z, y, x = patch_size
-        super().__init__((z, y, x))
+        super().__init__((z, y, x), per_case)
         self.foreground = foreground
 
     def size(self, region: Triple) -> Triple:
@@ -52,7 +83,7 @@ class ForegroundSampler(PaddedSampler):
         z, y, x = self.patch_size.tolist()
         return z, y, x
 
-    def draw(self, subject: tio.Subject) -> Box:
+    def draw(self, subject: tio.Subject, number: int) -> Box:
         """A box of the patch size, inside the region where the region is large enough, else centred over it."""
         region = region_of(subject)
         centre = self._foreground_voxel(subject) if _uniform() < self.foreground else None
@@ -77,36 +108,89 @@ class ForegroundSampler(PaddedSampler):
         return voxel
 
 
-class RegionSampler(PaddedSampler):
+class RegionSampler(PatchSampler):
     """The subject's region itself, moved by up to ``jitter`` voxels (slices, rows, columns)."""
 
-    def __init__(self, jitter: Sequence[int]) -> None:
-        super().__init__(1)
+    def __init__(self, jitter: Sequence[int], per_case: int) -> None:
+        super().__init__(1, per_case)
         self.jitter = tuple(jitter)
 
     def size(self, region: Triple) -> Triple:
         """The whole region."""
         return region
 
-    def draw(self, subject: tio.Subject) -> Box:
+    def draw(self, subject: tio.Subject, number: int) -> Box:
         """The moved region."""
         region = region_of(subject)
         start = [a + _integer(2 * j + 1) - j for a, j in zip(region.start, self.jitter, strict=True)]
         return _box(start, region.size)
 
 
+class SliceSampler(PaddedSampler):
+    """Every slice of the subject's region that holds what is looked for, once an epoch, and some of the others.
+
+    Args:
+        holding: ``foreground``, ``tumor``, or None for every slice.
+        negatives: the share of an epoch's slices that don't hold it, drawn anew each time.
+    """
+
+    def __init__(self, holding: str | None = None, negatives: float = 0.0) -> None:
+        super().__init__(1)
+        if holding not in SHARES:
+            raise ValueError(f"slices can hold foreground or tumor, not {holding}")
+        if not 0 <= negatives < 1:
+            raise ValueError(f"the share of negative slices is {negatives}; it must be in [0, 1)")
+        self.holding, self.negatives = holding, negatives
+
+    def size(self, region: Triple) -> Triple:
+        """One slice."""
+        _, rows, columns = region
+        return 1, rows, columns
+
+    def expected(self, region: Triple) -> float:
+        """As many as such a region of a KiTS19 scan would give."""
+        return region[0] * SHARES[self.holding] / (1 - self.negatives)
+
+    def count(self, subject: tio.Subject) -> int:
+        """The slices that hold it, and the share of others."""
+        positive = self._positive(subject)
+        found = int(positive.sum())
+        return found + (round(found * self.negatives / (1 - self.negatives)) if found < len(positive) else 0)
+
+    def draw(self, subject: tio.Subject, number: int) -> Box:
+        """The slice that holds it of this number; a random one without it after these."""
+        region, positive = region_of(subject), self._positive(subject)
+        found = positive.nonzero()[:, 0]
+        if number >= len(found):
+            others = (~positive).nonzero()[:, 0]
+            found, number = others, _integer(len(others))
+        z = region.start[0] + int(found[number])
+        return Box((z, *region.start[1:]), (z + 1, *region.stop[1:]))
+
+    def _positive(self, subject: tio.Subject) -> Tensor:
+        """Which slices of the region hold what is looked for."""
+        region, slices = region_of(subject), torch.as_tensor(subject["slices"])
+        inside = slices[region.start[0] : region.stop[0]]
+        if self.holding is None:
+            return torch.ones(len(inside), dtype=torch.bool)
+        return inside[:, TUMOR if self.holding == "tumor" else FOREGROUND]
+
+
 def patch_of(subject: tio.Subject, box: Box) -> tio.Subject:
-    """The contents of ``box``: ``image`` in HU (float32) padded with air, ``label`` padded with background."""
-    image, label = subject.get_image("image"), subject.get_image("label")
-    affine = image.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ box.start
-    hu = crop(image.data[0].numpy(), box, AIR).astype("float32")
-    return tio.Subject(
-        image=tio.ScalarImage(tensor=torch.from_numpy(hu)[None], affine=affine),
-        label=tio.LabelMap(tensor=torch.from_numpy(crop(label.data[0].numpy(), box, 0))[None], affine=affine),
-        location=torch.tensor([*box.start, *box.stop]),
-        case=subject["case"],
-    )
+    """The contents of ``box``: ``image`` in HU (float32) padded with air, ``label`` and ``guide`` padded with 0.
+
+    TorchIO rotates and bends along the axes of the world, so a patch's world is its own axes, also in an oblique scan.
+    """
+    images: dict[str, tio.Image] = {}
+    z, y, x = subject.get_image("image").spacing
+    affine = np.array([[0, 0, -x, 0], [0, -y, 0, 0], [-z, 0, 0, 0], [0, 0, 0, 1.0]])
+    for name, image in subject.get_images_dict(intensity_only=False).items():
+        fill = AIR if name == "image" else 0
+        found = torch.stack([torch.from_numpy(crop(channel.numpy(), box, fill)) for channel in image.data])
+        label = isinstance(image, tio.LabelMap)
+        images[name] = type(image)(tensor=found if label else found.float(), affine=affine)
+    location = torch.tensor([*box.start, *box.stop])
+    return tio.Subject(**images, location=location, statistics=subject["statistics"], case=subject["case"])
 
 
 def _uniform() -> float:

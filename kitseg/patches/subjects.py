@@ -2,55 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torchio as tio
+from numpy.typing import NDArray
 
 from kitseg.types import Box
 from kitseg.volumes.store import StoredCase, open_case
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where on its grid a stage looks at a case, and the file with what it is told there (see ``links.guides``).
+
+    ``box`` is None where the earlier stage found nothing.
+    """
+
+    box: Box | None
+    guide: Path | None = None
+
+    def read_guide(self) -> NDArray[np.float16] | None:
+        """The guide (G, D, H, W) on the whole grid, memory-mapped."""
+        return None if self.guide is None else np.load(self.guide, mmap_mode="c")
 
 
 class CaseSubjects(tio.SubjectsDataset):
     """Subjects of stored cases, opened when asked for, their voxels left on disk.
 
     Args:
-        folders: one stored case each.
-        regions: the box of the case's grid that its stage works in, by case.
+        places: where the stage looks at each case, by the case's folder; each has a box.
     """
 
-    def __init__(self, folders: Sequence[Path], regions: Sequence[Box]) -> None:
-        self.folders, self.regions = list(folders), list(regions)
+    def __init__(self, places: Mapping[Path, Place]) -> None:
+        self.folders, self.places = list(places), list(places.values())
         super().__init__(self.folders, load_getitem=False)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tio.Subject:
-        """The subject with ``image`` (HU), ``label``, ``foreground`` coordinates and ``region``."""
-        return subject_of(open_case(self.folders[index]), self.regions[index])
+        """The subject: see ``subject_of``."""
+        return subject_of(open_case(self.folders[index]), self.places[index])
 
     @staticmethod
     def _parse_subjects_list(subjects_list: Any) -> None:
         """Folders stand for subjects here, which ``__getitem__`` opens."""
 
 
-def subject_of(case: StoredCase, region: Box) -> tio.Subject:
-    """A TorchIO subject over the memory-mapped arrays of ``case``."""
-    if case.label is None:
-        raise ValueError(f"{case.id} has no label to learn from")
+def subject_of(case: StoredCase, place: Place) -> tio.Subject:
+    """A TorchIO subject over the memory-mapped arrays of ``case``.
+
+    It holds ``image`` (HU), ``label``, perhaps ``guide``, and of the case ``foreground``, ``slices``, ``statistics``
+    and ``region``.
+    """
+    if case.label is None or place.box is None:
+        raise ValueError(f"{case.id} has no label to learn from, or no place to look at")
     # TorchIO's own reader copies whole volumes; a tensor over the mapping reads the pages of a patch only.
+    images: dict[str, tio.Image] = {
+        "image": tio.ScalarImage(tensor=torch.from_numpy(case.image)[None], affine=case.grid.affine),
+        "label": tio.LabelMap(tensor=torch.from_numpy(case.label)[None], affine=case.grid.affine),
+    }
+    guide = place.read_guide()
+    if guide is not None:
+        images["guide"] = tio.ScalarImage(tensor=torch.from_numpy(guide), affine=case.grid.affine)
     return tio.Subject(
-        image=tio.ScalarImage(tensor=torch.from_numpy(case.image)[None], affine=case.grid.affine),
-        label=tio.LabelMap(tensor=torch.from_numpy(case.label)[None], affine=case.grid.affine),
+        **images,
         foreground=torch.from_numpy(case.foreground),
-        region=torch.tensor([*region.start, *region.stop]),
+        slices=torch.from_numpy(case.slices),
+        statistics=torch.tensor(case.statistics, dtype=torch.float64),
+        region=torch.tensor([*place.box.start, *place.box.stop]),
         case=case.id,
     )
 
 
 def region_of(subject: tio.Subject) -> Box:
     """The region of a subject as a box."""
-    values = np.asarray(subject["region"]).tolist()
+    values: Sequence[int] = np.asarray(subject["region"]).tolist()
     z0, y0, x0, z1, y1, x1 = values
     return Box((z0, y0, x0), (z1, y1, x1))

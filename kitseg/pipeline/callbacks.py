@@ -98,9 +98,12 @@ class EpochBar(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the epoch's figures."""
         if trainer.is_global_zero:
-            shown = {"loss": "train/loss", "kidney": "val/dice_kidney", "tumor": "val/dice_tumor"}
-            metrics = trainer.callback_metrics
-            state = "  ".join(f"{name} {float(metrics[key]):.3f}" for name, key in shown.items() if key in metrics)
+            values = {
+                key.partition("/")[2].removeprefix("dice_"): float(value)
+                for key, value in trainer.callback_metrics.items()
+                if key != "val/score"
+            }
+            state = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
             self.bar.update(self.task, completed=trainer.current_epoch + 1, state=state)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

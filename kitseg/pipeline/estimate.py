@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,52 +13,92 @@ from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.patches.datamodule import batch_per_rank
-from kitseg.pipeline.fit import Machine
-from kitseg.pipeline.model import build_stage
-from kitseg.pipeline.train import Plan, units
+from kitseg.pipeline.machine import Machine
+from kitseg.pipeline.model import build_sight, build_stage
+from kitseg.pipeline.plan import Plan, units
+from kitseg.stages.base import Stage
 from kitseg.types import Case, Triple
 from kitseg.volumes.nifti import canonical_geometry, read_geometry
 from kitseg.volumes.resample import grid_geometry
 
 FORWARD_AND_BACKWARD = 3
+BYTES_PER_PARAMETER = 16  # the weight, its gradient, and the two moments of Adam, in float32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one patch costs: voxels, patches a case and epoch, parameters, operations forward, memory in training."""
+
+    patch: Triple
+    per_case: float
+    parameters: int
+    flops: int
+    gigabytes: float
 
 
 def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, ...]]:
-    """A row for each training: its cases, global batch, patch, steps, parameters, and about how long it takes.
+    """A row for each training: its cases, global batch, patch, steps, parameters, about what memory and time it takes.
 
-    The time is the network's arithmetic at the speed at which this machine does a convolution now.
+    The time is the network's arithmetic at the speed at which this machine does a convolution now; the memory is that
+    of weights, gradients, optimizer and of what the network keeps for its backward pass.
     """
     speed = _flops_per_second(plan.machine)
-    sizes = {spec.name: _size(spec, example) for spec in plan.method.stages.values()}
+    costs = {spec.name: _cost(spec, example) for spec in plan.method.stages.values()}
     rows: list[tuple[str, ...]] = []
     for unit in units(plan.method, plan.part, stage):
-        spec, part = plan.method.stages[unit.stage], unit.part(plan)
-        patch, parameters, flops = sizes[unit.stage]
+        spec, part, cost = plan.method.stages[unit.stage], unit.part(plan), costs[unit.stage]
         batch = batch_per_rank(spec.batch, plan.machine.world) * plan.machine.world
-        steps = max(1, len(part.train) * spec.samples_per_case // batch)
-        hours = spec.epochs * steps * batch * flops * FORWARD_AND_BACKWARD / speed / plan.machine.world / 3600
-        grid, voxels = (" × ".join(f"{value:.4g}" for value in values) for values in (spec.spacing, patch))
-        cases = f"{len(part.train)} + {len(part.val)} val"
-        steps_in_words = f"{spec.epochs} × {steps}"
-        size = f"{parameters / 1e6:.2f} M"
-        rows.append((str(unit), grid, cases, str(batch), voxels, steps_in_words, size, _in_words(hours)))
+        steps = max(1, int(len(part.train) * cost.per_case / batch))
+        hours = spec.epochs * steps * batch * cost.flops * FORWARD_AND_BACKWARD / speed / plan.machine.world / 3600
+        later = f" + {spec.rounds.epochs} a round" if spec.rounds else ""
+        rows.append(
+            (
+                str(unit),
+                str(spec.grid),
+                f"{len(part.train)} + {len(part.val)} val",
+                str(batch),
+                " × ".join(map(str, cost.patch)),
+                f"{spec.epochs}{later} × {steps}",
+                f"{cost.parameters / 1e6:.2f} M",
+                f"{cost.gigabytes:.1f} GB",
+                _in_words(hours),
+            )
+        )
     return rows
 
 
-def _size(spec: StageSpec, example: Case) -> tuple[Triple, int, int]:
-    """Patch, parameters and floating-point operations of one forward pass of a patch."""
-    grid = grid_geometry(canonical_geometry(read_geometry(example.image)), spec.spacing)
+def _cost(spec: StageSpec, example: Case) -> Cost:
+    grid = grid_geometry(canonical_geometry(read_geometry(example.image)), spec.grid)
     region = config.build(spec.parts["region"]).shape(grid)
-    patch: Triple = config.build(spec.parts["sampler"]).size(region)
+    sampler, link = config.build(spec.parts["sampler"]), build_sight(spec).link
+    patch: Triple = sampler.size(region)
     with torch.device("meta"):
-        module = build_stage(spec).eval()
-        x = torch.empty(1, 1, *patch)
+        module = build_stage(spec).train()
+        x = torch.empty(1, 1 if link is None else link.channels, *patch)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module.logits(x)
+            module.eval().logits(x)
+        kept = _kept_bytes(module.train(), x)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
-    return patch, sum(p.numel() for p in module.parameters()), counter.get_total_flops()
+    parameters = sum(p.numel() for p in module.parameters())
+    half = 0.5 if spec.precision in ("16-mixed", "bf16-mixed") and torch.cuda.is_available() else 1.0
+    memory = parameters * BYTES_PER_PARAMETER + kept * half * min(spec.batch, spec.at_once)
+    return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)
+
+
+def _kept_bytes(module: Stage, x: torch.Tensor) -> int:
+    """What the forward pass of a patch keeps for the backward pass, each tensor once."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        heads = module.logits(x)
+    own = {id(p) for p in module.parameters()}
+    return sum(t.nbytes for key, t in kept.items() if key not in own) + sum(head.nbytes for head in heads)
 
 
 def _flops_per_second(machine: Machine) -> float:

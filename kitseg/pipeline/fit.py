@@ -5,71 +5,39 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from numpy.typing import NDArray
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
 
 from kitseg import config
 from kitseg.config import StageSpec
-from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.files import aside, read_json, write_json
-from kitseg.patches.datamodule import Feed, StageCases, StageData
+from kitseg.errors import InputError, KitsegError
+from kitseg.files import aside, write_json
+from kitseg.inference.channels import spread
+from kitseg.links.crop import crop
+from kitseg.patches.datamodule import Feed, StageData, batch_per_rank, steps_per_batch
 from kitseg.pipeline.callbacks import EpochBar, History
-from kitseg.pipeline.model import build_stage, torch_device
+from kitseg.pipeline.machine import Machine
+from kitseg.pipeline.model import TrainedStage, build_sight, build_stage, load_weights, torch_device
+from kitseg.pipeline.places import read_places
 from kitseg.runs import SCHEMA, StageFolder
-from kitseg.types import Box
+from kitseg.stages.base import Stage
 from kitseg.volumes.nifti import file_digest
 
 RENDEZVOUS = timedelta(hours=6)
-
-Regions = Mapping[str, Box | None]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where to compute: ``device`` auto, cpu or cuda; ``ranks`` on this machine; loader ``workers`` per rank."""
-
-    device: str = "auto"
-    ranks: int = 1
-    workers: int = 0
-
-    @property
-    def accelerator(self) -> str:
-        """Lightning's name for the device.
-
-        Raises:
-            UsageError: more GPUs than there are.
-        """
-        gpus = torch.cuda.device_count()
-        if self.device == "cuda" and self.ranks > gpus:
-            raise UsageError(f"{self.ranks} GPU(s) asked for, torch finds {gpus} here")
-        torch_device(self.device)
-        return "cuda" if gpus and self.device != "cpu" else "cpu"
-
-    def describe(self) -> str:
-        """The machine in words."""
-        return f"{self.world} × {'GPU' if self.accelerator == 'cuda' else 'CPU'}"
-
-    @property
-    def world(self) -> int:
-        """The ranks on all machines."""
-        return int(os.environ.get("WORLD_SIZE", self.ranks))
-
-
-def rank() -> int:
-    """This process's global rank, before Lightning has started."""
-    keys = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((int(os.environ[key]) for key in keys if key in os.environ), 0)
 
 
 class BestCheckpoints(ModelCheckpoint):
@@ -94,23 +62,43 @@ class WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, partial)
 
 
-def fit(spec: StageSpec, folder: StageFolder, store: Path, seed: int, keep: int, machine: Machine) -> None:
-    """Train one stage into ``folder``, or go on where an earlier call stopped.
+@dataclass(frozen=True)
+class Training:
+    """One training of a stage.
+
+    folder: where it goes; store: the cases on its grid; keep: how many of its best checkpoints; start: the checkpoint
+    whose weights it starts from, None for a fresh network.
+    """
+
+    spec: StageSpec
+    folder: StageFolder
+    store: Path
+    seed: int
+    keep: int
+    start: Path | None = None
+
+
+def fit(training: Training, machine: Machine) -> None:
+    """Train one stage into its folder, or go on where an earlier call stopped.
 
     Raises:
         KitsegError: the loss is no number any more, or a checkpoint can't be read.
     """
     _quiet()
-    pl.seed_everything(seed, workers=True, verbose=False)
-    module = build_stage(spec)
+    pl.seed_everything(training.seed, workers=True, verbose=False)
+    folder, module = training.folder, build_stage(training.spec)
+    if training.start is not None:
+        load_weights(module, training.start)
+        module.loaded = None
     best = BestCheckpoints(
-        folder.best, "{epoch:04d}-{val/dice:.4f}", monitor="val/dice", mode="max", save_top_k=keep,
+        folder.best, "{epoch:04d}-{val/score:.4f}", monitor="val/score", mode="max", save_top_k=training.keep,
         save_weights_only=True, auto_insert_metric_name=False, enable_version_counter=False,
     )  # fmt: skip
-    trainer = _trainer(spec, folder, machine, best)
-    trainer.fit(module, _data(spec, folder, store, seed, machine), ckpt_path=_resume(folder), weights_only=True)
+    data = _data(training, machine)
+    trainer = _trainer(training.spec, folder, machine, best)
+    trainer.fit(module, data, ckpt_path=_resume(folder), weights_only=True)
     if trainer.is_global_zero:
-        _finish(folder, best)
+        _finish(training, best, module.to(torch_device(machine.device)).eval(), data)
     trainer.strategy.barrier()
 
 
@@ -123,6 +111,9 @@ def _trainer(spec: StageSpec, folder: StageFolder, machine: Machine, best: Model
         folder.path, "last", every_n_epochs=1, save_on_train_epoch_end=True,
         enable_version_counter=False,
     )  # fmt: skip
+    callbacks: list[pl.Callback] = [History(folder.path), EpochBar(_title(folder)), best, last]
+    if spec.stop_after is not None:
+        callbacks.append(EarlyStopping("val/score", mode="max", patience=spec.stop_after, check_finite=False))
     return pl.Trainer(
         accelerator=accelerator,
         devices=local,
@@ -130,12 +121,13 @@ def _trainer(spec: StageSpec, folder: StageFolder, machine: Machine, best: Model
         strategy=ddp if machine.world > 1 else "auto",
         precision=spec.precision if accelerator == "cuda" else "32-true",  # type: ignore[arg-type]
         max_epochs=spec.epochs,
+        accumulate_grad_batches=steps_per_batch(batch_per_rank(spec.batch, machine.world), spec.at_once),
         check_val_every_n_epoch=_validate_every(spec),  # so that the last epoch is validated
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
         plugins=[WholeFiles()],
-        callbacks=[History(folder.path), EpochBar(folder.path.name), best, last],
+        callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
@@ -147,38 +139,24 @@ def _validate_every(spec: StageSpec) -> int:
     return max(n for n in range(1, spec.validate_every + 1) if spec.epochs % n == 0)
 
 
-def _data(spec: StageSpec, folder: StageFolder, store: Path, seed: int, machine: Machine) -> StageData:
+def _title(folder: StageFolder) -> str:
+    """The stage's name, with the round or the inner fold."""
+    path = folder.path
+    return f"{path.parent.name}/{path.name}" if path.name.startswith(("round_", "inner_")) else path.name
+
+
+def _data(training: Training, machine: Machine) -> StageData:
+    spec = training.spec
     feed = Feed(
         sampler=config.build(spec.parts["sampler"]),
-        intensity=config.build(spec.parts["intensity"]),
-        samples_per_case=spec.samples_per_case,
+        augmentation=[config.build(change) for change in spec.parts["augmentation"] or ()],
+        sight=build_sight(spec),
         batch=spec.batch,
-        seed=seed,
+        at_once=spec.at_once,
+        seed=training.seed,
         workers=machine.workers,
     )
-    return StageData(lambda: read_regions(folder, store), feed)
-
-
-def write_regions(folder: StageFolder, train: Regions, val: Regions) -> None:
-    """Write the box of each case that a stage sees; None where the earlier stage found nothing."""
-
-    def plain(regions: Regions) -> dict[str, Any]:
-        return {case: None if box is None else [*box.start, *box.stop] for case, box in regions.items()}
-
-    write_json(folder.regions, SCHEMA, {"train": plain(train), "val": plain(val)})
-
-
-def read_regions(folder: StageFolder, store: Path) -> StageCases:
-    """The stored cases of a stage with their regions."""
-    content = read_json(folder.regions, SCHEMA)
-    train = {store / case: _box(numbers) for case, numbers in content["train"].items()}
-    val = {store / case: _box(numbers) if numbers else None for case, numbers in content["val"].items()}
-    return StageCases(train, val)
-
-
-def _box(numbers: Sequence[int]) -> Box:
-    z0, y0, x0, z1, y1, x1 = numbers
-    return Box((z0, y0, x0), (z1, y1, x1))
+    return StageData(lambda: read_places(training.folder, training.store), feed)
 
 
 def _resume(folder: StageFolder) -> Path | None:
@@ -192,8 +170,9 @@ def _resume(folder: StageFolder) -> Path | None:
     return folder.last
 
 
-def _finish(folder: StageFolder, best: ModelCheckpoint) -> None:
-    """Keep the best checkpoints only and say that the training is done."""
+def _finish(training: Training, best: ModelCheckpoint, module: Stage, data: StageData) -> None:
+    """Keep the best checkpoints only, choose a threshold where the stage has one, and say that the training is done."""
+    folder = training.folder
     if not best.best_k_models:
         raise KitsegError(f"{folder.path}: the training ended without a validated checkpoint")
     ranked = sorted(best.best_k_models.items(), key=lambda item: -float(item[1]))
@@ -201,15 +180,29 @@ def _finish(folder: StageFolder, best: ModelCheckpoint) -> None:
     for stray in set(folder.best.glob("*.ckpt")) - set(kept):
         stray.unlink()
     rows = [
-        {"file": path.name, "val_dice": float(dice), "sha256": file_digest(path)}
-        for path, (_, dice) in zip(kept, ranked, strict=True)
+        {"file": f"{path.parent.name}/{path.name}", "val_score": float(score), "sha256": file_digest(path)}
+        for path, (_, score) in zip(kept, ranked, strict=True)
     ]
-    write_json(folder.done, SCHEMA, {"checkpoints": rows})
+    predictor = TrainedStage(
+        training.spec, module, data.feed.sight, config.build(training.spec.parts["region"]), tuple(kept)
+    )
+    threshold = module.threshold(_validation(predictor, data))
+    write_json(folder.done, SCHEMA, {"checkpoints": rows, "threshold": threshold})
+
+
+def _validation(predictor: TrainedStage, data: StageData) -> Iterator[tuple[Tensor, NDArray[np.uint8]]]:
+    """Probabilities and labels of the validation cases, on the stage's region."""
+    for number in range(len(data.cases)):
+        case = data.cases[number]
+        if case.image is not None and case.region is not None:
+            values = predictor.predict(case.image, predictor.spec.heads[-1])
+            yield spread(values, case.seen, predictor.spec.channels), crop(case.label, case.region, 0)
 
 
 def _quiet() -> None:
     """Lightning's advice for other programs isn't the user's business here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*LeafSpec.*", ".*sync_dist.*"):
+    advice = (".*does not have many workers.*", ".*Checkpoint directory.*", ".*LeafSpec.*", ".*sync_dist.*")
+    for text in (*advice, ".*The maximum displacement is larger than the coarse grid spacing.*"):
         warnings.filterwarnings("ignore", text)

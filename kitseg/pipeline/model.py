@@ -17,6 +17,8 @@ from kitseg import config
 from kitseg.config import Method, Source, StageSpec
 from kitseg.errors import InputError, UsageError
 from kitseg.inference.chain import Predictor, run_chain, to_scan
+from kitseg.links.regions import Region
+from kitseg.patches.datamodule import Sight
 from kitseg.runs import Run, StageFolder, find_run
 from kitseg.stages.base import Stage
 from kitseg.types import Probabilities, Volume
@@ -28,13 +30,14 @@ class TrainedStage:
 
     spec: StageSpec
     module: Stage
-    intensity: Any
-    region: Any
+    sight: Sight
+    region: Region
     checkpoints: tuple[Path, ...]
+    threshold: float | None = None
 
     @torch.inference_mode()
     def predict(self, image: Tensor, head: str) -> Tensor:
-        """The mean over the checkpoints of (K, D, H, W) probabilities for a region (1, D, H, W)."""
+        """The mean over the checkpoints of (K, D, H, W) probabilities for a region (C, D, H, W)."""
         total: Tensor | None = None
         number = self.spec.heads.index(head)
         for path in self.checkpoints:
@@ -112,14 +115,20 @@ def open_model(path: Path, device: str, last_stage: str | None = None) -> Model:
 
 def build_stage(spec: StageSpec) -> Stage:
     """The untrained LightningModule of a stage."""
-    module: Stage = config.build(spec.parts["module"])
+    module: Stage = config.build(spec.parts["module"], channels=spec.channels)
     return module
+
+
+def build_sight(spec: StageSpec) -> Sight:
+    """What the network of a stage sees."""
+    link = spec.parts["link"]
+    return Sight(config.build(spec.parts["intensity"]), None if link is None else config.build(link))
 
 
 def trained_stage(spec: StageSpec, module: Stage, folder: StageFolder) -> TrainedStage:
     """A stage with a finished training's checkpoints."""
     paths = tuple(path for path, _ in folder.checkpoints())
-    return TrainedStage(spec, module, config.build(spec.parts["intensity"]), config.build(spec.parts["region"]), paths)
+    return TrainedStage(spec, module, build_sight(spec), config.build(spec.parts["region"]), paths, folder.threshold())
 
 
 def load_weights(module: Stage, path: Path) -> None:

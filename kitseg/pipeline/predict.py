@@ -20,6 +20,8 @@ from kitseg.errors import InputError, KitsegError, UsageError, in_words
 from kitseg.files import read_json, write_json
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.pipeline.model import Model, open_model
+from kitseg.postprocess.components import bounding_box
+from kitseg.postprocess.prior import Prior
 from kitseg.report.pictures import case_picture
 from kitseg.runs import Run
 from kitseg.screen import say
@@ -38,6 +40,7 @@ from kitseg.volumes.kits import collect_scans
 from kitseg.volumes.nifti import file_digest, knows_orientation, read_image, write_labels
 
 SCHEMA = 1
+EVERY_PRIOR = "all"
 
 OnDone = Callable[["Outcome"], None]
 
@@ -120,9 +123,13 @@ def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done
     return each(cases, work, on_done)
 
 
-def postprocess(folder: Path, to: Path, on_done: OnDone) -> list[Outcome]:
-    """Labels from a folder of probabilities, cleaned as its manifest expects."""
-    steps = build_steps(read_manifest(folder)["postprocess"])
+def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] = ()) -> list[Outcome]:
+    """Labels from a folder of probabilities, cleaned as its manifest expects but for the priors ``without``.
+
+    Raises:
+        UsageError: a prior that isn't there.
+    """
+    steps = build_steps(read_manifest(folder)["postprocess"], without)
 
     def work(case: str) -> Outcome:
         path, _ = scan_of(folder, case)
@@ -244,16 +251,33 @@ def output_channels(method: Method, stage: str | None) -> dict[str, Source]:
     return {channel: Source(spec.name, head, channel) for channel in spec.channels}
 
 
-def build_steps(specs: Sequence[Any]) -> list[Any]:
-    """The post-processing steps of a method."""
-    return [config.build(spec) for spec in specs]
+def build_steps(specs: Mapping[str, Any], without: Sequence[str] = ()) -> list[Prior]:
+    """The priors of a method in their order, but for those ``without``; one that is null is switched off.
+
+    Raises:
+        UsageError: a prior that isn't there, or priors without names.
+    """
+    if not isinstance(specs, Mapping):
+        raise UsageError(f"postprocess is {specs!r}; it must name each prior, such as kidneys: {{_target_: ...}}")
+    if unknown := [name for name in without if name not in {*specs, EVERY_PRIOR}]:
+        there = ", ".join([*specs, EVERY_PRIOR])
+        raise UsageError(f"--without {' '.join(unknown)}: there is no such prior; there are {there}")
+    left = {} if EVERY_PRIOR in without else specs
+    return [config.build(spec) for name, spec in left.items() if spec is not None and name not in without]
 
 
-def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Any]) -> NDArray[np.uint8]:
-    """Labels (D, H, W) from probabilities, put through the post-processing steps."""
-    labels = ensemble.to_labels(probabilities)
+def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Prior]) -> NDArray[np.uint8]:
+    """Labels (D, H, W) from probabilities, put through the priors in the box of what was found."""
+    labels = np.zeros(scan.geometry.shape, np.uint8)
+    masks = ensemble.to_masks(probabilities)
+    found = bounding_box(masks.either)
+    if found is None:
+        return labels
+    z, y, x = probabilities.box.start
+    box, masks = found.moved((-z, -y, -x)), masks.crop(found)
     for step in steps:
-        labels = step(labels, scan.array, scan.geometry.voxel_ml)
+        masks = step(masks, scan.array[box.slices], scan.geometry.spacing)
+    labels[box.slices] = masks.labels()
     return labels
 
 

@@ -12,11 +12,9 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.config import Method
 from kitseg.errors import InputError, KitsegError, in_words
-from kitseg.types import Case
+from kitseg.types import Case, Grid
 from kitseg.volumes.kits import find_cases
-from kitseg.volumes.store import grid_name, store_bytes, store_case
-
-Spacing = tuple[float, float, float]
+from kitseg.volumes.store import store_bytes, store_case
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,9 @@ class Outcome:
     error: str = ""
 
 
-def method_grids(method: Method) -> list[Spacing]:
-    """The spacings of a method's stages, each once."""
-    return list(dict.fromkeys(stage.spacing for stage in method.stages.values()))
+def method_grids(method: Method) -> list[Grid]:
+    """The grids of a method's stages, each once."""
+    return list(dict.fromkeys(stage.grid for stage in method.stages.values()))
 
 
 def labelled_cases(data: Path) -> list[Case]:
@@ -48,7 +46,7 @@ def labelled_cases(data: Path) -> list[Case]:
 
 def preprocess(
     cases: Sequence[Case],
-    grids: Sequence[Spacing],
+    grids: Sequence[Grid],
     to: Path,
     convention: str,
     jobs: int,
@@ -61,7 +59,7 @@ def preprocess(
     """
     to = to.absolute()  # worker processes may stand in another folder
     _check_disk(cases, grids, to)
-    tasks = (delayed(_store)(case, spacing, to, convention) for case in cases for spacing in grids)
+    tasks = (delayed(_store)(case, grid, to, convention) for case in cases for grid in grids)
     outcomes = []
     try:
         for outcome in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
@@ -73,29 +71,28 @@ def preprocess(
     return sorted(outcomes, key=lambda o: (o.case, o.grid))
 
 
-def disk_needed(cases: Iterable[Case], grids: Sequence[Spacing]) -> int:
+def disk_needed(cases: Iterable[Case], grids: Sequence[Grid]) -> int:
     """Bytes that the stores of all cases take, from their headers; unreadable cases count nothing."""
     total = 0
     for case in cases:
         try:
-            total += sum(store_bytes(case, spacing) for spacing in grids)
+            total += sum(store_bytes(case, grid) for grid in grids)
         except KitsegError:
             continue
     return total
 
 
-def _check_disk(cases: Sequence[Case], grids: Sequence[Spacing], to: Path) -> None:
+def _check_disk(cases: Sequence[Case], grids: Sequence[Grid], to: Path) -> None:
     there = next(folder for folder in (to.absolute(), *to.absolute().parents) if folder.exists())
-    missing = [case for case in cases if not all((to / grid_name(g) / case.id / "meta.json").exists() for g in grids)]
+    missing = [case for case in cases if not all((to / str(g) / case.id / "meta.json").exists() for g in grids)]
     needed, free = disk_needed(missing, grids), shutil.disk_usage(there).free
     if needed > free:
         raise KitsegError(f"{to}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Free some space.")
 
 
-def _store(case: Case, spacing: Spacing, to: Path, convention: str) -> Outcome:
-    grid = grid_name(spacing)
+def _store(case: Case, grid: Grid, to: Path, convention: str) -> Outcome:
     try:
-        changed = store_case(case, to / grid / case.id, spacing, convention)
+        changed = store_case(case, to / str(grid) / case.id, grid, convention)
     except Exception as error:  # whatever it is, the other cases go on
-        return Outcome(case.id, grid, "failed", in_words(case.image, error))
-    return Outcome(case.id, grid, "done" if changed else "unchanged")
+        return Outcome(case.id, str(grid), "failed", in_words(case.image, error))
+    return Outcome(case.id, str(grid), "done" if changed else "unchanged")

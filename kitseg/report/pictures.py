@@ -94,22 +94,23 @@ def case_picture(
 
 
 def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Draws training loss and validation Dice over the epochs and writes them as PNG, whole or not at all.
+    """Draws training loss and validation scores over the epochs and writes them as PNG, whole or not at all.
 
-    Each row of ``history`` has ``epoch`` and any of ``train/loss``, ``val/dice_kidney``, ``val/dice_tumor`` and
-    ``val/dice``; epochs without validation leave no point. Loss has a logarithmic axis where it is positive throughout.
+    Each row of ``history`` has ``epoch`` and any of ``train/loss`` and ``val/<score>``; epochs without validation leave
+    no point. Loss has a logarithmic axis where it is positive throughout.
     """
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    loss, dice = figure.subplots(1, 2)
+    loss, scores = figure.subplots(1, 2)
     _curve(loss, history, "train/loss", "training", "#1f4e79")
-    _curve(dice, history, "val/dice_kidney", "kidney", "#1a9632")
-    _curve(dice, history, "val/dice_tumor", "tumor", "#d62222")
-    _curve(dice, history, "val/dice", "mean", "#444444")
+    colours = {"val/score": "#444444", "val/dice_tumor": "#d62222", "val/recall": "#1f4e79"}
+    for key in dict.fromkeys(key for row in history for key in row if key.startswith("val/")):
+        name = "mean" if key == "val/score" else key.removeprefix("val/").replace("_", " ")
+        _curve(scores, history, key, name, colours.get(key, "#1a9632"))
     losses = [row["train/loss"] for row in history if "train/loss" in row]
     if losses and min(losses) > 0:
         loss.set_yscale("log")
-    dice.set_ylim(0, 1.02)
-    for axes, name in ((loss, "Loss"), (dice, "Dice (validation)")):
+    scores.set_ylim(0, 1.02)
+    for axes, name in ((loss, "Loss"), (scores, "Validation")):
         axes.set_title(name, fontsize=11)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kitseg.errors import KitsegError
+from kitseg.inference.channels import label_ids, spread, target_ids
 from kitseg.inference.windows import Window
 from kitseg.links.crop import paste
+from kitseg.losses.deep_supervision import DeepSupervision
 from kitseg.patches.datamodule import WholeCase
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 
@@ -25,21 +28,29 @@ MakeScheduler = Callable[..., torch.optim.lr_scheduler.LRScheduler]
 
 
 class Stage(pl.LightningModule):
-    """A network with what trains it; subclasses say what it minimizes and what it predicts.
+    """A network with what trains it; subclasses say what it predicts.
 
     Args:
-        net: the network. loss: (logits, target) -> scalar.
-        optimizer: takes the parameters. scheduler: takes the optimizer, steps once an epoch.
+        net: the network. loss: (logits, target) -> scalar, target (N, D, H, W) the index of the true channel.
+        optimizer: takes the parameters. scheduler: takes the optimizer, steps once an epoch; None: no schedule.
         window: how whole regions are predicted in validation.
+        channels: names of what it predicts; with ``background`` they exclude each other.
+        weights: of the loss of each head.
     """
 
     def __init__(
-        self, net: nn.Module, loss: nn.Module, optimizer: MakeOptimizer, scheduler: MakeScheduler, window: Window
+        self,
+        net: nn.Module,
+        loss: nn.Module,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None,
+        window: Window,
+        channels: Sequence[str],
+        weights: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
-        # faster on the CPU; torch's stub doesn't know the argument
-        self.net: nn.Module = net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.loss, self.window = loss, window
+        self.net, self.window, self.channels = _channels_last(net), window, tuple(channels)
+        self.loss = DeepSupervision(loss, weights)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.validated: dict[str, dict[str, float]] = {}
         self.loaded: Path | None = None  # the checkpoint whose weights the network holds
@@ -48,15 +59,20 @@ class Stage(pl.LightningModule):
         """One tensor (N, K, D, H, W) per head for ``x`` (N, C, D, H, W)."""
         raise NotImplementedError
 
+    def losses(self, x: Tensor, target: Tensor) -> Tensor:
+        """What training minimizes, for the network's input and the index of the true channel (N, D, H, W)."""
+        total: Tensor = self.loss(self.logits(x), target)
+        return total
+
     def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
-        """Softmax of one head, (N, K, D, H, W) float32, computed on the stage's device."""
-        return self.logits(x.to(self.device))[head].float().softmax(dim=1)
+        """What one head believes, (N, K, D, H, W) float32, computed on the stage's device."""
+        logits = self.logits(x.to(self.device))[head].float()
+        return logits.softmax(dim=1) if "background" in self.channels else logits.sigmoid()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The sum of the loss over the heads; batch: ``image`` (N, 1, D, H, W), ``label`` (N, 1, D, H, W)."""
-        target = batch["label"]["data"][:, 0].long()
-        losses = [self.loss(logits, target) for logits in self.logits(batch["image"]["data"])]
-        total = torch.stack(losses).sum()
+        """The loss of a batch: ``image`` (N, C, D, H, W), ``label`` (N, 1, D, H, W)."""
+        target = target_ids(batch["label"]["data"][:, 0], self.channels)
+        total = self.losses(batch["image"]["data"], target)
         self.log("train/loss", total.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(target))
         return total
 
@@ -72,25 +88,67 @@ class Stage(pl.LightningModule):
             raise KitsegError(f"the loss of epoch {self.current_epoch} is {loss}. {remedy}")
 
     def validation_step(self, case: WholeCase, batch_idx: int) -> None:
-        """Kidney and tumor Dice of one whole case on the stage's grid."""
+        """The scores of one whole case on the stage's grid."""
         labels = np.zeros_like(case.label)
         if case.image is not None and case.region is not None:
-            found = self.window(self.probabilities, case.image).argmax(dim=0)
-            paste(found.numpy().astype(np.uint8), case.region, labels)
-        self.validated[case.id] = kits19_scores(labels, case.label)
+            values = spread(self.window(self.probabilities, case.image), case.seen, self.channels)
+            paste(label_ids(values, self.channels), case.region, labels)
+        self.validated[case.id] = self.scores(labels, case.label)
+
+    def scores(self, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
+        """Dice of the label maps (D, H, W), for the classes that the stage knows."""
+        known = {"kidney": {"kidney", "foreground"}, "tumor": {"tumor"}}
+        return {
+            f"dice_{name}": dice
+            for name, dice in kits19_scores(labels, truth).items()
+            if known[name] & set(self.channels)
+        }
 
     def on_validation_epoch_end(self) -> None:
-        """Means over the cases of all ranks, as ``val/dice_kidney``, ``val/dice_tumor`` and their mean ``val/dice``."""
+        """Means over the cases of all ranks, as ``val/dice_kidney`` and the like; their mean is ``val/score``."""
         mean = mean_scores(_of_all_ranks(self.validated))
         self.validated = {}
-        for name, dice in mean.items():
-            self.log(f"val/dice_{name}", dice)
-        self.log("val/dice", float(np.mean(list(mean.values()))))
+        for name, value in mean.items():
+            self.log(f"val/{name}", value)
+        self.log("val/score", float(np.mean(list(mean.values()))))
+
+    def threshold(self, cases: Iterable[tuple[Tensor, NDArray[np.uint8]]]) -> float | None:
+        """The probability from which foreground counts, chosen on validation cases; None for the most probable channel.
+
+        Each case is its probabilities (K, D, H, W) and its labels (D, H, W), on the stage's region.
+        """
+        return None
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and its schedule."""
+        """The optimizer and its schedule; one that waits for a plateau watches the training loss."""
         optimizer = self.make_optimizer(self.net.parameters())
-        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "monitor": "train/loss"},
+        }
+
+
+class SliceStage(Stage):
+    """A stage whose network sees slices: (N, C, H, W)."""
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One tensor (N, K, 1, H, W) per head for ``x`` (N, C, 1, H, W)."""
+        return tuple(logits[:, :, None] for logits in self.heads(x[:, :, 0]))
+
+    def heads(self, x: Tensor) -> Sequence[Tensor]:
+        """One tensor (N, K, h, w) per head for ``x`` (N, C, H, W); the network's only output here."""
+        return (self.net(x),)
+
+
+def _channels_last(net: nn.Module) -> nn.Module:
+    """The weights in the order that convolutions are fastest with."""
+    for weight in net.parameters():
+        if weight.dim() in (4, 5):
+            order = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
+            weight.data = weight.data.contiguous(memory_format=order)
+    return net
 
 
 def _of_all_ranks(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

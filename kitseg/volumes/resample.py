@@ -6,27 +6,37 @@ A grid's spacing is therefore the extent divided by a whole number of voxels, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.types import Box, Geometry, Triple
+from kitseg.types import Box, Geometry, Grid, Triple
 
 Coordinates = NDArray[np.float64]
 SLAB = 16
 
 
-def grid_geometry(scan: Geometry, spacing: Sequence[float]) -> Geometry:
-    """The lattice over ``scan``'s extent whose voxels come nearest to ``spacing`` (mm, slices-rows-columns)."""
-    extent = [n * s for n, s in zip(scan.shape, scan.spacing, strict=True)]
-    z, y, x = (max(1, round(e / s)) for e, s in zip(extent, spacing, strict=True))
-    ratio = np.array(scan.shape) / (z, y, x)
+def grid_geometry(scan: Geometry, grid: Grid) -> Geometry:
+    """The lattice over ``scan``'s extent whose voxels come nearest to what ``grid`` asks for."""
+    (depth, height, width), (z, y, x) = scan.shape, scan.spacing
+    if grid.slices is not None:
+        depth = round(depth * z / grid.slices)
+    if grid.pixels is not None:
+        factor = grid.pixels / max(height, width)
+        height, width = round(height * factor), round(width * factor)
+    elif grid.inplane is not None:
+        height, width = round(height * y / grid.inplane), round(width * x / grid.inplane)
+    return over(scan, (max(1, depth), max(1, height), max(1, width)))
+
+
+def over(scan: Geometry, shape: Triple) -> Geometry:
+    """The lattice of ``shape`` voxels over ``scan``'s extent."""
+    ratio = np.array(scan.shape) / shape
     affine = scan.affine.copy()
     affine[:3, :3] *= ratio
     affine[:3, 3] += scan.affine[:3, :3] @ ((ratio - 1) / 2)
-    return Geometry((z, y, x), affine)
+    return Geometry(shape, affine)
 
 
 def to_grid(image: NDArray[Any], shape: Triple) -> NDArray[np.float32]:
@@ -35,10 +45,10 @@ def to_grid(image: NDArray[Any], shape: Triple) -> NDArray[np.float32]:
     return sample_linear(image, z, y, x)
 
 
-def labels_to_grid(labels: NDArray[np.uint8], shape: Triple) -> NDArray[np.uint8]:
-    """Labels (D, H, W) on a lattice of ``shape`` over the same extent, by nearest neighbour."""
-    index = [_nearest(range(m), m, n) for m, n in zip(shape, labels.shape, strict=True)]
-    return labels[np.ix_(*index)]
+def nearest(array: NDArray[Any], shape: Triple) -> NDArray[Any]:
+    """Labels or HU (D, H, W) on a lattice of ``shape`` over the same extent, by nearest neighbour."""
+    index = [_nearest(range(m), m, n) for m, n in zip(shape, array.shape, strict=True)]
+    return array[np.ix_(*index)]
 
 
 def box_on(box: Box, source: Triple, target: Triple) -> Box:
@@ -49,7 +59,9 @@ def box_on(box: Box, source: Triple, target: Triple) -> Box:
     return Box(_first_centres(box.start, source, target), _first_centres(box.stop, source, target)).clip(target)
 
 
-def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple) -> tuple[NDArray[np.float16], Box]:
+def from_grid(
+    values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: str = "linear"
+) -> tuple[NDArray[np.float16], Box]:
     """Probabilities in a box of a grid, returned to the scan's own lattice.
 
     Args:
@@ -57,12 +69,20 @@ def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple) -> tup
         box: a box on the grid; it may reach outside.
         grid: the shape of the grid.
         scan: the shape of the scan's lattice, over the same extent.
+        how: ``linear`` (edges are held) or ``nearest``.
 
     Returns:
-        (K, D, H, W) float16, interpolated trilinearly with edges held, and the box of the scan that they fill: the
-        voxels whose centres lie in ``box``.
+        (K, D, H, W) float16 and the box of the scan that they fill: the voxels whose centres lie in ``box``.
     """
     target = box_on(box, grid, scan)
+    if how == "nearest":
+        index = [
+            np.clip(_nearest(range(a, b), n, m) - start, 0, size - 1)
+            for a, b, n, m, start, size in zip(
+                target.start, target.stop, scan, grid, box.start, values.shape[1:], strict=True
+            )
+        ]
+        return np.stack([block[np.ix_(*index)].astype(np.float16) for block in values]), target
     axes = zip(target.start, target.stop, scan, grid, box.start, strict=True)
     z, y, x = (_centres(range(a, b), n, m) - start for a, b, n, m, start in axes)
     out = np.empty((len(values), *target.size), np.float16)

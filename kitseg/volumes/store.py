@@ -1,14 +1,15 @@
 """Preprocessed cases on disk: arrays that can be memory-mapped, and what they came from.
 
 ``<grid>/<case>/``: ``image.npy`` (D, H, W) int16 HU, ``label.npy`` uint8 in the kits19 convention, ``foreground.npy``
-(M, 4) int32 rows of label, slice, row, column, and ``meta.json``.
+(M, 4) int32 rows of label, slice, row, column, ``slices.npy`` (D, 2) bool which slices hold foreground and tumor, and
+``meta.json``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,62 +19,79 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError
 from kitseg.files import aside
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
-from kitseg.types import Case, Geometry, Volume
-from kitseg.volumes.nifti import file_digest, is_phantom, read_geometry, read_image, read_labels
-from kitseg.volumes.resample import grid_geometry, labels_to_grid, to_grid
+from kitseg.types import Case, Geometry, Grid, Volume
+from kitseg.volumes.nifti import (
+    canonical_geometry,
+    file_digest,
+    is_phantom,
+    read_geometry,
+    read_image,
+    read_labels,
+)
+from kitseg.volumes.resample import grid_geometry, nearest, to_grid
 
-SCHEMA = 1
+SCHEMA = 2
 FOREGROUND_PER_LABEL = 10_000
 BYTES_PER_VOXEL = 3
 
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A preprocessed case; ``image`` and ``label`` are memory-mapped arrays (D, H, W) on ``grid``."""
+    """A preprocessed case; ``image`` and ``label`` are memory-mapped arrays (D, H, W) on ``grid``.
+
+    foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
+    statistics: mean and standard deviation of the whole image in HU.
+    """
 
     id: str
     image: NDArray[np.int16]
     label: NDArray[np.uint8] | None
     foreground: NDArray[np.int32]
+    slices: NDArray[np.bool_]
+    statistics: tuple[float, float]
     grid: Geometry
     phantom: bool
 
 
-def grid_name(spacing: Sequence[float]) -> str:
-    """The folder name of a grid of ``spacing`` mm."""
-    return "x".join(f"{s:.4g}" for s in spacing) + "mm"
+def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
+    """A scan's HU on a grid, rounded to whole HU, for training and prediction alike."""
+    lattice, limits = grid_geometry(scan.geometry, grid), np.iinfo(np.int16)
+    values = nearest(scan.array, lattice.shape) if grid.image == "nearest" else to_grid(scan.array, lattice.shape)
+    return np.clip(np.rint(values), limits.min, limits.max).astype(np.int16), lattice
 
 
-def image_on_grid(scan: Volume, spacing: Sequence[float]) -> tuple[NDArray[np.int16], Geometry]:
-    """A scan's HU on the grid of ``spacing`` mm, rounded to whole HU, for training and prediction alike."""
-    grid = grid_geometry(scan.geometry, spacing)
-    limits = np.iinfo(np.int16)
-    return np.clip(np.rint(to_grid(scan.array, grid.shape)), limits.min, limits.max).astype(np.int16), grid
+def statistics(image: NDArray[np.int16]) -> tuple[float, float]:
+    """Mean and standard deviation of an image (D, H, W) in HU, slice by slice so that nothing is copied whole."""
+    sums = [(float(hu.sum(dtype=np.int64)), float(np.square(hu, dtype=np.int64).sum())) for hu in image]
+    mean, square = (sum(column) / image.size for column in zip(*sums, strict=True))
+    return mean, max(square - mean**2, 0.0) ** 0.5
 
 
-def store_case(case: Case, folder: Path, spacing: Sequence[float], convention: str) -> bool:
+def store_case(case: Case, folder: Path, grid: Grid, convention: str) -> bool:
     """Preprocess ``case`` into ``folder``; False where that is already done and nothing has changed since.
 
     Raises:
         InputError: an unreadable image or label, or a label on another lattice than its image.
     """
-    wanted = {"schema": SCHEMA, "spacing": list(spacing), "convention": convention}
+    wanted = {"schema": SCHEMA, "grid": asdict(grid), "convention": convention}
     if _is_current(case, folder, wanted):
         return False
     scan = read_image(case.image, case.id)
-    image, grid = image_on_grid(scan, spacing)
+    image, lattice = image_on_grid(scan, grid)
     arrays: dict[str, NDArray[Any]] = {"image": image}
     if case.label is not None:
         label = read_labels(case.label, case.id, convention)
         if not label.geometry.same_as(scan.geometry):
             raise InputError(case.label, "lies on another grid than its image", "Resample it onto the image's grid.")
-        arrays["label"] = labels_to_grid(to_kits19(label.array), grid.shape)
+        arrays["label"] = nearest(to_kits19(label.array), lattice.shape)
         arrays["foreground"] = _foreground(arrays["label"])
+        arrays["slices"] = np.stack([arrays["label"].any((1, 2)), (arrays["label"] == TUMOR).any((1, 2))], axis=1)
     meta = {
         **wanted,
         "case": case.id,
-        "shape": grid.shape,
-        "affine": grid.affine.tolist(),
+        "shape": lattice.shape,
+        "affine": lattice.affine.tolist(),
+        "statistics": statistics(image),
         "phantom": is_phantom(case.image),
         "sources": _sources(case, digest=True),
     }
@@ -90,22 +108,25 @@ def open_case(folder: Path) -> StoredCase:
     again = "Run `kitseg preprocess` again."
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if meta["schema"] != SCHEMA:
+            raise InputError(folder, f"has schema {meta['schema']}, this version reads {SCHEMA}", again)
         image = np.load(folder / "image.npy", mmap_mode="c")
         label = np.load(folder / "label.npy", mmap_mode="c") if (folder / "label.npy").exists() else None
         foreground = np.load(folder / "foreground.npy") if label is not None else np.empty((0, 4), np.int32)
+        slices = np.load(folder / "slices.npy") if label is not None else np.empty((0, 2), np.bool_)
     except FileNotFoundError as error:
         raise InputError(folder, "is not preprocessed", again) from error
     except (ValueError, EOFError, OSError) as error:
         raise InputError(folder, f"is damaged ({error})", f"Delete it. {again}") from error
-    if meta["schema"] != SCHEMA:
-        raise InputError(folder, f"has schema {meta['schema']}, this version reads {SCHEMA}", again)
     grid = Geometry(tuple(meta["shape"]), np.array(meta["affine"]))
-    return StoredCase(meta["case"], image, label, foreground, grid, meta["phantom"])
+    mean, deviation = meta["statistics"]
+    return StoredCase(meta["case"], image, label, foreground, slices, (mean, deviation), grid, meta["phantom"])
 
 
-def store_bytes(case: Case, spacing: Sequence[float]) -> int:
+def store_bytes(case: Case, grid: Grid) -> int:
     """Disk that the stored case takes, from its header alone."""
-    return int(np.prod(grid_geometry(read_geometry(case.image), spacing).shape)) * BYTES_PER_VOXEL
+    shape = grid_geometry(canonical_geometry(read_geometry(case.image)), grid).shape
+    return int(np.prod(shape)) * BYTES_PER_VOXEL
 
 
 def _foreground(label: NDArray[np.uint8]) -> NDArray[np.int32]:

@@ -1,0 +1,68 @@
+"""What the channels of a stage's output mean.
+
+With a channel ``background`` they exclude each other (softmax); without one, each stands alone (sigmoid).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
+
+#: ``foreground`` is kidney with tumor; alone it is written with the kidney's id.
+IDS = {"background": BACKGROUND, "kidney": KIDNEY, "foreground": KIDNEY, "tumor": TUMOR}
+
+
+def target_ids(label: Tensor, channels: Sequence[str]) -> Tensor:
+    """The index of each voxel's true channel; 1 where the only channel is true, 0 elsewhere.
+
+    Args:
+        label: label ids of any shape.
+        channels: of the network's output.
+    """
+    if "kidney" in channels:
+        return label.long()
+    return (label == TUMOR).long() if "tumor" in channels else (label > BACKGROUND).long()
+
+
+def label_ids(values: Tensor, channels: Sequence[str], threshold: float | None = None) -> NDArray[np.uint8]:
+    """Label ids (D, H, W) from probabilities (K, D, H, W).
+
+    Args:
+        values: the probabilities.
+        channels: their names.
+        threshold: the probability from which foreground counts; where it is None, the most probable channel, and for
+            a channel alone more than 0.5.
+    """
+    ids = torch.tensor([IDS[channel] for channel in channels], dtype=torch.uint8)
+    if threshold is not None:
+        found = (foreground(values, channels) >= threshold).to(torch.uint8) * ids[-1]
+    elif "background" in channels:
+        found = ids[values.argmax(dim=0)]
+    else:
+        found = ((values > 0.5).to(torch.uint8) * ids[:, None, None, None]).amax(dim=0)
+    result: NDArray[np.uint8] = found.numpy()
+    return result
+
+
+def foreground(values: Tensor, channels: Sequence[str]) -> Tensor:
+    """The probability of anything but background, (D, H, W)."""
+    if "background" in channels:
+        return 1 - values[channels.index("background")]
+    return values.amax(dim=0)
+
+
+def spread(values: Tensor, seen: NDArray[np.bool_], channels: Sequence[str]) -> Tensor:
+    """Probabilities of the slices that were seen, (K, d, H, W), among all slices (D,); the others are background."""
+    if seen.all():
+        return values
+    out = values.new_zeros(len(values), len(seen), *values.shape[2:])
+    if "background" in channels:
+        out[channels.index("background")] = 1
+    out[:, torch.from_numpy(seen)] = values
+    return out

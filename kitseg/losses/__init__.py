@@ -1,0 +1,1 @@
+"""What training minimizes: logits and class ids in, one number out."""

@@ -1,0 +1,33 @@
+"""Cross-entropy inside a mask."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kitseg.losses.one_hot import one_hot
+
+
+class MaskedCrossEntropy(nn.Module):
+    """Cross-entropy that sees only what the mask lets through.
+
+    L = −mean(mask · g · log p), p = softmax of the logits, g the reference as 0 and 1; the mean is over all pixels of
+    the batch, masked out or not, and over the K channels.
+
+    Guided-unetpp paper, section 2, its second equation, which lacks the minus sign.
+    """
+
+    def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logits: (N, K, *spatial).
+            target: (N, *spatial) int64 class ids.
+            mask: (N, 1, *spatial), 0 or 1.
+
+        Raises:
+            ValueError: the shapes don't belong together.
+        """
+        if mask.shape != target.unsqueeze(1).shape:
+            raise ValueError(f"a mask of shape {tuple(mask.shape)} doesn't fit class ids of {tuple(target.shape)}")
+        log_p = logits.float().log_softmax(dim=1)
+        return -(mask * one_hot(target, log_p) * log_p).mean()

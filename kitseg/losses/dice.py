@@ -1,0 +1,75 @@
+"""Losses from the Dice coefficient. p: probabilities, g: the reference as 0 and 1; all sums in float32."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kitseg.losses.one_hot import one_hot
+
+
+class SoftDice(nn.Module):
+    """Soft Dice with squared denominator over all classes, for each sample on its own.
+
+    L = 1 − (1/(N·K)) Σ_{n,c} 2 Σ p·g / (Σ p² + Σ g² + epsilon), p = softmax of the logits, inner sums over pixels.
+
+    Two-stage paper, section 2.2, which names no loss; this is the one of its authors' code. A class that a sample's
+    reference lacks adds 1/(N·K) whatever is predicted, and no gradient.
+
+    Args:
+        epsilon: keeps the quotient finite where p and g are 0.
+    """
+
+    def __init__(self, epsilon: float = 1e-10) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logits: (N, K, *spatial).
+            target: (N, *spatial) int64 class ids.
+
+        Raises:
+            ValueError: the shapes don't belong together.
+        """
+        p = logits.float().softmax(dim=1)
+        p, g = p.flatten(2), one_hot(target, p).flatten(2)
+        dice = 2 * (p * g).sum(2) / (p.square().sum(2) + g.sum(2) + self.epsilon)
+        return 1 - dice.mean()
+
+
+class BCEDice(nn.Module):
+    """Binary cross-entropy and soft Dice of one foreground channel, weighted.
+
+    L = bce · mean BCE(p, g) + dice · (1 − (2 Σ p·g + smooth) / (Σ p + Σ g + smooth)), p = sigmoid of the logits; mean
+    and sums over all pixels of the batch.
+
+    Dual-unet paper, section 2.1.1, equation 1 (there λ = dice = 1 − bce); the paper is silent on the sums and
+    ``smooth``.
+
+    Args:
+        bce: weight of the cross-entropy. dice: weight of the Dice term.
+        smooth: added to numerator and denominator, so that an empty prediction of an empty reference is perfect.
+    """
+
+    def __init__(self, bce: float = 0.5, dice: float = 0.5, smooth: float = 1.0) -> None:
+        super().__init__()
+        self.bce, self.dice, self.smooth = bce, dice, smooth
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logits: (N, 1, *spatial).
+            target: (N, *spatial) int64, 0 or 1.
+
+        Raises:
+            ValueError: the shapes don't belong together.
+        """
+        x, g = logits.float(), target.unsqueeze(1).float()
+        bce = F.binary_cross_entropy_with_logits(x, g)
+        p = x.sigmoid()
+        dice = (2 * (p * g).sum() + self.smooth) / (p.sum() + g.sum() + self.smooth)
+        return self.bce * bce + self.dice * (1 - dice)

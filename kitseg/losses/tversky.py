@@ -1,0 +1,59 @@
+"""Focal Tversky loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kitseg.losses.one_hot import one_hot
+
+
+class FocalTversky(nn.Module):
+    """Focal Tversky loss, the sum over some classes.
+
+    L = Σ_c max(1 − TI_c, floor)^power with
+    TI_c = (TP + smooth) / (TP + fn_weight · FN + fp_weight · FP + smooth); TP = Σ p·g, FN = Σ (1 − p)·g,
+    FP = Σ p·(1 − g), p = softmax of the logits, g the reference as 0 and 1, sums over all pixels of the batch.
+
+    Progressive paper, section 1, after its reference [1] (power = 1/γ, γ = 4/3).
+
+    Args:
+        fn_weight: of false negatives. fp_weight: of false positives.
+        power: of 1 − TI; below 1 it is steepest where little is wrong.
+        smooth: added to numerator and denominator of TI.
+        classes: ids that count.
+        floor: least 1 − TI, below which there is no gradient (it would grow without bound towards 0).
+    """
+
+    def __init__(
+        self,
+        fn_weight: float = 0.7,
+        fp_weight: float = 0.3,
+        power: float = 0.75,
+        smooth: float = 1.0,
+        classes: Sequence[int] = (1, 2),
+        floor: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.fn_weight, self.fp_weight = fn_weight, fp_weight
+        self.power, self.smooth, self.floor = power, smooth, floor
+        self.classes = list(classes)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logits: (N, K, *spatial).
+            target: (N, *spatial) int64 class ids.
+
+        Raises:
+            ValueError: the shapes don't belong together.
+        """
+        p = logits.float().softmax(dim=1)
+        g = one_hot(target, p)
+        p, g = (x[:, self.classes].transpose(0, 1).flatten(1) for x in (p, g))
+        hits = (p * g).sum(1)
+        errors = self.fn_weight * ((1 - p) * g).sum(1) + self.fp_weight * (p * (1 - g)).sum(1)
+        one_minus_index = errors / (hits + errors + self.smooth)
+        return one_minus_index.clamp(min=self.floor).pow(self.power).sum()

@@ -1,0 +1,113 @@
+"""ResNet (He et al. 2015), which tells slices with foreground from slices without (two-stage paper, section 2.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kitseg.nets.unet import he_normal
+
+#: Residual blocks at each of the four resolutions, by depth.
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+
+def conv_norm(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """Convolution without bias, then BatchNorm; padded, so that only the stride shrinks the grid."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(channels_out),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """ReLU(body(x) + x): (N, in, H, W) -> (N, out, H/stride, W/stride).
+
+    Where the shape changes, x goes through a 1×1 convolution and BatchNorm.
+    """
+
+    def __init__(self, body: nn.Sequential, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        same = channels_in == channels_out and stride == 1
+        self.body = body
+        self.shortcut = nn.Identity() if same else conv_norm(channels_in, channels_out, 1, stride)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ReLU(body(x) + shortcut(x))."""
+        out: Tensor = self.relu(self.body(x) + self.shortcut(x))
+        return out
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3×3 convolutions; ``width`` channels come out."""
+
+    expansion = 1
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        body = nn.Sequential(
+            conv_norm(channels_in, width, 3, stride),
+            nn.ReLU(inplace=True),
+            conv_norm(width, width, 3),
+        )
+        super().__init__(body, channels_in, width, stride)
+
+
+class Bottleneck(ResidualBlock):
+    """1×1, 3×3 and 1×1 convolutions; 4·``width`` channels come out.
+
+    The stride is in the 3×3 convolution, as in today's implementations; He et al. have it in the first 1×1.
+    """
+
+    expansion = 4
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        body = nn.Sequential(
+            conv_norm(channels_in, width, 1),
+            nn.ReLU(inplace=True),
+            conv_norm(width, width, 3, stride),
+            nn.ReLU(inplace=True),
+            conv_norm(width, 4 * width, 1),
+        )
+        super().__init__(body, channels_in, 4 * width, stride)
+
+
+class ResNet(nn.Module):
+    """ResNet-18, -34 or -50 for slices of any size; features are 1/4 to 1/32 of it.
+
+    The paper is silent on the depth.
+
+    Args:
+        depth: 18 or 34 (basic blocks), 50 (bottlenecks).
+        channels_in: channels of the input.
+        classes: number of logits.
+        width: channels of the stem and of the first blocks (64 in He et al.; then 128-256-512, fourfold after a
+            bottleneck).
+
+    Raises:
+        ValueError: if there is no ResNet of that depth here.
+    """
+
+    def __init__(self, depth: int = 18, channels_in: int = 1, classes: int = 2, width: int = 64) -> None:
+        super().__init__()
+        if depth not in BLOCKS:
+            raise ValueError(f"a ResNet's depth is 18, 34 or 50, not {depth}")
+        block = Bottleneck if depth == 50 else BasicBlock
+        self.stem = nn.Sequential(
+            conv_norm(channels_in, width, 7, stride=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+        )
+        self.stages = nn.Sequential()
+        channels = width
+        for i, count in enumerate(BLOCKS[depth]):
+            stage = nn.Sequential()
+            for k in range(count):
+                stage.append(block(channels, width * 2**i, stride=2 if i and not k else 1))
+                channels = width * 2**i * block.expansion
+            self.stages.append(stage)
+        self.head = nn.Linear(channels, classes)
+        he_normal(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of the slices ``x`` (N, channels_in, H, W)."""
+        logits: Tensor = self.head(self.stages(self.stem(x)).mean(dim=(2, 3)))
+        return logits

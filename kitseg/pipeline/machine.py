@@ -1,0 +1,48 @@
+"""Where a training computes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from kitseg.errors import UsageError
+from kitseg.pipeline.model import torch_device
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to compute: ``device`` auto, cpu or cuda; ``ranks`` on this machine; loader ``workers`` per rank."""
+
+    device: str = "auto"
+    ranks: int = 1
+    workers: int = 0
+
+    @property
+    def accelerator(self) -> str:
+        """Lightning's name for the device.
+
+        Raises:
+            UsageError: more GPUs than there are.
+        """
+        gpus = torch.cuda.device_count()
+        if self.device == "cuda" and self.ranks > gpus:
+            raise UsageError(f"{self.ranks} GPU(s) asked for, torch finds {gpus} here")
+        torch_device(self.device)
+        return "cuda" if gpus and self.device != "cpu" else "cpu"
+
+    def describe(self) -> str:
+        """The machine in words."""
+        return f"{self.world} × {'GPU' if self.accelerator == 'cuda' else 'CPU'}"
+
+    @property
+    def world(self) -> int:
+        """The ranks on all machines."""
+        return int(os.environ.get("WORLD_SIZE", self.ranks))
+
+
+def rank() -> int:
+    """This process's global rank, before Lightning has started."""
+    keys = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((int(os.environ[key]) for key in keys if key in os.environ), 0)

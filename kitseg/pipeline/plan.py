@@ -1,0 +1,200 @@
+"""What `kitseg train` is asked for: a configuration, a fold of a split, and the trainings that follow from them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kitseg import config
+from kitseg.config import Config, Method, StageSpec
+from kitseg.errors import KitsegError, UsageError
+from kitseg.files import write_text
+from kitseg.pipeline.machine import Machine
+from kitseg.runs import Run, StageFolder, move_aside
+from kitseg.splits import Fold, Part, Split, make_split, read_split, write_split
+from kitseg.volumes.store import StoredCase, open_case
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train and where.
+
+    config: resolved; run: where it goes; fold: an outer fold of ``split``; store: preprocessed cases;
+    arguments: the command line that starts one more rank of the same training.
+    """
+
+    config: Config
+    run: Run
+    split: Split
+    fold: int
+    store: Path
+    machine: Machine
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> Method:
+        """The method that the configuration describes."""
+        return config.method_of(self.config)
+
+    @property
+    def part(self) -> Fold:
+        """The outer fold."""
+        return self.split.folds[self.fold]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training: a stage on the outer fold, or on an inner one for out-of-fold predictions; or a round of it."""
+
+    stage: str
+    inner: int | None = None
+    round: int | None = None
+
+    def __str__(self) -> str:
+        inner = "" if self.inner is None else f"/inner_{self.inner}"
+        return self.stage + inner + ("" if self.round is None else f"/round_{self.round}")
+
+    @classmethod
+    def parse(cls, text: str) -> Unit:
+        """The inverse of ``str``."""
+        text, _, round_ = text.partition("/round_")
+        stage, _, inner = text.partition("/inner_")
+        return cls(stage, int(inner) if inner else None, int(round_) if round_ else None)
+
+    def folder(self, plan: Plan) -> StageFolder:
+        """Where this training lives."""
+        folder = plan.run.stage(plan.fold, self.stage)
+        folder = folder if self.inner is None else folder.inner(self.inner)
+        return folder if self.round is None else folder.round(self.round)
+
+    def part(self, plan: Plan) -> Part:
+        """The cases of this training."""
+        return plan.part if self.inner is None else plan.part.inner[self.inner]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a call of `kitseg train` asks for, before anything is prepared."""
+
+    config: Config
+    run: Run
+    fold: int
+    split: Path
+    store: Path
+    machine: Machine
+    repeat: tuple[str, ...] = ()
+
+    def claim(self, cases: Iterable[str]) -> Plan:
+        """The plan for these preprocessed cases; split and run are written, or checked against what is there."""
+        claim_run(self.run, self.config, claim_split(self.split, cases, self.config))
+        return self.plan()
+
+    def rehearse(self, cases: Iterable[str]) -> Plan:
+        """The plan without writing anything."""
+        split = read_split(self.split) if self.split.exists() else new_split(cases, self.config)
+        return self._plan(split)
+
+    def plan(self) -> Plan:
+        """The plan of a run that is claimed already."""
+        return self._plan(read_split(self.run.split))
+
+    def wait(self) -> Plan:
+        """The same for a rank that isn't the first: when the first has prepared everything."""
+        while not self.run.config.exists():
+            time.sleep(0.5)
+        return self.plan()
+
+    def restart(self, stage: str | None) -> Path | None:
+        """Move the old run aside: the whole of it where its configuration or split differs.
+
+        Otherwise the fold alone, or the stage with the later ones that build on it.
+
+        Raises:
+            UsageError: there are several ranks already.
+        """
+        if "WORLD_SIZE" in os.environ:
+            raise UsageError("--restart can't be used under torchrun: move the old run aside by hand")
+        if not self.run.config.exists():
+            return None
+        other_split = self.split.exists() and read_split(self.split) != read_split(self.run.split)
+        if other_split or config.differences(config.read(self.run.config), self.config):
+            return move_aside(self.run.path)
+        if stage is None:
+            return move_aside(self.run.path / f"fold_{self.fold}")
+        for later in _dependent(config.method_of(self.config), stage):
+            move_aside(self.run.stage(self.fold, later).path)
+        return move_aside(self.run.stage(self.fold, stage).path)
+
+    def _plan(self, split: Split) -> Plan:
+        if self.fold >= len(split.folds):
+            raise UsageError(f"there is no fold {self.fold}: {len(split.folds)} folds, from 0 on")
+        return Plan(self.config, self.run, split, self.fold, self.store, self.machine, self.repeat)
+
+
+def _dependent(method: Method, stage: str) -> list[str]:
+    """The stages that build on a stage, directly or not."""
+    found = [stage]
+    for name, spec in method.stages.items():
+        if set(spec.inputs) & set(found):
+            found.append(name)
+    return found[1:]
+
+
+def new_split(cases: Iterable[str], configuration: Config) -> Split:
+    """A split as the configuration asks for."""
+    keys = ("folds", "inner_folds", "test_cases", "seed", "convention")
+    return make_split(cases, *(configuration[key] for key in keys))
+
+
+def claim_split(path: Path, cases: Iterable[str], configuration: Config) -> Split:
+    """The split file, written now where there is none yet.
+
+    Raises:
+        KitsegError: the file is damaged, of another convention, or names cases that aren't there.
+    """
+    there = set(cases)
+    if not path.exists():
+        write_split(new_split(there, configuration), path)
+    split = read_split(path)
+    if split.convention != configuration["convention"]:
+        wanted = configuration["convention"]
+        raise UsageError(f"{path} is of label convention {split.convention}, the configuration of {wanted}")
+    if missing := sorted(split.cases - there):
+        raise KitsegError(f"{path} names {', '.join(missing)}, which the data folder lacks. Add them or mend the file.")
+    return split
+
+
+def claim_run(run: Run, configuration: Config, split: Split) -> None:
+    """Write what the run is, or make sure that it is the same as before.
+
+    Raises:
+        UsageError: the folder holds a run of another configuration or split.
+    """
+    if run.config.exists():
+        changed = config.differences(config.read(run.config), configuration)
+        if changed:
+            remedy = "Use --restart to move the old run aside, or --name for a run of its own."
+            raise UsageError(f"{run.path} was made with another configuration. {remedy}\n  " + "\n  ".join(changed))
+        if read_split(run.split) != split:
+            raise UsageError(f"{run.path} was trained with another split: {run.split}. Use that one, or --restart.")
+        return
+    write_split(split, run.split)
+    write_text(run.config, config.dump(configuration))
+
+
+def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
+    """The trainings of a fold in order, or those of one stage."""
+    found = []
+    for name in method.stages:
+        found.append(Unit(name))
+        if any(name in later.inputs and later.guide == "inner" for later in method.stages.values()):
+            found += [Unit(name, i) for i in range(len(part.inner))]
+    return [unit for unit in found if stage in (None, unit.stage)]
+
+
+def open_stored(plan: Plan, spec: StageSpec, case: str) -> StoredCase:
+    """A preprocessed case on a stage's grid."""
+    return open_case(plan.store / str(spec.grid) / case)

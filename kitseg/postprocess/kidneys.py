@@ -1,0 +1,30 @@
+"""There are at most two kidneys, and neither of them is a speck."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from kitseg.postprocess.components import keep_kidneys
+from kitseg.types import Masks
+
+
+@dataclass(frozen=True)
+class KeepKidneys:
+    """Keeps the foreground components that can be kidneys: see ``components.kidneys_among`` for the settings."""
+
+    most: int = 2
+    min_ratio: float = 0.05
+    min_ml: float = 20.0
+
+    def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
+        """``masks`` without the other foreground components and the tumor in them; tumor outside the foreground stays.
+
+        Doesn't look at ``hu``.
+        """
+        ml = math.prod(spacing) / 1000
+        kept = keep_kidneys(masks.foreground, ml, self.most, self.min_ratio, self.min_ml)
+        return masks.without(masks.foreground & ~kept)

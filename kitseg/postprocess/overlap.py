@@ -1,0 +1,28 @@
+"""Tumors of the kidney lie in the kidney."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.postprocess.components import Components
+from kitseg.types import Masks
+
+
+@dataclass(frozen=True)
+class KeepTumorInKidney:
+    """Keeps tumor components T with |T ∩ foreground| / |T| of at least ``min_overlap``. Dual-unet paper, section 2.2.
+
+    It means something where foreground and tumor come from two networks; the tumors of a label map all overlap fully.
+    """
+
+    min_overlap: float = 0.95
+
+    def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
+        """``masks`` without tumors elsewhere; looks neither at ``hu`` nor at ``spacing``."""
+        tumors = Components.of(masks.tumor)
+        overlap = tumors.total(masks.foreground) / np.maximum(tumors.sizes, 1)
+        return Masks(masks.foreground, tumors.chosen(overlap >= self.min_overlap))

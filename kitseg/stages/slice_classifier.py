@@ -1,0 +1,49 @@
+"""Stage 1 of two-stage: does a slice hold kidney or tumor? (paper, section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kitseg.links.guides import recall_threshold
+from kitseg.stages.base import SliceStage
+
+
+class SliceClassifier(SliceStage):
+    """Two classes a slice, spread over its pixels; ``net`` gives logits (N, 2).
+
+    Args:
+        recall: the share of slices with foreground that the threshold, chosen on validation cases, must find.
+    """
+
+    def __init__(self, recall: float, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.recall = recall
+
+    def heads(self, x: Tensor) -> Sequence[Tensor]:
+        """One head: (N, 2, H, W), the same on the whole slice."""
+        logits: Tensor = self.net(x)
+        return (logits[:, :, None, None].expand(-1, -1, *x.shape[2:]),)
+
+    def losses(self, x: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy of the slices: a slice is true where any of its pixels is."""
+        logits = tuple(head[..., :1, :1] for head in self.logits(x))
+        total: Tensor = self.loss(logits, target.amax(dim=(2, 3), keepdim=True))
+        return total
+
+    def scores(self, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
+        """Recall and specificity over the slices; 1 where there is nothing to find or to leave."""
+        found, there = np.asarray(labels.any((1, 2))), np.asarray(truth.any((1, 2)))
+        recall = float(found[there].mean()) if there.any() else 1.0
+        specificity = float((~found[~there]).mean()) if not there.all() else 1.0
+        return {"recall": recall, "specificity": specificity}
+
+    def threshold(self, cases: Iterable[tuple[Tensor, NDArray[np.uint8]]]) -> float | None:
+        """The largest one that finds the wanted share of the slices with foreground (section 2.1 is silent)."""
+        seen = [(values[1, :, 0, 0].numpy(), labels.any((1, 2))) for values, labels in cases]
+        probability, positive = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+        return recall_threshold(probability, positive, self.recall)
