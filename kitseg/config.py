@@ -145,7 +145,7 @@ def read(path: Path) -> Config:
 
 def dump(config: Config) -> str:
     """A configuration as YAML."""
-    text: str = yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
+    text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     return text
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kitseg.types import Box, Masks, Probabilities
 
 CHANNELS = ("background", "kidney", "tumor", "foreground")
+EXCLUSIVE, NESTED = ("background", "kidney", "tumor"), ("foreground", "tumor")
 
 
 def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
@@ -37,6 +38,23 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
         raise ValueError("a mean needs at least one member")
     values = (total / np.float32(weights)).astype(np.float16)
     return Probabilities(values, first.channels, box, first.geometry, first.native, first.case_id)
+
+
+def exclusive(probabilities: Probabilities) -> Probabilities:
+    """The same belief with the channels background, kidney and tumor, which exclude each other.
+
+    From foreground F and tumor T that stand alone: tumor min(T, F), kidney F − tumor, background 1 − F.
+
+    Raises:
+        ValueError: channels from which these don't follow.
+    """
+    if probabilities.channels == EXCLUSIVE:
+        return probabilities
+    if probabilities.channels != NESTED:
+        raise ValueError(f"channels {', '.join(probabilities.channels)} can't be averaged with {', '.join(EXCLUSIVE)}")
+    foreground, tumor = probabilities.array
+    inside = np.minimum(tumor, foreground)
+    return replace(probabilities, array=np.stack([1 - foreground, foreground - inside, inside]), channels=EXCLUSIVE)
 
 
 def to_masks(probabilities: Probabilities) -> Masks:

@@ -53,9 +53,9 @@ def test_a_killed_training_ends_with_the_same_weights(phantoms: Path, tmp_path: 
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert (whole / stage / "history.csv").read_text() == (killed / stage / "history.csv").read_text()
-    dice = [[row["val_dice"] for row in json.loads((f / stage / "done.json").read_text())["checkpoints"]]
-            for f in (whole, killed)]  # fmt: skip
-    assert dice[0] == dice[1]
+    scores = [[row["val_score"] for row in json.loads((f / stage / "done.json").read_text())["checkpoints"]]
+              for f in (whole, killed)]  # fmt: skip
+    assert scores[0] == scores[1]
     assert not list(killed.rglob(".partial*"))
 
 

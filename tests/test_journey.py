@@ -27,11 +27,11 @@ def test_a_training_leaves_what_it_promises(trained: Path) -> None:
         folder = trained / RUN / "fold_0" / stage
         done = json.loads((folder / "done.json").read_text())
         named = {row["file"] for row in done["checkpoints"]}
-        assert named == {path.name for path in (folder / "best").iterdir()}
+        assert named == {f"best/{path.name}" for path in (folder / "best").iterdir()}
         assert 1 <= len(named) <= 5
-        dice = [row["val_dice"] for row in done["checkpoints"]]
-        assert dice == sorted(dice, reverse=True)
-        weights = torch.load(folder / "best" / done["checkpoints"][0]["file"], weights_only=True)
+        scores = [row["val_score"] for row in done["checkpoints"]]
+        assert scores == sorted(scores, reverse=True)
+        weights = torch.load(folder / done["checkpoints"][0]["file"], weights_only=True)
         assert "optimizer_states" not in weights
         assert "optimizer_states" in torch.load(folder / "last.ckpt", weights_only=True)
         rows = (folder / "history.csv").read_text().splitlines()
@@ -95,7 +95,7 @@ def test_restart_moves_the_old_run_aside(phantoms: Path, tmp_path: Path) -> None
     assert (tmp_path / RUN / "fold_0" / "coarse" / "done.json").exists()
 
 
-def test_out_of_fold_regions_come_from_inner_folds(phantoms: Path, tmp_path: Path) -> None:
+def test_out_of_fold_places_come_from_inner_folds(phantoms: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(phantoms / "data")
     quick = (*SMALLEST, "--epochs=1", "--set=size.coarse_samples=2", "--set=size.guide=inner", "--jobs=1")
     result = kitseg(tmp_path, "train", *quick, "--set=inner_folds=2")
@@ -103,11 +103,11 @@ def test_out_of_fold_regions_come_from_inner_folds(phantoms: Path, tmp_path: Pat
     coarse = tmp_path / RUN / "fold_0" / "coarse"
     split = json.loads((tmp_path / "splits.json").read_text())["folds"][0]
     for number in (0, 1):
-        regions = json.loads((coarse / f"inner_{number}" / "regions.json").read_text())
-        assert set(regions["train"]) == set(split["inner"][number]["train"])
-        assert not set(regions["train"]) & set(split["inner"][number]["val"])
+        places = json.loads((coarse / f"inner_{number}" / "places.json").read_text())
+        assert set(places["train"]) == set(split["inner"][number]["train"])
+        assert not set(places["train"]) & set(split["inner"][number]["val"])
         assert (coarse / f"inner_{number}" / "done.json").exists()
-    fine = json.loads((tmp_path / RUN / "fold_0" / "fine" / "regions.json").read_text())
+    fine = json.loads((tmp_path / RUN / "fold_0" / "fine" / "places.json").read_text())
     assert set(fine["train"]) == set(split["train"])
     assert set(fine["val"]) == set(split["val"])
 

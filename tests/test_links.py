@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from kitseg import config
 from kitseg.links.crop import crop, paste
-from kitseg.links.intensity import AIR, ClipScale
+from kitseg.links.intensity import AIR, ClipScale, ZScore
 from kitseg.links.regions import FixedAroundForeground, WholeVolume
-from kitseg.types import Box, Geometry, Triple
+from kitseg.types import Box, Geometry, Grid, Triple
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.resample import grid_geometry, labels_to_grid
+from kitseg.volumes.resample import grid_geometry, nearest
 
 few = settings(max_examples=30, deadline=None)
 PAPER = (3, 0.78162497, 0.78162497)
@@ -49,9 +49,10 @@ def test_the_methods_region_is_the_papers() -> None:
 @pytest.mark.parametrize(("size", "voxels"), [("paper", ROI), ("small", (80, 128, 192)), ("tiny", (48, 64, 96))])
 def test_a_coarser_grid_keeps_the_extent_in_multiples_of_16(size: str, voxels: Triple) -> None:
     stage = config.method_of(config.compose("two-phase", size)).stages["fine"]
-    shape = config.build(stage.parts["region"]).shape(grid((9, 9, 9), stage.spacing))
+    spacing = (stage.grid.slices, stage.grid.inplane, stage.grid.inplane)
+    shape = config.build(stage.parts["region"]).shape(grid((9, 9, 9), CENTIMETRES))
     assert shape == voxels
-    assert (np.array(shape) * stage.spacing >= np.array(ROI) * PAPER).all()
+    assert (np.array(shape) * spacing >= np.array(ROI) * PAPER).all()
 
 
 #: 10 mm voxels hold 1 ml, so 20 of them can be a kidney; the region is 16 voxels on every axis.
@@ -126,8 +127,8 @@ def test_the_whole_volume() -> None:
 def cut_voxels(file: Path) -> tuple[str, Triple, int]:
     """The true labels on the paper's grid: the region's size, and how many foreground voxels lie outside it."""
     labels = read_labels(file, file.parent.name)
-    lattice = grid_geometry(labels.geometry, PAPER)
-    foreground = labels_to_grid(labels.array, lattice.shape) > 0
+    lattice = grid_geometry(labels.geometry, Grid(3, 0.78162497))
+    foreground = nearest(labels.array, lattice.shape) > 0
     box = FixedAroundForeground(ROI)(lattice, foreground.astype(np.uint8), lattice)
     assert box is not None
     inside = np.count_nonzero(foreground[box.clip(lattice.shape).slices])
@@ -201,16 +202,18 @@ def test_crop_undoes_paste(both: tuple[NDArray[np.int64], Box]) -> None:
 
 # --- intensities -----------------------------------------------------------------------------------------------------
 
+ANY = (0.0, 1.0)  # statistics of a scan
+
 
 def test_clip_and_scale_by_hand() -> None:
     hu = torch.tensor([-1024, -251, -250, -125, 0, 25, 250, 3071], dtype=torch.int16)
-    found = ClipScale(-250, 250, 250)(hu)
+    found = ClipScale(-250, 250, 250)(hu, ANY)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor([-1, -1, -1, -0.5, 0, 0.1, 1, 1]))
 
 
 def test_clip_shift_and_scale_by_hand() -> None:
-    found = ClipScale(-79, 304, 76.9, 101)(torch.tensor([-1000.0, 101.0, 177.9, 1000.0]))
+    found = ClipScale(-79, 304, 76.9, 101)(torch.tensor([-1000.0, 101.0, 177.9, 1000.0]), ANY)
     torch.testing.assert_close(found, torch.tensor([-180 / 76.9, 0, 1, 203 / 76.9]))
 
 
@@ -223,4 +226,25 @@ def test_padding_with_air_becomes_the_lowest_intensity() -> None:
     """Air is -1000 HU, clipped to -250, which the network sees as -1."""
     hu = np.full((1, 1, 2), 125, np.int16)
     padded = crop(hu, Box((0, 0, -1), (1, 1, 3)), AIR)
-    assert ClipScale(-250, 250, 250)(torch.from_numpy(padded)).tolist() == [[[-1, 0.5, 0.5, -1]]]
+    assert ClipScale(-250, 250, 250)(torch.from_numpy(padded), ANY).tolist() == [[[-1, 0.5, 0.5, -1]]]
+
+
+def test_z_score_by_hand() -> None:
+    hu = torch.tensor([[100, 130, 40]], dtype=torch.int16)
+    found = ZScore()(hu, (100, 30))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[0, 1, -2]]
+
+
+def test_z_score_of_a_scan_of_one_value() -> None:
+    assert ZScore()(torch.full((2,), -1000.0), (-1000.0, 0.0)).tolist() == [0, 0]
+
+
+def test_z_score_knows_the_whole_scan() -> None:
+    """A crop is scaled with the scan's own mean and deviation."""
+    scan = np.random.default_rng(0).normal(40, 200, (4, 9, 9)).astype(np.float32)
+    about = (float(scan.mean(dtype=float)), float(scan.std(dtype=float)))
+    whole = ZScore()(torch.from_numpy(scan), about)
+    assert float(whole.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(whole.std(correction=0)) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(ZScore()(torch.from_numpy(scan[1:2, 2:5]), about), whole[1:2, 2:5])

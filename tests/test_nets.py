@@ -15,7 +15,14 @@ from kitseg.nets.vnet import FusedVNet, InputStage, VNet
 
 V_NET, COMMON_V_NET = 65.19, 45.60
 #: Millions of parameters of each stage's network at size=paper; a new method adds its line.
-PARAMETERS = {"two-phase": {"coarse": V_NET, "fine": 2 * V_NET}}
+U_NET = 31.04
+PARAMETERS = {
+    "two-phase": {"coarse": V_NET, "fine": 2 * V_NET},
+    "two-stage": {"slices": 11.17, "segment": U_NET},
+    "guided-unetpp": {"foreground": 8.53, "segment": 9.04},
+    "progressive": {"segment": 8.58},
+    "dual-unet": {"kidneys": U_NET, "tumors": U_NET},
+}
 
 ENCODER = [(16, 80, 240, 384), (32, 40, 120, 192), (64, 20, 60, 96), (128, 10, 30, 48), (256, 5, 15, 24)]
 DECODER = [(256, 10, 30, 48), (128, 20, 60, 96), (64, 40, 120, 192), (32, 80, 240, 384)]

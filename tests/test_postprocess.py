@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import FULL, Mask, parts_of, plain_keep, two_rows
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from kitseg.postprocess.components import Components, bounding_box, keep_kidneys
+from kitseg.postprocess.components import Components
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.holes import FillHoles
 from kitseg.postprocess.intensity import RemoveLowHuTumors
@@ -25,28 +24,9 @@ from kitseg.postprocess.prior import Prior
 from kitseg.postprocess.shape import KeepTumorShape, eigenvalue_ratios
 from kitseg.types import Box, Masks
 
-Mask = NDArray[np.bool_]
 Mm = tuple[float, float, float]
 Plain = Callable[[Masks, NDArray[Any], Mm], Masks]
-FULL = np.ones((3, 3, 3), bool)
-SHARED = Path(os.environ.get("KITSEG_SHARED", Path(__file__).parents[1] / "../shared"))
 ML: Mm = (10.0, 10.0, 10.0)  # a spacing where a voxel is 1 ml
-
-
-def parts_of(mask: Mask) -> list[Mask]:
-    """Each component's mask, largest first, then by its first voxel."""
-    numbers, count = ndimage.label(mask, FULL)
-    parts = [numbers == n for n in range(1, count + 1)]
-    return sorted(parts, key=lambda part: (-part.sum(), np.flatnonzero(part)[0]))
-
-
-def plain_keep(mask: Mask, voxel_ml: float, most: int = 2, min_ratio: float = 0.05, min_ml: float = 20) -> Mask:
-    kept = np.zeros_like(mask)
-    parts = parts_of(mask)
-    for rank, part in enumerate(parts[:most]):
-        if rank == 0 or (part.sum() >= min_ratio * parts[0].sum() and part.sum() * voxel_ml >= min_ml):
-            kept |= part
-    return kept
 
 
 def minus(masks: Masks, gone: Mask) -> Masks:
@@ -189,7 +169,7 @@ def test_nothing_stays_nothing(prior: Prior, plain: Plain) -> None:
     same(prior(nothing, np.zeros((2, 3, 4), np.int16), ML), nothing)
 
 
-# --- masks and components --------------------------------------------------------------------------------------------
+# --- masks --------------------------------------------------------------------------------------------
 
 
 def test_labels_there_and_back() -> None:
@@ -210,61 +190,7 @@ def test_masks_have_one_shape() -> None:
         Masks(np.zeros((1, 2, 3), bool), np.zeros((1, 2, 2), bool))
 
 
-@pytest.mark.parametrize("density", [0.0, 0.002, 0.02, 0.3, 1.0])
-@pytest.mark.parametrize("seed", range(4))
-def test_bounding_box_is_where_the_voxels_are(seed: int, density: float) -> None:
-    mask = np.random.default_rng(seed).random((9, 11, 13)) < density
-    where = np.argwhere(mask)
-    box = bounding_box(mask)
-    if not len(where):
-        assert box is None
-    else:
-        assert box == Box(tuple(where.min(0)), tuple(where.max(0) + 1))
-
-
-def test_a_corner_joins_two_voxels() -> None:
-    mask = np.zeros((4, 4, 4), bool)
-    mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = True
-    found = Components.of(mask)
-    assert found.sizes.tolist() == [0, 2, 1]
-    assert found.total(np.arange(64).reshape(4, 4, 4)).tolist() == [0, 21, 63]
-    np.testing.assert_array_equal(np.argwhere(found.chosen(np.array([True, True, False]))), [[0, 0, 0], [1, 1, 1]])
-
-
 # --- kidneys ---------------------------------------------------------------------------------------------------------
-
-
-def two_rows(second: int) -> Mask:
-    """A row of 100 voxels and, apart from it, a row of ``second``."""
-    mask = np.zeros((5, 5, 100), bool)
-    mask[0, 0] = True
-    mask[4, 4, :second] = True
-    return mask
-
-
-@pytest.mark.parametrize("density", [0.0, 0.001, 0.02, 0.05, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("rule", [(1, 0.05, 20.0), (2, 0.05, 20.0), (2, 0.5, 3.0), (4, 0.3, 2.0), (3, 0.0, 0.0)])
-def test_keep_kidneys_is_the_plain_rule(seed: int, density: float, rule: tuple[int, float, float]) -> None:
-    mask = np.random.default_rng(seed).random((9, 11, 13)) < density
-    np.testing.assert_array_equal(keep_kidneys(mask, 1.0, *rule), plain_keep(mask, 1.0, *rule))
-
-
-@pytest.mark.parametrize(("voxel_ml", "second", "stays"), [(1, 19, 0), (1, 20, 20), (10, 4, 0), (10, 5, 5)])
-def test_a_second_kidney_needs_20_ml_and_a_twentieth_of_the_first(voxel_ml: float, second: int, stays: int) -> None:
-    assert keep_kidneys(two_rows(second), voxel_ml).sum() == 100 + stays
-
-
-def test_one_small_kidney_stays() -> None:
-    np.testing.assert_array_equal(keep_kidneys(two_rows(0), voxel_ml=1e-6), two_rows(0))
-
-
-def test_of_equals_the_first_in_the_array_stays() -> None:
-    mask = np.zeros((5, 5, 5), bool)
-    mask[4, 0, 0] = mask[2, 4, 0] = mask[0, 0, 4] = True
-    kept = keep_kidneys(mask, voxel_ml=1.0, most=2, min_ml=1.0)
-    np.testing.assert_array_equal(np.argwhere(kept), [[0, 0, 4], [2, 4, 0]])
-    np.testing.assert_array_equal(keep_kidneys(np.asfortranarray(mask), 1.0, most=2, min_ml=1.0), kept)
 
 
 def test_tumor_goes_with_its_kidney_and_stays_without_one() -> None:
@@ -274,23 +200,6 @@ def test_tumor_goes_with_its_kidney_and_stays_without_one() -> None:
     np.testing.assert_array_equal(found.foreground, two_rows(0))
     tumor[4, 4, 2] = False
     np.testing.assert_array_equal(found.tumor, tumor)
-
-
-@pytest.mark.parametrize(("case", "kidneys"), [(5, 1), (30, 2), (88, 2), (165, 1)])
-def test_keep_kidneys_on_challenge_labels(case: int, kidneys: int) -> None:
-    """The number of kidneys is right, and what goes are specks below 1 ml."""
-    nibabel = pytest.importorskip("nibabel")
-    path = SHARED / "kits19" / f"case_{case:05d}" / "segmentation.nii.gz"
-    if not path.exists():
-        pytest.skip(f"no challenge labels in {SHARED}")
-    image = nibabel.load(path)
-    voxel_ml = float(np.prod(image.header.get_zooms()[:3])) / 1000
-    mask = np.asanyarray(image.dataobj) > 0
-    box = bounding_box(mask)
-    assert box is not None
-    kept = keep_kidneys(mask[box.slices], voxel_ml)
-    assert ndimage.label(kept, FULL)[1] == kidneys
-    assert all(part.sum() * voxel_ml < 1 for part in parts_of(mask[box.slices] & ~kept))
 
 
 # --- tumors ----------------------------------------------------------------------------------------------------------
@@ -341,6 +250,13 @@ def test_shapes_of_tumors(size: tuple[int, int, int], stays: bool) -> None:
     found = KeepTumorShape()(Masks(tumor, tumor), np.zeros(tumor.shape), ML)
     np.testing.assert_array_equal(found.tumor, tumor & stays)
     np.testing.assert_array_equal(found.foreground, tumor)
+
+
+@pytest.mark.parametrize(("least", "stays"), [(10, True), (11, False)])
+def test_ten_voxels_have_a_shape(least: int, stays: bool) -> None:
+    tumor = bricks((1, 2, 5))
+    found = KeepTumorShape(high=9, min_voxels=least)(Masks(tumor, tumor), np.zeros(tumor.shape), ML)
+    assert found.tumor.any() == stays
 
 
 @pytest.mark.parametrize("inside", [18, 19, 20])

@@ -20,7 +20,7 @@ def check_one_set_of_files(folder: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "fold_0", "run.json", "splits.json"]
     for stage in ("coarse", "fine"):
         files = sorted(path.name for path in (run / "fold_0" / stage).iterdir())
-        names = ["best", "curves.png", "done.json", "history.csv", "last.ckpt", "regions.json", "tensorboard"]
+        names = ["best", "curves.png", "done.json", "history.csv", "last.ckpt", "places.json", "tensorboard"]
         assert files == names
         rows = (run / "fold_0" / stage / "history.csv").read_text().splitlines()
         assert len(rows) == 3

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kitseg.types import Box, Geometry, Triple
-from kitseg.volumes.resample import box_on, from_grid, grid_geometry, labels_to_grid, sample_linear, to_grid
+from kitseg.types import Box, Geometry, Grid, Triple
+from kitseg.volumes.resample import box_on, from_grid, grid_geometry, nearest, over, sample_linear, to_grid
 
 few = settings(max_examples=30, deadline=None)
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
@@ -78,30 +78,30 @@ def test_to_grid_spreads_a_single_slice() -> None:
 def test_the_same_shape_is_the_identity(shape: Triple) -> None:
     assert np.array_equal(to_grid(image(shape), shape), image(shape))
     labels = image(shape).astype(np.int64).astype(np.uint8)
-    assert np.array_equal(labels_to_grid(labels, shape), labels)
+    assert np.array_equal(nearest(labels, shape), labels)
 
 
 @pytest.mark.parametrize(
     ("target", "expected"),
     [(2, [1, 3]), (8, [0, 0, 1, 1, 2, 2, 3, 3]), (3, [0, 2, 3]), (1, [2]), (4, [0, 1, 2, 3])],
 )
-def test_labels_to_grid_by_hand(target: int, expected: list[int]) -> None:
+def test_nearest_by_hand(target: int, expected: list[int]) -> None:
     """Centres of 2 of 4 voxels lie on borders, 1 | 3, and take the later voxel; those of 3 lie at 0.67, 2 and 3.33."""
     for axis in range(3):
         shape = [1, 1, 1]
         shape[axis] = 4
         wanted = [1, 1, 1]
         wanted[axis] = target
-        found = labels_to_grid(np.arange(4, dtype=np.uint8).reshape(shape), (wanted[0], wanted[1], wanted[2]))
+        found = nearest(np.arange(4, dtype=np.uint8).reshape(shape), (wanted[0], wanted[1], wanted[2]))
         assert found.dtype == np.uint8
         assert found.ravel().tolist() == expected
 
 
 @given(shapes, shapes)
 @few
-def test_labels_to_grid_takes_the_voxel_that_holds_the_centre(source: Triple, target: Triple) -> None:
+def test_nearest_takes_the_voxel_that_holds_the_centre(source: Triple, target: Triple) -> None:
     labels = np.arange(np.prod(source)).astype(np.int64).reshape(source)
-    found = labels_to_grid(labels, target)
+    found = nearest(labels, target)
     for voxel in np.ndindex(target):
         there = tuple(int(Fraction(2 * i + 1, 2) * n / m) for i, m, n in zip(voxel, target, source, strict=True))
         assert found[voxel] == labels[there]
@@ -124,24 +124,50 @@ def in_mm(geometry: Geometry, index: Any) -> NDArray[np.float64]:
 
 
 def test_grid_geometry_takes_the_nearest_number_of_voxels() -> None:
-    grid = grid_geometry(oblique((611, 512, 512), (0.5, 0.92, 0.92)), (3, 0.78162497, 0.78162497))
+    grid = grid_geometry(oblique((611, 512, 512), (0.5, 0.92, 0.92)), Grid(3, 0.78162497))
     assert grid.shape == (102, 603, 603)  # 305.5 / 3 = 101.8, 471.04 / 0.7816 = 602.6
     np.testing.assert_allclose(grid.spacing, (305.5 / 102, 471.04 / 603, 471.04 / 603))
 
 
 def test_grid_geometry_keeps_at_least_one_voxel() -> None:
-    grid = grid_geometry(oblique((1, 4, 4), (1, 1, 1)), (5, 2, 20))
-    assert grid.shape == (1, 2, 1)
-    np.testing.assert_allclose(grid.spacing, (1, 2, 4))
+    grid = grid_geometry(oblique((1, 4, 8), (1, 1, 1)), Grid(5, 8))
+    assert grid.shape == (1, 1, 1)  # 4 / 8 of a voxel
+    np.testing.assert_allclose(grid.spacing, (1, 4, 8))
+    assert grid_geometry(oblique((3, 1, 999), (1, 1, 1)), Grid(pixels=10)).shape == (3, 1, 10)
 
 
-@given(shapes, st.tuples(*[st.floats(0.5, 5)] * 3), st.tuples(*[st.floats(0.5, 5)] * 3))
+@pytest.mark.parametrize(
+    ("grid", "shape"),
+    [
+        (Grid(), (40, 512, 796)),
+        (Grid(5), (24, 512, 796)),
+        (Grid(5, 1.6), (24, 224, 348)),  # 358.4 / 1.6 and 557.2 / 1.6
+        (Grid(inplane=1.6), (40, 224, 348)),
+        (Grid(pixels=256), (40, 165, 256)),  # the longer side; 512 · 256 / 796 = 164.7
+        (Grid(5, pixels=256), (24, 165, 256)),
+        (Grid(pixels=1592), (40, 1024, 1592)),
+        (Grid(image="nearest", back="nearest"), (40, 512, 796)),
+    ],
+)
+def test_what_a_grid_asks_for(grid: Grid, shape: Triple) -> None:
+    """In mm or in pixels; what it says nothing about stays the scan's own."""
+    scan = oblique((40, 512, 796), (3, 0.7, 0.7))
+    assert grid_geometry(scan, grid).shape == shape
+    turned = oblique((40, 796, 512), (3, 0.7, 0.7))
+    assert grid_geometry(turned, grid).shape == (shape[0], shape[2], shape[1])
+
+
+def test_the_scans_own_lattice_is_left_as_it_is() -> None:
+    scan = oblique((7, 8, 9), (3, 0.7, 0.8))
+    assert grid_geometry(scan, Grid()).same_as(scan, 1e-12)
+
+
+@given(shapes, st.tuples(*[st.floats(0.5, 5)] * 3), shapes)
 @few
-def test_both_lattices_cover_the_same_block(
-    shape: Triple, spacing: tuple[float, float, float], wanted: tuple[float, float, float]
-) -> None:
+def test_both_lattices_cover_the_same_block(shape: Triple, spacing: tuple[float, float, float], wanted: Triple) -> None:
     scan = oblique(shape, spacing)
-    grid = grid_geometry(scan, wanted)
+    grid = over(scan, wanted)
+    assert grid.shape == wanted
     for corner in np.ndindex(2, 2, 2):
         here, there = (np.array(corner) * g.shape - 0.5 for g in (scan, grid))
         np.testing.assert_allclose(in_mm(grid, there), in_mm(scan, here), atol=1e-9)
@@ -226,6 +252,34 @@ def test_from_grid_in_a_box_partly_outside_by_hand() -> None:
     )
     assert filled == Box((0, 0, 0), (2, 1, 1))
     assert found.ravel().tolist() == [0.75, 1.0]  # centre 0.25 of the grid, and 0.75 held at the edge
+
+
+@given(shapes, shapes, st.data())
+@few
+def test_back_by_nearest_neighbour_takes_the_voxel_that_holds_the_centre(
+    grid: Triple, scan: Triple, data: st.DataObject
+) -> None:
+    starts = [data.draw(st.integers(-2, n - 1)) for n in grid]
+    stops = [data.draw(st.integers(max(a, 0) + 1, n + 2)) for a, n in zip(starts, grid, strict=True)]
+    box = Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
+    values = np.arange(2 * np.prod(box.size)).reshape(2, *box.size)
+    found, filled = from_grid(values, box, grid, scan, "nearest")
+    assert found.dtype == np.float16
+    assert filled == box_on(box, grid, scan)
+    assert found.shape == (2, *filled.size)
+    for voxel in np.ndindex(filled.size):
+        index = tuple(
+            int(Fraction(2 * (i + a) + 1, 2) * n / m) - start
+            for i, a, n, m, start in zip(voxel, filled.start, grid, scan, box.start, strict=True)
+        )
+        assert found[(slice(None), *voxel)].tolist() == values[(slice(None), *index)].tolist()
+
+
+def test_back_by_nearest_neighbour_by_hand() -> None:
+    values = np.array([0.25, 0.75]).reshape(1, 2, 1, 1)
+    found, _ = from_grid(values, whole((2, 1, 1)), (2, 1, 1), (5, 1, 2), "nearest")
+    assert found[0, :, 0, 0].tolist() == [0.25, 0.25, 0.75, 0.75, 0.75]  # the third centre lies on the border
+    assert np.array_equal(found[..., 0], found[..., 1])
 
 
 def test_from_grid_of_single_slices() -> None:

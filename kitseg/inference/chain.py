@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -83,16 +84,13 @@ class Output:
         return found
 
 
-def run_stage(scan: Volume, stage: Predictor, head: str, earlier: Mapping[str, Output]) -> Output:
-    """One stage on a scan, with what the earlier stages that it names in its inputs believe."""
-    hu, grid = image_on_grid(scan, stage.spec.grid)
-    return run_on_grid(hu, grid, stage, head, earlier)
-
-
 def run_on_grid(
     hu: NDArray[np.int16], grid: Geometry, stage: Predictor, head: str, earlier: Mapping[str, Output]
 ) -> Output:
-    """The same for a scan that lies on the stage's grid already, (D, H, W) HU."""
+    """What one head of a stage believes of a scan on the stage's grid, (D, H, W) HU.
+
+    ``earlier``: what the stages before it believe, by name.
+    """
     channels, back = stage.spec.channels, stage.spec.grid.back
     nothing = Output(None, EMPTY, grid, channels, stage.threshold, back)
     region = region_for(stage, grid, earlier)
@@ -131,10 +129,12 @@ def region_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) 
 def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:
     """The outputs of the wanted (stage, head) pairs, as ``stage.head``; earlier stages run where they are needed."""
     seen: dict[str, Output] = {}
+    on_grid = cache(lambda grid: image_on_grid(scan, grid))
     for name, stage in stages.items():
         heads = [head for stage_name, head in wanted if stage_name == name] or [stage.spec.heads[-1]]
+        hu, grid = on_grid(stage.spec.grid)
         for head in heads:
-            seen[f"{name}.{head}"] = seen[name] = run_stage(scan, stage, head, seen)
+            seen[f"{name}.{head}"] = seen[name] = run_on_grid(hu, grid, stage, head, seen)
     return {f"{name}.{head}": seen[f"{name}.{head}"] for name, head in wanted}
 
 

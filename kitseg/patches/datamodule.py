@@ -137,6 +137,8 @@ class Feed:
         """A patch, augmented, as the network sees it."""
         for change in self.augmentation:
             patch = change(patch)
+        label = patch.get_image("label")
+        label.set_data(label.data.to(torch.uint8))  # float32 where a transform has resampled it, and batches mix both
         return self.sight.patch(patch)
 
 

@@ -35,7 +35,7 @@ class Scale:
 
 
 FULL = Scale(12, 3, 128, ())
-QUICK = Scale(3, 1, 64, ("--epochs=1", "--set=size.width=4", "--set=size.validate_every=1"))
+QUICK = Scale(3, 1, 64, ("--epochs=1", "--set=size.vnet_width=4", "--set=size.validate_every=1"))
 
 
 def run_demo(out: Path, quick: bool, say: Say) -> None:

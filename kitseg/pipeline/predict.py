@@ -104,19 +104,24 @@ def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done
         if odd := sorted(set(cases) ^ set(block_cases(folder))):
             raise UsageError(f"{folders[0]} and {folder} don't hold the same cases: {', '.join(odd)}")
     manifests = [read_manifest(folder) for folder in folders]
-    if any(manifest["channels"] != manifests[0]["channels"] for manifest in manifests):
+    channels = {tuple(manifest["channels"]) for manifest in manifests}
+    mixed = len(channels) > 1
+    if mixed and not channels <= {ensemble.EXCLUSIVE, ensemble.NESTED}:
         raise UsageError("the folders hold different channels: " + ", ".join(str(m["channels"]) for m in manifests))
     members = [
         {"folder": str(f), "weight": w, "model": m["model"]}
         for f, w, m in zip(folders, weights, manifests, strict=True)
     ]
-    claim_manifest(to, {**manifests[0], "members": members})
+    kind = {"channels": list(ensemble.EXCLUSIVE)} if mixed else {}
+    claim_manifest(to, {**manifests[0], **kind, "members": members})
 
     def work(case: str) -> Outcome:
         scan, digest = scan_of(folders[0], case)
         if any(scan_of(folder, case)[1] != digest for folder in folders[1:]):
             raise KitsegError(f"{case}: the folders were inferred from different scans. Infer them again.")
-        mean = ensemble.mean((read_block(f, case), w) for f, w in zip(folders, weights, strict=True))
+        blocks = (read_block(folder, case) for folder in folders)
+        alike = (ensemble.exclusive(block) if mixed else block for block in blocks)
+        mean = ensemble.mean(zip(alike, weights, strict=True))
         write_block(to, mean, scan, digest)
         return Outcome(case, result=to / f"{case}.npy")
 
