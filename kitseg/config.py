@@ -175,6 +175,15 @@ def method_of(config: Config) -> Method:
         raise UsageError(f"the configuration describes no method ({type(error).__name__}: {error})") from error
 
 
+def needed(stages: Mapping[str, StageSpec], name: str) -> list[str]:
+    """A stage and those that it builds on, directly or not, in order."""
+    found = {name}
+    for stage in reversed(list(stages)):
+        if stage in found:
+            found |= set(stages[stage].inputs)
+    return [stage for stage in stages if stage in found]
+
+
 def parse_source(text: str, stages: Mapping[str, StageSpec]) -> Source:
     """``stage[.head].channel`` as a source.
 

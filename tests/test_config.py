@@ -1,7 +1,8 @@
-"""A run as data: the paper's values, what a user may change, and what may be built from it."""
+"""A run as data: what there is, what a user may change, and what may be built from it."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from kitseg import config
 from kitseg.config import Source
 from kitseg.errors import InputError, UsageError
-from kitseg.links.intensity import ClipScale
-from kitseg.links.regions import FixedAroundForeground
 from kitseg.nets.vnet import VNet
+from kitseg.stages.base import Stage
 
 EVERY = [(method, size) for method in config.names("method") for size in config.names("size")]
 
+composed = cache(config.compose)
 
-def stage(name: str, *overrides: str, size: str = "paper") -> config.StageSpec:
-    return config.method_of(config.compose("two-phase", size, overrides)).stages[name]
+
+@cache
+def stage(name: str, *overrides: str) -> config.StageSpec:
+    return config.method_of(config.compose("two-phase", "paper", overrides)).stages[name]
 
 
 def problem(*overrides: str) -> str:
@@ -30,16 +33,16 @@ def problem(*overrides: str) -> str:
     return str(error.value)
 
 
-# --- the paper's values ----------------------------------------------------------------------------------------------
+# --- what there is ---------------------------------------------------------------------------------------------------
 
 
 def test_what_there_is() -> None:
-    assert "two-phase" in config.names("method")
+    assert config.names("method") == ["dual-unet", "guided-unetpp", "progressive", "two-phase", "two-stage"]
     assert config.names("size") == ["paper", "small", "tiny"]
 
 
 def test_the_whole_run() -> None:
-    run = config.compose("two-phase", "paper")
+    run = composed("two-phase", "paper")
     assert {k: run[k] for k in ("seed", "folds", "keep_best", "convention", "chain")} == {
         "seed": 0, "folds": 5, "keep_best": 5, "convention": "kits19", "chain": ["coarse", "fine"],
     }  # fmt: skip
@@ -51,69 +54,31 @@ def test_the_whole_run() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "spacing", "samples"),
-    [("coarse", (3, 1.56324994, 1.56324994), 4), ("fine", (3, 0.78162497, 0.78162497), 1)],
-)
-def test_the_papers_stages(name: str, spacing: tuple[float, float, float], samples: int) -> None:
-    spec = stage(name)
-    assert (spec.epochs, spec.batch, spec.precision) == (600, 1, "16-mixed")
-    assert spec.spacing == pytest.approx(spacing)
-    assert spec.samples_per_case == samples
-    assert spec.channels == ("background", "kidney", "tumor")
-    assert config.build(spec.parts["intensity"]) == ClipScale(-250, 250, 250)
-
-
-def test_the_papers_links_between_the_stages() -> None:
-    coarse, fine = stage("coarse"), stage("fine")
-    assert (coarse.inputs, coarse.guide, coarse.heads) == ((), "labels", ("main",))
-    assert (fine.inputs, fine.guide, fine.heads) == (("coarse",), "inner", ("1", "2"))
-    region = config.build(fine.parts["region"])
-    assert isinstance(region, FixedAroundForeground)
-    assert list(region.size) == [80, 240, 384]
-    assert list(config.build(coarse.parts["sampler"]).patch_size) == [64, 128, 128]
-
-
-@pytest.mark.parametrize("name", ["coarse", "fine"])
-def test_the_papers_optimizer(name: str) -> None:
-    module = stage(name).parts["module"]
-    optimizer = config.build(module["optimizer"])(torch.nn.Linear(1, 1).parameters())
-    assert type(optimizer) is torch.optim.Adam
-    used = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
-    assert used == {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
-    scheduler = config.build(module["scheduler"])(optimizer)
-    assert type(scheduler) is torch.optim.lr_scheduler.StepLR
-    rates = []
-    for _ in range(600):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    found = [rates[i] for i in (0, 199, 200, 399, 400, 599)]
-    assert found == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5, 2.5e-5, 2.5e-5])
-    assert type(config.build(module["loss"])) is torch.nn.CrossEntropyLoss
-
-
 @pytest.mark.parametrize(("method", "size"), EVERY)
 def test_every_method_composes_and_builds_at_every_size(method: str, size: str) -> None:
-    run = config.compose(method, size)
+    run = composed(method, size)
     found = config.method_of(run)
     assert found.name == method
     assert list(found.stages) == run["chain"]
     assert {source.stage for source in found.outputs.values()} <= set(found.stages)
-    assert set(found.published) <= set(found.outputs)
+    assert set(found.published) <= {"kidney", "tumor"}
+    assert "tumor" in found.outputs
     for step in found.postprocess.values():
         config.build(step)
     for name, spec in found.stages.items():
         earlier = run["chain"][: run["chain"].index(name)]
         assert set(spec.inputs) <= set(earlier)
+        module = {**spec.parts["module"], "channels": spec.channels}
         with torch.device("meta"):
-            parts = {key: config.build(part) for key, part in spec.parts.items()}
+            parts = {key: config.build(part) for key, part in {**spec.parts, "module": module}.items()}
+        assert isinstance(parts["module"], Stage)
         assert sum(p.numel() for p in parts["module"].net.parameters()) > 0
+        assert len(parts["module"].loss.weights) == len(spec.heads)
 
 
 def test_a_smaller_size_keeps_the_method() -> None:
-    lines = config.differences(config.compose("two-phase", "paper"), config.compose("two-phase", "tiny"))
-    assert "size.width: 16 → 8" in lines
+    lines = config.differences(composed("two-phase", "paper"), composed("two-phase", "tiny"))
+    assert "size.vnet_width: 16 → 8" in lines
     assert not [line for line in lines if line.startswith(("outputs", "postprocess", "published", "chain"))]
 
 
@@ -136,7 +101,7 @@ def test_a_key_of_one_stage() -> None:
         ("stages.fine.epoch=3", "stages.fine.epoch", ["epochs", "batch", "validate_every"]),
         ("stages.find.epochs=3", "stages.find.epochs", ["coarse", "fine"]),
         ("sed=3", "sed", ["seed", "folds", "stages", "size"]),
-        ("size.with=8", "size.with", ["width", "epochs", "patch"]),
+        ("size.with=8", "size.with", ["vnet_width", "epochs", "patch"]),
         ("stages.fine.module.optimizer.rate=1", "stages.fine.module.optimizer.rate", ["lr", "betas", "eps"]),
     ],
 )
@@ -156,13 +121,14 @@ def test_a_mistyped_key_beside_a_good_one() -> None:
 @pytest.mark.parametrize(
     "override",
     ["seed=[1", "name='x", "seed=???", "seed=${nope}", "seed", "", "stages.fine.epochs=many", "stages.fine.epochs=0",
-     "stages.fine.batch=-1", "stages.fine.epochs=1.5", "size.epochs=null"],
+     "stages.fine.batch=-1", "stages.fine.epochs=1.5", "stages.fine.epochs=null", "stages.fine.grid.slices=0",
+     "stages.fine.grid.inplane=-1", "stages.fine.grid.slices=thick", "stages.fine.grid=[3,1,1]", "keep_best=0"],
 )  # fmt: skip
 def test_a_value_of_the_wrong_form(override: str) -> None:
     assert problem(override)
 
 
-@pytest.mark.parametrize("override", ["stages.fine.epochs=many", "stages.coarse.batch=0"])
+@pytest.mark.parametrize("override", ["stages.fine.epochs=many", "stages.coarse.batch=0", "folds=1"])
 def test_a_wrong_value_is_named(override: str) -> None:
     key, _, value = override.partition("=")
     assert key in problem(override)
@@ -237,7 +203,7 @@ def test_what_is_allowed_is_built() -> None:
 
 @pytest.fixture(scope="module")
 def stages() -> Any:
-    return config.method_of(config.compose("two-phase", "paper")).stages
+    return config.method_of(composed("two-phase", "paper")).stages
 
 
 def test_sources(stages: Any) -> None:
@@ -288,7 +254,7 @@ def test_heads_that_are_not_there(stages: Any, text: str, said: str) -> None:
 
 @pytest.mark.parametrize(("method", "size"), EVERY)
 def test_a_configuration_there_and_back(tmp_path: Path, method: str, size: str) -> None:
-    run = config.compose(method, size)
+    run = composed(method, size)
     (tmp_path / "config.yaml").write_text(config.dump(run), encoding="utf-8")
     again = config.read(tmp_path / "config.yaml")
     assert again == run

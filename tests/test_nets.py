@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kitseg import config
+from kitseg.config import StageSpec
 from kitseg.nets.vnet import FusedVNet, InputStage, VNet
+from kitseg.pipeline.model import build_sight, build_stage
+from kitseg.types import Geometry, Triple
+from kitseg.volumes.resample import grid_geometry
 
 V_NET, COMMON_V_NET = 65.19, 45.60
 #: Millions of parameters of each stage's network at size=paper; a new method adds its line.
@@ -40,9 +45,14 @@ def millions(net: nn.Module) -> float:
     return sum(p.numel() for p in net.parameters()) / 1e6
 
 
+@cache
+def stages_of(method: str, size: str) -> dict[str, StageSpec]:
+    return dict(config.method_of(config.compose(method, size)).stages)
+
+
 def paper_net(method: str, stage: str) -> nn.Module:
     """The network as the method's YAML describes it, without memory."""
-    spec = config.method_of(config.compose(method, "paper")).stages[stage]
+    spec = stages_of(method, "paper")[stage]
     with torch.device("meta"):
         net: nn.Module = config.build(spec.parts["module"]["net"])
     return net.eval()
@@ -67,12 +77,31 @@ def scan(shape: tuple[int, ...] = (1, 1, 32, 32, 32), seed: int = 0) -> Tensor:
 def test_every_method_has_its_parameters_here() -> None:
     assert sorted(PARAMETERS) == config.names("method")
     for method, stages in PARAMETERS.items():
-        assert list(stages) == list(config.method_of(config.compose(method, "paper")).stages)
+        assert list(stages) == list(stages_of(method, "paper"))
 
 
 @pytest.mark.parametrize(("method", "stage"), [(m, s) for m, stages in PARAMETERS.items() for s in stages])
 def test_parameters_as_in_the_paper(method: str, stage: str) -> None:
     assert millions(paper_net(method, stage)) == pytest.approx(PARAMETERS[method][stage], rel=0.005)
+
+
+@pytest.mark.parametrize(("method", "size"), [(m, s) for m in PARAMETERS for s in config.names("size")])
+@pytest.mark.parametrize("shape", [(60, 512, 512), (48, 512, 796)])
+def test_every_network_takes_the_patches_and_regions_it_is_given(method: str, size: str, shape: Triple) -> None:
+    """On a common scan and on the odd one of KiTS19; without memory."""
+    lattice = Geometry(shape, np.diag([3.0, 0.8, 0.8, 1.0]))
+    for spec in stages_of(method, size).values():
+        region = config.build(spec.parts["region"]).shape(grid_geometry(lattice, spec.grid))
+        sampler, link = config.build(spec.parts["sampler"]), build_sight(spec).link
+        patch = sampler.size(region)
+        assert sampler.expected(region) >= 1
+        with torch.device("meta"):
+            module = build_stage(spec).eval()
+            x = torch.empty(1, 1 if link is None else link.channels, *patch)
+        heads = module.logits(x)
+        assert len(heads) == len(spec.heads)
+        assert {head.shape[1] for head in heads} == {len(spec.channels)}
+        assert heads[-1].shape == (1, len(spec.channels), *patch)
 
 
 def test_parameters_of_the_common_v_net() -> None:
@@ -82,9 +111,8 @@ def test_parameters_of_the_common_v_net() -> None:
 
 
 def test_size_small_is_the_common_v_net() -> None:
-    stages = config.method_of(config.compose("two-phase", "small")).stages
     with torch.device("meta"):
-        net = config.build(stages["coarse"].parts["module"]["net"])
+        net = config.build(stages_of("two-phase", "small")["coarse"].parts["module"]["net"])
     assert millions(net) == pytest.approx(COMMON_V_NET, rel=0.005)
 
 

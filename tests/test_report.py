@@ -135,20 +135,25 @@ def test_a_refused_picture_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_learning_curve_shows_what_there_is(tmp_path: Path) -> None:
     falling = [{"epoch": e, "train/loss": 1.0 / (e + 1)} for e in range(5)]
-    scored = [row | {"val/dice_kidney": 0.9, "val/dice_tumor": 0.5, "val/dice": 0.7} for row in falling]
+    scored = [row | {"val/dice_kidney": 0.9, "val/dice_tumor": 0.5, "val/score": 0.7} for row in falling]
+    slices = [row | {"val/recall": 0.99, "val/specificity": 0.8, "val/score": 0.9} for row in falling[::2]]
     negative = [{"epoch": row["epoch"], "train/loss": -row["train/loss"]} for row in falling]
-    histories = {"empty": [], "loss": falling, "both": scored, "negative": negative}
+    histories = {"empty": [], "loss": falling, "both": scored, "slices": slices, "negative": negative}
     for name, history in histories.items():
         learning_curve(tmp_path / f"{name}.png", history)
     both, loss = pixels(tmp_path / "both.png"), pixels(tmp_path / "loss.png")
-    middle = both.shape[1] // 2
+    recall, middle = pixels(tmp_path / "slices.png"), both.shape[1] // 2
     assert red(both[:, middle:]).any()
     assert green(both[:, middle:]).any()
+    assert not blue(both[:, middle:]).any()
+    assert blue(recall[:, middle:]).sum() > 200
+    assert green(recall[:, middle:]).any()
+    assert not red(recall[:, middle:]).any()
     assert not red(loss[:, middle:]).any()
     assert not blue(pixels(tmp_path / "empty.png")).any()
     assert blue(loss).sum() > 400
     assert blue(pixels(tmp_path / "negative.png")).sum() > 400
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".png"] * 4
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".png"] * 5
 
 
 class Page(HTMLParser):

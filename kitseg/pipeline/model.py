@@ -85,23 +85,22 @@ class Model:
         return state.hexdigest()
 
 
-def open_model(path: Path, device: str, last_stage: str | None = None) -> Model:
+def open_model(path: Path, device: str, stage: str | None = None) -> Model:
     """Open a run (its finished folds) or one fold for prediction.
 
     Args:
         path: a run's folder or a fold's.
         device: ``auto``, ``cpu`` or ``cuda``.
-        last_stage: the last stage needed; all of the method's where it is None.
+        stage: whose output is wanted; the method's where it is None.
 
     Raises:
         UsageError: not a run, or no GPU where one is asked for. InputError: not trained to its end.
     """
     run, fold = find_run(path)
     method = config.method_of(config.read(run.config))
-    chain = list(method.stages)
-    if last_stage not in (None, *chain):
-        raise UsageError(f"{method.name} has no stage '{last_stage}'; it has {', '.join(chain)}")
-    chain = chain[: chain.index(last_stage or chain[-1]) + 1]
+    if stage not in (None, *method.stages):
+        raise UsageError(f"{method.name} has no stage '{stage}'; it has {', '.join(method.stages)}")
+    chain = list(method.stages) if stage is None else config.needed(method.stages, stage)
     folds = [fold] if fold is not None else run.folds(chain[-1])
     if not folds:
         raise InputError(path, f"has no finished {chain[-1]} stage", "Call `kitseg train` again: it goes on.")

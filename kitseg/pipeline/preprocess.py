@@ -28,8 +28,8 @@ class Outcome:
 
 
 def method_grids(method: Method) -> list[Grid]:
-    """The grids of a method's stages, each once."""
-    return list(dict.fromkeys(stage.grid for stage in method.stages.values()))
+    """The grids of a method's stages, each once, however values return from it."""
+    return list({str(stage.grid): stage.grid for stage in method.stages.values()}.values())
 
 
 def labelled_cases(data: Path) -> list[Case]:

@@ -79,6 +79,9 @@ class Stage(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """End a training whose loss is no number any more, before the epoch's checkpoint is written.
 
+        A schedule that waits for a plateau of the loss steps here: Lightning would do it after that checkpoint, and a
+        training that goes on from there would never have taken the step.
+
         Raises:
             KitsegError: the loss is NaN or infinite.
         """
@@ -86,6 +89,14 @@ class Stage(pl.LightningModule):
         if not np.isfinite(loss):
             remedy = "The checkpoints before it are kept; lower the learning rate (--set size.learning_rate=…)."
             raise KitsegError(f"the loss of epoch {self.current_epoch} is {loss}. {remedy}")
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            schedule.step(loss)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Lightning's step of a schedule; one that waits for a plateau has had its own."""
+        if metric is None:
+            scheduler.step()
 
     def validation_step(self, case: WholeCase, batch_idx: int) -> None:
         """The scores of one whole case on the stage's grid."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def store_case(case: Case, folder: Path, grid: Grid, convention: str) -> bool:
     Raises:
         InputError: an unreadable image or label, or a label on another lattice than its image.
     """
-    wanted = {"schema": SCHEMA, "grid": asdict(grid), "convention": convention}
+    wanted = {"schema": SCHEMA, "grid": asdict(replace(grid, back=Grid.back)), "convention": convention}
     if _is_current(case, folder, wanted):
         return False
     scan = read_image(case.image, case.id)

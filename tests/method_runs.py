@@ -1,0 +1,92 @@
+"""Trainings of every method that take seconds: few scans of few slices, and networks of few channels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import kitseg, once
+
+from kitseg import config
+from kitseg.config import Method
+
+QUICK = (
+    "--size=tiny",
+    "--epochs=2",
+    "--set=folds=3",
+    "--set=size.validate_every=1",
+    "--set=size.pixels=64",
+    "--set=size.thinner=8",
+    "--set=size.inplane_factor=16",
+    "--set=size.slice_factor=4",
+    "--set=size.vnet_width=4",
+    "--set=size.rounds=1",
+    "--set=size.round_epochs=1",
+    "--set=size.depth=16",
+    "--jobs=1",
+)
+SLICES_EVERY = 8.0  # mm
+
+
+def working_folder(folder: Path, phantoms: Path, cases: int) -> Path:
+    """``folder`` with some of the phantoms in ``data`` and the others in ``test``, all of them with few slices."""
+    for name, count in (("data", cases), ("test", 2)):
+        for number in range(count):
+            for file in ("imaging.nii.gz", "segmentation.nii.gz"):
+                path = Path(name) / f"case_{number:05d}" / file
+                scan = nib.load(phantoms / path)
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                nib.save(scan.slicer[:: max(1, round(SLICES_EVERY / scan.header.get_zooms()[0]))], folder / path)
+    return folder
+
+
+def train(folder: Path, method: str, *options: str) -> str:
+    """Train into ``runs/METHOD-tiny``; what was printed."""
+    done = kitseg(folder, "train", f"--method={method}", *QUICK, *options)
+    assert done.code == 0, done.text
+    return done.text
+
+
+def run_of(method: str) -> str:
+    """The name of the run, from its working folder."""
+    return f"runs/{method}-tiny"
+
+
+def method_of(folder: Path, method: str) -> Method:
+    """What the run was trained as."""
+    return config.method_of(config.read(folder / run_of(method) / "config.yaml"))
+
+
+def quick_run(factory: pytest.TempPathFactory, phantoms: Path, method: str) -> Path:
+    """A working folder with a finished quick training on two cases, validated on a third."""
+    return once(factory, f"quick-{method}", lambda folder: _quick_run(folder, phantoms, method))
+
+
+def _quick_run(folder: Path, phantoms: Path, method: str) -> None:
+    working_folder(folder, phantoms, cases=3)
+    (folder / "printed.txt").write_text(train(folder, method))
+
+
+def stage_folder(folder: Path, method: str, stage: str) -> Path:
+    """Where a stage of fold 0 lives."""
+    return folder / run_of(method) / "fold_0" / stage
+
+
+def read(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text())
+
+
+def labels_of(path: Path) -> np.ndarray:
+    """A label file's values in its own axes."""
+    return np.asarray(nib.load(path).dataobj)
+
+
+def history(path: Path) -> list[dict[str, float]]:
+    """A training's history, a row an epoch."""
+    header, *rows = path.read_text().splitlines()
+    return [dict(zip(header.split(","), map(float, row.split(",")), strict=True)) for row in rows]

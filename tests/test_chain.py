@@ -1,0 +1,217 @@
+"""A scan goes through stages and back: gates, guides and thresholds between them, ways back to the scan's own grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kitseg import config
+from kitseg.config import Source, StageSpec
+from kitseg.errors import UsageError
+from kitseg.inference.chain import EMPTY, Output, run_chain, run_on_grid, to_scan
+from kitseg.links.guides import GuidedByForeground, Link, SliceGate
+from kitseg.links.intensity import ClipScale
+from kitseg.links.regions import Region, Square, WholeVolume
+from kitseg.patches.datamodule import Sight
+from kitseg.types import Box, Geometry, Triple, Volume
+
+SOFTMAX = ("background", "kidney", "tumor")
+
+
+# --- a chain ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def spec_of(method: str, name: str) -> StageSpec:
+    return config.method_of(config.compose(method, "tiny")).stages[name]
+
+
+@dataclass
+class Stub:
+    """A stage that believes what a function says of its input, and remembers what it was shown."""
+
+    spec: StageSpec
+    say: Callable[[Tensor], Tensor]
+    link: Link | None = None
+    region: Region = field(default_factory=WholeVolume)
+    threshold: float | None = None
+    seen: list[Tensor] = field(default_factory=list)
+
+    @property
+    def sight(self) -> Sight:
+        return Sight(ClipScale(-1000, 1000, 1000), self.link)
+
+    def predict(self, image: Tensor, head: str) -> Tensor:
+        self.seen.append(image)
+        return self.say(image)
+
+
+def tumor_everywhere(image: Tensor) -> Tensor:
+    one = torch.ones(1, *image.shape[1:])
+    return torch.cat([0.25 * one, 0.25 * one, 0.5 * one])
+
+
+def lattice(shape: Triple) -> Geometry:
+    return Geometry(shape, np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]]))
+
+
+def by_slice(grid: Geometry, probabilities: list[float], threshold: float | None = None) -> Output:
+    """What a classifier believes of each slice, in a square larger than the scan."""
+    box = Box((0, -1, -1), (grid.shape[0], grid.shape[1] + 1, grid.shape[2] + 1))
+    yes = torch.tensor(probabilities).view(-1, 1, 1).expand(box.size)
+    return Output(torch.stack([1 - yes, yes]), box, grid, ("background", "foreground"), threshold)
+
+
+def hu_of(grid: Geometry) -> NDArray[np.int16]:
+    return np.arange(np.prod(grid.shape)).reshape(grid.shape).astype(np.int16)
+
+
+def test_only_slices_that_pass_the_gate_are_segmented() -> None:
+    grid = lattice((5, 4, 6))
+    stage = Stub(spec_of("two-stage", "segment"), tumor_everywhere, SliceGate(), Square(6))
+    earlier = {"slices": by_slice(grid, [0.1, 0.9, 0.6, 0.2, 0.7])}
+    found = run_on_grid(hu_of(grid), grid, stage, "main", earlier)
+    (image,) = stage.seen
+    assert image.shape == (1, 3, 6, 6)
+    assert torch.equal(image[0, :, 1:5] * 1000, torch.from_numpy(hu_of(grid)[[1, 2, 4]]).float())
+    assert found.array is not None
+    assert found.box == Box((0, -1, 0), (5, 5, 6))
+    assert found.array[:, [0, 3]].flatten(2).unique(dim=2)[..., 0].T.tolist() == [[1, 0, 0]] * 2
+    assert found.labels().any((1, 2)).tolist() == [False, True, True, False, True]
+    assert set(np.unique(found.labels())) == {0, 2}
+
+
+def test_the_classifiers_threshold_opens_the_gate() -> None:
+    grid = lattice((5, 4, 6))
+    stage = Stub(spec_of("two-stage", "segment"), tumor_everywhere, SliceGate(), Square(6))
+    earlier = {"slices": by_slice(grid, [0.05, 0.9, 0.6, 0.2, 0.7], threshold=0.1)}
+    found = run_on_grid(hu_of(grid), grid, stage, "main", earlier)
+    assert stage.seen[0].shape[1] == 4
+    assert found.labels().any((1, 2)).tolist() == [False, True, True, True, True]
+
+
+def test_a_closed_gate_asks_nobody() -> None:
+    grid = lattice((3, 4, 6))
+    stage = Stub(spec_of("two-stage", "segment"), tumor_everywhere, SliceGate(), Square(6))
+    found = run_on_grid(hu_of(grid), grid, stage, "main", {"slices": by_slice(grid, [0.1, 0.2, 0.3])})
+    assert stage.seen == []
+    assert found.array is None
+    assert not found.labels().any()
+    assert not found.foreground().any()
+
+
+def test_a_guided_stage_sees_what_the_first_one_believes() -> None:
+    """The mask's ball of a voxel's radius opens neither a further slice nor a further pixel."""
+    grid = lattice((3, 2, 2))
+    stage = Stub(spec_of("guided-unetpp", "segment"), tumor_everywhere, GuidedByForeground((1, 1, 1)), Square(2))
+    earlier = {"foreground": by_slice(grid, [0.25, 0.75, 0.5])}
+    run_on_grid(hu_of(grid) + np.int16(8), grid, stage, "4", earlier)
+    (image,) = stage.seen
+    assert image.shape == (4, 1, 2, 2)
+    assert image[:, 0, 0, 0].tolist() == pytest.approx([0.75 * 0.012, 0.012, 0.25 * 0.012, 1])
+
+
+@pytest.mark.parametrize("link", [SliceGate(), GuidedByForeground((1, 1, 1))])
+def test_a_guide_on_another_grid_is_refused(link: Link) -> None:
+    stage = Stub(spec_of("two-stage", "segment"), tumor_everywhere, link)
+    with pytest.raises(UsageError, match="segment is guided by slices, so both need the same grid"):
+        run_on_grid(
+            hu_of(lattice((5, 4, 6))),
+            lattice((5, 4, 6)),
+            stage,
+            "main",
+            {"slices": by_slice(lattice((5, 4, 7)), [1] * 5)},
+        )
+
+
+def test_a_whole_chain() -> None:
+    """The classifier says foreground where a slice's HU are above 0; the second stage sees these slices."""
+
+    def classify(image: Tensor) -> Tensor:
+        yes = (image.amax((2, 3), keepdim=True) > 0).float().expand(image.shape)
+        return torch.cat([1 - yes, yes])
+
+    classifier = Stub(spec_of("two-stage", "slices"), classify, region=Square(96))
+    segmenter = Stub(spec_of("two-stage", "segment"), tumor_everywhere, SliceGate(), Square(96))
+    hu = np.full((4, 48, 48), -50, np.int16)
+    hu[[1, 3]] = 50
+    scan = Volume(hu, lattice(hu.shape), lattice(hu.shape), "case_00000")
+    found = run_chain(scan, {"slices": classifier, "segment": segmenter}, [("segment", "main")])
+    assert list(found) == ["segment.main"]
+    assert [len(stage.seen) for stage in (classifier, segmenter)] == [1, 1]
+    assert classifier.seen[0].shape == (1, 4, 96, 96)
+    assert segmenter.seen[0].shape == (1, 2, 96, 96)
+    assert segmenter.seen[0].unique().tolist() == pytest.approx([0.05])
+    assert found["segment.main"].labels().any((1, 2)).tolist() == [False, True, False, True]
+    back = to_scan(found, {name: Source("segment", "main", name) for name in SOFTMAX}, scan)
+    assert back.box == Box((0, 0, 0), (4, 48, 48))
+    assert back.array[:, :, 0, 0].T.tolist() == [[1, 0, 0], [0.25, 0.25, 0.5]] * 2
+
+
+# --- back to the scan ------------------------------------------------------------------------------------------------
+
+
+def alone(grid: Geometry, channel: str, box: Box, value: float, back: str = "linear") -> Output:
+    """One channel that is ``value`` in a box and 0 elsewhere."""
+    array = torch.zeros(1, *grid.shape)
+    array[(slice(None), *box.slices)] = value
+    return Output(array, Box((0, 0, 0), grid.shape), grid, (channel,), back=back)
+
+
+def two_outputs(kidneys: Output, tumors: Output) -> tuple[Mapping[str, Output], Mapping[str, Source]]:
+    sources = {"foreground": Source("kidneys", "main", "foreground"), "tumor": Source("tumors", "main", "tumor")}
+    return {"kidneys.main": kidneys, "tumors.main": tumors}, sources
+
+
+def test_channels_of_two_stages_in_one_box() -> None:
+    """Each is 0 where its stage's foreground doesn't reach; the box holds both, one voxel wider."""
+    grid = lattice((6, 10, 12))
+    first, second = Box((1, 2, 2), (3, 5, 5)), Box((2, 6, 7), (5, 8, 9))
+    scan = Volume(np.zeros(grid.shape, np.int16), grid, grid, "case_00000")
+    found = to_scan(*two_outputs(alone(grid, "foreground", first, 1), alone(grid, "tumor", second, 0.75)), scan)
+    assert found.channels == ("foreground", "tumor")
+    assert found.box == Box((0, 1, 1), (6, 9, 10))
+    whole = np.zeros((2, *grid.shape), np.float32)
+    whole[(slice(None), *found.box.slices)] = found.array
+    expected = np.zeros_like(whole)
+    expected[(0, *first.slices)], expected[(1, *second.slices)] = 1, 0.75
+    assert np.array_equal(whole, expected)
+
+
+def test_an_output_returns_by_its_own_way() -> None:
+    """Linear or nearest, from the same coarser grid."""
+    scan = Volume(np.zeros((8, 8, 8), np.int16), lattice((8, 8, 8)), lattice((8, 8, 8)), "case_00000")
+    grid, box = lattice((4, 8, 8)), Box((1, 2, 2), (3, 6, 6))
+    nothing = Output(None, EMPTY, grid, ("tumor",))
+    ways = {
+        back: to_scan(*two_outputs(alone(grid, "foreground", box, 1, back), nothing), scan)
+        for back in ("linear", "nearest")
+    }
+    for found in ways.values():
+        assert found.box == Box((0, 1, 1), (8, 7, 7))
+        assert not found.array[1].any()
+    assert ways["nearest"].array[0, :, 3, 3].tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+    assert ways["linear"].array[0, :, 3, 3].tolist() == [0, 0.25, 0.75, 1, 1, 0.75, 0.25, 0]
+
+
+def test_nothing_found_at_all() -> None:
+    grid = lattice((4, 4, 4))
+    scan = Volume(np.zeros(grid.shape, np.int16), grid, grid, "case_00000")
+    nothing = Output(None, EMPTY, grid, SOFTMAX)
+    found = to_scan({"segment.main": nothing}, {name: Source("segment", "main", name) for name in SOFTMAX}, scan)
+    assert found.box == EMPTY
+    assert found.array.shape == (3, 0, 0, 0)
+
+
+def test_a_grids_way_back_reaches_the_output() -> None:
+    grid = lattice((3, 4, 4))
+    stage = Stub(spec_of("guided-unetpp", "foreground"), lambda x: torch.cat([1 - x, x]))
+    assert stage.spec.grid.back == "nearest"
+    assert run_on_grid(hu_of(grid), grid, stage, "main", {}).back == "nearest"

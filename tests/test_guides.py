@@ -1,0 +1,302 @@
+"""What a stage is told by the one before it: masks against explicit loops, thresholds and inputs by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kitseg.inference.channels import label_ids
+from kitseg.inference.windows import Slices
+from kitseg.links.guides import GuidedByForeground, SliceGate, dilate, recall_threshold
+from kitseg.links.intensity import ClipScale
+from kitseg.losses.cross_entropy import MaskedCrossEntropy
+from kitseg.patches.datamodule import Sight, WholeCases
+from kitseg.patches.queue import PatchQueue
+from kitseg.patches.samplers import ForegroundSampler, SliceSampler
+from kitseg.patches.subjects import CaseSubjects, Place
+from kitseg.stages.guided_unetpp import GuidedUNetPlusPlus
+from kitseg.stages.slice_classifier import SliceClassifier
+from kitseg.types import Box, Case, Geometry, Grid
+from kitseg.volumes.nifti import write_image, write_labels
+from kitseg.volumes.store import store_case
+
+few = settings(max_examples=25, deadline=None)
+HU = ClipScale(-1000, 1000, 1000)
+CHANNELS = ("background", "foreground")
+
+
+def slices(passes: list[int]) -> NDArray[np.bool_]:
+    """Foreground of one voxel in the slices that are 1."""
+    mask = np.zeros((len(passes), 3, 4), bool)
+    mask[np.array(passes) == 1, 1, 2] = True
+    return mask
+
+
+def nothing_known(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+    return np.full(mask.shape, np.nan, np.float32)
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("foreground", "passes", "filled"),
+    [
+        ([0, 1, 0, 1, 1, 0, 0, 1, 0], [0, 1, 0, 1, 1, 0, 0, 1, 0], [0, 1, 1, 1, 1, 0, 0, 1, 0]),
+        ([1, 0, 1], [1, 0, 1], [1, 1, 1]),
+        ([0, 1, 0, 0, 1], [0, 1, 0, 0, 1], [0, 1, 0, 0, 1]),  # the first slice and the last are no neighbours
+        ([1, 0, 0, 1, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 0]),
+        ([0, 0, 0], [0, 0, 0], [0, 0, 0]),
+        ([1], [1], [1]),
+        ([0], [0], [0]),
+    ],
+)
+def test_whole_slices_pass(foreground: list[int], passes: list[int], filled: list[int]) -> None:
+    mask = slices(foreground)
+    for gate, expected in ((SliceGate(), passes), (SliceGate(fill_gaps=True), filled)):
+        guide = gate.guide(nothing_known(mask), mask)
+        assert guide.shape == (1, *mask.shape)
+        assert guide.dtype == np.float16
+        assert np.array_equal(guide[0], np.array(expected).reshape(-1, 1, 1) * np.ones(mask.shape))
+
+
+def test_a_gated_network_sees_the_image_as_it_is() -> None:
+    image = torch.randn(1, 2, 3, 4)
+    assert SliceGate()(image, torch.zeros(1, 2, 3, 4)) is image
+
+
+# --- the dilated mask ------------------------------------------------------------------------------------------------
+
+
+def ball(radius: int) -> list[tuple[int, int, int]]:
+    around = range(-radius, radius + 1)
+    return [(i, j, k) for i in around for j in around for k in around if i * i + j * j + k * k < radius * radius]
+
+
+def test_the_mask_is_the_papers_ball() -> None:
+    """Every voxel at i² + j² + k² < 100 of the foreground, also where the ball reaches outside."""
+    foreground = np.zeros((24, 26, 30), bool)
+    foreground[10, 12, 13] = foreground[2, 24, 5] = True
+    expected = np.zeros_like(foreground)
+    offsets = ball(10)
+    assert len(offsets) == 4139
+    assert (6, 8, 0) not in offsets  # on the sphere
+    for voxel in np.argwhere(foreground):
+        for offset in offsets:
+            z, y, x = voxel + offset
+            if 0 <= z < 24 and 0 <= y < 26 and 0 <= x < 30:
+                expected[z, y, x] = True
+    guide = GuidedByForeground((10, 10, 10)).guide(np.zeros(foreground.shape, np.float32), foreground)
+    assert guide.shape == (2, *foreground.shape)
+    assert np.array_equal(guide[1], expected)
+
+
+def brute(mask: NDArray[np.bool_], radius: tuple[float, float, float]) -> NDArray[np.bool_]:
+    out = np.zeros_like(mask)
+    there = np.argwhere(mask)
+    for voxel in np.ndindex(mask.shape):
+        squares = (((there - voxel) / radius) ** 2).sum(1)
+        out[voxel] = bool((squares < 1 - 1e-9).any())
+    return out
+
+
+@given(
+    st.tuples(*[st.integers(1, 7)] * 3), st.tuples(*[st.sampled_from([0.5, 1.0, 1.25, 2.0, 2.5, 5.0])] * 3), st.data()
+)
+@few
+def test_dilation_is_brute_force(
+    shape: tuple[int, int, int], radius: tuple[float, float, float], data: st.DataObject
+) -> None:
+    share = data.draw(st.sampled_from([0.0, 0.02, 0.2, 1.0]))
+    mask = np.random.default_rng(data.draw(st.integers(0, 99))).random(shape) < share
+    assert np.array_equal(dilate(mask, radius), brute(mask, radius))
+
+
+# --- the guided input ------------------------------------------------------------------------------------------------
+
+
+def test_the_guided_input_by_hand() -> None:
+    """mask · (y · I, I, (1 − y) · I) and the mask, for voxels inside, inside without foreground, and outside."""
+    image = torch.tensor([2.0, -4.0, 8.0]).view(1, 1, 1, 3)
+    guide = torch.tensor([[0.25, 0.0, 1.0], [1.0, 1.0, 0.0]]).view(2, 1, 1, 3)
+    found = GuidedByForeground((10, 10, 10))(image, guide)
+    assert found.shape == (4, 1, 1, 3)
+    assert found[:, 0, 0].tolist() == [[0.5, 0, 0], [2, -4, 0], [1.5, -4, 0], [1, 1, 0]]
+
+
+def test_the_guide_holds_the_probability_and_the_mask() -> None:
+    probability = np.linspace(0, 1, 5, dtype=np.float32).reshape(1, 1, 5)
+    guide = GuidedByForeground((1, 2, 2)).guide(probability, probability > 0.9)
+    assert guide.dtype == np.float16
+    assert guide[0].ravel().tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert guide[1].ravel().tolist() == [0, 0, 0, 1, 1]
+
+
+class Certain(nn.Module):
+    """A network of four heads that says class 1 everywhere, and remembers how many channels it was shown."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.channels = x.shape[1]
+        logits = x.new_zeros(len(x), 3, *x.shape[2:])
+        logits[:, 1] = 50
+        return [logits] * 4
+
+
+def test_outside_the_mask_is_background() -> None:
+    net = Certain()
+    stage = GuidedUNetPlusPlus(
+        net, MaskedCrossEntropy(), None, None, Slices(8), ("background", "kidney", "tumor"), [0.25] * 4
+    )
+    mask = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 1, 2, 2)
+    found = stage.probabilities(torch.cat([torch.randn(1, 3, 1, 2, 2), mask], dim=1))
+    assert net.channels == 3  # the mask itself is not shown
+    assert found.sum(dim=1).unique().tolist() == [1]
+    assert torch.equal(found[:, 1:2], mask)
+    assert found[:, 0:1][mask == 0].tolist() == [1, 1]
+    assert found[:, 0:1][mask == 1].max() < 1e-20
+
+
+# --- the threshold ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recall", "expected"),
+    [(1.0, 0.1), (0.9, 0.1), (0.8, 0.3), (0.75, 0.3), (0.6, 0.5), (0.2, 0.9)],
+)
+def test_the_threshold_by_hand(recall: float, expected: float) -> None:
+    """Of five positives at .1, .3, .5, .7 and .9; what is negative makes no difference."""
+    probability = np.array([0.9, 0.2, 0.1, 0.5, 0.99, 0.3, 0.7, 0.0])
+    positive = np.array([1, 0, 1, 1, 0, 1, 1, 0], bool)
+    assert recall_threshold(probability, positive, recall) == expected
+
+
+def test_a_threshold_without_positives() -> None:
+    assert recall_threshold(np.array([0.1, 0.9]), np.zeros(2, bool), 0.99) == 0.5
+
+
+def test_99_of_100_positives() -> None:
+    probability = np.arange(100) / 100
+    assert recall_threshold(probability, np.ones(100, bool), 0.99) == 0.01
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.booleans()), min_size=1),
+    st.sampled_from([0.5, 0.9, 0.99]),
+)
+@few
+def test_no_larger_threshold_finds_enough(cases: list[tuple[float, bool]], recall: float) -> None:
+    probability, positive = np.array([p for p, _ in cases]), np.array([q for _, q in cases])
+    if not positive.any():
+        return
+    found = recall_threshold(probability, positive, recall)
+    assert (probability[positive] >= found).mean() >= recall
+    for larger in (p for p in set(probability) if p > found):
+        assert (probability[positive] >= larger).mean() < recall
+
+
+def test_the_classifiers_threshold_finds_the_slices_that_it_was_chosen_for() -> None:
+    """Also the one that lies right on it, whatever float32 makes of 1 − (1 − p)."""
+    stage = SliceClassifier(1.0, net=nn.Identity(), loss=nn.CrossEntropyLoss(), optimizer=None, scheduler=None,
+                            window=Slices(8), channels=CHANNELS)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        logits = torch.randn(2, 6, 1, 1, generator=generator) * 4
+        values = logits.softmax(0).expand(-1, -1, 2, 2)
+        labels = np.zeros((6, 2, 2), np.uint8)
+        labels[[1, 4], 0, 1] = 2
+        threshold = stage.threshold([(values, labels)])
+        found = label_ids(values, CHANNELS, threshold).any((1, 2))
+        assert found[[1, 4]].all()
+        assert int(found.sum()) == int((values[1, :, 0, 0] >= values[1, [1, 4], 0, 0].min() - 1e-6).sum())
+
+
+# --- patches and regions with a guide --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place]:
+    """A stored case of 6 slices of 8 × 8 whose guide says, as its HU do, where a voxel lies."""
+    root = tmp_path_factory.mktemp("told")
+    native = Geometry((6, 8, 8), np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 0, 1]]))
+    numbers = np.arange(6 * 8 * 8).reshape(native.shape)
+    label = np.zeros(native.shape, np.uint8)
+    label[2:4, 3:6, 3:6] = 1
+    write_image(root / "ct.nii.gz", numbers.astype(np.int16), native)
+    write_labels(root / "label.nii.gz", label, native)
+    store_case(Case("case_00000", root / "ct.nii.gz", root / "label.nii.gz"), root / "case", Grid(), "kits19")
+    mask = np.zeros(native.shape)
+    mask[1:5] = 1
+    np.save(root / "guide.npy", np.stack([numbers / 512, mask]).astype(np.float16))
+    return root / "case", Place(Box((0, 0, 0), native.shape), root / "guide.npy")
+
+
+@pytest.mark.parametrize("patch_size", [(3, 4, 4), (10, 12, 12)])
+def test_a_guide_is_cropped_and_padded_like_its_image(told: tuple[Path, Place], patch_size: tuple[int, ...]) -> None:
+    folder, place = told
+    sight = Sight(HU, GuidedByForeground((1, 1, 1)))
+    queue = PatchQueue(CaseSubjects({folder: place}), ForegroundSampler(patch_size, 0.5, 5), sight.patch, 0)
+    for index in range(5):
+        patch = queue[(0, index)]
+        image, guide = patch["image"].data, patch["guide"].data
+        assert image.shape == (4, *patch_size)
+        assert guide.shape == (2, *patch_size)
+        z = torch.arange(patch_size[0]) + patch["location"][0]
+        outside = (z < 1) | (z >= 5)
+        assert not image[:, outside].any()
+        by_y, plain, by_rest, mask = image
+        torch.testing.assert_close(by_y, plain * (plain * 1000 / 512), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(by_y + by_rest, plain, rtol=1e-3, atol=1e-6)
+        assert torch.equal(mask > 0, plain > 0)
+        assert int(mask.sum()) == (4 * 64 if patch_size[0] == 10 else 16 * int((~outside).sum()))
+
+
+def test_a_patch_without_a_guide_is_the_image_alone(told: tuple[Path, Place]) -> None:
+    """A gated stage learns without its gate."""
+    folder, place = told
+    queue = PatchQueue(CaseSubjects({folder: Place(place.box)}), SliceSampler(), Sight(HU, SliceGate()).patch, 0)
+    patch = queue[(0, 0)]
+    assert patch["image"].data.shape == (1, 1, 8, 8)
+    assert "guide" not in patch
+
+
+def test_a_region_shows_the_slices_of_its_mask(told: tuple[Path, Place]) -> None:
+    folder, place = told
+    for region, seen in (
+        (Box((0, 0, 0), (6, 8, 8)), [0, 1, 1, 1, 1, 0]),
+        (Box((-2, -1, 0), (3, 9, 8)), [0, 0, 0, 1, 1]),
+        (Box((4, 2, 2), (8, 6, 6)), [1, 0, 0, 0]),
+    ):
+        case = WholeCases({folder: Place(region, place.guide)}, Sight(HU, GuidedByForeground((1, 1, 1))))[0]
+        assert case.seen.tolist() == [bool(s) for s in seen]
+        assert case.image is not None
+        assert case.image.shape == (4, sum(seen), *region.size[1:])
+        for row, number in enumerate(np.flatnonzero(seen)):
+            z = region.start[0] + number
+            centre = case.image[:, row, -region.start[1] + 4, -region.start[2] + 4] * 1000
+            hu = z * 64 + 4 * 8 + 4
+            assert centre.tolist() == pytest.approx([hu * hu / 512, hu, hu * (1 - hu / 512), 1000], rel=2e-3)
+
+
+def test_a_region_without_a_guide_is_seen_whole() -> None:
+    hu = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    image, seen = Sight(HU, None).region(hu, (0.0, 1.0), Box((-1, 0, 0), (2, 3, 4)), None)
+    assert seen.tolist() == [True] * 3
+    assert image.dtype == torch.float32
+    assert image[0, 0].unique().tolist() == [-1]
+    assert torch.equal(image[0, 1:], torch.arange(24).reshape(2, 3, 4) / 1000)
+
+
+def test_a_case_whose_mask_is_empty_is_not_looked_at(told: tuple[Path, Place], tmp_path: Path) -> None:
+    folder, place = told
+    np.save(tmp_path / "empty.npy", np.zeros((1, 6, 8, 8), np.float16))
+    case = WholeCases({folder: Place(place.box, tmp_path / "empty.npy")}, Sight(HU, SliceGate()))[0]
+    assert case.image is None
+    assert case.seen.tolist() == [False] * 6
+    assert case.region == place.box

@@ -1,0 +1,185 @@
+"""Progressive is trained in rounds, each from the best weights so far; a killed loop goes on where it stood."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import kitseg, kitseg_process, once
+from method_runs import QUICK, history, method_of, read, run_of, stage_folder, train, working_folder
+
+from kitseg.pipeline.model import build_stage
+
+pytestmark = pytest.mark.slow
+#: Five training cases and one to validate; rounds long enough to be killed in.
+ROUNDS = ("--set=folds=6", "--set=size.rounds=2", "--set=size.round_epochs=4")
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """A working folder with six labelled scans and no run."""
+    return once(tmp_path_factory, "progressive-scans", lambda folder: check(working_folder(folder, phantoms, cases=6)))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, scans: Path) -> Path:
+    """A working folder with a training that nothing interrupted."""
+
+    def make(folder: Path) -> None:
+        (folder / "data").symlink_to(scans / "data")
+        (folder / "printed.txt").write_text(train(folder, "progressive", *ROUNDS))
+
+    return once(tmp_path_factory, "progressive-whole", make)
+
+
+def check(folder: Path) -> None:
+    assert len(list((folder / "data").iterdir())) == 6
+
+
+def segment(folder: Path) -> Path:
+    return stage_folder(folder, "progressive", "segment")
+
+
+def scores_of(folder: Path) -> list[float]:
+    """The best validation score of each round, by its history."""
+    rounds = sorted(segment(folder).glob("round_*"))
+    assert [path.name for path in rounds] == [f"round_{number}" for number in range(len(rounds))]
+    return [max(row["val/score"] for row in history(path / "history.csv")) for path in rounds]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return state
+
+
+def check_the_loop(folder: Path, most: int) -> None:
+    """Every round but the first and the last improved; the last one didn't, or was the last allowed."""
+    scores = scores_of(folder)
+    improved = [score > max(scores[:number]) for number, score in enumerate(scores) if number]
+    assert 1 <= len(improved) <= most
+    assert all(improved[:-1])
+    assert len(improved) == most or not improved[-1]
+    done = read(segment(folder) / "done.json")
+    assert done["rounds"]["scores"] == pytest.approx(scores)
+    best = scores.index(max(scores))
+    assert done["rounds"]["best"] == best
+    assert done["checkpoints"][0]["val_score"] == pytest.approx(scores[best])
+    for row in done["checkpoints"]:
+        assert re.match(rf"round_{best}/best/.*\.ckpt$", row["file"])
+        assert (segment(folder) / row["file"]).exists()
+
+
+def test_the_rounds_go_on_until_one_brings_nothing(whole: Path) -> None:
+    check_the_loop(whole, most=2)
+
+
+def test_the_rounds_are_told(whole: Path) -> None:
+    printed = (whole / "printed.txt").read_text()
+    scores = scores_of(whole)
+    assert "segment/round_0: starts" in printed
+    for number in range(1, len(scores)):
+        assert f"segment/round_{number}: starts" in printed
+        assert f"round {number} of at most 2, on 4 cases" in printed
+    assert "validation scores by round " + ", ".join(f"{score:.4f}" for score in scores) in printed
+    assert f"the best is round {scores.index(max(scores))}, which is kept" in printed
+
+
+def test_a_round_sees_four_fifths_of_the_cases(whole: Path) -> None:
+    fold = read(whole / "splits.json")["folds"][0]
+    assert (len(fold["train"]), len(fold["val"])) == (5, 1)
+    for number in range(len(scores_of(whole))):
+        places = read(segment(whole) / f"round_{number}" / "places.json")
+        assert sorted(places["val"]) == sorted(fold["val"])
+        assert set(places["train"]) <= set(fold["train"])
+        assert len(places["train"]) == (4 if number else 5)
+
+
+def test_a_round_starts_from_the_best_weights(scans: Path, tmp_path: Path) -> None:
+    """Without a learning rate no weight moves: each round holds what the first began with."""
+    (tmp_path / "data").symlink_to(scans / "data")
+    still = "--set=stages.segment.module.optimizer.lr=0"
+    train(tmp_path, "progressive", "--epochs=1", "--set=folds=6", "--set=size.rounds=2", still)
+    names = dict(build_stage(method_of(tmp_path, "progressive").stages["segment"]).named_parameters())
+    first, *others = (weights(path / "last.ckpt") for path in sorted(segment(tmp_path).glob("round_*")))
+    assert names
+    assert others
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in names)
+    check_the_loop(tmp_path, most=2)
+
+
+def test_a_round_trains_on(whole: Path) -> None:
+    first, second = (weights(segment(whole) / f"round_{number}" / "last.ckpt") for number in (0, 1))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_training_killed_in_a_round_ends_with_the_same_weights(whole: Path, scans: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(scans / "data")
+    process = kitseg_process(tmp_path, "train", "--method=progressive", *QUICK, *ROUNDS)
+    wait_for((segment(tmp_path) / "round_1" / "last.ckpt").exists)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (segment(tmp_path) / "round_0" / "done.json").exists()
+    assert not (segment(tmp_path) / "round_1" / "done.json").exists()
+    drawn = read(segment(tmp_path) / "round_1" / "places.json")
+
+    printed = train(tmp_path, "progressive", *ROUNDS)
+    assert "segment/round_1: goes on" in printed
+    assert "segment/round_0: " not in printed
+    assert read(segment(tmp_path) / "round_1" / "places.json") == drawn
+    assert without_hashes(segment(tmp_path)) == without_hashes(segment(whole))
+    for number in range(len(scores_of(whole))):
+        one, other = (segment(folder) / f"round_{number}" for folder in (whole, tmp_path))
+        assert (one / "history.csv").read_text() == (other / "history.csv").read_text()
+        before, after = weights(one / "last.ckpt"), weights(other / "last.ckpt")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not list(tmp_path.rglob(".partial*"))
+
+
+def test_a_finished_loop_is_left_alone(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole / run_of("progressive")).rglob("*") if path.is_file()}
+    again = kitseg(whole, "train", "--method=progressive", *QUICK, *ROUNDS)
+    assert again.code == 0, again.text
+    assert "segment: trained already" in again.text
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_two_processes_train_in_rounds(scans: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(scans / "data")
+    options = (*QUICK, "--set=folds=6", "--epochs=1", "--device=cpu", "--processes=2")
+    command = [sys.executable, "-m", "kitseg", "train", "--method=progressive", *options]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 × CPU" in result.stdout
+    assert result.stdout.count("segment/round_1: starts") == 1
+    assert "round 1 of at most 1, on 4 cases" in result.stdout
+    check_the_loop(tmp_path, most=1)
+    names = ["best", "curves.png", "done.json", "history.csv", "last.ckpt", "places.json", "tensorboard"]
+    for number in (0, 1):
+        assert sorted(path.name for path in (segment(tmp_path) / f"round_{number}").iterdir()) == names
+
+
+def without_hashes(folder: Path) -> Any:
+    """What ``done.json`` says, but for the hashes of files that hold the same weights."""
+    done = read(folder / "done.json")
+    return {**done, "checkpoints": [{**row, "sha256": None} for row in done["checkpoints"]]}
+
+
+def wait_for(ready: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
