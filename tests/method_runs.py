@@ -29,18 +29,19 @@ QUICK = (
     "--set=size.depth=16",
     "--jobs=1",
 )
-SLICES_EVERY = 8.0  # mm
+SLICES_EVERY = 12.0  # mm
 
 
-def working_folder(folder: Path, phantoms: Path, cases: int) -> Path:
-    """``folder`` with some of the phantoms in ``data`` and the others in ``test``, all of them with few slices."""
+def working_folder(folder: Path, phantoms: Path, cases: int, every: float = SLICES_EVERY) -> Path:
+    """``folder`` with some of the phantoms in ``data`` and two in ``test``, of which a slice ``every`` so many mm."""
     for name, count in (("data", cases), ("test", 2)):
         for number in range(count):
             for file in ("imaging.nii.gz", "segmentation.nii.gz"):
                 path = Path(name) / f"case_{number:05d}" / file
                 scan = nib.load(phantoms / path)
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                nib.save(scan.slicer[:: max(1, round(SLICES_EVERY / scan.header.get_zooms()[0]))], folder / path)
+                step = max(1, round(every / float(scan.header.get_zooms()[0])))
+                nib.save(scan.slicer[::step], folder / path)
     return folder
 
 

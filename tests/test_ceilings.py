@@ -230,3 +230,36 @@ def test_loose_bounds(left: Remains) -> None:
         for route in (TWO_LARGEST, KIDNEYS, DISTANCE):
             assert scores[route]["kidney"] > 0.999
             assert scores[route]["tumor"] > 0.9999
+
+
+# --- all 210 cases ---------------------------------------------------------------------------------------------------
+
+all_cases = pytest.mark.skipif(not ALL, reason="a figure of all 210 cases, which takes KITSEG_ALL=1")
+FIGURES = [
+    (GUIDED, 0.983, 0.958, 5e-3),
+    (LOWER, 1, 0.90, 5e-3),
+    (SHAPE, 1, 0.90, 5e-3),
+    (LOWER_SHAPE, 1, 0.77, 5e-3),
+    (TWO_LARGEST, 0.99999, 1, 1e-5),
+    (KIDNEYS, 0.99999, 1, 1e-5),
+]
+
+
+@all_cases
+@pytest.mark.parametrize(("route", "kidney", "tumor", "tolerance"), FIGURES)
+def test_mean_dice(left: Remains, route: Route, kidney: float, tumor: float, tolerance: float) -> None:
+    assert mean(left, route, "kidney") == pytest.approx(kidney, abs=tolerance)
+    assert mean(left, route, "tumor") == pytest.approx(tumor, abs=tolerance)
+
+
+@all_cases
+def test_tumors_outside_the_lower_half(left: Remains) -> None:
+    shares = in_half(left)
+    assert sum(share < 0.5 for share in shares.values()) == 26
+    assert {case for case, share in shares.items() if share < 0.01} == {22, 91, 93, 97}
+
+
+@all_cases
+def test_cases_that_lose_all_tumor(left: Remains) -> None:
+    assert (len(lost(left, SHAPE)), len(lost(left, LOWER_SHAPE))) == (20, 41)
+    assert not any(lost(left, route) for route in (GUIDED, HOLES, OVERLAP, TWO_LARGEST, KIDNEYS, DISTANCE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,16 @@ pytestmark = pytest.mark.slow
 COARSE = (*SMALLEST, "--stage=coarse", "--set=size.epochs=6", "--set=size.validate_every=1", "--jobs=1")
 
 
-def wait_for(ready: Callable[[], bool], seconds: float = 120) -> None:
+def kill_when(ready: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
+    try:
+        while not ready():
+            assert process.poll() is None, "it ended too early"
+            assert time.monotonic() < end, "it never came"
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -39,9 +44,7 @@ def test_a_killed_training_ends_with_the_same_weights(phantoms: Path, tmp_path: 
 
     stage = Path("runs/two-phase-tiny/fold_0/coarse")
     process = kitseg_process(killed, "train", *COARSE)
-    wait_for(lambda: (killed / stage / "last.ckpt").exists())
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_when((killed / stage / "last.ckpt").exists, process)
     assert not (killed / stage / "done.json").exists()
     assert torch.load(killed / stage / "last.ckpt", weights_only=True)["epoch"] < 5
 
@@ -63,9 +66,7 @@ def test_a_killed_preprocessing_goes_on(phantoms: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(phantoms / "data")
     options = ("preprocess", "--size=small", "--jobs=1")
     process = kitseg_process(tmp_path, *options)
-    wait_for(lambda: len(list((tmp_path / "preprocessed").glob("*/case_*/meta.json"))) >= 2)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_when(lambda: len(list((tmp_path / "preprocessed").glob("*/case_*/meta.json"))) >= 2, process)
     there = {path: path.stat().st_mtime_ns for path in (tmp_path / "preprocessed").glob("*/case_*/meta.json")}
     assert 2 <= len(there) < 12
     again = kitseg(tmp_path, *options)

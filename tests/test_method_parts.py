@@ -156,8 +156,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     """Five training cases, long enough to find kidneys."""
 
     def make(folder: Path) -> None:
-        options = ("--epochs=10", "--set=folds=6", "--set=size.validate_every=5", "--set=size.learning_rate=3e-3")
-        train(working_folder(folder, phantoms, cases=6), "dual-unet", *options)
+        options = ("--epochs=6", "--set=folds=6", "--set=size.validate_every=3", "--set=size.learning_rate=3e-3")
+        train(working_folder(folder, phantoms, cases=6, every=8), "dual-unet", *options)
         predicted = kitseg(folder, "predict", "test", f"--model={run_of('dual-unet')}", "-o", "predictions")
         assert predicted.code == 0, predicted.text
 
@@ -215,12 +215,12 @@ def test_the_last_checkpoint_knows_the_plateau_that_the_learning_rate_waits_for(
 
 
 def test_a_prior_that_is_null_is_switched_off(learned: Path, stopped: Path, tmp_path: Path) -> None:
-    kept = {}
+    kept, scan = {}, learned / "test" / CASE / "imaging.nii.gz"
     for name, folder in (("shape", learned), ("none", stopped)):
-        out = tmp_path / name
-        inferred = kitseg(folder, "infer", f"--run={run_of('dual-unet')}", f"--data=test/{CASE}", "-o", str(out))
+        run, out = folder / run_of("dual-unet"), tmp_path / name
+        inferred = kitseg(tmp_path, "infer", f"--run={run}", f"--data={scan.parent}", "-o", name)
         assert inferred.code == 0, inferred.text
-        block, scan = read_block(out, CASE), folder / "test" / CASE / "imaging.nii.gz"
+        block = read_block(out, CASE)
         array = np.zeros((2, *block.geometry.shape), np.float16)
         array[0, 5:15, 30:50, 30:50] = 1
         array[1, 8:10, 40:43, 34:46] = 1  # a rod in the kidney

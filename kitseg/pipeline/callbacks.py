@@ -24,7 +24,7 @@ class History(pl.Callback):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.rows, self.drawn = folder, list[dict[str, float]](), 0.0
+        self.folder, self.rows, self.drawn = folder, list[dict[str, float]](), time.monotonic()
         self.validated = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
