@@ -268,7 +268,7 @@ def ensemble(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for their mean.")] = Path("ensemble"),
     weights: Annotated[str | None, typer.Option(help="One number a folder, comma-separated.")] = None,
 ) -> None:
-    """The mean of folders of probabilities."""
+    """The mean of folders of probabilities; post-processing will be the first folder's."""
     from kitseg.pipeline import predict as steps
     from kitseg.volumes.blocks import block_cases
 

@@ -56,6 +56,10 @@ class Rounds:
     share: float
     epochs: int
 
+    def __post_init__(self) -> None:
+        if self.most < 0 or not 0 < self.share <= 1 or self.epochs < 1:
+            raise ValueError("rounds need most from 0 on, a share in (0, 1] and epochs from 1 on")
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -169,6 +173,8 @@ def method_of(config: Config) -> Method:
     """
     try:
         stages = {name: _stage(name, config["stages"][name]) for name in config["chain"]}
+        for stage in stages.values():
+            _check_guide(stage, stages)
         outputs = {channel: parse_source(text, stages) for channel, text in config["outputs"].items()}
         return Method(config["name"], config["paper"], config["published"], stages, outputs, config["postprocess"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -284,6 +290,13 @@ def _stage(name: str, config: Config) -> StageSpec:
         precision=config["precision"],
         parts={key: config[key] for key in PARTS} | {key: config.get(key) for key in OPTIONAL},
     )
+
+
+def _check_guide(stage: StageSpec, stages: Mapping[str, StageSpec]) -> None:
+    if stage.guide not in ("labels", "inner"):
+        raise UsageError(f"stages.{stage.name}.guide is {stage.guide!r}; it must be labels or inner")
+    if stage.parts["link"] and stage.grid != stages[stage.inputs[0]].grid:
+        raise UsageError(f"stage {stage.name} is guided by {stage.inputs[0]}, so both need the same grid")
 
 
 def _count(config: Config, stage: str, key: str) -> int:

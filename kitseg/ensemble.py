@@ -32,12 +32,14 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
         wider = box.union(member.box)
         total = _widen(total, box, wider, first.channels, weights)
         box = wider
-        total += _widen(member.array.astype(np.float32), member.box, box, first.channels, 1.0) * np.float32(weight)
+        share = _widen(member.array.astype(np.float32), member.box, box, first.channels, 1.0)
+        share *= np.float32(weight)
+        total += share
         weights += weight
     if first is None:
         raise ValueError("a mean needs at least one member")
-    values = (total / np.float32(weights)).astype(np.float16)
-    return Probabilities(values, first.channels, box, first.geometry, first.native, first.case_id)
+    total /= np.float32(weights)
+    return Probabilities(total.astype(np.float16), first.channels, box, first.geometry, first.native, first.case_id)
 
 
 def exclusive(probabilities: Probabilities) -> Probabilities:

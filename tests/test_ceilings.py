@@ -1,6 +1,6 @@
 """Ceilings: what grids, regions and priors leave of perfect masks, on real label maps with the methods' own YAML.
 
-By default on six small cases; on all 210 where KITSEG_ALL=1 (half an hour), in KITSEG_JOBS processes.
+By default on six small cases; on all 210 where KITSEG_ALL=1 (ten minutes of one core), in KITSEG_JOBS processes.
 ``pytest -s`` prints the table.
 """
 
@@ -222,14 +222,16 @@ def test_four_far_voxels_go(left: Remains) -> None:
 
 
 def test_loose_bounds(left: Remains) -> None:
-    """No grid and no filling costs a kidney more than 5 %, or a tumor more than 15 %; specks are no kidneys."""
+    """A grid costs a kidney at most 5 %, a tumor at most 30 %; filling costs less, and specks are no kidneys."""
+    least = {
+        **dict.fromkeys((GUIDED, ATTENTION, TWO_PHASE), (0.95, 0.7)),
+        HOLES: (0.97, 0.97),
+        **dict.fromkeys((TWO_LARGEST, KIDNEYS, DISTANCE), (0.999, 0.9999)),
+    }
     for scores in left.values():
-        for route in (GUIDED, ATTENTION, TWO_PHASE, HOLES):
-            assert 0.95 < scores[route]["kidney"] <= 1
-            assert 0.85 < scores[route]["tumor"] <= 1
-        for route in (TWO_LARGEST, KIDNEYS, DISTANCE):
-            assert scores[route]["kidney"] > 0.999
-            assert scores[route]["tumor"] > 0.9999
+        for route, (kidney, tumor) in least.items():
+            assert kidney < scores[route]["kidney"] <= 1
+            assert tumor < scores[route]["tumor"] <= 1
 
 
 # --- all 210 cases ---------------------------------------------------------------------------------------------------
@@ -237,11 +239,17 @@ def test_loose_bounds(left: Remains) -> None:
 all_cases = pytest.mark.skipif(not ALL, reason="a figure of all 210 cases, which takes KITSEG_ALL=1")
 FIGURES = [
     (GUIDED, 0.983, 0.958, 5e-3),
+    (ATTENTION, 0.981, 0.967, 5e-3),
+    (TWO_PHASE, 0.992, 0.980, 5e-3),
+    (DUAL, 0.981, 0.872, 5e-3),
+    (DUAL_WHOLE, 0.976, 0.741, 5e-3),
     (LOWER, 1, 0.90, 5e-3),
     (SHAPE, 1, 0.90, 5e-3),
     (LOWER_SHAPE, 1, 0.77, 5e-3),
+    (HOLES, 0.993, 0.996, 5e-3),
     (TWO_LARGEST, 0.99999, 1, 1e-5),
     (KIDNEYS, 0.99999, 1, 1e-5),
+    (DISTANCE, 1, 1, 1e-5),
 ]
 
 
@@ -261,5 +269,5 @@ def test_tumors_outside_the_lower_half(left: Remains) -> None:
 
 @all_cases
 def test_cases_that_lose_all_tumor(left: Remains) -> None:
-    assert (len(lost(left, SHAPE)), len(lost(left, LOWER_SHAPE))) == (20, 41)
+    assert (len(lost(left, SHAPE)), len(lost(left, LOWER_SHAPE)), len(lost(left, DUAL_WHOLE))) == (20, 41, 41)
     assert not any(lost(left, route) for route in (GUIDED, HOLES, OVERLAP, TWO_LARGEST, KIDNEYS, DISTANCE))

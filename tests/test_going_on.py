@@ -15,7 +15,14 @@ import torch
 from conftest import SMALLEST, kitseg, kitseg_process
 
 pytestmark = pytest.mark.slow
-COARSE = (*SMALLEST, "--stage=coarse", "--set=size.epochs=6", "--set=size.validate_every=1", "--jobs=1")
+COARSE = (
+    *SMALLEST,
+    "--stage=coarse",
+    "--epochs=6",
+    "--set=size.validate_every=1",
+    "--set=size.coarse_samples=4",
+    "--jobs=1",
+)
 
 
 def kill_when(ready: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:

@@ -13,7 +13,7 @@ import torchio as tio
 from numpy.typing import NDArray
 
 from kitseg.types import Box
-from kitseg.volumes.store import StoredCase, open_case
+from kitseg.volumes.store import StoredCase, open_case, open_guide
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Place:
 
     def read_guide(self) -> NDArray[np.float16] | None:
         """The guide (G, D, H, W) on the whole grid, memory-mapped."""
-        return None if self.guide is None else np.load(self.guide, mmap_mode="c")
+        return None if self.guide is None else open_guide(self.guide)
 
 
 class CaseSubjects(tio.SubjectsDataset):

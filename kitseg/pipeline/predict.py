@@ -307,7 +307,8 @@ def _manifest(model: Model, stage: str | None, channels: Mapping[str, Source]) -
         "method": model.method.name,
         "stage": stage,
         "model": _origin(model),
-        "postprocess": model.method.postprocess,
+        # the priors look at the kidneys, so they can't judge an output without them
+        "postprocess": model.method.postprocess if {"kidney", "foreground"} & set(channels) else {},
         "versions": versions(),
     }
 

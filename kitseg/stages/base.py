@@ -89,6 +89,7 @@ class Stage(pl.LightningModule):
         if not np.isfinite(loss):
             remedy = "The checkpoints before it are kept; lower the learning rate (--set size.learning_rate=…)."
             raise KitsegError(f"the loss of epoch {self.current_epoch} is {loss}. {remedy}")
+        self._share_statistics()
         schedule = self.lr_schedulers()
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             schedule.step(loss)
@@ -97,6 +98,18 @@ class Stage(pl.LightningModule):
         """Lightning's step of a schedule; one that waits for a plateau has had its own."""
         if metric is None:
             scheduler.step()
+
+    def on_validation_start(self) -> None:
+        """All ranks validate the same network."""
+        self._share_statistics()
+
+    def _share_statistics(self) -> None:
+        """Average the running statistics of BatchNorm over the ranks, each of which has seen batches of its own."""
+        if dist.is_available() and dist.is_initialized():
+            for buffer in self.net.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= dist.get_world_size()
 
     def validation_step(self, case: WholeCase, batch_idx: int) -> None:
         """The scores of one whole case on the stage's grid."""

@@ -44,7 +44,7 @@ class SliceClassifier(SliceStage):
         return {"recall": recall, "specificity": specificity}
 
     def threshold(self, cases: Iterable[tuple[Tensor, NDArray[np.uint8]]]) -> float | None:
-        """The largest one that finds the wanted share of the slices with foreground (section 2.1 is silent)."""
+        """The largest one up to 0.5 that finds the wanted share of slices with foreground (section 2.1 is silent)."""
         seen = [(foreground(values, self.channels)[:, 0, 0].numpy(), labels.any((1, 2))) for values, labels in cases]
         probability, positive = (np.concatenate(parts) for parts in zip(*seen, strict=True))
-        return recall_threshold(probability, positive, self.recall)
+        return min(0.5, recall_threshold(probability, positive, self.recall))

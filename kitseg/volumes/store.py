@@ -123,6 +123,19 @@ def open_case(folder: Path) -> StoredCase:
     return StoredCase(meta["case"], image, label, foreground, slices, (mean, deviation), grid, meta["phantom"])
 
 
+def open_guide(path: Path) -> NDArray[np.float16]:
+    """Map what a stage is told about a case into memory, (G, D, H, W).
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        guide: NDArray[np.float16] = np.load(path, mmap_mode="c")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(path, f"can't be read ({error})", "Begin this stage again with --restart --stage.") from error
+    return guide
+
+
 def store_bytes(case: Case, grid: Grid) -> int:
     """Disk that the stored case takes, from its header alone."""
     shape = grid_geometry(canonical_geometry(read_geometry(case.image)), grid).shape
