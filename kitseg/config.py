@@ -295,7 +295,7 @@ def _stage(name: str, config: Config) -> StageSpec:
 def _check_guide(stage: StageSpec, stages: Mapping[str, StageSpec]) -> None:
     if stage.guide not in ("labels", "inner"):
         raise UsageError(f"stages.{stage.name}.guide is {stage.guide!r}; it must be labels or inner")
-    if stage.parts["link"] and stage.grid != stages[stage.inputs[0]].grid:
+    if stage.parts["link"] and str(stage.grid) != str(stages[stage.inputs[0]].grid):
         raise UsageError(f"stage {stage.name} is guided by {stage.inputs[0]}, so both need the same grid")
 
 

@@ -16,7 +16,7 @@ from kitseg.config import Method
 
 QUICK = (
     "--size=tiny",
-    "--epochs=2",
+    "--epochs=1",
     "--set=folds=3",
     "--set=size.validate_every=1",
     "--set=size.pixels=64",

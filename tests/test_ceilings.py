@@ -182,6 +182,12 @@ def test_every_prior_is_tried() -> None:
     assert all_of_them - set(ROUTES) == {("two-phase", "dark")}
 
 
+def test_two_stage_needs_no_route() -> None:
+    grids = {name: method(name).stages["segment"].grid for name in ("two-stage", "progressive")}
+    assert grids["two-stage"] == grids["progressive"]
+    assert region("two-stage", "segment") == region("progressive", "segment")
+
+
 def test_slices_5_mm_apart_return_unchanged(left: Remains) -> None:
     """The grid of guided-unetpp is their own."""
     assert [left[case][GUIDED] for case in (24, 30, 97)] == [{"kidney": 1, "tumor": 1}] * 3

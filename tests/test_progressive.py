@@ -18,7 +18,7 @@ from kitseg.pipeline.model import build_stage
 
 pytestmark = pytest.mark.slow
 #: Five training cases and one to validate; rounds long enough to be killed in.
-ROUNDS = ("--set=folds=6", "--set=size.pixels=32", "--set=size.rounds=2", "--set=size.round_epochs=4")
+ROUNDS = ("--epochs=2", "--set=folds=6", "--set=size.pixels=32", "--set=size.rounds=2", "--set=size.round_epochs=4")
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def test_a_round_starts_from_the_best_weights(scans: Path, tmp_path: Path) -> No
     """Without a learning rate no weight moves: each round holds what the first began with."""
     (tmp_path / "data").symlink_to(scans / "data")
     still = "--set=stages.segment.module.optimizer.lr=0"
-    train(tmp_path, "progressive", "--epochs=1", "--set=folds=6", "--set=size.pixels=32", still)
+    train(tmp_path, "progressive", "--set=folds=6", "--set=size.pixels=32", still)
     names = dict(build_stage(method_of(tmp_path, "progressive").stages["segment"]).named_parameters())
     first, *others = (weights(path / "last.ckpt") for path in sorted(segment(tmp_path).glob("round_*")))
     assert names
