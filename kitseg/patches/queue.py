@@ -60,7 +60,7 @@ def seeded(*numbers: int) -> Iterator[None]:
     """Torch's generator, which TorchIO draws from, seeded by ``numbers`` inside the block and restored after it."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest, "big"))
+        torch.default_generator.manual_seed(int.from_bytes(digest, "big"))  # and leave a GPU's generator alone
         yield
 
 
