@@ -37,7 +37,7 @@ class ClipScale:
 
 @dataclass(frozen=True)
 class ZScore:
-    """Zero mean and unit variance over the whole scan, whatever is cropped later (guided-unetpp paper, section 2)."""
+    """Zero mean and unit variance over the whole scan, whatever is cropped later; the guided-unetpp paper is silent."""
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """The scaled intensities; a scan of one value becomes 0."""
