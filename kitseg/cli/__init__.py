@@ -1,0 +1,8 @@
+"""The command line. Heavy modules are imported by the command that needs them, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from kitseg.cli import data, learn, predict, score
+from kitseg.cli.app import app, main
+
+__all__ = ["app", "data", "learn", "main", "predict", "score"]

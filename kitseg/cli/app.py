@@ -1,0 +1,124 @@
+"""The application, and what its commands share: options, bars, exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kitseg import __version__, screen
+from kitseg.errors import KitsegError, UsageError
+
+if TYPE_CHECKING:
+    from kitseg.pipeline.predict import Outcome
+
+app = typer.Typer(
+    name="kitseg",
+    help="Finds kidneys and kidney tumors in CT. Research use only: not a medical device.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
+
+Data = Annotated[Path, typer.Argument(help="Folder of cases: case_00000/imaging.nii.gz, or flat .nii.gz files.")]
+Method = Annotated[str, typer.Option(help="The method; `kitseg methods` lists them.")]
+Size = Annotated[str, typer.Option(help="paper, small or tiny.")]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the configuration.")]
+
+
+def _check_jobs(jobs: int) -> int:
+    if jobs == 0:
+        raise UsageError("--jobs 0: it takes 1 or more, or -1 for as many as there are cores")
+    return jobs
+
+
+Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases worked on at a time; -1: one a core.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Split = Annotated[Path | None, typer.Option(help="A split file: only its test cases, or a fold's with --fold.")]
+Fold = Annotated[int | None, typer.Option(help="With --split: the validation cases of this fold.")]
+Model = Annotated[Path | None, typer.Option(help="A run, or one fold of it.")]
+Convention = Annotated[
+    str, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23 (cysts are 3).")
+]
+
+
+def main() -> None:
+    """Run the command line: errors in one line; exit code 1 where something failed, 2 where the call can't be meant."""
+    try:
+        app()
+    except UsageError as error:
+        _fail(error, 2)
+    except KitsegError as error:
+        _fail(error, 1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        screen.say(f"kitseg {__version__}")
+        raise typer.Exit
+
+
+def preprocess_cases(cases: Sequence[Any], configuration: dict[str, Any], to: Path, jobs: int) -> set[str]:
+    """Preprocess with a bar; the ids of the cases that failed."""
+    from kitseg import config
+    from kitseg.pipeline import preprocess as steps
+
+    grids = steps.method_grids(config.method_of(configuration))
+    need = steps.disk_needed(cases, grids) / 1e9
+    screen.say(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
+    with screen.bar("preprocess", len(cases) * len(grids)) as step:
+        outcomes = steps.preprocess(cases, grids, to, configuration["convention"], jobs, lambda _: step())
+    for state in ("done", "unchanged"):
+        if count := sum(outcome.state == state for outcome in outcomes):
+            screen.say(f"{count} {state}")
+    failed = {outcome.case: outcome.error for outcome in outcomes if outcome.state == "failed"}
+    for error in failed.values():
+        screen.complain(error)
+    return set(failed)
+
+
+def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> None:
+    """Run a verb over cases with a bar; say what failed; exit code 1 where something did."""
+    with screen.bar(title, count) as step:
+
+        def done(outcome: Outcome) -> None:
+            step()
+            _say_outcome(outcome)
+
+        outcomes = run(done)
+    failed = sum(bool(outcome.error) for outcome in outcomes)
+    screen.say(f"{count - failed} of {count} cases done")
+    exit_if(failed > 0)
+
+
+def _say_outcome(outcome: Outcome) -> None:
+    if outcome.error:
+        return screen.complain(outcome.error)
+    volumes = ", ".join(f"{name} {ml:.1f} ml" for name, ml in (outcome.volumes_ml or {}).items())
+    facts = "; ".join(part for part in (volumes, outcome.note, f"{outcome.seconds:.1f} s") if part)
+    screen.say(f"[green]✓[/] {outcome.case}: {facts} → {outcome.result}")
+
+
+def known_convention(convention: str) -> None:
+    """Refuse a label convention that isn't there."""
+    from kitseg.labels import CONVENTIONS
+
+    if convention not in CONVENTIONS:
+        raise UsageError(f"there is no label convention '{convention}'; there are {', '.join(CONVENTIONS)}")
+
+
+def exit_if(failed: bool) -> None:
+    """Exit code 1 where something failed."""
+    if failed:
+        raise typer.Exit(1)
+
+
+def _fail(error: KitsegError, code: int) -> None:
+    screen.complain(str(error))
+    sys.exit(code)

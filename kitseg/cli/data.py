@@ -1,0 +1,100 @@
+"""Commands for cases: make them, get them, check them, put them on a grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from kitseg import screen
+from kitseg.cli.app import Convention, Data, Jobs, Method, Set, Size, app, exit_if, known_convention, preprocess_cases
+from kitseg.errors import UsageError
+
+
+@app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder for the cases, in the KiTS layout.")] = Path("data"),
+    cases: Annotated[int, typer.Option(min=1, help="How many cases.")] = 12,
+    seed: Annotated[int, typer.Option(help="Same seed, same cases.")] = 0,
+    matrix: Annotated[int, typer.Option(min=64, max=512, help="Pixels along rows and columns.")] = 512,
+    jobs: Jobs = -1,
+) -> None:
+    """Make procedural contrast CT cases with labels, to learn and to test with."""
+    from joblib import Parallel, delayed
+
+    from kitseg.volumes.phantom import write_case
+
+    tasks = (delayed(write_case)(out.absolute(), seed, index, matrix) for index in range(cases))
+    with screen.bar("phantoms", cases) as step:
+        for _ in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
+            step()
+    screen.say(f"{cases} phantoms in {out}")
+
+
+@app.command(epilog="Example: kitseg download kits19 --to data --cases 0-9")
+def download(
+    dataset: Annotated[str, typer.Argument(help="kits19.")],
+    to: Annotated[Path, typer.Option(help="Folder for the cases.")] = Path("data"),
+    cases: Annotated[str, typer.Option(help="Which cases: 0-9, or 3,17,20-29; 210-299 have no labels.")] = "0-209",
+) -> None:
+    """Download the challenge's images and labels from their official places; goes on when called again."""
+    from kitseg.volumes.download import download_kits19, parse_cases
+
+    if dataset != "kits19":
+        raise UsageError(f"there is no data set '{dataset}'; there is kits19")
+    numbers = parse_cases(cases)
+    with screen.bar("download", len(numbers)) as step:
+        failures = download_kits19(to, numbers, lambda *_: step())
+    for failure in failures:
+        screen.complain(str(failure))
+    screen.say(f"{len(numbers) - len(failures)} of {len(numbers)} cases in {to}; the data are CC BY-NC-SA 4.0")
+    exit_if(bool(failures))
+
+
+@app.command(epilog="Example: kitseg check data --json check.json")
+def check(
+    data: Data = Path("data"),
+    convention: Convention = "kits19",
+    jobs: Jobs = -1,
+    report: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
+) -> None:
+    """Look for what is wrong with each case: unreadable, other grid, odd labels, not HU, a second series."""
+    from dataclasses import asdict
+
+    from kitseg.files import write_json
+    from kitseg.volumes.check import check_folder
+    from kitseg.volumes.kits import list_cases
+
+    known_convention(convention)
+    with screen.bar("check", len(list_cases(data))) as step:
+        reports = check_folder(data, convention, jobs, lambda *_: step())
+    table = screen.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney (ml)", "tumor (ml)", "")
+    for r in reports:
+        state = "[green]ok[/]" if r.ok else "[red]" + escape("; ".join(r.problems)) + "[/]"
+        cells = (r.shape, r.spacing, r.orientation, r.hu_range, r.kidney_ml, r.tumor_ml)
+        table.add_row(r.id, *map(screen.cell, cells), state)
+    screen.out.print(table)
+    if report:
+        write_json(report, 1, {"cases": [asdict(r) for r in reports]})
+    bad = sum(not r.ok for r in reports)
+    screen.say(f"{len(reports) - bad} of {len(reports)} cases are fine")
+    exit_if(bad > 0)
+
+
+@app.command(epilog="Example: kitseg preprocess data --method two-phase --jobs 4")
+def preprocess(
+    data: Data = Path("data"),
+    to: Annotated[Path, typer.Option(help="Folder for the preprocessed cases.")] = Path("preprocessed"),
+    method: Method = "two-phase",
+    size: Size = "paper",
+    jobs: Jobs = -1,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Resample every case onto the grids of a method; what is done and unchanged is skipped."""
+    from kitseg import config
+    from kitseg.volumes.kits import find_cases
+
+    failed = preprocess_cases(find_cases(data), config.compose(method, size, set_), to, jobs)
+    exit_if(bool(failed))

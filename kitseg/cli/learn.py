@@ -1,0 +1,117 @@
+"""Commands for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kitseg import screen
+from kitseg.cli.app import Device, Jobs, Method, Set, Size, app, exit_if, preprocess_cases
+from kitseg.errors import KitsegError, UsageError
+
+
+@app.command(epilog="Example: kitseg methods")
+def methods() -> None:
+    """What there is: each method's stages, paper and published Dice."""
+    from kitseg import config
+
+    table = screen.table("method", "stages", "paper", "published Dice")
+    for name in config.names("method"):
+        method = config.method_of(config.compose(name, "paper"))
+        dice = ", ".join(f"{key} {value}" for key, value in method.published.items())
+        table.add_row(name, " → ".join(method.stages), method.paper, dice)
+    screen.out.print(table)
+
+
+@app.command(epilog="Example: kitseg train --method two-phase --size small --fold 0 --gpus 1")
+def train(
+    method: Method = "two-phase",
+    size: Size = "paper",
+    fold: Annotated[int, typer.Option(min=0, help="The outer fold.")] = 0,
+    stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per stage.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs on this machine, one rank each.")] = 0,
+    device: Device = "auto",
+    processes: Annotated[int, typer.Option(min=1, help="Ranks on the CPU, with --device cpu.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank.")] = 0,
+    data: Annotated[Path, typer.Option(help="Folder of labelled cases.")] = Path("data"),
+    store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
+    split: Annotated[Path, typer.Option(help="The split file; written where there is none.")] = Path("splits.json"),
+    runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="The run's name; METHOD-SIZE by default.")] = None,
+    jobs: Jobs = -1,
+    restart: Annotated[bool, typer.Option("--restart", help="Move an earlier training aside and begin again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    set_: Set = [],  # noqa: B006
+    only: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Train a method's stages in order; the same command goes on where an earlier one stopped."""
+    from kitseg import config
+    from kitseg.pipeline import train as training
+    from kitseg.pipeline.machine import Machine, rank
+    from kitseg.pipeline.plan import Start, Unit
+    from kitseg.pipeline.preprocess import labelled_cases
+    from kitseg.runs import Run
+
+    if gpus and device == "cpu":
+        raise UsageError("--gpus and --device cpu exclude each other")
+    if processes > 1 and device != "cpu":
+        raise UsageError("--processes is for --device cpu; on GPUs the ranks are --gpus")
+    overrides = [*set_, *([f"size.epochs={epochs}"] if epochs else []), *([f"seed={seed}"] if seed is not None else [])]
+    configuration = config.compose(method, size, overrides)
+    machine = Machine("cuda" if gpus else device, gpus or processes, workers)
+    run = Run(runs / (name or f"{method}-{size}"))
+    repeat = _repeat(locals())
+    begin = Start(configuration, run, fold, split, store, machine, repeat)
+    if only:
+        return training.fit_unit(begin.plan(), Unit.parse(only))
+    if rank() > 0:
+        return training.train(begin.wait(), stage, screen.say)
+    where, cases = machine.describe(), labelled_cases(data)
+    if dry_run:
+        return _show_plan(begin.rehearse([case.id for case in cases]), cases, stage, where)
+    if restart and (old := begin.restart(stage)):
+        screen.say(f"the old training is now {old}")
+    failed = preprocess_cases(cases, configuration, store, jobs)
+    good = [case for case in cases if case.id not in failed]
+    if not good:
+        raise KitsegError(f"{data}: no case could be preprocessed; see above")
+    plan = begin.claim([case.id for case in good])
+    _show_plan(plan, good, stage, where)
+    training.train(plan, stage, screen.say)
+    screen.say(f"trained: {plan.run.path}")
+    exit_if(bool(failed))
+
+
+@app.command(epilog="Example: kitseg demo")
+def demo(
+    out: Annotated[Path | None, typer.Argument(help="Folder for all it makes: demo, or demo-quick.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smallest possible: does the installation work?")] = False,
+) -> None:
+    """The whole tool on phantoms, in minutes: every command it stands for is printed."""
+    from kitseg.pipeline.demo import run_demo
+
+    run_demo(out or Path("demo-quick" if quick else "demo"), quick, screen.say)
+
+
+def _repeat(given: dict[str, Any]) -> tuple[str, ...]:
+    """The options of `kitseg train` that another rank of the same training needs."""
+    names = ("method", "size", "fold", "device", "processes", "gpus", "workers", "store", "split", "runs", "name")
+    options = [f"--{name}={given[name]}" for name in names if given[name] is not None]
+    return (*options, *(f"--set={override}" for override in given["overrides"]))
+
+
+def _show_plan(plan: Any, cases: Sequence[Any], stage: str | None, where: str) -> None:
+    """The trainings that a plan holds, with their size and an estimate of their time."""
+    from kitseg.pipeline.estimate import estimates
+
+    columns = ("cases", "batch", "patch", "epochs × steps", "parameters", "memory", "time")
+    table = screen.table("training", "grid", *columns)
+    for row in estimates(plan, cases[0], stage):
+        table.add_row(*row)
+    screen.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {where}")
+    screen.out.print(table)

@@ -1,0 +1,88 @@
+"""Commands from scans to labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kitseg import screen
+from kitseg.cli.app import PREDICTIONS, PROBABILITIES, Device, Fold, Model, Split, app, work
+from kitseg.errors import UsageError
+
+
+@app.command(epilog="Example: kitseg infer --run runs/two-phase-small --stage fine.1 --data data -o probabilities")
+def infer(
+    run: Annotated[Path | None, typer.Option(help="A run (its folds averaged) or one fold of it.")] = None,
+    data: Annotated[Path, typer.Option(help="Scans: a file, a folder of cases or of files.")] = Path("data"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = PROBABILITIES,
+    stage: Annotated[str | None, typer.Option(help="A stage's own output, such as coarse or fine.1.")] = None,
+    split: Split = None,
+    fold: Fold = None,
+    device: Device = "auto",
+) -> None:
+    """Probabilities of each scan: a run's checkpoints averaged, on the scan's own grid."""
+    from kitseg.pipeline import predict as steps
+    from kitseg.pipeline.model import open_model
+
+    scans = steps.choose_scans([data], split, fold)
+    model = open_model(run or steps.choose_run(Path("runs")).path, device, stage.partition(".")[0] if stage else None)
+    screen.say(steps.describe(model))
+    work("infer", len(scans), lambda done: steps.infer(model, stage, scans, output, done))
+
+
+@app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
+def ensemble(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of probabilities.")] = [PROBABILITIES],  # noqa: B006
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for their mean.")] = Path("ensemble"),
+    weights: Annotated[str | None, typer.Option(help="One number a folder, comma-separated.")] = None,
+) -> None:
+    """The mean of folders of probabilities; post-processing will be the first folder's."""
+    from kitseg.pipeline import predict as steps
+    from kitseg.volumes.blocks import block_cases
+
+    shares = _numbers(weights) if weights else [1.0] * len(folders)
+    count = len(block_cases(folders[0]))
+    work("ensemble", count, lambda done: steps.average(folders, shares, output, done))
+
+
+@app.command(epilog="Example: kitseg postprocess ensemble -o predictions")
+def postprocess(
+    folder: Annotated[Path, typer.Argument(help="Folder of probabilities.")] = Path("ensemble"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = PREDICTIONS,
+    without: Annotated[list[str], typer.Option(metavar="NAME", help="Leave out this prior; all: every one.")] = [],  # noqa: B006
+) -> None:
+    """Labels from probabilities, cleaned as the method asks."""
+    from kitseg.pipeline import predict as steps
+    from kitseg.volumes.blocks import block_cases
+
+    work("postprocess", len(block_cases(folder)), lambda done: steps.postprocess(folder, output, done, without))
+
+
+@app.command(epilog="Example: kitseg predict case_00210.nii.gz --model runs/two-phase-paper")
+def predict(
+    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, case folders, or folders of them.")] = [  # noqa: B006
+        Path("data")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = PREDICTIONS,
+    model: Model = None,
+    split: Split = None,
+    fold: Fold = None,
+    device: Device = "auto",
+) -> None:
+    """Kidney and tumor labels for scans, on each scan's own grid."""
+    from kitseg.pipeline import predict as steps
+    from kitseg.pipeline.model import open_model
+
+    cases = steps.choose_scans(scans, split, fold)
+    opened = open_model(model or steps.choose_run(Path("runs")).path, device)
+    screen.say(steps.describe(opened))
+    work("predict", len(cases), lambda done: steps.predict_scans(opened, cases, output, done))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--weights {text}: one number a folder, such as 2,1") from error

@@ -1,0 +1,89 @@
+"""Commands that judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from kitseg import screen
+from kitseg.cli.app import PREDICTIONS, Convention, Fold, Jobs, Split, app, exit_if, known_convention
+
+if TYPE_CHECKING:
+    from kitseg.pipeline.priors import Fit
+
+
+@app.command(epilog="Example: kitseg fit-priors --labels data --split splits.json --fold 0")
+def fit_priors(
+    labels: Annotated[Path, typer.Option(help="Folder of true label maps, KiTS layout or flat.")] = Path("data"),
+    split: Annotated[Path | None, typer.Option(help="A split file: only its training cases, with --fold.")] = None,
+    fold: Annotated[int | None, typer.Option(help="With --split: the training cases of this fold.")] = None,
+    convention: Convention = "kits19",
+    jobs: Jobs = -1,
+    report: Annotated[Path | None, typer.Option("--json", help="Write the range and every tumor to this file.")] = None,
+) -> None:
+    """Measure the shape of true tumors, and how many of them each prior of post-processing would cost."""
+    from kitseg.pipeline import priors
+
+    known_convention(convention)
+    maps = priors.training_labels(labels, split, fold)
+    with screen.bar("fit-priors", len(maps)) as step:
+
+        def done(finding: priors.Finding) -> None:
+            step()
+            if finding.error:
+                screen.complain(finding.error)
+
+        fit = priors.fit_priors(maps, convention, jobs, done)
+    if report:
+        priors.write_fit(report, fit)
+    _show_fit(fit)
+    exit_if(any(finding.error for finding in fit.findings))
+
+
+@app.command(epilog="Example: kitseg evaluate predictions data --json scores.json")
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps to score.")] = PREDICTIONS,
+    references: Annotated[Path, typer.Argument(help="Folder of reference label maps.")] = Path("data"),
+    convention: Convention = "kits19",
+    cases: Annotated[str | None, typer.Option(help="Cases that must be there: 210-299; missing is background.")] = None,
+    split: Split = None,
+    fold: Fold = None,
+    report: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+) -> None:
+    """KiTS19 scoring: kidney (with tumor) and tumor Dice per case and on average."""
+    from kitseg.pipeline import evaluate as scoring
+
+    known_convention(convention)
+    required = scoring.required_cases(cases, split, fold)
+    scores = scoring.evaluate(predictions, references, convention, required)
+    table = screen.table("case", "kidney", "tumor", "")
+    for score in scores:
+        note = "missing: counts as background" if score.missing else escape(score.error)
+        dice = (screen.cell(score.dice.get(name)) for name in ("kidney", "tumor"))
+        table.add_row(score.case, *dice, f"[red]{note}[/]")
+    mean = scoring.mean_dice(scores)
+    table.add_section()
+    table.add_row("mean", *(screen.cell(mean.get(name)) for name in ("kidney", "tumor")), "")
+    screen.out.print(table)
+    if report:
+        scoring.write_scores(report, scores, convention)
+    exit_if(any(score.missing or score.error for score in scores))
+
+
+def _show_fit(fit: Fit) -> None:
+    """What the priors cost, and the line that uses the fitted range."""
+    table = screen.table("prior", "settings", "tumors lost", "tumor lost (ml)", "cases without any tumor left")
+    for cost in fit.costs:
+        settings = ", ".join(f"{key} {value:g}" for key, value in cost.setting.items())
+        tumors, cases = f"{cost.lost_tumors} of {cost.tumors}", f"{cost.lost_cases} of {cost.cases}"
+        table.add_row(cost.prior, settings, tumors, f"{cost.lost_ml:.1f} of {cost.ml:.1f}", cases)
+    screen.out.print(table)
+    failed = sum(bool(finding.error) for finding in fit.findings)
+    screen.say(f"{len(fit.findings) - failed} of {len(fit.findings)} cases read")
+    if not any(cost.prior == "dark" for cost in fit.costs):
+        screen.say("dark: not tried, since no CT (imaging.nii.gz) lies beside the labels")
+    screen.say(f"λ1/λ2 of {fit.tumors} tumors of 10 voxels or more, 5-95 %: {fit.low:.3f}-{fit.high:.3f}")
+    screen.say(f"--set postprocess.shape.low={fit.low:.3f} --set postprocess.shape.high={fit.high:.3f}")
