@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.files import write_json
 from kitseg.labels import CONVENTIONS
+from kitseg.scoring.strata import thickness_class
+from kitseg.types import Traits
 
 SCHEMA = 1
+
+Patients = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,16 @@ class Fold(Part):
 
 @dataclass(frozen=True)
 class Split:
-    """Outer folds with their inner folds, a test set that no fold sees, the seed, the labels' convention."""
+    """Outer folds with their inner folds, a test set that no fold sees, the seed, the labels' convention.
+
+    patients: whom a case shows, where that isn't a patient of its own.
+    """
 
     folds: tuple[Fold, ...]
     test: tuple[str, ...]
     seed: int
     convention: str
+    patients: Patients = field(default_factory=dict)
 
     @property
     def cases(self) -> set[str]:
@@ -46,25 +55,29 @@ class Split:
         return {case for fold in self.folds for case in (*fold.train, *fold.val)} | set(self.test)
 
 
-def make_split(cases: Iterable[str], folds: int, inner: int, test: int, seed: int, convention: str) -> Split:
-    """A random split by case; the order of ``cases`` doesn't matter.
+def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed: int, convention: str) -> Split:
+    """A random split by patient, in which every part holds the same mix of slice thickness and tumor volume.
+
+    The patients are ordered by thickness class, then by tumor volume, and dealt out in blocks of as many neighbours as
+    there are parts, so that each part gets one of every block. The order of ``cases`` doesn't matter.
 
     Raises:
-        UsageError: fewer than two folds, or an unknown convention. KitsegError: fewer than two cases to learn from.
+        UsageError: fewer than two folds, or an unknown convention. KitsegError: fewer than two patients to learn from.
     """
-    shuffled = sorted(cases)
-    random.Random(seed).shuffle(shuffled)
-    held, rest = shuffled[:test], shuffled[test:]
     if folds < 2 or inner < 2 or test < 0 or convention not in CONVENTIONS:
         asked = f"{folds} folds, {inner} inner folds, {test} test cases, label convention '{convention}'"
         raise UsageError(f"no split of {asked}: it takes 2 folds or more of each, and a known convention")
+    rng, patients = random.Random(seed), _in_order(cases)
+    held = _spread(patients, test, rng)
+    rest = [patient for patient in patients if patient not in held]
     if len(rest) < 2:
-        raise KitsegError(f"{len(rest)} labelled case(s) can't be split into training and validation: add cases")
+        raise KitsegError(f"{len(rest)} labelled patient(s) can't be split into training and validation: add cases")
     outer = []
-    for part in _parts(rest, folds):
-        nested = _parts(list(part.train), inner) if len(part.train) > 1 else []
-        outer.append(Fold(part.train, part.val, tuple(nested)))
-    return Split(tuple(outer), tuple(sorted(held)), seed, convention)
+    for train, val in _parts(rest, folds, rng):
+        nested = [Part(_names(t), _names(v)) for t, v in _parts(train, inner, rng)] if len(train) > 1 else []
+        outer.append(Fold(_names(train), _names(val), tuple(nested)))
+    known = {c.case: (c.patient,) for patient in patients for c in patient if c.patient != c.case}
+    return Split(tuple(outer), _names(held), seed, convention, known)
 
 
 def write_split(split: Split, path: Path) -> None:
@@ -76,7 +89,8 @@ def read_split(path: Path) -> Split:
     """Read a split file, one's own or a user's, and check it.
 
     Raises:
-        InputError: unreadable, another schema, a case on both sides, inner folds that aren't part of their outer one.
+        InputError: unreadable, another schema, a case or a patient on both sides, inner folds that aren't part of
+            their outer one.
     """
     try:
         raw = json.loads(path.read_text())
@@ -84,15 +98,16 @@ def read_split(path: Path) -> Split:
             Fold(**_sides(fold), inner=tuple(Part(**_sides(part)) for part in fold.get("inner", ())))
             for fold in raw["folds"]
         )
-        split = Split(folds, _cases(raw.get("test", [])), int(raw.get("seed", 0)), raw["convention"])
+        patients = {case: _cases(whom) for case, whom in raw.get("patients", {}).items()}
+        split = Split(folds, _cases(raw.get("test", [])), int(raw.get("seed", 0)), raw["convention"], patients)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "It needs `schema`, `convention` and `folds`, a list of {train, val, inner}."
         raise InputError(path, f"is no split file ({type(error).__name__}: {error})", remedy) from error
     if raw.get("schema") != SCHEMA:
         raise InputError(path, f"has schema {raw.get('schema')}, this version reads {SCHEMA}", "Write it anew.")
-    problem = _problem(split)
+    problem = _problem(split) or same_patient(split, split.patients)
     if problem:
-        raise InputError(path, problem, "Mend the file; each case belongs to one side.")
+        raise InputError(path, problem, "Mend the file; each case and each patient belongs to one side.")
     return split
 
 
@@ -106,11 +121,51 @@ def _cases(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _parts(cases: Sequence[str], count: int) -> list[Part]:
-    """``count`` parts (fewer where there are fewer cases), each case once in a validation side."""
-    count = min(count, len(cases))
-    sides = [sorted(cases[i::count]) for i in range(count)]
-    return [Part(tuple(sorted(set(cases) - set(val))), tuple(val)) for val in sides]
+_Patient = list[Traits]
+
+
+def _in_order(cases: Iterable[Traits]) -> list[_Patient]:
+    """The patients with their cases; by thickness class, tumor volume (each of the largest case) and name."""
+    patients: dict[str, _Patient] = {}
+    for case in sorted(cases, key=lambda c: (-c.tumor_ml, c.case)):
+        patients.setdefault(case.patient, []).append(case)
+    return sorted(patients.values(), key=lambda p: (thickness_class(p[0].thickness_mm), p[0].tumor_ml, p[0].patient))
+
+
+def _spread(patients: Sequence[_Patient], count: int, rng: random.Random) -> list[_Patient]:
+    """``count`` of the patients, one drawn from each of as many equal stretches."""
+    edges = [len(patients) * i // count for i in range(count + 1)] if count else []
+    return [rng.choice(patients[a:b]) for a, b in itertools.pairwise(edges) if a < b]
+
+
+def _parts(patients: Sequence[_Patient], count: int, rng: random.Random) -> list[tuple[list[_Patient], list[_Patient]]]:
+    """``count`` pairs of training and validation patients (fewer where there are fewer), each validated once."""
+    count = min(count, len(patients))
+    part: list[int] = []
+    while len(part) < len(patients):
+        part += rng.sample(range(count), count)
+    chosen = list(zip(patients, part, strict=False))
+    return [([p for p, n in chosen if n != i], [p for p, n in chosen if n == i]) for i in range(count)]
+
+
+def _names(patients: Iterable[_Patient]) -> tuple[str, ...]:
+    return tuple(sorted(case.case for patient in patients for case in patient))
+
+
+def same_patient(split: Split, patients: Patients) -> str | None:
+    """Where a split has one patient on two sides, in words; ``patients``: whom a case shows, if not one of its own."""
+
+    def shown(cases: Iterable[str]) -> set[str]:
+        return {whom for case in cases for whom in patients.get(case, (case,))}
+
+    for i, fold in enumerate(split.folds):
+        sides = {f"fold {i}": (fold.train, fold.val), "the test set": ((*fold.train, *fold.val), split.test)}
+        sides |= {f"inner fold {j} of fold {i}": (part.train, part.val) for j, part in enumerate(fold.inner)}
+        for where, (one, other) in sides.items():
+            if both := shown(one) & shown(other):
+                cases = sorted(case for case in (*one, *other) if set(patients.get(case, (case,))) & both)
+                return f"{where} has patient {', '.join(sorted(both))} on two sides: {', '.join(cases)}"
+    return None
 
 
 def _problem(split: Split) -> str | None:

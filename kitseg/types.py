@@ -88,11 +88,27 @@ class Volume:
 
 @dataclass(frozen=True)
 class Case:
-    """Where a case's files are; ``label`` is None for a scan without reference."""
+    """Where a case's files are, and whose images they show.
+
+    label: None for a scan without reference; patients: the case is a patient of its own where there are none;
+    sources: the cases that a registered copy was made from, none for a scan.
+    """
 
     id: str
     image: Path
     label: Path | None = None
+    patients: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a split balances: the patient, the tumor's volume in ml, the distance of the slices in mm."""
+
+    case: str
+    patient: str
+    tumor_ml: float
+    thickness_mm: float
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitseg.errors import InputError, KitsegError
-from kitseg.splits import Fold, Part, Split, make_split, read_split, write_split
+from kitseg.scoring.strata import thickness_class
+from kitseg.splits import Fold, Part, Split, make_split, read_split, same_patient, write_split
+from kitseg.types import Traits
 
 few = settings(max_examples=60, deadline=None)
 
@@ -21,12 +23,17 @@ def cases(count: int) -> list[str]:
     return [f"case_{i:05d}" for i in range(count)]
 
 
+def traits(count: int) -> list[Traits]:
+    """Cases of different tumors and slices, each a patient of its own."""
+    return [Traits(case, case, float(7 * i % 11), (0.5, 3.0, 5.0)[i % 3]) for i, case in enumerate(cases(count))]
+
+
 @st.composite
 def splits(draw: Any) -> tuple[Split, int, int]:
     """A split, its number of cases, and how many of them are held out for testing."""
     count, test = draw(st.integers(2, 40)), draw(st.integers(0, 5))
     folds, inner, seed = draw(st.integers(2, 7)), draw(st.integers(2, 4)), draw(st.integers(0, 9))
-    return make_split(cases(count + test), folds, inner, test, seed, "kits19"), count, test
+    return make_split(traits(count + test), folds, inner, test, seed, "kits19"), count, test
 
 
 @given(splits())
@@ -76,24 +83,24 @@ def test_a_made_split_can_be_read(made: tuple[Split, int, int]) -> None:
 
 
 def test_five_folds_of_210() -> None:
-    split = make_split(cases(210), 5, 3, 0, 0, "kits19")
+    split = make_split(traits(210), 5, 3, 0, 0, "kits19")
     assert [(len(f.train), len(f.val), len(f.inner)) for f in split.folds] == [(168, 42, 3)] * 5
     assert {len(part.val) for fold in split.folds for part in fold.inner} == {56}
 
 
 def test_fewer_cases_than_folds() -> None:
-    split = make_split(cases(2), 5, 3, 0, 0, "kits19")
+    split = make_split(traits(2), 5, 3, 0, 0, "kits19")
     assert [(len(f.train), len(f.val), f.inner) for f in split.folds] == [(1, 1, ())] * 2
 
 
 def test_the_order_of_the_cases_does_not_matter(tmp_path: Path) -> None:
-    write_split(make_split(cases(17), 5, 3, 2, 4, "kits19"), tmp_path / "a.json")
-    write_split(make_split(reversed(cases(17)), 5, 3, 2, 4, "kits19"), tmp_path / "b.json")
+    write_split(make_split(traits(17), 5, 3, 2, 4, "kits19"), tmp_path / "a.json")
+    write_split(make_split(reversed(traits(17)), 5, 3, 2, 4, "kits19"), tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
 def test_the_seed_decides() -> None:
-    made = [make_split(cases(30), 5, 3, 3, seed, "kits19") for seed in (1, 1, 2)]
+    made = [make_split(traits(30), 5, 3, 3, seed, "kits19") for seed in (1, 1, 2)]
     assert made[0] == made[1]
     assert made[0].folds != made[2].folds
     assert made[0].test != made[2].test
@@ -102,7 +109,56 @@ def test_the_seed_decides() -> None:
 @pytest.mark.parametrize(("count", "test"), [(0, 0), (1, 0), (3, 2), (3, 3)])
 def test_too_few_cases(count: int, test: int) -> None:
     with pytest.raises(KitsegError, match="can't be split into training and validation: add cases"):
-        make_split(cases(count), 5, 3, test, 0, "kits19")
+        make_split(traits(count), 5, 3, test, 0, "kits19")
+
+
+@st.composite
+def patients(draw: Any) -> list[Traits]:
+    """Cases of patients who were scanned once or several times."""
+    count = draw(st.integers(3, 30))
+    whose = draw(st.lists(st.integers(0, 12), min_size=count, max_size=count).filter(lambda w: len(set(w)) > 2))
+    ml = draw(st.lists(st.floats(0, 900), min_size=count, max_size=count))
+    mm = draw(st.lists(st.sampled_from([0.5, 1, 1.25, 3, 5]), min_size=count, max_size=count))
+    named = (f"case_{i:05d}" if n > 9 else f"patient {n}" for i, n in enumerate(whose))
+    return [Traits(*row) for row in zip(cases(count), named, ml, mm, strict=True)]
+
+
+@given(patients(), st.integers(2, 5), st.integers(0, 1), st.integers(0, 5))
+@few
+def test_no_patient_on_two_sides(scans: list[Traits], folds: int, test: int, seed: int) -> None:
+    split = make_split(scans, folds, 2, test, seed, "kits19")
+    whose = {scan.case: scan.patient for scan in scans}
+    assert split.cases == set(whose)
+    held = {whose[case] for case in split.test}
+    for fold in split.folds:
+        train, val = ({whose[case] for case in side} for side in (fold.train, fold.val))
+        assert not train & val
+        assert not (train | val) & held
+        assert all(not {whose[c] for c in part.train} & {whose[c] for c in part.val} for part in fold.inner)
+    assert same_patient(split, split.patients) is None
+
+
+@given(st.integers(2, 90), st.integers(2, 7), st.integers(0, 20), st.data())
+@few
+def test_folds_hold_the_same_mix(count: int, folds: int, seed: int, data: Any) -> None:
+    """Below any tumor volume in a thickness class, two folds differ by two cases at most."""
+    ml = data.draw(st.lists(st.floats(0, 900), min_size=count, max_size=count))
+    mm = data.draw(st.lists(st.sampled_from([0.5, 1.5, 5]), min_size=count, max_size=count))
+    scans = [Traits(case, case, *row) for case, *row in zip(cases(count), ml, mm, strict=True)]
+    split = make_split(scans, folds, 2, 0, seed, "kits19")
+    by_name = {scan.case: scan for scan in scans}
+    for kind in range(3):
+        for limit in (0, 30, 200, 1000):
+            counts = [
+                sum(thickness_class(by_name[c].thickness_mm) == kind and by_name[c].tumor_ml <= limit for c in f.val)
+                for f in split.folds
+            ]
+            assert max(counts) - min(counts) <= 2
+
+
+def test_the_test_set_holds_the_mix_too() -> None:
+    split = make_split([Traits(case, case, float(i), 1) for i, case in enumerate(cases(40))], 2, 2, 4, 0, "kits19")
+    assert [int(case[-5:]) // 10 for case in split.test] == [0, 1, 2, 3]
 
 
 # --- a user's file ---------------------------------------------------------------------------------------------------
@@ -148,6 +204,15 @@ def without(key: str) -> dict[str, Any]:
         (users(fold(), test=["c"]), "fold 0 has c on two sides"),
         (users(fold(inner=[fold(train=["a"], val=["a"])])), "inner fold 0 of fold 0 isn't a split"),
         (users(fold(inner=[fold(train=["a"], val=["c"])])), "inner fold 0 of fold 0 isn't a split"),
+        (users(fold(), patients={"a": ["Ann"], "c": ["Ann"]}), "fold 0 has patient Ann on two sides: a, c"),
+        (users(fold(), patients={"a": ["c"]}), "fold 0 has patient c on two sides: a, c"),
+        (users(fold(), patients={"a": ["Ann", "Bea"], "c": ["Bea", "Eve"]}), "fold 0 has patient Bea on two sides"),
+        (users(fold(), test=["d"], patients={"d": ["b"]}), "the test set has patient b on two sides: b, d"),
+        (
+            users(fold(inner=[fold(train=["a"], val=["b"])]), patients={"a": ["Ann"], "b": ["Ann"]}),
+            "inner fold 0 of fold 0 has patient Ann on two sides: a, b",
+        ),
+        (users(fold(), patients={"a": "Ann"}), "is no split file"),
         (users(fold(val=[])), "fold 0 has no training or no validation cases"),
         (users(fold(train=[])), "fold 0 has no training or no validation cases"),
         (users({"train": ["a"]}), "KeyError: 'val'"),

@@ -11,6 +11,7 @@ from rich.markup import escape
 from kitseg import screen
 from kitseg.cli.app import Convention, Data, Jobs, Method, Set, Size, app, exit_if, known_convention, preprocess_cases
 from kitseg.errors import UsageError
+from kitseg.scoring.strata import THICKNESSES
 
 
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
@@ -98,3 +99,41 @@ def preprocess(
 
     failed = preprocess_cases(find_cases(data), config.compose(method, size, set_), to, jobs)
     exit_if(bool(failed))
+
+
+@app.command(epilog="Example: kitseg split data -o splits.json --folds 5 --test-cases 20")
+def split(
+    data: Annotated[list[Path], typer.Argument(help="Folders of labelled cases.")] = [Path("data")],  # noqa: B006
+    output: Annotated[Path, typer.Option("--output", "-o", help="The split file.")] = Path("splits.json"),
+    folds: Annotated[int, typer.Option(min=2, help="Outer folds.")] = 5,
+    inner_folds: Annotated[int, typer.Option(min=2, help="Folds of each fold's training cases.")] = 3,
+    test_cases: Annotated[int, typer.Option(min=0, help="Patients held out from every fold.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed and cases, same file.")] = 0,
+    convention: Convention = "kits19",
+    jobs: Jobs = -1,
+) -> None:
+    """Split cases by patient, each fold with the same mix of tumor volumes and slice thickness.
+
+    `kitseg train` does the same where there is no split file. A patients.csv (columns case, patient) beside the cases
+    says which of them show the same patient.
+    """
+    from kitseg.pipeline.split import look_at, report_split
+    from kitseg.splits import make_split, write_split
+    from kitseg.volumes.kits import labelled_cases
+
+    known_convention(convention)
+    if output.exists():
+        raise UsageError(f"{output} is there already; give another name with --output, or delete it")
+    cases = labelled_cases(data)
+    with screen.bar("split", len(cases)) as step:
+        traits, errors = look_at(cases, convention, jobs, step)
+    for error in errors:
+        screen.complain(f"{error} It is left out.")
+    made = make_split(traits, folds, inner_folds, test_cases, seed, convention)
+    write_split(made, output)
+    table = screen.table("part", "cases", "tumor: median (ml)", *THICKNESSES)
+    for row in report_split(made, traits):
+        table.add_row(*map(screen.cell, row))
+    screen.out.print(table)
+    screen.say(f"{len(traits)} cases split: {output}")
+    exit_if(bool(errors))

@@ -38,7 +38,9 @@ def train(
     device: Device = "auto",
     processes: Annotated[int, typer.Option(min=1, help="Ranks on the CPU, with --device cpu.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank.")] = 0,
-    data: Annotated[Path, typer.Option(help="Folder of labelled cases.")] = Path("data"),
+    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; several times for several.")] = [  # noqa: B006
+        Path("data")
+    ],
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
     split: Annotated[Path, typer.Option(help="The split file; written where there is none.")] = Path("splits.json"),
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
@@ -54,8 +56,8 @@ def train(
     from kitseg.pipeline import train as training
     from kitseg.pipeline.machine import Machine, rank
     from kitseg.pipeline.plan import Start, Unit
-    from kitseg.pipeline.preprocess import labelled_cases
     from kitseg.runs import Run
+    from kitseg.volumes.kits import labelled_cases
 
     if gpus and device == "cpu":
         raise UsageError("--gpus and --device cpu exclude each other")
@@ -73,14 +75,14 @@ def train(
         return training.train(begin.wait(), stage, screen.say)
     where, cases = machine.describe(), labelled_cases(data)
     if dry_run:
-        return _show_plan(begin.rehearse([case.id for case in cases]), cases, stage, where)
+        return _show_plan(begin.rehearse(cases), cases, stage, where)
     if restart and (old := begin.restart(stage)):
         screen.say(f"the old training is now {old}")
     failed = preprocess_cases(cases, configuration, store, jobs)
     good = [case for case in cases if case.id not in failed]
     if not good:
-        raise KitsegError(f"{data}: no case could be preprocessed; see above")
-    plan = begin.claim([case.id for case in good])
+        raise KitsegError(f"{data[0]}: no case could be preprocessed; see above")
+    plan = begin.claim(good, jobs)
     _show_plan(plan, good, stage, where)
     training.train(plan, stage, screen.say)
     screen.say(f"trained: {plan.run.path}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kitseg import config
 from kitseg.config import Config, Method, StageSpec
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import UsageError
 from kitseg.files import write_text
 from kitseg.pipeline.machine import Machine
+from kitseg.pipeline.split import claim_split, new_split, unseen_traits
 from kitseg.runs import Run, StageFolder, move_aside
-from kitseg.splits import Fold, Part, Split, make_split, read_split, write_split
+from kitseg.splits import Fold, Part, Split, read_split, write_split
+from kitseg.types import Case
 from kitseg.volumes.store import StoredCase, open_case
 
 
@@ -87,15 +89,15 @@ class Start:
     machine: Machine
     repeat: tuple[str, ...] = ()
 
-    def claim(self, cases: Iterable[str]) -> Plan:
+    def claim(self, cases: Sequence[Case], jobs: int) -> Plan:
         """The plan for these preprocessed cases; split and run are written, or checked against what is there."""
-        claim_run(self.run, self.config, claim_split(self.split, cases, self.config))
+        claim_run(self.run, self.config, claim_split(self.split, cases, self.config, jobs))
         return self.plan()
 
-    def rehearse(self, cases: Iterable[str]) -> Plan:
-        """The plan without writing anything."""
-        split = read_split(self.split) if self.split.exists() else new_split(cases, self.config)
-        return self._plan(split)
+    def rehearse(self, cases: Sequence[Case]) -> Plan:
+        """The plan without writing anything, and without looking into the label maps."""
+        there = self.split.exists()
+        return self._plan(read_split(self.split) if there else new_split(unseen_traits(cases), self.config))
 
     def plan(self) -> Plan:
         """The plan of a run that is claimed already."""
@@ -141,30 +143,6 @@ def _dependent(method: Method, stage: str) -> list[str]:
         if set(spec.inputs) & set(found):
             found.append(name)
     return found[1:]
-
-
-def new_split(cases: Iterable[str], configuration: Config) -> Split:
-    """A split as the configuration asks for."""
-    keys = ("folds", "inner_folds", "test_cases", "seed", "convention")
-    return make_split(cases, *(configuration[key] for key in keys))
-
-
-def claim_split(path: Path, cases: Iterable[str], configuration: Config) -> Split:
-    """The split file, written now where there is none yet.
-
-    Raises:
-        KitsegError: the file is damaged, of another convention, or names cases that aren't there.
-    """
-    there = set(cases)
-    if not path.exists():
-        write_split(new_split(there, configuration), path)
-    split = read_split(path)
-    if split.convention != configuration["convention"]:
-        wanted = configuration["convention"]
-        raise UsageError(f"{path} is of label convention {split.convention}, the configuration of {wanted}")
-    if missing := sorted(split.cases - there):
-        raise KitsegError(f"{path} names {', '.join(missing)}, which the data folder lacks. Add them or mend the file.")
-    return split
 
 
 def claim_run(run: Run, configuration: Config, split: Split) -> None:

@@ -11,9 +11,8 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.config import Method
-from kitseg.errors import InputError, KitsegError, in_words
+from kitseg.errors import KitsegError, in_words
 from kitseg.types import Case, Grid
-from kitseg.volumes.kits import find_cases
 from kitseg.volumes.store import store_bytes, store_case
 
 
@@ -30,18 +29,6 @@ class Outcome:
 def method_grids(method: Method) -> list[Grid]:
     """The grids of a method's stages, each once, however values return from it."""
     return list({str(stage.grid): stage.grid for stage in method.stages.values()}.values())
-
-
-def labelled_cases(data: Path) -> list[Case]:
-    """The cases of a folder that have a label to learn from.
-
-    Raises:
-        InputError: there are none.
-    """
-    cases = [case for case in find_cases(data) if case.label is not None]
-    if not cases:
-        raise InputError(data, "holds no case with a segmentation", "Add case_00000/segmentation.nii.gz and so on.")
-    return cases
 
 
 def preprocess(

@@ -1,15 +1,22 @@
-"""Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz`` and flat folders of NIfTI files."""
+"""Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz`` and flat folders of NIfTI files.
+
+Beside the cases, ``patients.csv`` (columns case and patient) may say which of them show the same patient.
+"""
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kitseg.errors import InputError, UsageError
+from kitseg.files import read_json
 from kitseg.types import Case
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
+PATIENTS, ORIGIN, ORIGIN_SCHEMA = "patients.csv", "origin.json", 1
 SUFFIXES = (".nii.gz", ".nii")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
 
@@ -48,12 +55,43 @@ def list_cases(data: Path) -> list[Case]:
     _check_folder(data)
     data = data.absolute()  # worker processes may stand in another folder
     if (data / IMAGE).is_file():
-        return [case_of(data)]
+        return [_with_origin(case_of(data), {})]
     folders = [f for f in _folders(data) if f.name.startswith("case_") or (f / IMAGE).is_file()]
     cases = [case_of(f) for f in folders] or [Case(scan_id(f), f) for f in _flat(data)]
     if not cases:
         raise InputError(data, "the folder holds no scans", _EXPECTED)
-    return _distinct(cases)
+    patients = read_patients(data / PATIENTS)
+    return [_with_origin(case, patients) for case in _distinct(cases)]
+
+
+def read_patients(path: Path) -> dict[str, str]:
+    """Each case's patient from a table with the columns ``case`` and ``patient``; empty where there is no file.
+
+    Raises:
+        InputError: unreadable, other columns, or a case with two patients.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [(row["case"].strip(), row["patient"].strip()) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise InputError(path, "is no table of cases", "It needs the columns case and patient.") from error
+    if odd := sorted({case for case, patient in rows if not patient or (case, patient) not in dict(rows).items()}):
+        raise InputError(path, f"gives no patient, or two, to {', '.join(odd)}", "Mend the file.")
+    return dict(rows)
+
+
+def labelled_cases(folders: Sequence[Path]) -> list[Case]:
+    """The cases of folders that have a label to learn from.
+
+    Raises:
+        InputError: there are none. UsageError: two folders hold a case of the same name.
+    """
+    cases = [case for folder in folders for case in find_cases(folder) if case.label is not None]
+    if not cases:
+        raise InputError(folders[0], "holds no case with a segmentation", f"Add case_00000/{LABEL} and so on.")
+    return _distinct({case.image.resolve(): case for case in cases}.values())
 
 
 def find_cases(data: Path) -> list[Case]:
@@ -103,6 +141,15 @@ def find_labels(folder: Path) -> dict[str, Path]:
         raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
     cases = [Case(_canonical(f.parent.name if f.name == LABEL else _stem(f)), f) for f in files]
     return {case.id: case.image for case in _distinct(cases)}
+
+
+def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
+    """The case with the patients that it shows: its own, or those that a registered copy was made from."""
+    path = case.image.with_name(ORIGIN)
+    if case.image.name != IMAGE or not path.exists():
+        return replace(case, patients=(patients[case.id],)) if case.id in patients else case
+    origin = read_json(path, ORIGIN_SCHEMA)
+    return replace(case, patients=tuple(origin["patients"]), sources=tuple(origin["sources"]))
 
 
 def _canonical(name: str) -> str:

@@ -1,0 +1,188 @@
+"""Two score files, case by case: who is better, by how much, and whether chance explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kitseg.errors import InputError, UsageError
+from kitseg.files import read_json, write_json
+from kitseg.pipeline.evaluate import PROTOCOL
+from kitseg.pipeline.evaluate import SCHEMA as SCORES_SCHEMA
+from kitseg.scoring.compare import FEWEST, Group, Paired, compare_cases
+
+SCHEMA = 1
+FIGURES, PICTURE = "comparison.json", "comparison.png"
+_PLACES = (Path("scores.json"), Path("validation") / "scores.json")
+_REMEDY = "Make it again with kitseg evaluate --json."
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """What ``kitseg evaluate --json`` wrote.
+
+    cases: Dice by case and class; strata: stratum by case and kind; background: cases scored as if nothing was found.
+    """
+
+    path: Path
+    convention: str
+    cases: dict[str, dict[str, float]]
+    strata: dict[str, dict[str, str]]
+    background: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two score files and each group of their cases."""
+
+    a: ScoreFile
+    b: ScoreFile
+    groups: list[Group]
+
+    @property
+    def tests(self) -> int:
+        """The strata's tests, for whose number their p values are corrected."""
+        return sum(group.holm is not None for group in self.groups)
+
+    def notes(self) -> list[str]:
+        """What isn't compared, and which cases count as background, in lines."""
+        lines = []
+        for name, one, other in (("A", self.a, self.b), ("B", self.b, self.a)):
+            if alone := sorted(one.cases.keys() - other.cases.keys()):
+                lines.append(f"only {name} has {_listed(alone)}: left out")
+            if nothing := sorted(one.background & one.cases.keys() & other.cases.keys()):
+                lines.append(f"in {name}, missing or failed and so scored as background: {_listed(nothing)}")
+        return lines
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compare two score files, or the ones in two folders (``scores.json`` or ``validation/scores.json``).
+
+    Raises:
+        UsageError: both are the same file, of different label conventions or without a case in common.
+        InputError: one is missing, damaged or by another protocol, or both give a case another stratum.
+    """
+    one, other = read_scores(a), read_scores(b)
+    if one.path.resolve() == other.path.resolve():
+        raise UsageError(f"{a} and {b} are the same file: give the scores of two methods")
+    if one.convention != other.convention:
+        conventions = f"{one.path} is of convention {one.convention}, {other.path} of {other.convention}"
+        raise UsageError(f"{conventions}: evaluate both with the same --convention")
+    groups = compare_cases(one.cases, other.cases, _strata(one, other))
+    if not groups:
+        raise UsageError(f"{one.path} and {other.path} share no case: evaluate both on the same cases")
+    return Comparison(one, other, groups)
+
+
+def read_scores(path: Path) -> ScoreFile:
+    """Read a score file, or the one in a folder.
+
+    Raises:
+        InputError: missing, damaged, or by another protocol.
+    """
+    path = _resolve(path)
+    content = read_json(path, SCORES_SCHEMA)
+    if content.get("protocol") != PROTOCOL:
+        raise InputError(path, f"is by the protocol {content.get('protocol')}, not {PROTOCOL}", _REMEDY)
+    try:
+        cases = {case: {name: _dice(s["dice"]) for name, s in found.items()} for case, found in content["cases"].items()}
+        strata = {case: {k: str(v) for k, v in kinds.items()} for case, kinds in content.get("strata", {}).items()}
+        background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
+        return ScoreFile(path, str(content["convention"]), cases, strata, background)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(path, f"is no score file ({type(error).__name__}: {error})", _REMEDY) from error
+
+
+def write_figures(path: Path, comparison: Comparison) -> None:
+    """Write every figure as JSON, with the differences of all cases."""
+    a, b = comparison.a, comparison.b
+    content: dict[str, Any] = {"protocol": PROTOCOL, "convention": a.convention, "a": str(a.path), "b": str(b.path)}
+    content["only_a"] = sorted(a.cases.keys() - b.cases.keys())
+    content["only_b"] = sorted(b.cases.keys() - a.cases.keys())
+    content["background_a"], content["background_b"] = sorted(a.background), sorted(b.background)
+    content["groups"] = [_figures(group) for group in comparison.groups]
+    write_json(path, SCHEMA, content)
+
+
+def sentence(name: str, paired: Paired) -> str:
+    """The outcome for a class in plain words."""
+    size, verdict = f"{abs(paired.mean):.3f}", paired.verdict
+    if verdict == "too few":
+        return f"{name}: too few cases to say ({paired.n}, it takes {FEWEST}); on average B − A is {paired.mean:+.3f}"
+    sign = -1 if verdict == "A" else 1
+    low, high = sorted(sign * bound for bound in (paired.low or 0.0, paired.high or 0.0))
+    chance = f"95 % CI {low:.3f} to {high:.3f}, p {p_words(paired.p)}"
+    if verdict in ("A", "B"):
+        count = paired.wins if verdict == "B" else paired.losses
+        return f"{name}: {verdict} is better by {size} ({chance}, {count} of {paired.n} cases)"
+    tally = f"B better in {paired.wins}, A in {paired.losses} of {paired.n} cases"
+    if verdict == "none":
+        return f"{name}: no difference shown: B − A is {paired.mean:+.3f} ({chance}; {tally})"
+    return f"{name}: not settled: B − A is {paired.mean:+.3f}, but mean and ranks disagree ({chance}; {tally})"
+
+
+def p_words(p: float | None) -> str:
+    """A p value with its sign, such as ``= 0.012`` or ``< 0.001``; a dash where nothing was tested."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
+def _resolve(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise InputError(path, "there is no such file or folder", "Name a file of kitseg evaluate --json.")
+    for place in _PLACES:
+        if (path / place).is_file():
+            return path / place
+    places = " or ".join(str(place) for place in _PLACES)
+    raise InputError(path, f"the folder holds no {places}", "Name a file of kitseg evaluate --json.")
+
+
+def _dice(value: Any) -> float:
+    if isinstance(value, bool) or not 0 <= value <= 1:  # NaN isn't either
+        raise ValueError(f"a Dice of {value}")
+    return float(value)
+
+
+def _strata(a: ScoreFile, b: ScoreFile) -> dict[str, dict[str, str]]:
+    """The strata that either file knows."""
+    both: dict[str, dict[str, str]] = {}
+    for case in a.cases.keys() & b.cases.keys():
+        one, other = a.strata.get(case, {}), b.strata.get(case, {})
+        for kind in one.keys() & other.keys():
+            if one[kind] != other[kind]:
+                problem = f"{case} is of {kind} {other[kind]}, in {a.path} of {one[kind]}"
+                raise InputError(b.path, problem, "Evaluate both against the same references.")
+        both[case] = {**one, **other}
+    return both
+
+
+def _figures(group: Group) -> dict[str, Any]:
+    paired = group.paired
+    interval = None if paired.low is None else [paired.low, paired.high]
+    return {
+        "class": group.name,
+        "kind": group.kind or None,
+        "stratum": group.stratum or None,
+        "n": paired.n,
+        "mean_a": paired.mean_a,
+        "mean_b": paired.mean_b,
+        "difference": paired.mean,
+        "interval_95": interval,
+        "p": paired.p,
+        "p_holm": group.holm,
+        "better": paired.wins,
+        "same": paired.ties,
+        "worse": paired.losses,
+        "verdict": paired.verdict,
+        "differences": dict(zip(group.cases, paired.differences.tolist(), strict=True)),
+    }
+
+
+def _listed(cases: Sequence[str], most: int = 10) -> str:
+    more = len(cases) - most
+    return ", ".join(cases[:most]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,22 @@
+"""Groups of cases that are scored apart: what is easy for a method and what is hard."""
+
+from __future__ import annotations
+
+import math
+
+THICKNESSES = ("up to 1 mm", "1 to 3 mm", "over 3 mm")
+SIZES = ("no tumor", "up to 4 cm", "4 to 7 cm", "over 7 cm")
+
+
+def thickness_class(millimetres: float) -> int:
+    """Which of ``THICKNESSES`` the distance of a scan's slices belongs to; a third of KiTS19's cases lies in each."""
+    return int(millimetres > 1.01) + int(millimetres > 3.01)
+
+
+def size_class(ml: float) -> int:
+    """Which of ``SIZES`` a tumor of this volume belongs to: the diameter of a ball of that volume.
+
+    4 and 7 cm part the stages T1a, T1b and T2 (TNM classification of renal tumors).
+    """
+    diameter_cm = (6 * ml / math.pi) ** (1 / 3)
+    return 0 if ml <= 0 else 1 + int(diameter_cm > 4) + int(diameter_cm > 7)
