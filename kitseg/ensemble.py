@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,6 +40,24 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
         raise ValueError("a mean needs at least one member")
     total /= np.float32(weights)
     return Probabilities(total.astype(np.float16), first.channels, box, first.geometry, first.native, first.case_id)
+
+
+def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The channels that members of these channels are averaged in: their own, or the three exclusive ones if mixed.
+
+    Raises:
+        ValueError: channels that can't be averaged with each other.
+    """
+    if len(set(kinds)) == 1:
+        return kinds[0]
+    if strange := set(kinds) - {EXCLUSIVE, NESTED}:
+        raise ValueError(f"channels {', '.join(sorted(strange)[0])} can't be averaged with others")
+    return EXCLUSIVE
+
+
+def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
+    """The same belief in ``channels``, which ``common_channels`` gave."""
+    return probabilities if probabilities.channels == channels else exclusive(probabilities)
 
 
 def exclusive(probabilities: Probabilities) -> Probabilities:

@@ -187,7 +187,7 @@ def test_predict_writes_figures_and_a_picture(trained: Path, tmp_path: Path) -> 
     ml = abs(np.linalg.det(scan.affine[:3, :3])) / 1000
     labels = labels_of(tmp_path / "case_00001.nii.gz")
     assert facts["volumes_ml"]["kidney"] == pytest.approx((labels == 1).sum() * ml, abs=2e-3)
-    assert len(facts["model"]["sha256"]) == 64
+    assert [len(model["sha256"]) for model in facts["models"]] == [64]
     assert facts["versions"]["kitseg"] == package.__version__
     assert (tmp_path / "case_00001.png").read_bytes().startswith(b"\x89PNG")
 

@@ -219,7 +219,7 @@ def test_nothing_found_is_all_background(inferred: Path) -> None:
 
 
 def test_a_priors_settings_on_the_command_line(tmp_path: Path) -> None:
-    from kitseg.pipeline.predict import build_steps
+    from kitseg.pipeline.clean import build_steps
     from kitseg.postprocess.kidneys import KeepKidneys
 
     run = config.compose("two-phase", "paper", ["postprocess.dark=null", "postprocess.kidneys.min_ml=7"])

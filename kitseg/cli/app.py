@@ -13,7 +13,7 @@ from kitseg import __version__, screen
 from kitseg.errors import KitsegError, UsageError
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.predict import Outcome
+    from kitseg.pipeline.outcome import Outcome
 
 app = typer.Typer(
     name="kitseg",
@@ -41,7 +41,7 @@ Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases worked on a
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Split = Annotated[Path | None, typer.Option(help="A split file: only its test cases, or a fold's with --fold.")]
 Fold = Annotated[int | None, typer.Option(help="With --split: the validation cases of this fold.")]
-Model = Annotated[Path | None, typer.Option(help="A run, or one fold of it.")]
+Mirror = Annotated[bool, typer.Option("--mirror", help="See each scan a second time with left and right exchanged.")]
 Convention = Annotated[
     str, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23 (cysts are 3).")
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kitseg import screen
-from kitseg.cli.app import PREDICTIONS, PROBABILITIES, Device, Fold, Model, Split, app, work
+from kitseg.cli.app import PREDICTIONS, PROBABILITIES, Device, Fold, Mirror, Split, app, work
 from kitseg.errors import UsageError
 
 
@@ -18,18 +18,21 @@ def infer(
     data: Annotated[Path, typer.Option(help="Scans: a file, a folder of cases or of files.")] = Path("data"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = PROBABILITIES,
     stage: Annotated[str | None, typer.Option(help="A stage's own output, such as coarse or fine.1.")] = None,
+    mirror: Mirror = False,
     split: Split = None,
     fold: Fold = None,
     device: Device = "auto",
 ) -> None:
     """Probabilities of each scan: a run's checkpoints averaged, on the scan's own grid."""
-    from kitseg.pipeline import predict as steps
+    from kitseg.pipeline.infer import infer as infer_scans
+    from kitseg.pipeline.members import choose_run, describe
     from kitseg.pipeline.model import open_model
+    from kitseg.pipeline.predict import choose_scans
 
-    scans = steps.choose_scans([data], split, fold)
-    model = open_model(run or steps.choose_run(Path("runs")).path, device, stage.partition(".")[0] if stage else None)
-    screen.say(steps.describe(model))
-    work("infer", len(scans), lambda done: steps.infer(model, stage, scans, output, done))
+    scans, first = choose_scans([data], split, fold), stage.partition(".")[0] if stage else None
+    model = open_model(run or choose_run(Path("runs")).path, device, first, mirror)
+    screen.say(describe(model))
+    work("infer", len(scans), lambda done: infer_scans(model, stage, scans, output, done))
 
 
 @app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
@@ -39,12 +42,12 @@ def ensemble(
     weights: Annotated[str | None, typer.Option(help="One number a folder, comma-separated.")] = None,
 ) -> None:
     """The mean of folders of probabilities; post-processing will be the first folder's."""
-    from kitseg.pipeline import predict as steps
+    from kitseg.pipeline.infer import average
     from kitseg.volumes.blocks import block_cases
 
-    shares = _numbers(weights) if weights else [1.0] * len(folders)
+    shares = _numbers(weights) or [1.0] * len(folders)
     count = len(block_cases(folders[0]))
-    work("ensemble", count, lambda done: steps.average(folders, shares, output, done))
+    work("ensemble", count, lambda done: average(folders, shares, output, done))
 
 
 @app.command(epilog="Example: kitseg postprocess ensemble -o predictions")
@@ -54,10 +57,10 @@ def postprocess(
     without: Annotated[list[str], typer.Option(metavar="NAME", help="Leave out this prior; all: every one.")] = [],  # noqa: B006
 ) -> None:
     """Labels from probabilities, cleaned as the method asks."""
-    from kitseg.pipeline import predict as steps
+    from kitseg.pipeline.clean import postprocess as clean_folder
     from kitseg.volumes.blocks import block_cases
 
-    work("postprocess", len(block_cases(folder)), lambda done: steps.postprocess(folder, output, done, without))
+    work("postprocess", len(block_cases(folder)), lambda done: clean_folder(folder, output, done, without))
 
 
 @app.command(epilog="Example: kitseg predict case_00210.nii.gz --model runs/two-phase-paper")
@@ -66,23 +69,32 @@ def predict(
         Path("data")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = PREDICTIONS,
-    model: Model = None,
+    model: Annotated[
+        list[Path],
+        typer.Option(help="A run, one fold of it, or an ensemble file; several times: the mean of all."),
+    ] = [],  # noqa: B006
+    weights: Annotated[str | None, typer.Option(help="One number a model, comma-separated.")] = None,
+    mirror: Mirror = False,
     split: Split = None,
     fold: Fold = None,
     device: Device = "auto",
 ) -> None:
-    """Kidney and tumor labels for scans, on each scan's own grid."""
-    from kitseg.pipeline import predict as steps
-    from kitseg.pipeline.model import open_model
+    """Kidney and tumor labels for scans, on each scan's own grid.
 
-    cases = steps.choose_scans(scans, split, fold)
-    opened = open_model(model or steps.choose_run(Path("runs")).path, device)
-    screen.say(steps.describe(opened))
-    work("predict", len(cases), lambda done: steps.predict_scans(opened, cases, output, done))
+    Several models: the mean of their probabilities, a run's folds averaged first; the post-processing is the first
+    model's, or what an ensemble file says (`kitseg choose` writes one).
+    """
+    from kitseg.pipeline.members import choose_run, open_ensemble
+    from kitseg.pipeline.predict import choose_scans, predict_scans
+
+    cases = choose_scans(scans, split, fold)
+    opened = open_ensemble(model or [choose_run(Path("runs")).path], device, _numbers(weights), mirror)
+    screen.say(opened.describe())
+    work("predict", len(cases), lambda done: predict_scans(opened, cases, output, done))
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str | None) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(part) for part in text.split(",")] if text else []
     except ValueError as error:
-        raise UsageError(f"--weights {text}: one number a folder, such as 2,1") from error
+        raise UsageError(f"--weights {text}: one number each, such as 2,1") from error

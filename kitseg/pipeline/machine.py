@@ -1,12 +1,15 @@
-"""Where a training computes."""
+"""Where it is computed, and with what."""
 
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from kitseg import __version__
 from kitseg.errors import UsageError
 from kitseg.pipeline.model import torch_device
 
@@ -46,3 +49,13 @@ def rank() -> int:
     """This process's global rank, before Lightning has started."""
     keys = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     return next((int(os.environ[key]) for key in keys if key in os.environ), 0)
+
+
+def versions() -> dict[str, str]:
+    """What computed this."""
+    return {
+        "kitseg": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

@@ -34,22 +34,28 @@ class TrainedStage:
     region: Region
     checkpoints: tuple[Path, ...]
     threshold: float | None = None
+    mirror: bool = False
 
     @torch.inference_mode()
     def predict(self, image: Tensor, head: str) -> Tensor:
-        """The mean over the checkpoints of (K, D, H, W) probabilities for a region (C, D, H, W)."""
+        """The mean over the checkpoints, and over left and right, of (K, D, H, W) probabilities for a region."""
         total: Tensor | None = None
         number = self.spec.heads.index(head)
         for path in self.checkpoints:
             load_weights(self.module, path)
-            with _autocast(self.module.device, self.spec.precision):
-                values = self.module.window(lambda x: self.module.probabilities(x, number), image)
+            values = self._see(image, number)
+            if self.mirror:
+                values.add_(self._see(image.flip(-1), number).flip(-1)).div_(2)
             if not bool(values.isfinite().all()):
                 raise InputError(path, "gives probabilities that aren't numbers", "Train again, or use --device cpu.")
             total = values if total is None else total.add_(values)
         if total is None:
             raise ValueError("a trained stage has at least one checkpoint")
         return total.div_(len(self.checkpoints))
+
+    def _see(self, image: Tensor, head: int) -> Tensor:
+        with _autocast(self.module.device, self.spec.precision):
+            return self.module.window(lambda x: self.module.probabilities(x, head), image)
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,12 @@ class Model:
     folds: tuple[int, ...]
     device: torch.device
     modules: Mapping[str, Stage]
+    mirror: bool = False
 
     def stages(self, fold: int) -> dict[str, Predictor]:
         """The trained stages of a fold, in order."""
         return {
-            name: trained_stage(self.method.stages[name], module, self.run.stage(fold, name))
+            name: trained_stage(self.method.stages[name], module, self.run.stage(fold, name), self.mirror)
             for name, module in self.modules.items()
         }
 
@@ -85,13 +92,14 @@ class Model:
         return state.hexdigest()
 
 
-def open_model(path: Path, device: str, stage: str | None = None) -> Model:
+def open_model(path: Path, device: str, stage: str | None = None, mirror: bool = False) -> Model:
     """Open a run (its finished folds) or one fold for prediction.
 
     Args:
         path: a run's folder or a fold's.
         device: ``auto``, ``cpu`` or ``cuda``.
         stage: whose output is wanted; the method's where it is None.
+        mirror: whether each stage also sees every scan with left and right exchanged, and averages the two.
 
     Raises:
         UsageError: not a run, or no GPU where one is asked for. InputError: not trained to its end.
@@ -109,7 +117,7 @@ def open_model(path: Path, device: str, stage: str | None = None) -> Model:
             run.stage(number, name).checkpoints()
     where = torch_device(device)
     modules = {name: build_stage(method.stages[name]).to(where).eval() for name in chain}
-    return Model(run, method, tuple(folds), where, modules)
+    return Model(run, method, tuple(folds), where, modules, mirror)
 
 
 def build_stage(spec: StageSpec) -> Stage:
@@ -124,10 +132,12 @@ def build_sight(spec: StageSpec) -> Sight:
     return Sight(config.build(spec.parts["intensity"]), None if link is None else config.build(link))
 
 
-def trained_stage(spec: StageSpec, module: Stage, folder: StageFolder) -> TrainedStage:
+def trained_stage(spec: StageSpec, module: Stage, folder: StageFolder, mirror: bool = False) -> TrainedStage:
     """A stage with a finished training's checkpoints."""
     paths = tuple(path for path, _ in folder.checkpoints())
-    return TrainedStage(spec, module, build_sight(spec), config.build(spec.parts["region"]), paths, folder.threshold())
+    return TrainedStage(
+        spec, module, build_sight(spec), config.build(spec.parts["region"]), paths, folder.threshold(), mirror
+    )
 
 
 def load_weights(module: Stage, path: Path) -> None:

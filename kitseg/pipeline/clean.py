@@ -1,0 +1,92 @@
+"""From probabilities to label maps on disk, cleaned by what medicine knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg import config, ensemble
+from kitseg.errors import UsageError
+from kitseg.labels import KIDNEY, TUMOR
+from kitseg.pipeline.outcome import OnDone, Outcome, each
+from kitseg.postprocess.components import bounding_box
+from kitseg.postprocess.prior import Prior
+from kitseg.types import Probabilities, Volume
+from kitseg.volumes.blocks import block_cases, read_block, read_manifest, scan_of
+from kitseg.volumes.nifti import read_image, write_labels
+
+EVERY_PRIOR = "all"
+
+
+def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] = ()) -> list[Outcome]:
+    """Labels from a folder of probabilities, cleaned as its manifest expects but for the priors ``without``.
+
+    Raises:
+        UsageError: a prior that isn't there.
+    """
+    steps = build_steps(read_manifest(folder)["postprocess"], without)
+
+    def work(case: str) -> Outcome:
+        path, _ = scan_of(folder, case)
+        spare_scan(path, to / f"{case}.nii.gz")
+        probabilities = read_block(folder, case)
+        labels = clean(probabilities, read_image(path, case), steps)
+        return save_labels(to, case, labels, probabilities)
+
+    return each(block_cases(folder), work, on_done)
+
+
+def build_steps(specs: Mapping[str, Any], without: Sequence[str] = ()) -> list[Prior]:
+    """The priors of a method in their order, but for those ``without``; one that is null is switched off.
+
+    Raises:
+        UsageError: a prior that isn't there, or priors without names.
+    """
+    if not isinstance(specs, Mapping):
+        raise UsageError(f"postprocess is {specs!r}; it must name each prior, such as kidneys: {{_target_: ...}}")
+    if unknown := [name for name in without if name not in {*specs, EVERY_PRIOR}]:
+        there = ", ".join([*specs, EVERY_PRIOR])
+        raise UsageError(f"--without {' '.join(unknown)}: there is no such prior; there are {there}")
+    left = {} if EVERY_PRIOR in without else specs
+    return [config.build(spec) for name, spec in left.items() if spec is not None and name not in without]
+
+
+def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Prior]) -> NDArray[np.uint8]:
+    """Labels (D, H, W) from probabilities, put through the priors in the box of what was found."""
+    labels = np.zeros(scan.geometry.shape, np.uint8)
+    masks = ensemble.to_masks(probabilities)
+    found = bounding_box(masks.either)
+    if found is None:
+        return labels
+    z, y, x = probabilities.box.start
+    box, masks = found.moved((-z, -y, -x)), masks.crop(found)
+    for step in steps:
+        masks = step(masks, scan.array[box.slices], scan.geometry.spacing)
+    labels[box.slices] = masks.labels()
+    return labels
+
+
+def save_labels(to: Path, case: str, labels: NDArray[np.uint8], probabilities: Probabilities) -> Outcome:
+    """Write a case's label map in its scan's own orientation, with the volumes found."""
+    path = to / f"{case}.nii.gz"
+    write_labels(path, labels, probabilities.native)
+    ml = probabilities.geometry.voxel_ml
+    volumes = {
+        name: round(int((labels == value).sum()) * ml, 3) for name, value in (("kidney", KIDNEY), ("tumor", TUMOR))
+    }
+    return Outcome(case, note=nothing_found(probabilities), result=path, volumes_ml=volumes)
+
+
+def spare_scan(scan: Path, target: Path) -> None:
+    """Never write over the scan itself."""
+    if target.resolve() == scan.resolve():
+        raise UsageError(f"{target} is the scan itself; choose another folder with --output")
+
+
+def nothing_found(probabilities: Probabilities) -> str:
+    """A word where a model found nothing at all."""
+    return "" if probabilities.array.size else "no kidney or tumor found: all background"

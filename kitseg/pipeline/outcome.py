@@ -1,0 +1,38 @@
+"""A verb's work, case by case: what became of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kitseg.errors import in_words
+
+OnDone = Callable[["Outcome"], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case; ``error`` says why where there is no result."""
+
+    case: str
+    error: str = ""
+    note: str = ""
+    result: Path | None = None
+    volumes_ml: Mapping[str, float] | None = None
+    seconds: float = 0.0
+
+
+def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) -> list[Outcome]:
+    """Do the work case by case; a case that fails doesn't stop the others."""
+    outcomes = []
+    for case in cases:
+        begun = time.perf_counter()
+        try:
+            outcome = work(case)
+        except Exception as error:  # whatever it is, the other cases go on
+            outcome = Outcome(case, error=in_words(case, error))
+        outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
+        on_done(outcomes[-1])
+    return outcomes
