@@ -32,9 +32,7 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
         wider = box.union(member.box)
         total = _widen(total, box, wider, first.channels, weights)
         box = wider
-        share = _widen(member.array.astype(np.float32), member.box, box, first.channels, 1.0)
-        share *= np.float32(weight)
-        total += share
+        _add(total, box, member, np.float32(weight))
         weights += weight
     if first is None:
         raise ValueError("a mean needs at least one member")
@@ -108,6 +106,21 @@ def _same_kind(first: Probabilities, other: Probabilities) -> None:
         raise ValueError(f"{other.case_id} has channels {other.channels} here and {first.channels} there")
     if not other.geometry.same_as(first.geometry):
         raise ValueError(f"{other.case_id} lies on two different grids")
+
+
+def _add(total: NDArray[np.float32], box: Box, member: Probabilities, weight: np.float32) -> None:
+    """Add a member to a sum over a box that holds the member's, slice by slice so that nothing is copied whole."""
+    background = [i for i, channel in enumerate(member.channels) if channel == "background"]
+    if not member.array.size:
+        total[background] += weight
+        return
+    inside = total[(slice(None), *member.box.moved(box.start).slices)]
+    if member.box != box:
+        before = inside[background]
+        total[background] += weight
+        inside[background] = before
+    for place, values in zip(np.moveaxis(inside, 1, 0), np.moveaxis(member.array, 1, 0), strict=True):
+        place += values.astype(np.float32) * weight
 
 
 def _widen(

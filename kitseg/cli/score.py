@@ -12,6 +12,7 @@ from kitseg import screen
 from kitseg.cli.app import PREDICTIONS, Convention, Fold, Jobs, Split, app, exit_if, known_convention
 
 if TYPE_CHECKING:
+    from kitseg.pipeline.compare import Comparison
     from kitseg.pipeline.priors import Fit
 
 
@@ -71,6 +72,81 @@ def evaluate(
     if report:
         scoring.write_scores(report, scores, convention)
     exit_if(any(score.missing or score.error for score in scores))
+
+
+@app.command(epilog="Example: kitseg compare two-phase.json two-stage.json")
+def compare(
+    a: Annotated[Path, typer.Argument(help="Scores of A: a file of `kitseg evaluate --json`, or its folder.")],
+    b: Annotated[Path, typer.Argument(help="Scores of B, on the same cases.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture and the figures.")] = Path(
+        "comparison"
+    ),
+) -> None:
+    """Is B better than A? Paired differences per class and stratum, with interval and test."""
+    from kitseg.pipeline import compare as pairs
+    from kitseg.report.comparison import comparison_picture
+
+    comparison = pairs.compare(a, b)
+    for name, file in (("A", comparison.a), ("B", comparison.b)):
+        screen.say(escape(f"{name}: {file.path}, {len(file.cases)} cases"))
+    for note in comparison.notes():
+        screen.say(escape(note))
+    _show_comparison(comparison)
+    comparison_picture(output / pairs.PICTURE, comparison.groups, str(comparison.a.path), str(comparison.b.path))
+    pairs.write_figures(output / pairs.FIGURES, comparison)
+    screen.say(escape(f"→ {output / pairs.PICTURE}, {output / pairs.FIGURES}"))
+
+
+@app.command(epilog="Example: kitseg submit predictions -o kits19.zip")
+def submit(
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps to submit.")] = PREDICTIONS,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The zip to write.")] = Path("kits19.zip"),
+    data: Annotated[Path, typer.Option(help="Folder of their scans.")] = Path("data"),
+    cases: Annotated[str, typer.Option(help="Cases that must be there.")] = "210-299",
+) -> None:
+    """Check every prediction against its scan and pack KiTS19's submission; any problem, and nothing is written."""
+    from kitseg.pipeline import submit as packing
+    from kitseg.volumes.download import parse_cases
+
+    packing.check_output(output)
+    numbers = parse_cases(cases)
+    with screen.bar("check", len(numbers)) as step:
+        submission = packing.check(predictions, data, numbers, step)
+    for problem in submission.problems:
+        screen.complain(problem)
+    if submission.extra:
+        screen.say(escape(f"left out, not among the cases {cases}: {', '.join(submission.extra)}"))
+    if submission.empty:
+        names = ", ".join(submission.empty)
+        screen.say(f"[yellow]{len(submission.empty)} of {len(numbers)} predictions are all background:[/] {names}")
+    if submission.problems:
+        screen.say(escape(f"{submission.sound} of {len(numbers)} cases are fine; {output} is not written"))
+        exit_if(True)
+    with screen.bar("write", len(numbers)) as step:
+        packing.write(output, submission, step)
+    screen.say(escape(f"{len(numbers)} cases, {output.stat().st_size / 1e6:.2f} MB → {output}"))
+
+
+def _show_comparison(comparison: Comparison) -> None:
+    """The paired differences in a table, and the outcome of each class in words."""
+    from kitseg.pipeline.compare import interval_words, p_words, sentence, signed
+
+    table = screen.table("", "n", "mean A", "mean B", "B − A", "95 % CI", "p", "B better", "same", "A better")
+    for group in comparison.groups:
+        if not group.kind and table.row_count:
+            table.add_section()
+        paired, name = group.paired, f"  {group.kind}: {group.stratum}" if group.kind else group.name
+        means = (screen.cell(paired.mean_a), screen.cell(paired.mean_b), signed(paired.mean))
+        counts = (str(count) for count in (paired.wins, paired.ties, paired.losses))
+        p = p_words(group.p).removeprefix("= ")
+        table.add_row(escape(name), str(paired.n), *means, interval_words(paired), p, *counts)
+    screen.out.print(table)
+    for group in comparison.groups:
+        if not group.kind:
+            screen.say(escape(sentence(group)))
+    screen.say("95 % CI: BCa bootstrap of the mean; p: exact Wilcoxon signed-rank test, two-sided, not corrected")
+    if comparison.tests:
+        screen.say(f"p of the groups of cases: corrected for their {comparison.tests} tests by Holm's method")
 
 
 def _show_fit(fit: Fit) -> None:

@@ -87,7 +87,9 @@ def read_scores(path: Path) -> ScoreFile:
     if content.get("protocol") != PROTOCOL:
         raise InputError(path, f"is by the protocol {content.get('protocol')}, not {PROTOCOL}", _REMEDY)
     try:
-        cases = {case: {name: _dice(s["dice"]) for name, s in found.items()} for case, found in content["cases"].items()}
+        cases = {
+            case: {name: _dice(s["dice"]) for name, s in found.items()} for case, found in content["cases"].items()
+        }
         strata = {case: {k: str(v) for k, v in kinds.items()} for case, kinds in content.get("strata", {}).items()}
         background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
         return ScoreFile(path, str(content["convention"]), cases, strata, background)
@@ -106,21 +108,32 @@ def write_figures(path: Path, comparison: Comparison) -> None:
     write_json(path, SCHEMA, content)
 
 
-def sentence(name: str, paired: Paired) -> str:
-    """The outcome for a class in plain words."""
-    size, verdict = f"{abs(paired.mean):.3f}", paired.verdict
-    if verdict == "too few":
-        return f"{name}: too few cases to say ({paired.n}, it takes {FEWEST}); on average B − A is {paired.mean:+.3f}"
-    sign = -1 if verdict == "A" else 1
-    low, high = sorted(sign * bound for bound in (paired.low or 0.0, paired.high or 0.0))
-    chance = f"95 % CI {low:.3f} to {high:.3f}, p {p_words(paired.p)}"
+def sentence(group: Group) -> str:
+    """The outcome for a group in plain words."""
+    name, paired, verdict = f"{group.name} {group.stratum}".strip(), group.paired, group.verdict
+    mean = signed(paired.mean)
+    if paired.low is None or paired.high is None:
+        return f"{name}: too few cases to say ({paired.n}; it takes {FEWEST}); the mean of B − A is {mean}"
     if verdict in ("A", "B"):
-        count = paired.wins if verdict == "B" else paired.losses
-        return f"{name}: {verdict} is better by {size} ({chance}, {count} of {paired.n} cases)"
+        sign, count = (1, paired.wins) if verdict == "B" else (-1, paired.losses)
+        low, high = sorted((sign * paired.low, sign * paired.high))
+        facts = f"95 % CI {low:.3f} to {high:.3f}, p {p_words(group.p)}, {count} of {paired.n} cases"
+        return f"{name}: {verdict} is better by {abs(paired.mean):.3f} ({facts})"
     tally = f"B better in {paired.wins}, A in {paired.losses} of {paired.n} cases"
+    facts = f"95 % CI {interval_words(paired)}, p {p_words(group.p)}, {tally}"
     if verdict == "none":
-        return f"{name}: no difference shown: B − A is {paired.mean:+.3f} ({chance}; {tally})"
-    return f"{name}: not settled: B − A is {paired.mean:+.3f}, but mean and ranks disagree ({chance}; {tally})"
+        return f"{name}: no difference shown: the mean of B − A is {mean} ({facts})"
+    return f"{name}: not settled, interval and test disagree: the mean of B − A is {mean} ({facts})"
+
+
+def signed(value: float) -> str:
+    """A difference, such as ``+0.012`` or ``−0.003``."""
+    return f"{value:+.3f}".replace("-", "−") if round(value, 3) else "0.000"
+
+
+def interval_words(paired: Paired) -> str:
+    """The 95 % interval, a dash where there is none."""
+    return "–" if paired.low is None or paired.high is None else f"{signed(paired.low)} to {signed(paired.high)}"
 
 
 def p_words(p: float | None) -> str:
@@ -178,7 +191,7 @@ def _figures(group: Group) -> dict[str, Any]:
         "better": paired.wins,
         "same": paired.ties,
         "worse": paired.losses,
-        "verdict": paired.verdict,
+        "verdict": group.verdict,
         "differences": dict(zip(group.cases, paired.differences.tolist(), strict=True)),
     }
 

@@ -1,19 +1,153 @@
-"""A PNG picture of two methods' paired differences."""
+"""A PNG picture of two methods' paired differences: every case, the mean of each group and its interval."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
-from kitseg.report.pictures import save_figure
+from kitseg.files import aside
 from kitseg.scoring.compare import Group, Paired
 
 _BETTER_A, _SAME, _BETTER_B = "#c8641e", "#8a8a8a", "#1f6fb4"
-_GOLDEN = 0.6180339887  # consecutive multiples of it fill an interval evenly
+_GOLDEN = 0.6180339887  # its multiples fill an interval evenly
 _SPREAD = 0.5  # of a row's height, for its cases
+_BULK = 95  # percent of the cases decide about the axis; what lies farther out is drawn at its edge
+
+_COLUMNS = (0.0, 0.2, 0.66, 0.9)  # of the figures beside a panel
+_TOP = -0.9  # of the panels, a row's height being 1
+
+_LEGEND = (
+    "dot: a case; triangle: a case beyond the axis; diamond and bar: mean and its 95 % bootstrap interval; "
+    "p: signed-rank test, of groups after Holm"
+)
+
+_Row = tuple[str, str]  # kind and stratum
+
+
+def comparison_picture(path: Path, groups: Sequence[Group], a: str, b: str) -> None:
+    """Draws B - A of each case, a panel a class and a row a group, and writes it as PNG, whole or not at all.
+
+    Above each row's cases lie their mean difference (diamond) and its 95 % interval (bar). Cases beyond the axis are
+    triangles at its edge. Figures beside the row: mean, interval, p (of strata after Holm), cases.
+
+    Args:
+        path: the PNG to write.
+        groups: each class over all cases, and its strata.
+        a: what A is, for the title.
+        b: what B is.
+
+    Raises:
+        ValueError: no groups.
+    """
+    if not groups:
+        raise ValueError("there is nothing to draw")
+    names = list(dict.fromkeys(group.name for group in groups))
+    places = _places(list(dict.fromkeys((group.kind, group.stratum) for group in groups)))
+    bottom = max(places.values()) + 0.6
+    width = 8.2 * len(names) + 1.2
+    figure = Figure(figsize=(width, 0.52 * bottom + 2.0), dpi=100, layout="constrained")
+    grid = figure.subplots(1, 2 * len(names), squeeze=False, sharey=True, width_ratios=[1.0, 0.6] * len(names))[0]
+    for panel, table, name in zip(grid[::2], grid[1::2], names, strict=True):
+        of_class = [group for group in groups if group.name == name]
+        _frame(panel, name, _reach([group.paired for group in of_class]), bottom)
+        table.set_axis_off()
+        _write_row(table, _TOP + 0.15, ("mean", "95 % CI", "p", "n"), color="#444444")
+        for group in of_class:
+            place = places[group.kind, group.stratum]
+            _draw(panel, group.paired, place)
+            _write_row(table, place, _figures(group))
+    _label_rows(grid[0], places)
+    figure.supxlabel(_LEGEND, fontsize=9, color="#444444")
+    figure.suptitle(f"A: {a}\nB: {b}", fontsize=11, parse_math=False)
+    FigureCanvasAgg(figure)
+    with aside(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def _places(rows: Sequence[_Row]) -> dict[_Row, float]:
+    """Each row's height in the picture, downward from 0; a new kind leaves room for its heading."""
+    places: dict[_Row, float] = {}
+    at, last = -1.0, ""
+    for kind, stratum in rows:
+        at += 1.0 if kind == last else 1.8
+        places[kind, stratum] = at if places else 0.0
+        at, last = places[kind, stratum], kind
+    return places
+
+
+def _reach(found: Sequence[Paired]) -> float:
+    """How far the axis goes to either side: as far as the means' intervals and most cases do."""
+    sizes = np.abs(np.concatenate([paired.differences for paired in found]))
+    bounds = [abs(x) for paired in found for x in (paired.mean, paired.low, paired.high) if x is not None]
+    reach = max(1.3 * float(np.percentile(sizes, _BULK)), 1.15 * max(bounds))
+    largest = 1.05 * float(sizes.max())
+    return (largest if largest < 1.5 * reach else reach) or 0.01
+
+
+def _frame(axes: Axes, name: str, reach: float, bottom: float) -> None:
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(bottom, _TOP)
+    axes.axvline(0, color="#444444", linewidth=1, zorder=1)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_title(name, fontsize=12, fontweight="bold", parse_math=False)
+    axes.set_xlabel("difference of Dice, B − A", fontsize=10)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "fontsize": 10, "va": "top", "y": 1.0}
+    axes.text(x=-reach, s="◀ A better", ha="left", color=_BETTER_A, **edge)
+    axes.text(x=reach, s="B better ▶", ha="right", color=_BETTER_B, **edge)
+
+
+def _draw(axes: Axes, paired: Paired, place: float) -> None:
+    _draw_cases(axes, np.sort(paired.differences), place, axes.get_xlim()[1])
+    if paired.low is not None and paired.high is not None:
+        axes.plot([paired.low, paired.high], [place - 0.36] * 2, color="black", linewidth=2.2, zorder=4)
+    axes.plot(paired.mean, place - 0.36, "D", color="black", markersize=5.5, zorder=5)
+
+
+def _draw_cases(axes: Axes, values: NDArray[np.float64], place: float, reach: float) -> None:
+    heights = place + 0.1 + _SPREAD * (np.arange(len(values)) * _GOLDEN % 1 - 0.5)
+    colours = np.select([values < 0, values > 0], [_BETTER_A, _BETTER_B], _SAME)
+    inside = np.abs(values) <= reach
+    edge = 0.985 * reach
+    for marker, size, which in (("o", 20, inside), ("<", 36, values < -reach), (">", 36, values > reach)):
+        x, y = np.clip(values[which], -edge, edge), heights[which]
+        axes.scatter(x, y, s=size, c=colours[which], marker=marker, alpha=0.65, linewidths=0, zorder=3)
+
+
+def _write_row(axes: Axes, place: float, texts: Sequence[str], **style: Any) -> None:
+    for x, text in zip(_COLUMNS, texts, strict=True):
+        axes.text(x, place, text, transform=axes.get_yaxis_transform(), fontsize=9, va="center", **style)
+
+
+def _figures(group: Group) -> tuple[str, str, str, str]:
+    paired, p = group.paired, group.p
+    if paired.low is None or paired.high is None or p is None:
+        return _signed(paired.mean), "too few", "–", str(paired.n)
+    return _signed(paired.mean), f"{_signed(paired.low)} to {_signed(paired.high)}", _short(p), str(paired.n)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _short(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def _label_rows(axes: Axes, places: dict[_Row, float]) -> None:
+    """Names of the groups, and above the first of each kind the kind."""
+    headings = {kind: place - 0.75 for (kind, _), place in reversed(places.items()) if kind}
+    rows = [(place, stratum or "all cases") for (_, stratum), place in places.items()]
+    rows += [(place, kind) for kind, place in headings.items()]
+    axes.set_yticks([place for place, _ in rows], [text for _, text in rows], parse_math=False)
+    for label in axes.get_yticklabels()[len(places) :]:
+        label.set_fontweight("bold")

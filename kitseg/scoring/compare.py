@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+
+from kitseg.scoring.strata import SIZES, THICKNESSES
 
 FEWEST = 6  # cases: with fewer, no two-sided signed-rank test can reach p < 0.05
 LEVEL = 0.05
@@ -61,22 +62,6 @@ class Paired:
         """Cases where both are the same."""
         return self.n - self.wins - self.losses
 
-    @property
-    def verdict(self) -> Verdict:
-        """Which one is better: where interval, test and the count of cases all say so.
-
-        ``none`` where neither interval nor test shows a difference, ``mixed`` where they contradict each other.
-        """
-        if self.low is None or self.high is None or self.p is None:
-            return "too few"
-        by_mean = self.low > 0 or self.high < 0
-        by_rank = self.p < LEVEL
-        if not by_mean and not by_rank:
-            return "none"
-        if by_mean and by_rank and self.mean * (self.wins - self.losses) > 0:
-            return "B" if self.mean > 0 else "A"
-        return "mixed"
-
 
 @dataclass(frozen=True)
 class Group:
@@ -97,13 +82,29 @@ class Group:
         """The p value to show: a stratum's is corrected, a whole class's isn't."""
         return self.holm if self.kind else self.paired.p
 
+    @property
+    def verdict(self) -> Verdict:
+        """Which one is better: where the interval, ``p`` and the count of cases all say so.
+
+        ``none`` where neither interval nor test shows a difference, ``mixed`` where they contradict each other.
+        """
+        paired, p = self.paired, self.p
+        if paired.low is None or paired.high is None or p is None:
+            return "too few"
+        by_mean, by_rank = paired.low > 0 or paired.high < 0, p < LEVEL
+        if not by_mean and not by_rank:
+            return "none"
+        if by_mean and by_rank and paired.mean * (paired.wins - paired.losses) > 0:
+            return "B" if paired.mean > 0 else "A"
+        return "mixed"
+
 
 def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
     """Compare the scores of A and B, (n,) each, case by case.
 
     The interval of the mean difference is a BCa bootstrap (Efron 1987; percentiles where BCa has no answer) with a
-    fixed seed. The test is Wilcoxon's exact signed-rank test with the zeros ranked as Pratt (1959) does, because two
-    methods often score a case exactly the same; p is 1 where they do on every case.
+    fixed seed. The test is Wilcoxon's signed-rank test with the zeros ranked as Pratt (1959) does, because two methods
+    often score a case exactly the same; p is 1 where they do on every case.
 
     Raises:
         ValueError: no scores, not the same number of them, or one that isn't finite.
@@ -152,7 +153,7 @@ def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, s
     members: dict[tuple[str, str], list[str]] = {("", ""): cases}
     for kind in dict.fromkeys(kind for case in cases for kind in strata.get(case, {})):
         there = [case for case in cases if kind in strata.get(case, {})]
-        for stratum in sorted({strata[case][kind] for case in there}, key=_size):
+        for stratum in sorted({strata[case][kind] for case in there}, key=_rank):
             members[kind, stratum] = [case for case in there if strata[case][kind] == stratum]
     return [
         Group(name, kind, stratum, tuple(m), compare([a[c][name] for c in m], [b[c][name] for c in m]))
@@ -160,10 +161,10 @@ def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, s
     ]
 
 
-def _size(stratum: str) -> tuple[int, list[float], str]:
-    """Sorts ``< 4 cm``, ``4-7 cm``, ``> 7 cm`` and ``10-12 cm`` as a reader expects; words by the alphabet."""
-    edge = {"<": -1, "≤": -1, ">": 1, "≥": 1}.get(stratum[:1], 0)
-    return edge, [float(number) for number in re.findall(r"\d+(?:\.\d+)?", stratum)], stratum
+def _rank(stratum: str) -> tuple[int, str]:
+    """Sorts thicknesses and sizes as they grow, anything else by the alphabet."""
+    known = (*THICKNESSES, *SIZES)
+    return known.index(stratum) if stratum in known else len(known), stratum
 
 
 def _interval(differences: NDArray[np.float64]) -> tuple[float, float]:
@@ -184,16 +185,4 @@ def _interval(differences: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _signed_rank(differences: NDArray[np.float64]) -> float:
-    """Exact two-sided p: how many of all 2^n choices of signs give a rank sum as far from the middle, or farther.
-
-    Counted by convolution, so it is exact for every n and with ties and zeros (scipy.stats.wilcoxon approximates then).
-    """
-    ranks = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)  # ties have half ranks
-    ranks, positive = ranks[differences != 0], differences[differences != 0] > 0
-    chance = np.ones(1)  # of each sum of the positive ranks
-    for rank in ranks:
-        still = np.zeros(rank)
-        chance = (np.concatenate([chance, still]) + np.concatenate([still, chance])) / 2
-    sums, total = np.arange(len(chance)), int(ranks.sum())
-    far = np.abs(2 * sums - total) >= abs(2 * int(ranks[positive].sum()) - total)
-    return min(1.0, float(chance[far].sum()))
+    return float(stats.wilcoxon(differences, zero_method="pratt").pvalue) if differences.any() else 1.0

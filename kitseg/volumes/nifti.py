@@ -139,6 +139,13 @@ def write_image(path: Path, array: NDArray[np.int16], native: Geometry, descript
     _write(Path(path), array, np.dtype(np.int16), native, description)
 
 
+def stores_plain_integers(path: Path) -> bool:
+    """Whether a file holds three axes of integers without a scale."""
+    image = _open(path)
+    whole = image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+    return bool(whole and image.ndim == 3)
+
+
 def is_phantom(path: Path) -> bool:
     """Whether a scan is synthetic: its header says ``PHANTOM_MARK``."""
     return bool(_open(Path(path)).header["descrip"].item() == PHANTOM_MARK.encode())

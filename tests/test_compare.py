@@ -1,0 +1,276 @@
+"""Paired comparison: the statistics against hand and independent code, the command on score files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Result, kitseg
+from PIL import Image
+from scipy import stats
+
+from kitseg.scoring.compare import compare, compare_cases, holm
+
+
+def of_differences(differences: Any):
+    values = np.asarray(differences, float)
+    return compare(np.zeros_like(values), values)
+
+
+def by_all_signs(differences: np.ndarray) -> float:
+    """Two-sided p of the rank sum, from each of the 2^n choices of signs; zeros are ranked and then left out."""
+    size = np.abs(differences)
+    ranks = np.array([(size < x).sum() + ((size == x).sum() + 1) / 2 for x in size])[differences != 0]
+    signs = np.sign(differences[differences != 0])
+    sums = [abs(np.dot(ranks, flipped)) for flipped in itertools.product((-1, 1), repeat=len(ranks))]
+    return float(np.mean(np.array(sums) >= abs(np.dot(ranks, signs)) - 1e-9))
+
+
+def test_six_wins_by_hand() -> None:
+    paired = compare([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.2, 0.4, 0.6, 0.8, 1.0, 0.61])
+    assert (paired.n, paired.wins, paired.ties, paired.losses) == (6, 6, 0, 0)
+    assert paired.mean_a == pytest.approx(0.35)
+    assert paired.mean_b == pytest.approx(3.61 / 6)
+    assert paired.mean == pytest.approx(1.51 / 6)
+    assert paired.p == pytest.approx(2 / 64)  # all plus or all minus, of 2^6
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [0.3, -0.1, 0.2, 0.5, -0.4, 0.6],
+        [0.1, 0.1, -0.1, 0.2, 0.2, 0.3],  # ties
+        [0.0, 0.0, 0.1, 0.2, -0.3, 0.4],  # zeros
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.5],
+        [-0.2, 0.2, -0.2, 0.2, -0.2, 0.2],
+        [0.0, 0.1, 0.1, -0.1, 0.3, 0.3, 0.3, -0.2, 0.0, 0.5],
+    ],
+)
+def test_p_counts_all_choices_of_signs(differences: list[float]) -> None:
+    assert of_differences(differences).p == pytest.approx(by_all_signs(np.array(differences)))
+
+
+def test_p_of_many_cases_is_near_the_exact_one() -> None:
+    differences = np.round(np.random.default_rng(1).normal(0.02, 0.05, 16), 2)
+    assert of_differences(differences).p == pytest.approx(by_all_signs(differences), abs=0.02)
+
+
+def test_scores_that_differ_by_rounding_are_ties() -> None:
+    paired = compare([0.7, 0.8, 0.1 + 0.2, 0, 0, 0], [0.8, 0.9, 0.3, 0, 0, 0])  # 0.1 twice, and no difference
+    assert (paired.wins, paired.ties) == (2, 4)
+    assert paired.differences[0] == paired.differences[1]
+
+
+def test_the_interval_is_the_percentiles_of_resampled_means() -> None:
+    differences = np.random.default_rng(2).normal(0.03, 0.1, 150)
+    paired = of_differences(differences)
+    picks = np.random.default_rng(5).integers(0, 150, (20000, 150))
+    low, high = np.percentile(differences[picks].mean(1), (2.5, 97.5))
+    assert paired.low == pytest.approx(low, abs=0.001)
+    assert paired.high == pytest.approx(high, abs=0.001)
+
+
+def test_the_interval_follows_the_skew() -> None:
+    """BCa by its own formulas (Efron 1987): bias from the resampled means, acceleration from the jackknife."""
+    differences = np.random.default_rng(3).exponential(0.1, 40) - 0.05
+    paired, mean = of_differences(differences), differences.mean()
+    means = differences[np.random.default_rng(6).integers(0, 40, (20000, 40))].mean(1)
+    left_out = np.array([np.delete(differences, i).mean() for i in range(40)])
+    far = left_out.mean() - left_out
+    acceleration = (far**3).sum() / (6 * (far**2).sum() ** 1.5)
+    bias = stats.norm.ppf(np.mean(means < mean))
+    quantiles = stats.norm.ppf((0.025, 0.975)) + bias
+    low, high = np.quantile(means, stats.norm.cdf(bias + quantiles / (1 - acceleration * quantiles)))
+    assert paired.low == pytest.approx(low, abs=0.002)
+    assert paired.high == pytest.approx(high, abs=0.002)
+    assert paired.high - mean > mean - paired.low
+
+
+def test_no_difference_at_all() -> None:
+    paired = compare([0.5] * 8, [0.5] * 8)
+    assert (paired.low, paired.high, paired.p, paired.ties) == (0, 0, 1, 8)
+
+
+def test_always_the_same_difference() -> None:
+    paired = compare([0.5] * 8, [0.6] * 8)
+    assert (paired.low, paired.high) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert paired.p == pytest.approx(2 / 256)
+
+
+def test_the_other_way_round_is_the_mirror() -> None:
+    a, b = np.random.default_rng(4).random((2, 30))
+    forth, back = compare(a, b), compare(b, a)
+    assert forth.p == back.p
+    assert (forth.wins, forth.losses) == (back.losses, back.wins)
+    assert forth.low == pytest.approx(-back.high, abs=0.01)
+
+
+def test_too_few_cases_have_neither_interval_nor_p() -> None:
+    paired = compare([0.1] * 5, [0.9] * 5)
+    assert (paired.low, paired.high, paired.p) == (None, None, None)
+    assert paired.mean == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([0.1], [0.1, 0.2]), ([0.1], [float("nan")])])
+def test_scores_that_make_no_pairs(a: list[float], b: list[float]) -> None:
+    with pytest.raises(ValueError, match="score"):
+        compare(a, b)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, None, 0.04, 0.03]) == [pytest.approx(0.03), None, pytest.approx(0.06), pytest.approx(0.06)]
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_groups_hold_their_cases_and_their_corrected_p() -> None:
+    cases = [f"case_{i:05d}" for i in range(14)]
+    a = {case: {"kidney": 0.5} for case in cases}
+    b = {case: {"kidney": 0.6 + i / 100} for i, case in enumerate(cases)}
+    strata = {case: {"tumor size": "over 7 cm" if i < 6 else "up to 4 cm"} for i, case in enumerate(cases)}
+    whole, small, large = compare_cases(a, b, strata)
+    assert (whole.kind, small.stratum, large.stratum) == ("", "up to 4 cm", "over 7 cm")
+    assert small.cases == tuple(cases[6:])
+    assert large.cases == tuple(cases[:6])
+    assert whole.p == pytest.approx(2**-13)
+    assert small.p == pytest.approx(2 * 2**-7)  # the smaller of two
+    assert large.p == pytest.approx(2**-5)
+    assert whole.verdict == "B"
+
+
+def test_a_verdict_needs_interval_test_and_count() -> None:
+    """Many small losses and a few large wins: the mean says B, the count says A."""
+    differences = [-0.001] * 50 + [0.5] * 10
+    (group,) = compare_cases(
+        {f"{i}": {"tumor": 0.4} for i in range(60)},
+        {f"{i}": {"tumor": 0.4 + d} for i, d in enumerate(differences)},
+        {},
+    )
+    assert group.paired.low > 0
+    assert group.p < 0.05
+    assert group.verdict == "mixed"
+
+
+def scores(path: Path, cases: dict[str, dict[str, float]], /, **more: Any) -> Path:
+    """A file as ``kitseg evaluate --json`` writes it."""
+    dice = {case: {name: {"dice": value} for name, value in found.items()} for case, found in cases.items()}
+    content = {"schema": 1, "protocol": "kits19", "convention": "kits19", "cases": dice, "mean": {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**content, "missing": [], "failed": {}, **more}))
+    return path
+
+
+CASES = [f"case_{i:05d}" for i in range(20)]
+A = {case: {"kidney": 0.9, "tumor": 0.3 + i / 100} for i, case in enumerate(CASES)}
+B = {case: {"kidney": 0.9, "tumor": 0.4 + i / 80} for i, case in enumerate(CASES)}
+STRATA = {case: {"tumor size": "up to 4 cm" if i < 16 else "over 7 cm"} for i, case in enumerate(CASES)}
+
+
+def comparing(folder: Path, *options: str) -> Result:
+    return kitseg(folder, "compare", "a.json", "b.json", *options)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    alone = {"case_00099": {"kidney": 1.0, "tumor": 1.0}}
+    scores(tmp_path / "a.json", {**A, **alone}, strata=STRATA)
+    scores(tmp_path / "b.json", B, strata=STRATA, missing=["case_00003"])
+    result = comparing(tmp_path, "-o", "out")
+    assert result.code == 0, result.text
+    assert "only A has case_00099: left out" in result.text
+    assert "in B, missing or failed and so scored as background: case_00003" in result.text
+    assert "kidney: no difference shown" in result.text
+    assert "tumor: B is better by 0.124 (95 % CI 0.1" in result.text
+    assert "p < 0.001, 20 of 20 cases)" in result.text
+    assert "corrected for their 2 tests by Holm's method" in result.text
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert (content["only_a"], content["only_b"]) == (["case_00099"], [])
+    rows = {(group["class"], group["stratum"]): group for group in content["groups"]}
+    assert [rows["tumor", stratum]["n"] for stratum in (None, "up to 4 cm", "over 7 cm")] == [20, 16, 4]
+    whole = rows["tumor", None]
+    assert whole["difference"] == pytest.approx(np.mean([0.1 + i / 80 - i / 100 for i in range(20)]))
+    assert whole["p"] == pytest.approx(2**-19)
+    assert whole["differences"]["case_00000"] == pytest.approx(0.1)
+    assert rows["tumor", "up to 4 cm"]["p_holm"] == pytest.approx(2 * 2**-15)
+    assert rows["tumor", "over 7 cm"]["interval_95"] is None
+    with Image.open(tmp_path / "out" / "comparison.png") as image:
+        assert image.format == "PNG"
+        pixels = np.array(image.convert("RGB"), int)
+    blue = pixels[..., 2] > pixels[..., 0] + 60
+    assert blue[:, pixels.shape[1] // 2 :].sum() > 5 * blue[:, : pixels.shape[1] // 2].sum()  # B's wins: tumor's panel
+
+
+def test_what_evaluate_writes_is_compared(phantoms: Path, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        done = kitseg(
+            phantoms, "evaluate", "test", "test", "--json", str(tmp_path / name / "validation" / "scores.json")
+        )
+        assert done.code == 0, done.text
+    result = kitseg(tmp_path, "compare", "one", "other")
+    assert result.code == 0, result.text
+    assert "kidney: too few cases to say (2; it takes 6)" in result.text
+    assert (tmp_path / "comparison" / "comparison.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "code"),
+    [
+        ({"cases": {"case_00500": {"kidney": {"dice": 0.5}}}}, "share no case", 2),
+        ({"convention": "kits23"}, "evaluate both with the same --convention", 2),
+        ({"protocol": "kits21"}, "is by the protocol kits21, not kits19", 1),
+        ({"schema": 7}, "is not of schema 1", 1),
+        ({"cases": {"case_00000": {"kidney": {"dice": 1.5}}}}, "a Dice of 1.5", 1),
+        ({"cases": {"case_00000": {"kidney": {"dice": float("nan")}}}}, "a Dice of nan", 1),
+        ({"cases": {"case_00000": {"kidney": {"dice": "high"}}}}, "is no score file", 1),
+        ({"cases": ["case_00000"]}, "is no score file", 1),
+        ({"cases": {"case_00000": 0.5}}, "is no score file", 1),
+        ({"strata": [1]}, "is no score file", 1),
+        ({"missing": 3}, "is no score file", 1),
+        ({"strata": {"case_00000": {"tumor size": "over 7 cm"}}}, "Evaluate both against the same references", 1),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path: Path, change: dict[str, Any], words: str, code: int) -> None:
+    scores(tmp_path / "a.json", A, strata=STRATA)
+    scores(tmp_path / "b.json", B, **change)
+    result = comparing(tmp_path)
+    assert result.code == code
+    assert words in result.text
+    assert "b.json" in result.text
+    assert "Traceback" not in result.text
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_damaged_missing_and_the_same_file(tmp_path: Path) -> None:
+    scores(tmp_path / "a.json", A)
+    for text in ("", "{", "[]", "\xff"):
+        (tmp_path / "b.json").write_text(text)
+        result = comparing(tmp_path)
+        assert result.code == 1
+        assert "b.json" in result.text
+    assert "there is no such file or folder" in kitseg(tmp_path, "compare", "a.json", "c.json").text
+    assert "holds no scores.json or" in kitseg(tmp_path, "compare", "a.json", ".").text
+    same = kitseg(tmp_path, "compare", "a.json", "a.json")
+    assert same.code == 2
+    assert "the same file" in same.text
+
+
+def test_a_folder_stands_for_its_scores(tmp_path: Path) -> None:
+    scores(tmp_path / "x" / "scores.json", A)
+    scores(tmp_path / "y" / "validation" / "scores.json", B)
+    result = kitseg(tmp_path, "compare", "x", "y")
+    assert result.code == 0, result.text
+    assert "A: x/scores.json, 20 cases" in result.text
+    assert "B: y/validation/scores.json, 20 cases" in result.text
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    """Brackets and dollars are no markup and no formulas."""
+    scores(tmp_path / "[red]$x$.json", A, strata={case: {"[bold]kind$": "$a$"} for case in CASES})
+    scores(tmp_path / "b.json", B)
+    result = kitseg(tmp_path, "compare", "[red]$x$.json", "b.json")
+    assert result.code == 0, result.text
+    assert "A: [red]$x$.json" in result.text
+    assert "[bold]kind$: $a$" in result.text

@@ -1,0 +1,216 @@
+"""KiTS19's submission through the command line: what is refused, in whose words, and what the zip holds."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zipfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import Result, kitseg
+from nifti_files import IPL, SHAPE, save
+
+from kitseg.errors import InputError
+from kitseg.pipeline.submit import check, write
+from kitseg.volumes.kits import case_name
+
+NUMBERS = range(210, 214)
+FOUR = "--cases=210-213"
+
+
+def labels(number: int) -> np.ndarray:
+    """A label map with all three labels, different for each case."""
+    array = np.zeros(SHAPE, np.uint8)
+    array[1], array[2, number - 210, 1:4] = 1, 2
+    return array
+
+
+def file_of(folder: Path, number: int) -> Path:
+    return folder / "predictions" / f"{case_name(number)}.nii.gz"
+
+
+def complaints(result: Result) -> list[str]:
+    return [line for line in result.text.splitlines() if line.startswith("✗")]
+
+
+def submit(folder: Path, *options: str) -> Result:
+    return kitseg(folder, "submit", "predictions", "-o", "kits19.zip", FOUR, *options)
+
+
+def unpacked(folder: Path, name: str) -> nibabel.Nifti1Image:
+    with zipfile.ZipFile(folder / "kits19.zip") as archive:
+        return nibabel.Nifti1Image.from_bytes(gzip.decompress(archive.read(name)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four scans under ``data`` and their predictions, each right as it is."""
+    (tmp_path / "predictions").mkdir()
+    for number in NUMBERS:
+        scan = tmp_path / "data" / case_name(number)
+        scan.mkdir(parents=True)
+        save(scan / "imaging.nii.gz", np.full(SHAPE, -1000, np.int16))
+        save(file_of(tmp_path, number), labels(number))
+    return tmp_path
+
+
+def test_a_good_submission(folder: Path) -> None:
+    save(folder / "predictions" / "case_00007.nii.gz", labels(210))
+    result = submit(folder)
+    assert result.code == 0, result.text
+    assert "left out, not among the cases 210-213: case_00007" in result.text
+    with zipfile.ZipFile(folder / "kits19.zip") as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"prediction_{number:05d}.nii.gz" for number in NUMBERS]
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        for number in NUMBERS:
+            assert archive.read(f"prediction_{number:05d}.nii.gz") == file_of(folder, number).read_bytes()
+    for number in NUMBERS:
+        image = unpacked(folder, f"prediction_{number:05d}.nii.gz")
+        np.testing.assert_array_equal(np.asarray(image.dataobj), labels(number))
+        np.testing.assert_allclose(image.affine, IPL, atol=1e-4)
+
+
+def test_every_problem_is_named_in_one_call(folder: Path) -> None:
+    save(file_of(folder, 210), np.zeros((3, 4, 6), np.uint8))
+    file_of(folder, 211).unlink()
+    with_cyst = labels(212)
+    with_cyst[0, 0, 0] = 3
+    save(file_of(folder, 212), with_cyst)
+    result = submit(folder)
+    assert result.code == 1
+    grid, missing, cyst = complaints(result)
+    assert "case_00210: predictions/case_00210.nii.gz: its shape is (3, 4, 6), the scan's (3, 4, 5)" in grid
+    assert "Save it with the shape and affine of" in grid
+    assert "case_00211: predictions has no prediction of it" in missing
+    assert "case_00212: predictions/case_00212.nii.gz: it holds the label 3." in cyst
+    assert "a cyst (3 in KiTS23) is kidney there: make it 1" in cyst
+    assert "1 of 4 cases are fine; kits19.zip is not written" in result.text
+    assert {path.name for path in folder.iterdir()} == {"data", "predictions"}
+
+
+def test_both_problems_of_one_prediction_are_named(folder: Path) -> None:
+    save(file_of(folder, 213), np.full(SHAPE, 7, np.uint8), IPL + np.array([[0, 0, 0, 5.0]] + [[0.0] * 4] * 3))
+    elsewhere, value = complaints(submit(folder))
+    assert "its affine differs from the scan's by up to 5 mm" in elsewhere
+    assert "it holds the label 7" in value
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.full(SHAPE, 0.5, np.float32), "it holds the label values 0.5"),
+        (np.full(SHAPE, -1, np.int16), "it holds the label values -1"),
+        (np.full(SHAPE, np.nan, np.float32), "it holds the label values nan"),
+        (np.zeros((2, *SHAPE), np.uint8), "4 dimensions"),
+    ],
+)
+def test_what_no_label_map_holds(folder: Path, array: np.ndarray, words: str) -> None:
+    save(file_of(folder, 211), array)
+    (line,) = complaints(submit(folder))
+    assert line.startswith("✗ case_00211: predictions/case_00211.nii.gz: ")
+    assert words in line
+
+
+def test_damaged_files_are_named(folder: Path) -> None:
+    cut = file_of(folder, 210)
+    cut.write_bytes(cut.read_bytes()[:-10])
+    file_of(folder, 211).write_bytes(gzip.compress(b"a letter, not labels\n" * 40))
+    (folder / "data" / "case_00212" / "imaging.nii.gz").write_bytes(b"")
+    (folder / "data" / "case_00213" / "imaging.nii.gz").unlink()
+    result = submit(folder)
+    assert result.code == 1
+    lines = complaints(result)
+    assert [line.split()[1] for line in lines] == [f"case_00{number}:" for number in NUMBERS]
+    assert "case_00212/imaging.nii.gz: the file is empty" in lines[2]
+    assert "kitseg download kits19 --to data --cases 213" in lines[3]
+    assert not (folder / "kits19.zip").exists()
+
+
+@pytest.mark.parametrize("kind", ["not zipped", "floats", "scaled", "turned", "one volume in 4D"])
+def test_labels_in_another_form_are_rewritten(folder: Path, kind: str) -> None:
+    """What the challenge reads is integers in the scan's own order of axes, with the labels where they were."""
+    path, array = file_of(folder, 211), labels(211)
+    if kind == "not zipped":
+        path.unlink()
+        save(path.with_suffix(""), array)
+    elif kind == "floats":
+        save(path, array.astype(np.float64))
+    elif kind == "scaled":
+        image = nibabel.Nifti1Image(array * 2, IPL)
+        image.header.set_slope_inter(0.5, 0)
+        nibabel.save(image, path)
+        assert nibabel.load(path).dataobj.slope == 0.5
+    elif kind == "turned":
+        nibabel.save(nibabel.as_closest_canonical(nibabel.Nifti1Image(array, IPL)), path)
+        assert nibabel.load(path).shape != SHAPE
+    else:
+        save(path, array[..., None])
+    assert submit(folder).code == 0
+    image = unpacked(folder, "prediction_00211.nii.gz")
+    assert image.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(image.dataobj), array)
+    np.testing.assert_allclose(image.affine, IPL, atol=1e-4)
+
+
+def test_the_same_predictions_make_the_same_zip(folder: Path) -> None:
+    path = file_of(folder, 210)
+    save(path, labels(210).astype(np.float32))  # rewritten, the others copied
+    assert submit(folder).code == 0
+    first = (folder / "kits19.zip").read_bytes()
+    for number in NUMBERS:
+        os.utime(file_of(folder, number), (0, 0))
+    assert submit(folder).code == 0
+    assert (folder / "kits19.zip").read_bytes() == first
+
+
+def test_all_background_is_allowed_and_counted(folder: Path) -> None:
+    for number in (211, 213):
+        save(file_of(folder, number), np.zeros(SHAPE, np.uint8))
+    result = submit(folder)
+    assert result.code == 0
+    assert "2 of 4 predictions are all background: case_00211, case_00213" in result.text
+    assert not unpacked(folder, "prediction_00213.nii.gz").get_fdata().any()
+
+
+def test_by_default_all_ninety_cases_must_be_there(folder: Path) -> None:
+    result = kitseg(folder, "submit")
+    assert result.code == 1
+    assert "4 of 90 cases are fine" in result.text
+    named = {line.split()[1] for line in complaints(result)}
+    assert named == {f"{case_name(number)}:" for number in range(214, 300)}
+
+
+def test_the_old_zip_stays_where_there_is_a_problem(folder: Path) -> None:
+    assert submit(folder).code == 0
+    old = (folder / "kits19.zip").read_bytes()
+    file_of(folder, 210).unlink()
+    assert submit(folder).code == 1
+    assert (folder / "kits19.zip").read_bytes() == old
+
+
+def test_a_prediction_that_changes_meanwhile_is_refused(folder: Path) -> None:
+    submission = check(folder / "predictions", folder / "data", NUMBERS)
+    save(file_of(folder, 212), labels(211))
+    with pytest.raises(InputError, match="has changed since it was checked"):
+        write(folder / "kits19.zip", submission)
+    assert {path.name for path in folder.iterdir()} == {"data", "predictions"}
+
+
+@pytest.mark.parametrize("name", ["predictions", "kits19.tar", "predictions/case_00210.nii.gz"])
+def test_only_a_zip_is_written(folder: Path, name: str) -> None:
+    before = file_of(folder, 210).read_bytes()
+    result = kitseg(folder, "submit", "predictions", "-o", name, FOUR)
+    assert result.code == 2
+    assert "give a name such as kits19.zip" in result.text
+    assert file_of(folder, 210).read_bytes() == before
+
+
+def test_two_files_of_one_case_are_refused(folder: Path) -> None:
+    save(folder / "predictions" / "prediction_00210.nii.gz", labels(210))
+    result = submit(folder)
+    assert result.code == 2
+    assert "prediction_00210.nii.gz" in result.text
