@@ -4,10 +4,13 @@
 out-of-fold predictions ``fold_<k>/<stage>/inner_<i>/``. A stage's folder holds ``places.json`` (where it looks),
 ``guides/`` (what it is told), ``best/`` (weights), ``last.ckpt`` (full state), ``history.csv``, ``curves.png``,
 ``tensorboard/``, and ``done.json`` once it is finished. A stage trained in rounds has all this in ``round_<r>/``.
+Cross-validation adds ``fold_<k>/validation/`` (probabilities of the fold's validation cases) and ``validation/`` (label
+maps of all folds, ``scores.json``); ``validation-mirror/`` where each scan was seen mirrored, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +114,28 @@ class Run:
 
     def stage(self, fold: int, stage: str) -> StageFolder:
         """Where a stage of a fold lives."""
-        return StageFolder(self.path / f"fold_{fold}" / stage)
+        return StageFolder(self.fold(fold) / stage)
+
+    def fold(self, number: int) -> Path:
+        """Where a fold lives."""
+        return self.path / f"fold_{number}"
+
+    def beliefs(self, fold: int, mirror: bool) -> Path:
+        """Probabilities of a fold's validation cases; ``mirror``: each scan was seen mirrored, too."""
+        return self.fold(fold) / _validation(mirror)
+
+    def validation(self, mirror: bool) -> Path:
+        """Label maps and scores of every fold's validation cases."""
+        return self.path / _validation(mirror)
 
     def folds(self, stage: str) -> list[int]:
         """The folds in which ``stage`` is finished."""
         numbers = (int(p.name[5:]) for p in self.path.glob("fold_*") if p.name[5:].isdigit())
         return sorted(n for n in numbers if self.stage(n, stage).done.exists())
+
+
+def _validation(mirror: bool) -> str:
+    return "validation-mirror" if mirror else "validation"
 
 
 def find_run(path: Path) -> tuple[Run, int | None]:
@@ -142,3 +161,8 @@ def move_aside(path: Path) -> Path | None:
         number += 1
     path.rename(target)
     return target
+
+
+def moved_aside(paths: Iterable[Path]) -> list[Path]:
+    """``move_aside`` each of the paths; the new names of those that were there."""
+    return [new for new in map(move_aside, paths) if new is not None]

@@ -83,18 +83,48 @@ def preprocess_cases(cases: Sequence[Any], configuration: dict[str, Any], to: Pa
     return set(failed)
 
 
-def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> None:
-    """Run a verb over cases with a bar; say what failed; exit code 1 where something did."""
+def bar_over(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> list[Outcome]:
+    """Run a verb over cases with a bar; say what became of each."""
     with screen.bar(title, count) as step:
 
         def done(outcome: Outcome) -> None:
             step()
             _say_outcome(outcome)
 
-        outcomes = run(done)
+        return run(done)
+
+
+def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> None:
+    """Run a verb over cases with a bar; say what failed; exit code 1 where something did."""
+    outcomes = bar_over(title, count, run)
     failed = sum(bool(outcome.error) for outcome in outcomes)
     screen.say(f"{count - failed} of {count} cases done")
     exit_if(failed > 0)
+
+
+def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -> None:
+    """Predict and score the validation cases of a run's finished folds; exit code 1 where a case failed."""
+    from kitseg.pipeline import validate as steps
+    from kitseg.pipeline.evaluate import groups
+    from kitseg.volumes.kits import labelled_cases
+
+    plan = steps.plan_validation(run, labelled_cases(data), mirror)
+    folds = {case.id: fold for fold, cases in plan.folds.items() for case in cases}
+    outcomes = bar_over("validate", len(folds), lambda done: steps.predict_folds(plan, device, done))
+    with screen.bar("score", len(folds)) as step:
+        scores = steps.score_folds(plan, data, step)
+    table = screen.table("by", "", "cases", "kidney", "tumor")
+    for group in groups(scores, folds):
+        dice = (screen.cell(group.dice.get(name)) for name in ("kidney", "tumor"))
+        table.add_row(group.kind, group.name, str(group.cases), *dice, end_section=group.kind == "all")
+    screen.out.print(table)
+    for score in scores:
+        if score.error:
+            screen.complain(score.error)
+    if len(plan.folds) < len(plan.split.folds):
+        screen.say(f"{len(plan.folds)} of {len(plan.split.folds)} folds are trained and validated so far")
+    screen.say(f"out-of-fold scores: {plan.scores}")
+    exit_if(any(outcome.error for outcome in outcomes) or any(score.error or score.missing for score in scores))
 
 
 def _say_outcome(outcome: Outcome) -> None:

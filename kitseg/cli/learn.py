@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kitseg import screen
-from kitseg.cli.app import Device, Jobs, Method, Set, Size, app, exit_if, preprocess_cases
+from kitseg.cli.app import Device, Jobs, Method, Set, Size, app, cross_validate, exit_if, preprocess_cases
 from kitseg.errors import KitsegError, UsageError
+
+if TYPE_CHECKING:
+    from kitseg.pipeline.plan import Plan
+
+EVERY_FOLD = "all"
 
 
 @app.command(epilog="Example: kitseg methods")
@@ -30,7 +36,7 @@ def methods() -> None:
 def train(
     method: Method = "two-phase",
     size: Size = "paper",
-    fold: Annotated[int, typer.Option(min=0, help="The outer fold.")] = 0,
+    fold: Annotated[str, typer.Option(help="The outer fold, or all: each in turn, then cross-validation.")] = "0",
     stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -67,25 +73,29 @@ def train(
     configuration = config.compose(method, size, overrides)
     machine = Machine("cuda" if gpus else device, gpus or processes, workers)
     run = Run(runs / (name or f"{method}-{size}"))
-    repeat = _repeat(locals())
-    begin = Start(configuration, run, fold, split, store, machine, repeat)
+    first = 0 if fold == EVERY_FOLD else _fold(fold)
+    given = locals()
+    begin = Start(configuration, run, first, split, store, machine, _repeat(given))
     if only:
         return training.fit_unit(begin.plan(), Unit.parse(only))
     if rank() > 0:
-        return training.train(begin.wait(), stage, screen.say)
+        return _train_folds(begin.wait(), stage, given)
     where, cases = machine.describe(), labelled_cases(data)
     if dry_run:
         return _show_plan(begin.rehearse(cases), cases, stage, where)
-    if restart and (old := begin.restart(stage)):
-        screen.say(f"the old training is now {old}")
+    if restart:
+        for old in begin.restart(stage, every_fold=fold == EVERY_FOLD):
+            screen.say(f"the old training is now {old}")
     failed = preprocess_cases(cases, configuration, store, jobs)
     good = [case for case in cases if case.id not in failed]
     if not good:
         raise KitsegError(f"{data[0]}: no case could be preprocessed; see above")
     plan = begin.claim(good, jobs)
     _show_plan(plan, good, stage, where)
-    training.train(plan, stage, screen.say)
+    _train_folds(plan, stage, given)
     screen.say(f"trained: {plan.run.path}")
+    if fold == EVERY_FOLD and stage is None:
+        cross_validate(run.path, data, device, mirror=False)
     exit_if(bool(failed))
 
 
@@ -100,6 +110,23 @@ def demo(
     run_demo(out or Path("demo-quick" if quick else "demo"), quick, screen.say)
 
 
+def _fold(text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"--fold {text}: it takes a fold's number, from 0 on, or {EVERY_FOLD}")
+    return int(text)
+
+
+def _train_folds(plan: Plan, stage: str | None, given: dict[str, Any]) -> None:
+    """Train the plan's fold, or every fold one after another."""
+    from kitseg.pipeline.train import train as train_fold
+
+    folds = range(len(plan.split.folds)) if given["fold"] == EVERY_FOLD else [plan.fold]
+    for fold in folds:
+        if len(folds) > 1:
+            screen.say(f"[bold]fold {fold} of {len(folds)}[/]")
+        train_fold(replace(plan, fold=fold, arguments=_repeat({**given, "fold": fold})), stage, screen.say)
+
+
 def _repeat(given: dict[str, Any]) -> tuple[str, ...]:
     """The options of `kitseg train` that another rank of the same training needs."""
     names = ("method", "size", "fold", "device", "processes", "gpus", "workers", "store", "split", "runs", "name")
@@ -107,7 +134,7 @@ def _repeat(given: dict[str, Any]) -> tuple[str, ...]:
     return (*options, *(f"--set={override}" for override in given["overrides"]))
 
 
-def _show_plan(plan: Any, cases: Sequence[Any], stage: str | None, where: str) -> None:
+def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None, where: str) -> None:
     """The trainings that a plan holds, with their size and an estimate of their time."""
     from kitseg.pipeline.estimate import estimates
 

@@ -9,7 +9,19 @@ import typer
 from rich.markup import escape
 
 from kitseg import screen
-from kitseg.cli.app import PREDICTIONS, Convention, Fold, Jobs, Split, app, exit_if, known_convention
+from kitseg.cli.app import (
+    PREDICTIONS,
+    Convention,
+    Device,
+    Fold,
+    Jobs,
+    Mirror,
+    Split,
+    app,
+    cross_validate,
+    exit_if,
+    known_convention,
+)
 
 if TYPE_CHECKING:
     from kitseg.pipeline.compare import Comparison
@@ -72,6 +84,23 @@ def evaluate(
     if report:
         scoring.write_scores(report, scores, convention)
     exit_if(any(score.missing or score.error for score in scores))
+
+
+@app.command(epilog="Example: kitseg validate runs/two-phase-small --data data")
+def validate(
+    run: Annotated[Path, typer.Argument(help="A run, or one fold of it.")],
+    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; several times for several.")] = [  # noqa: B006
+        Path("data")
+    ],
+    mirror: Mirror = False,
+    device: Device = "auto",
+) -> None:
+    """Cross-validation: each fold's networks on the cases that they never saw, scored together.
+
+    Goes on when called again, and takes in folds that were finished since. By fold, tumor size and slice distance, and
+    by histology and surgery where the data folder holds the challenge's kits.json.
+    """
+    cross_validate(run, data, device, mirror)
 
 
 @app.command(epilog="Example: kitseg compare two-phase.json two-stage.json")

@@ -14,7 +14,7 @@ from kitseg.errors import UsageError
 from kitseg.files import write_text
 from kitseg.pipeline.machine import Machine
 from kitseg.pipeline.split import claim_split, new_split, unseen_traits
-from kitseg.runs import Run, StageFolder, move_aside
+from kitseg.runs import Run, StageFolder, moved_aside
 from kitseg.splits import Fold, Part, Split, read_split, write_split
 from kitseg.types import Case
 from kitseg.volumes.store import StoredCase, open_case
@@ -109,10 +109,10 @@ class Start:
             time.sleep(0.5)
         return self.plan()
 
-    def restart(self, stage: str | None) -> Path | None:
-        """Move the old run aside: the whole of it where its configuration or split differs.
+    def restart(self, stage: str | None, every_fold: bool = False) -> list[Path]:
+        """Move the old run aside: the whole of it where its configuration or split differs, or for every fold.
 
-        Otherwise the fold alone, or the stage with the later ones that build on it.
+        Otherwise the fold alone, or the stage with the later ones that build on it. Gives the new names.
 
         Raises:
             UsageError: there are several ranks already.
@@ -120,15 +120,16 @@ class Start:
         if "WORLD_SIZE" in os.environ:
             raise UsageError("--restart can't be used under torchrun: move the old run aside by hand")
         if not self.run.config.exists():
-            return None
-        other_split = self.split.exists() and read_split(self.split) != read_split(self.run.split)
-        if other_split or config.differences(config.read(self.run.config), self.config):
-            return move_aside(self.run.path)
+            return []
+        old = self.split.exists() and read_split(self.split) != read_split(self.run.split)
+        old = old or bool(config.differences(config.read(self.run.config), self.config))
+        if old or (every_fold and stage is None):
+            return moved_aside([self.run.path])
+        folds = range(len(read_split(self.run.split).folds)) if every_fold else [self.fold]
         if stage is None:
-            return move_aside(self.run.path / f"fold_{self.fold}")
-        for later in _dependent(config.method_of(self.config), stage):
-            move_aside(self.run.stage(self.fold, later).path)
-        return move_aside(self.run.stage(self.fold, stage).path)
+            return moved_aside([self.run.fold(self.fold)])
+        stages = [stage, *_dependent(config.method_of(self.config), stage)]
+        return moved_aside([self.run.stage(fold, name).path for fold in folds for name in stages])
 
     def _plan(self, split: Split) -> Plan:
         if self.fold >= len(split.folds):

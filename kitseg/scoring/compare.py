@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from kitseg.scoring.strata import SIZES, THICKNESSES
+from kitseg.scoring.strata import in_order
 
 FEWEST = 6  # cases: with fewer, no two-sided signed-rank test can reach p < 0.05
 LEVEL = 0.05
@@ -153,18 +153,12 @@ def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, s
     members: dict[tuple[str, str], list[str]] = {("", ""): cases}
     for kind in dict.fromkeys(kind for case in cases for kind in strata.get(case, {})):
         there = [case for case in cases if kind in strata.get(case, {})]
-        for stratum in sorted({strata[case][kind] for case in there}, key=_rank):
+        for stratum in sorted({strata[case][kind] for case in there}, key=in_order):
             members[kind, stratum] = [case for case in there if strata[case][kind] == stratum]
     return [
         Group(name, kind, stratum, tuple(m), compare([a[c][name] for c in m], [b[c][name] for c in m]))
         for (kind, stratum), m in members.items()
     ]
-
-
-def _rank(stratum: str) -> tuple[int, str]:
-    """Sorts thicknesses and sizes as they grow, anything else by the alphabet."""
-    known = (*THICKNESSES, *SIZES)
-    return known.index(stratum) if stratum in known else len(known), stratum
 
 
 def _interval(differences: NDArray[np.float64]) -> tuple[float, float]:

@@ -20,3 +20,9 @@ def size_class(ml: float) -> int:
     """
     diameter_cm = (6 * ml / math.pi) ** (1 / 3)
     return 0 if ml <= 0 else 1 + int(diameter_cm > 4) + int(diameter_cm > 7)
+
+
+def in_order(stratum: str) -> tuple[int, str]:
+    """A key that sorts thicknesses and sizes as they grow, anything else by the alphabet."""
+    known = (*THICKNESSES, *SIZES)
+    return known.index(stratum) if stratum in known else len(known), stratum

@@ -1,11 +1,13 @@
 """Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz`` and flat folders of NIfTI files.
 
-Beside the cases, ``patients.csv`` (columns case and patient) may say which of them show the same patient.
+Beside the cases, ``patients.csv`` (columns case and patient) may say which of them show the same patient, and
+``kits.json`` is what the challenge knows of its patients.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +18,8 @@ from kitseg.files import read_json
 from kitseg.types import Case
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
-PATIENTS, ORIGIN, ORIGIN_SCHEMA = "patients.csv", "origin.json", 1
+PATIENTS, CLINICAL = "patients.csv", "kits.json"
+ORIGIN, ORIGIN_SCHEMA = "origin.json", 1
 SUFFIXES = (".nii.gz", ".nii")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
 
@@ -80,6 +83,24 @@ def read_patients(path: Path) -> dict[str, str]:
     if odd := sorted({case for case, patient in rows if not patient or (case, patient) not in dict(rows).items()}):
         raise InputError(path, f"gives no patient, or two, to {', '.join(odd)}", "Mend the file.")
     return dict(rows)
+
+
+def read_clinical(path: Path) -> dict[str, dict[str, str]]:
+    """Each case's histology and surgery from the challenge's ``kits.json``; empty where there is no file.
+
+    Raises:
+        InputError: unreadable, or not a list of cases.
+    """
+    if not path.exists():
+        return {}
+    keys = {"histology": "tumor_histologic_subtype", "surgery": "surgical_procedure"}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {row["case_id"]: {name: str(row[key]) for name, key in keys.items() if row.get(key)} for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            path, "is not the challenge's list of patients", "Take it from the KiTS19 repository."
+        ) from error
 
 
 def labelled_cases(folders: Sequence[Path]) -> list[Case]:

@@ -141,7 +141,7 @@ def write_image(path: Path, array: NDArray[np.int16], native: Geometry, descript
 
 def stores_plain_integers(path: Path) -> bool:
     """Whether a file holds three axes of integers without a scale."""
-    image = _open(path)
+    image: Any = _open(path)
     whole = image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
     return bool(whole and image.ndim == 3)
 
