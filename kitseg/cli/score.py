@@ -22,10 +22,13 @@ from kitseg.cli.app import (
     exit_if,
     known_convention,
 )
+from kitseg.errors import UsageError
 
 if TYPE_CHECKING:
     from kitseg.pipeline.compare import Comparison
     from kitseg.pipeline.priors import Fit
+
+SHOWN = 15  # of the combinations that `choose` tries
 
 
 @app.command(epilog="Example: kitseg fit-priors --labels data --split splits.json --fold 0")
@@ -103,6 +106,40 @@ def validate(
     cross_validate(run, data, device, mirror)
 
 
+@app.command(epilog="Example: kitseg choose runs/two-phase-paper runs/progressive-paper -o ensemble.yaml")
+def choose(
+    runs: Annotated[list[Path], typer.Argument(help="Validated runs, or folds of them.")],
+    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; several times for several.")] = [  # noqa: B006
+        Path("data")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ensemble file.")] = Path("ensemble.yaml"),
+    jobs: Jobs = -1,
+) -> None:
+    """Find the runs to average and the post-processing with the best out-of-fold Dice.
+
+    Tries every set of the runs (with `validate --mirror`, mirrored ones too), each without post-processing and with
+    that of its members, then one prior more or less for as long as it helps.
+    """
+    from kitseg.pipeline import choose as steps
+    from kitseg.volumes.kits import labelled_cases
+
+    if output.suffix != ".yaml":
+        raise UsageError(f"{output}: the ensemble file is YAML; give a name that ends in .yaml")
+    search = steps.open_search(runs, labelled_cases(data))
+    for number, recipes in enumerate(steps.rounds(search), 1):
+        with screen.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:
+            steps.try_recipes(search, recipes, jobs, step)
+    table = screen.table("runs", "post-processing", "kidney", "tumor", "mean")
+    for tried in steps.ranked(search)[:SHOWN]:
+        dice = (screen.cell(tried.dice[name]) for name in ("kidney", "tumor"))
+        table.add_row(*map(escape, steps.describe(search, tried.recipe)), *dice, screen.cell(tried.score))
+    screen.out.print(table)
+    steps.write_choice(output, search)
+    screen.say(f"{len(search.tried)} combinations tried on {len(search.cases)} cases; all of them are in {output}")
+    screen.say("The best of many looks a little better than it is: try it on cases that had no part in this.")
+    screen.say(f"kitseg predict SCAN --model {output}")
+
+
 @app.command(epilog="Example: kitseg compare two-phase.json two-stage.json")
 def compare(
     a: Annotated[Path, typer.Argument(help="Scores of A: a file of `kitseg evaluate --json`, or its folder.")],
@@ -173,7 +210,7 @@ def _show_comparison(comparison: Comparison) -> None:
     for group in comparison.groups:
         if not group.kind:
             screen.say(escape(sentence(group)))
-    screen.say("95 % CI: BCa bootstrap of the mean; p: exact Wilcoxon signed-rank test, two-sided, not corrected")
+    screen.say("95 % CI: BCa bootstrap of the mean; p: Wilcoxon signed-rank test, two-sided, not corrected")
     if comparison.tests:
         screen.say(f"p of the groups of cases: corrected for their {comparison.tests} tests by Holm's method")
 

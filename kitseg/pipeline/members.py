@@ -103,7 +103,7 @@ def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
         members = [
-            Member(path.absolute().parent / row["run"], float(row.get("weight", 1)), bool(row.get("mirror", False)))
+            Member(path.parent / row["run"], float(row.get("weight", 1)), bool(row.get("mirror", False)))
             for row in content["members"]
         ]
         steps = dict(content["postprocess"] or {})
