@@ -106,13 +106,12 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -
     """Predict and score the validation cases of a run's finished folds; exit code 1 where a case failed."""
     from kitseg.pipeline import validate as steps
     from kitseg.pipeline.evaluate import groups
-    from kitseg.volumes.kits import labelled_cases
 
-    plan = steps.plan_validation(run, labelled_cases(data), mirror)
+    plan = steps.plan_validation(run, data, mirror)
     folds = {case.id: fold for fold, cases in plan.folds.items() for case in cases}
     outcomes = bar_over("validate", len(folds), lambda done: steps.predict_folds(plan, device, done))
     with screen.bar("score", len(folds)) as step:
-        scores = steps.score_folds(plan, data, step)
+        scores = steps.score_folds(plan, step)
     table = screen.table("by", "", "cases", "kidney", "tumor")
     for group in groups(scores, folds):
         dice = (screen.cell(group.dice.get(name)) for name in ("kidney", "tumor"))

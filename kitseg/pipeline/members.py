@@ -43,14 +43,10 @@ class Ensemble:
     postprocess: Mapping[str, Any]
 
     def probabilities(self, scan: Volume) -> Probabilities:
-        """The weighted mean over the models and their folds, one at a time; a model's weight is shared by its folds."""
+        """The weighted mean over the models, each the mean of its folds, one at a time."""
         channels = ensemble.common_channels([tuple(model.method.outputs) for model in self.models])
-        most = max(len(model.folds) for model in self.models)
-        return ensemble.mean(
-            (ensemble.convert(block, channels), weight * most / len(model.folds))
-            for model, weight in zip(self.models, self.weights, strict=True)
-            for block in model.predict(scan, model.method.outputs)
-        )
+        beliefs = (ensemble.convert(model.believe(scan), channels) for model in self.models)
+        return ensemble.mean(zip(beliefs, self.weights, strict=True))
 
     def origin(self) -> list[dict[str, Any]]:
         """Which models made a result."""

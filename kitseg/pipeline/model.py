@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitseg import config
+from kitseg import config, ensemble
 from kitseg.config import Method, Source, StageSpec
 from kitseg.errors import InputError, UsageError
 from kitseg.inference.chain import Predictor, run_chain, to_scan
@@ -81,6 +81,10 @@ class Model:
         wanted = sorted({(source.stage, source.head) for source in channels.values()})
         for fold in self.folds:
             yield to_scan(run_chain(scan, self.stages(fold), wanted), channels, scan)
+
+    def believe(self, scan: Volume) -> Probabilities:
+        """The method's output on the scan's own grid, the mean over the folds."""
+        return ensemble.mean((member, 1.0) for member in self.predict(scan, self.method.outputs))
 
     def digest(self) -> str:
         """A hash of the configuration and of every checkpoint in use."""

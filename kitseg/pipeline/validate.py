@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kitseg import config, ensemble
+from kitseg import config
 from kitseg.errors import UsageError
-from kitseg.files import read_json
 from kitseg.pipeline.clean import build_steps, clean, save_labels
 from kitseg.pipeline.evaluate import Score, score_case, write_scores
 from kitseg.pipeline.infer import manifest_of
@@ -17,8 +16,8 @@ from kitseg.pipeline.outcome import OnDone, Outcome, each
 from kitseg.runs import Run, find_run, move_aside
 from kitseg.splits import Split, read_split
 from kitseg.types import Case
-from kitseg.volumes.blocks import MANIFEST, SCHEMA, claim_manifest, write_block
-from kitseg.volumes.kits import CLINICAL, read_clinical
+from kitseg.volumes.blocks import MANIFEST, claim_manifest, read_manifest, write_block
+from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
 from kitseg.volumes.nifti import file_digest, read_image
 
 SCORES, LABELS = "scores.json", "predictions"
@@ -32,6 +31,7 @@ class Validation:
     split: Split
     folds: dict[int, list[Case]]
     mirror: bool
+    clinical: Mapping[str, Mapping[str, str]]
 
     @property
     def labels(self) -> Path:
@@ -44,22 +44,23 @@ class Validation:
         return self.run.validation(self.mirror) / SCORES
 
 
-def plan_validation(path: Path, cases: Iterable[Case], mirror: bool) -> Validation:
+def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validation:
     """The finished folds of a run, or one fold of it, and their validation cases.
 
     Raises:
-        UsageError: not a run, no finished fold, or a validation case that isn't there.
+        UsageError: not a run, no finished fold, or a validation case that isn't there. InputError: a damaged kits.json.
     """
     run, fold = find_run(path)
     split, last = read_split(run.split), list(config.method_of(config.read(run.config)).stages)[-1]
     finished = [number for number in run.folds(last) if fold in (None, number)]
     if not finished:
         raise UsageError(f"{path} has no finished fold; `kitseg train --fold all` trains them all")
-    by_id = {case.id: case for case in cases}
+    by_id = {case.id: case for case in labelled_cases(data)}
     wanted = {number: split.folds[number].val for number in finished}
     if missing := sorted({case for val in wanted.values() for case in val} - by_id.keys()):
         raise UsageError(f"{', '.join(missing)} of {run.split} can't be found; give their folder with --data")
-    return Validation(run, split, {n: [by_id[case] for case in val] for n, val in wanted.items()}, mirror)
+    clinical = {case: row for folder in data for case, row in read_clinical(folder / CLINICAL).items()}
+    return Validation(run, split, {n: [by_id[case] for case in val] for n, val in wanted.items()}, mirror, clinical)
 
 
 def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[Outcome]:
@@ -73,10 +74,10 @@ def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[
     return outcomes
 
 
-def score_folds(validation: Validation, data: Sequence[Path], on_done: Callable[[], None]) -> list[Score]:
+def score_folds(validation: Validation, on_done: Callable[[], None]) -> list[Score]:
     """Score the label maps of all validated folds and write them."""
-    clinical = {case: row for folder in data for case, row in read_clinical(folder / CLINICAL).items()}
-    convention, scores, folds = validation.split.convention, [], {}
+    clinical, convention = validation.clinical, validation.split.convention
+    scores, folds = [], {}
     for fold, cases in validation.folds.items():
         for case in cases:
             found = validation.labels / f"{case.id}.nii.gz"
@@ -89,11 +90,10 @@ def score_folds(validation: Validation, data: Sequence[Path], on_done: Callable[
 
 
 def _predict_fold(model: Model, cases: Sequence[Case], to: Path, labels: Path, on_done: OnDone) -> list[Outcome]:
-    outputs, steps = model.method.outputs, build_steps(model.method.postprocess)
-    manifest = manifest_of(model, None, outputs)
-    if (to / MANIFEST).exists() and read_json(to / MANIFEST, SCHEMA)["model"]["sha256"] != manifest["model"]["sha256"]:
+    steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None, model.method.outputs)
+    if not (to / MANIFEST).exists() or read_manifest(to)["model"]["sha256"] != manifest["model"]["sha256"]:
         move_aside(to)
-    claim_manifest(to, manifest)
+        claim_manifest(to, manifest)
     by_id = {case.id: case for case in cases}
 
     def work(name: str) -> Outcome:
@@ -101,7 +101,7 @@ def _predict_fold(model: Model, cases: Sequence[Case], to: Path, labels: Path, o
         if (to / f"{name}.json").exists() and result.exists():
             return Outcome(name, note="predicted already", result=result)
         scan = read_image(case.image, name)
-        found = ensemble.mean((member, 1.0) for member in model.predict(scan, outputs))
+        found = model.believe(scan)
         outcome = save_labels(labels, name, clean(found, scan, steps), found)
         write_block(to, found, case.image, file_digest(case.image))
         return outcome
