@@ -43,10 +43,14 @@ class Ensemble:
     postprocess: Mapping[str, Any]
 
     def probabilities(self, scan: Volume) -> Probabilities:
-        """The weighted mean over the models, each the mean of its folds, one at a time."""
+        """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory."""
         channels = ensemble.common_channels([tuple(model.method.outputs) for model in self.models])
-        beliefs = (ensemble.convert(model.believe(scan), channels) for model in self.models)
-        return ensemble.mean(zip(beliefs, self.weights, strict=True))
+        most = max(len(model.folds) for model in self.models)
+        return ensemble.mean(
+            (ensemble.convert(belief, channels), weight * most / len(model.folds))
+            for model, weight in zip(self.models, self.weights, strict=True)
+            for belief in model.predict(scan, model.method.outputs)
+        )
 
     def origin(self) -> list[dict[str, Any]]:
         """Which models made a result."""
