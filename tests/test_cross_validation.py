@@ -200,9 +200,8 @@ def test_several_models_are_averaged_like_their_folders(validated: Path) -> None
         wholes[-1][0] = 1
         wholes[-1][(slice(None), *block.box.slices)] = block.array
     assert np.allclose(wholes[0], (2 * wholes[1] + wholes[2]) / 3, atol=2**-10)
-    done = kitseg(
-        validated, "predict", "test", *(f"--model={run}" for run in models), "--weights=2,1", "-o", "p/labels"
-    )
+    both = [f"--model={run}" for run in models]
+    done = kitseg(validated, "predict", "test", *both, "--weights=2,1", "-o", "p/labels")
     assert done.code == 0, done.text
     facts = json.loads((validated / "p/labels/case_00000.json").read_text())
     assert [(len(model["folds"]), model["weight"]) for model in facts["models"]] == [(3, 2), (1, 1)]
