@@ -15,6 +15,7 @@ from conftest import kitseg, once
 from method_runs import history, labels_of, quick_run, read, run_of, stage_folder, train, working_folder
 from scipy import ndimage
 
+from kitseg import config
 from kitseg.inference.chain import Output, run_chain, run_on_grid
 from kitseg.pipeline.model import build_stage, open_model, trained_stage
 from kitseg.runs import StageFolder
@@ -146,6 +147,21 @@ def test_a_validation_case_is_guided_by_the_stage_itself(guided: Path) -> None:
         _, outer = told(guided, case, stage_folder(guided, "guided-unetpp", "foreground"))
         assert np.array_equal(probability, outer.foreground().astype(np.float16))
         assert np.array_equal(mask, dilated(outer.labels() > 0)), "its mask is the network's"
+
+
+def test_weight_decay_does_not_outweigh_the_masked_losss_small_gradients() -> None:
+    """The mean over all pixels, most of them masked out, has gradients near zero: a hundred such steps change nothing."""
+    spec = config.method_of(config.compose("guided-unetpp", "tiny", [])).stages["segment"]
+    stage = build_stage(spec)
+    optimizer = stage.configure_optimizers()
+    optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
+    before = {name: weights.detach().clone() for name, weights in stage.net.named_parameters()}
+    for _ in range(100):
+        for weights in stage.net.parameters():
+            weights.grad = torch.zeros_like(weights)
+        optimizer.step()
+    for name, weights in stage.net.named_parameters():
+        assert torch.allclose(weights, before[name], rtol=0.001), name
 
 
 # --- dual-unet -------------------------------------------------------------------------------------------------------
