@@ -150,7 +150,7 @@ def test_a_validation_case_is_guided_by_the_stage_itself(guided: Path) -> None:
 
 
 def test_weight_decay_does_not_outweigh_the_masked_losss_small_gradients() -> None:
-    """The mean over all pixels, most of them masked out, has gradients near zero: a hundred such steps change nothing."""
+    """The mean over all pixels, most of them masked out, has gradients near zero: they leave the weights alone."""
     spec = config.method_of(config.compose("guided-unetpp", "tiny", [])).stages["segment"]
     stage = build_stage(spec)
     optimizer = stage.configure_optimizers()
