@@ -130,6 +130,19 @@ def test_the_folds_that_are_there_so_far(validated: Path, tmp_path: Path) -> Non
     assert "has no out-of-fold predictions" in lacking.text
 
 
+def test_a_stage_begun_again_takes_its_validation_along(validated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(validated, folder)
+    options = (*QUICK, "--method=two-stage", "--fold=1", "--stage=segment", "--restart")
+    done = kitseg(folder, "train", *options)
+    assert done.code == 0, done.text
+    assert not (folder / RUNS[1] / "fold_1/validation").exists()
+    assert (folder / RUNS[1] / "fold_1/validation.old-1").exists()
+    refused = kitseg(folder, "choose", RUNS[1], "-o", "x.yaml")
+    assert refused.code == 2
+    assert "has no out-of-fold predictions" in refused.text
+
+
 def test_a_validation_case_that_is_not_there(validated: Path, tmp_path: Path) -> None:
     shutil.copytree(validated / "data/case_00000", tmp_path / "few/case_00000")
     done = kitseg(validated, "validate", RUNS[0], f"--data={tmp_path / 'few'}")

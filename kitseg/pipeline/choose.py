@@ -93,9 +93,10 @@ def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
             raise UsageError(f"{path} has no out-of-fold predictions; make them with `kitseg validate {path}`")
         members += there
         splits.append(read_split(run.split))
-    for path, member in zip(paths, members, strict=False):
+    for member in members[1:]:
         if odd := sorted(set(member.folders) ^ set(members[0].folders)):
-            raise UsageError(f"{path} and {paths[0]} weren't validated on the same cases: {', '.join(odd)}")
+            pair = f"{members[0].name} and {member.name}"
+            raise UsageError(f"{pair} weren't validated on the same cases: {', '.join(odd)}")
     if len({split.convention for split in splits}) > 1:
         raise UsageError("the runs were trained with different label conventions")
     by_id = {case.id: case for case in cases}

@@ -112,7 +112,8 @@ class Start:
     def restart(self, stage: str | None, every_fold: bool = False) -> list[Path]:
         """Move the old run aside: the whole of it where its configuration or split differs, or for every fold.
 
-        Otherwise the fold alone, or the stage with the later ones that build on it. Gives the new names.
+        Otherwise the fold alone, or the stage with the later ones that build on it and what cross-validation made of
+        them. Gives the new names.
 
         Raises:
             UsageError: there are several ranks already.
@@ -129,7 +130,9 @@ class Start:
         if stage is None:
             return moved_aside([self.run.fold(self.fold)])
         stages = [stage, *_dependent(config.method_of(self.config), stage)]
-        return moved_aside([self.run.stage(fold, name).path for fold in folds for name in stages])
+        trained = [self.run.stage(fold, name).path for fold in folds for name in stages]
+        said = [self.run.beliefs(fold, mirror) for fold in folds for mirror in (False, True)]
+        return moved_aside([*trained, *said])
 
     def _plan(self, split: Split) -> Plan:
         if self.fold >= len(split.folds):
