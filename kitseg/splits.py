@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.files import write_json
 from kitseg.labels import CONVENTIONS
 from kitseg.scoring.strata import thickness_class
-from kitseg.types import Traits
+from kitseg.types import Case, Traits
 
 SCHEMA = 1
 
@@ -78,6 +78,29 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
         outer.append(Fold(_names(train), _names(val), tuple(nested)))
     known = {c.case: (c.patient,) for patient in patients for c in patient if c.patient != c.case}
     return Split(tuple(outer), _names(held), seed, convention, known)
+
+
+def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
+    """The split with registered copies among a fold's training cases.
+
+    An inner fold trains on a copy too where it trains on every case that the copy was made from; none validates on one.
+
+    Raises:
+        KitsegError: a copy was made from a case that isn't a training case of the fold.
+    """
+    copies, outer = list(copies), split.folds[fold]
+    for copy in copies:
+        if foreign := set(copy.sources) - set(outer.train):
+            raise KitsegError(f"{copy.id} was made from {', '.join(sorted(foreign))}, no training case of fold {fold}")
+
+    def joined(train: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted({*train, *(copy.id for copy in copies if set(copy.sources) <= set(train))}))
+
+    inner = tuple(replace(part, train=joined(part.train)) for part in outer.inner)
+    folds = [*split.folds]
+    folds[fold] = replace(outer, train=joined(outer.train), inner=inner)
+    shown = {copy.id: copy.patients for copy in copies}
+    return replace(split, folds=tuple(folds), patients={**split.patients, **shown})
 
 
 def write_split(split: Split, path: Path) -> None:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from kitseg import screen
-from kitseg.cli.app import Convention, Data, Jobs, Method, Set, Size, app, exit_if, known_convention, preprocess_cases
-from kitseg.errors import UsageError
+from kitseg.cli.app import (
+    Convention,
+    Data,
+    Device,
+    Jobs,
+    Method,
+    Set,
+    Size,
+    app,
+    exit_if,
+    known_convention,
+    preprocess_cases,
+)
+from kitseg.errors import KitsegError, UsageError
 from kitseg.scoring.strata import THICKNESSES
+
+if TYPE_CHECKING:
+    from kitseg.pipeline.augment import Outcome
 
 
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
@@ -137,3 +154,72 @@ def split(
     screen.out.print(table)
     screen.say(f"{len(traits)} cases split: {output}")
     exit_if(bool(errors))
+
+
+@app.command(epilog="Example: kitseg augment --method two-phase --fold 0 --worst 20 --partners 10")
+def augment(
+    method: Method = "two-phase",
+    size: Size = "paper",
+    run: Annotated[Path | None, typer.Option(help="The run that says which cases are hard; runs/METHOD-SIZE.")] = None,
+    fold: Annotated[int, typer.Option(min=0, help="The outer fold whose training cases are copied.")] = 0,
+    worst: Annotated[int, typer.Option(min=1, help="Hard cases: those of the lowest Dice.")] = 20,
+    partners: Annotated[int, typer.Option(min=1, help="Other cases that each hard one is paired with.")] = 10,
+    direction: Annotated[
+        str, typer.Option(help="partner-to-hard: a partner in the hard case's shape; or hard-to-partner.")
+    ] = "partner-to-hard",
+    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; several times for several.")] = [  # noqa: B006
+        Path("data")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the copies.")] = Path("augmented"),
+    store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
+    seed: Annotated[int, typer.Option(help="Of the draw of the partners.")] = 0,
+    device: Device = "auto",
+    jobs: Jobs = -1,
+) -> None:
+    """Register other training cases to a fold's hard ones, as more cases to learn from; goes on when called again.
+
+    Hard are those that the run's inner folds predict worst; inner folds that aren't trained yet are trained first.
+    """
+    from kitseg.pipeline import augment as copies
+    from kitseg.pipeline.hard import fold_plan, rank_cases
+    from kitseg.volumes.kits import labelled_cases
+
+    choice = copies.Choice(worst, partners, direction, seed)
+    plan = fold_plan(run or Path("runs") / f"{method}-{size}", fold, store, device)
+    known = labelled_cases(data)
+    cases = copies.training_scans(plan.split, fold, known)
+    copies.check_enough(len(cases), choice)
+    if failed := preprocess_cases(known, plan.config, store, jobs):
+        raise KitsegError(f"{len(failed)} cases couldn't be preprocessed: mend them first; see above")
+    ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", screen.say)
+    table = screen.table("hard case", "kidney", "tumor", "mean Dice")
+    for row in ranked[:worst]:
+        table.add_row(row.case, *map(screen.cell, (row.kidney, row.tumor, row.dice)))
+    screen.out.print(table)
+    pairs = copies.choose_pairs([row.case for row in ranked], cases, choice)
+    copies.write_request(output, fold, choice, pairs)
+    with screen.bar("register", len(pairs)) as step:
+        outcomes = copies.make_copies(pairs, output, plan.config["convention"], jobs, lambda _: step())
+    copies.write_augmented_split(plan.run, output)
+    _report_copies(outcomes, output)
+    more = "".join(f" --data {folder}" for folder in [*data, output])
+    screen.say(
+        f"To train with them, with the options of {plan.run.path}: kitseg train --method {plan.method.name} "
+        f"--size {plan.config['size']['name']} --fold {fold}{more} --split {output / 'splits.json'} "
+        f"--name {plan.run.path.name}-augmented"
+    )
+    exit_if(any(outcome.state == "failed" for outcome in outcomes))
+
+
+def _report_copies(outcomes: Sequence[Outcome], folder: Path) -> None:
+    for outcome in outcomes:
+        if outcome.state == "failed":
+            screen.complain(outcome.reason)
+        elif outcome.state == "rejected":
+            screen.say(f"{outcome.name}: no copy; {escape(outcome.reason)}")
+    kept = [outcome.facts for outcome in outcomes if outcome.state == "kept" and outcome.facts]
+    new = sum(outcome.new for outcome in outcomes)
+    screen.say(f"{len(kept)} of {len(outcomes)} pairs gave a copy in {folder}; {new} were registered in this call")
+    if kept:
+        before, after = (fmean(facts[key] for facts in kept) for key in ("dice_before", "dice_after"))
+        screen.say(f"overlap of the kidneys: {before:.2f} before and {after:.2f} after registration (mean Dice)")

@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kitseg.errors import KitsegError, UsageError
@@ -28,15 +28,20 @@ def train(plan: Plan, stage: str | None, say: Say) -> None:
     method = plan.method
     if stage is not None and stage not in method.stages:
         raise UsageError(f"{method.name} has no stage '{stage}'; it has {', '.join(method.stages)}")
+    train_units(plan, units(method, plan.part, stage), say)
+
+
+def train_units(plan: Plan, wanted: Sequence[Unit], say: Say) -> None:
+    """Train these in order; what is trained already is left as it is."""
     ports = itertools.count(1)
-    for unit in units(method, plan.part, stage):
+    for unit in wanted:
         if unit.folder(plan).done.exists():
             say(f"{unit}: trained already")
             continue
         _check_earlier(plan, unit)
         if rank() == 0:
             prepare(plan, unit)
-        if method.stages[unit.stage].rounds is None:
+        if plan.method.stages[unit.stage].rounds is None:
             _train_one(plan, unit, next(ports), say)
         else:
             _train_rounds(plan, unit, ports, say)
