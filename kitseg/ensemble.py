@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -38,6 +39,11 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
         raise ValueError("a mean needs at least one member")
     total /= np.float32(weights)
     return Probabilities(total.astype(np.float16), first.channels, box, first.geometry, first.native, first.case_id)
+
+
+def can_weigh(weights: Sequence[float]) -> bool:
+    """Whether a mean can have these weights: finite, none negative, not all 0."""
+    return all(math.isfinite(weight) and weight >= 0 for weight in weights) and sum(weights) > 0
 
 
 def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

@@ -128,6 +128,10 @@ class Run:
         """Label maps and scores of every fold's validation cases."""
         return self.path / _validation(mirror)
 
+    def scores(self, mirror: bool) -> Path:
+        """Scores of every fold's validation cases."""
+        return self.validation(mirror) / "scores.json"
+
     def folds(self, stage: str) -> list[int]:
         """The folds in which ``stage`` is finished."""
         numbers = (int(p.name[5:]) for p in self.path.glob("fold_*") if p.name[5:].isdigit())

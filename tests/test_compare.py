@@ -268,7 +268,11 @@ def test_a_folder_stands_for_its_scores(tmp_path: Path) -> None:
 
 def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
     """Brackets and dollars are no markup and no formulas."""
-    scores(tmp_path / "[red]$x$.json", A, strata={case: {"[bold]kind$": "$a$"} for case in CASES})
+    scores(
+        tmp_path / "[red]$x$.json",
+        A,
+        strata={case: {"[bold]kind$": "$a$" if case == CASES[0] else "b"} for case in CASES},
+    )
     scores(tmp_path / "b.json", B)
     result = kitseg(tmp_path, "compare", "[red]$x$.json", "b.json")
     assert result.code == 0, result.text

@@ -130,6 +130,53 @@ def test_the_folds_that_are_there_so_far(validated: Path, tmp_path: Path) -> Non
     assert "has no out-of-fold predictions" in lacking.text
 
 
+def test_a_fold_alone_keeps_the_scores_of_the_others(validated: Path, tmp_path: Path) -> None:
+    shutil.copytree(validated / RUNS[0], tmp_path / "runs/one")
+    done = kitseg(tmp_path, "validate", "runs/one/fold_1", f"--data={validated / 'data'}")
+    assert done.code == 0, done.text
+    assert done.text.count("predicted already") == 2
+    assert len(scores(tmp_path, "runs/one")["cases"]) == CASES
+
+
+def test_a_fold_of_another_split_is_refused(validated: Path, tmp_path: Path) -> None:
+    """As when folds are put together that were trained on machines with different splits."""
+    shutil.copytree(validated / RUNS[0], tmp_path / "runs/mixed")
+    path = tmp_path / "runs/mixed/splits.json"
+    split = json.loads(path.read_text())
+    split["folds"] = split["folds"][1:] + split["folds"][:1]
+    path.write_text(json.dumps(split))
+    done = kitseg(tmp_path, "validate", "runs/mixed", f"--data={validated / 'data'}")
+    assert done.code == 2
+    assert "learned from case_" in done.text
+    assert "keeps from it" in done.text
+
+
+def test_a_scan_that_has_changed_is_predicted_again(validated: Path, tmp_path: Path) -> None:
+    shutil.copytree(validated / "data", tmp_path / "data")
+    shutil.copytree(validated / RUNS[0], tmp_path / RUNS[0])
+    path = tmp_path / "data/case_00002/imaging.nii.gz"
+    scan = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj) + np.int16(3), scan.affine), path)
+    refused = kitseg(tmp_path, "choose", RUNS[0], "-o", "x.yaml", "--jobs=1")
+    assert refused.code == 1
+    assert "is not what progressive-tiny predicted" in refused.text
+    again = kitseg(tmp_path, "validate", RUNS[0])
+    assert again.code == 0, again.text
+    assert again.text.count("predicted already") == CASES - 1
+    assert kitseg(tmp_path, "choose", RUNS[0], "-o", "x.yaml", "--jobs=1").code == 0
+    path.write_bytes(b"no scan")
+    broken = kitseg(tmp_path, "validate", RUNS[0])
+    assert broken.code == 1
+    assert scores(tmp_path, RUNS[0])["missing"] == ["case_00002"]
+
+
+def test_choosing_spares_other_files(validated: Path) -> None:
+    config = validated / RUNS[0] / "config.yaml"
+    before = config.read_bytes()
+    assert kitseg(validated, "choose", RUNS[0], "-o", str(config)).code == 2
+    assert config.read_bytes() == before
+
+
 def test_a_stage_begun_again_takes_its_validation_along(validated: Path, tmp_path: Path) -> None:
     folder = tmp_path / "again"
     shutil.copytree(validated, folder)
@@ -147,7 +194,7 @@ def test_a_validation_case_that_is_not_there(validated: Path, tmp_path: Path) ->
     shutil.copytree(validated / "data/case_00000", tmp_path / "few/case_00000")
     done = kitseg(validated, "validate", RUNS[0], f"--data={tmp_path / 'few'}")
     assert done.code == 2
-    assert "case_00001" in done.text
+    assert "case_00001" in done.text or "case_00002" in done.text
     assert "--data" in done.text
 
 
@@ -221,6 +268,7 @@ def test_several_models_are_averaged_like_their_folders(validated: Path) -> None
     bad = kitseg(validated, "predict", "test", *both, "--weights=1", "-o", "p/bad")
     assert bad.code == 2
     assert "2 models need as many weights" in bad.text
+    assert kitseg(validated, "predict", "test", *both, "--weights=nan,1", "-o", "p/bad").code == 2
 
 
 def test_a_mirrored_scan_mirrors_the_prediction(validated: Path, tmp_path: Path) -> None:
@@ -253,6 +301,9 @@ def test_an_ensemble_file_there_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
+        "schema: 1\nmembers: [{run: a, mirror: 'no'}]\npostprocess: {}",
+        "schema: 1\nmembers: [{run: a, weight: .nan}]\npostprocess: {}",
+        "schema: 1\nmembers: [{run: a}]\npostprocess: {d: 3}",
         "",
         "3",
         "schema: 2\nmembers: []\n",
@@ -264,8 +315,8 @@ def test_an_ensemble_file_there_and_back(tmp_path: Path) -> None:
 def test_a_file_that_is_no_ensemble(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.yaml").write_text(content)
     done = kitseg(tmp_path, "predict", str(tmp_path), "--model=x.yaml")
-    assert done.code != 0
-    assert "Traceback" not in done.text
+    assert done.code == 1
+    assert "x.yaml is no ensemble file" in done.text or "x.yaml: is no ensemble file" in done.text
 
 
 # --- the split -------------------------------------------------------------------------------------------------------
@@ -293,6 +344,10 @@ def test_a_split_by_command_holds_patients_together(validated: Path, tmp_path: P
     two = kitseg(tmp_path, "split", "-o", "two.json")
     assert two.code == 1
     assert "gives no patient, or two, to case_00000" in two.text
+    (tmp_path / "data/patients.csv").write_text("case,patient\n00000,Ann\ncase_00003,Ann\n")
+    mistyped = kitseg(tmp_path, "split", "-o", "three.json")
+    assert mistyped.code == 1
+    assert "names 00000, which no data folder holds" in mistyped.text
 
 
 def test_a_fold_that_is_no_number(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from kitseg import __version__, screen
 from kitseg.errors import KitsegError, UsageError
@@ -108,21 +109,23 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -
     from kitseg.pipeline.evaluate import groups
 
     plan = steps.plan_validation(run, data, mirror)
-    folds = {case.id: fold for fold, cases in plan.folds.items() for case in cases}
-    outcomes = bar_over("validate", len(folds), lambda done: steps.predict_folds(plan, device, done))
+    count = sum(len(plan.cases[fold]) for fold in plan.asked)
+    outcomes = bar_over("validate", count, lambda done: steps.predict_folds(plan, device, done))
+    folds = steps.folds_to_score(plan)
     with screen.bar("score", len(folds)) as step:
-        scores = steps.score_folds(plan, step)
+        scores = steps.score_folds(plan, folds, step)
     table = screen.table("by", "", "cases", "kidney", "tumor")
     for group in groups(scores, folds):
         dice = (screen.cell(group.dice.get(name)) for name in ("kidney", "tumor"))
-        table.add_row(group.kind, group.name, str(group.cases), *dice, end_section=group.kind == "all")
+        table.add_row(group.kind, escape(group.name), str(group.cases), *dice, end_section=group.kind == "all")
     screen.out.print(table)
     for score in scores:
         if score.error:
             screen.complain(score.error)
-    if len(plan.folds) < len(plan.split.folds):
-        screen.say(f"{len(plan.folds)} of {len(plan.split.folds)} folds are trained and validated so far")
-    screen.say(f"out-of-fold scores: {plan.scores}")
+    if (done := len(set(folds.values()))) < len(plan.split.folds):
+        screen.say(f"{done} of {len(plan.split.folds)} folds are trained and validated so far")
+    screen.say("No weight was learned from these cases, but they chose the checkpoints: a test set is stricter.")
+    screen.say(f"out-of-fold scores: {plan.run.scores(mirror)}")
     exit_if(any(outcome.error for outcome in outcomes) or any(score.error or score.missing for score in scores))
 
 
@@ -131,7 +134,7 @@ def _say_outcome(outcome: Outcome) -> None:
         return screen.complain(outcome.error)
     volumes = ", ".join(f"{name} {ml:.1f} ml" for name, ml in (outcome.volumes_ml or {}).items())
     facts = "; ".join(part for part in (volumes, outcome.note, f"{outcome.seconds:.1f} s") if part)
-    screen.say(f"[green]✓[/] {outcome.case}: {facts} → {outcome.result}")
+    screen.say(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
 
 
 def known_convention(convention: str) -> None:

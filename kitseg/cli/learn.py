@@ -82,7 +82,11 @@ def train(
         return _train_folds(begin.wait(), stage, given)
     where, cases = machine.describe(), labelled_cases(data)
     if dry_run:
-        return _show_plan(begin.rehearse(cases), cases, stage, where)
+        plan = begin.rehearse(cases)
+        _show_plan(plan, cases, stage, where)
+        if fold == EVERY_FOLD:
+            screen.say(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
+        return
     if restart:
         for old in begin.restart(stage, every_fold=fold == EVERY_FOLD):
             screen.say(f"the old training is now {old}")

@@ -125,6 +125,7 @@ def choose(
 
     if output.suffix != ".yaml":
         raise UsageError(f"{output}: the ensemble file is YAML; give a name that ends in .yaml")
+    steps.spare(output)
     search = steps.open_search(runs, labelled_cases(data))
     for number, recipes in enumerate(steps.rounds(search), 1):
         with screen.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from joblib import Parallel, delayed
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib import delayed
 
 from kitseg import __version__
 from kitseg.errors import InputError, KitsegError, UsageError, in_words
@@ -26,6 +25,7 @@ from kitseg.files import aside, read_json, write_json
 from kitseg.patches.registration import Labelled, Settings, problem, register_copy
 from kitseg.runs import Run
 from kitseg.splits import Split, read_split, with_copies, write_split
+from kitseg.pipeline.outcome import in_parallel
 from kitseg.types import Case
 from kitseg.volumes.kits import IMAGE, LABEL, ORIGIN, ORIGIN_SCHEMA, find_cases
 from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, read_image, read_labels, write_image, write_labels
@@ -132,13 +132,9 @@ def make_copies(
     to = to.absolute()  # worker processes may stand in another folder
     tasks = (delayed(_make)(pair, to, convention) for pair in pairs)
     outcomes = []
-    try:
-        for outcome in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
-            outcomes.append(outcome)
-            on_done(outcome)
-    except TerminatedWorkerError as error:
-        remedy = "The machine may be short of memory: call again, which goes on, with a smaller --jobs."
-        raise KitsegError(f"a worker process was killed. {remedy}") from error
+    for outcome in in_parallel(tasks, jobs, ordered=False):
+        outcomes.append(outcome)
+        on_done(outcome)
     return sorted(outcomes, key=lambda outcome: outcome.name)
 
 

@@ -8,19 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
+from joblib import delayed
 
-from kitseg import ensemble
+from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError, in_words
 from kitseg.labels import to_kits19
 from kitseg.pipeline.clean import build_steps, clean
 from kitseg.pipeline.members import Member, write_ensemble
+from kitseg.pipeline.model import run_digest
+from kitseg.pipeline.outcome import in_parallel
 from kitseg.runs import Run, find_run
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.splits import read_split
 from kitseg.types import Case, Probabilities
-from kitseg.volumes.blocks import block_cases, read_block, read_manifest, scan_of
-from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.blocks import MANIFEST, read_block, read_manifest, scan_digest
+from kitseg.volumes.nifti import file_digest, read_image, read_labels
 
 ALL_SUBSETS_UP_TO = 5  # members; of more, sets of up to three and the whole
 
@@ -38,7 +40,9 @@ class Validated:
     @property
     def name(self) -> str:
         """What to call it in a table."""
-        return self.member.run.name + (" mirrored" if self.member.mirror else "")
+        path = self.member.run.resolve()
+        name = f"{path.parent.name}/{path.name}" if path.name.startswith("fold_") else path.name
+        return name + (" mirrored" if self.member.mirror else "")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,10 @@ def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
         found = [_validated(run, fold, mirror) for mirror in (False, True)]
         there = [validated for validated in found if validated is not None]
         if not there:
-            raise UsageError(f"{path} has no out-of-fold predictions; make them with `kitseg validate {path}`")
+            raise UsageError(
+                f"{path} has no out-of-fold predictions by the networks that are there now, of every fold: "
+                f"`kitseg train --fold all` trains what is missing, `kitseg validate {path}` predicts"
+            )
         members += there
         splits.append(read_split(run.split))
     for member in members[1:]:
@@ -129,7 +136,7 @@ def try_recipes(search: Search, recipes: Sequence[Recipe], jobs: int, on_done: C
     given = (search.members, search.priors, search.convention, recipes)
     tasks = (delayed(_try_case)(case, *given) for case in search.cases)
     scores: list[list[dict[str, float]]] = []
-    for found in Parallel(n_jobs=jobs, return_as="generator")(tasks):
+    for found in in_parallel(tasks, jobs):
         if isinstance(found, str):
             raise KitsegError(found)
         scores.append(found)
@@ -142,6 +149,16 @@ def try_recipes(search: Search, recipes: Sequence[Recipe], jobs: int, on_done: C
 def winner(search: Search) -> Tried:
     """The best that was tried; of equals the one with fewer members, then fewer priors."""
     return max(search.tried.values(), key=_order)
+
+
+def spare(path: Path) -> None:
+    """Never write over a file that ``write_choice`` didn't write.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if path.exists() and "\nchosen:\n" not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UsageError(f"{path} was not written by `kitseg choose`; give another name with --output")
 
 
 def write_choice(path: Path, search: Search) -> None:
@@ -176,19 +193,21 @@ def _row(search: Search, tried: Tried) -> dict[str, Any]:
 
 
 def _validated(run: Run, fold: int | None, mirror: bool) -> Validated | None:
-    """The out-of-fold probabilities of all folds of a run, or of one."""
-    split = read_split(run.split)
+    """The out-of-fold probabilities of all folds of a run, or of one; None where some are missing or outdated."""
+    split, method = read_split(run.split), config.method_of(config.read(run.config))
     numbers = range(len(split.folds)) if fold is None else [fold]
-    if not all(run.beliefs(number, mirror).exists() for number in numbers):
-        return None
     folders = {case: run.beliefs(n, mirror) for n in numbers for case in split.folds[n].val}
     for number in numbers:
-        if odd := sorted(set(split.folds[number].val) - set(block_cases(run.beliefs(number, mirror)))):
-            raise UsageError(f"{run.path} lacks out-of-fold predictions of {', '.join(odd)}: `kitseg validate` goes on")
-    manifest = read_manifest(run.beliefs(numbers[0], mirror))
-    path = run.path if fold is None else run.fold(fold)
-    steps = {name: spec for name, spec in manifest["postprocess"].items() if spec is not None}
-    return Validated(Member(path, mirror=mirror), folders, steps)
+        folder = run.beliefs(number, mirror)
+        if not (folder / MANIFEST).exists() or not run.stage(number, list(method.stages)[-1]).done.exists():
+            return None
+        made_by = read_manifest(folder).get("model", {}).get("sha256")
+        if made_by != run_digest(run, [number], method.stages):
+            return None
+    if not all(scan_digest(folder, case) for case, folder in folders.items()):
+        return None
+    steps = {name: spec for name, spec in method.postprocess.items() if spec is not None}
+    return Validated(Member(run.path if fold is None else run.fold(fold), mirror=mirror), folders, steps)
 
 
 def _all_priors(members: Sequence[Validated]) -> dict[str, Any]:
@@ -202,7 +221,7 @@ def _all_priors(members: Sequence[Validated]) -> dict[str, Any]:
 
 
 def _key(priors: Mapping[str, Any], member: Validated, name: str) -> str:
-    return name if priors[name] == member.postprocess[name] else f"{name} ({member.member.run.name})"
+    return name if priors[name] == member.postprocess[name] else f"{name} ({member.name})"
 
 
 def _first(search: Search) -> Iterator[Recipe]:
@@ -236,10 +255,10 @@ def _dice_of(
     if case.label is None:
         raise UsageError(f"{case.id} has no label to compare with")
     truth = to_kits19(read_labels(case.label, case.id, convention).array)
-    path, digest = scan_of(members[0].folders[case.id], case.id)
-    if any(scan_of(member.folders[case.id], case.id)[1] != digest for member in members):
-        raise UsageError(f"{case.id}: the runs were validated on different scans. Validate them again.")
-    scan = read_image(path, case.id)
+    digest = file_digest(case.image)
+    if old := [member.name for member in members if scan_digest(member.folders[case.id], case.id) != digest]:
+        raise UsageError(f"{case.image} is not what {', '.join(old)} predicted. Call `kitseg validate` for them again.")
+    scan = read_image(case.image, case.id)
     found: list[dict[str, float]] = []
     for chosen, group in itertools.groupby(recipes, key=lambda recipe: recipe.members):
         mean = _mean([read_block(members[i].folders[case.id], case.id) for i in chosen])

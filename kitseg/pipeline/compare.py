@@ -16,7 +16,7 @@ from kitseg.scoring.compare import FEWEST, Group, Paired, compare_cases
 SCHEMA = 1
 FIGURES, PICTURE = "comparison.json", "comparison.png"
 _PLACES = (Path("scores.json"), Path("validation") / "scores.json")
-_REMEDY = "Make it again with kitseg evaluate --json."
+_REMEDY = "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`."
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done
     Raises:
         UsageError: the folders hold different cases or channels, or the weights don't fit.
     """
-    if len(weights) != len(folders) or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != len(folders) or not ensemble.can_weigh(weights):
         raise UsageError(f"{len(folders)} folders need as many weights that aren't negative, not {list(weights)}")
     if to.resolve() in [folder.resolve() for folder in folders]:
         raise UsageError(f"{to} is one of the folders to average; choose another one for the mean")

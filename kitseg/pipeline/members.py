@@ -69,7 +69,7 @@ def open_ensemble(paths: Sequence[Path], device: str, weights: Sequence[float] =
         UsageError: no run, or weights that don't fit. InputError: a damaged file, or a run that isn't trained.
     """
     shares = list(weights) if weights else [1.0] * len(paths)
-    if len(shares) != len(paths) or min(shares) < 0 or sum(shares) <= 0:
+    if len(shares) != len(paths) or not ensemble.can_weigh(shares):
         raise UsageError(f"{len(paths)} models need as many weights that aren't negative, not {shares}")
     members, recipes = [], []
     for path, share in zip(paths, shares, strict=True):
@@ -103,17 +103,29 @@ def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
         members = [
-            Member(path.parent / row["run"], float(row.get("weight", 1)), bool(row.get("mirror", False)))
+            Member(path.parent / row["run"], float(row.get("weight", 1)), _yes_or_no(row.get("mirror", False)))
             for row in content["members"]
         ]
         steps = dict(content["postprocess"] or {})
-        if not members or min(m.weight for m in members) < 0 or sum(m.weight for m in members) <= 0:
+        if odd := [name for name, step in steps.items() if not _is_prior(step)]:
+            raise ValueError(f"postprocess: {', '.join(odd)} is no prior of kitseg.postprocess")
+        if not ensemble.can_weigh([member.weight for member in members]):
             raise ValueError("it needs members, with weights that aren't negative")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         remedy = "Write it with `kitseg choose`, or give a run's folder."
         raise InputError(path, f"is no ensemble file ({type(error).__name__}: {reason})", remedy) from error
     return members, steps
+
+
+def _yes_or_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"mirror is true or false, not {value!r}")
+    return value
+
+
+def _is_prior(step: Any) -> bool:
+    return isinstance(step, dict) and str(step.get("_target_")).startswith("kitseg.postprocess.")
 
 
 def describe(model: Model) -> str:

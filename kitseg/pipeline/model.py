@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +88,21 @@ class Model:
 
     def digest(self) -> str:
         """A hash of the configuration and of every checkpoint in use."""
-        state = hashlib.sha256(self.run.config.read_bytes())
-        for fold in self.folds:
-            for name in self.modules:
-                for _, digest in self.run.stage(fold, name).checkpoints():
-                    state.update(digest.encode())
-        return state.hexdigest()
+        return run_digest(self.run, self.folds, self.modules)
+
+
+def run_digest(run: Run, folds: Iterable[int], stages: Iterable[str]) -> str:
+    """A hash of a run's configuration and of the checkpoints of these folds and stages.
+
+    Raises:
+        InputError: a stage isn't trained to its end.
+    """
+    state, names = hashlib.sha256(run.config.read_bytes()), list(stages)
+    for fold in folds:
+        for name in names:
+            for _, digest in run.stage(fold, name).checkpoints():
+                state.update(digest.encode())
+    return state.hexdigest()
 
 
 def open_model(path: Path, device: str, stage: str | None = None, mirror: bool = False) -> Model:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from kitseg.errors import in_words
+from joblib import Parallel
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from kitseg.errors import KitsegError, in_words
 
 OnDone = Callable[["Outcome"], None]
 
@@ -36,3 +40,16 @@ def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) 
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes
+
+
+def in_parallel(tasks: Iterable[Any], jobs: int, ordered: bool = True) -> Iterator[Any]:
+    """The results of delayed tasks, as they come where their order doesn't matter.
+
+    Raises:
+        KitsegError: a worker process was killed.
+    """
+    try:
+        yield from Parallel(n_jobs=jobs, return_as="generator" if ordered else "generator_unordered")(tasks)
+    except TerminatedWorkerError as error:
+        remedy = "The machine may be short of memory: call again with a smaller --jobs."
+        raise KitsegError(f"a worker process was killed. {remedy}") from error

@@ -127,12 +127,13 @@ class Start:
         if old or (every_fold and stage is None):
             return moved_aside([self.run.path])
         folds = range(len(read_split(self.run.split).folds)) if every_fold else [self.fold]
+        scores = [self.run.scores(mirror) for mirror in (False, True)]
         if stage is None:
-            return moved_aside([self.run.fold(self.fold)])
+            return moved_aside([self.run.fold(self.fold), *scores])
         stages = [stage, *_dependent(config.method_of(self.config), stage)]
         trained = [self.run.stage(fold, name).path for fold in folds for name in stages]
         said = [self.run.beliefs(fold, mirror) for fold in folds for mirror in (False, True)]
-        return moved_aside([*trained, *said])
+        return moved_aside([*trained, *said, *scores])
 
     def _plan(self, split: Split) -> Plan:
         if self.fold >= len(split.folds):

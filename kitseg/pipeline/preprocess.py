@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from joblib import Parallel, delayed
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib import delayed
 
 from kitseg.config import Method
 from kitseg.errors import KitsegError, in_words
+from kitseg.pipeline.outcome import in_parallel
 from kitseg.types import Case, Grid
 from kitseg.volumes.store import store_bytes, store_case
 
@@ -48,13 +48,9 @@ def preprocess(
     _check_disk(cases, grids, to)
     tasks = (delayed(_store)(case, grid, to, convention) for case in cases for grid in grids)
     outcomes = []
-    try:
-        for outcome in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
-            outcomes.append(outcome)
-            on_done(outcome)
-    except TerminatedWorkerError as error:
-        remedy = "The machine may be short of memory: call again, which goes on, with a smaller --jobs."
-        raise KitsegError(f"a worker process was killed. {remedy}") from error
+    for outcome in in_parallel(tasks, jobs, ordered=False):
+        outcomes.append(outcome)
+        on_done(outcome)
     return sorted(outcomes, key=lambda o: (o.case, o.grid))
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from kitseg.config import Config
 from kitseg.errors import KitsegError, UsageError, in_words
+from kitseg.pipeline.outcome import in_parallel
 from kitseg.scoring.strata import THICKNESSES, thickness_class
 from kitseg.screen import bar
 from kitseg.splits import Split, make_split, read_split, same_patient, write_split
@@ -35,7 +36,7 @@ def look_at(
     """The traits of the scans among the cases, read in parallel, and what couldn't be read, in words."""
     tasks = (delayed(_look)(case, convention) for case in _scans(cases))
     traits, errors = [], []
-    for found in Parallel(n_jobs=jobs, return_as="generator")(tasks):
+    for found in in_parallel(tasks, jobs):
         if isinstance(found, Traits):
             traits.append(found)
         else:

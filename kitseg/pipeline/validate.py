@@ -7,29 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kitseg import config
-from kitseg.errors import UsageError
+from kitseg.errors import KitsegError, UsageError
+from kitseg.files import read_json
 from kitseg.pipeline.clean import build_steps, clean, save_labels
 from kitseg.pipeline.evaluate import Score, score_case, write_scores
 from kitseg.pipeline.infer import manifest_of
 from kitseg.pipeline.model import Model, open_model
 from kitseg.pipeline.outcome import OnDone, Outcome, each
-from kitseg.runs import Run, find_run, move_aside
-from kitseg.splits import Split, read_split
+from kitseg.runs import SCHEMA, Run, find_run, move_aside
+from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
-from kitseg.volumes.blocks import MANIFEST, claim_manifest, read_manifest, write_block
+from kitseg.volumes.blocks import MANIFEST, claim_manifest, read_manifest, scan_digest, write_block
 from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
 from kitseg.volumes.nifti import file_digest, read_image
 
-SCORES, LABELS = "scores.json", "predictions"
+LABELS = "predictions"
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What to validate: the finished folds of a run, each with its validation cases."""
+    """What to validate.
+
+    cases: the validation cases of each finished fold of the run; asked: the folds to predict; clinical: further groups
+    of cases.
+    """
 
     run: Run
     split: Split
-    folds: dict[int, list[Case]]
+    cases: dict[int, list[Case]]
+    asked: list[int]
     mirror: bool
     clinical: Mapping[str, Mapping[str, str]]
 
@@ -38,71 +44,106 @@ class Validation:
         """Where the label maps go."""
         return self.run.validation(self.mirror) / LABELS
 
-    @property
-    def scores(self) -> Path:
-        """Where the scores go."""
-        return self.run.validation(self.mirror) / SCORES
+    def beliefs(self, fold: int) -> Path:
+        """Where a fold's probabilities go."""
+        return self.run.beliefs(fold, self.mirror)
+
+    def is_done(self, fold: int, case: Case) -> bool:
+        """Whether a case is predicted, from the scan as it is now."""
+        there = scan_digest(self.beliefs(fold), case.id)
+        return there is not None and self.label(case).exists() and there == file_digest(case.image)
+
+    def label(self, case: Case) -> Path:
+        """A case's label map."""
+        return self.labels / f"{case.id}.nii.gz"
 
 
 def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validation:
     """The finished folds of a run, or one fold of it, and their validation cases.
 
     Raises:
-        UsageError: not a run, no finished fold, or a validation case that isn't there. InputError: a damaged kits.json.
+        UsageError: not a run, no finished fold, a validation case that isn't there, or one that a network learned from.
+        KitsegError: a patient on two sides. InputError: a damaged file.
     """
     run, fold = find_run(path)
     split, last = read_split(run.split), list(config.method_of(config.read(run.config)).stages)[-1]
-    finished = [number for number in run.folds(last) if fold in (None, number)]
-    if not finished:
+    finished = [number for number in run.folds(last) if number < len(split.folds)]
+    asked = [number for number in finished if fold in (None, number)]
+    if not asked:
         raise UsageError(f"{path} has no finished fold; `kitseg train --fold all` trains them all")
     by_id = {case.id: case for case in labelled_cases(data)}
-    wanted = {number: split.folds[number].val for number in finished}
-    if missing := sorted({case for val in wanted.values() for case in val} - by_id.keys()):
-        raise UsageError(f"{', '.join(missing)} of {run.split} can't be found; give their folder with --data")
+    shown = {case.id: case.patients for case in by_id.values() if case.patients}
+    if problem := same_patient(split, {**split.patients, **shown}):
+        raise KitsegError(f"{run.split}: {problem}")
+    for number in asked:
+        _check_unseen(run, number, split)
+        if missing := sorted(set(split.folds[number].val) - by_id.keys()):
+            raise UsageError(f"{', '.join(missing)} of {run.split} can't be found; give their folder with --data")
+    cases = {n: [by_id[name] for name in split.folds[n].val if name in by_id] for n in finished}
     clinical = {case: row for folder in data for case, row in read_clinical(folder / CLINICAL).items()}
-    return Validation(run, split, {n: [by_id[case] for case in val] for n, val in wanted.items()}, mirror, clinical)
+    return Validation(run, split, cases, asked, mirror, clinical)
 
 
 def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[Outcome]:
     """Probabilities and label maps of every validation case by the fold that never saw it; what is done is kept."""
     outcomes = []
-    for fold, cases in validation.folds.items():
+    for fold in validation.asked:
         model = open_model(validation.run.fold(fold), device, mirror=validation.mirror)
-        outcomes += _predict_fold(
-            model, cases, validation.run.beliefs(fold, validation.mirror), validation.labels, on_done
-        )
+        outcomes += _predict_fold(validation, fold, model, on_done)
     return outcomes
 
 
-def score_folds(validation: Validation, on_done: Callable[[], None]) -> list[Score]:
-    """Score the label maps of all validated folds and write them."""
-    clinical, convention = validation.clinical, validation.split.convention
-    scores, folds = [], {}
-    for fold, cases in validation.folds.items():
-        for case in cases:
-            found = validation.labels / f"{case.id}.nii.gz"
-            there = found if found.exists() else None
-            scores.append(score_case(case.id, there, case.label or case.image, convention, clinical.get(case.id, {})))
-            folds[case.id] = fold
-            on_done()
-    write_scores(validation.scores, scores, convention, folds)
+def folds_to_score(validation: Validation) -> dict[str, int]:
+    """The fold of each case to score: of the folds asked for, and of those that were predicted whole before."""
+    whole = [
+        fold
+        for fold, cases in validation.cases.items()
+        if len(cases) == len(validation.split.folds[fold].val) and all(validation.is_done(fold, c) for c in cases)
+    ]
+    return {case.id: fold for fold in sorted({*validation.asked, *whole}) for case in validation.cases[fold]}
+
+
+def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Callable[[], None]) -> list[Score]:
+    """Score the label maps of all validated folds and write them; a case without one counts as background."""
+    convention, scores = validation.split.convention, []
+    by_id = {case.id: case for cases in validation.cases.values() for case in cases}
+    for name, fold in folds.items():
+        case = by_id[name]
+        there = validation.label(case) if validation.is_done(fold, case) else None
+        groups = validation.clinical.get(name, {})
+        scores.append(score_case(name, there, case.label or case.image, convention, groups))
+        on_done()
+    write_scores(validation.run.scores(validation.mirror), scores, convention, folds)
     return scores
 
 
-def _predict_fold(model: Model, cases: Sequence[Case], to: Path, labels: Path, on_done: OnDone) -> list[Outcome]:
+def _check_unseen(run: Run, fold: int, split: Split) -> None:
+    """Refuse a fold whose networks learned from other cases than the run's split says.
+
+    Raises:
+        UsageError: it was trained with another split.
+    """
+    for path in sorted(run.fold(fold).glob("*/**/places.json")):
+        learned = read_json(path, SCHEMA)["train"]
+        if foreign := sorted(set(learned) - set(split.folds[fold].train)):
+            raise UsageError(f"{path.parent} learned from {', '.join(foreign)}, which {run.split} keeps from it")
+
+
+def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDone) -> list[Outcome]:
+    to, by_id = validation.beliefs(fold), {case.id: case for case in validation.cases[fold]}
     steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None, model.method.outputs)
-    if not (to / MANIFEST).exists() or read_manifest(to)["model"]["sha256"] != manifest["model"]["sha256"]:
+    there = read_manifest(to).get("model", {}) if (to / MANIFEST).exists() else {}
+    if there.get("sha256") != manifest["model"]["sha256"]:
         move_aside(to)
         claim_manifest(to, manifest)
-    by_id = {case.id: case for case in cases}
 
     def work(name: str) -> Outcome:
-        case, result = by_id[name], labels / f"{name}.nii.gz"
-        if (to / f"{name}.json").exists() and result.exists():
-            return Outcome(name, note="predicted already", result=result)
+        case = by_id[name]
+        if validation.is_done(fold, case):
+            return Outcome(name, note="predicted already", result=validation.label(case))
         scan = read_image(case.image, name)
         found = model.believe(scan)
-        outcome = save_labels(labels, name, clean(found, scan, steps), found)
+        outcome = save_labels(validation.labels, name, clean(found, scan, steps), found)
         write_block(to, found, case.image, file_digest(case.image))
         return outcome
 

@@ -154,7 +154,9 @@ def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, s
     for kind in dict.fromkeys(kind for case in cases for kind in strata.get(case, {})):
         there = [case for case in cases if kind in strata.get(case, {})]
         for stratum in sorted({strata[case][kind] for case in there}, key=in_order):
-            members[kind, stratum] = [case for case in there if strata[case][kind] == stratum]
+            part = [case for case in there if strata[case][kind] == stratum]
+            if len(part) < len(cases):
+                members[kind, stratum] = part
     return [
         Group(name, kind, stratum, tuple(m), compare([a[c][name] for c in m], [b[c][name] for c in m]))
         for (kind, stratum), m in members.items()

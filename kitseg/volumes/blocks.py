@@ -70,6 +70,15 @@ def scan_of(folder: Path, case_id: str) -> tuple[Path, str]:
     return path, scan["sha256"]
 
 
+def scan_digest(folder: Path, case_id: str) -> str | None:
+    """The hash of the scan that a case's probabilities were made from; None where there are none.
+
+    Raises:
+        InputError: damaged.
+    """
+    return str(_meta(folder, case_id)["scan"]["sha256"]) if (folder / f"{case_id}.json").exists() else None
+
+
 def block_cases(folder: Path) -> list[str]:
     """The cases of a folder of probabilities.
 

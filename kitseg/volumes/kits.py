@@ -109,7 +109,12 @@ def labelled_cases(folders: Sequence[Path]) -> list[Case]:
     Raises:
         InputError: there are none. UsageError: two folders hold a case of the same name.
     """
-    cases = [case for folder in folders for case in find_cases(folder) if case.label is not None]
+    found = [case for folder in folders for case in find_cases(folder)]
+    patients = {case: whose for folder in folders for case, whose in read_patients(folder / PATIENTS).items()}
+    if strange := sorted(patients.keys() - {case.id for case in found}):
+        problem = f"names {', '.join(strange)}, which no data folder holds"
+        raise InputError(folders[0] / PATIENTS, problem, "Mend the names, or give the folder of these cases, too.")
+    cases = [_with_origin(case, patients) for case in found if case.label is not None]
     if not cases:
         raise InputError(folders[0], "holds no case with a segmentation", f"Add case_00000/{LABEL} and so on.")
     return _distinct({case.image.resolve(): case for case in cases}.values())
@@ -170,7 +175,12 @@ def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
     if case.image.name != IMAGE or not path.exists():
         return replace(case, patients=(patients[case.id],)) if case.id in patients else case
     origin = read_json(path, ORIGIN_SCHEMA)
-    return replace(case, patients=tuple(origin["patients"]), sources=tuple(origin["sources"]))
+    try:
+        return replace(case, patients=tuple(origin["patients"]), sources=tuple(origin["sources"]))
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            path, "doesn't say patients and sources", "Make the copy again with `kitseg augment`."
+        ) from error
 
 
 def _canonical(name: str) -> str:
