@@ -312,9 +312,9 @@ def test_an_ensemble_file_there_and_back(tmp_path: Path) -> None:
         "{",
     ],
 )
-def test_a_file_that_is_no_ensemble(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_no_ensemble(phantoms: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "x.yaml").write_text(content)
-    done = kitseg(tmp_path, "predict", str(tmp_path), "--model=x.yaml")
+    done = kitseg(tmp_path, "predict", str(phantoms / "test"), "--model=x.yaml")
     assert done.code == 1
     assert "x.yaml is no ensemble file" in done.text or "x.yaml: is no ensemble file" in done.text
 

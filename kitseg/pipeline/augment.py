@@ -23,9 +23,9 @@ from kitseg import __version__
 from kitseg.errors import InputError, KitsegError, UsageError, in_words
 from kitseg.files import aside, read_json, write_json
 from kitseg.patches.registration import Labelled, Settings, problem, register_copy
+from kitseg.pipeline.outcome import in_parallel
 from kitseg.runs import Run
 from kitseg.splits import Split, read_split, with_copies, write_split
-from kitseg.pipeline.outcome import in_parallel
 from kitseg.types import Case
 from kitseg.volumes.kits import IMAGE, LABEL, ORIGIN, ORIGIN_SCHEMA, find_cases
 from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, read_image, read_labels, write_image, write_labels
