@@ -26,6 +26,13 @@ def test_bounding_box_is_where_the_voxels_are(seed: int, density: float) -> None
         assert box == Box(tuple(where.min(0)), tuple(where.max(0) + 1))
 
 
+def test_two_voxels_of_a_row() -> None:
+    """The smallest mask on which cc3d 4.1.1 fails when it is given bool instead of bytes."""
+    found = Components.of(np.array([[[True, False, True]]]))
+    assert found.numbers.tolist() == [[[1, 0, 2]]]
+    assert found.sizes.tolist() == [0, 1, 1]
+
+
 def test_a_corner_joins_two_voxels() -> None:
     mask = np.zeros((4, 4, 4), bool)
     mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = True

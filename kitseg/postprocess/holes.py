@@ -33,7 +33,7 @@ def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         inside = filled[box.slices]
         closed = ~_dilate(~_dilate(np.pad(inside, 2)))[2:-2, 1:-1, 1:-1]
         for plane, without_holes in zip(closed, inside, strict=True):
-            background = cc3d.connected_components(~plane, connectivity=4)
+            background = cc3d.connected_components((~plane).view(np.uint8), connectivity=4)
             without_holes[...] = (background != background[0, 0])[1:-1, 1:-1]
     return filled
 
