@@ -175,6 +175,17 @@ def written(folder: Path, slices: slice = slice(None)) -> Case:
 NATIVE = np.array([[0, 0, -5, 0], [0, -5, 0, 0], [-5, 0, 0, 0], [0, 0, 0, 1.0]])  # (I, P, L)
 
 
+def test_a_broken_case_in_the_data_is_left_out(augmented: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(augmented, folder)
+    shutil.copytree(folder / "data/case_00000", folder / "data/case_00099")
+    (folder / "data/case_00099/imaging.nii.gz").write_bytes(b"no scan")
+    again = kitseg(folder, *ASK)
+    assert again.code == 1
+    assert "case_00099" in again.text
+    assert "2 of 2 pairs gave a copy" in again.text
+
+
 def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> None:
     whole, other, short = (written(tmp_path / name) for name in ("case_0", "case_1", "case_2"))
     short.image.write_bytes(short.image.read_bytes()[:2000])

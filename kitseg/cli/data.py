@@ -24,7 +24,7 @@ from kitseg.cli.app import (
     known_convention,
     preprocess_cases,
 )
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import UsageError
 from kitseg.scoring.strata import THICKNESSES
 
 if TYPE_CHECKING:
@@ -188,9 +188,9 @@ def augment(
     plan = fold_plan(run or Path("runs") / f"{method}-{size}", fold, store, device)
     known = labelled_cases(data)
     cases = copies.training_scans(plan.split, fold, known)
+    failed = preprocess_cases(known, plan.config, store, jobs)
+    cases = {name: case for name, case in cases.items() if name not in failed}
     copies.check_enough(len(cases), choice)
-    if failed := preprocess_cases(known, plan.config, store, jobs):
-        raise KitsegError(f"{len(failed)} cases couldn't be preprocessed: mend them first; see above")
     ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", screen.say)
     table = screen.table("hard case", "kidney", "tumor", "mean Dice")
     for row in ranked[:worst]:
@@ -208,7 +208,7 @@ def augment(
         f"--size {plan.config['size']['name']} --fold {fold}{more} --split {output / 'splits.json'} "
         f"--name {plan.run.path.name}-augmented"
     )
-    exit_if(any(outcome.state == "failed" for outcome in outcomes))
+    exit_if(bool(failed) or any(outcome.state == "failed" for outcome in outcomes))
 
 
 def _report_copies(outcomes: Sequence[Outcome], folder: Path) -> None:
