@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kitseg import config
@@ -29,7 +29,7 @@ class Validation:
     """What to validate.
 
     cases: the validation cases of each finished fold of the run; asked: the folds to predict; clinical: further groups
-    of cases.
+    of cases; hashes: of the scans that were read so far, so that each is read once.
     """
 
     run: Run
@@ -38,6 +38,7 @@ class Validation:
     asked: list[int]
     mirror: bool
     clinical: Mapping[str, Mapping[str, str]]
+    hashes: dict[Path, str] = field(default_factory=dict)
 
     @property
     def labels(self) -> Path:
@@ -48,10 +49,16 @@ class Validation:
         """Where a fold's probabilities go."""
         return self.run.beliefs(fold, self.mirror)
 
+    def hash_of(self, case: Case) -> str:
+        """The hash of a case's scan."""
+        if case.image not in self.hashes:
+            self.hashes[case.image] = file_digest(case.image)
+        return self.hashes[case.image]
+
     def is_done(self, fold: int, case: Case) -> bool:
         """Whether a case is predicted, from the scan as it is now."""
         there = scan_digest(self.beliefs(fold), case.id)
-        return there is not None and self.label(case).exists() and there == file_digest(case.image)
+        return there is not None and self.label(case).exists() and there == self.hash_of(case)
 
     def label(self, case: Case) -> Path:
         """A case's label map."""
@@ -144,7 +151,7 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         scan = read_image(case.image, name)
         found = model.believe(scan)
         outcome = save_labels(validation.labels, name, clean(found, scan, steps), found)
-        write_block(to, found, case.image, file_digest(case.image))
+        write_block(to, found, case.image, validation.hash_of(case))
         return outcome
 
     return each(list(by_id), work, on_done)
