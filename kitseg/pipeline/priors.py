@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
+from joblib import delayed
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError, KitsegError, UsageError, in_words
 from kitseg.files import write_json
 from kitseg.labels import BACKGROUND, to_kits19
+from kitseg.pipeline.outcome import in_parallel
 from kitseg.postprocess.components import Components, bounding_box
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.intensity import RemoveLowHuTumors
@@ -109,9 +110,9 @@ def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: 
     Raises:
         KitsegError: no tumor is large enough to have a shape.
     """
-    tasks = (joblib.delayed(find_tumors)(case, path.absolute(), convention) for case, path in labels.items())
+    tasks = (delayed(find_tumors)(case, path.absolute(), convention) for case, path in labels.items())
     findings: list[Finding] = []
-    for finding in joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks):
+    for finding in in_parallel(tasks, jobs):
         findings.append(finding)
         on_done(finding)
     tumors = [tumor for finding in findings for tumor in finding.tumors]
