@@ -1,0 +1,55 @@
+"""What is measured in a label map: its kidneys and its lesions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kitseg.types import Box, Triple
+
+RIGHT, LEFT = "right", "left"
+
+
+@dataclass(frozen=True)
+class Kidney:
+    """One of the patient's kidneys; volumes in ml.
+
+    side: the patient's, ``right`` or ``left``; volume_ml: with its lesions; parenchyma_ml: label kidney alone.
+    """
+
+    side: str
+    volume_ml: float
+    parenchyma_ml: float
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One connected tumor or cyst.
+
+    number: from 1, the largest volume first; kind: ``tumor`` or ``cyst``; side: of the kidney that it belongs to;
+    axial_mm: largest diameter within one slice; diameter_mm: largest diameter in 3D; size_class: T1a, T1b, T2a or T2b,
+    for a tumor; exophytic: share of its volume outside the kidney's outline, 0 to 1; contact_mm2: its surface that
+    touches parenchyma; hu_mean, hu_sd: of its voxels in a CT; centre: a voxel (slice, row, column) of the lesion, in
+    its middle; box: its voxels. None where it can't be measured (no CT, no kidney on that side).
+    """
+
+    number: int
+    kind: str
+    side: str
+    volume_ml: float
+    axial_mm: float
+    diameter_mm: float
+    size_class: str | None
+    exophytic: float | None
+    contact_mm2: float | None
+    hu_mean: float | None
+    hu_sd: float | None
+    centre: Triple
+    box: Box
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A case's kidneys (right before left) and lesions (largest first, tumors before cysts)."""
+
+    kidneys: tuple[Kidney, ...]
+    lesions: tuple[Lesion, ...]
