@@ -90,8 +90,9 @@ class Volume:
 class Case:
     """Where a case's files are, and whose images they show.
 
-    label: None for a scan without reference; patients: the case is a patient of its own where there are none;
-    sources: the cases that a registered copy was made from, none for a scan.
+    image: a file, or the folder of a DICOM series, whose files are its ``slices``; label: None for a scan without
+    reference; patients: the case is a patient of its own where there are none; sources: the cases that a registered
+    copy was made from, none for a scan; note: what a reader should know of how its volume comes about.
     """
 
     id: str
@@ -99,6 +100,8 @@ class Case:
     label: Path | None = None
     patients: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    slices: tuple[Path, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
+COLOURS = {"green": "green", "amber": "yellow", "red": "red"}
 PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
 
 Data = Annotated[Path, typer.Argument(help="Folder of cases: case_00000/imaging.nii.gz, or flat .nii.gz files.")]
@@ -99,7 +101,9 @@ def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list
     """Run a verb over cases with a bar; say what failed; exit code 1 where something did."""
     outcomes = bar_over(title, count, run)
     failed = sum(bool(outcome.error) for outcome in outcomes)
-    screen.say(f"{count - failed} of {count} cases done")
+    levels = Counter(outcome.quality.level for outcome in outcomes if outcome.quality)
+    marked = ", ".join(f"[{COLOURS[level]}]{levels[level]} {level}[/]" for level in COLOURS if level in levels)
+    screen.say(f"{count - failed} of {count} cases done" + (f": {marked}" if marked else ""))
     exit_if(failed > 0)
 
 
@@ -135,6 +139,8 @@ def _say_outcome(outcome: Outcome) -> None:
     volumes = ", ".join(f"{name} {ml:.1f} ml" for name, ml in (outcome.volumes_ml or {}).items())
     facts = "; ".join(part for part in (volumes, outcome.note, f"{outcome.seconds:.1f} s") if part)
     screen.say(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
+    for flag in outcome.quality.flags if outcome.quality else ():
+        screen.say(f"  [{COLOURS[flag.level]}]{flag.level}[/] {escape(flag.reason)}")
 
 
 def known_convention(convention: str) -> None:

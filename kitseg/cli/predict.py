@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,13 @@ import typer
 from kitseg import screen
 from kitseg.cli.app import PREDICTIONS, PROBABILITIES, Device, Fold, Mirror, Split, app, work
 from kitseg.errors import UsageError
+
+
+class Format(StrEnum):
+    """What `predict` writes."""
+
+    NIFTI = "nifti"
+    DICOM_SEG = "dicom-seg"
 
 
 @app.command(epilog="Example: kitseg infer --run runs/two-phase-small --stage fine.1 --data data -o probabilities")
@@ -30,9 +38,11 @@ def infer(
     from kitseg.pipeline.predict import choose_scans
 
     scans, first = choose_scans([data], split, fold), stage.partition(".")[0] if stage else None
+    if scans.choices:
+        raise UsageError(f"{data} holds DICOM, which only `kitseg predict` reads; the verbs before it take NIfTI files")
     model = open_model(run or choose_run(Path("runs")).path, device, first, mirror)
     screen.say(describe(model))
-    work("infer", len(scans), lambda done: infer_scans(model, stage, scans, output, done))
+    work("infer", len(scans.cases), lambda done: infer_scans(model, stage, scans.cases, output, done))
 
 
 @app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
@@ -65,9 +75,9 @@ def postprocess(
 
 @app.command(epilog="Example: kitseg predict case_00210.nii.gz --model runs/two-phase-paper")
 def predict(
-    scans: Annotated[list[Path], typer.Argument(help="NIfTI files, case folders, or folders of them.")] = [  # noqa: B006
-        Path("data")
-    ],
+    scans: Annotated[
+        list[Path], typer.Argument(help="NIfTI files, case folders, or folders of them or of DICOM series.")
+    ] = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = PREDICTIONS,
     model: Annotated[
         list[Path],
@@ -78,19 +88,34 @@ def predict(
     split: Split = None,
     fold: Fold = None,
     device: Device = "auto",
+    series: Annotated[
+        list[str], typer.Option(help="Take this DICOM series, by its UID or its name in series.csv.")
+    ] = [],  # noqa: B006
+    format_: Annotated[
+        Format, typer.Option("--format", help="dicom-seg: of a DICOM series also a DICOM segmentation.")
+    ] = Format.NIFTI,
+    keep_identifiers: Annotated[
+        bool, typer.Option("--keep-identifiers", help="Say in the DICOM output and series.csv who the patient is.")
+    ] = False,
 ) -> None:
-    """Kidney and tumor labels for scans, on each scan's own grid.
+    """Kidney and tumor labels for scans, on each scan's own grid, with lesions, flags and a picture.
+
+    Of each DICOM study the CT is taken that fits best; series.csv says why, and why the others were not.
 
     Several models: the mean of their probabilities, a run's folds averaged first; the post-processing is the first
     model's, or what an ensemble file says (`kitseg choose` writes one).
     """
     from kitseg.pipeline.members import choose_run, open_ensemble
-    from kitseg.pipeline.predict import choose_scans, predict_scans
+    from kitseg.pipeline.predict import SERIES_TABLE, Wanted, choose_scans, predict_scans, write_choices
 
-    cases = choose_scans(scans, split, fold)
+    found = choose_scans(scans, split, fold, series)
     opened = open_ensemble(model or [choose_run(Path("runs")).path], device, _numbers(weights), mirror)
     screen.say(opened.describe())
-    work("predict", len(cases), lambda done: predict_scans(opened, cases, output, done))
+    write_choices(output, found, keep_identifiers)
+    if found.choices:
+        screen.say(f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why")
+    wanted = Wanted(format_ is Format.DICOM_SEG, keep_identifiers)
+    work("predict", len(found.cases), lambda done: predict_scans(opened, found.cases, output, done, wanted))
 
 
 def _numbers(text: str | None) -> list[float]:

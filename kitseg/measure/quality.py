@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
+from kitseg.measure.findings import Findings, Kidney
+from kitseg.measure.phase import aorta_hu, contrast_phase, kidney_hu
+from kitseg.postprocess.components import Components
+from kitseg.postprocess.distance import distances_mm
+from kitseg.types import Geometry
 
 LEVELS = ("green", "amber", "red")
+GREEN, AMBER, RED = LEVELS
+
+KIDNEY_ML = 20.0  # the least that counts as a kidney
+SPECK_ML = 0.1  # less is no finding
+HOLD_ML = 1.0  # parenchyma that makes a component more than a lesion by itself
+PARENCHYMA_ML = (50.0, 450.0)  # of one kidney
+TUMOR_ML = 2000.0  # of all tumors
+FAR_MM = 10.0
+AGREEMENT = {"kidney": (0.90, 0.80), "tumor": (0.70, 0.40)}  # mean pairwise Dice: amber, red below
+NEAR_HU, FAR_HU = 20.0, 60.0  # beyond the range of training: amber, red
+SPACING_TOLERANCE = 0.1
+BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
 
 
 @dataclass(frozen=True)
@@ -41,3 +66,157 @@ class Experience:
     pixel_mm: tuple[float, float]
     kidney_hu: tuple[float, float]
     aorta_hu: tuple[float, float] | None
+
+
+def assess(
+    labels: NDArray[np.uint8],
+    hu: NDArray[Any] | None,
+    geometry: Geometry,
+    findings: Findings,
+    agreement: Mapping[str, float] | None,
+    experience: Experience | None,
+) -> Quality:
+    """The flags of a case, and its contrast phase; docs/quality.md has every rule with its threshold.
+
+    Args:
+        labels: (D, H, W), the case's label map in orientation (I, P, L).
+        hu: the CT on the same grid; None for no CT (then nothing is said about the contrast).
+        geometry: of both.
+        findings: what was measured in the label map.
+        agreement: mean pairwise Dice of an ensemble's members, 0 to 1, for ``kidney`` and ``tumor``; NaN where no
+            member found any; None for a single member.
+        experience: what the model was trained with; None leaves out the flags about it.
+    """
+    parts = Parts.of(labels, geometry)
+    kidney = aorta = None
+    if hu is not None:
+        kidney, aorta = kidney_hu(hu, labels), aorta_hu(hu, labels, geometry)
+    phase = contrast_phase(kidney, aorta)
+    flags = [
+        *kidney_flags(findings, parts),
+        *tumor_flags(labels, geometry, parts, findings),
+        *border_flags(parts),
+        *volume_flags(findings),
+        *agreement_flags(agreement or {}),
+    ]
+    if experience is not None:
+        flags += [*phase_flags(kidney, aorta, phase, experience), *spacing_flags(geometry, experience)]
+    return Quality(tuple(flags), phase)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components of the foreground, with their volume and the parenchyma in it, in ml by number."""
+
+    components: Components
+    ml: NDArray[np.floating[Any]]
+    parenchyma_ml: NDArray[np.floating[Any]]
+
+    @classmethod
+    def of(cls, labels: NDArray[np.uint8], geometry: Geometry) -> Parts:
+        """Find them in a label map (D, H, W)."""
+        found = Components.of(labels != BACKGROUND)
+        return cls(found, found.sizes * geometry.voxel_ml, found.total(labels == KIDNEY) * geometry.voxel_ml)
+
+
+def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
+    """No kidney, a single one, or more than two components that are as large as a kidney."""
+    kidneys = _kidneys(findings)
+    large = parts.ml[(parts.ml >= KIDNEY_ML) & (parts.parenchyma_ml >= HOLD_ML)]
+    if not kidneys:
+        most = max((kidney.volume_ml for kidney in findings.kidneys), default=0.0)
+        found = f"the largest candidate has {most:.1f} ml" if most else "no voxel is labelled kidney"
+        yield Flag("no-kidney", RED, f"No kidney was found ({found}): the scan may not show the kidneys.")
+    elif len(kidneys) == 1:
+        only = kidneys[0]
+        reason = f"Only a {only.side} kidney was found ({only.volume_ml:.0f} ml): a single kidney, or one was missed."
+        yield Flag("single-kidney", AMBER, reason)
+    if large.size > 2:
+        volumes = ", ".join(f"{ml:.0f}" for ml in sorted(large, reverse=True))
+        yield Flag("third-kidney", RED, f"{large.size} separate parts are as large as a kidney ({volumes} ml).")
+
+
+def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, findings: Findings) -> Iterator[Flag]:
+    """Tumors that hang on no kidney; without a kidney that is what ``no-kidney`` says."""
+    holds = parts.parenchyma_ml >= HOLD_ML
+    tumor_ml = parts.components.total(labels == TUMOR) * geometry.voxel_ml
+    alone = ~holds & (tumor_ml >= SPECK_ML)
+    if not alone.any() or not holds.any() or not _kidneys(findings):
+        return
+    gap = distances_mm(parts.components, holds, geometry.spacing)[alone].max()
+    reason = f"{tumor_ml[alone].sum():.1f} ml of tumor hang on no kidney, up to {gap:.0f} mm away from the nearest one."
+    yield Flag("tumor-far", RED if gap > FAR_MM else AMBER, reason)
+
+
+def border_flags(parts: Parts) -> Iterator[Flag]:
+    """Kidneys and tumors that reach an edge of the scan."""
+    found = parts.components
+    visible = parts.ml >= SPECK_ML
+    cut = []
+    for axis, names in enumerate(BORDERS):
+        planes = (found.box.start[axis] == 0, 0), (found.box.stop[axis] == found.shape[axis], -1)
+        for name, (touches, plane) in zip(names, planes, strict=True):
+            if touches and found.numbers.size and visible[found.numbers.take(plane, axis)].any():
+                cut.append(name)
+    if cut:
+        edges = f"the {' and the '.join(cut)} edge{'s' if len(cut) > 1 else ''}"
+        reason = f"Kidney or tumor reaches {edges} of the scan and may go on outside: sizes are lower bounds."
+        yield Flag("cut-off", AMBER, reason)
+
+
+def volume_flags(findings: Findings) -> Iterator[Flag]:
+    """Kidneys whose parenchyma is smaller or larger than kidneys are, and tumors larger than tumors are."""
+    low, high = PARENCHYMA_ML
+    for kidney in _kidneys(findings):
+        if not low <= kidney.parenchyma_ml <= high:
+            reason = f"The {kidney.side} kidney has {kidney.parenchyma_ml:.0f} ml of parenchyma"
+            yield Flag("kidney-volume", AMBER, f"{reason}; {low:.0f} to {high:.0f} ml are expected.")
+    tumor = sum(lesion.volume_ml for lesion in findings.lesions if lesion.kind == "tumor")
+    if tumor > TUMOR_ML:
+        yield Flag("tumor-volume", AMBER, f"The tumors have {tumor:.0f} ml; more than {TUMOR_ML:.0f} ml are unlikely.")
+
+
+def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:
+    """Classes that an ensemble's members draw differently."""
+    for name, (amber, red) in AGREEMENT.items():
+        dice = agreement.get(name, math.nan)
+        if dice < amber:  # never for NaN
+            reason = f"The ensemble's members agree on the {name} with a mean Dice of {dice:.2f}, below {amber:.2f}."
+            yield Flag(f"{name}-agreement", RED if dice < red else AMBER, reason)
+
+
+def phase_flags(kidney: float | None, aorta: float | None, phase: str | None, experience: Experience) -> Iterator[Flag]:
+    """Contrast that the model was not trained with; on that the tumor labels can't be relied."""
+    pairs = (("kidney", kidney, experience.kidney_hu), ("aorta", aorta, experience.aorta_hu))
+    outside = {name: (hu, span) for name, hu, span in pairs if hu is not None and span and _beyond(hu, span) > NEAR_HU}
+    if outside:
+        worst = max(_beyond(hu, span) for hu, span in outside.values())
+        figures = "; ".join(
+            f"{name} at {hu:.0f} HU, {low:.0f} to {high:.0f} HU in training"
+            for name, (hu, (low, high)) in outside.items()
+        )
+        seen = f"phase looks {phase}" if phase else "is not like that in training"
+        reason = f"The contrast {seen} ({figures}): the tumor labels are unreliable."
+        yield Flag("phase", RED if worst > FAR_HU else AMBER, reason)
+
+
+def spacing_flags(geometry: Geometry, experience: Experience) -> Iterator[Flag]:
+    """Voxels of a size that the model was not trained with."""
+    slices, *pixels = geometry.spacing
+    spans = (("slices", (slices,), experience.slice_mm), ("pixels", pixels, experience.pixel_mm))
+    for name, values, (low, high) in spans:
+        smallest, largest = low * (1 - SPACING_TOLERANCE), high * (1 + SPACING_TOLERANCE)
+        strange = [value for value in values if not smallest <= value <= largest]
+        if strange:
+            reason = f"The {name} lie {strange[0]:.2f} mm apart; in training it was {low:.2f} to {high:.2f} mm."
+            yield Flag("spacing", AMBER, reason)
+
+
+def _kidneys(findings: Findings) -> list[Kidney]:
+    """The kidneys that are as large as a kidney can be."""
+    return [kidney for kidney in findings.kidneys if kidney.volume_ml >= KIDNEY_ML]
+
+
+def _beyond(value: float, span: tuple[float, float]) -> float:
+    """How far a value lies outside a range; 0 inside it."""
+    return max(span[0] - value, value - span[1], 0.0)

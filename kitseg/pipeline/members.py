@@ -18,6 +18,8 @@ import yaml
 from kitseg import config, ensemble
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.files import write_text
+from kitseg.measure.quality import Experience
+from kitseg.pipeline.experience import model_experience, together
 from kitseg.pipeline.model import Model, open_model
 from kitseg.runs import Run
 from kitseg.types import Probabilities, Volume
@@ -42,15 +44,24 @@ class Ensemble:
     weights: tuple[float, ...]
     postprocess: Mapping[str, Any]
 
-    def probabilities(self, scan: Volume) -> Probabilities:
-        """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory."""
+    def believe(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
+        """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
+
+        And how far they agree by class (see ``ensemble.Votes``), None where there is but one.
+        """
+        votes = ensemble.Votes()
         channels = ensemble.common_channels([tuple(model.method.outputs) for model in self.models])
         most = max(len(model.folds) for model in self.models)
-        return ensemble.mean(
+        members = (
             (ensemble.convert(belief, channels), weight * most / len(model.folds))
             for model, weight in zip(self.models, self.weights, strict=True)
             for belief in model.predict(scan, model.method.outputs)
         )
+        return ensemble.mean(votes.watch(members)), votes.agreement()
+
+    def experience(self) -> Experience | None:
+        """What the models saw in training, taken together; None where one of them doesn't say."""
+        return together([model_experience(model.run) for model in self.models])
 
     def origin(self) -> list[dict[str, Any]]:
         """Which models made a result."""

@@ -12,6 +12,7 @@ from joblib import Parallel
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.errors import KitsegError, in_words
+from kitseg.measure.quality import Quality
 
 OnDone = Callable[["Outcome"], None]
 
@@ -25,6 +26,7 @@ class Outcome:
     note: str = ""
     result: Path | None = None
     volumes_ml: Mapping[str, float] | None = None
+    quality: Quality | None = None
     seconds: float = 0.0
 
 

@@ -15,6 +15,7 @@ from kitseg.files import aside, read_json, write_json
 from kitseg.inference.chain import Output, Predictor, run_on_grid
 from kitseg.patches.datamodule import StageCases
 from kitseg.patches.subjects import Place
+from kitseg.pipeline.experience import gather
 from kitseg.pipeline.model import build_sight, build_stage, torch_device, trained_stage
 from kitseg.pipeline.plan import Plan, Unit, open_stored
 from kitseg.runs import SCHEMA, StageFolder
@@ -34,7 +35,8 @@ def prepare(plan: Plan, unit: Unit) -> None:
     if not plan.run.info.exists():
         cases = [open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test))]
         phantom = any(case.phantom for case in cases)
-        write_json(plan.run.info, SCHEMA, {"kitseg": __version__, "phantom": phantom, "cases": [c.id for c in cases]})
+        learned = {"phantom": phantom, "cases": [case.id for case in cases], "experience": gather(cases)}
+        write_json(plan.run.info, SCHEMA, {"kitseg": __version__, **learned})
 
 
 def write_places(folder: StageFolder, train: Places, val: Places) -> None:

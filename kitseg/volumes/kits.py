@@ -120,6 +120,12 @@ def labelled_cases(folders: Sequence[Path]) -> list[Case]:
     return _distinct({case.image.resolve(): case for case in cases}.values())
 
 
+def holds_scans(folder: Path) -> bool:
+    """Whether there is any sign of NIfTI scans or cases in a folder."""
+    cases = any(f.name.startswith("case_") or (f / IMAGE).is_file() for f in _folders(folder))
+    return cases or bool(_flat(folder))
+
+
 def find_cases(data: Path) -> list[Case]:
     """The cases in a folder that have an image, sorted by id; see ``list_cases``.
 

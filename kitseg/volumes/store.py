@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError
 from kitseg.files import aside
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
+from kitseg.measure.phase import aorta_hu, kidney_hu
 from kitseg.types import Case, Geometry, Grid, Volume
 from kitseg.volumes.nifti import (
     canonical_geometry,
@@ -30,7 +32,7 @@ from kitseg.volumes.nifti import (
 )
 from kitseg.volumes.resample import grid_geometry, nearest, to_grid
 
-SCHEMA = 2
+SCHEMA = 3
 FOREGROUND_PER_LABEL = 10_000
 BYTES_PER_VOXEL = 3
 
@@ -40,7 +42,8 @@ class StoredCase:
     """A preprocessed case; ``image`` and ``label`` are memory-mapped arrays (D, H, W) on ``grid``.
 
     foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
-    statistics: mean and standard deviation of the whole image in HU.
+    statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
+    kidney_hu, aorta_hu: what its contrast phase shows in (see ``measure.phase``), None where it can't be told.
     """
 
     id: str
@@ -51,41 +54,92 @@ class StoredCase:
     statistics: tuple[float, float]
     grid: Geometry
     phantom: bool
+    spacing: tuple[float, float, float]
+    kidney_hu: float | None
+    aorta_hu: float | None
 
 
 def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
     """A scan's HU on a grid, rounded to whole HU, for training and prediction alike."""
     lattice, limits = grid_geometry(scan.geometry, grid), np.iinfo(np.int16)
-    values = nearest(scan.array, lattice.shape) if grid.image == "nearest" else to_grid(scan.array, lattice.shape)
-    return np.clip(np.rint(values), limits.min, limits.max).astype(np.int16), lattice
+    if grid.image == "linear":
+        return to_grid(scan.array, lattice.shape, np.int16), lattice
+    values = nearest(scan.array, lattice.shape)
+    if values.dtype != np.int16:
+        values = np.clip(np.rint(values), limits.min, limits.max).astype(np.int16)
+    return values, lattice
 
 
 def statistics(image: NDArray[np.int16]) -> tuple[float, float]:
     """Mean and standard deviation of an image (D, H, W) in HU, slice by slice so that nothing is copied whole."""
-    sums = [(float(hu.sum(dtype=np.int64)), float(np.square(hu, dtype=np.int64).sum())) for hu in image]
+    flat = (hu.ravel().astype(np.float64) for hu in image)  # whole numbers: exact as long as sums stay below 2**53
+    sums = [(float(hu.sum()), float(hu @ hu)) for hu in flat]
     mean, square = (sum(column) / image.size for column in zip(*sums, strict=True))
     return mean, max(square - mean**2, 0.0) ** 0.5
 
 
-def store_case(case: Case, folder: Path, grid: Grid, convention: str) -> bool:
-    """Preprocess ``case`` into ``folder``; False where that is already done and nothing has changed since.
+class CaseFiles:
+    """A case's files, each read once, when first asked for, however many grids are made of them.
+
+    convention: of the label.
+    """
+
+    def __init__(self, case: Case, convention: str) -> None:
+        self.case, self.convention = case, convention
+
+    @cached_property
+    def scan(self) -> Volume:
+        """The CT.
+
+        Raises:
+            InputError: it can't be read.
+        """
+        return read_image(self.case.image, self.case.id)
+
+    @cached_property
+    def labels(self) -> NDArray[np.uint8] | None:
+        """The label map in the kits19 convention, on the scan's lattice.
+
+        Raises:
+            InputError: it can't be read, or lies on another lattice.
+        """
+        if self.case.label is None:
+            return None
+        label = read_labels(self.case.label, self.case.id, self.convention)
+        if not label.geometry.same_as(self.scan.geometry):
+            problem, remedy = "lies on another grid than its image", "Resample it onto the image's grid."
+            raise InputError(self.case.label, problem, remedy)
+        return label.array if self.convention == "kits19" else to_kits19(label.array)
+
+    @cached_property
+    def contrast(self) -> dict[str, float | None]:
+        """What tells the contrast phase, see ``measure.phase``."""
+        hu, labels = self.scan.array, self.labels
+        if labels is None:
+            return {"kidney_hu": None, "aorta_hu": None}
+        return {"kidney_hu": kidney_hu(hu, labels), "aorta_hu": aorta_hu(hu, labels, self.scan.geometry)}
+
+    @cached_property
+    def sources(self) -> dict[str, dict[str, int | str]]:
+        """Size, time and hash of the files."""
+        return _sources(self.case, digest=True)
+
+
+def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
+    """Preprocess a case into ``folder``; False where that is already done and nothing has changed since.
 
     Raises:
         InputError: an unreadable image or label, or a label on another lattice than its image.
     """
-    wanted = {"schema": SCHEMA, "grid": asdict(replace(grid, back=Grid.back)), "convention": convention}
-    if _is_current(case, folder, wanted):
+    case, contents = files.case, replace(grid, back=Grid.back)
+    wanted = {"schema": SCHEMA, "grid": asdict(contents), "convention": files.convention}
+    if _is_current(files, folder, wanted):
         return False
-    scan = read_image(case.image, case.id)
+    scan, labels = files.scan, files.labels
     image, lattice = image_on_grid(scan, grid)
     arrays: dict[str, NDArray[Any]] = {"image": image}
-    if case.label is not None:
-        label = read_labels(case.label, case.id, convention)
-        if not label.geometry.same_as(scan.geometry):
-            raise InputError(case.label, "lies on another grid than its image", "Resample it onto the image's grid.")
-        arrays["label"] = nearest(to_kits19(label.array), lattice.shape)
-        arrays["foreground"] = _foreground(arrays["label"])
-        arrays["slices"] = np.stack([arrays["label"].any((1, 2)), (arrays["label"] == TUMOR).any((1, 2))], axis=1)
+    if labels is not None:
+        arrays |= _label_arrays(nearest(labels, lattice.shape))
     meta = {
         **wanted,
         "case": case.id,
@@ -93,7 +147,9 @@ def store_case(case: Case, folder: Path, grid: Grid, convention: str) -> bool:
         "affine": lattice.affine.tolist(),
         "statistics": statistics(image),
         "phantom": is_phantom(case.image),
-        "sources": _sources(case, digest=True),
+        "spacing": scan.geometry.spacing,
+        **files.contrast,
+        "sources": files.sources,
     }
     _write(folder, arrays, meta)
     return True
@@ -120,7 +176,8 @@ def open_case(folder: Path) -> StoredCase:
         raise InputError(folder, f"is damaged ({error})", f"Delete it. {again}") from error
     grid = Geometry(tuple(meta["shape"]), np.array(meta["affine"]))
     mean, deviation = meta["statistics"]
-    return StoredCase(meta["case"], image, label, foreground, slices, (mean, deviation), grid, meta["phantom"])
+    seen = (meta["phantom"], tuple(meta["spacing"]), meta["kidney_hu"], meta["aorta_hu"])
+    return StoredCase(meta["case"], image, label, foreground, slices, (mean, deviation), grid, *seen)
 
 
 def open_guide(path: Path) -> NDArray[np.float16]:
@@ -142,14 +199,18 @@ def store_bytes(case: Case, grid: Grid) -> int:
     return int(np.prod(shape)) * BYTES_PER_VOXEL
 
 
-def _foreground(label: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Up to 10,000 evenly chosen voxels of each label, rows of label, slice, row, column."""
-    rows = []
+def _label_arrays(label: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """What is stored of a label map: itself, up to 10,000 evenly chosen voxels of each label, and what slices hold."""
+    inside = np.flatnonzero(label != 0)
+    values = label.ravel()[inside]
+    rows, slices = [], np.zeros((len(label), 2), np.bool_)
     for value in (KIDNEY, TUMOR):
-        voxels = np.argwhere(label == value)
-        chosen = np.linspace(0, len(voxels) - 1, min(len(voxels), FOREGROUND_PER_LABEL)).astype(np.int64)
-        rows.append(np.insert(voxels[chosen], 0, value, axis=1))
-    return np.concatenate(rows).astype(np.int32)
+        voxels = inside[values == value]
+        chosen = voxels[np.linspace(0, len(voxels) - 1, min(len(voxels), FOREGROUND_PER_LABEL)).astype(np.int64)]
+        rows.append(np.column_stack([np.full(len(chosen), value), *np.unravel_index(chosen, label.shape)]))
+        slices[voxels // label[0].size, int(value == TUMOR)] = True
+    slices[:, 0] |= slices[:, 1]
+    return {"label": label, "foreground": np.concatenate(rows).astype(np.int32), "slices": slices}
 
 
 def _sources(case: Case, digest: bool) -> dict[str, dict[str, int | str]]:
@@ -165,7 +226,7 @@ def _sources(case: Case, digest: bool) -> dict[str, dict[str, int | str]]:
     return found
 
 
-def _is_current(case: Case, folder: Path, wanted: Mapping[str, Any]) -> bool:
+def _is_current(files: CaseFiles, folder: Path, wanted: Mapping[str, Any]) -> bool:
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -174,10 +235,10 @@ def _is_current(case: Case, folder: Path, wanted: Mapping[str, Any]) -> bool:
         return False
     sources = meta["sources"]
     try:
-        quick = _sources(case, digest=False)
+        quick = _sources(files.case, digest=False)
         if quick == {role: {"size": s["size"], "mtime": s["mtime"]} for role, s in sources.items()}:
             return True
-        now = _sources(case, digest=True)
+        now = files.sources
     except OSError:
         return False
     return {r: s["sha256"] for r, s in now.items()} == {r: s["sha256"] for r, s in sources.items()}

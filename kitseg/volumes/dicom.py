@@ -1,0 +1,200 @@
+"""DICOM in: the CT series in a folder tree as hospitals export it, and each of them as a volume.
+
+Nothing is told from a file's name or its place in the folder: a file is DICOM by its content, belongs to the series
+that its header names, and lies where its header says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+
+from kitseg.errors import InputError
+from kitseg.types import Volume
+from kitseg.volumes.dicom_headers import Header, is_dicom, made_up_uid, read_header, walk
+from kitseg.volumes.dicom_stack import Stack, Unstackable, split, stack
+from kitseg.volumes.nifti import MAX_VOXELS, canonical_geometry, turn_to_canonical
+
+AIR = -1024  # HU of what lies outside the reconstructed circle; no scanner's air is below
+TISSUE = (-500, 1500)  # HU; a padding value in this range can't be told from the patient
+_INT16 = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One CT (or other) series, or one stack of slices where a series has several.
+
+    case_id: what kitseg calls it, told from the SeriesInstanceUID by a hash; headers: its slices, in order of position
+    along their normal where they make a volume; stack: None where they make none, and then ``problem`` says why.
+    """
+
+    case_id: str
+    headers: tuple[Header, ...]
+    stack: Stack | None
+    problem: str = ""
+
+    @property
+    def uid(self) -> str:
+        """The SeriesInstanceUID; for files without, one made from their instances."""
+        return self.headers[0].series or _made_up(self.headers)
+
+    @property
+    def study(self) -> str:
+        """The StudyInstanceUID; for files without, one made from what they share with others of their study."""
+        return self.headers[0].study or made_up_uid("study", self.headers[0].frame_of_reference or self.uid)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The slices' files, in the order of ``headers``."""
+        return tuple(header.path for header in self.headers)
+
+    @property
+    def folder(self) -> Path:
+        """Where its first slice lies."""
+        return self.headers[0].path.parent
+
+    @property
+    def note(self) -> str:
+        """What a reader should know of how the volume was made; empty if nothing."""
+        missing = self.stack.missing if self.stack else ()
+        if not missing:
+            return ""
+        words = "1 slice is missing" if len(missing) == 1 else f"{len(missing)} slices are missing"
+        return f"{words} and interpolated (place {', '.join(str(slot + 1) for slot in missing)} of the stack)"
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Whether any file below a folder is DICOM; stops at the first."""
+    return any(map(is_dicom, walk(folder)))
+
+
+def find_series(*folders: Path) -> list[Series]:
+    """Every series below the folders, from the headers alone, in the order of their names.
+
+    Files that are not DICOM are passed over; the same instance twice counts once; a DICOM file whose header can't be
+    read is a series of its own, with its problem.
+
+    Raises:
+        InputError: a folder that can't be read.
+    """
+    groups: dict[str, dict[str, Header]] = {}
+    for path in chain.from_iterable(map(walk, folders)):
+        header = read_header(path) if is_dicom(path) else None
+        if header:
+            group = groups.setdefault(header.series or str(path if header.broken else path.parent), {})
+            group.setdefault(header.instance or str(path), header)
+    found = [series for group in groups.values() for series in _stacks(list(group.values()))]
+    return sorted(found, key=lambda series: series.case_id)
+
+
+def open_series(files: Sequence[Path], case_id: str) -> Series:
+    """The series of these files, such as ``Series.files`` of one that was found before."""
+    return _series([read_header(path) or Header(path, broken=True) for path in files], case_id)
+
+
+def read_series(series: Series) -> Volume:
+    """A series as (D, H, W) int16 in orientation (I, P, L), in Hounsfield units.
+
+    Each slice is rescaled by its own slope and intercept and rounded; padding and all that is below air is
+    ``AIR``; a missing slice is the mean of its neighbours. ``native`` has the axes (columns, rows, slices).
+
+    Raises:
+        InputError: the slices make no CT volume, or one of them can't be read.
+    """
+    first, remedy = series.headers[0], "Export the series again, or choose another one with --series"
+    if series.stack is None:
+        raise InputError(series.folder, f"{series.case_id}: {series.problem}", remedy)
+    if first.modality != "CT" or first.samples != 1:
+        raise InputError(
+            series.folder, f"{series.case_id}: its modality is {first.modality or 'unknown'}, not CT", remedy
+        )
+    native = series.stack.native
+    if int(np.prod(native.shape, dtype=object)) > MAX_VOXELS:
+        raise InputError(series.folder, f"{series.case_id}: it has more than {MAX_VOXELS} voxels", remedy)
+    planes = np.empty(native.shape[::-1], np.int16)
+    for header, slot in zip(series.stack.headers, series.stack.slots, strict=True):
+        planes[slot] = _read_slice(header)
+    for slot in series.stack.missing:
+        planes[slot] = np.rint((planes[slot - 1].astype(np.float32) + planes[slot + 1]) / 2)
+    array = np.ascontiguousarray(turn_to_canonical(planes.transpose(2, 1, 0), native))
+    return Volume(array, canonical_geometry(native), native, series.case_id)
+
+
+def read_slices(files: Sequence[Path], case_id: str) -> Volume:
+    """The same for the files of a series; see ``read_series``."""
+    return read_series(open_series(files, case_id))
+
+
+def pseudonym(kind: str, uid: str) -> str:
+    """A name that is the same for the same UID and doesn't show it: ``kind``, and 10 hex digits of its sha256."""
+    return f"{kind}_{hashlib.sha256(uid.encode()).hexdigest()[:10]}"
+
+
+def _stacks(headers: Sequence[Header]) -> list[Series]:
+    """A series' stacks; all but the largest are numbered."""
+    parts = split(headers)
+    name = pseudonym("series", headers[0].series or _made_up(headers))
+    return [_series(part, f"{name}_{n}" if n > 1 else name) for n, part in enumerate(parts, start=1)]
+
+
+def _made_up(headers: Sequence[Header]) -> str:
+    return made_up_uid("series", *sorted(header.instance or str(header.path) for header in headers))
+
+
+def _series(headers: Sequence[Header], case_id: str) -> Series:
+    made: Stack | None = None
+    problem = "its header can't be read" if headers[0].broken else ""
+    try:
+        made = None if problem else stack(headers)
+    except Unstackable as reason:
+        problem = str(reason)
+    return Series(case_id, made.headers if made else tuple(headers), made, problem)
+
+
+def _read_slice(header: Header) -> NDArray[np.int16]:
+    """One slice (rows, columns) in HU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = pydicom.dcmread(header.path)
+            stored = found.pixel_array
+            hu = _hounsfield(found, stored)
+        except Exception as error:  # each decoder has its own way to fail
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(header.path, f"its pixels can't be read ({reason})", "Export the series again") from error
+    if hu.shape != header.size:
+        raise InputError(header.path, f"its slice is {hu.shape}, its header says {header.size}", "Export it again")
+    return hu
+
+
+def _hounsfield(found: pydicom.Dataset, stored: NDArray[Any]) -> NDArray[np.int16]:
+    slope, intercept = (float(found.get(f"Rescale{name}") or default) for name, default in _RESCALE)
+    hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
+    if (padding := _padding(found)) is not None:
+        low, high = padding
+        value = low * slope + intercept
+        if not TISSUE[0] <= value <= TISSUE[1]:
+            hu[(stored >= low) & (stored <= high)] = AIR
+    clipped: NDArray[np.int16] = hu.clip(AIR, _INT16.max).astype(np.int16)
+    return clipped
+
+
+_RESCALE = (("Slope", 1), ("Intercept", 0))
+
+
+def _padding(found: pydicom.Dataset) -> tuple[int, int] | None:
+    """The lowest and highest stored value that mean no data, whatever sign the file gives them."""
+    values = [found.get("PixelPaddingValue"), found.get("PixelPaddingRangeLimit")]
+    bits, signed = int(found.BitsAllocated), bool(found.PixelRepresentation)
+    plain = [int(v) % 2**bits for v in values if v is not None and v != ""]
+    turned = [v - 2**bits if signed and v >= 2 ** (bits - 1) else v for v in plain]
+    return (min(turned), max(turned)) if turned and values[0] is not None else None

@@ -1,0 +1,234 @@
+"""Which CT of a study is segmented, by rule, and why not the others."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
+
+from kitseg.errors import UsageError
+from kitseg.files import aside
+from kitseg.volumes.dicom import Series, pseudonym
+from kitseg.volumes.dicom_stack import is_scout, orientation
+
+FEWEST_SLICES = 10
+WHOLE_KIDNEYS = 150.0  # mm along the body: a kidney is 100 to 120 long, and the two lie at different heights
+FINE_ENOUGH = 1.0  # mm between slices; thinner ones only add noise and time
+SHARP_SIEMENS = 50  # the number in a kernel's name, such as B60f or Br64d
+_CT = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
+_MADE_OF_OTHERS = {
+    "MIP", "MINIP", "PROJECTION IMAGE", "MAX_IP", "MIN_IP", "CSA MIP", "VOLREN", "SCREEN SAVE",
+}  # fmt: skip
+_MODALITIES = {
+    "CT", "MR", "PT", "NM", "US", "CR", "DX", "XA", "SR", "PR", "KO", "SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "OT", "SC",
+}  # fmt: skip
+_ELSEWHERE = re.compile(
+    "HEAD|BRAIN|SKULL|SINUS|ORBIT|FACE|NECK|C?SPINE|ARM|HAND|WRIST|ELBOW|SHOULDER|LEG|KNEE|ANKLE|FOOT"
+)
+_SHARP = re.compile(r"LUNG|BONE|EDGE|DETAIL|SHARP|^Y[A-D]$|^FC(3|5|8)\d|^[DEL]$", re.IGNORECASE)
+_UNENHANCED = re.compile(
+    r"\bnativ|\bnat\b|non.?con|\bno con|without|ohne|\bsans|unenh|plain|\bw/?o\b|\bNC\b|\bNCCT", re.IGNORECASE
+)
+_PHASES = (  # the challenge's scans are late arterial; the later, the further from them
+    re.compile(r"\bart(er|\b)|cortico", re.IGNORECASE),
+    re.compile(r"nephrog|\bpv\b|portal|\bven(\b|ou?s|ö)", re.IGNORECASE),
+    re.compile(r"delay|excret|urogr|\blate\b|sp[aä]t", re.IGNORECASE),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A series, whether it is segmented, and the reason in words (which name no patient and no file)."""
+
+    series: Series
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What is preferred in a series: the higher, the better; words: what the better series has."""
+
+    value: Callable[[Series], float]
+    words: str
+
+
+def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[Choice]:
+    """One CT of each study, or those that are wanted; every series has its reason, study by study.
+
+    Never taken by rule: what is no CT, scouts, projections (MIP) and renderings, coronal and sagittal slices, and fewer
+    than ``FEWEST_SLICES``. Among the others ``docs/dicom.md`` tells what is preferred.
+
+    Args:
+        found: what ``find_series`` found.
+        wanted: SeriesInstanceUIDs or kitseg's own names of series; they override the rule.
+
+    Raises:
+        UsageError: a wanted series that isn't there.
+    """
+    if wanted:
+        return _named(found, wanted)
+    studies: dict[str, list[Series]] = {}
+    for series in found:
+        studies.setdefault(series.study, []).append(series)
+    return [choice for study in studies.values() for choice in _of_study(study)]
+
+
+def write_series_table(path: Path, choices: Sequence[Choice], keep_identifiers: bool = False) -> None:
+    """A CSV file with a row a series: whether it was chosen, why, and what is known of it.
+
+    Without ``keep_identifiers`` no UID, path, date or free text of the files gets in.
+    """
+    with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        rows = [{**_facts(choice), **(_identifiers(choice.series) if keep_identifiers else {})} for choice in choices]
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["case"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def coverage(series: Series) -> float:
+    """Millimetres from the first slice to the last, with their thickness; 0 for slices that make no volume."""
+    return series.stack.native.shape[2] * series.stack.native.spacing[2] if series.stack else 0.0
+
+
+def _named(found: Sequence[Series], wanted: Sequence[str]) -> list[Choice]:
+    chosen: dict[str, str] = {}
+    for name in wanted:
+        mine = [series for series in found if name in (series.case_id, series.uid)]
+        if not mine:
+            known = ", ".join(f"{s.case_id} ({_what(s)})" for s in found[:20]) or "none"
+            raise UsageError(f"--series {name}: there is no such series. There are: {known}")
+        largest = max(mine, key=lambda series: len(series.headers))
+        chosen[largest.case_id] = "asked for by --series"
+    return [Choice(s, s.case_id in chosen, chosen.get(s.case_id, "not asked for by --series")) for s in found]
+
+
+def _of_study(study: Sequence[Series]) -> list[Choice]:
+    barred = {series.case_id: _bar(series) for series in study}
+    fit = [series for series in study if not barred[series.case_id]]
+    best = min(fit, key=lambda series: ([-wish.value(series) for wish in WISHES], series.case_id)) if fit else None
+    return [_judge(series, best, barred[series.case_id], len(fit)) for series in study]
+
+
+def _judge(series: Series, best: Series | None, barred: str, fit: int) -> Choice:
+    if barred or best is None:
+        return Choice(series, False, barred)
+    if series.case_id != best.case_id:
+        lost = next(
+            (wish.words for wish in WISHES if wish.value(series) < wish.value(best)), "is as good, and first by name"
+        )
+        return Choice(series, False, series.problem or f"{best.case_id} {lost}")
+    reason = "the only CT of its study that fits" if fit == 1 else f"the best of {fit} CT series of its study"
+    return Choice(series, True, "; ".join(filter(None, [f"{reason}: {_what(series)}", series.problem, series.note])))
+
+
+def _bar(series: Series) -> str:
+    """Why a series is never taken by rule; empty if it may be. Broken geometry is no bar: it is told when read."""
+    first = series.headers[0]
+    if first.broken:
+        return series.problem
+    if first.modality != "CT":
+        return "no CT" + (f" ({first.modality})" if first.modality in _MODALITIES else "")
+    if first.sop_class not in _CT or first.samples != 1:
+        return "no CT images (a screenshot or a report)"
+    if is_scout(first):
+        return "a scout"
+    if made := _MADE_OF_OTHERS & set(first.image_type):
+        return f"computed from other slices ({min(made)})"
+    if orientation(first) in ("coronal", "sagittal"):
+        return f"{orientation(first)}, not axial"
+    if first.frames == 1 and len(series.headers) < FEWEST_SLICES:
+        return f"only {len(series.headers)} slices"
+    return ""
+
+
+def _is_elsewhere(series: Series) -> bool:
+    part = series.headers[0].body_part
+    return "ABD" not in part and bool(_ELSEWHERE.search(part))
+
+
+def _phase(series: Series) -> int | None:
+    """The place in ``_PHASES`` that the description names; its words are read, but never written."""
+    text = series.headers[0].description
+    return next((n for n, words in enumerate(_PHASES) if words.search(text)), None)
+
+
+def _earliness(series: Series) -> int:
+    phase = _phase(series)
+    return -1 if phase is None else -phase  # unnamed is mostly venous
+
+
+def _contrast(series: Series) -> bool:
+    first = series.headers[0]
+    return (first.contrast or _phase(series) is not None) and not _UNENHANCED.search(first.description)
+
+
+def _sharp(series: Series) -> bool:
+    kernel = series.headers[0].kernel
+    siemens = re.match(r"[A-Z][a-z]?(\d\d)", kernel)
+    return int(siemens[1]) >= SHARP_SIEMENS if siemens else bool(_SHARP.search(kernel))
+
+
+def _spacing(series: Series) -> float:
+    return series.stack.native.spacing[2] if series.stack else 99.0
+
+
+#: In this order; the first in which two series differ decides.
+WISHES = (
+    _Wish(lambda s: s.stack is not None, "can be read as a volume"),
+    _Wish(lambda s: not _is_elsewhere(s), "does not show another part of the body"),
+    _Wish(lambda s: "ORIGINAL" in s.headers[0].image_type, "is original, not derived"),
+    _Wish(lambda s: coverage(s) >= WHOLE_KIDNEYS, f"covers {WHOLE_KIDNEYS:.0f} mm or more"),
+    _Wish(_contrast, "has contrast, as far as the files say"),
+    _Wish(_earliness, "is of an earlier contrast phase"),
+    _Wish(lambda s: not _sharp(s), "has a soft-tissue kernel"),
+    _Wish(lambda s: -round(max(_spacing(s), FINE_ENOUGH), 2), "has thinner slices"),
+    _Wish(lambda s: round(coverage(s), -1), "covers more"),
+)
+
+
+def _what(series: Series) -> str:
+    if series.stack is None:
+        return f"{len(series.headers)} files"
+    words = [f"{len(series.headers)} slices {_spacing(series):.3g} mm apart"]
+    return ", ".join(
+        [*words, "with contrast" if _contrast(series) else "no contrast told", "sharp kernel" * _sharp(series)]
+    ).rstrip(", ")
+
+
+def _facts(choice: Choice) -> dict[str, object]:
+    series, first = choice.series, choice.series.headers[0]
+    made = series.stack
+    plain = re.compile(r"[A-Za-z0-9_+.-]{1,8}")
+    return {
+        "case": series.case_id,
+        "chosen": "yes" if choice.chosen else "no",
+        "reason": choice.reason,
+        "study": pseudonym("study", series.study),
+        "modality": first.modality if first.modality in _MODALITIES else "",
+        "files": len(series.headers),
+        "slice_mm": f"{made.native.spacing[2]:.4g}" if made else "",
+        "pixel_mm": f"{first.spacing[0]:.4g}" if first.spacing else "",
+        "rows": first.size[0],
+        "columns": first.size[1],
+        "coverage_mm": f"{coverage(series):.0f}" if made else "",
+        "orientation": orientation(first),
+        "contrast": "yes" if _contrast(series) else "not told",
+        "kernel": first.kernel if plain.fullmatch(first.kernel) else "",
+        "original": "yes" if "ORIGINAL" in first.image_type else "no",
+    }
+
+
+def _identifiers(series: Series) -> dict[str, object]:
+    first = series.headers[0]
+    return {
+        "patient_id": first.patient,
+        "study_uid": series.study,
+        "series_uid": series.uid,
+        "description": first.description,
+        "folder": series.folder,
+    }

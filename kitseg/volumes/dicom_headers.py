@@ -1,0 +1,169 @@
+"""What one DICOM file says about its slice, without its pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.tag import Tag
+from pydicom.uid import UID, MediaStorageDirectoryStorage
+
+from kitseg.errors import InputError
+
+_TAGS = [
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "PatientID",
+    "SeriesDescription",
+    "Modality",
+    "ImageType",
+    "BodyPartExamined",
+    "ContrastBolusAgent",
+    "ConvolutionKernel",
+    "SliceThickness",
+    "AcquisitionNumber",
+    "TemporalPositionIdentifier",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "Rows",
+    "Columns",
+    "PixelSpacing",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+]
+
+
+@dataclass(frozen=True)
+class Header:
+    """One file's header; what it doesn't say is empty or None.
+
+    position, row_axis, column_axis: in mm and
+    as unit vectors in DICOM's LPS, along a row and along a column; spacing: mm between rows and between columns;
+    acquisition, time: which of several passes; broken: the header can't be read.
+    """
+
+    path: Path
+    instance: str = ""
+    series: str = ""
+    study: str = ""
+    frame_of_reference: str = ""
+    sop_class: str = ""
+    patient: str = ""
+    description: str = ""
+    modality: str = ""
+    image_type: tuple[str, ...] = ()
+    body_part: str = ""
+    contrast: bool = False
+    kernel: str = ""
+    thickness: float | None = None
+    acquisition: str = ""
+    time: str = ""
+    frames: int = 1
+    samples: int = 1
+    size: tuple[int, int] = (0, 0)
+    spacing: tuple[float, ...] = ()
+    position: tuple[float, ...] = ()
+    row_axis: tuple[float, ...] = ()
+    column_axis: tuple[float, ...] = ()
+    broken: bool = False
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, hidden ones left out, in the order of their paths.
+
+    Raises:
+        InputError: a folder that can't be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(error.filename, f"it can't be read ({error.strerror})", "Name a folder that you may read")
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place) / name for name in sorted(names) if not name.startswith("."))
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file starts as DICOM files do (128 bytes, then ``DICM``)."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of a DICOM file; None for a DICOMDIR, which only lists other files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom complains of values that kitseg checks itself or doesn't use
+        try:
+            found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[Tag(name) for name in _TAGS])
+            sop_class = _text(found, "SOPClassUID") or str(found.file_meta.get("MediaStorageSOPClassUID", ""))
+            if sop_class == MediaStorageDirectoryStorage:
+                return None
+            header = _header(path, found, sop_class)
+            return header if sop_class or header.modality else Header(path, broken=True)
+        except Exception:  # whatever pydicom meets in a broken file; its words may quote what the file says
+            return Header(path, broken=True)
+
+
+def made_up_uid(*words: str) -> str:
+    """A UID that is always the same for the same words, for files that have none."""
+    number = int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:15], "big")
+    return str(UID(f"2.25.{number}"))
+
+
+def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
+    axes = _numbers(found, "ImageOrientationPatient", 6)
+    return Header(
+        path=path,
+        instance=_text(found, "SOPInstanceUID") or str(found.file_meta.get("MediaStorageSOPInstanceUID", "")),
+        series=_text(found, "SeriesInstanceUID"),
+        study=_text(found, "StudyInstanceUID"),
+        frame_of_reference=_text(found, "FrameOfReferenceUID"),
+        sop_class=sop_class,
+        patient=_text(found, "PatientID"),
+        description=_text(found, "SeriesDescription"),
+        modality=_text(found, "Modality"),
+        image_type=tuple(_text(found, "ImageType").upper().split("\\")),
+        body_part=_text(found, "BodyPartExamined").upper(),
+        contrast=_text(found, "ContrastBolusAgent").upper() not in ("", "NONE", "NO"),
+        kernel=_text(found, "ConvolutionKernel").split("\\")[0],
+        thickness=next(iter(_numbers(found, "SliceThickness", 1)), None),
+        acquisition=_text(found, "AcquisitionNumber"),
+        time=_text(found, "TemporalPositionIdentifier"),
+        frames=int(_text(found, "NumberOfFrames") or 1),
+        samples=int(_text(found, "SamplesPerPixel") or 1),
+        size=(int(_text(found, "Rows") or 0), int(_text(found, "Columns") or 0)),
+        spacing=_numbers(found, "PixelSpacing", 2),
+        position=_numbers(found, "ImagePositionPatient", 3),
+        row_axis=axes[:3],
+        column_axis=axes[3:],
+    )
+
+
+def _text(found: pydicom.Dataset, name: str) -> str:
+    value: Any = found.get(name)
+    if value is None:
+        return ""
+    return "\\".join(map(str, value)) if isinstance(value, pydicom.multival.MultiValue) else str(value).strip()
+
+
+def _numbers(found: pydicom.Dataset, name: str, count: int) -> tuple[float, ...]:
+    """That many finite numbers, or none."""
+    try:
+        numbers = tuple(float(part) for part in _text(found, name).split("\\"))
+    except ValueError:
+        return ()
+    return numbers if len(numbers) == count and all(abs(n) < 1e6 for n in numbers) else ()

@@ -1,0 +1,155 @@
+"""DICOM out: labels as a DICOM segmentation object that lies voxel for voxel on the series they were found in."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import highdicom
+import numpy as np
+import pydicom
+from highdicom.color import CIELabColor
+from highdicom.seg import Segmentation, SegmentDescription
+from numpy.typing import NDArray
+from pydicom.sr.codedict import codes
+from pydicom.valuerep import DSfloat
+
+from kitseg.errors import InputError
+from kitseg.files import aside
+from kitseg.labels import CONVENTIONS, CYST, KIDNEY, TUMOR
+from kitseg.types import Geometry
+from kitseg.volumes.dicom import Series
+from kitseg.volumes.dicom_headers import Header, made_up_uid
+from kitseg.volumes.nifti import turn_to_native
+
+#: Written into every segmentation object; at most 64 characters.
+NOTICE = "For research use only. kitseg is not a medical device."
+
+SERIES_NUMBER = 900  # far from those of scanners
+_codes: Any = codes
+_WHO = [
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+]
+_COLORS = {KIDNEY: (200, 110, 90), TUMOR: (250, 220, 60), CYST: (90, 160, 240)}  # RGB
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What found the labels: its name and version."""
+
+    name: str
+    version: str
+
+
+def write_segmentation(
+    path: Path, labels: NDArray[np.uint8], series: Series, algorithm: Algorithm, keep_identifiers: bool = False
+) -> None:
+    """Write (D, H, W) labels in orientation (I, P, L) as a binary DICOM SEG on a series; never half a file.
+
+    Its segments are kidney (1), tumor (2) and, where there are any, cyst (3). Frames without any label are left out,
+    but an empty segmentation keeps all of them. The patient's and the study's attributes are empty without
+    ``keep_identifiers``; the UIDs of study, series, frame of reference and slices stay, since it refers to them.
+
+    Raises:
+        InputError: the series makes no volume, or a header can't be read any more.
+    """
+    if series.stack is None:
+        raise InputError(series.folder, f"{series.case_id}: {series.problem}", "Write NIfTI instead")
+    native = series.stack.native
+    planes = turn_to_native(labels, native).transpose(2, 1, 0)
+    frames = np.ascontiguousarray(planes[list(series.stack.slots)])
+    sources = [_source(header, series, native, keep_identifiers) for header in series.stack.headers]
+    segments = [KIDNEY, TUMOR] + [CYST] * bool((frames == CYST).any())
+    with warnings.catch_warnings(), aside(path) as partial:
+        warnings.simplefilter("ignore")
+        logging.getLogger("highdicom").setLevel(logging.ERROR)
+        segmentation = Segmentation(
+            source_images=sources,
+            pixel_array=frames,
+            segmentation_type="BINARY",
+            segment_descriptions=[_segment(label, algorithm, series) for label in segments],
+            series_instance_uid=highdicom.UID(),
+            series_number=SERIES_NUMBER,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="kitseg",
+            manufacturer_model_name=algorithm.name[:64],
+            software_versions=algorithm.version[:64],
+            device_serial_number="none",
+            content_description=NOTICE,
+            content_label="KIDNEY_TUMOR",
+            series_description=NOTICE,
+            omit_empty_frames=bool(frames.any()),
+        )
+        segmentation.save_as(partial)
+
+
+def _source(header: Header, series: Series, native: Geometry, keep_identifiers: bool) -> pydicom.Dataset:
+    """What highdicom needs to know of a slice, and nothing else."""
+    first = series.headers[0]
+    source = _who(header) if keep_identifiers else pydicom.Dataset()
+    for name in _WHO:
+        if name not in source:
+            setattr(source, name, "")
+    source.StudyInstanceUID, source.SeriesInstanceUID = series.study, series.uid
+    source.SOPInstanceUID, source.SOPClassUID = header.instance, header.sop_class
+    source.FrameOfReferenceUID = first.frame_of_reference or made_up_uid("frame of reference", series.uid)
+    source.Modality, source.Rows, source.Columns = "CT", *first.size
+    source.PixelSpacing = _decimals(*first.spacing)
+    source.SpacingBetweenSlices = _decimals(native.spacing[2])[0]
+    source.SliceThickness = _decimals(first.thickness or native.spacing[2])[0]
+    source.ImageOrientationPatient = _decimals(*first.row_axis, *first.column_axis)
+    source.ImagePositionPatient = _decimals(*header.position)
+    return source
+
+
+def _who(header: Header) -> pydicom.Dataset:
+    """The attributes of patient and study."""
+    try:
+        tags: list[Any] = ["SpecificCharacterSet", *_WHO]
+        source = pydicom.dcmread(header.path, stop_before_pixels=True, specific_tags=tags)
+    except Exception as error:
+        raise InputError(header.path, f"its header can't be read ({error})", "Export the series again") from error
+    if source.get("PatientSex") not in ("M", "F", "O"):
+        source.PatientSex = ""
+    return source
+
+
+def _decimals(*numbers: float) -> list[DSfloat]:
+    """Numbers as DICOM writes them, in at most 16 characters."""
+    return [DSfloat(number, auto_format=True) for number in numbers]
+
+
+def _segment(label: int, algorithm: Algorithm, series: Series) -> SegmentDescription:
+    sct, name = _codes.SCT, CONVENTIONS["kits23"][label]
+    kinds: dict[int, Sequence[Any]] = {
+        KIDNEY: (sct.AnatomicalStructure, sct.Kidney),
+        TUMOR: (sct.MorphologicallyAbnormalStructure, sct.Neoplasm),
+        CYST: (sct.MorphologicallyAbnormalStructure, sct.Cyst),
+    }
+    return SegmentDescription(
+        segment_number=label,
+        segment_label=name,
+        segmented_property_category=kinds[label][0],
+        segmented_property_type=kinds[label][1],
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name=algorithm.name, family=_codes.DCM.ArtificialIntelligence, version=algorithm.version
+        ),
+        tracking_id=f"{series.case_id} {name}",
+        tracking_uid=made_up_uid("tracking", series.case_id, name),
+        anatomic_regions=None if label == KIDNEY else [sct.Kidney],
+        display_color=CIELabColor.from_rgb(*_COLORS[label]),
+    )

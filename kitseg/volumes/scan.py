@@ -1,0 +1,87 @@
+"""A scan, whatever it lies in: a NIfTI file, or a DICOM series."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kitseg.errors import UsageError
+from kitseg.types import Case, Volume
+from kitseg.volumes.kits import collect_scans, holds_scans
+from kitseg.volumes.nifti import file_digest, knows_orientation, read_image
+
+if TYPE_CHECKING:
+    from kitseg.volumes.dicom_choice import Choice
+
+
+@dataclass(frozen=True)
+class Scans:
+    """The scans that were asked for; choices: every DICOM series that was looked at, and why it is one of them."""
+
+    cases: tuple[Case, ...]
+    choices: tuple[Choice, ...] = ()
+
+
+def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
+    """The scans in files and folders: NIfTI files, or where a folder holds none the CT of each DICOM study in it.
+
+    series: DICOM series to take instead, by UID or by the name that kitseg gives them.
+
+    Raises:
+        InputError: a path is missing or a folder holds no scan. UsageError: two scans of one name, or no such series.
+    """
+    archives = [path for path in paths if path.is_dir() and not holds_scans(path) and _holds_dicom(path)]
+    files = [path for path in paths if path not in archives]
+    if series and not archives:
+        raise UsageError("--series picks a DICOM series, but no DICOM files were found")
+    cases, choices = collect_scans(files) if files else [], _choose(archives, series)
+    cases += [_case(choice) for choice in choices if choice.chosen]
+    return Scans(tuple(sorted(cases, key=lambda case: case.id)), tuple(choices))
+
+
+def read_scan(case: Case) -> Volume:
+    """A case's CT as (D, H, W) HU in orientation (I, P, L).
+
+    Raises:
+        InputError: it can't be used; see ``nifti.read_image`` and ``dicom.read_slices``.
+    """
+    if not case.slices:
+        return read_image(case.image, case.id)
+    from kitseg.volumes.dicom import read_slices
+
+    return read_slices(case.slices, case.id)
+
+
+def scan_digest(case: Case) -> str:
+    """The sha256 of a scan's file, or of its slices' hashes in their order."""
+    if not case.slices:
+        return file_digest(case.image)
+    return hashlib.sha256("".join(map(file_digest, case.slices)).encode()).hexdigest()
+
+
+def knows_its_place(case: Case) -> bool:
+    """Whether a scan says how it lies in the patient; a DICOM series always does."""
+    return bool(case.slices) or knows_orientation(case.image)
+
+
+def _holds_dicom(folder: Path) -> bool:
+    from kitseg.volumes.dicom import holds_dicom
+
+    return holds_dicom(folder)
+
+
+def _choose(archives: Sequence[Path], wanted: Sequence[str]) -> list[Choice]:
+    if not archives:
+        return []
+    from kitseg.volumes.dicom import find_series
+    from kitseg.volumes.dicom_choice import choose_series
+
+    return choose_series(find_series(*archives), wanted)
+
+
+def _case(choice: Choice) -> Case:
+    series = choice.series
+    return Case(series.case_id, series.folder, slices=series.files, note=series.note)

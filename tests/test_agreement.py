@@ -1,0 +1,82 @@
+"""How far the members of an ensemble agree, against Dice over all their pairs; and what a model saw in training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kitseg import ensemble
+from kitseg.errors import InputError
+from kitseg.measure.quality import Experience
+from kitseg.pipeline.experience import gather, model_experience, together
+from kitseg.runs import Run
+from kitseg.types import Box, Geometry, Probabilities
+from kitseg.volumes.store import StoredCase
+
+CHANNELS = ("background", "kidney", "tumor")
+LATTICE = Geometry((4, 6, 8), np.eye(4))
+
+
+def member(seed: int, box: Box) -> Probabilities:
+    array = np.random.default_rng(seed).random((3, *box.size)).astype(np.float16)
+    return Probabilities(array, CHANNELS, box, LATTICE, LATTICE, "case_00000")
+
+
+def masks(belief: Probabilities) -> dict[str, np.ndarray]:
+    found = ensemble.to_masks(belief)
+    whole = {name: np.zeros(LATTICE.shape, bool) for name in ("kidney", "tumor")}
+    if belief.array.size:
+        whole["kidney"][belief.box.slices], whole["tumor"][belief.box.slices] = found.either, found.tumor
+    return whole
+
+
+def test_agreement_is_dice_pooled_over_all_pairs() -> None:
+    boxes = [Box((0, 0, 0), (2, 3, 4)), Box((1, 1, 1), (4, 6, 8)), Box((0, 0, 0), (0, 0, 0)), Box((0, 2, 2), (4, 4, 4))]
+    beliefs, votes = [member(seed, box) for seed, box in enumerate(boxes)], ensemble.Votes()
+    mean = ensemble.mean(votes.watch((belief, 1.0) for belief in beliefs))
+    assert np.array_equal(mean.array, ensemble.mean((belief, 1.0) for belief in beliefs).array)
+    found = votes.agreement()
+    assert found is not None
+    for name in ("kidney", "tumor"):
+        pairs = [(masks(a)[name], masks(b)[name]) for a, b in itertools.combinations(beliefs, 2)]
+        both, total = sum((a & b).sum() for a, b in pairs), sum(a.sum() + b.sum() for a, b in pairs)
+        assert found[name] == pytest.approx(2 * both / total, abs=1e-12)
+
+
+def test_a_single_member_agrees_with_nobody_and_two_empty_ones_wholly() -> None:
+    nothing = Box((0, 0, 0), (0, 0, 0))
+    for boxes, expected in (([nothing], None), ([nothing, nothing], {"kidney": 1.0, "tumor": 1.0})):
+        votes = ensemble.Votes()
+        ensemble.mean(votes.watch((member(0, box), 1.0) for box in boxes))
+        assert votes.agreement() == expected
+
+
+def stored(name: str, spacing: tuple[float, float, float], kidney: float | None, aorta: float | None) -> StoredCase:
+    image = np.zeros(LATTICE.shape, np.int16)
+    none = np.empty((0, 4), np.int32), np.empty((0, 2), np.bool_)
+    return StoredCase(name, image, None, *none, (0.0, 1.0), LATTICE, False, spacing, kidney, aorta)
+
+
+def test_a_run_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    a, b = stored("a", (5, 0.5, 0.75), 150, None), stored("b", (1, 0.9, 0.9), 180, 210)
+    cases = [a, b, stored("c", (3, 1, 1), None, 90)]
+    expected = Experience((1, 5), (0.75, 1), (150, 180), (90, 210))
+    run = Run(tmp_path)
+    run.info.write_text(json.dumps({"schema": 1, "experience": gather(cases)}))
+    assert model_experience(run) == expected
+    assert gather(cases[2:]) is None
+    run.info.write_text(json.dumps({"schema": 1}))
+    assert model_experience(run) is None
+    run.info.write_text(json.dumps({"schema": 1, "experience": {"slice_mm": 3}}))
+    with pytest.raises(InputError, match=r"run\.json.*trained on"):
+        model_experience(run)
+
+
+def test_models_together_saw_what_any_of_them_saw() -> None:
+    a, b = Experience((1, 3), (0.5, 0.8), (150, 180), None), Experience((2, 5), (0.6, 0.7), (90, 160), (100, 200))
+    assert together([a, b]) == Experience((1, 5), (0.5, 0.8), (90, 180), (100, 200))
+    assert together([a, None]) is None

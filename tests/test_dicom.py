@@ -1,0 +1,338 @@
+"""DICOM in: series found in a tree, sorted by position, read to the voxel, or refused in words."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import AXIAL, PACKED, PLAIN, WORDS, hu, uid, write_series
+from pydicom.fileset import FileSet
+from test_nifti import rotation
+
+from kitseg.errors import InputError
+from kitseg.volumes import nifti
+from kitseg.volumes.dicom import AIR, Series, find_series, holds_dicom, open_series, read_series, read_slices
+
+CORONAL = AXIAL[:, [1, 0, 2, 3]] @ np.diag([-1.0, -1, 1, 1])
+SAGITTAL = AXIAL[:, [2, 0, 1, 3]] @ np.diag([1.0, -1, 1, 1])
+FEET_FIRST = AXIAL @ np.diag([-1.0, 1, -1, 1])
+ANY = {
+    "axial": AXIAL,
+    "downwards": AXIAL @ np.diag([-1.0, 1, 1, 1]),
+    "prone": AXIAL @ np.diag([1.0, -1, -1, 1]),
+    "feet first": FEET_FIRST,
+    "coronal": CORONAL,
+    "sagittal": SAGITTAL,
+    "oblique": rotation(17) @ AXIAL,
+}
+
+
+def only(folder: Path) -> Series:
+    found = find_series(folder)
+    assert len(found) == 1, [series.problem for series in found]
+    return found[0]
+
+
+def refused(series: Series, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        read_series(series)
+    assert "\n" not in str(caught.value)
+
+
+# --- values and places
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_each_voxel_stays_where_it_is_in_the_patient(tmp_path: Path, name: str) -> None:
+    planes, affine = hu(), ANY[name]
+    write_series(tmp_path, planes, affine)
+    volume = read_series(only(tmp_path))
+    assert volume.array.dtype == np.int16
+    assert volume.array.flags.c_contiguous
+    assert volume.array.shape == volume.geometry.shape
+    assert nifti.axis_codes(volume.geometry) == "IPL"
+    for index in [(0, 0, 0), (11, 7, 9), (3, 0, 5)]:
+        there = np.linalg.solve(volume.geometry.affine, affine @ [*index, 1])[:3]
+        np.testing.assert_allclose(there, there.round(), atol=1e-6)
+        assert volume.array[tuple(there.round().astype(int))] == planes[index]
+
+
+def test_the_native_lattice_is_columns_rows_slices(tmp_path: Path) -> None:
+    write_series(tmp_path, hu())
+    volume = read_series(only(tmp_path))
+    assert volume.native.shape == (10, 8, 12)
+    np.testing.assert_allclose(volume.native.affine, AXIAL[:, [2, 1, 0, 3]], atol=1e-9)
+
+
+def test_labels_written_as_nifti_keep_their_place(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", hu(), ANY["oblique"])
+    volume = read_series(only(tmp_path / "in"))
+    nifti.write_image(tmp_path / "out.nii.gz", volume.array, volume.native)
+    again = nifti.read_image(tmp_path / "out.nii.gz", "a")
+    assert np.array_equal(again.array, volume.array)
+    assert again.geometry.same_as(volume.geometry)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", [*PLAIN, *PACKED])
+def test_transfer_syntaxes(tmp_path: Path, syntax: str, signed: bool) -> None:
+    planes = hu((4, 16, 12))
+    paths = write_series(tmp_path, planes, signed=signed, syntax=syntax)
+    stored = pydicom.dcmread(paths[0]).file_meta.TransferSyntaxUID
+    assert stored.is_encapsulated == (syntax in PACKED)
+    assert np.array_equal(read_series(only(tmp_path)).array[::-1], planes)
+
+
+def test_each_slice_is_rescaled_by_its_own_numbers(tmp_path: Path) -> None:
+    planes = hu((3, 4, 4))
+    write_series(tmp_path, planes, each_RescaleSlope=["1", "0.5", "2"], each_RescaleIntercept=["-1024", "-512", "0"])
+    stored = planes.astype(np.int32) + 1024
+    expected = np.stack([stored[0] - 1024, np.rint(stored[1] / 2 - 512), np.clip(stored[2] * 2, -1024, 32767)])
+    assert np.array_equal(read_series(only(tmp_path)).array[::-1], expected)
+
+
+@pytest.mark.parametrize(
+    ("signed", "padding", "limit", "becomes"),
+    [
+        (True, -2000, None, AIR),
+        (True, 3000, None, AIR),
+        (True, 2900, 3100, AIR),
+        (False, 4024, None, AIR),
+        (True, 0, None, 0),  # water: it can't be told from the patient, and stays
+    ],
+)
+def test_padding_becomes_air(tmp_path: Path, signed: bool, padding: int, limit: int | None, becomes: int) -> None:
+    planes = hu((3, 4, 4)).clip(1, 2000)
+    planes[:, 0] = padding if signed else padding - 1024
+    planes[1, 0] += 50 if limit else 0
+    tags = {} if limit is None else {"PixelPaddingRangeLimit": limit}
+    write_series(tmp_path, planes, signed=signed, PixelPaddingValue=padding, **tags)
+    expected = planes.copy()
+    expected[:, 0] = becomes
+    assert np.array_equal(read_series(only(tmp_path)).array[::-1], expected)
+
+
+def test_a_negative_padding_that_is_stored_as_unsigned(tmp_path: Path) -> None:
+    planes = hu((3, 4, 4)).clip(-900, 2000)
+    planes[:, 0] = -2000
+    for path in write_series(tmp_path, planes, signed=True):
+        found = pydicom.dcmread(path)
+        found.add_new("PixelPaddingValue", "US", 2**16 - 2000)
+        found.save_as(path)
+    assert (read_series(only(tmp_path)).array[:, 0] == AIR).all()
+
+
+def test_nothing_is_below_air(tmp_path: Path) -> None:
+    planes = hu((3, 4, 4))
+    planes[:, 0] = -3024  # outside the circle, with no padding value told
+    write_series(tmp_path, planes, signed=True)
+    assert read_series(only(tmp_path)).array.min() == AIR
+
+
+# --- an archive
+
+
+def test_an_archive_of_patients_studies_and_series(tmp_path: Path) -> None:
+    first = write_series(tmp_path / "A" / "1", hu(seed=1), seed=1)
+    write_series(tmp_path / "A" / "1", hu(seed=2), seed=2)  # another series in the same folder
+    write_series(tmp_path / "B" / "x" / "y", hu(seed=3), seed=3, study="other", PatientID="other")
+    for k, path in enumerate(first[::2]):  # a series spread over folders
+        (tmp_path / "C" / str(k)).mkdir(parents=True)
+        path.rename(tmp_path / "C" / str(k) / "IM0")
+    shutil.copytree(tmp_path / "B", tmp_path / "copy of B")  # the same instances twice
+    (tmp_path / "README").write_text("burned by nobody")
+    (tmp_path / "empty").touch()
+    (tmp_path / "A" / "viewer.exe").write_bytes(bytes(4096))
+    found = find_series(tmp_path, tmp_path / "A")
+    assert holds_dicom(tmp_path)
+    assert [len(series.files) for series in found] == [12, 12, 12]
+    assert {series.uid for series in found} == {uid(f"series {n}") for n in (1, 2, 3)}
+    for series in found:
+        seed = next(n for n in (1, 2, 3) if uid(f"series {n}") == series.uid)
+        assert np.array_equal(read_series(series).array[::-1], hu(seed=seed))
+
+
+def test_a_folder_without_dicom(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(1000))
+    assert not holds_dicom(tmp_path)
+    assert find_series(tmp_path) == []
+
+
+def test_a_dicomdir_is_no_series(tmp_path: Path) -> None:
+    paths = write_series(tmp_path, hu(), SeriesNumber=1)
+    index = FileSet()
+    for path in paths:
+        index.add(path)
+    index.write(tmp_path / "disc")
+    assert (tmp_path / "disc" / "DICOMDIR").is_file()
+    assert len(only(tmp_path / "disc").files) == 12
+
+
+def test_files_whose_uids_were_emptied(tmp_path: Path) -> None:
+    """As anonymizers do: what is left is the file's own header, and the folder."""
+    write_series(tmp_path / "a", hu(seed=1), seed=1, SeriesInstanceUID="", StudyInstanceUID="", SOPInstanceUID="")
+    write_series(tmp_path / "b", hu(seed=2), seed=2, SeriesInstanceUID="", StudyInstanceUID="", SOPInstanceUID="")
+    first, second = find_series(tmp_path)
+    assert first.case_id != second.case_id
+    assert first.study == second.study  # they share the frame of reference
+    before = {series.case_id for series in (first, second)}
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    assert {series.case_id for series in find_series(tmp_path)} == before
+
+
+def test_the_name_of_a_case_is_no_identifier(tmp_path: Path) -> None:
+    write_series(tmp_path / "Zwiebelfisch", hu())
+    series = only(tmp_path)
+    assert series.case_id.startswith("series_")
+    assert len(series.case_id) == len("series_") + 10
+    assert not any(word.decode() in series.case_id for word in WORDS)
+
+
+def test_the_files_of_a_series_are_the_series(tmp_path: Path) -> None:
+    write_series(tmp_path, hu())
+    series = only(tmp_path)
+    again = open_series(series.files[::-1], series.case_id)
+    assert again.headers == series.headers
+    assert again.stack.slots == series.stack.slots
+    assert np.array_equal(read_slices(series.files, "a").array, read_series(series).array)
+
+
+# --- missing, mixed, broken
+
+
+def test_one_missing_slice_is_interpolated_and_told(tmp_path: Path) -> None:
+    planes = hu()
+    write_series(tmp_path, planes)[4].unlink()
+    series = only(tmp_path)
+    array = read_series(series).array[::-1]
+    assert np.array_equal(np.delete(array, 4, 0), np.delete(planes, 4, 0))
+    np.testing.assert_allclose(array[4], (planes[3].astype(float) + planes[5]) / 2, atol=0.5)
+    assert series.note == "1 slice is missing and interpolated (place 5 of the stack)"
+
+
+def test_a_larger_gap_is_refused(tmp_path: Path) -> None:
+    paths = write_series(tmp_path, hu())
+    paths[4].unlink()
+    paths[5].unlink()
+    refused(only(tmp_path), "2 slices are missing: after slice 4 of 10 the next one comes 7.5 mm on, elsewhere 2.5 mm")
+
+
+def test_many_missing_slices_are_refused(tmp_path: Path) -> None:
+    paths = write_series(tmp_path, hu((20, 4, 4)))
+    for k in (3, 8, 14):
+        paths[k].unlink()
+    refused(only(tmp_path), "3 slices are missing")
+
+
+def test_a_gap_is_never_bridged_over_a_centimetre(tmp_path: Path) -> None:
+    write_series(tmp_path, hu(), AXIAL @ np.diag([2.4, 1, 1, 1]))[4].unlink()
+    refused(only(tmp_path), "1 slice is missing: after slice 4 of 11 the next one comes 12 mm on, elsewhere 6 mm")
+
+
+def test_uneven_slices_are_refused(tmp_path: Path) -> None:
+    heights = [0, 2, 4, 6, 8, 10, 15, 20, 25, 30, 35, 38]
+    write_series(tmp_path, hu(), each_ImagePositionPatient=[[0, 0, z] for z in heights])
+    refused(only(tmp_path), "not evenly spaced: 2 to 5 mm apart")
+
+
+def test_positions_may_be_rounded(tmp_path: Path) -> None:
+    heights = [round(0.625 * k, 1) for k in range(12)]
+    write_series(tmp_path, hu(), each_ImagePositionPatient=[[0, 0, z] for z in heights])
+    assert read_series(only(tmp_path)).geometry.spacing[0] == pytest.approx(0.625, abs=0.01)
+
+
+def test_two_passes_in_one_series_are_told_apart(tmp_path: Path) -> None:
+    for n in (1, 2):
+        write_series(tmp_path, hu(seed=n), seed=n, series="both", AcquisitionNumber=n, each_SOPInstanceUID=_uids(n))
+    first, second = find_series(tmp_path)
+    assert second.case_id == f"{first.case_id}_2"
+    for series, seed in ((first, 1), (second, 2)):
+        assert np.array_equal(read_series(series).array[::-1], hu(seed=seed))
+
+
+def test_two_passes_that_look_the_same_are_refused(tmp_path: Path) -> None:
+    for n in (1, 2):
+        write_series(tmp_path, hu(seed=n), seed=n, series="both", each_SOPInstanceUID=_uids(n))
+    refused(only(tmp_path), "[0-9]+ of its slices lie at the same place as another")
+
+
+def test_other_orientations_and_sizes_in_a_series_are_stacks_of_their_own(tmp_path: Path) -> None:
+    write_series(tmp_path, hu(), series="mixed")
+    write_series(tmp_path, hu((2, 8, 10)), CORONAL, 2, series="mixed", each_SOPInstanceUID=_uids(2))
+    write_series(tmp_path, hu((3, 4, 4)), AXIAL, 3, series="mixed", each_SOPInstanceUID=_uids(3))
+    whole, small, scout = find_series(tmp_path)
+    assert np.array_equal(read_series(whole).array[::-1], hu())
+    assert [len(small.files), len(scout.files)] == [3, 2]
+    refused(scout, "it has 2 of the at least 3 slices that make a volume")
+
+
+def test_a_tilted_gantry_is_refused(tmp_path: Path) -> None:
+    sheared = AXIAL.copy()
+    sheared[1, 0] = 0.6  # each slice 0.6 mm further to the front
+    write_series(tmp_path, hu(), sheared)
+    refused(only(tmp_path), r"shifted against each other by 6\.6 mm \(a gantry tilt of 13°\?\)")
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({"ImagePositionPatient": None}, "don't say where they lie"),
+        ({"ImageOrientationPatient": ["1", "0", "0", "0.5", "0.9", "0"]}, "not at right angles"),
+        ({"NumberOfFrames": "4"}, "enhanced multi-frame"),
+        ({"Modality": "MR"}, "its modality is MR, not CT"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, tags: dict[str, object], words: str) -> None:
+    write_series(tmp_path, hu(), **tags)
+    refused(only(tmp_path), words)
+
+
+def test_a_broken_slice_is_named_and_other_series_are_read(tmp_path: Path) -> None:
+    broken = write_series(tmp_path, hu(seed=1), seed=1)[3]
+    write_series(tmp_path, hu(seed=2), seed=2)
+    broken.write_bytes(broken.read_bytes()[:-50])
+    for series in find_series(tmp_path):
+        if broken in series.files:
+            refused(series, f"^{broken}: its pixels can't be read")
+        else:
+            assert np.array_equal(read_series(series).array[::-1], hu(seed=2))
+
+
+@pytest.mark.parametrize("syntax", PACKED)
+def test_a_compressed_slice_that_is_cut_short(tmp_path: Path, syntax: str) -> None:
+    broken = write_series(tmp_path, hu((3, 64, 64)), syntax=syntax)[1]
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    refused(only(tmp_path), f"^{broken}: its pixels can't be read")
+
+
+def test_a_header_that_cannot_be_read_is_listed(tmp_path: Path) -> None:
+    write_series(tmp_path, hu())
+    for name in ("torn", "worn"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(range(256)))
+    whole = [series for series in find_series(tmp_path) if not series.problem]
+    assert len(whole) == 1
+    assert len({series.case_id for series in find_series(tmp_path)}) == 3
+
+
+def test_importing_the_scans_imports_no_dicom() -> None:
+    code = "import sys, kitseg.volumes.kits, kitseg.cli; sys.exit(bool({'pydicom', 'highdicom'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_real_series(shared: Path) -> None:
+    """JPEG 2000, emptied UIDs, 20 slices 2 mm apart of the upper abdomen with contrast."""
+    volume = read_series(only(shared / "body" / "dicom"))
+    assert volume.array.shape == (20, 512, 512)
+    assert volume.geometry.spacing == pytest.approx((2, 0.9765625, 0.9765625))
+    assert nifti.axis_codes(volume.native) == "LPS"
+    assert volume.array.min() == AIR
+    assert 20 < np.median(volume.array[volume.array > -50]) < 120  # soft tissue
+
+
+def _uids(n: int) -> list[str]:
+    return [uid(str(n), str(k)) for k in range(12)]
