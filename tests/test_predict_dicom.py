@@ -1,0 +1,174 @@
+"""`kitseg predict` on a hospital's export: one CT a study, labels that lie on it, and nobody's name anywhere."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import highdicom
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from conftest import Result, kitseg
+from dicom_files import WORDS, write_series
+
+from kitseg.volumes.nifti import read_image
+
+pytestmark = pytest.mark.slow
+MODEL = "--model=runs/two-phase-tiny"
+
+
+@pytest.fixture(scope="module")
+def planes(trained: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A phantom as planes from below upwards, and the affine of (slice, row, column)."""
+    scan = read_image(trained / "test" / "case_00000" / "imaging.nii.gz", "case_00000")
+    affine = scan.geometry.affine @ np.diag([-1.0, 1, 1, 1])
+    affine[:3, 3] = (scan.geometry.affine @ [len(scan.array) - 1, 0, 0, 1])[:3]
+    return scan.array[::-1].astype(np.int16), affine
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory, planes: tuple[np.ndarray, np.ndarray]) -> Path:
+    """Patient, studies and series in nested folders under the patient's name, with what else lies about there."""
+    array, affine = planes
+    root = tmp_path_factory.mktemp("export")
+    folder = root / "Zwiebelfisch_Hannelore" / "ST01"
+    write_series(folder / "SE01", array, affine, seed=1)
+    write_series(folder / "SE01", array[:4], affine, seed=2, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(root / "Zwiebelfisch_Hannelore" / "ST02", array[:12], affine, seed=3, study="other", Modality="MR")
+    (folder / "readme.txt").write_text("no DICOM")
+    return root
+
+
+@pytest.fixture(scope="module")
+def predicted(trained: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dicom") / "out"
+    done = predict(trained, archive, out, "--format=dicom-seg")
+    assert done.code == 0, done.text
+    return out
+
+
+def predict(trained: Path, folder: Path, out: Path, *options: str) -> Result:
+    return kitseg(trained, "predict", str(folder), "-o", str(out), MODEL, *options)
+
+
+def one(out: Path, pattern: str) -> Path:
+    (found,) = out.glob(pattern)
+    return found
+
+
+def test_the_labels_are_those_of_the_same_scan_as_nifti(trained: Path, predicted: Path, tmp_path: Path) -> None:
+    assert kitseg(trained, "predict", "test/case_00000", "-o", str(tmp_path), MODEL).code == 0
+    expected, found = nib.load(tmp_path / "case_00000.nii.gz"), nib.load(one(predicted, "series_*.nii.gz"))
+    straight, turned = (nib.as_closest_canonical(image) for image in (expected, found))
+    assert np.allclose(straight.affine, turned.affine, atol=1e-3)
+    assert np.asarray(straight.dataobj).any()
+    assert np.array_equal(np.asarray(straight.dataobj), np.asarray(turned.dataobj))
+
+
+def test_the_segmentation_lies_voxel_for_voxel_on_the_series(archive: Path, predicted: Path) -> None:
+    labels = np.asarray(nib.load(one(predicted, "series_*.nii.gz")).dataobj).transpose(2, 1, 0)  # slices from below
+    files = (archive / "Zwiebelfisch_Hannelore" / "ST01" / "SE01").iterdir()
+    headers = [header for header in map(pydicom.dcmread, files) if "LOCALIZER" not in header.ImageType]
+    headers.sort(key=lambda header: header.ImagePositionPatient[2])
+    names = [header.SOPInstanceUID for header in headers]
+    seg = one(predicted, "*.dcm")
+
+    by_highdicom = highdicom.seg.segread(seg).get_pixels_by_source_instance(names, combine_segments=True)
+    assert np.array_equal(by_highdicom, labels)
+
+    plain, by_pydicom = pydicom.dcmread(seg), np.zeros_like(labels)
+    bits = np.unpackbits(np.frombuffer(plain.PixelData, np.uint8), bitorder="little")
+    frames = bits[: int(plain.NumberOfFrames) * plain.Rows * plain.Columns].reshape(-1, plain.Rows, plain.Columns)
+    for frame, says in zip(frames, plain.PerFrameFunctionalGroupsSequence, strict=True):
+        number = says.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        source = says.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+        by_pydicom[names.index(source)][frame == 1] = number
+    assert np.array_equal(by_pydicom, labels)
+
+
+def test_the_table_says_why_each_series_was_taken_or_not(predicted: Path) -> None:
+    rows = list(csv.DictReader((predicted / "series.csv").open()))
+    taken = [row for row in rows if row["chosen"] == "yes"]
+    assert [row["case"] for row in taken] == [one(predicted, "series_*.nii.gz").name.removesuffix(".nii.gz")]
+    assert sorted(row["reason"] for row in rows if row["chosen"] == "no") == ["a scout", "no CT (MR)"]
+
+
+@pytest.mark.parametrize("options", [[], ["--keep-identifiers"]])
+def test_no_output_tells_who_the_patient_is_unless_asked(
+    trained: Path, archive: Path, tmp_path: Path, options: list[str]
+) -> None:
+    out = tmp_path / "out"
+    assert predict(trained, archive, out, "--format=dicom-seg", *options).code == 0
+    pages = tmp_path / "pages"
+    shown = kitseg(trained, "report", str(out), str(archive), "-o", str(pages))
+    assert shown.code == 0, shown.text
+    measured = kitseg(trained, "measure", str(out), f"--json={pages / 'm.json'}", f"--csv={pages / 'm.csv'}")
+    assert measured.code == 0, measured.text
+    files = [path for folder in (out, pages) for path in folder.rglob("*")]
+    assert {path.suffix for path in files} >= {".gz", ".json", ".png", ".csv", ".dcm", ".html"}
+    telling = {path.name for path in files for word in WORDS if word in path.read_bytes() + path.name.encode()}
+    names = {"series.csv", one(out, "*.dcm").name} if options else set()
+    assert telling == names
+
+
+def test_the_same_scan_shuffled_or_with_a_slice_missing(
+    trained: Path, predicted: Path, planes: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    array, affine = planes
+    files = write_series(tmp_path / "shuffled" / "deep", array, affine, seed=1)
+    for number, path in enumerate(np.random.default_rng(5).permutation(files)):
+        Path(path).rename(Path(path).with_name(f"IM{number:04d}"))
+    assert predict(trained, tmp_path / "shuffled", tmp_path / "a", "--format=dicom-seg").code == 0
+    first = one(predicted, "series_*.nii.gz")
+    assert (tmp_path / "a" / first.name).read_bytes() == first.read_bytes()
+
+    gone = write_series(tmp_path / "gap", array, affine, seed=1)[len(array) // 2]
+    gone.unlink()
+    done = predict(trained, tmp_path / "gap", tmp_path / "b", "--format=dicom-seg")
+    assert done.code == 0, done.text
+    assert "1 slice is missing and interpolated" in json.loads(one(tmp_path / "b", "series_*.json").read_text())["note"]
+    assert nib.load(tmp_path / "b" / first.name).shape == nib.load(first).shape
+
+
+def test_a_series_by_its_name_and_one_that_is_not_there(trained: Path, archive: Path, tmp_path: Path) -> None:
+    wrong = predict(trained, archive, tmp_path, "--series=series_0000000000")
+    assert wrong.code == 2
+    assert "no such series" in wrong.text
+    rows = csv.DictReader((tmp_path / "series.csv").open()) if (tmp_path / "series.csv").exists() else []
+    assert not list(rows)
+
+
+def test_a_folder_without_any_ct_is_an_error_with_the_reasons(
+    trained: Path, planes: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    array, affine = planes
+    write_series(tmp_path / "in", array[:12], affine, seed=3, Modality="MR")
+    done = predict(trained, tmp_path / "in", tmp_path / "out")
+    assert done.code == 1
+    assert "no CT (MR)" in done.text
+    assert "no CT (MR)" in (tmp_path / "out" / "series.csv").read_text()
+
+
+def test_a_dicom_segmentation_needs_a_dicom_series(trained: Path, tmp_path: Path) -> None:
+    done = predict(trained, trained / "test" / "case_00000", tmp_path, "--format=dicom-seg")
+    assert done.code == 2
+    assert "no DICOM series" in done.text
+
+
+def test_the_verbs_before_predict_say_that_they_take_nifti(trained: Path, archive: Path, tmp_path: Path) -> None:
+    done = kitseg(trained, "infer", "--run=runs/two-phase-tiny", f"--data={archive}", "-o", str(tmp_path))
+    assert done.code == 2
+    assert "kitseg predict" in done.text
+
+
+def test_real_slices_above_the_kidneys_are_flagged(trained: Path, shared: Path, tmp_path: Path) -> None:
+    source = shared / "body" / "dicom"
+    shutil.copytree(source, tmp_path / "in" / "a" / "b")
+    assert predict(trained, tmp_path / "in", tmp_path / "out").code == 0
+    quality = json.loads(one(tmp_path / "out", "series_*.json").read_text())["quality"]
+    assert quality["level"] == "red"
+    assert "no-kidney" in [flag["name"] for flag in quality["flags"]]
