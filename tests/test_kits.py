@@ -84,9 +84,19 @@ def test_nothing_to_find(tmp_path: Path, find) -> None:
         find(tmp_path)
     with pytest.raises(InputError, match="there is no such folder"):
         find(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("find", [kits.find_cases, kits.list_cases])
+def test_a_file_is_no_folder(tmp_path: Path, find) -> None:
     touch(tmp_path / "a.nii.gz")
     with pytest.raises(InputError, match="it is a file"):
         find(tmp_path / "a.nii.gz")
+
+
+def test_a_single_label_map(tmp_path: Path) -> None:
+    for path, name in (("prediction_00210.nii.gz", "case_00210"), ("case_00003/segmentation.nii.gz", "case_00003")):
+        touch(tmp_path / path)
+        assert kits.find_labels(tmp_path / path) == {name: tmp_path / path}
 
 
 def test_case_folders_without_any_image(tmp_path: Path) -> None:

@@ -157,8 +157,14 @@ def collect_scans(paths: Sequence[Path]) -> list[Case]:
     return _distinct({case.image.resolve(): case for case in cases}.values())
 
 
+def label_id(name: str) -> str:
+    """What a case's files meet under: ``case_00210`` where a name holds a KiTS number, else the name itself."""
+    number = case_number(name)
+    return name if number is None else case_name(number)
+
+
 def find_labels(folder: Path) -> dict[str, Path]:
-    """The label maps in a folder, KiTS layout or flat, by case id.
+    """The label maps in a folder, KiTS layout or flat, or a single file, by case id.
 
     The id is ``case_00210`` where the name holds a KiTS number, so that ``prediction_00210.nii.gz`` and
     ``case_00210/segmentation.nii.gz`` meet; else it is the name without ``.nii.gz``.
@@ -167,11 +173,13 @@ def find_labels(folder: Path) -> dict[str, Path]:
         InputError: the folder is missing or holds no label maps.
         UsageError: two files have the same id.
     """
+    if folder.is_file():
+        return {_label_id(folder): folder}
     _check_folder(folder)
     files = sorted(f / LABEL for f in _folders(folder) if (f / LABEL).is_file()) or _flat(folder)
     if not files:
         raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
-    cases = [Case(_canonical(f.parent.name if f.name == LABEL else _stem(f)), f) for f in files]
+    cases = [Case(_label_id(f), f) for f in files]
     return {case.id: case.image for case in _distinct(cases)}
 
 
@@ -189,9 +197,8 @@ def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
         ) from error
 
 
-def _canonical(name: str) -> str:
-    number = case_number(name)
-    return name if number is None else case_name(number)
+def _label_id(path: Path) -> str:
+    return label_id(path.absolute().parent.name if path.name == LABEL else _stem(path))
 
 
 def _stem(path: Path) -> str:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kitseg.errors import UsageError
-from kitseg.types import Case, Volume
-from kitseg.volumes.kits import collect_scans, holds_scans
+from kitseg.errors import InputError, UsageError
+from kitseg.types import Case, Geometry, Volume
+from kitseg.volumes.kits import collect_scans, holds_scans, label_id
 from kitseg.volumes.nifti import file_digest, knows_orientation, read_image
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom_choice import Choice
+
+TOLERANCE = 0.1  # mm between the grids of a label map and its scan: other tools round affines
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,30 @@ def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
     cases, choices = collect_scans(files) if files else [], _choose(archives, series)
     cases += [_case(choice) for choice in choices if choice.chosen]
     return Scans(tuple(sorted(cases, key=lambda case: case.id)), tuple(choices))
+
+
+def scans_of_labels(paths: Sequence[Path]) -> dict[str, Case]:
+    """The scans in files and folders by the id that their label maps have, which ``kits.find_labels`` gives.
+
+    Raises:
+        InputError: a path is missing or a folder holds no scan. UsageError: two scans of one id.
+    """
+    found: dict[str, Case] = {}
+    for case in find_scans(paths).cases if paths else ():
+        if (other := found.setdefault(label_id(case.id), case)) is not case:
+            raise UsageError(f"{other.image} and {case.image} are both scans of {label_id(case.id)}. Remove one")
+    return found
+
+
+def check_grid(path: Path, labels: Geometry, scan: Geometry) -> None:
+    """Whether a label map lies on its scan's grid.
+
+    Raises:
+        InputError: it doesn't.
+    """
+    if not labels.same_as(scan, TOLERANCE):
+        problem = f"lies on another grid than its scan (shape {labels.shape} and {scan.shape}, or affine)"
+        raise InputError(path, problem, "Save it with the shape and affine of the scan.")
 
 
 def read_scan(case: Case) -> Volume:

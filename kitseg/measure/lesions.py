@@ -1,0 +1,87 @@
+"""What is measured of one lesion against its kidney: size class, share outside the outline, contact surface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import ConvexHull
+
+from kitseg.measure.diameters import line_ends
+from kitseg.measure.mesh import normals, surface
+from kitseg.postprocess.components import Components
+from kitseg.types import Geometry
+
+#: Largest diameter in mm of each class; above the last one it is T2b.
+T_CLASSES = {"T1a": 40.0, "T1b": 70.0, "T2a": 100.0}
+LARGEST = "T2b"
+
+_PIECE = 0.05  # of the largest piece: smaller ones don't shape a kidney's outline
+_SAMPLES = 20_000  # voxels of a lesion at most that are sought in the outline
+_AT_ONCE = 512  # of them
+_OUTWARD = 0.75  # voxels from the surface to where its neighbour is looked up
+
+
+def size_class(diameter_mm: float) -> str:
+    """T1a, T1b, T2a or T2b by the largest diameter in mm (TNM, 8th edition, for a tumor limited to the kidney)."""
+    return next((name for name, most in T_CLASSES.items() if diameter_mm <= most), LARGEST)
+
+
+def outline(parenchyma: NDArray[np.bool_], spacing: tuple[float, float, float]) -> NDArray[np.float64] | None:
+    """A kidney's outline: the planes (N, 4) of the convex hull of its parenchyma (D, H, W), in mm; None without any.
+
+    A plane is a normal outward and an offset: a point p lies inside where ``normal @ p + offset <= 0`` for all of them.
+    Voxels count with their whole width; pieces below 5 % of the largest one don't count.
+    """
+    pieces = Components.of(parenchyma)
+    kidney = pieces.chosen(pieces.sizes >= _PIECE * pieces.sizes.max())
+    if not kidney.any():
+        return None
+    ends = np.concatenate([line_ends(kidney, axis, beyond=0.5) for axis in range(3)]) * spacing
+    planes: NDArray[np.float64] = np.unique(ConvexHull(ends).equations, axis=0)
+    return planes
+
+
+def share_outside(
+    lesion: NDArray[np.bool_], start: tuple[int, int, int], spacing: tuple[float, float, float], planes: NDArray[Any]
+) -> float:
+    """The share of a lesion's volume that lies outside a kidney's ``outline``, 0 to 1: how exophytic it is.
+
+    The notion is the E of the R.E.N.A.L. nephrometry score (Kutikov and Uzzo, Journal of Urology 2009), which asks
+    whether 50 % or more of a tumor is outside. Lesions above 20,000 voxels are sampled evenly.
+
+    Args:
+        lesion: its voxels (D, H, W) in a box.
+        start: the box's first voxel, where ``planes`` count from.
+        spacing: mm between voxels.
+        planes: from ``outline``.
+    """
+    voxels = np.argwhere(lesion)
+    points = (voxels[:: -(-len(voxels) // _SAMPLES)] + start) * spacing
+    parts = np.array_split(points, -(-len(points) // _AT_ONCE))
+    outside = [((part @ planes[:, :3].T + planes[:, 3]) > 0).any(axis=1) for part in parts]
+    return float(np.concatenate(outside).mean())
+
+
+def contact_area(lesion: NDArray[np.bool_], parenchyma: NDArray[np.bool_], geometry: Geometry) -> float:
+    """The area in mm² of a lesion's surface that touches parenchyma; both masks (D, H, W).
+
+    The contact surface area of Leslie et al. (European Urology 2014), here of the smooth surface of the mask
+    (``mesh.surface``): a triangle touches where the next voxel outward is parenchyma. Counting the faces of voxels
+    instead would make a ball's surface half as large again.
+    """
+    vertices, faces = surface(lesion, geometry)
+    if not len(faces):
+        return 0.0
+    axes = geometry.affine[:3, :3]
+    across = normals(vertices, faces)
+    double = np.linalg.norm(across, axis=1, keepdims=True)
+    outward = np.divide(across, double, out=np.zeros_like(across), where=double > 0) @ axes / geometry.spacing
+    centres = (vertices[faces].astype(np.float64).mean(axis=1) - geometry.affine[:3, 3]) @ np.linalg.inv(axes).T
+    step = outward / np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-9)
+    next_voxel = np.rint(centres + _OUTWARD * step).astype(int)
+    on_grid = ((next_voxel >= 0) & (next_voxel < geometry.shape)).all(axis=1)
+    touches = on_grid.copy()
+    touches[on_grid] = parenchyma[tuple(next_voxel[on_grid].T)]
+    return float(double[touches].sum() / 2)

@@ -1,0 +1,165 @@
+"""A label map's kidneys and lesions in millimetres and millilitres."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
+from kitseg.measure.diameters import axial_diameter, diameter
+from kitseg.measure.findings import LEFT, RIGHT, Findings, Kidney, Lesion
+from kitseg.measure.lesions import contact_area, outline, share_outside, size_class
+from kitseg.measure.sides import CODES, NAMES, body_midline, frame_midline, side_map
+from kitseg.postprocess.components import Components, bounding_box
+from kitseg.types import Box, Geometry, Triple
+
+#: A smaller component isn't listed: it is a speck, less than a ball of 4.6 mm. Its kidney's volume holds it.
+MIN_LESION_ML = 0.05
+KINDS = {"tumor": TUMOR, "cyst": CYST}
+_MARGIN = 3  # voxels around a lesion in which parenchyma may touch it
+
+
+@dataclass(frozen=True)
+class _Component:
+    """A lesion's voxels in their box."""
+
+    kind: str
+    mask: NDArray[np.bool_]
+    box: Box
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What lesions are measured against, all in the box of the foreground.
+
+    origin: the box's first voxel; sides: see ``sides.side_map``; outlines: by side, see ``lesions.outline``.
+    """
+
+    origin: Triple
+    labels: NDArray[np.uint8]
+    geometry: Geometry
+    hu: NDArray[Any] | None
+    sides: NDArray[np.uint8]
+    outlines: Mapping[int, NDArray[np.float64] | None]
+
+
+def measure(labels: NDArray[np.uint8], geometry: Geometry, hu: NDArray[Any] | None = None) -> Findings:
+    """What is in a label map: its kidneys, right before left, and its lesions. docs/measure.md defines every figure.
+
+    A lesion is a 26-connected component of tumor or of cyst of at least 0.05 ml.
+
+    Args:
+        labels: (D, H, W) in orientation (I, P, L): 0 background, 1 kidney, 2 tumor, 3 cyst.
+        geometry: of the labels; sides follow from its affine.
+        hu: the CT on the same grid, for the lesions' HU; it also shows where the body's midline is.
+    """
+    box = bounding_box(labels != BACKGROUND)
+    if box is None:
+        return Findings((), ())
+    midline = frame_midline(geometry) if hu is None else body_midline(hu, geometry, box)
+    inside, lattice = labels[box.slices], _part(geometry, box)
+    sides = side_map(inside, lattice, midline)
+    components = _components(inside, lattice.voxel_ml)
+    for component in components:
+        _give_one_side(component, inside, sides)
+    outlines = {code: outline((inside == KIDNEY) & (sides == code), lattice.spacing) for code in NAMES}
+    scene = _Scene(box.start, inside, lattice, None if hu is None else hu[box.slices], sides, outlines)
+    lesions = tuple(_lesion(number, component, scene) for number, component in enumerate(components, 1))
+    return Findings(_kidneys(scene), lesions)
+
+
+def _components(labels: NDArray[np.uint8], voxel_ml: float) -> list[_Component]:
+    """The lesions worth listing: tumors before cysts, the largest first."""
+    components = []
+    for kind, value in KINDS.items():
+        found = Components.of(labels == value)
+        order = np.argsort(-found.sizes[1:], kind="stable") + 1
+        for number in order[found.sizes[order] * voxel_ml >= MIN_LESION_ML]:
+            mask = found.numbers == number
+            box = bounding_box(mask)
+            assert box is not None
+            outside = _triple(-n for n in found.box.start)
+            components.append(_Component(kind, mask[box.slices], box.moved(outside)))
+    return components
+
+
+def _give_one_side(component: _Component, labels: NDArray[np.uint8], sides: NDArray[np.uint8]) -> None:
+    """Give a lesion that lies on both sides to the kidney that it touches more, else to where most of it is."""
+    part = sides[component.box.slices]
+    own = np.bincount(part[component.mask], minlength=max(NAMES) + 1)
+    if np.count_nonzero(own) == 1:
+        return
+    near = component.box.grown(1).clip(labels.shape)
+    mask = np.zeros(near.size, np.bool_)
+    mask[component.box.moved(near.start).slices] = component.mask
+    touching = ndimage.binary_dilation(mask, np.ones((3, 3, 3))) & (labels[near.slices] == KIDNEY)
+    contact = np.bincount(sides[near.slices][touching], minlength=own.size)
+    part[component.mask] = max(NAMES, key=lambda code: (contact[code], own[code]))
+
+
+def _lesion(number: int, component: _Component, scene: _Scene) -> Lesion:
+    """Measure a lesion."""
+    mask, spacing = component.mask, scene.geometry.spacing
+    code = int(scene.sides[component.box.slices][mask][0])
+    planes = scene.outlines[code]
+    axial = axial_diameter(mask, spacing)
+    hu = None if scene.hu is None else scene.hu[component.box.slices][mask].astype(np.float64)
+    origin = _triple(-n for n in scene.origin)
+    return Lesion(
+        number=number,
+        kind=component.kind,
+        side=NAMES[code],
+        volume_ml=int(mask.sum()) * scene.geometry.voxel_ml,
+        axial_mm=axial,
+        diameter_mm=diameter(mask, spacing),
+        size_class=size_class(axial) if component.kind == "tumor" else None,
+        exophytic=None if planes is None else share_outside(mask, component.box.start, spacing, planes),
+        contact_mm2=None if planes is None else _contact(component, scene),
+        hu_mean=None if hu is None else float(hu.mean()),
+        hu_sd=None if hu is None else float(hu.std()),
+        centre=_middle_voxel(component, spacing, scene.origin),
+        box=component.box.moved(origin),
+    )
+
+
+def _contact(component: _Component, scene: _Scene) -> float:
+    near = component.box.grown(_MARGIN).clip(scene.labels.shape)
+    mask = np.zeros(near.size, np.bool_)
+    mask[component.box.moved(near.start).slices] = component.mask
+    return contact_area(mask, scene.labels[near.slices] == KIDNEY, _part(scene.geometry, near))
+
+
+def _middle_voxel(component: _Component, spacing: tuple[float, float, float], origin: Triple) -> Triple:
+    """The lesion's voxel that is nearest to its centre of mass, in the whole scan."""
+    voxels = np.argwhere(component.mask)
+    distances = np.linalg.norm((voxels - voxels.mean(axis=0)) * spacing, axis=1)
+    return _triple(voxels[distances.argmin()] + component.box.start + origin)
+
+
+def _kidneys(scene: _Scene) -> tuple[Kidney, ...]:
+    """The sides that hold parenchyma, with their volumes."""
+    kidneys = []
+    for side in (RIGHT, LEFT):
+        here = scene.sides == CODES[side]
+        parenchyma = int((here & (scene.labels == KIDNEY)).sum())
+        if parenchyma:
+            ml = scene.geometry.voxel_ml
+            kidneys.append(Kidney(side, int(here.sum()) * ml, parenchyma * ml))
+    return tuple(kidneys)
+
+
+def _part(geometry: Geometry, box: Box) -> Geometry:
+    """The lattice of a box of a scan."""
+    affine = geometry.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ box.start
+    return Geometry(box.size, affine)
+
+
+def _triple(values: Any) -> Triple:
+    z, y, x = (int(v) for v in values)
+    return z, y, x

@@ -1,0 +1,148 @@
+"""Which kidney is the patient's right one and which the left one, and whose a lesion is.
+
+Sides follow from the affine (x of RAS+ grows to the patient's right), never from the order of the array's axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from kitseg.labels import BACKGROUND, KIDNEY
+from kitseg.measure.findings import LEFT, RIGHT
+from kitseg.postprocess.components import Components, kidneys_among
+from kitseg.types import Box, Geometry
+
+CODES = {RIGHT: 1, LEFT: 2}
+NAMES = {code: name for name, code in CODES.items()}
+
+MIN_APART_MM = 50.0  # across the body, between the middles of two kidneys
+BODY_HU = -200
+_BIN_MM = 2.0
+
+
+def side_map(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> NDArray[np.uint8]:
+    """The side of every voxel of a label map (D, H, W): 0 background, 1 right, 2 left (``CODES``).
+
+    Kidneys are the 26-connected components of the foreground that can be one (``components.kidneys_among``). Two of
+    them, far enough apart across the body, are right and left by their position to each other; a single one is on its
+    side of the midline. One that reaches to both sides (a horseshoe kidney, or both joined by a tumor) is cut where
+    its parenchyma is thinnest between its two halves. Smaller components belong to the nearer kidney.
+
+    Args:
+        labels: any label but 0 is foreground.
+        geometry: of the labels.
+        midline: x in mm (RAS+) of the patient's middle.
+    """
+    foreground = labels != BACKGROUND
+    found = Components.of(foreground)
+    sides = np.zeros(labels.shape, np.uint8)
+    if found.sizes.size == 1:
+        return sides
+    order = np.argsort(-found.sizes[1:], kind="stable") + 1
+    kidneys = [n for n in order if kidneys_among(found.sizes, geometry.voxel_ml)[n]]
+    inside = sides[found.box.slices]
+    middles = [_middle(found.numbers == n, found.box, geometry) for n in kidneys]
+    parenchyma = (labels[found.box.slices] == KIDNEY) & (found.numbers == kidneys[0])
+    plane = _cut(parenchyma, found.box, geometry, midline)
+    if plane is not None:
+        whole = found.numbers > 0
+        inside[whole] = np.where(_x(whole, found.box, geometry) > plane, CODES[RIGHT], CODES[LEFT])
+        return sides
+    by_number = np.zeros(found.sizes.size, np.uint8)
+    if len(kidneys) == 2 and abs(middles[0] - middles[1]) >= MIN_APART_MM:
+        first_is_right = middles[0] > middles[1]
+        by_number[kidneys] = (CODES[RIGHT], CODES[LEFT]) if first_is_right else (CODES[LEFT], CODES[RIGHT])
+        _give_to_nearer(by_number, found, geometry.spacing)
+    else:
+        by_number[1:] = CODES[RIGHT if middles[0] > midline else LEFT]
+    inside[...] = by_number[found.numbers]
+    return sides
+
+
+def frame_midline(geometry: Geometry) -> float:
+    """Where the scan's middle is, x in mm (RAS+): patients are laid with theirs there."""
+    return float(_world_x(np.array([[(n - 1) / 2 for n in geometry.shape]]), geometry)[0])
+
+
+def body_midline(hu: NDArray[Any], geometry: Geometry, box: Box) -> float:
+    """Where the middle of the body is in a CT (D, H, W), x in mm (RAS+), in the slices of a box.
+
+    The mean of all voxels that aren't air, every fourth of them across the slice; the table lies in the same middle.
+    The frame's middle where there is only air.
+    """
+    step = 4
+    start, stop = box.start[0], box.stop[0]
+    body = hu[start:stop, ::step, ::step] > BODY_HU
+    if not body.any():
+        return frame_midline(geometry)
+    return float(_world_x(np.argwhere(body) * (1, step, step) + (start, 0, 0), geometry).mean())
+
+
+def _give_to_nearer(by_number: NDArray[np.uint8], found: Components, spacing: tuple[float, float, float]) -> None:
+    """Give every component without a side that of the kidney whose surface is nearer."""
+    if by_number[1:].all():
+        return
+    by_voxel = by_number[found.numbers]
+    stray = np.argwhere((found.numbers > 0) & (by_voxel == 0))
+    numbers = found.numbers[tuple(stray.T)]
+    distances = []
+    for code in NAMES:
+        kidney = by_voxel == code
+        surface = np.argwhere(kidney & ~ndimage.binary_erosion(kidney)) * spacing
+        nearest = np.full(by_number.size, np.inf)
+        np.minimum.at(nearest, numbers, cKDTree(surface).query(stray * spacing)[0])
+        distances.append(nearest)
+    free = np.flatnonzero(by_number == 0)[1:]
+    by_number[free] = np.array(list(NAMES), np.uint8)[np.argmin(distances, axis=0)[free]]
+
+
+def _cut(parenchyma: NDArray[np.bool_], box: Box, geometry: Geometry, midline: float) -> float | None:
+    """The x at which parenchyma that lies on both sides of the midline falls into two kidneys; None for one kidney.
+
+    The best two groups along x (Otsu's threshold) must both be able to be a kidney, lie far enough apart, and have the
+    midline between them; the cut is where the least parenchyma is, between their middles.
+    """
+    if not parenchyma.any():
+        return None
+    x = _x(parenchyma, box, geometry)
+    low = float(x.min())
+    areas = np.bincount(((x - low) / _BIN_MM).astype(int)).astype(float)
+    centres = low + (np.arange(areas.size) + 0.5) * _BIN_MM
+    below = np.cumsum(areas)[:-1]
+    above = areas.sum() - below
+    moments = np.cumsum(areas * centres)
+    if not below.size:
+        return None
+    middle_below, middle_above = moments[:-1] / below, (moments[-1] - moments[:-1]) / above
+    best = int(np.argmax(below * above * (middle_above - middle_below) ** 2))
+    left, right = float(middle_below[best]), float(middle_above[best])
+    sizes = np.array([0, below[best], above[best]], np.int64)
+    can_be = kidneys_among(sizes, geometry.voxel_ml).sum() == 2
+    if not can_be or right - left < MIN_APART_MM or not left < midline < right:
+        return None
+    between = np.flatnonzero((centres >= left) & (centres <= right))
+    return float(np.median(centres[between[areas[between] == areas[between].min()]]))
+
+
+def _middle(mask: NDArray[np.bool_], box: Box, geometry: Geometry) -> float:
+    """The x in mm (RAS+) of the centre of mass of a mask that fills a box of the scan."""
+    voxel = []
+    for axis, first in enumerate(box.start):
+        along = mask.sum(axis=tuple({0, 1, 2} - {axis}))
+        voxel.append(first + along @ np.arange(along.size) / along.sum())
+    return float(_world_x(np.array([voxel]), geometry)[0])
+
+
+def _x(mask: NDArray[np.bool_], box: Box, geometry: Geometry) -> NDArray[np.float64]:
+    """The x in mm (RAS+) of each True voxel of a mask that fills a box of the scan."""
+    return _world_x(np.argwhere(mask) + box.start, geometry)
+
+
+def _world_x(voxels: NDArray[Any], geometry: Geometry) -> NDArray[np.float64]:
+    x: NDArray[np.float64] = voxels @ geometry.affine[0, :3] + geometry.affine[0, 3]
+    return x

@@ -1,0 +1,150 @@
+"""Label maps measured, and their surfaces as STL files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib import delayed
+
+from kitseg.errors import InputError, UsageError, in_words
+from kitseg.files import aside, write_json
+from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
+from kitseg.measure.findings import Findings, Kidney, Lesion
+from kitseg.measure.measure import measure
+from kitseg.measure.mesh import stl, surface, volume
+from kitseg.pipeline.outcome import in_parallel
+from kitseg.types import Case
+from kitseg.volumes.kits import find_labels
+from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.scan import check_grid, read_scan, scans_of_labels
+
+SCHEMA = 1
+DECIMALS = 3
+#: What a mesh can be of: label ids.
+PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUMOR,), "cyst": (CYST,)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A label map to measure, with its CT where there is one."""
+
+    case: str
+    labels: Path
+    scan: Case | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case's findings; ``error`` says why there are none."""
+
+    case: str
+    findings: Findings = field(default_factory=lambda: Findings((), ()))
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A surface that was written: its triangles, and the volume in it."""
+
+    triangles: int
+    ml: float
+
+
+def plan(labels: Path, ct: Path | None) -> list[Task]:
+    """A label map, or those in a folder, each with the scan of the same name.
+
+    With one label map and one scan, names don't matter.
+
+    Raises:
+        InputError: a path is missing or holds nothing of the kind.
+        UsageError: two files of one name, or no scan of a case.
+    """
+    maps = find_labels(labels)
+    scans = scans_of_labels([ct] if ct else [])
+    if len(maps) == len(scans) == 1:
+        scans = dict(zip(maps, scans.values(), strict=True))
+    if ct and (missing := sorted(maps.keys() - scans.keys())):
+        raise UsageError(f"{ct} holds no scan of {', '.join(missing[:5])}, which {labels} has labels of")
+    return [Task(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
+
+
+def measure_all(
+    tasks: Sequence[Task], convention: str, jobs: int, on_done: Callable[[Measured], None]
+) -> list[Measured]:
+    """Measure each case, ``jobs`` at a time; ``on_done`` hears of each, in their order. A failed one is an error."""
+    results: list[Measured] = []
+    for result in in_parallel((delayed(measure_case)(task, convention) for task in tasks), jobs):
+        results.append(result)
+        on_done(result)
+    return results
+
+
+def measure_case(task: Task, convention: str) -> Measured:
+    """Measure a case; never raises for a file that can't be used."""
+    try:
+        labels = read_labels(task.labels, task.case, convention)
+        scan = read_scan(task.scan) if task.scan else None
+        if scan:
+            check_grid(task.labels, labels.geometry, scan.geometry)
+        return Measured(task.case, measure(labels.array, labels.geometry, scan.array if scan else None))
+    except Exception as error:  # whatever it is, the other cases go on
+        return Measured(task.case, error=in_words(task.labels, error))
+
+
+def write_findings(path: Path, results: Sequence[Measured], convention: str) -> None:
+    """Write the findings of every case as JSON, rounded to 0.001."""
+    cases = {result.case: _rounded(asdict(result.findings)) for result in results if not result.error}
+    failed = {result.case: result.error for result in results if result.error}
+    write_json(path, SCHEMA, {"convention": convention, "cases": cases, "failed": failed})
+
+
+def write_table(path: Path, results: Sequence[Measured]) -> None:
+    """Write a CSV row for each kidney and each lesion of every case; ``kind`` says which."""
+    kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
+    columns = list(dict.fromkeys(["case", "kind", "side", *kept]))
+    with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for result in results for row in _rows(result))
+
+
+def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
+    """Write the surface of a part of a label map (``PARTS``) as STL, in mm, in the patient's space (RAS+).
+
+    Raises:
+        InputError: the label map can't be read or doesn't hold that part.
+        UsageError: there is no such part, or the output's name doesn't end in .stl.
+    """
+    if part not in PARTS:
+        raise UsageError(f"there is no part '{part}'; there are {', '.join(PARTS)}")
+    if to.suffix.lower() != ".stl":
+        raise UsageError(f"{to}: the mesh is an STL file; give a name that ends in .stl")
+    segmentation = read_labels(labels, labels.name, convention)
+    mask = np.isin(segmentation.array, PARTS[part])
+    if not mask.any():
+        what = "is all background" if not (segmentation.array != BACKGROUND).any() else f"holds no {part}"
+        raise InputError(labels, what, "There is nothing to make a mesh of")
+    vertices, faces = surface(mask, segmentation.geometry)
+    with aside(to) as partial:
+        partial.write_bytes(stl(vertices, faces))
+    return Mesh(len(faces), volume(vertices, faces) / 1000)
+
+
+def _rows(result: Measured) -> Iterator[dict[str, Any]]:
+    for kidney in result.findings.kidneys:
+        yield {"case": result.case, "kind": "kidney", **_rounded(asdict(kidney))}
+    for lesion in result.findings.lesions:
+        yield {"case": result.case, **_rounded(asdict(lesion))}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, DECIMALS)
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value
