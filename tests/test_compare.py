@@ -215,12 +215,24 @@ def test_what_evaluate_writes_is_compared(phantoms: Path, tmp_path: Path) -> Non
     assert (tmp_path / "comparison" / "comparison.png").exists()
 
 
+def test_nested_classes_are_compared_in_their_own_protocol(phantoms: Path, tmp_path: Path) -> None:
+    for name in ("one.json", "other.json"):
+        done = kitseg(phantoms, "evaluate", "test", "test", "--protocol=kits23", f"--json={tmp_path / name}")
+        assert done.code == 0, done.text
+    result = kitseg(tmp_path, "compare", "one.json", "other.json")
+    assert result.code == 0, result.text
+    found = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert found["protocol"] == "kits23"
+    assert {group["class"] for group in found["groups"]} == {"kidney_and_mass", "mass", "tumor"}
+
+
 @pytest.mark.parametrize(
     ("change", "words", "code"),
     [
         ({"cases": {"case_00500": {"kidney": {"dice": 0.5}}}}, "share no case", 2),
-        ({"convention": "kits23"}, "evaluate both with the same --convention", 2),
-        ({"protocol": "kits21"}, "is by the protocol kits21, not kits19", 1),
+        ({"convention": "kits23"}, "evaluate both with the same --protocol and --convention", 2),
+        ({"protocol": "kits21"}, "evaluate both with the same --protocol and --convention", 2),
+        ({"protocol": None, "cases": 3}, "is no score file", 1),
         ({"schema": 7}, "is not of schema 1", 1),
         ({"cases": {"case_00000": {"kidney": {"dice": 1.5}}}}, "a Dice of 1.5", 1),
         ({"cases": {"case_00000": {"kidney": {"dice": float("nan")}}}}, "a Dice of nan", 1),

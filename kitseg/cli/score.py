@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,9 +27,19 @@ from kitseg.errors import UsageError
 
 if TYPE_CHECKING:
     from kitseg.pipeline.compare import Comparison
+    from kitseg.pipeline.evaluate import Rules, Score
     from kitseg.pipeline.priors import Fit
+    from kitseg.scoring.summary import Summary
 
 SHOWN = 15  # of the combinations that `choose` tries
+FIGURES = {
+    "dice": "Dice",
+    "surface_dice": "surface Dice",
+    "hd95_mm": "HD95 (mm)",
+    "assd_mm": "ASSD (mm)",
+    "volume_error_ml": "volume error (ml)",
+    "volume_error_relative": "volume error (part)",
+}
 
 
 @app.command(epilog="Example: kitseg fit-priors --labels data --split splits.json --fold 0")
@@ -59,33 +70,42 @@ def fit_priors(
     exit_if(any(finding.error for finding in fit.findings))
 
 
-@app.command(epilog="Example: kitseg evaluate predictions data --json scores.json")
+@app.command(epilog="Example: kitseg evaluate predictions data --protocol kits23 --json scores.json")
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps to score.")] = PREDICTIONS,
     references: Annotated[Path, typer.Argument(help="Folder of reference label maps.")] = Path("data"),
-    convention: Convention = "kits19",
+    protocol: Annotated[str, typer.Option(help="Whose rules: kits19, kits21 or kits23.")] = "kits19",
+    convention: Annotated[
+        str | None, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23; else the protocol's.")
+    ] = None,
     cases: Annotated[str | None, typer.Option(help="Cases that must be there: 210-299; missing is background.")] = None,
     split: Split = None,
     fold: Fold = None,
+    jobs: Jobs = -1,
+    table: Annotated[
+        Path | None, typer.Option("--csv", help="Write a row for each case and class to this file.")
+    ] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
 ) -> None:
-    """KiTS19 scoring: kidney (with tumor) and tumor Dice per case and on average."""
-    from kitseg.pipeline import evaluate as scoring
+    """Official KiTS scores, distances, volume errors and tumors found, per case and over all cases.
 
-    known_convention(convention)
-    required = scoring.required_cases(cases, split, fold)
-    scores = scoring.evaluate(predictions, references, convention, required)
-    table = screen.table("case", "kidney", "tumor", "")
-    for score in scores:
-        note = "missing: counts as background" if score.missing else escape(score.error)
-        dice = (screen.cell(score.dice.get(name)) for name in ("kidney", "tumor"))
-        table.add_row(score.case, *dice, f"[red]{note}[/]")
-    mean = scoring.mean_dice(scores)
-    table.add_section()
-    table.add_row("mean", *(screen.cell(mean.get(name)) for name in ("kidney", "tumor")), "")
-    screen.out.print(table)
+    kits19: kidney (with tumor) and tumor. kits21, kits23: kidney_and_mass, mass (tumor and cyst) and tumor, with
+    surface Dice.
+    """
+    from kitseg.pipeline import evaluate as scoring
+    from kitseg.pipeline.scores import write_scores, write_table
+
+    if convention:
+        known_convention(convention)
+    rules = scoring.rules(protocol, convention)
+    found = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
+    with screen.bar("evaluate", len(found)) as step:
+        scores = scoring.evaluate(found, rules, jobs, step)
+    _show_scores(scores, rules)
     if report:
-        scoring.write_scores(report, scores, convention)
+        write_scores(report, scores, rules)
+    if table:
+        write_table(table, scores)
     exit_if(any(score.missing or score.error for score in scores))
 
 
@@ -192,6 +212,52 @@ def submit(
     with screen.bar("write", len(numbers)) as step:
         packing.write(output, submission, step)
     screen.say(escape(f"{len(numbers)} cases, {output.stat().st_size / 1e6:.2f} MB → {output}"))
+
+
+def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
+    """The challenge's figures of each case, all figures over the cases, the tumors found, and what to know of them."""
+    from kitseg.pipeline.evaluate import notes
+    from kitseg.pipeline.scores import challenge_score, summary
+
+    shown = [
+        (name, figure)
+        for name, target in rules.protocol.targets.items()
+        for figure in (("dice",) if target.tolerance_mm is None else ("dice", "surface_dice"))
+    ]
+    table = screen.table("case", *(f"{name} {FIGURES[figure]}" for name, figure in shown), "")
+    for score in scores:
+        note = "missing: counts as background" if score.missing else escape(score.error)
+        figures = (screen.cell(score.classes.get(name, {}).get(figure)) for name, figure in shown)
+        table.add_row(score.case, *figures, f"[red]{note}[/]")
+    screen.out.print(table)
+    summaries = summary(scores)
+    _show_summary(summaries)
+    _show_detection(scores)
+    for figure, value in challenge_score(summaries).items():
+        screen.say(f"{rules.protocol.name}, mean {FIGURES[figure]} over the classes: {value:.4f}")
+    for note in notes(scores, rules):
+        screen.say(f"[yellow]{escape(note)}[/]")
+
+
+def _show_summary(summaries: Mapping[str, Mapping[str, Summary]]) -> None:
+    table = screen.table("class", "", "mean", "95 % CI", "median", "cases", "undefined")
+    for name, figures in summaries.items():
+        for number, (figure, value) in enumerate(figures.items(), 1):
+            low, high = screen.cell(value.low), screen.cell(value.high)
+            interval = screen.cell(None) if value.low is None else f"{low} to {high}"
+            row = (screen.cell(value.mean), interval, screen.cell(value.median), str(value.cases), str(value.undefined))
+            table.add_row(name if number == 1 else "", FIGURES[figure], *row, end_section=number == len(figures))
+    screen.out.print(table)
+
+
+def _show_detection(scores: Sequence[Score]) -> None:
+    from kitseg.scoring.detection import tally
+
+    table = screen.table("tumors", "in the references", "found", "recall", "predicted", "true", "precision")
+    for size, count in tally(score.detection for score in scores if score.detection).items():
+        truth = (str(count.reference), str(count.found), screen.cell(count.recall))
+        table.add_row(size, *truth, str(count.predicted), str(count.true), screen.cell(count.precision))
+    screen.out.print(table)
 
 
 def _show_comparison(comparison: Comparison) -> None:

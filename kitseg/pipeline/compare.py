@@ -9,8 +9,7 @@ from typing import Any
 
 from kitseg.errors import InputError, UsageError
 from kitseg.files import read_json, write_json
-from kitseg.pipeline.evaluate import PROTOCOL
-from kitseg.pipeline.evaluate import SCHEMA as SCORES_SCHEMA
+from kitseg.pipeline.scores import SCHEMA as SCORES_SCHEMA
 from kitseg.scoring.compare import FEWEST, Group, Paired, compare_cases
 
 SCHEMA = 1
@@ -27,6 +26,7 @@ class ScoreFile:
     """
 
     path: Path
+    protocol: str
     convention: str
     cases: dict[str, dict[str, float]]
     strata: dict[str, dict[str, str]]
@@ -61,15 +61,15 @@ def compare(a: Path, b: Path) -> Comparison:
     """Compare two score files, or the ones in two folders (``scores.json`` or ``validation/scores.json``).
 
     Raises:
-        UsageError: both are the same file, of different label conventions or without a case in common.
-        InputError: one is missing, damaged or by another protocol, or both give a case another stratum.
+        UsageError: both are the same file, by different rules or without a case in common.
+        InputError: one is missing or damaged, or both give a case another stratum.
     """
     one, other = read_scores(a), read_scores(b)
     if one.path.resolve() == other.path.resolve():
         raise UsageError(f"{a} and {b} are the same file: give the scores of two methods")
-    if one.convention != other.convention:
-        conventions = f"{one.path} is of convention {one.convention}, {other.path} of {other.convention}"
-        raise UsageError(f"{conventions}: evaluate both with the same --convention")
+    if (one.protocol, one.convention) != (other.protocol, other.convention):
+        rules = [f"{file.path} is by {file.protocol} with labels of {file.convention}" for file in (one, other)]
+        raise UsageError(f"{' and '.join(rules)}: evaluate both with the same --protocol and --convention")
     groups = compare_cases(one.cases, other.cases, _strata(one, other))
     if not groups:
         raise UsageError(f"{one.path} and {other.path} share no case: evaluate both on the same cases")
@@ -80,19 +80,17 @@ def read_scores(path: Path) -> ScoreFile:
     """Read a score file, or the one in a folder.
 
     Raises:
-        InputError: missing, damaged, or by another protocol.
+        InputError: missing or damaged.
     """
     path = _resolve(path)
     content = read_json(path, SCORES_SCHEMA)
-    if content.get("protocol") != PROTOCOL:
-        raise InputError(path, f"is by the protocol {content.get('protocol')}, not {PROTOCOL}", _REMEDY)
     try:
         cases = {
             case: {name: _dice(s["dice"]) for name, s in found.items()} for case, found in content["cases"].items()
         }
         strata = {case: {k: str(v) for k, v in kinds.items()} for case, kinds in content.get("strata", {}).items()}
         background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
-        return ScoreFile(path, str(content["convention"]), cases, strata, background)
+        return ScoreFile(path, str(content["protocol"]), str(content["convention"]), cases, strata, background)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(path, f"is no score file ({type(error).__name__}: {error})", _REMEDY) from error
 
@@ -100,7 +98,7 @@ def read_scores(path: Path) -> ScoreFile:
 def write_figures(path: Path, comparison: Comparison) -> None:
     """Write every figure as JSON, with the differences of all cases."""
     a, b = comparison.a, comparison.b
-    content: dict[str, Any] = {"protocol": PROTOCOL, "convention": a.convention, "a": str(a.path), "b": str(b.path)}
+    content: dict[str, Any] = {"protocol": a.protocol, "convention": a.convention, "a": str(a.path), "b": str(b.path)}
     content["only_a"] = sorted(a.cases.keys() - b.cases.keys())
     content["only_b"] = sorted(b.cases.keys() - a.cases.keys())
     content["background_a"], content["background_b"] = sorted(a.background), sorted(b.background)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from kitseg.errors import KitsegError
 from kitseg.files import read_json
-from kitseg.pipeline.evaluate import SCHEMA
 from kitseg.pipeline.machine import versions
+from kitseg.pipeline.scores import SCHEMA
 from kitseg.report.page import write_study_page
 from kitseg.report.pictures import case_picture
 from kitseg.volumes.nifti import read_image, read_labels

@@ -1,19 +1,22 @@
-"""Predictions against references by the KiTS19 rules."""
+"""Predictions against references by a challenge's rules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from joblib import delayed
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.files import write_json
-from kitseg.labels import TUMOR, to_kits19
+from kitseg.errors import InputError, KitsegError, UsageError, in_words
+from kitseg.labels import CYST, TUMOR, to_kits19
+from kitseg.pipeline.outcome import in_parallel
+from kitseg.scoring.case import Figures, score
+from kitseg.scoring.detection import Detection
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
+from kitseg.scoring.protocols import PROTOCOLS, Protocol
 from kitseg.scoring.strata import SIZES, THICKNESSES, in_order, size_class, thickness_class
 from kitseg.splits import held_out
 from kitseg.types import Volume
@@ -21,22 +24,42 @@ from kitseg.volumes.download import parse_cases
 from kitseg.volumes.kits import CLINICAL, case_name, find_labels, read_clinical
 from kitseg.volumes.nifti import read_labels
 
-SCHEMA = 1
 PROTOCOL = "kits19"
 
 
 @dataclass(frozen=True)
-class Score:
-    """A case's Dice per class; ``missing`` where there was no prediction, ``error`` where it can't be scored.
+class Rules:
+    """What to score by.
 
-    strata: the groups that its reference belongs to, by kind.
+    convention: of the label maps; distances: with what needs the surfaces and the single tumors and so takes seconds,
+    or Dice alone (for kits19).
+    """
+
+    protocol: Protocol
+    convention: str
+    distances: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """A case's figures per class; ``missing`` where there was no prediction, ``error`` where it can't be scored.
+
+    strata: the groups that its reference belongs to, by kind; cysts: whether the prediction and the reference hold
+    label 3.
     """
 
     case: str
-    dice: Mapping[str, float]
+    classes: Mapping[str, Figures]
     missing: bool = False
     error: str = ""
     strata: Mapping[str, str] = field(default_factory=dict)
+    detection: Detection | None = None
+    cysts: tuple[bool, bool] = (False, False)
+
+    @property
+    def dice(self) -> dict[str, float]:
+        """Dice per class."""
+        return {name: dice for name, figures in self.classes.items() if (dice := figures["dice"]) is not None}
 
 
 @dataclass(frozen=True)
@@ -49,8 +72,29 @@ class Group:
     dice: Mapping[str, float]
 
 
-def evaluate(predictions: Path, references: Path, convention: str, required: Sequence[str] = ()) -> list[Score]:
-    """Score the cases in ``predictions``, or the ``required`` ones, where a missing one counts as background.
+@dataclass(frozen=True)
+class Job:
+    """A case to score: its files, and further groups that it belongs to."""
+
+    case: str
+    prediction: Path | None
+    reference: Path
+    clinical: Mapping[str, str]
+
+
+def rules(protocol: str, convention: str | None) -> Rules:
+    """The rules of a protocol, by its own label convention where none is given.
+
+    Raises:
+        UsageError: there is no such protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"there is no protocol '{protocol}'; there are {', '.join(PROTOCOLS)}")
+    return Rules(PROTOCOLS[protocol], convention or PROTOCOLS[protocol].convention)
+
+
+def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ()) -> list[Job]:
+    """The cases in ``predictions``, or the ``required`` ones, where a missing one counts as background.
 
     Raises:
         UsageError: no case to score, or a required case without a reference.
@@ -60,46 +104,37 @@ def evaluate(predictions: Path, references: Path, convention: str, required: Seq
     if lacking := [case for case in cases if case not in truth]:
         raise UsageError(f"{references} has no reference for {', '.join(lacking)}")
     clinical = read_clinical(references / CLINICAL)
-    return [score_case(case, found.get(case), truth[case], convention, clinical.get(case, {})) for case in cases]
+    return [Job(case, found.get(case), truth[case], clinical.get(case, {})) for case in cases]
 
 
-def score_case(
-    case: str, prediction: Path | None, reference: Path, convention: str, clinical: Mapping[str, str]
-) -> Score:
+def evaluate(jobs: Sequence[Job], rules: Rules, workers: int, on_done: Callable[[], None]) -> list[Score]:
+    """Score cases, several at a time; one that fails doesn't stop the others."""
+    scores = []
+    for found in in_parallel((delayed(_safely)(job, rules) for job in jobs), workers if len(jobs) > 1 else 1):
+        scores.append(found)
+        on_done()
+    return scores
+
+
+def score_case(case: str, prediction: Path | None, reference: Path, rules: Rules, clinical: Mapping[str, str]) -> Score:
     """Score one case; a prediction that is missing or can't be used counts as background.
 
     clinical: further groups that the case belongs to.
     """
     try:
-        truth = read_labels(reference, case, convention)
+        truth = read_labels(reference, case, rules.convention)
     except KitsegError as error:
         return Score(case, {}, error=str(error))
-    nothing = Score(
-        case, _dice(np.zeros_like(truth.array), truth.array, convention), strata={**_strata(truth), **clinical}
-    )
-    if prediction is None:
-        return replace(nothing, missing=True)
-    try:
-        found = read_labels(prediction, case, None)
-        if not found.geometry.same_as(truth.geometry, tolerance=0.1):
-            problem = f"lies on another grid than {reference} (shape or affine)"
-            raise InputError(prediction, problem, "Save it with the shape and affine of the scan.")
-        return replace(nothing, dice=_dice(found.array, truth.array, convention))
-    except KitsegError as error:
-        return replace(nothing, error=f"{error} It counts as background.")
-
-
-def write_scores(path: Path, scores: Sequence[Score], convention: str, folds: Mapping[str, int] | None = None) -> None:
-    """Write the scores as JSON; ``folds``: in which fold each case was validated."""
-    content: dict[str, Any] = {"protocol": PROTOCOL, "convention": convention}
-    content["cases"] = {s.case: _by_class(s.dice) for s in scores if s.dice}
-    content["mean"] = _by_class(mean_dice(scores))
-    content["strata"] = {s.case: dict(s.strata) for s in scores if s.strata}
-    content["folds"] = dict(folds or {})
-    content["groups"] = [{**asdict(group), "dice": dict(group.dice)} for group in groups(scores, folds or {})]
-    content["missing"] = [score.case for score in scores if score.missing]
-    content["failed"] = {score.case: score.error for score in scores if score.error}
-    write_json(path, SCHEMA, content)
+    missing, problem = prediction is None, ""
+    found = np.zeros_like(truth.array)
+    if prediction is not None:
+        try:
+            found = _on_grid(prediction, case, reference, truth)
+        except KitsegError as error:
+            problem = f"{error} It counts as background."
+    scored = _score(found, truth, rules)
+    cysts = (bool((found == CYST).any()), bool((truth.array == CYST).any()))
+    return replace(scored, missing=missing, error=problem, strata={**_strata(truth), **clinical}, cysts=cysts)
 
 
 def mean_dice(scores: Sequence[Score]) -> dict[str, float]:
@@ -120,22 +155,20 @@ def groups(scores: Sequence[Score], folds: Mapping[str, int]) -> list[Group]:
     return found
 
 
-def _by_class(dice: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    return {name: {"dice": value} for name, value in dice.items()}
-
-
-def _strata(truth: Volume) -> dict[str, str]:
-    """The groups of a reference by the volume of its tumor and by its slices."""
-    tumor_ml = int((to_kits19(truth.array) == TUMOR).sum()) * truth.geometry.voxel_ml
-    thickness = thickness_class(truth.geometry.spacing[0])
-    return {"tumor size": SIZES[size_class(tumor_ml)], "slices": THICKNESSES[thickness]}
-
-
-def _dice(found: NDArray[np.uint8], truth: NDArray[np.uint8], convention: str) -> dict[str, float]:
-    """KiTS19 Dice; cysts are kidney where the convention has them, and any other strange value is background."""
-    if convention == "kits23":
-        found, truth = to_kits19(found), to_kits19(truth)
-    return kits19_scores(found, truth)
+def notes(scores: Sequence[Score], rules: Rules) -> list[str]:
+    """What a reader of the scores must know: how cysts (label 3) were counted."""
+    found, true = (sum(score.cysts[side] for score in scores) for side in (0, 1))
+    said, own = [], rules.protocol.convention
+    if rules.convention == "kits23" and own == "kits23" and not found:
+        there = f"the references of {true} of {len(scores)} cases do"
+        said.append(
+            f"no prediction holds cysts (label 3), {there}: the mass of a model without cysts is its tumor alone"
+        )
+    if rules.convention == "kits19" and own == "kits23":
+        said.append("label convention kits19: cysts are kidney in the references, so mass is the same as tumor")
+    if rules.convention == "kits19" and found:
+        said.append(f"label 3 in the predictions of {found} cases is background: convention kits19 doesn't know it")
+    return said
 
 
 def required_cases(numbers: str | None, split: Path | None, fold: int | None) -> list[str]:
@@ -149,3 +182,38 @@ def required_cases(numbers: str | None, split: Path | None, fold: int | None) ->
     if numbers:
         return [case_name(number) for number in parse_cases(numbers)]
     return held_out(split, fold)
+
+
+def _safely(job: Job, rules: Rules) -> Score:
+    try:
+        return score_case(job.case, job.prediction, job.reference, rules, job.clinical)
+    except Exception as error:  # whatever it is, the other cases go on
+        return Score(job.case, {}, error=in_words(job.case, error))
+
+
+def _on_grid(prediction: Path, case: str, reference: Path, truth: Volume) -> NDArray[np.uint8]:
+    """Read a prediction that lies on the reference's grid.
+
+    Raises:
+        InputError: it doesn't, or it can't be read.
+    """
+    found = read_labels(prediction, case, None)
+    if not found.geometry.same_as(truth.geometry, tolerance=0.1):
+        problem = f"lies on another grid than {reference} (shape or affine)"
+        raise InputError(prediction, problem, "Save it with the shape and affine of the scan.")
+    return found.array
+
+
+def _score(found: NDArray[np.uint8], truth: Volume, rules: Rules) -> Score:
+    if rules.distances:
+        scored = score(found, truth.array, truth.geometry.spacing, rules.protocol, rules.convention)
+        return Score(truth.case_id, scored.figures, detection=scored.detection)
+    own, true = (rules.protocol.adopt(labels, rules.convention) for labels in (found, truth.array))
+    return Score(truth.case_id, {name: {"dice": dice} for name, dice in kits19_scores(own, true).items()})
+
+
+def _strata(truth: Volume) -> dict[str, str]:
+    """The groups of a reference by the volume of its tumor and by its slices."""
+    tumor_ml = int((to_kits19(truth.array) == TUMOR).sum()) * truth.geometry.voxel_ml
+    thickness = thickness_class(truth.geometry.spacing[0])
+    return {"tumor size": SIZES[size_class(tumor_ml)], "slices": THICKNESSES[thickness]}

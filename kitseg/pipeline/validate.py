@@ -10,11 +10,13 @@ from kitseg import config
 from kitseg.errors import KitsegError, UsageError
 from kitseg.files import read_json
 from kitseg.pipeline.clean import build_steps, clean, save_labels
-from kitseg.pipeline.evaluate import Score, score_case, write_scores
+from kitseg.pipeline.evaluate import PROTOCOL, Rules, Score, score_case
 from kitseg.pipeline.infer import manifest_of
 from kitseg.pipeline.model import Model, open_model
 from kitseg.pipeline.outcome import OnDone, Outcome, each
+from kitseg.pipeline.scores import write_scores
 from kitseg.runs import SCHEMA, Run, find_run, move_aside
+from kitseg.scoring.protocols import PROTOCOLS
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
 from kitseg.volumes.blocks import MANIFEST, claim_manifest, read_manifest, scan_digest, write_block
@@ -112,15 +114,15 @@ def folds_to_score(validation: Validation) -> dict[str, int]:
 
 def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Callable[[], None]) -> list[Score]:
     """Score the label maps of all validated folds and write them; a case without one counts as background."""
-    convention, scores = validation.split.convention, []
+    rules, scores = Rules(PROTOCOLS[PROTOCOL], validation.split.convention, distances=False), []
     by_id = {case.id: case for cases in validation.cases.values() for case in cases}
     for name, fold in folds.items():
         case = by_id[name]
         there = validation.label(case) if validation.is_done(fold, case) else None
         groups = validation.clinical.get(name, {})
-        scores.append(score_case(name, there, case.label or case.image, convention, groups))
+        scores.append(score_case(name, there, case.label or case.image, rules, groups))
         on_done()
-    write_scores(validation.run.scores(validation.mirror), scores, convention, folds)
+    write_scores(validation.run.scores(validation.mirror), scores, rules, folds)
     return scores
 
 

@@ -118,7 +118,7 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
     paired = Paired(float(first.mean()), float(second.mean()), differences)
     if paired.n < FEWEST:
         return paired
-    low, high = _interval(differences)
+    low, high = mean_interval(differences)
     return replace(paired, low=low, high=high, p=_signed_rank(differences))
 
 
@@ -132,6 +132,23 @@ def compare_cases(a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]])
     groups = [group for name in names for group in _groups(name, a, b, strata)]
     corrected = iter(holm([group.paired.p for group in groups if group.kind]))
     return [replace(group, holm=next(corrected)) if group.kind else group for group in groups]
+
+
+def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of (n,) values: BCa (Efron 1987), or percentiles where that has no answer."""
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            found = stats.bootstrap(
+                (values,),
+                np.mean,
+                n_resamples=RESAMPLES,
+                method=method,
+                random_state=np.random.default_rng(0),
+            ).confidence_interval
+        if np.isfinite(found).all():
+            break
+    return float(found.low), float(found.high)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -161,23 +178,6 @@ def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, s
         Group(name, kind, stratum, tuple(m), compare([a[c][name] for c in m], [b[c][name] for c in m]))
         for (kind, stratum), m in members.items()
     ]
-
-
-def _interval(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-            found = stats.bootstrap(
-                (differences,),
-                np.mean,
-                n_resamples=RESAMPLES,
-                method=method,
-                random_state=np.random.default_rng(0),
-            ).confidence_interval
-        if np.isfinite(found).all():
-            break
-    return float(found.low), float(found.high)
 
 
 def _signed_rank(differences: NDArray[np.float64]) -> float:

@@ -18,8 +18,12 @@ def size_class(ml: float) -> int:
 
     4 and 7 cm part the stages T1a, T1b and T2 (TNM classification of renal tumors).
     """
-    diameter_cm = (6 * ml / math.pi) ** (1 / 3)
-    return 0 if ml <= 0 else 1 + int(diameter_cm > 4) + int(diameter_cm > 7)
+    return 0 if ml <= 0 else SIZES.index(size_of(10 * (6 * ml / math.pi) ** (1 / 3)))
+
+
+def size_of(diameter_mm: float) -> str:
+    """Which of ``SIZES`` a tumor of this diameter belongs to."""
+    return SIZES[1 + int(diameter_mm > 40) + int(diameter_mm > 70)]
 
 
 def in_order(stratum: str) -> tuple[int, str]:

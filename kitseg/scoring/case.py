@@ -1,0 +1,71 @@
+"""All figures of a case by one protocol: official scores, distances of the surfaces, errors of volume, tumors found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.labels import TUMOR
+from kitseg.postprocess.components import bounding_box
+from kitseg.scoring.detection import Detection, detect
+from kitseg.scoring.kits19 import dice
+from kitseg.scoring.protocols import Protocol, Target
+from kitseg.scoring.surface import surfaces
+from kitseg.types import Box
+
+#: The figures of a class by name; None where one can't be told, such as a distance to nothing.
+Figures = dict[str, float | None]
+PERCENT = 95
+
+
+@dataclass(frozen=True)
+class CaseScore:
+    """A case's figures by class, and its tumors one by one."""
+
+    figures: dict[str, Figures]
+    detection: Detection
+
+
+def score(
+    pred: NDArray[np.uint8],
+    ref: NDArray[np.uint8],
+    spacing: tuple[float, float, float],
+    protocol: Protocol,
+    convention: str,
+) -> CaseScore:
+    """Score a case's label maps (D, H, W) of a label convention by a protocol; spacing in mm, as the axes.
+
+    Figures of a class: ``dice``; ``surface_dice`` where the protocol has it; ``hd95_mm`` and ``assd_mm``, None where
+    a mask is empty; ``volume_error_ml``, prediction - reference; ``volume_error_relative``, that over the reference's
+    volume, None where it is empty. Beside the maps, time and memory depend on the box around both foregrounds.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if pred.shape != ref.shape:
+        raise ValueError(f"prediction and reference differ in shape: {pred.shape} and {ref.shape}")
+    box = _foreground(pred).union(_foreground(ref))
+    pred, ref = (protocol.adopt(labels[box.slices], convention) for labels in (pred, ref))
+    figures = {name: _figures(pred, ref, spacing, target) for name, target in protocol.targets.items()}
+    return CaseScore(figures, detect(pred == TUMOR, ref == TUMOR, spacing))
+
+
+def _foreground(labels: NDArray[np.uint8]) -> Box:
+    return bounding_box(labels != 0) or Box((0, 0, 0), (0, 0, 0))
+
+
+def _figures(
+    pred: NDArray[np.uint8], ref: NDArray[np.uint8], spacing: tuple[float, float, float], target: Target
+) -> Figures:
+    found, truth = target.mask(pred), target.mask(ref)
+    figures: Figures = {"dice": dice(found, truth)}
+    between = surfaces(found, truth, spacing)
+    if target.tolerance_mm is not None:
+        figures["surface_dice"] = between.dice(target.tolerance_mm)
+    figures["hd95_mm"], figures["assd_mm"] = between.hausdorff_mm(PERCENT), between.average_mm()
+    there, error = np.count_nonzero(truth), np.count_nonzero(found) - np.count_nonzero(truth)
+    figures["volume_error_ml"] = error * float(np.prod(spacing)) / 1000
+    figures["volume_error_relative"] = error / there if there else None
+    return figures

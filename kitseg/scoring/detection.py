@@ -1,0 +1,117 @@
+"""Tumors one by one: which of the reference were found, and which of the prediction are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import find_objects
+from scipy.optimize import linear_sum_assignment
+
+from kitseg.measure.diameters import axial_diameter
+from kitseg.postprocess.components import Components
+from kitseg.scoring.strata import SIZES, size_of
+
+MIN_IOU = 0.1
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Tumor:
+    """A tumor of a prediction or reference. diameter_mm: its largest one within a slice; matched: has a counterpart."""
+
+    diameter_mm: float
+    volume_ml: float
+    matched: bool
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A case's tumors, in array order."""
+
+    reference: tuple[Tumor, ...]
+    predicted: tuple[Tumor, ...]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Tumors of many cases. reference: how many there are, found: of them; predicted: how many, true: of them."""
+
+    reference: int
+    found: int
+    predicted: int
+    true: int
+
+    @property
+    def recall(self) -> float | None:
+        """Part of the reference's tumors that was found; None where there is none."""
+        return self.found / self.reference if self.reference else None
+
+    @property
+    def precision(self) -> float | None:
+        """Part of the predicted tumors that are there; None where none was predicted."""
+        return self.true / self.predicted if self.predicted else None
+
+
+def detect(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: tuple[float, float, float]) -> Detection:
+    """Match the tumors (26-connected components) of two masks (D, H, W).
+
+    A tumor is found where one that is predicted has an intersection over union of at least 0.1 with it, as in PI-CAI
+    (Saha et al., Lancet Oncology 2024). The matching is one to one: as many pairs as possible, then as much overlap as
+    possible. What is left over is missed or false, so of a tumor found in two pieces one piece is false.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if pred.shape != ref.shape:
+        raise ValueError(f"prediction and reference differ in shape: {pred.shape} and {ref.shape}")
+    found, truth = Components.of(pred), Components.of(ref)
+    iou = _overlaps(found, truth)
+    rows, columns = linear_sum_assignment(np.where(iou >= MIN_IOU, 1 + iou, 0), maximize=True)
+    pairs = iou[rows, columns] >= MIN_IOU
+    return Detection(_tumors(truth, columns[pairs], spacing), _tumors(found, rows[pairs], spacing))
+
+
+def tally(detections: Iterable[Detection]) -> dict[str, Tally]:
+    """Count the tumors of all cases: all of them, and by the diameter of each (a predicted one by its own)."""
+    cases = list(detections)
+    truth = [tumor for case in cases for tumor in case.reference]
+    found = [tumor for case in cases for tumor in case.predicted]
+    return {size: _count(_of(size, truth), _of(size, found)) for size in (ALL, *SIZES[1:])}
+
+
+def _of(size: str, tumors: list[Tumor]) -> list[Tumor]:
+    return [tumor for tumor in tumors if size in (ALL, size_of(tumor.diameter_mm))]
+
+
+def _count(truth: list[Tumor], found: list[Tumor]) -> Tally:
+    return Tally(len(truth), sum(t.matched for t in truth), len(found), sum(t.matched for t in found))
+
+
+def _overlaps(found: Components, truth: Components) -> NDArray[np.float64]:
+    """Intersection over union of each predicted (rows) with each true component (columns)."""
+    sizes, others = found.sizes[1:, None], truth.sizes[None, 1:]
+    here, there = (np.zeros(c.shape, c.numbers.dtype) for c in (found, truth))
+    here[found.box.slices], there[truth.box.slices] = found.numbers, truth.numbers
+    both = (here > 0) & (there > 0)
+    pairs = (here[both].astype(np.int64) - 1) * others.size + there[both] - 1
+    shared = np.bincount(pairs, minlength=sizes.size * others.size).reshape(sizes.size, others.size)
+    return np.asarray(shared / (sizes + others - shared))
+
+
+def _tumors(
+    components: Components, matched: NDArray[np.int64], spacing: tuple[float, float, float]
+) -> tuple[Tumor, ...]:
+    voxel_ml = float(np.prod(spacing)) / 1000
+    boxes = find_objects(components.numbers) if components.sizes.size > 1 else []
+    hits = set(matched.tolist())
+    return tuple(
+        Tumor(
+            axial_diameter(components.numbers[box] == index + 1, spacing),
+            int(components.sizes[index + 1]) * voxel_ml,
+            index in hits,
+        )
+        for index, box in enumerate(boxes)
+    )

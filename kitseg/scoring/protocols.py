@@ -1,0 +1,67 @@
+"""How the KiTS challenges score, as data: their classes, tolerances and label conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR, to_kits19
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is scored as one class: a union of labels; tolerance_mm: of its surface Dice, None where there is none."""
+
+    labels: tuple[int, ...]
+    tolerance_mm: float | None = None
+
+    def mask(self, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Where a label map (any shape) holds the class; values that no class has are background."""
+        known = np.zeros(256, np.bool_)
+        known[list(self.labels)] = True
+        return known[labels]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A challenge's rules. targets: the classes by name; convention: what label ids mean in its references.
+
+    Where prediction and reference of a class are both empty, Dice and surface Dice are 1; where one is, they are 0.
+    """
+
+    name: str
+    targets: Mapping[str, Target]
+    convention: str
+
+    def adopt(self, labels: NDArray[np.uint8], convention: str) -> NDArray[np.uint8]:
+        """A label map (any shape) of a convention in the protocol's own.
+
+        kits23 in kits19: cysts become kidney. kits19 in kits23: cysts stay kidney, and 3 is a strange value, as in
+        every kits19 label map, so it is background.
+        """
+        if convention == self.convention:
+            return labels
+        if self.convention == "kits19":
+            return to_kits19(labels)
+        return np.where(labels == CYST, np.uint8(BACKGROUND), labels)
+
+
+_NESTED = {
+    "kidney_and_mass": Target((KIDNEY, TUMOR, CYST), 1.0330772532390826),
+    "mass": Target((TUMOR, CYST), 1.1328796488598762),
+    "tumor": Target((TUMOR,), 1.1498198361434828),
+}
+
+#: KiTS19 (Heller et al., Medical Image Analysis 2021): Dice of kidney with tumor, and of tumor. KiTS21 and KiTS23
+#: (Heller et al., arXiv 2307.01984): three nested classes, and their surface Dice at the annotators' own tolerances.
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("kits19", {"kidney": Target((KIDNEY, TUMOR)), "tumor": Target((TUMOR,))}, "kits19"),
+        Protocol("kits21", _NESTED, "kits23"),
+        Protocol("kits23", _NESTED, "kits23"),
+    )
+}

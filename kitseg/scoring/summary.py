@@ -1,0 +1,46 @@
+"""Many cases in a few numbers: mean, median and the mean's confidence interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kitseg.scoring.compare import FEWEST, mean_interval
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A figure over the cases that have it.
+
+    cases: how many do; undefined: how many don't; low, high: 95 % interval of the mean, None for fewer than ``FEWEST``
+    cases.
+    """
+
+    cases: int
+    undefined: int
+    mean: float | None = None
+    median: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def summarize(cases: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, dict[str, Summary]]:
+    """Each class's figures over the cases, which hold the same figures by class and name; empty for no case."""
+    if not cases:
+        return {}
+    return {
+        name: {figure: _summary([case[name][figure] for case in cases]) for figure in figures}
+        for name, figures in cases[0].items()
+    }
+
+
+def _summary(figures: Sequence[float | None]) -> Summary:
+    """The interval is the BCa bootstrap of ``kitseg.scoring.compare``, with its fixed seed."""
+    values = np.array([figure for figure in figures if figure is not None], np.float64)
+    undefined = len(figures) - values.size
+    if not values.size:
+        return Summary(0, undefined)
+    low, high = mean_interval(values) if values.size >= FEWEST else (None, None)
+    return Summary(values.size, undefined, float(values.mean()), float(np.median(values)), low, high)

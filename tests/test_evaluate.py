@@ -1,0 +1,193 @@
+"""`kitseg evaluate` by the three protocols, on phantoms and on small label maps."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Result, kitseg
+from nifti_files import save
+
+from kitseg.scoring.case import score
+from kitseg.scoring.kits19 import kits19_scores
+from kitseg.scoring.protocols import PROTOCOLS
+from kitseg.scoring.summary import summarize
+
+SPACING = (2.5, 0.7, 0.8)
+SHAPE = (6, 12, 14)
+
+
+def labels(**boxes: int) -> np.ndarray:
+    """A label map with its kidney, and label ids over parts of it by name."""
+    parts = {"tumor": np.s_[1:3, 2:6, 2:6], "cyst": np.s_[3:5, 6:9, 6:9], "blob": np.s_[0:2, 10:12, 11:14]}
+    made = np.zeros(SHAPE, np.uint8)
+    made[1:5, 2:9, 2:10] = 1
+    for name, value in boxes.items():
+        made[parts[name]] = value
+    return made
+
+
+def write(folder: Path, *maps: np.ndarray) -> Path:
+    folder.mkdir()
+    for number, array in enumerate(maps):
+        save(folder / f"case_{number:05d}.nii.gz", array)
+    return folder
+
+
+def evaluate(folder: Path, *options: str) -> tuple[Result, dict[str, Any]]:
+    done = kitseg(folder, "evaluate", "pred", "ref", "--json", "scores.json", "--jobs=1", *options)
+    return done, json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").exists() else {}
+
+
+@pytest.mark.parametrize("protocol", ["kits21", "kits23"])
+def test_three_nested_classes(protocol: str, tmp_path: Path) -> None:
+    truth, found = labels(tumor=2, cyst=3), labels(tumor=2)
+    write(tmp_path / "ref", truth)
+    write(tmp_path / "pred", found)
+    done, content = evaluate(tmp_path, "--protocol", protocol)
+    assert done.code == 0, done.text
+    assert (content["protocol"], content["convention"]) == (protocol, "kits23")
+    scores = content["cases"]["case_00000"]
+    assert list(scores) == ["kidney_and_mass", "mass", "tumor"]
+    assert (scores["kidney_and_mass"]["dice"], scores["kidney_and_mass"]["surface_dice"]) == (1, 1)
+    assert (scores["tumor"]["dice"], scores["tumor"]["hd95_mm"]) == (1, 0)
+    tumor, cyst = 2 * 4 * 4, 2 * 3 * 3
+    assert scores["mass"]["dice"] == pytest.approx(2 * tumor / (2 * tumor + cyst))
+    assert 0 < scores["mass"]["surface_dice"] < 1
+    voxel_ml = 2.5 * 0.7 * 0.8 / 1000
+    assert scores["mass"]["volume_error_ml"] == pytest.approx(-cyst * voxel_ml)
+    assert scores["mass"]["volume_error_relative"] == pytest.approx(-cyst / (tumor + cyst))
+    assert "no prediction holds cysts (label 3), the references of 1 of 1 cases do" in done.text
+    assert len(content["notes"]) == 1
+
+
+def test_empty_classes_by_the_rules(tmp_path: Path) -> None:
+    write(tmp_path / "ref", labels(), labels(tumor=2))
+    write(tmp_path / "pred", labels(), labels())
+    _, content = evaluate(tmp_path, "--protocol=kits23")
+    both, one = (content["cases"][case]["tumor"] for case in ("case_00000", "case_00001"))
+    assert (both["dice"], both["surface_dice"], both["hd95_mm"], both["assd_mm"]) == (1, 1, None, None)
+    assert (one["dice"], one["surface_dice"], one["hd95_mm"], one["assd_mm"]) == (0, 0, None, None)
+    assert (both["volume_error_relative"], one["volume_error_relative"]) == (None, -1)
+    assert content["mean"]["tumor"]["dice"] == 0.5
+    assert content["mean"]["tumor"]["hd95_mm"] is None
+    assert content["undefined"]["tumor"] == {
+        **dict.fromkeys(both, 0),
+        "hd95_mm": 2,
+        "assd_mm": 2,
+        "volume_error_relative": 1,
+    }
+    assert content["score"] == {
+        "dice": pytest.approx((1 + 2 * 0.5) / 3),
+        "surface_dice": pytest.approx((1 + 2 * 0.5) / 3),
+    }
+
+
+def test_label_3_is_background_by_kits19(tmp_path: Path) -> None:
+    write(tmp_path / "ref", labels(tumor=2))
+    write(tmp_path / "pred", labels(tumor=3))
+    done, content = evaluate(tmp_path)
+    scores, tumor, kidney = content["cases"]["case_00000"], 2 * 4 * 4, 4 * 7 * 8
+    assert scores["tumor"]["dice"] == 0
+    assert "surface_dice" not in scores["tumor"]
+    assert scores["kidney"]["dice"] == pytest.approx(2 * (kidney - tumor) / (2 * kidney - tumor))
+    assert "label 3 in the predictions of 1 cases is background" in done.text
+
+
+def test_cysts_are_kidney_when_kits23_labels_are_scored_by_kits19(tmp_path: Path) -> None:
+    write(tmp_path / "ref", labels(tumor=2, cyst=3))
+    write(tmp_path / "pred", labels(tumor=2))
+    assert evaluate(tmp_path)[0].code == 1  # a reference of the kits19 convention has no label 3
+    done, content = evaluate(tmp_path, "--convention=kits23")
+    assert done.code == 0, done.text
+    assert [scores["dice"] for scores in content["cases"]["case_00000"].values()] == [1, 1]
+
+
+def test_references_without_cysts_under_kits23(tmp_path: Path) -> None:
+    write(tmp_path / "ref", labels(tumor=2))
+    write(tmp_path / "pred", labels(tumor=2, cyst=3))
+    done, content = evaluate(tmp_path, "--protocol=kits23", "--convention=kits19")
+    scores = content["cases"]["case_00000"]
+    assert (scores["mass"]["dice"], scores["tumor"]["dice"]) == (1, 1)
+    assert scores["kidney_and_mass"]["dice"] < 1  # label 3 isn't of the convention: background
+    assert "mass is the same as tumor" in done.text
+
+
+def test_missing_broken_and_shifted_cases_leave_the_others_alone(tmp_path: Path) -> None:
+    truth = labels(tumor=2)
+    write(tmp_path / "ref", truth, truth, truth, truth)
+    write(tmp_path / "pred", truth, truth[1:])
+    (tmp_path / "pred" / "case_00002.nii.gz").write_bytes(b"no image")
+    done, content = evaluate(tmp_path, "--protocol=kits23", "--cases=0-3", "--csv=scores.csv")
+    assert done.code == 1
+    assert content["missing"] == ["case_00003"]
+    assert set(content["failed"]) == {"case_00001", "case_00002"}
+    assert "another grid" in content["failed"]["case_00001"]
+    assert [content["cases"][f"case_0000{n}"]["tumor"]["dice"] for n in range(4)] == [1, 0, 0, 0]
+    assert content["mean"]["tumor"]["dice"] == 0.25
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert len(rows) == 4 * 3
+    assert [row["note"] for row in rows[-3:]] == ["missing"] * 3
+    assert rows[2] | {"case": "case_00000", "class": "tumor", "surface_dice": "1.0", "hd95_mm": "0.0"} == rows[2]
+    assert rows[-1]["hd95_mm"] == ""
+
+
+def test_a_broken_reference_is_named_and_not_scored(tmp_path: Path) -> None:
+    write(tmp_path / "pred", labels(), labels())
+    write(tmp_path / "ref", labels(), labels(tumor=7))
+    done, content = evaluate(tmp_path, "--protocol=kits23", "--csv=scores.csv")
+    assert done.code == 1
+    assert list(content["cases"]) == ["case_00000"]
+    assert "it holds the label values 7" in content["failed"]["case_00001"]
+    assert "label values 7" in (tmp_path / "scores.csv").read_text()
+
+
+def test_unknown_protocols_and_conventions(tmp_path: Path) -> None:
+    for option in ("--protocol=kits20", "--convention=kits21"):
+        done = kitseg(tmp_path, "evaluate", "pred", "ref", option)
+        assert done.code == 2
+        assert option.partition("=")[2] in done.text
+
+
+def test_phantoms_in_parallel(phantoms: Path, tmp_path: Path) -> None:
+    done = kitseg(tmp_path, "evaluate", str(phantoms / "data"), str(phantoms / "data"), "--protocol=kits23", "--jobs=2",
+                  "--json=scores.json")  # fmt: skip
+    assert done.code == 0, done.text
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert list(content["cases"]) == [f"case_{number:05d}" for number in range(6)]
+    assert content["mean"]["tumor"]["surface_dice"] == content["median"]["tumor"]["dice"] == 1
+    assert content["ci95"]["tumor"]["dice"] == [1, 1]
+    assert content["score"] == {"dice": 1, "surface_dice": 1}
+    sizes = content["detection"]["sizes"]
+    assert sizes["all"]["reference"] == sizes["all"]["found"] == sum(sizes[s]["true"] for s in sizes if s != "all") > 0
+    assert len(content["detection"]["cases"]) == 6
+
+
+def test_full_figures_agree_with_the_quick_ones() -> None:
+    pred, ref = np.random.default_rng(0).integers(0, 5, (2, *SHAPE), dtype=np.uint8)
+    figures = score(pred, ref, SPACING, PROTOCOLS["kits19"], "kits19").figures
+    assert {name: found["dice"] for name, found in figures.items()} == kits19_scores(pred, ref)
+
+
+def test_the_margin_around_the_foreground_changes_nothing() -> None:
+    pred, ref = labels(tumor=2, blob=3), labels(tumor=2, cyst=3)
+    wide = [np.pad(array, ((3, 2), (0, 5), (4, 0))) for array in (pred, ref)]
+    assert score(*wide, SPACING, PROTOCOLS["kits23"], "kits23") == score(
+        pred, ref, SPACING, PROTOCOLS["kits23"], "kits23"
+    )
+
+
+def test_mean_median_and_interval_leave_out_what_is_undefined() -> None:
+    values = [0.0, 1.0, None, 2.0, 3.0, 4.0, 20.0]
+    found = summarize([{"tumor": {"hd95_mm": value}} for value in values])["tumor"]["hd95_mm"]
+    assert (found.cases, found.undefined, found.mean, found.median) == (6, 1, 5, 2.5)
+    assert found.low is not None
+    assert found.high is not None
+    assert 0 < found.low < 5 < found.high < 20
+    few = summarize([{"tumor": {"hd95_mm": value}} for value in values[:5]])["tumor"]["hd95_mm"]
+    assert (few.mean, few.low) == (1.5, None)
+    assert summarize([]) == {}
