@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a study: scores, pictures and how they came about."""
+"""One self-contained HTML page of a demo: scores, pictures and how they came about."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from kitseg.files import aside
+from kitseg.report.html import write_page
 
 Row = Mapping[str, str | float]
 
@@ -41,9 +39,9 @@ def write_study_page(
         {"case": case, "png": base64.b64encode(png.read_bytes()).decode("ascii"), "row": _row_of(case, rows)}
         for case, png in pictures.items()
     ]
-    pages = Environment(loader=PackageLoader("kitseg.report"), autoescape=True, undefined=StrictUndefined)
-    pages.filters["score"] = _score
-    html = pages.get_template("study.html.j2").render(
+    write_page(
+        path,
+        "pictures.html.j2",
         title=title,
         columns=columns,
         rows=rows,
@@ -53,17 +51,8 @@ def write_study_page(
         facts=facts,
         notes=notes,
     )
-    with aside(path) as partial:
-        partial.write_text(html, encoding="utf-8")
 
 
 def _row_of(case: str, rows: Sequence[Row]) -> Row:
     """The case's row of the table, an empty one where it has none."""
     return next((row for row in rows if row["case"] == case), {})
-
-
-def _score(value: str | float | None) -> str:
-    """A table cell: numbers with three decimals, a dash for what is missing."""
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)

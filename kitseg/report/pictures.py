@@ -49,7 +49,7 @@ class _Plane:
         return rows, columns
 
 
-_PLANES = (_Plane("Axial", 0, "R", "A"), _Plane("Coronal", 1, "R", "H"), _Plane("Sagittal", 2, "A", "H"))
+PLANES = (_Plane("Axial", 0, "R", "A"), _Plane("Coronal", 1, "R", "H"), _Plane("Sagittal", 2, "A", "H"))
 
 
 def case_picture(
@@ -79,14 +79,14 @@ def case_picture(
     for name, array in maps.items():
         if array.shape != ct.array.shape:
             raise ValueError(f"{name.lower()} and CT differ in shape: {array.shape} and {ct.array.shape}")
-    at = _centre(list(maps.values()), ct.array.shape)
+    at = centre(list(maps.values()), ct.array.shape)
     figure, grid = _canvas(ct, 1 + len(maps), title)
     for row, overlay in zip(grid, [None, *maps.values()], strict=True):
-        for axes, plane in zip(row, _PLANES, strict=True):
+        for axes, plane in zip(row, PLANES, strict=True):
             _draw_ct(axes, plane, ct, at)
             if overlay is not None:
                 _draw_labels(axes, plane.cut(overlay, at), axes.get_aspect())
-    for axes, plane in zip(grid[0], _PLANES, strict=True):
+    for axes, plane in zip(grid[0], PLANES, strict=True):
         axes.set_title(f"{plane.name} (slice {at[plane.axis]})", fontsize=10)
     for row, name in zip(grid, ["CT", *maps], strict=True):
         row[0].set_ylabel(name, fontsize=10)
@@ -119,7 +119,7 @@ def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     _save(figure, path)
 
 
-def _centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
+def centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
     """A voxel in the middle of what is worth seeing in label maps of ``shape``."""
     for mask in _sights(maps):
         if mask.any():
@@ -138,7 +138,7 @@ def _sights(maps: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.bool_]]:
 def _canvas(ct: Volume, rows: int, title: str) -> tuple[Figure, NDArray[Any]]:
     """A figure with (rows, 3) axes, each as large as its plane in millimetres, and a legend."""
     extent = [n * mm for n, mm in zip(ct.array.shape, ct.geometry.spacing, strict=True)]
-    sizes = [plane.lengths(extent) for plane in _PLANES]
+    sizes = [plane.lengths(extent) for plane in PLANES]
     widths, height = [width for _, width in sizes], max(height for height, _ in sizes)
     inches = rows * height * _INCHES / sum(widths) + 0.9
     figure = Figure(figsize=(_INCHES, min(max(inches, 3.0), 40.0)), dpi=100, layout="constrained")

@@ -1,0 +1,122 @@
+"""Commands that look at label maps: what they measure, and pages of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from kitseg import screen
+from kitseg.cli.app import COLOURS, PREDICTIONS, Convention, Jobs, app, exit_if, known_convention
+
+if TYPE_CHECKING:
+    from kitseg.measure.findings import Lesion
+    from kitseg.pipeline.measure import Measured
+    from kitseg.report.study_page import CaseRow
+
+
+@app.command(epilog="Example: kitseg measure predictions --ct data --csv findings.csv")
+def measure(
+    labels: Annotated[Path, typer.Argument(metavar="SEG", help="A label map, or a folder of them.")],
+    ct: Annotated[Path | None, typer.Option(help="Its scan, or the folder of theirs: adds the lesions' HU.")] = None,
+    convention: Convention = "kits19",
+    jobs: Jobs = -1,
+    table: Annotated[Path | None, typer.Option("--csv", help="Write a row for each kidney and lesion.")] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="Write all findings to this file.")] = None,
+) -> None:
+    """Kidneys and lesions: side, volume, diameters, size class, HU, share outside the kidney, contact surface.
+
+    The diameters, and what else is measured, are defined in docs/measure.md.
+    """
+    from kitseg.pipeline import measure as steps
+
+    known_convention(convention)
+    tasks = steps.plan(labels, ct)
+    with screen.bar("measure", len(tasks)) as step:
+
+        def done(result: Measured) -> None:
+            step()
+            if result.error:
+                screen.complain(result.error)
+
+        results = steps.measure_all(tasks, convention, jobs, done)
+    if report:
+        steps.write_findings(report, results, convention)
+    if table:
+        steps.write_table(table, results)
+    _show_findings(results)
+    exit_if(any(result.error for result in results))
+
+
+@app.command(epilog="Example: kitseg mesh case_00210.nii.gz -o tumor.stl --of tumor")
+def mesh(
+    labels: Annotated[Path, typer.Argument(metavar="SEG", help="A label map.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The STL file.")] = Path("kidney.stl"),
+    of: Annotated[str, typer.Option(help="kidney (both, with lesions), parenchyma, tumor or cyst.")] = "kidney",
+    convention: Convention = "kits19",
+) -> None:
+    """The surface of a label map as an STL file, in millimetres in the patient's space (RAS+)."""
+    from kitseg.pipeline.measure import write_mesh
+
+    known_convention(convention)
+    made = write_mesh(labels, output, of, convention)
+    screen.say(escape(f"{made.triangles} triangles, {made.ml:.1f} ml → {output}"))
+
+
+@app.command(epilog="Example: kitseg report predictions data --scores scores.json")
+def report(
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps, or one of them.")] = PREDICTIONS,
+    data: Annotated[
+        list[Path], typer.Argument(help="Their scans, and references where there are: files and folders.")
+    ] = [],  # noqa: B006
+    scores: Annotated[Path | None, typer.Option(help="A file of `kitseg evaluate --json`.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
+    jobs: Jobs = -1,
+) -> None:
+    """Pages to look at: one a case, and one about all of them; each a single HTML file that needs no network."""
+    from kitseg.pipeline import report as pages
+    from kitseg.report.html import INDEX
+    from kitseg.report.scores import ScoreFile, read_scores
+
+    known = read_scores(scores) if scores else ScoreFile()
+    tasks = pages.plan(predictions, data, known, output)
+    with screen.bar("report", len(tasks)) as step:
+
+        def done(row: CaseRow) -> None:
+            step()
+            if row.error:
+                screen.complain(row.error)
+
+        rows = pages.report(tasks, known, output, jobs, done)
+    for row in rows:
+        for flag in row.quality.flags if row.quality else ():
+            screen.say(f"[{COLOURS[flag.level]}]{flag.level}[/] {escape(f'{row.case}: {flag.reason}')}")
+    count = sum(not row.error for row in rows)
+    screen.say(escape(f"{count} of {len(rows)} cases → {output / INDEX}"))
+    exit_if(count < len(rows))
+
+
+def _show_findings(results: Sequence[Measured]) -> None:
+    table = screen.table(
+        "case", "", "side", "ml", "axial mm", "3D mm", "class", "outside", "contact cm²", "HU", "parenchyma ml"
+    )
+    for result in results:
+        for kidney in result.findings.kidneys:
+            volumes = f"{kidney.volume_ml:.1f}", *[""] * 6, f"{kidney.parenchyma_ml:.1f}"
+            table.add_row(escape(result.case), "kidney", kidney.side, *volumes)
+        for lesion in result.findings.lesions:
+            table.add_row(escape(result.case), f"{lesion.kind} {lesion.number}", lesion.side, *_lesion_cells(lesion))
+        table.add_section()
+    screen.out.print(table)
+
+
+def _lesion_cells(lesion: Lesion) -> Iterator[str]:
+    yield from (f"{value:.1f}" for value in (lesion.volume_ml, lesion.axial_mm, lesion.diameter_mm))
+    yield lesion.size_class or "–"
+    yield "–" if lesion.exophytic is None else f"{lesion.exophytic:.0%}"
+    yield "–" if lesion.contact_mm2 is None else f"{lesion.contact_mm2 / 100:.1f}"
+    yield "–" if lesion.hu_mean is None else f"{lesion.hu_mean:.0f} ± {lesion.hu_sd:.0f}"
+    yield ""

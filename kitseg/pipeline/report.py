@@ -1,0 +1,182 @@
+"""Pages to look at: one a case, and one about all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib import delayed
+from numpy.typing import NDArray
+
+from kitseg import __version__
+from kitseg.errors import InputError, UsageError, in_words
+from kitseg.measure.measure import measure
+from kitseg.measure.quality import Flag, Quality, assess
+from kitseg.pipeline.outcome import in_parallel
+from kitseg.report.case_page import CaseContent, write_case_page
+from kitseg.report.html import INDEX, page_name, spare_foreign
+from kitseg.report.scores import ScoreFile, ScoreTable
+from kitseg.report.slices import Scene
+from kitseg.report.study_page import CaseRow, thumbnail, write_study
+from kitseg.types import Case, Geometry, Volume
+from kitseg.volumes.kits import find_labels
+from kitseg.volumes.nifti import file_digest, read_labels
+from kitseg.volumes.scan import check_grid, read_scan, scan_digest, scans_of_labels
+
+_CONVENTION = "kits23"  # cysts may be there or not
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case to make a page of: its labels, its scan where there is one, its scores."""
+
+    case: str
+    labels: Path
+    scan: Case | None
+    scores: ScoreTable
+    to: Path
+
+
+def plan(predictions: Path, data: Sequence[Path], scores: ScoreFile, to: Path) -> list[Task]:
+    """The cases that there are label maps of, each with the scan of the same name.
+
+    Raises:
+        InputError: a path is missing or holds nothing of the kind.
+        UsageError: two files of one name, scans of none of the cases, or pages of another origin in the way.
+    """
+    labels, scans = find_labels(predictions), scans_of_labels(data)
+    if data and not labels.keys() & scans.keys():
+        raise UsageError(f"{', '.join(map(str, data))} holds no scan of {', '.join(sorted(labels)[:3])}")
+    spare_foreign(to / INDEX)
+    for case in labels:
+        spare_foreign(to / page_name(case))
+    return [
+        Task(case, path.absolute(), scans.get(case), scores.cases.get(case, {}), to.absolute())
+        for case, path in sorted(labels.items())
+    ]
+
+
+def report(
+    tasks: Sequence[Task], scores: ScoreFile, to: Path, jobs: int, on_done: Callable[[CaseRow], None]
+) -> list[CaseRow]:
+    """Write the page of each case, ``jobs`` at a time, and then the study's, ``index.html``; a row a case.
+
+    ``on_done`` hears of each. A case that fails is a row with an error.
+    """
+    rows: list[CaseRow] = []
+    for row in in_parallel((delayed(make_page)(task) for task in tasks), jobs):
+        rows.append(row)
+        on_done(row)
+    facts = {"Cases": str(len(rows)), **_page_facts()}
+    write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, facts)
+    return rows
+
+
+def make_page(task: Task) -> CaseRow:
+    """Write a case's page; its row of the study."""
+    try:
+        return _make_page(task)
+    except Exception as error:  # whatever it is, the other cases go on
+        return CaseRow(task.case, error=_without_paths(error, task), scores=task.scores)
+
+
+def _make_page(task: Task) -> CaseRow:
+    labels = read_labels(task.labels, task.case, _CONVENTION)
+    scan = read_scan(task.scan) if task.scan else None
+    if scan:
+        check_grid(task.labels, labels.geometry, scan.geometry)
+    reference = _reference(task, labels)
+    scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference)
+    findings = measure(scene.labels, scene.geometry, scene.hu)
+    origin, digest = _origin(task.labels), file_digest(task.labels)
+    quality = _quality_in(origin, digest) or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
+    facts, notes = _facts(task, scene.geometry, origin, digest)
+    content = CaseContent(task.case, scene, findings, quality, task.scores, facts, notes)
+    write_case_page(task.to / page_name(task.case), content)
+    return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
+
+
+def _reference(task: Task, labels: Volume) -> NDArray[np.uint8] | None:
+    """The case's reference label map, unless it is the very file that the page is about."""
+    path = task.scan.label if task.scan else None
+    if path is None or path.resolve() == task.labels.resolve():
+        return None
+    truth = read_labels(path, task.case, _CONVENTION)
+    check_grid(path, truth.geometry, labels.geometry)
+    return truth.array
+
+
+def _origin(labels: Path) -> dict[str, Any]:
+    """What ``kitseg predict`` wrote beside a label map; empty for other tools' ones."""
+    path = labels.with_name(labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if "kitseg" in content["versions"] else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _quality_in(origin: Mapping[str, Any], digest: str) -> Quality | None:
+    """The flags that a prediction came with, as long as its labels are still the same."""
+    found = origin.get("quality")
+    if not found or origin.get("labels_sha256", digest) != digest:
+        return None
+    return Quality(tuple(Flag(f["name"], f["level"], f["reason"]) for f in found["flags"]), found["phase"])
+
+
+def _facts(task: Task, geometry: Geometry, origin: Mapping[str, Any], digest: str) -> tuple[dict[str, str], list[str]]:
+    """How the labels came about, by name, and what the reader must know of that."""
+    facts, notes = {}, [f"{origin['note'].capitalize()}."] if origin.get("note") else []
+    scan = scan_digest(task.scan) if task.scan else origin.get("scan_sha256")
+    if scan:
+        name = origin.get("scan") or (task.scan.image.name if task.scan else "")
+        facts["Scan"] = f"{name}\nsha256 {scan}"
+    depth, height, width = geometry.shape
+    down, along, across = geometry.spacing
+    facts["Grid"] = f"{width} × {height} × {depth} voxels of {across:.3g} × {along:.3g} × {down:.3g} mm"
+    facts["Labels"] = f"{task.labels.name}\nsha256 {digest}"
+    if not origin:
+        notes.append("The labels came without a file that says how they were made.")
+    if origin.get("labels_sha256", digest) != digest:
+        notes.append("The labels were changed since they were predicted; the flags are about what they are now.")
+    if task.scan and origin.get("scan_sha256", scan) != scan:
+        notes.append("The scan on this page is not the file that the labels were predicted from.")
+    for number, model in enumerate(origin.get("models", []), 1):
+        facts[f"Model {number}"] = _model(model)
+    if origin:
+        facts["Predicted with"] = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return {**facts, **_page_facts()}, notes
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    """A model in words: name, folds, weight, configuration and version."""
+    parts = [Path(model["path"]).name]
+    if model.get("folds"):
+        parts.append(f"folds {', '.join(map(str, model['folds']))}")
+    parts += ["mirrored too"] if model.get("mirror") else []
+    parts += [f"weight {model['weight']:g}"] if "weight" in model else []
+    parts += [f"trained with kitseg {model['trained_with']}"] if model.get("trained_with") else []
+    parts += ["trained on phantoms"] if model.get("phantom") else []
+    return f"{', '.join(parts)}\nsha256 of configuration and weights {model['sha256']}"
+
+
+def _page_facts() -> dict[str, str]:
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"Page made": f"{now} with kitseg {__version__}"}
+
+
+def _without_paths(error: Exception, task: Task) -> str:
+    """An error's words without this machine's folders, and of a DICOM series without names of files, too."""
+    if isinstance(error, InputError) and task.scan and task.scan.slices:
+        return f"{task.case}: {error.problem}. {error.remedy}"
+    text = in_words(task.case, error)
+    paths = [task.labels, *([task.scan.image] if task.scan else []), task.to]
+    for folder in sorted({parent for path in paths for parent in path.parents}, key=lambda p: -len(str(p))):
+        if folder != folder.parent:
+            text = text.replace(f"{folder}/", "")
+    return text

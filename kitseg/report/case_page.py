@@ -1,0 +1,120 @@
+"""One self-contained HTML page about a case: flag, measures, planes through each lesion, slices, 3D, origin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kitseg.labels import CYST
+from kitseg.measure.findings import Findings, Lesion
+from kitseg.measure.quality import Quality
+from kitseg.report.html import number, write_page
+from kitseg.report.pictures import PLANES, centre
+from kitseg.report.scores import ScoreTable
+from kitseg.report.slices import COLOURS, LEVEL, UNIT, WIDTH, Scene, around, as_data, cut, scroll
+from kitseg.report.view3d import plotly_script, title, view
+from kitseg.types import Triple
+
+_MOST_LESIONS = 12  # with pictures of their own
+_SCROLL_BYTES = 4_500_000  # of a page that stays below 10 MB
+_VIEW_MM = 140.0  # a lesion's pictures show at least this
+_VIEW_DIAMETERS = 2.5  # and as many of the lesion's diameters
+_AXES = ("slice", "row", "column")
+_ALONE, _COMPARED = {"prediction": "Labels"}, {"prediction": "Prediction", "reference": "Reference"}
+_TEXTS = {"kidney": "kidney with lesions", "tumor": "tumor", "cyst": "cyst"}
+
+
+@dataclass(frozen=True)
+class CaseContent:
+    """What a case's page shows.
+
+    scene: labels, scan and reference; scores: metric by class; facts: how this came about, by name; notes: paragraphs.
+    """
+
+    case: str
+    scene: Scene
+    findings: Findings
+    quality: Quality
+    scores: ScoreTable
+    facts: Mapping[str, str]
+    notes: Sequence[str] = ()
+
+
+def write_case_page(path: Path, content: CaseContent) -> None:
+    """Writes the page as one HTML file below 10 MB that needs no network and no other file, whole or not at all."""
+    scene, findings = content.scene, content.findings
+    found = scroll(scene, _SCROLL_BYTES)
+    drawn = view(scene.labels, scene.geometry, findings)
+    middle = middle_of(scene, findings)[0]
+    start = min(range(len(found.indices)), key=lambda n: abs(found.indices[n] - middle))
+    write_page(
+        path,
+        "case.html.j2",
+        title=content.case,
+        quality=content.quality,
+        findings=findings,
+        notes=content.notes,
+        facts=content.facts,
+        scores=content.scores,
+        metrics=list(dict.fromkeys(metric for values in content.scores.values() for metric in values)),
+        colours=COLOURS,
+        outlines=_outlines(scene),
+        origins=_ALONE if scene.reference is None else _COMPARED,
+        window="No scan was given." if scene.hu is None else f"Window: level {LEVEL}, width {WIDTH} HU.",
+        unit=UNIT,
+        slices=as_data(found),
+        first=found.cuts[0],
+        start=start,
+        count=len(found.cuts),
+        depth=scene.geometry.shape[0],
+        every=found.every,
+        sights=_sights(scene, findings),
+        left_out=max(len(findings.lesions) - _MOST_LESIONS, 0),
+        has_view=drawn is not None,
+        view=drawn,
+        plotly="" if drawn is None else plotly_script(),
+    )
+
+
+def _outlines(scene: Scene) -> dict[str, str]:
+    """Names and texts of the outlines that can be seen; cysts only where there are any."""
+    maps = [scene.labels] if scene.reference is None else [scene.labels, scene.reference]
+    cysts = any((labels == CYST).any() for labels in maps)
+    return {name: text for name, text in _TEXTS.items() if cysts or name != "cyst"}
+
+
+def middle_of(scene: Scene, findings: Findings) -> Triple:
+    """The middle of the largest lesion, or of what is labelled."""
+    if findings.lesions:
+        return findings.lesions[0].centre
+    return centre([scene.labels] if scene.reference is None else [scene.labels, scene.reference], scene.labels.shape)
+
+
+def _sights(scene: Scene, findings: Findings) -> list[dict[str, Any]]:
+    """The three planes through each lesion; without one, those through the middle of what is labelled."""
+    if not findings.lesions:
+        at = middle_of(scene, findings)
+        return [{"name": "No lesion", "facts": ["through the middle"], "planes": _planes(scene, at, 1000.0)}]
+    return [_sight(scene, lesion) for lesion in findings.lesions[:_MOST_LESIONS]]
+
+
+def _sight(scene: Scene, lesion: Lesion) -> dict[str, Any]:
+    facts = [f"{number(lesion.volume_ml)} ml", *([lesion.size_class] if lesion.size_class else [])]
+    planes = _planes(scene, lesion.centre, max(_VIEW_MM, _VIEW_DIAMETERS * lesion.diameter_mm))
+    return {"name": title(lesion).capitalize(), "facts": facts, "planes": planes}
+
+
+def _planes(scene: Scene, at: Triple, mm: float) -> list[dict[str, Any]]:
+    box = around(at, mm, scene.geometry)
+    return [
+        {
+            "name": plane.name,
+            "axis": _AXES[plane.axis],
+            "at": at[plane.axis],
+            "marks": (plane.left, plane.top),
+            "cut": cut(scene, plane.axis, at[plane.axis], box),
+        }
+        for plane in PLANES
+    ]

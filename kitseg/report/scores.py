@@ -1,0 +1,111 @@
+"""A file of ``kitseg evaluate --json`` as tables for a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kitseg.errors import InputError
+from kitseg.report.html import number
+
+ScoreTable = Mapping[str, Mapping[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; the first column names the rows."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """Scores of cases (figure by class), and of all of them together.
+
+    strata: of each case, by kind; order: the names of each kind in their natural order; notes: paragraphs, about cases
+    that are missing and the like.
+    """
+
+    cases: Mapping[str, ScoreTable] = field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
+    strata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    order: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_scores(path: Path) -> ScoreFile:
+    """Read what ``kitseg evaluate --json`` wrote.
+
+    Raises:
+        InputError: it can't be read, or holds no scores.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        groups = content["groups"]
+        kinds = dict.fromkeys(group["kind"] for group in groups)
+        order = {kind: tuple(group["name"] for group in groups if group["kind"] == kind) for kind in kinds}
+        tables = (_summary(content), _groups(groups), _detection(content.get("detection", {})))
+        shown = tuple(table for table in tables if table.rows)
+        return ScoreFile(content["cases"], shown, content["strata"], order, _notes(content))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "Make it with `kitseg evaluate --json`."
+        raise InputError(path, f"can't be read as scores ({type(error).__name__})", remedy) from error
+
+
+def in_words(name: str) -> str:
+    """A class or a figure for a reader: ``surface_dice_2mm`` is ``surface dice 2mm``."""
+    return name.replace("_", " ")
+
+
+def _summary(content: Mapping[str, Any]) -> Table:
+    """Each figure over all cases."""
+
+    def row(name: str, figure: str, mean: float | None) -> tuple[str, ...]:
+        median, interval, undefined = (
+            content.get(part, {}).get(name, {}).get(figure) for part in ("median", "ci95", "undefined")
+        )
+        between = " to ".join(number(bound, 3) for bound in interval) if interval else "–"
+        return f"{in_words(name)}: {in_words(figure)}", number(mean, 3), between, number(median, 3), str(undefined or 0)
+
+    rows = tuple(row(name, figure, mean) for name, found in content["mean"].items() for figure, mean in found.items())
+    return Table("Over all cases", ("", "mean", "95 % CI", "median", "undefined in"), rows)
+
+
+def _groups(groups: list[dict[str, Any]]) -> Table:
+    """Mean Dice by stratum."""
+    names = list(dict.fromkeys(name for group in groups for name in group["dice"]))
+    rows = tuple(
+        (
+            "all cases" if group["kind"] == "all" else f"{group['kind']}: {group['name']}",
+            str(group["cases"]),
+            *(number(group["dice"].get(name), 3) for name in names),
+        )
+        for group in groups
+    )
+    return Table("Mean Dice by group", ("", "cases", *map(in_words, names)), rows)
+
+
+def _detection(detection: Mapping[str, Any]) -> Table:
+    """Tumors found, by size."""
+    sizes = detection.get("sizes", {})
+    columns = tuple(dict.fromkeys(key for found in sizes.values() for key in found))
+    rows = tuple((size, *(_figure(found.get(key)) for key in columns)) for size, found in sizes.items())
+    return Table("Tumors found", ("", *map(in_words, columns)), rows)
+
+
+def _figure(value: float | None) -> str:
+    return str(value) if isinstance(value, int) else number(value, 3)
+
+
+def _notes(content: Mapping[str, Any]) -> tuple[str, ...]:
+    notes = [f"Scored by the rules of {content['protocol']}.", *content.get("notes", [])]
+    if content.get("missing"):
+        notes.append(f"No prediction, which counts as background: {', '.join(content['missing'])}.")
+    if content.get("failed"):
+        notes.append(f"Could not be scored: {', '.join(content['failed'])}.")
+    return tuple(notes)

@@ -1,0 +1,145 @@
+"""One self-contained HTML page about a study: how far its cases can be trusted, scores, distributions, worst first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kitseg.measure.findings import Findings, Lesion
+from kitseg.measure.quality import LEVELS, Quality
+from kitseg.report.case_page import middle_of
+from kitseg.report.html import page_name, write_page
+from kitseg.report.scores import ScoreFile, ScoreTable, in_words
+from kitseg.report.slices import COLOURS, UNIT, Cut, Scene, body_box, cut
+from kitseg.report.strip import Dot, Strip, strip
+
+FAILED = "failed"
+_NOTHING = Findings((), ())
+_THUMBNAIL_PIXELS = 256
+_PICTURES_BYTES = 6_000_000  # of a page that stays below 10 MB
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """A case in the study; error: why there is no page of it, and then the rest is empty."""
+
+    case: str
+    error: str = ""
+    quality: Quality | None = None
+    findings: Findings = _NOTHING
+    thumbnail: Cut | None = None
+    scores: ScoreTable | None = None
+
+    @property
+    def level(self) -> str:
+        """Green, amber, red or failed."""
+        return self.quality.level if self.quality and not self.error else FAILED
+
+    @property
+    def page(self) -> str:
+        """The file name of the case's page."""
+        return page_name(self.case)
+
+    @property
+    def kidneys_ml(self) -> float:
+        """Volume of the kidneys with their lesions."""
+        return sum(kidney.volume_ml for kidney in self.findings.kidneys)
+
+    @property
+    def largest(self) -> Lesion | None:
+        """The lesion with the largest volume."""
+        return max(self.findings.lesions, key=lambda lesion: lesion.volume_ml, default=None)
+
+    @property
+    def dice(self) -> dict[str, float]:
+        """Dice by class."""
+        found = {name: values.get("dice") for name, values in (self.scores or {}).items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def write_study(path: Path, title: str, rows: Sequence[CaseRow], scores: ScoreFile, facts: Mapping[str, str]) -> None:
+    """Writes the page as one HTML file below 10 MB that needs no network; its links lead to the cases' pages beside it.
+
+    Pictures go to the worst cases first, for as long as there is room.
+    """
+    ordered = sorted(rows, key=_badness)
+    write_page(
+        path,
+        "study.html.j2",
+        title=title,
+        rows=ordered,
+        counts=Counter(row.level for row in rows),
+        levels=(*LEVELS, FAILED),
+        pictured=_pictured(ordered),
+        classes=list(dict.fromkeys(name for row in rows for name in row.dice)),
+        scores=scores,
+        strips=_strips(rows, scores),
+        colours=COLOURS,
+        unit=UNIT,
+        facts=facts,
+    )
+
+
+def thumbnail(scene: Scene, findings: Findings) -> Cut:
+    """The axial slice through the middle of the largest lesion, or of what is labelled."""
+    at = middle_of(scene, findings)[0]
+    return cut(scene, 0, at, body_box(scene.hu, scene.geometry.shape), _THUMBNAIL_PIXELS)
+
+
+def _badness(row: CaseRow) -> tuple[int, float, int, str]:
+    """Failed, then red, amber, green; among those the lowest mean Dice first, then the most flags."""
+    order = (FAILED, *reversed(LEVELS))
+    dice = float(np.mean(list(row.dice.values()))) if row.dice else 1.0
+    return order.index(row.level), dice, -len(row.quality.flags if row.quality else ()), row.case
+
+
+def _pictured(rows: Sequence[CaseRow]) -> list[CaseRow]:
+    found, used = [], 0
+    for row in rows:
+        used += row.thumbnail.size if row.thumbnail else 0
+        if row.thumbnail and used <= _PICTURES_BYTES:
+            found.append(row)
+    return found
+
+
+def _strips(rows: Sequence[CaseRow], scores: ScoreFile) -> list[Strip]:
+    """Dice by class, the tumor's by stratum, and what was measured."""
+    classes = list(dict.fromkeys(name for row in rows for name in row.dice))
+    drawn = [strip("Dice", {name: _dice_dots(rows, name) for name in classes}, 1.0)]
+    for kind, names in scores.order.items():
+        groups = {
+            name: _dice_dots([row for row in rows if scores.strata.get(row.case, {}).get(kind) == name], classes[-1])
+            for name in names
+            if classes
+        }
+        if len(names) > 1:
+            drawn.append(strip(f"Dice of {in_words(classes[-1])} by {kind}", groups, 1.0))
+    lesions = [(row, lesion) for row in rows for lesion in row.findings.lesions]
+    kinds = list(dict.fromkeys(lesion.kind for _, lesion in lesions))
+    for name, what in (("Largest 3D diameter of a lesion, mm", "diameter_mm"), ("Volume of a lesion, ml", "volume_ml")):
+        dots = {
+            kind: [
+                _dot(row, float(getattr(lesion, what)), f"lesion {lesion.number}")
+                for row, lesion in lesions
+                if lesion.kind == kind
+            ]
+            for kind in kinds
+        }
+        drawn.append(strip(name, dots))
+    kidneys = {
+        side: [_dot(row, k.volume_ml, side) for row in rows for k in row.findings.kidneys if k.side == side]
+        for side in ("right", "left")
+    }
+    return [found for found in (*drawn, strip("Volume of a kidney with its lesions, ml", kidneys)) if found]
+
+
+def _dice_dots(rows: Sequence[CaseRow], name: str) -> list[Dot]:
+    return [_dot(row, row.dice[name], name, 3) for row in rows if name in row.dice]
+
+
+def _dot(row: CaseRow, value: float, what: str, digits: int = 1) -> Dot:
+    return Dot(value, f"{row.case}, {what}: {value:.{digits}f}", row.level, row.page)

@@ -1,0 +1,134 @@
+"""Kidneys and lesions in 3D, for plotly to draw in a page."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from plotly.offline import get_plotlyjs
+
+from kitseg.labels import BACKGROUND, CYST, TUMOR
+from kitseg.measure.findings import Findings, Lesion
+from kitseg.measure.mesh import surface
+from kitseg.postprocess.components import Components, bounding_box
+from kitseg.report.slices import COLOURS
+from kitseg.types import Box, Geometry
+
+_MOST_TRIANGLES = 60_000  # of all surfaces of a page together
+_MOST_LESIONS = 40  # with a surface of their own
+_FINEST_MM = 1.0
+_LIGHT = {"ambient": 0.45, "diffuse": 0.7, "specular": 0.15, "roughness": 0.6}
+_KIDNEY_OPACITY = 0.35
+_LABELS = {"tumor": TUMOR, "cyst": CYST}
+_AXIS = {"visible": False}
+_LAYOUT = {
+    "margin": {"l": 0, "r": 0, "t": 0, "b": 0},
+    "paper_bgcolor": "#ffffff",
+    "showlegend": True,
+    "legend": {"orientation": "h", "y": 0, "yanchor": "top", "itemsizing": "constant"},
+    "scene": {
+        "aspectmode": "data",
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "zaxis": _AXIS,
+        "camera": {"eye": {"x": 0.0, "y": 1.7, "z": 0.25}},
+        "dragmode": "orbit",
+    },
+}
+_CONFIG = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+
+
+@lru_cache
+def plotly_script() -> str:
+    """plotly.js, gzipped and then base64."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), 9, mtime=0)).decode("ascii")
+
+
+def view(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> dict[str, Any] | None:
+    """What plotly draws (data, layout and config): kidneys to look through, each lesion in its colour.
+
+    Patient's right is at the left, as one looks at the patient. None where nothing is labelled.
+    """
+    whole = bounding_box(labels != BACKGROUND)
+    if whole is None:
+        return None
+    masks = [("kidneys", "kidney", whole, labels[whole.slices] != BACKGROUND)]
+    shown = findings.lesions[:_MOST_LESIONS]
+    masks += [(title(lesion), lesion.kind, lesion.box, lesion_mask(labels, lesion)) for lesion in shown]
+    step = _FINEST_MM
+    while True:
+        traces = [_trace(name, kind, mask, _moved(geometry, box), step) for name, kind, box, mask in masks]
+        if sum(trace["triangles"] for trace in traces) <= _MOST_TRIANGLES:
+            break
+        step *= 1.4
+    for trace in traces:
+        del trace["triangles"]
+    return {"data": [*traces, _marks(geometry, whole)], "layout": _LAYOUT, "config": _CONFIG}
+
+
+def title(lesion: Lesion) -> str:
+    """A lesion's name for a reader."""
+    return f"{lesion.kind} {lesion.number}, {lesion.side}, {lesion.diameter_mm:.0f} mm"
+
+
+def lesion_mask(labels: NDArray[np.uint8], lesion: Lesion) -> NDArray[np.bool_]:
+    """The lesion's voxels within its box."""
+    mask = labels[lesion.box.slices] == _LABELS[lesion.kind]
+    found = Components.of(mask)
+    inside = np.zeros(mask.shape, bool)
+    middle = tuple(c - a - b for c, a, b in zip(lesion.centre, lesion.box.start, found.box.start, strict=True))
+    inside[found.box.slices] = found.numbers == found.numbers[middle]
+    return inside
+
+
+def _trace(name: str, kind: str, mask: NDArray[np.bool_], geometry: Geometry, step: float) -> dict[str, Any]:
+    vertices, faces = surface(mask, geometry, step)
+    small = np.uint16 if len(vertices) <= 2**16 else np.uint32
+    x, y, z = (_packed(axis.astype(np.float32)) for axis in vertices.T)
+    i, j, k = (_packed(corner.astype(small)) for corner in faces.T)
+    return {
+        "type": "mesh3d",
+        "name": name,
+        "hoverinfo": "name",
+        "showlegend": True,
+        "color": COLOURS[kind],
+        "opacity": _KIDNEY_OPACITY if kind == "kidney" else 1.0,
+        "lighting": _LIGHT,
+        "flatshading": False,
+        "triangles": len(faces),
+        **{"x": x, "y": y, "z": z, "i": i, "j": j, "k": k},
+    }
+
+
+def _packed(values: NDArray[Any]) -> dict[str, str]:
+    """Numbers as plotly reads them, in base64."""
+    kinds = {"float32": "f4", "uint16": "u2", "uint32": "u4"}
+    return {"dtype": kinds[values.dtype.name], "bdata": base64.b64encode(values.tobytes()).decode("ascii")}
+
+
+def _moved(geometry: Geometry, box: Box) -> Geometry:
+    """The lattice of a box of voxels."""
+    affine = geometry.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ box.start
+    return Geometry(box.size, affine)
+
+
+def _marks(geometry: Geometry, box: Box) -> dict[str, Any]:
+    """The letters of the patient's right, left, head and feet beside what is seen."""
+    corners = np.stack([geometry.affine @ [*box.start, 1], geometry.affine @ [*(n - 1 for n in box.stop), 1]])[:, :3]
+    low, high = corners.min(0), corners.max(0)
+    (x, y, z), (dx, _, dz) = (low + high) / 2, (high - low) / 2 + 12
+    places = {"R": (x + dx, y, z), "L": (x - dx, y, z), "H": (x, y, z + dz), "F": (x, y, z - dz)}
+    return {
+        "type": "scatter3d",
+        "mode": "text",
+        "text": list(places),
+        **{axis: [float(place[n]) for place in places.values()] for n, axis in enumerate("xyz")},
+        "hoverinfo": "skip",
+        "showlegend": False,
+        "textfont": {"size": 14, "color": "#5b6b7b"},
+    }
