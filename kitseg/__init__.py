@@ -9,7 +9,9 @@ The folders tell a scan's journey, in this order:
 4. ``inference``    a trained stage sees a whole case; probabilities return to the CT's own grid
 5. ``ensemble``     probabilities are averaged
 6. ``postprocess``  labels are cleaned by what medicine knows
-7. ``scoring``      official metrics; ``report``: pictures and pages
+7. ``scoring``      official metrics
+8. ``measure``      lesions in millimetres, and how far a case can be trusted
+9. ``report``       pictures and pages
 
 ``pipeline`` holds one function a verb, ``runs`` every path of a training run, ``config`` Hydra, ``cli`` Typer.
 """

@@ -181,7 +181,8 @@ def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:
     for name, (amber, red) in AGREEMENT.items():
         dice = agreement.get(name, math.nan)
         if dice < amber:  # never for NaN
-            reason = f"The ensemble's members agree on the {name} with a mean Dice of {dice:.2f}, below {amber:.2f}."
+            least = red if dice < red else amber
+            reason = f"The ensemble's members agree on the {name} with a Dice of {dice:.2f} only, below {least:.2f}."
             yield Flag(f"{name}-agreement", RED if dice < red else AMBER, reason)
 
 
