@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from kitseg.types import Box, Masks, Probabilities
 
 CHANNELS = ("background", "kidney", "tumor", "foreground")
+SLAB = 16  # slices at a time
 EXCLUSIVE, NESTED = ("background", "kidney", "tumor"), ("foreground", "tumor")
 
 
 def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
     """The weighted mean of members, summed in float32 in their order, rounded to float16 at the end.
 
-    Holds the running sum and one member at a time. Where a member's box ends, its background has probability 1.
+    Holds the running sum and one member at a time; a single member is its own mean. Where a member's box ends, its
+    background has probability 1.
 
     Raises:
         ValueError: no members, or members of other channels or another scan than the first.
@@ -27,9 +29,13 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
     total, weights = np.empty(0, np.float32), 0.0
     for member, weight in members:
         if first is None:
-            first, box = replace(member, array=np.empty((0, 0, 0, 0), np.float16)), member.box
-            total = np.zeros(member.array.shape, np.float32)
+            first, box, weights = member, member.box, weight
+            continue
         _same_kind(first, member)
+        if total.ndim != 4:
+            total = first.array.astype(np.float32)
+            total *= np.float32(weights)
+            first = replace(first, array=np.empty((0, 0, 0, 0), np.float16))
         wider = box.union(member.box)
         total = _widen(total, box, wider, first.channels, weights)
         box = wider
@@ -37,6 +43,8 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
         weights += weight
     if first is None:
         raise ValueError("a mean needs at least one member")
+    if total.ndim != 4:
+        return first
     total /= np.float32(weights)
     return Probabilities(total.astype(np.float16), first.channels, box, first.geometry, first.native, first.case_id)
 
@@ -45,13 +53,15 @@ class Votes:
     """How far the members of a mean agree on kidney (with tumor) and tumor, counted as they come.
 
     The agreement is the Dice coefficient over all pairs of members, pooled: with n members of M at a voxel,
-    2 Σ n (n − 1) / 2 / ((M − 1) Σ n). It keeps one byte a voxel and class, however many the members are.
+    2 Σ n (n − 1) / 2 / ((M − 1) Σ n). Where they find less than a speck on average, they agree. It keeps one byte a
+    voxel and class, however many the members are.
     """
 
     CLASSES = ("kidney", "tumor")
+    SPECK_ML = 0.1
 
     def __init__(self) -> None:
-        self.members, self._box = 0, Box((0, 0, 0), (0, 0, 0))
+        self.members, self._voxel_ml, self._box = 0, 0.0, Box((0, 0, 0), (0, 0, 0))
         self._votes = np.zeros((len(self.CLASSES), 0, 0, 0), np.uint8)
 
     def watch(self, members: Iterable[tuple[Probabilities, float]]) -> Iterator[tuple[Probabilities, float]]:
@@ -61,14 +71,14 @@ class Votes:
             yield member, weight
 
     def agreement(self) -> dict[str, float] | None:
-        """Dice over all pairs of members by class, 1 where none of them found anything; None for a single member."""
+        """Dice over all pairs of members by class, 1 where they found next to nothing; None for a single member."""
         if self.members < 2:
             return None
         histograms = [np.bincount(votes.reshape(-1), minlength=2).astype(np.float64) for votes in self._votes]
         return {name: self._pooled(counts) for name, counts in zip(self.CLASSES, histograms, strict=True)}
 
     def _count(self, member: Probabilities) -> None:
-        self.members += 1
+        self.members, self._voxel_ml = self.members + 1, member.geometry.voxel_ml
         if not member.array.size:
             return
         wider, masks = self._box.union(member.box), to_masks(member)
@@ -83,8 +93,10 @@ class Votes:
 
     def _pooled(self, counts: NDArray[np.float64]) -> float:
         n = np.arange(len(counts))
-        total = float((self.members - 1) * (counts * n).sum())
-        return float((counts * n * (n - 1)).sum()) / total if total else 1.0
+        found = float((counts * n).sum())
+        if found * self._voxel_ml / self.members < self.SPECK_ML:
+            return 1.0
+        return float((counts * n * (n - 1)).sum()) / ((self.members - 1) * found)
 
 
 def can_weigh(weights: Sequence[float]) -> bool:
@@ -137,12 +149,20 @@ def to_masks(probabilities: Probabilities) -> Masks:
     Raises:
         ValueError: a channel of another name.
     """
-    names, array = probabilities.channels, np.asarray(probabilities.array)
+    names, array = probabilities.channels, probabilities.array
     if strange := sorted(set(names) - set(CHANNELS)):
         raise ValueError(f"channels named {', '.join(strange)}; masks come from {', '.join(CHANNELS)}")
-    nothing = np.zeros(probabilities.box.size, np.bool_)
-    if not array.size:
-        return Masks(nothing, nothing)
+    masks = Masks(np.zeros(probabilities.box.size, np.bool_), np.zeros(probabilities.box.size, np.bool_))
+    for start in range(0, array.shape[1], SLAB):
+        part = slice(start, start + SLAB)
+        foreground, tumor = _masks(names, np.asarray(array[:, part]))
+        masks.foreground[part], masks.tumor[part] = foreground, tumor
+    return masks
+
+
+def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Foreground and tumor of some slices (K, d, H, W)."""
+    nothing = np.zeros(array.shape[1:], np.bool_)
     if "background" in names:
         best = array.argmax(axis=0)
         found = {name: best == index for index, name in enumerate(names)}
@@ -150,7 +170,7 @@ def to_masks(probabilities: Probabilities) -> Masks:
         found = {name: channel > np.float16(0.5) for name, channel in zip(names, array, strict=True)}
     tumor = found.get("tumor", nothing)
     foreground = found["kidney"] | tumor if "kidney" in found else nothing
-    return Masks(found.get("foreground", foreground), tumor)
+    return found.get("foreground", foreground), tumor
 
 
 def _same_kind(first: Probabilities, other: Probabilities) -> None:

@@ -18,7 +18,7 @@ from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.store import StoredCase
 
 CHANNELS = ("background", "kidney", "tumor")
-LATTICE = Geometry((4, 6, 8), np.eye(4))
+LATTICE = Geometry((4, 6, 8), np.diag([10.0, 10, 10, 1]))
 
 
 def member(seed: int, box: Box) -> Probabilities:
@@ -80,3 +80,15 @@ def test_models_together_saw_what_any_of_them_saw() -> None:
     a, b = Experience((1, 3), (0.5, 0.8), (150, 180), None), Experience((2, 5), (0.6, 0.7), (90, 160), (100, 200))
     assert together([a, b]) == Experience((1, 5), (0.5, 0.8), (90, 180), (100, 200))
     assert together([a, None]) is None
+
+
+def test_a_speck_that_one_member_sees_is_no_disagreement() -> None:
+    box, votes = Box((0, 0, 0), (2, 2, 2)), ensemble.Votes()
+    lattice = Geometry(LATTICE.shape, np.eye(4))
+    for n in range(5):
+        array = np.zeros((3, *box.size), np.float16)
+        array[0] = 1
+        if n == 0:
+            array[:, 0, 0, 0] = 0, 0, 1
+        list(votes.watch([(Probabilities(array, CHANNELS, box, lattice, lattice, "case_00000"), 1.0)]))
+    assert votes.agreement() == {"kidney": 1.0, "tumor": 1.0}

@@ -78,3 +78,13 @@ def test_counts_by_size() -> None:
     assert (counts[ALL].recall, counts[ALL].precision) == (2 / 3, 1 / 3)
     assert (counts["up to 4 cm"].recall, counts["up to 4 cm"].precision) == (1, None)
     assert tally([])[ALL].recall is None
+
+
+def test_as_many_pairs_as_possible() -> None:
+    """A chain of tumors, each overlapping the next: the pairs with the most overlap would leave one over."""
+    pred, ref = np.zeros((1, 1, 200), np.bool_), np.zeros((1, 1, 200), np.bool_)
+    for n in range(4):
+        ref[..., 30 * n : 30 * n + 20] = True
+        pred[..., 30 * n + 14 : 30 * n + 41] = True
+    found = detect(pred, ref, (1, 1, 1))
+    assert [tumor.matched for tumor in found.reference] == [True] * 4

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import Result, kitseg
@@ -191,3 +192,30 @@ def test_mean_median_and_interval_leave_out_what_is_undefined() -> None:
     few = summarize([{"tumor": {"hd95_mm": value}} for value in values[:5]])["tumor"]["hd95_mm"]
     assert (few.mean, few.low) == (1.5, None)
     assert summarize([]) == {}
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.int16, -1), (np.int16, 300), (np.float32, 0.5), (np.uint8, 200)])
+def test_a_stray_value_in_a_prediction_is_background_and_no_more(tmp_path: Path, dtype: type, value: float) -> None:
+    truth = np.zeros((6, 6, 6), np.uint8)
+    truth[1:5, 1:5, 1:5], truth[2, 2, 2] = 1, 2
+    stray = truth.astype(dtype)
+    stray[0, 0, 0] = value
+    for folder, labels in (("ref", truth), ("pred", stray)):
+        (tmp_path / folder).mkdir()
+        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / folder / "case_00000.nii.gz")
+    done = kitseg(tmp_path, "evaluate", "pred", "ref", "--json=s.json")
+    assert done.code == 0, done.text
+    scores = json.loads((tmp_path / "s.json").read_text())["cases"]["case_00000"]
+    assert [scores[name]["dice"] for name in ("kidney", "tumor")] == [1, 1]
+
+
+def test_references_without_a_prediction_are_named(tmp_path: Path) -> None:
+    labels = np.ones((4, 4, 4), np.uint8)
+    for name in ("pred/case_00000", "ref/case_00000", "ref/case_00007"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    done = kitseg(tmp_path, "evaluate", "pred", "ref", "--json=s.json")
+    assert done.code == 0, done.text
+    (note,) = json.loads((tmp_path / "s.json").read_text())["notes"]
+    assert "1 references have no prediction and are not scored (case_00007)" in note
+    assert note in " ".join(done.text.split())

@@ -282,7 +282,8 @@ def test_evaluate_scores_and_names_what_is_missing(trained: Path, tmp_path: Path
     assert scored.code == 0, scored.text
     content = json.loads((tmp_path / "scores.json").read_text())
     assert content["protocol"] == "kits19"
-    assert {name: scores["dice"] for name, scores in content["cases"]["case_00000"].items()} == {"kidney": 1, "tumor": 1}
+    classes = content["cases"]["case_00000"]
+    assert {name: scores["dice"] for name, scores in classes.items()} == {"kidney": 1, "tumor": 1}
     required = kitseg(trained, "evaluate", str(perfect), "test", "--cases=0-1", "--json", str(tmp_path / "two.json"))
     assert required.code == 1
     assert "case_00001" in required.text

@@ -325,3 +325,50 @@ def test_cysts_need_their_convention(tmp_path: Path) -> None:
     done = kitseg(tmp_path, "measure", "one.nii.gz", "--convention=kits23", "--jobs=1")
     assert done.code == 0
     assert "cyst 1" in done.text
+
+
+LATTICE = Geometry((40, 40, 120), np.array([[0, 0, -2.0, 119], [0, -2, 0, 40], [-3, 0, 0, 0], [0, 0, 0, 1]]))
+
+
+def blocks(*parts: tuple[int, slice, int]) -> np.ndarray:
+    """Labels with boxes over the same slices and rows: label, columns (2 mm each, from the patient's right), slices."""
+    labels = np.zeros(LATTICE.shape, np.uint8)
+    for label, columns, slices in parts:
+        labels[5 : 5 + slices, 5:35, columns] = label
+    return labels
+
+
+def side_of_each(labels: np.ndarray) -> dict[str, float]:
+    return {kidney.side: round(kidney.volume_ml, 1) for kidney in measure(labels, LATTICE).kidneys}
+
+
+def test_a_large_false_tumor_beside_the_only_kidney_is_no_second_kidney() -> None:
+    left, spleen = (1, slice(80, 92), 30), (2, slice(112, 118), 20)
+    found = measure(blocks(left, spleen), LATTICE)
+    assert [kidney.side for kidney in found.kidneys] == ["left"]
+    assert [lesion.side for lesion in found.lesions] == ["left"]
+
+
+def test_a_small_kidney_across_the_body_is_the_other_one() -> None:
+    assert side_of_each(blocks((1, slice(25, 37), 30), (1, slice(85, 90), 5))) == {"right": 129.6, "left": 9.0}
+
+
+def test_a_kidney_in_two_pieces_and_the_other_one() -> None:
+    labels = blocks((1, slice(25, 37), 12), (1, slice(85, 91), 15))
+    labels[20:32, 5:35, 25:37] = 1
+    assert side_of_each(labels) == {"right": 103.7, "left": 32.4}
+
+
+def test_a_tumor_alone_in_the_bed_of_the_other_kidney_is_on_that_side() -> None:
+    found = measure(blocks((1, slice(25, 37), 30), (2, slice(85, 92), 6)), LATTICE)
+    assert [(kidney.side, kidney.parenchyma_ml) for kidney in found.kidneys] == [("right", pytest.approx(129.6))]
+    assert [lesion.side for lesion in found.lesions] == ["left"]
+
+
+def test_a_case_without_anything_has_a_row_that_says_so(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "case_00000.nii.gz")
+    done = kitseg(tmp_path, "measure", "case_00000.nii.gz", "--csv=f.csv")
+    assert done.code == 0, done.text
+    assert "nothing found" in done.text
+    (row,) = csv.DictReader((tmp_path / "f.csv").open())
+    assert (row["case"], row["kind"], row["note"]) == ("case_00000", "", "nothing found")

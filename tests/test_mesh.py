@@ -15,6 +15,7 @@ from shapes import LEFT_KIDNEY, ORIENTATIONS, RIGHT_KIDNEY, Ellipsoid, ball, lat
 
 from kitseg.labels import TUMOR
 from kitseg.measure.mesh import stl, surface, volume
+from kitseg.types import Geometry
 
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.7, 0.7), (5.0, 0.8, 0.8)]
 TUMOR_BALL = ball((-80, -12, 12), 20)
@@ -109,3 +110,10 @@ def test_what_cannot_be_a_mesh(tmp_path: Path) -> None:
         done = kitseg(tmp_path, "mesh", "one.nii.gz", *arguments)
         assert (done.code, words in done.text) == (code, True), done.text
     assert [file.name for file in tmp_path.iterdir()] == ["one.nii.gz"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2), (20, 1, 1), (1, 2, 30)])
+@pytest.mark.parametrize("spacing", [(3, 2, 2), (5, 0.7, 0.7)])
+def test_tiny_and_thin_masks_keep_their_volume(shape: tuple[int, int, int], spacing: tuple[float, ...]) -> None:
+    vertices, faces = surface(np.ones(shape, np.bool_), Geometry(shape, np.diag([*spacing, 1])))
+    assert volume(vertices, faces) == pytest.approx(np.prod(shape) * np.prod(spacing), rel=0.35)

@@ -104,6 +104,8 @@ def _show_findings(results: Sequence[Measured]) -> None:
         "case", "", "side", "ml", "axial mm", "3D mm", "class", "outside", "contact cm²", "HU", "parenchyma ml"
     )
     for result in results:
+        if result.note:
+            table.add_row(escape(result.case), "failed" if result.error else escape(result.note))
         for kidney in result.findings.kidneys:
             volumes = f"{kidney.volume_ml:.1f}", *[""] * 6, f"{kidney.parenchyma_ml:.1f}"
             table.add_row(escape(result.case), "kidney", kidney.side, *volumes)

@@ -98,12 +98,14 @@ def evaluate(
     if convention:
         known_convention(convention)
     rules = scoring.rules(protocol, convention)
-    found = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
+    found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
     with screen.bar("evaluate", len(found)) as step:
         scores = scoring.evaluate(found, rules, jobs, step)
     _show_scores(scores, rules)
+    for note in scoring.notes(scores, rules, unscored):
+        screen.say(f"[yellow]{escape(note)}[/]")
     if report:
-        write_scores(report, scores, rules)
+        write_scores(report, scores, rules, unscored=unscored)
     if table:
         write_table(table, scores)
     exit_if(any(score.missing or score.error for score in scores))
@@ -215,8 +217,7 @@ def submit(
 
 
 def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
-    """The challenge's figures of each case, all figures over the cases, the tumors found, and what to know of them."""
-    from kitseg.pipeline.evaluate import notes
+    """The challenge's figures of each case, all figures over the cases, and the tumors found."""
     from kitseg.pipeline.scores import challenge_score, summary
 
     shown = [
@@ -235,8 +236,6 @@ def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
     _show_detection(scores)
     for figure, value in challenge_score(summaries).items():
         screen.say(f"{rules.protocol.name}, mean {FIGURES[figure]} over the classes: {value:.4f}")
-    for note in notes(scores, rules):
-        screen.say(f"[yellow]{escape(note)}[/]")
 
 
 def _show_summary(summaries: Mapping[str, Mapping[str, Summary]]) -> None:

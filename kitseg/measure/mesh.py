@@ -15,6 +15,8 @@ from kitseg.types import Geometry
 
 _MARGIN = 2  # voxels around the mask, so that its surface closes at the edge of the scan
 _SMOOTHINGS = 10
+_LEAST_KEPT = 0.3  # of the volume, by the smoothing
+_STEPS = 5
 
 Vertices = NDArray[np.float32]
 Faces = NDArray[np.int32]
@@ -47,9 +49,7 @@ def surface(mask: NDArray[np.bool_], geometry: Geometry, coarse: float | None = 
     if not field.min() < 0 < field.max():  # too small to be seen in coarse samples
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)
     vertices, faces, _, _ = marching_cubes(field, 0, spacing=tuple(step * spacing), gradient_direction="descent")
-    smooth = trimesh.Trimesh(vertices, faces, process=False)
-    trimesh.smoothing.filter_taubin(smooth, iterations=_SMOOTHINGS)
-    points = _with_volume(np.asarray(smooth.vertices), faces, int(inside.sum()) * geometry.voxel_ml * 1000)
+    points = _with_volume(_smooth(vertices, faces), faces, int(inside.sum()) * geometry.voxel_ml * 1000)
     world = to_world(points / spacing + box.start - _MARGIN, geometry)
     if np.linalg.det(geometry.affine[:3, :3]) < 0:
         faces = faces[:, ::-1]
@@ -104,8 +104,23 @@ def _sampled(field: NDArray[np.float32], step: NDArray[np.float64]) -> tuple[NDA
     return sampled, step
 
 
+def _smooth(vertices: NDArray[Any], faces: Faces) -> NDArray[np.float64]:
+    """The vertices after Taubin's smoothing, or as they are where it would leave next to nothing of a tiny mask."""
+    smooth = trimesh.Trimesh(vertices, faces, process=False)
+    trimesh.smoothing.filter_taubin(smooth, iterations=_SMOOTHINGS)
+    points: NDArray[np.float64] = np.asarray(smooth.vertices, np.float64)
+    kept = volume(points, faces) >= _LEAST_KEPT * volume(vertices, faces)
+    return points if kept else vertices.astype(np.float64)
+
+
 def _with_volume(vertices: NDArray[np.float64], faces: Faces, mm3: float) -> NDArray[np.float64]:
-    """The vertices moved along their normals, all by the same length, so that they enclose about ``mm3``."""
+    """The vertices moved along their normals, all by the same length, so that they enclose ``mm3`` (by Newton)."""
+    for _ in range(_STEPS):
+        vertices = _moved(vertices, faces, mm3)
+    return vertices
+
+
+def _moved(vertices: NDArray[np.float64], faces: Faces, mm3: float) -> NDArray[np.float64]:
     across = normals(vertices, faces)
     area = np.linalg.norm(across, axis=1).sum() / 2
     at_vertices = np.zeros_like(vertices)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
 from kitseg.measure.findings import Findings, Kidney
 from kitseg.measure.phase import aorta_hu, contrast_phase, kidney_hu
+from kitseg.measure.sides import HOLD_ML
 from kitseg.postprocess.components import Components
 from kitseg.postprocess.distance import distances_mm
 from kitseg.types import Geometry
@@ -22,11 +23,10 @@ GREEN, AMBER, RED = LEVELS
 
 KIDNEY_ML = 20.0  # the least that counts as a kidney
 SPECK_ML = 0.1  # less is no finding
-HOLD_ML = 1.0  # parenchyma that makes a component more than a lesion by itself
 PARENCHYMA_ML = (50.0, 450.0)  # of one kidney
 TUMOR_ML = 2000.0  # of all tumors
 FAR_MM = 10.0
-AGREEMENT = {"kidney": (0.90, 0.80), "tumor": (0.70, 0.40)}  # mean pairwise Dice: amber, red below
+AGREEMENT = {"kidney": (0.90, 0.80), "tumor": (0.70, 0.40)}  # Dice over all pairs: amber, red below
 NEAR_HU, FAR_HU = 20.0, 60.0  # beyond the range of training: amber, red
 SPACING_TOLERANCE = 0.1
 BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
@@ -83,8 +83,8 @@ def assess(
         hu: the CT on the same grid; None for no CT (then nothing is said about the contrast).
         geometry: of both.
         findings: what was measured in the label map.
-        agreement: mean pairwise Dice of an ensemble's members, 0 to 1, for ``kidney`` and ``tumor``; NaN where no
-            member found any; None for a single member.
+        agreement: Dice of an ensemble's members, pooled over their pairs, 0 to 1, for ``kidney`` and ``tumor``;
+            None for a single member.
         experience: what the model was trained with; None leaves out the flags about it.
     """
     parts = Parts.of(labels, geometry)

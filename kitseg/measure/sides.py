@@ -20,6 +20,7 @@ from kitseg.types import Box, Geometry
 CODES = {RIGHT: 1, LEFT: 2}
 NAMES = {code: name for name, code in CODES.items()}
 
+HOLD_ML = 1.0  # parenchyma that makes a component more than a lesion by itself
 MIN_APART_MM = 50.0  # across the body, between the middles of two kidneys
 BODY_HU = -200
 _BIN_MM = 2.0
@@ -28,10 +29,12 @@ _BIN_MM = 2.0
 def side_map(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> NDArray[np.uint8]:
     """The side of every voxel of a label map (D, H, W): 0 background, 1 right, 2 left (``CODES``).
 
-    Kidneys are the 26-connected components of the foreground that can be one (``components.kidneys_among``). Two of
-    them, far enough apart across the body, are right and left by their position to each other; a single one is on its
-    side of the midline. One that reaches to both sides (a horseshoe kidney, or both joined by a tumor) is cut where
-    its parenchyma is thinnest between its two halves. Smaller components belong to the nearer kidney.
+    Kidneys are the 26-connected components of the foreground that can be one (``components.kidneys_among``) and hold
+    parenchyma. Two of them, far enough apart across the body, are right and left by their position to each other, and
+    smaller components belong to the nearer one. A single kidney is on its side of the midline, and so is the rest of
+    the foreground but for what lies on the other side of the midline and as far from it as another kidney would. One
+    that reaches to both sides (a horseshoe kidney, or both joined by a tumor) is cut where its parenchyma is thinnest
+    between its two halves.
 
     Args:
         labels: any label but 0 is foreground.
@@ -43,10 +46,9 @@ def side_map(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> N
     sides = np.zeros(labels.shape, np.uint8)
     if found.sizes.size == 1:
         return sides
-    order = np.argsort(-found.sizes[1:], kind="stable") + 1
-    kidneys = [n for n in order if kidneys_among(found.sizes, geometry.voxel_ml)[n]]
+    kidneys = _kidneys(labels, found, geometry.voxel_ml)
     inside = sides[found.box.slices]
-    middles = [_middle(found.numbers == n, found.box, geometry) for n in kidneys]
+    middles = _middles(found, geometry)
     parenchyma = (labels[found.box.slices] == KIDNEY) & (found.numbers == kidneys[0])
     plane = _cut(parenchyma, found.box, geometry, midline)
     if plane is not None:
@@ -54,12 +56,15 @@ def side_map(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> N
         inside[whole] = np.where(_x(whole, found.box, geometry) > plane, CODES[RIGHT], CODES[LEFT])
         return sides
     by_number = np.zeros(found.sizes.size, np.uint8)
-    if len(kidneys) == 2 and abs(middles[0] - middles[1]) >= MIN_APART_MM:
-        first_is_right = middles[0] > middles[1]
+    own = middles[kidneys[0]]
+    if len(kidneys) == 2 and abs(own - middles[kidneys[1]]) >= MIN_APART_MM:
+        first_is_right = own > middles[kidneys[1]]
         by_number[kidneys] = (CODES[RIGHT], CODES[LEFT]) if first_is_right else (CODES[LEFT], CODES[RIGHT])
         _give_to_nearer(by_number, found, geometry.spacing)
     else:
-        by_number[1:] = CODES[RIGHT if middles[0] > midline else LEFT]
+        mine, other = (CODES[RIGHT], CODES[LEFT]) if own > midline else (CODES[LEFT], CODES[RIGHT])
+        across = ((middles > midline) != (own > midline)) & (np.abs(middles - own) >= MIN_APART_MM)
+        by_number[1:] = np.where(across, other, mine)[1:]
     inside[...] = by_number[found.numbers]
     return sides
 
@@ -81,6 +86,15 @@ def body_midline(hu: NDArray[Any], geometry: Geometry, box: Box) -> float:
     if not body.any():
         return frame_midline(geometry)
     return float(_world_x(np.argwhere(body) * (1, step, step) + (start, 0, 0), geometry).mean())
+
+
+def _kidneys(labels: NDArray[np.uint8], found: Components, voxel_ml: float) -> list[int]:
+    """The one or two components that are kidneys, the larger first; without any parenchyma, the largest can be."""
+    parenchyma = np.bincount(found.numbers[labels[found.box.slices] == KIDNEY], minlength=found.sizes.size)
+    holding = np.where(parenchyma * voxel_ml >= HOLD_ML, found.sizes, 0)
+    sizes = holding if holding.any() else found.sizes
+    chosen = np.flatnonzero(kidneys_among(sizes, voxel_ml))
+    return [int(number) for number in chosen[np.argsort(-sizes[chosen], kind="stable")]]
 
 
 def _give_to_nearer(by_number: NDArray[np.uint8], found: Components, spacing: tuple[float, float, float]) -> None:
@@ -129,13 +143,12 @@ def _cut(parenchyma: NDArray[np.bool_], box: Box, geometry: Geometry, midline: f
     return float(np.median(centres[between[areas[between] == areas[between].min()]]))
 
 
-def _middle(mask: NDArray[np.bool_], box: Box, geometry: Geometry) -> float:
-    """The x in mm (RAS+) of the centre of mass of a mask that fills a box of the scan."""
-    voxel = []
-    for axis, first in enumerate(box.start):
-        along = mask.sum(axis=tuple({0, 1, 2} - {axis}))
-        voxel.append(first + along @ np.arange(along.size) / along.sum())
-    return float(_world_x(np.array([voxel]), geometry)[0])
+def _middles(found: Components, geometry: Geometry) -> NDArray[np.float64]:
+    """The x in mm (RAS+) of the centre of mass of each component, by number; that of number 0 means nothing."""
+    inside = found.numbers > 0
+    x = np.bincount(found.numbers[inside], weights=_x(inside, found.box, geometry), minlength=found.sizes.size)
+    middles: NDArray[np.float64] = x / np.maximum(found.sizes, 1)
+    return middles
 
 
 def _x(mask: NDArray[np.bool_], box: Box, geometry: Geometry) -> NDArray[np.float64]:

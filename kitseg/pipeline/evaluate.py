@@ -93,18 +93,23 @@ def rules(protocol: str, convention: str | None) -> Rules:
     return Rules(PROTOCOLS[protocol], convention or PROTOCOLS[protocol].convention)
 
 
-def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ()) -> list[Job]:
+def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ()) -> tuple[list[Job], list[str]]:
     """The cases in ``predictions``, or the ``required`` ones, where a missing one counts as background.
+
+    And the references that are left out, since nothing was predicted for them and nobody required them.
 
     Raises:
         UsageError: no case to score, or a required case without a reference.
     """
-    found, truth = find_labels(predictions), find_labels(references)
+    found, truth = (
+        find_labels(folder.absolute()) for folder in (predictions, references)
+    )  # workers may stand elsewhere
     cases = sorted(required) or sorted(found)
     if lacking := [case for case in cases if case not in truth]:
         raise UsageError(f"{references} has no reference for {', '.join(lacking)}")
     clinical = read_clinical(references / CLINICAL)
-    return [Job(case, found.get(case), truth[case], clinical.get(case, {})) for case in cases]
+    jobs = [Job(case, found.get(case), truth[case], clinical.get(case, {})) for case in cases]
+    return jobs, [] if required else sorted(truth.keys() - found.keys())
 
 
 def evaluate(jobs: Sequence[Job], rules: Rules, workers: int, on_done: Callable[[], None]) -> list[Score]:
@@ -155,12 +160,16 @@ def groups(scores: Sequence[Score], folds: Mapping[str, int]) -> list[Group]:
     return found
 
 
-def notes(scores: Sequence[Score], rules: Rules) -> list[str]:
-    """What a reader of the scores must know: how cysts (label 3) were counted."""
-    found, true = (sum(score.cysts[side] for score in scores) for side in (0, 1))
+def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -> list[str]:
+    """What a reader of the scores must know: references without a prediction, and how cysts (label 3) were counted."""
+    scored = [score for score in scores if score.classes]
+    found, true = (sum(score.cysts[side] for score in scored) for side in (0, 1))
     said, own = [], rules.protocol.convention
-    if rules.convention == "kits23" and own == "kits23" and not found:
-        there = f"the references of {true} of {len(scores)} cases do"
+    if unscored:
+        names = ", ".join(unscored[:5]) + (" and so on" if len(unscored) > 5 else "")
+        said.append(f"{len(unscored)} references have no prediction and are not scored ({names}); --cases counts them")
+    if scored and rules.convention == "kits23" and own == "kits23" and not found:
+        there = f"the references of {true} of {len(scored)} cases do" if true else "nor does a reference"
         said.append(
             f"no prediction holds cysts (label 3), {there}: the mass of a model without cysts is its tumor alone"
         )
@@ -197,7 +206,7 @@ def _on_grid(prediction: Path, case: str, reference: Path, truth: Volume) -> NDA
     Raises:
         InputError: it doesn't, or it can't be read.
     """
-    found = read_labels(prediction, case, None)
+    found = read_labels(prediction, case, None, strict=False)
     if not found.geometry.same_as(truth.geometry, tolerance=0.1):
         problem = f"lies on another grid than {reference} (shape or affine)"
         raise InputError(prediction, problem, "Save it with the shape and affine of the scan.")

@@ -46,6 +46,12 @@ class Measured:
     findings: Findings = field(default_factory=lambda: Findings((), ()))
     error: str = ""
 
+    @property
+    def note(self) -> str:
+        """Why there is nothing to list; empty where there is something."""
+        empty = not (self.findings.kidneys or self.findings.lesions)
+        return self.error or ("nothing found" if empty else "")
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -104,9 +110,12 @@ def write_findings(path: Path, results: Sequence[Measured], convention: str) -> 
 
 
 def write_table(path: Path, results: Sequence[Measured]) -> None:
-    """Write a CSV row for each kidney and each lesion of every case; ``kind`` says which."""
+    """Write a CSV row for each kidney and each lesion of every case; ``kind`` says which.
+
+    A case without any has a row whose note says so, or why it can't be measured.
+    """
     kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
-    columns = list(dict.fromkeys(["case", "kind", "side", *kept]))
+    columns = list(dict.fromkeys(["case", "kind", "side", *kept, "note"]))
     with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
@@ -136,6 +145,8 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
 
 
 def _rows(result: Measured) -> Iterator[dict[str, Any]]:
+    if result.note:
+        yield {"case": result.case, "note": result.note}
     for kidney in result.findings.kidneys:
         yield {"case": result.case, "kind": "kidney", **_rounded(asdict(kidney))}
     for lesion in result.findings.lesions:

@@ -32,8 +32,14 @@ def challenge_score(summaries: Mapping[str, Mapping[str, Summary]]) -> dict[str,
     return found
 
 
-def write_scores(path: Path, scores: Sequence[Score], rules: Rules, folds: Mapping[str, int] | None = None) -> None:
-    """Write the scores as JSON; ``folds``: in which fold each case was validated."""
+def write_scores(
+    path: Path,
+    scores: Sequence[Score],
+    rules: Rules,
+    folds: Mapping[str, int] | None = None,
+    unscored: Sequence[str] = (),
+) -> None:
+    """Write the scores as JSON; ``folds``: in which fold each case was validated; ``unscored``: see ``find_jobs``."""
     summaries = summary(scores)
     content: dict[str, Any] = {"protocol": rules.protocol.name, "convention": rules.convention}
     content["cases"] = {score.case: score.classes for score in scores if score.classes}
@@ -48,7 +54,7 @@ def write_scores(path: Path, scores: Sequence[Score], rules: Rules, folds: Mappi
     content["groups"] = [{**asdict(group), "dice": dict(group.dice)} for group in groups(scores, folds or {})]
     content["missing"] = [score.case for score in scores if score.missing]
     content["failed"] = {score.case: score.error for score in scores if score.error}
-    content["notes"] = notes(scores, rules)
+    content["notes"] = notes(scores, rules, unscored)
     write_json(path, SCHEMA, content)
 
 

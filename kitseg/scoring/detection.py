@@ -69,7 +69,7 @@ def detect(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: tuple[float
         raise ValueError(f"prediction and reference differ in shape: {pred.shape} and {ref.shape}")
     found, truth = Components.of(pred), Components.of(ref)
     iou = _overlaps(found, truth)
-    rows, columns = linear_sum_assignment(np.where(iou >= MIN_IOU, 1 + iou, 0), maximize=True)
+    rows, columns = linear_sum_assignment(np.where(iou >= MIN_IOU, min(iou.shape) + iou, 0), maximize=True)
     pairs = iou[rows, columns] >= MIN_IOU
     return Detection(_tumors(truth, columns[pairs], spacing), _tumors(found, rows[pairs], spacing))
 
