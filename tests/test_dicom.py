@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import AXIAL, PACKED, PLAIN, WORDS, hu, uid, write_series
+from dicom_files import AXIAL, PACKED, PLAIN, WORDS, edit, hu, uid, write_series
 from pydicom.fileset import FileSet
 from test_nifti import rotation
 
@@ -336,3 +336,38 @@ def test_a_real_series(shared: Path) -> None:
 
 def _uids(n: int) -> list[str]:
     return [uid(str(n), str(k)) for k in range(12)]
+
+
+# --- what a review found
+
+
+@pytest.mark.parametrize("tags", [{"RescaleSlope": "0"}, {"RescaleIntercept": "1e999"}])
+def test_a_rescaling_that_means_nothing_is_refused(tmp_path: Path, tags: dict[str, object]) -> None:
+    write_series(tmp_path, hu(), **tags)
+    refused(only(tmp_path), "its pixels can't be read")
+
+
+@pytest.mark.parametrize("spacing", [["0", "0"], ["90000", "90000"], ["-1", "1"]])
+def test_a_pixel_spacing_that_is_no_scanners_is_refused(tmp_path: Path, spacing: list[str]) -> None:
+    write_series(tmp_path, hu(), PixelSpacing=spacing)
+    refused(only(tmp_path), "its pixels are not")
+
+
+def test_two_patients_with_one_series_uid_stay_two(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", hu(), seed=1, series="same")
+    far = AXIAL.copy()
+    far[2, 3] += 30
+    write_series(tmp_path / "b", hu(), far, seed=2, series="same", PatientID="another")
+    assert [len(series.files) for series in find_series(tmp_path)] == [12, 12]
+
+
+def test_slices_that_share_an_instance_uid_are_not_thrown_away(tmp_path: Path) -> None:
+    for path in write_series(tmp_path, hu()):
+        edit(path, SOPInstanceUID="1.2.3")
+    assert len(only(tmp_path).files) == 12
+
+
+def test_a_folder_name_that_is_not_utf8(tmp_path: Path) -> None:
+    for path in write_series(tmp_path / "M\udcfcller", hu()):
+        edit(path, SeriesInstanceUID="", StudyInstanceUID="")
+    assert read_series(only(tmp_path)).array.shape == (12, 8, 10)

@@ -144,3 +144,9 @@ def test_the_table_with_identifiers(tmp_path: Path) -> None:
     assert row["series_uid"] == uid("series 1")
     assert row["patient_id"] == "PID-4711-XYZ"
     assert row["folder"] == str(tmp_path / "1")
+
+
+def test_an_iodine_map_is_not_taken(tmp_path: Path) -> None:
+    write_series(tmp_path, hu(), RescaleType="MGML")
+    (choice,) = choose_series(find_series(tmp_path))
+    assert (choice.chosen, choice.reason) == (False, "its values are no HU (MGML)")

@@ -151,3 +151,15 @@ def test_two_label_maps_of_one_case(tmp_path: Path) -> None:
         UsageError, match=r"case_00210\.nii\.gz and .*prediction_00210\.nii\.gz are both called case_00210"
     ):
         kits.find_labels(tmp_path)
+
+
+def test_a_dicom_series_has_no_kits_number() -> None:
+    assert kits.case_number("series_06181c640b") is None
+    assert kits.label_id("series_06181c640b_2") == "series_06181c640b_2"
+    assert kits.case_number("prediction_06181") == 6181
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    touch(tmp_path / "M\udcfcller.nii.gz")
+    with pytest.raises(InputError, match="its name is not in UTF-8"):
+        kits.find_labels(tmp_path)

@@ -177,3 +177,59 @@ def test_real_slices_above_the_kidneys_are_flagged(trained: Path, shared: Path, 
     quality = json.loads(one(tmp_path / "out", "series_*.json").read_text())["quality"]
     assert quality["level"] == "red"
     assert "no-kidney" in [flag["name"] for flag in quality["flags"]]
+
+
+def test_labels_of_another_series_than_the_rule_would_choose(
+    trained: Path, archive: Path, planes: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    """Two phases on one grid: HU and pages come from the series that the labels' name says."""
+    array, affine = planes
+    for seed, shift in ((1, 0), (2, 50)):
+        write_series(tmp_path / "in" / "Zwiebelfisch", array + shift, affine, seed=seed)
+    predict(trained, tmp_path / "in", tmp_path / "a")
+    rows = list(csv.DictReader((tmp_path / "a" / "series.csv").open()))
+    (other,) = (row["case"] for row in rows if row["chosen"] == "no")
+    assert predict(trained, tmp_path / "in", tmp_path / "b", f"--series={other}").code == 0
+    labels = tmp_path / "b" / f"{other}.nii.gz"
+    measured = kitseg(tmp_path, "measure", str(labels), "--ct=in", "--json=m.json")
+    assert measured.code == 0, measured.text
+    expected = json.loads((tmp_path / "b" / f"{other}.json").read_text())["findings"]["lesions"]
+    found = json.loads((tmp_path / "m.json").read_text())["cases"][other]["lesions"]
+    assert [lesion["hu_mean"] for lesion in found] == pytest.approx(
+        [lesion["hu_mean"] for lesion in expected], abs=1e-3
+    )
+    assert kitseg(tmp_path, "report", "b", "in").code == 0
+
+
+def test_labels_without_their_json_still_name_nobody(
+    trained: Path, predicted: Path, archive: Path, tmp_path: Path
+) -> None:
+    shutil.copy(one(predicted, "series_*.nii.gz"), tmp_path)
+    assert kitseg(tmp_path, "report", ".", str(archive)).code == 0
+    text = one(tmp_path / "report", "series_*.html").read_bytes()
+    assert not [word for word in WORDS if word in text]
+
+
+def test_an_error_in_a_file_names_nobody(
+    trained: Path, planes: tuple[np.ndarray, np.ndarray], predicted: Path, tmp_path: Path
+) -> None:
+    array, affine = planes
+    first = write_series(tmp_path / "in" / "Zwiebelfisch", array, affine, seed=1)[0]
+    first.write_bytes(first.read_bytes()[:-500])
+    shutil.copy(one(predicted, "series_*.nii.gz"), tmp_path / "labels.nii.gz")
+    labels = tmp_path / one(predicted, "series_*.nii.gz").name
+    (tmp_path / "labels.nii.gz").rename(labels)
+    for verb in (["measure", str(labels), "--ct=in", "--json=m.json", "--csv=m.csv"], ["report", str(labels), "in"]):
+        done = kitseg(tmp_path, *verb)
+        assert done.code == 1
+        assert "can't be read" in done.text
+    written = [tmp_path / "m.json", tmp_path / "m.csv", tmp_path / "report" / "index.html"]
+    assert not [(path.name, word) for path in written for word in WORDS if word in path.read_bytes()]
+
+
+def test_nifti_and_dicom_in_one_folder_are_not_guessed_apart(trained: Path, archive: Path, tmp_path: Path) -> None:
+    shutil.copytree(archive, tmp_path / "in")
+    shutil.copy(trained / "test" / "case_00000" / "imaging.nii.gz", tmp_path / "in" / "scan.nii.gz")
+    done = predict(trained, tmp_path / "in", tmp_path / "out")
+    assert done.code == 1
+    assert "holds NIfTI scans and DICOM files" in done.text

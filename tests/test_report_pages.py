@@ -119,7 +119,7 @@ def test_a_page_holds_all_it_needs_and_no_path(reported: Path, case: str) -> Non
     assert "url(" not in style[1]
     assert "@import" not in style[1]
     policy = found.values("content")[2]
-    assert policy.startswith("default-src 'none'; img-src data:")
+    assert policy.startswith("default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:")
     assert "For research use only." in found.text
     assert "not a medical device" in found.text
     for hidden in (str(reported), "/home/somebody"):
@@ -330,3 +330,41 @@ def test_a_strip_places_its_dots() -> None:
     assert [placed.x for placed in row.dots] == pytest.approx([found.left + width * v / 80 for v in (0, 30, 60, 70)])
     assert row.quartiles[1] == pytest.approx(found.left + width * 45 / 80)
     assert strip("t", {"a": []}) is None
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"versions": "kitseg"},
+        {"versions": {"kitseg": "1"}, "quality": {"flags": [{"name": "a", "level": "blue", "reason": "b"}]}},
+        {"versions": {"kitseg": "1"}, "models": [3]},
+        {"versions": {"kitseg": "1"}, "note": 3},
+        [1],
+    ],
+)
+def test_a_file_beside_the_labels_that_says_nonsense(reported: Path, tmp_path: Path, hostile: object) -> None:
+    shutil.copy(reported / "predictions" / "case_00000.nii.gz", tmp_path)
+    (tmp_path / "case_00000.json").write_text(json.dumps(hostile))
+    done = kitseg(tmp_path, "report", "case_00000.nii.gz")
+    assert done.code == 0, done.text
+    assert "case_00000.json beside the labels can" in (tmp_path / "report" / "case_00000.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cases": {"case_00000": 3}}, {"cases": {"case_00000": {"kidney": {"dice": "high"}}}}, {"strata": [1]}],
+)
+def test_scores_that_are_none(reported: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    scores = json.loads((reported / "scores.json").read_text())
+    (tmp_path / "s.json").write_text(json.dumps({**scores, **change}))
+    done = kitseg(tmp_path, "report", str(reported / "predictions"), "--scores=s.json")
+    assert done.code == 1
+    assert "can't be read as scores" in done.text
+
+
+def test_scores_of_another_study(reported: Path, tmp_path: Path) -> None:
+    scores = json.loads((reported / "scores.json").read_text())
+    (tmp_path / "s.json").write_text(json.dumps({**scores, "cases": {"case_77777": scores["cases"]["case_00000"]}}))
+    done = kitseg(tmp_path, "report", str(reported / "predictions"), "--scores=s.json")
+    assert done.code == 2
+    assert "the scores are of other cases" in done.text

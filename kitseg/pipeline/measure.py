@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from joblib import delayed
 
-from kitseg.errors import InputError, UsageError, in_words
+from kitseg.errors import InputError, UsageError
 from kitseg.files import aside, write_json
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
 from kitseg.measure.findings import Findings, Kidney, Lesion
 from kitseg.measure.measure import measure
 from kitseg.measure.mesh import stl, surface, volume
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.pipeline.outcome import in_parallel, without_paths
 from kitseg.types import Case
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.nifti import read_labels
@@ -64,7 +64,7 @@ class Mesh:
 def plan(labels: Path, ct: Path | None) -> list[Task]:
     """A label map, or those in a folder, each with the scan of the same name.
 
-    With one label map and one scan, names don't matter.
+    With one label map and one NIfTI scan, names don't matter.
 
     Raises:
         InputError: a path is missing or holds nothing of the kind.
@@ -72,7 +72,7 @@ def plan(labels: Path, ct: Path | None) -> list[Task]:
     """
     maps = find_labels(labels)
     scans = scans_of_labels([ct] if ct else [])
-    if len(maps) == len(scans) == 1:
+    if len(maps) == len(scans) == 1 and not any(scan.slices for scan in scans.values()):
         scans = dict(zip(maps, scans.values(), strict=True))
     if ct and (missing := sorted(maps.keys() - scans.keys())):
         raise UsageError(f"{ct} holds no scan of {', '.join(missing[:5])}, which {labels} has labels of")
@@ -99,7 +99,8 @@ def measure_case(task: Task, convention: str) -> Measured:
             check_grid(task.labels, labels.geometry, scan.geometry)
         return Measured(task.case, measure(labels.array, labels.geometry, scan.array if scan else None))
     except Exception as error:  # whatever it is, the other cases go on
-        return Measured(task.case, error=in_words(task.labels, error))
+        paths = [task.labels, *([task.scan.image] if task.scan else [])]
+        return Measured(task.case, error=without_paths(task.case, error, paths, task.scan))
 
 
 def write_findings(path: Path, results: Sequence[Measured], convention: str) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from joblib import Parallel
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from kitseg.errors import KitsegError, in_words
+from kitseg.errors import InputError, KitsegError, in_words
 from kitseg.measure.quality import Quality
+from kitseg.types import Case
 
 OnDone = Callable[["Outcome"], None]
 
@@ -42,6 +43,17 @@ def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) 
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes
+
+
+def without_paths(name: str, error: Exception, paths: Sequence[Path], scan: Case | None) -> str:
+    """An error in words that may be written down: without these paths' folders, of DICOM without any file's name."""
+    if isinstance(error, InputError) and scan and scan.slices:
+        return f"{name}: {error.problem}. {error.remedy}"
+    text = in_words(name, error)
+    for folder in sorted({parent for path in paths for parent in path.parents}, key=lambda p: -len(str(p))):
+        if folder != folder.parent:
+            text = text.replace(f"{folder}/", "")
+    return text
 
 
 def in_parallel(tasks: Iterable[Any], jobs: int, ordered: bool = True) -> Iterator[Any]:

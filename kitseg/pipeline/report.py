@@ -14,10 +14,10 @@ from joblib import delayed
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.errors import InputError, UsageError, in_words
+from kitseg.errors import UsageError
 from kitseg.measure.measure import measure
-from kitseg.measure.quality import Flag, Quality, assess
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.measure.quality import LEVELS, Flag, Quality, assess
+from kitseg.pipeline.outcome import in_parallel, without_paths
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name, spare_foreign
 from kitseg.report.scores import ScoreFile, ScoreTable
@@ -52,6 +52,8 @@ def plan(predictions: Path, data: Sequence[Path], scores: ScoreFile, to: Path) -
     labels, scans = find_labels(predictions), scans_of_labels(data)
     if data and not labels.keys() & scans.keys():
         raise UsageError(f"{', '.join(map(str, data))} holds no scan of {', '.join(sorted(labels)[:3])}")
+    if scores.cases and not labels.keys() & scores.cases.keys():
+        raise UsageError(f"the scores are of other cases ({', '.join(sorted(scores.cases)[:3])}) than {predictions}")
     spare_foreign(to / INDEX)
     for case in labels:
         spare_foreign(to / page_name(case))
@@ -82,7 +84,8 @@ def make_page(task: Task) -> CaseRow:
     try:
         return _make_page(task)
     except Exception as error:  # whatever it is, the other cases go on
-        return CaseRow(task.case, error=_without_paths(error, task), scores=task.scores)
+        paths = [task.labels, task.to, *([task.scan.image] if task.scan else [])]
+        return CaseRow(task.case, error=without_paths(task.case, error, paths, task.scan), scores=task.scores)
 
 
 def _make_page(task: Task) -> CaseRow:
@@ -93,10 +96,9 @@ def _make_page(task: Task) -> CaseRow:
     reference = _reference(task, labels)
     scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference)
     findings = measure(scene.labels, scene.geometry, scene.hu)
-    origin, digest = _origin(task.labels), file_digest(task.labels)
-    quality = _quality_in(origin, digest) or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
-    facts, notes = _facts(task, scene.geometry, origin, digest)
-    content = CaseContent(task.case, scene, findings, quality, task.scores, facts, notes)
+    told = _told(task, scene.geometry)
+    quality = told.quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
+    content = CaseContent(task.case, scene, findings, quality, task.scores, told.facts, told.notes)
     write_case_page(task.to / page_name(task.case), content)
     return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
 
@@ -111,14 +113,29 @@ def _reference(task: Task, labels: Volume) -> NDArray[np.uint8] | None:
     return truth.array
 
 
-def _origin(labels: Path) -> dict[str, Any]:
-    """What ``kitseg predict`` wrote beside a label map; empty for other tools' ones."""
-    path = labels.with_name(labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+@dataclass(frozen=True)
+class _Told:
+    """How labels came about: the flags that they came with, facts by name, and what the reader must know of that."""
+
+    quality: Quality | None
+    facts: Mapping[str, str]
+    notes: Sequence[str]
+
+
+def _told(task: Task, geometry: Geometry) -> _Told:
+    """What is told by the file that ``kitseg predict`` wrote beside a label map; other tools write none."""
+    path = task.labels.with_name(task.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+    digest = file_digest(task.labels)
+    if not path.exists():
+        unknown = "The labels came without a file that says how they were made."
+        return _Told(None, _facts(task, geometry, {}, digest), [unknown])
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if "kitseg" in content["versions"] else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        quality = _quality_in(origin, digest)
+        return _Told(quality, _facts(task, geometry, origin, digest), _notes(task, origin, digest))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        unusable = f"{path.name} beside the labels can't be used, so that it isn't known how they were made."
+        return _Told(None, _facts(task, geometry, {}, digest), [unusable])
 
 
 def _quality_in(origin: Mapping[str, Any], digest: str) -> Quality | None:
@@ -126,31 +143,37 @@ def _quality_in(origin: Mapping[str, Any], digest: str) -> Quality | None:
     found = origin.get("quality")
     if not found or origin.get("labels_sha256", digest) != digest:
         return None
-    return Quality(tuple(Flag(f["name"], f["level"], f["reason"]) for f in found["flags"]), found["phase"])
+    if any(flag["level"] not in LEVELS for flag in found["flags"]):
+        raise ValueError("a flag of no level")
+    return Quality(tuple(Flag(str(f["name"]), f["level"], str(f["reason"])) for f in found["flags"]), found["phase"])
 
 
-def _facts(task: Task, geometry: Geometry, origin: Mapping[str, Any], digest: str) -> tuple[dict[str, str], list[str]]:
-    """How the labels came about, by name, and what the reader must know of that."""
-    facts, notes = {}, [f"{origin['note'].capitalize()}."] if origin.get("note") else []
+def _notes(task: Task, origin: Mapping[str, Any], digest: str) -> list[str]:
+    """What the reader must know of a prediction."""
+    notes = [f"{origin['note'][:1].upper()}{origin['note'][1:]}."] if origin.get("note") else []
+    if origin.get("labels_sha256", digest) != digest:
+        notes.append("The labels were changed since they were predicted; the flags are about what they are now.")
+    if task.scan and origin.get("scan_sha256") not in (None, scan_digest(task.scan)):
+        notes.append("The scan on this page is not the file that the labels were predicted from.")
+    return notes
+
+
+def _facts(task: Task, geometry: Geometry, origin: Mapping[str, Any], digest: str) -> dict[str, str]:
+    """How the labels came about, by name."""
+    facts = {}
     scan = scan_digest(task.scan) if task.scan else origin.get("scan_sha256")
     if scan:
-        name = origin.get("scan") or (task.scan.image.name if task.scan else "")
-        facts["Scan"] = f"{name}\nsha256 {scan}"
+        own = "" if task.scan is None else task.scan.id if task.scan.slices else task.scan.image.name
+        facts["Scan"] = f"{origin.get('scan') or own}\nsha256 {scan}"
     depth, height, width = geometry.shape
     down, along, across = geometry.spacing
     facts["Grid"] = f"{width} × {height} × {depth} voxels of {across:.3g} × {along:.3g} × {down:.3g} mm"
     facts["Labels"] = f"{task.labels.name}\nsha256 {digest}"
-    if not origin:
-        notes.append("The labels came without a file that says how they were made.")
-    if origin.get("labels_sha256", digest) != digest:
-        notes.append("The labels were changed since they were predicted; the flags are about what they are now.")
-    if task.scan and origin.get("scan_sha256", scan) != scan:
-        notes.append("The scan on this page is not the file that the labels were predicted from.")
     for number, model in enumerate(origin.get("models", []), 1):
         facts[f"Model {number}"] = _model(model)
     if origin:
         facts["Predicted with"] = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
-    return {**facts, **_page_facts()}, notes
+    return {**facts, **_page_facts()}
 
 
 def _model(model: Mapping[str, Any]) -> str:
@@ -168,15 +191,3 @@ def _model(model: Mapping[str, Any]) -> str:
 def _page_facts() -> dict[str, str]:
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"Page made": f"{now} with kitseg {__version__}"}
-
-
-def _without_paths(error: Exception, task: Task) -> str:
-    """An error's words without this machine's folders, and of a DICOM series without names of files, too."""
-    if isinstance(error, InputError) and task.scan and task.scan.slices:
-        return f"{task.case}: {error.problem}. {error.remedy}"
-    text = in_words(task.case, error)
-    paths = [task.labels, *([task.scan.image] if task.scan else []), task.to]
-    for folder in sorted({parent for path in paths for parent in path.parents}, key=lambda p: -len(str(p))):
-        if folder != folder.parent:
-            text = text.replace(f"{folder}/", "")
-    return text

@@ -42,11 +42,15 @@ def spare_foreign(path: Path) -> None:
     Raises:
         UsageError: there is one.
     """
-    if path.exists():
+    try:
         with path.open("rb") as file:
             ours = GENERATOR.encode() in file.read(_HEAD)
-        if not ours:
-            raise UsageError(f"{path} was not written by kitseg; choose another folder with --output")
+    except FileNotFoundError:
+        return
+    except OSError:
+        ours = False
+    if not ours:
+        raise UsageError(f"{path} was not written by kitseg; choose another folder with --output")
 
 
 def data_uri(kind: str, content: bytes) -> str:

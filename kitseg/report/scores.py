@@ -51,10 +51,25 @@ def read_scores(path: Path) -> ScoreFile:
         order = {kind: tuple(group["name"] for group in groups if group["kind"] == kind) for kind in kinds}
         tables = (_summary(content), _groups(groups), _detection(content.get("detection", {})))
         shown = tuple(table for table in tables if table.rows)
-        return ScoreFile(content["cases"], shown, content["strata"], order, _notes(content))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return ScoreFile(_cases(content["cases"]), shown, _strata(content["strata"]), order, _notes(content))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = "Make it with `kitseg evaluate --json`."
         raise InputError(path, f"can't be read as scores ({type(error).__name__})", remedy) from error
+
+
+def _cases(cases: Mapping[str, Any]) -> dict[str, ScoreTable]:
+    """The figures of each case by class, numbers or nothing."""
+    return {
+        case: {
+            name: {figure: None if value is None else float(value) for figure, value in figures.items()}
+            for name, figures in classes.items()
+        }
+        for case, classes in cases.items()
+    }
+
+
+def _strata(strata: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    return {case: {kind: str(name) for kind, name in kinds.items()} for case, kinds in strata.items()}
 
 
 def in_words(name: str) -> str:

@@ -7,8 +7,10 @@ that its header names, and lies where its header says.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -74,24 +76,28 @@ class Series:
 
 def holds_dicom(folder: Path) -> bool:
     """Whether any file below a folder is DICOM; stops at the first."""
-    return any(map(is_dicom, walk(folder)))
+    for path in walk(folder):
+        with suppress(PermissionError):
+            if is_dicom(path):
+                return True
+    return False
 
 
 def find_series(*folders: Path) -> list[Series]:
     """Every series below the folders, from the headers alone, in the order of their names.
 
-    Files that are not DICOM are passed over; the same instance twice counts once; a DICOM file whose header can't be
-    read is a series of its own, with its problem.
+    Files that are not DICOM are passed over; the same instance twice counts once; a file that can't be read is a series
+    of its own, with its problem. Slices of two patients are two series, whatever their UIDs.
 
     Raises:
         InputError: a folder that can't be read.
     """
-    groups: dict[str, dict[str, Header]] = {}
+    groups: dict[tuple[str, str], dict[tuple[Any, ...], Header]] = {}
     for path in chain.from_iterable(map(walk, folders)):
-        header = read_header(path) if is_dicom(path) else None
-        if header:
-            group = groups.setdefault(header.series or str(path if header.broken else path.parent), {})
-            group.setdefault(header.instance or str(path), header)
+        if header := _header(path):
+            place = header.series or str(path if header.broken else path.parent)
+            group = groups.setdefault((place, header.patient), {})
+            group.setdefault((header.instance or str(path), header.position), header)
     found = [series for group in groups.values() for series in _stacks(list(group.values()))]
     return sorted(found, key=lambda series: series.case_id)
 
@@ -136,7 +142,16 @@ def read_slices(files: Sequence[Path], case_id: str) -> Volume:
 
 def pseudonym(kind: str, uid: str) -> str:
     """A name that is the same for the same UID and doesn't show it: ``kind``, and 10 hex digits of its sha256."""
-    return f"{kind}_{hashlib.sha256(uid.encode()).hexdigest()[:10]}"
+    digest = hashlib.sha256(uid.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{kind}_{digest[:10]}"
+
+
+def _header(path: Path) -> Header | None:
+    """The header of a DICOM file; None for any other, but a broken one for a file that may not be read."""
+    try:
+        return read_header(path) if is_dicom(path) else None
+    except PermissionError:
+        return Header(path, broken=True)
 
 
 def _stacks(headers: Sequence[Header]) -> list[Series]:
@@ -169,7 +184,7 @@ def _read_slice(header: Header) -> NDArray[np.int16]:
             stored = found.pixel_array
             hu = _hounsfield(found, stored)
         except Exception as error:  # each decoder has its own way to fail
-            reason = " ".join(str(error).split())[:160]
+            reason = type(error).__name__  # its words may quote what the file says of the patient
             raise InputError(header.path, f"its pixels can't be read ({reason})", "Export the series again") from error
     if hu.shape != header.size:
         raise InputError(header.path, f"its slice is {hu.shape}, its header says {header.size}", "Export it again")
@@ -177,7 +192,9 @@ def _read_slice(header: Header) -> NDArray[np.int16]:
 
 
 def _hounsfield(found: pydicom.Dataset, stored: NDArray[Any]) -> NDArray[np.int16]:
-    slope, intercept = (float(found.get(f"Rescale{name}") or default) for name, default in _RESCALE)
+    slope, intercept = (_number(found.get(f"Rescale{name}"), default) for name, default in _RESCALE)
+    if slope == 0 or not math.isfinite(slope + intercept):
+        raise ValueError("a rescale slope of 0, or one or an intercept that is not finite")
     hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
     if (padding := _padding(found)) is not None:
         low, high = padding
@@ -188,7 +205,11 @@ def _hounsfield(found: pydicom.Dataset, stored: NDArray[Any]) -> NDArray[np.int1
     return clipped
 
 
-_RESCALE = (("Slope", 1), ("Intercept", 0))
+_RESCALE = (("Slope", 1.0), ("Intercept", 0.0))
+
+
+def _number(value: Any, default: float) -> float:
+    return default if value is None or value == "" else float(value)
 
 
 def _padding(found: pydicom.Dataset) -> tuple[int, int] | None:

@@ -72,9 +72,9 @@ def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[C
     """
     if wanted:
         return _named(found, wanted)
-    studies: dict[str, list[Series]] = {}
+    studies: dict[tuple[str, str], list[Series]] = {}
     for series in found:
-        studies.setdefault(series.study, []).append(series)
+        studies.setdefault((series.study, series.headers[0].patient), []).append(series)
     return [choice for study in studies.values() for choice in _of_study(study)]
 
 
@@ -135,6 +135,8 @@ def _bar(series: Series) -> str:
         return "no CT" + (f" ({first.modality})" if first.modality in _MODALITIES else "")
     if first.sop_class not in _CT or first.samples != 1:
         return "no CT images (a screenshot or a report)"
+    if first.unit not in ("", "HU", "HU_MOD", "US"):
+        return f"its values are no HU ({first.unit[:16]})"
     if is_scout(first):
         return "a scout"
     if made := _MADE_OF_OTHERS & set(first.image_type):
@@ -142,7 +144,7 @@ def _bar(series: Series) -> str:
     if orientation(first) in ("coronal", "sagittal"):
         return f"{orientation(first)}, not axial"
     if first.frames == 1 and len(series.headers) < FEWEST_SLICES:
-        return f"only {len(series.headers)} slices"
+        return f"only {len(series.headers)} {'slice' if len(series.headers) == 1 else 'slices'}"
     return ""
 
 

@@ -33,6 +33,7 @@ _TAGS = [
     "AcquisitionNumber",
     "TemporalPositionIdentifier",
     "NumberOfFrames",
+    "RescaleType",
     "SamplesPerPixel",
     "Rows",
     "Columns",
@@ -48,7 +49,8 @@ class Header:
 
     position, row_axis, column_axis: in mm and
     as unit vectors in DICOM's LPS, along a row and along a column; spacing: mm between rows and between columns;
-    acquisition, time: which of several passes; broken: the header can't be read.
+    acquisition, time: which of several passes; unit: of its values, ``HU`` or not told; broken: the header
+    can't be read.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Header:
     acquisition: str = ""
     time: str = ""
     frames: int = 1
+    unit: str = ""
     samples: int = 1
     size: tuple[int, int] = (0, 0)
     spacing: tuple[float, ...] = ()
@@ -93,12 +96,18 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file starts as DICOM files do (128 bytes, then ``DICM``)."""
+    """Whether a file starts as DICOM files do (128 bytes, then ``DICM``).
+
+    Raises:
+        PermissionError: it may not be read.
+    """
     try:
         if not path.is_file():
             return False
         with path.open("rb") as stream:
             return stream.read(132)[128:] == b"DICM"
+    except PermissionError:
+        raise
     except OSError:
         return False
 
@@ -120,7 +129,7 @@ def read_header(path: Path) -> Header | None:
 
 def made_up_uid(*words: str) -> str:
     """A UID that is always the same for the same words, for files that have none."""
-    number = int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:15], "big")
+    number = int.from_bytes(hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).digest()[:15], "big")
     return str(UID(f"2.25.{number}"))
 
 
@@ -143,6 +152,7 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
         thickness=next(iter(_numbers(found, "SliceThickness", 1)), None),
         acquisition=_text(found, "AcquisitionNumber"),
         time=_text(found, "TemporalPositionIdentifier"),
+        unit=_text(found, "RescaleType").upper(),
         frames=int(_text(found, "NumberOfFrames") or 1),
         samples=int(_text(found, "SamplesPerPixel") or 1),
         size=(int(_text(found, "Rows") or 0), int(_text(found, "Columns") or 0)),

@@ -16,6 +16,7 @@ from highdicom.color import CIELabColor
 from highdicom.seg import Segmentation, SegmentDescription
 from numpy.typing import NDArray
 from pydicom.sr.codedict import codes
+from pydicom.uid import UID
 from pydicom.valuerep import DSfloat
 
 from kitseg.errors import InputError
@@ -103,7 +104,7 @@ def _source(header: Header, series: Series, native: Geometry, keep_identifiers: 
     for name in _WHO:
         if name not in source:
             setattr(source, name, "")
-    source.StudyInstanceUID, source.SeriesInstanceUID = series.study, series.uid
+    source.StudyInstanceUID, source.SeriesInstanceUID = _valid("study", series.study), _valid("series", series.uid)
     source.SOPInstanceUID, source.SOPClassUID = header.instance, header.sop_class
     source.FrameOfReferenceUID = first.frame_of_reference or made_up_uid("frame of reference", series.uid)
     source.Modality, source.Rows, source.Columns = "CT", *first.size
@@ -113,6 +114,11 @@ def _source(header: Header, series: Series, native: Geometry, keep_identifiers: 
     source.ImageOrientationPatient = _decimals(*first.row_axis, *first.column_axis)
     source.ImagePositionPatient = _decimals(*header.position)
     return source
+
+
+def _valid(kind: str, uid: str) -> str:
+    """A UID as it is; one that is no UID, and so may be anything else, made up anew."""
+    return uid if UID(uid).is_valid else made_up_uid(kind, uid)
 
 
 def _who(header: Header) -> pydicom.Dataset:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kitseg.types import Geometry
 from kitseg.volumes.dicom_headers import Header
+from kitseg.volumes.nifti import MAX_SPACING, MIN_SPACING
 
 FEWEST = 3  # slices
 SAME_PLACE = 0.01  # mm
@@ -69,6 +70,8 @@ def stack(headers: Sequence[Header]) -> Stack:
         raise Unstackable("it is an enhanced multi-frame CT, several slices in one file")
     if not first.position or not first.row_axis or not first.spacing:
         raise Unstackable("its slices don't say where they lie in the patient")
+    if not all(MIN_SPACING <= mm <= MAX_SPACING for mm in first.spacing):
+        raise Unstackable(f"its pixels are not {MIN_SPACING:g} to {MAX_SPACING:g} mm wide")
     if len(headers) < FEWEST:
         raise Unstackable(f"it has {len(headers)} of the at least {FEWEST} slices that make a volume")
     row, column = np.array(first.row_axis), np.array(first.column_axis)

@@ -25,7 +25,12 @@ _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
 
 
 def case_number(name: str) -> int | None:
-    """The KiTS number in a name: its last group of exactly five digits (``prediction_00210`` is 210)."""
+    """The KiTS number in a name: its last group of exactly five digits (``prediction_00210`` is 210).
+
+    The name of a DICOM series holds none.
+    """
+    if re.fullmatch(r"series_[0-9a-f]{10}(_\d+)?", name):
+        return None
     groups = re.findall(r"(?<!\d)\d{5}(?!\d)", name)
     return int(groups[-1]) if groups else None
 
@@ -59,7 +64,7 @@ def list_cases(data: Path) -> list[Case]:
     data = data.absolute()  # worker processes may stand in another folder
     if (data / IMAGE).is_file():
         return [_with_origin(case_of(data), {})]
-    folders = [f for f in _folders(data) if f.name.startswith("case_") or (f / IMAGE).is_file()]
+    folders = [f for f in _folders(data) if f.name.startswith("case_") or _is_file(f / IMAGE)]
     cases = [case_of(f) for f in folders] or [Case(scan_id(f), f) for f in _flat(data)]
     if not cases:
         raise InputError(data, "the folder holds no scans", _EXPECTED)
@@ -121,9 +126,8 @@ def labelled_cases(folders: Sequence[Path]) -> list[Case]:
 
 
 def holds_scans(folder: Path) -> bool:
-    """Whether there is any sign of NIfTI scans or cases in a folder."""
-    cases = any(f.name.startswith("case_") or (f / IMAGE).is_file() for f in _folders(folder))
-    return cases or bool(_flat(folder))
+    """Whether there are NIfTI scans in a folder, flat or in the KiTS layout."""
+    return any(_is_file(f / IMAGE) for f in _folders(folder)) or bool(_flat(folder))
 
 
 def find_cases(data: Path) -> list[Case]:
@@ -201,7 +205,19 @@ def _label_id(path: Path) -> str:
     return label_id(path.absolute().parent.name if path.name == LABEL else _stem(path))
 
 
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, in a folder that may be read."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _stem(path: Path) -> str:
+    try:
+        path.name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(repr(path.name), "its name is not in UTF-8", "Rename the file.") from error
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 

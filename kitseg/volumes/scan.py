@@ -33,9 +33,13 @@ def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
     series: DICOM series to take instead, by UID or by the name that kitseg gives them.
 
     Raises:
-        InputError: a path is missing or a folder holds no scan. UsageError: two scans of one name, or no such series.
+        InputError: a path is missing, or a folder holds no scan, or both NIfTI scans and DICOM files.
+        UsageError: two scans of one name, or no such series.
     """
-    archives = [path for path in paths if path.is_dir() and not holds_scans(path) and _holds_dicom(path)]
+    paths = [path.absolute() for path in paths]  # worker processes may stand in another folder
+    archives = [path for path in paths if path.is_dir() and _holds_dicom(path)]
+    if mixed := next((path for path in archives if holds_scans(path)), None):
+        raise InputError(mixed, "holds NIfTI scans and DICOM files", "Name the files or the folder that you mean.")
     files = [path for path in paths if path not in archives]
     if series and not archives:
         raise UsageError("--series picks a DICOM series, but no DICOM files were found")
@@ -47,11 +51,15 @@ def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
 def scans_of_labels(paths: Sequence[Path]) -> dict[str, Case]:
     """The scans in files and folders by the id that their label maps have, which ``kits.find_labels`` gives.
 
+    Of DICOM, every series that makes a volume: which of them the labels belong to, their name says.
+
     Raises:
         InputError: a path is missing or a folder holds no scan. UsageError: two scans of one id.
     """
     found: dict[str, Case] = {}
-    for case in find_scans(paths).cases if paths else ():
+    scans = find_scans(paths) if paths else Scans(())
+    others = [_case(choice) for choice in scans.choices if choice.series.stack and not choice.chosen]
+    for case in (*scans.cases, *others):
         if (other := found.setdefault(label_id(case.id), case)) is not case:
             raise UsageError(f"{other.image} and {case.image} are both scans of {label_id(case.id)}. Remove one")
     return found
