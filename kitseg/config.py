@@ -131,6 +131,18 @@ def names(kind: str) -> list[str]:
     return sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
+def summary(method: str) -> Config:
+    """What a method's file says in plain values, such as ``chain``, ``paper`` and ``published``; composes nothing.
+
+    Raises:
+        UsageError: the file says no such thing.
+    """
+    content = yaml.safe_load((resources.files("kitseg.conf") / "method" / f"{method}.yaml").read_text())
+    if not isinstance(content, dict) or not {"chain", "paper", "published"} <= set(content):
+        raise UsageError(f"conf/method/{method}.yaml must state chain, paper and published")
+    return content
+
+
 def read(path: Path) -> Config:
     """A configuration that ``write`` wrote.
 

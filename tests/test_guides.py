@@ -25,7 +25,7 @@ from kitseg.stages.guided_unetpp import GuidedUNetPlusPlus
 from kitseg.stages.slice_classifier import SliceClassifier
 from kitseg.types import Box, Case, Geometry, Grid
 from kitseg.volumes.nifti import write_image, write_labels
-from kitseg.volumes.store import store_case
+from kitseg.volumes.store import CaseFiles, store_case
 
 few = settings(max_examples=25, deadline=None)
 HU = ClipScale(-1000, 1000, 1000)
@@ -231,7 +231,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place]:
     label[2:4, 3:6, 3:6] = 1
     write_image(root / "ct.nii.gz", numbers.astype(np.int16), native)
     write_labels(root / "label.nii.gz", label, native)
-    store_case(Case("case_00000", root / "ct.nii.gz", root / "label.nii.gz"), root / "case", Grid(), "kits19")
+    case = Case("case_00000", root / "ct.nii.gz", root / "label.nii.gz")
+    store_case(CaseFiles(case, "kits19"), root / "case", Grid())
     mask = np.zeros(native.shape)
     mask[1:5] = 1
     np.save(root / "guide.npy", np.stack([numbers / 512, mask]).astype(np.float16))

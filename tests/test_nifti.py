@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import subprocess
 import sys
@@ -197,6 +198,21 @@ def test_labels_come_back_on_the_scans_own_grid(tmp_path: Path) -> None:
     np.testing.assert_allclose(written.get_qform(), source.affine, atol=1e-4)
     np.testing.assert_array_equal(nifti.read_labels(tmp_path / "new" / "out.nii.gz", "a").array, labels)
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["out.nii.gz"]
+
+
+def test_written_twice_the_bytes_are_the_same_and_as_nibabel_writes_them(tmp_path: Path) -> None:
+    labels, native = (count((3, 5, 7)) % 3).astype(np.uint8), Geometry((3, 5, 7), np.diag([-2.0, -3.0, 4.0, 1.0]))
+    canonical = np.ascontiguousarray(nifti.turn_to_canonical(labels, native))
+    for name in ("a.nii.gz", "b.nii.gz", "c.nii"):
+        nifti.write_labels(tmp_path / name, canonical, native, "by hand")
+    image = nibabel.Nifti1Image(labels, native.affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = "by hand"
+    image.set_qform(native.affine, 1)
+    image.set_sform(native.affine, 1)
+    assert (tmp_path / "c.nii").read_bytes() == image.to_bytes()
+    assert gzip.decompress((tmp_path / "a.nii.gz").read_bytes()) == image.to_bytes()
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
 
 
 def test_a_file_with_a_qform_alone(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from kitseg.patches.samplers import ForegroundSampler, PaddedSampler, RegionSamp
 from kitseg.patches.subjects import CaseSubjects, Place, subject_of
 from kitseg.types import Box, Case, Geometry, Grid
 from kitseg.volumes.nifti import write_image, write_labels
-from kitseg.volumes.store import open_case, store_case
+from kitseg.volumes.store import CaseFiles, open_case, store_case
 
 IDENTITY = Sight(ClipScale(-1000, 1000, 1000), None)
 WHOLE = Box((0, 0, 0), (12, 10, 11))
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_image(root / f"{number}.nii.gz", hu, native)
         write_labels(root / f"{number}_label.nii.gz", label, native)
         case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(case, root / "grid" / case.id, Grid(2.0, 2.0), "kits19")
+        assert store_case(CaseFiles(case, "kits19"), root / "grid" / case.id, Grid(2.0, 2.0))
         found.append(root / "grid" / case.id)
     return found
 
@@ -234,7 +234,7 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_image(root / f"{number}.nii.gz", hu.astype(np.int16), native)
         write_labels(root / f"{number}_label.nii.gz", label, native)
         case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(case, root / case.id, Grid(), "kits19")
+        assert store_case(CaseFiles(case, "kits19"), root / case.id, Grid())
         found.append(root / case.id)
     return found
 

@@ -25,7 +25,7 @@ from kitseg.pipeline.preprocess import method_grids
 from kitseg.types import Box, Case, Geometry, Grid, Triple, Volume
 from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.resample import grid_geometry
-from kitseg.volumes.store import image_on_grid, open_case, statistics, store_bytes, store_case
+from kitseg.volumes.store import CaseFiles, image_on_grid, open_case, statistics, store_bytes, store_case
 
 few = settings(max_examples=30, deadline=None)
 SIGHT = Sight(ClipScale(-1000, 1000, 1000), None)
@@ -53,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_image(root / f"{number}.nii.gz", hu, native)
         write_labels(root / f"{number}_label.nii.gz", label, native)
         case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(case, root / case.id, Grid(), "kits19")
+        assert store_case(CaseFiles(case, "kits19"), root / case.id, Grid())
         found.append(root / case.id)
     return found
 
@@ -325,21 +325,48 @@ def test_a_case_on_a_square_of_pixels(tmp_path: Path) -> None:
     write_image(tmp_path / "ct.nii.gz", np.zeros(native.shape, np.int16), native)
     write_labels(tmp_path / "label.nii.gz", label, native)
     case, grid = Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), Grid(pixels=18)
-    assert store_case(case, tmp_path / "case", grid, "kits19")
-    assert not store_case(case, tmp_path / "case", grid, "kits19")
+    assert store_case(CaseFiles(case, "kits19"), tmp_path / "case", grid)
+    assert not store_case(CaseFiles(case, "kits19"), tmp_path / "case", grid)
     stored = open_case(tmp_path / "case")
     assert np.array_equal(stored.label, label.repeat(2, axis=1).repeat(2, axis=2))
     assert stored.slices.tolist() == [[False, False], [True, True], [False, False], [True, False]]
     assert stored.grid.spacing == pytest.approx((5, 0.5, 0.5))
     assert store_bytes(case, grid) == stored.image.nbytes + stored.label.nbytes
-    assert not store_case(case, tmp_path / "case", Grid(pixels=18, back="nearest"), "kits19")
-    assert store_case(case, tmp_path / "case", Grid(pixels=9), "kits19")
+    assert not store_case(CaseFiles(case, "kits19"), tmp_path / "case", Grid(pixels=18, back="nearest"))
+    assert store_case(CaseFiles(case, "kits19"), tmp_path / "case", Grid(pixels=9))
 
 
 def test_a_case_without_label_has_no_slices(tmp_path: Path) -> None:
     native = lattice((2, 3, 3))
     write_image(tmp_path / "ct.nii.gz", np.zeros(native.shape, np.int16), native)
-    store_case(Case("case_00000", tmp_path / "ct.nii.gz"), tmp_path / "case", Grid(), "kits19")
+    store_case(CaseFiles(Case("case_00000", tmp_path / "ct.nii.gz"), "kits19"), tmp_path / "case", Grid())
     stored = open_case(tmp_path / "case")
     assert stored.label is None
     assert stored.slices.shape == (0, 2)
+
+
+def test_a_cases_files_serve_all_its_grids(tmp_path: Path) -> None:
+    """The second grid is made of what the first one read: the files aren't there any more."""
+    native = lattice((2, 4, 4))
+    hu = np.arange(32, dtype=np.int16).reshape(native.shape)
+    write_image(tmp_path / "ct.nii.gz", hu, native)
+    write_labels(tmp_path / "label.nii.gz", np.ones(native.shape, np.uint8), native)
+    files = CaseFiles(Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), "kits19")
+    assert store_case(files, tmp_path / "own", Grid())
+    (tmp_path / "label.nii.gz").write_bytes(b"")
+    assert store_case(files, tmp_path / "square", Grid(pixels=2))
+    assert np.array_equal(open_case(tmp_path / "own").image, hu)
+    assert open_case(tmp_path / "square").image[0].tolist() == [[2, 4], [10, 12]]  # 2.5, 4.5, 10.5 and 12.5, rounded
+    assert open_case(tmp_path / "square").label.tolist() == np.ones((2, 2, 2)).tolist()
+
+
+def test_a_case_that_is_stored_again_is_seen_by_its_subjects(tmp_path: Path) -> None:
+    native = lattice((2, 4, 4))
+    subjects = None
+    for value in (1, 2):
+        write_image(tmp_path / "ct.nii.gz", np.full(native.shape, value, np.int16), native)
+        write_labels(tmp_path / "label.nii.gz", np.ones(native.shape, np.uint8), native)
+        case = Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz")
+        assert store_case(CaseFiles(case, "kits19"), tmp_path / "case", Grid())
+        subjects = subjects or CaseSubjects({tmp_path / "case": Place(Box((0, 0, 0), native.shape))})
+        assert subjects[0]["image"].data.unique().tolist() == [value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -96,6 +97,20 @@ def test_overlapping_windows_give_back_what_is_there(shape: Triple) -> None:
     assert found.shape == (2, *shape)
     torch.testing.assert_close(found[0], region[0])
     assert {tuple(x.shape) for x in predict.seen} == {(1, 1, 4, 4, 4)}
+
+
+@pytest.mark.parametrize("overlap", [0.25, 0.5])
+def test_overlapping_windows_are_blended_as_torchio_does(overlap: float) -> None:
+    """A prediction that differs with a voxel's place in its window shows every weight."""
+    size, region = (8, 6, 4), noise(1, 13, 14, 9)
+    place = noise(1, 2, *size)
+    common = tuple(int(k * overlap) // 2 * 2 for k in size)
+    sampler = tio.GridSampler(tio.Subject(image=tio.ScalarImage(tensor=region)), size, common)
+    aggregator = tio.GridAggregator(sampler, overlap_mode="hann")
+    for patch in tio.SubjectsLoader(sampler, batch_size=1):
+        aggregator.add_batch(patch["image"]["data"] * place, patch[tio.LOCATION])
+    found = SlidingWindow(size, overlap)(lambda x: x * place, region)
+    torch.testing.assert_close(found, aggregator.get_output_tensor())
 
 
 # --- channels --------------------------------------------------------------------------------------------------------

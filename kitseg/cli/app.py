@@ -45,6 +45,11 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Split = Annotated[Path | None, typer.Option(help="A split file: only its test cases, or a fold's with --fold.")]
 Fold = Annotated[int | None, typer.Option(help="With --split: the validation cases of this fold.")]
 Mirror = Annotated[bool, typer.Option("--mirror", help="See each scan a second time with left and right exchanged.")]
+Engine = Annotated[str, typer.Option(help="auto (openvino on a CPU where it is installed), torch or openvino.")]
+Precision = Annotated[str, typer.Option(help="auto (the training's on a GPU, f32 on a CPU), f32 or bf16.")]
+MaxMemory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Refuse a scan that may need more main memory, such as 6GB.")
+]
 Convention = Annotated[
     str, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23 (cysts are 3).")
 ]

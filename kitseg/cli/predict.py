@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from kitseg import screen
-from kitseg.cli.app import PREDICTIONS, PROBABILITIES, Device, Fold, Mirror, Split, app, work
+from kitseg.cli.app import (
+    PREDICTIONS,
+    PROBABILITIES,
+    Device,
+    Engine,
+    Fold,
+    MaxMemory,
+    Mirror,
+    Precision,
+    Split,
+    app,
+    work,
+)
 from kitseg.errors import UsageError
 
 
@@ -30,19 +42,24 @@ def infer(
     split: Split = None,
     fold: Fold = None,
     device: Device = "auto",
+    engine: Engine = "auto",
+    precision: Precision = "auto",
+    max_memory: MaxMemory = None,
 ) -> None:
     """Probabilities of each scan: a run's checkpoints averaged, on the scan's own grid."""
     from kitseg.pipeline.infer import infer as infer_scans
     from kitseg.pipeline.members import choose_run, describe
+    from kitseg.pipeline.memory import Limit
     from kitseg.pipeline.model import open_model
     from kitseg.pipeline.predict import choose_scans
 
     scans, first = choose_scans([data], split, fold), stage.partition(".")[0] if stage else None
     if scans.choices:
         raise UsageError(f"{data} holds DICOM, which only `kitseg predict` reads; the verbs before it take NIfTI files")
-    model = open_model(run or choose_run(Path("runs")).path, device, first, mirror)
+    model = open_model(run or choose_run(Path("runs")).path, device, first, mirror, engine, precision)
     screen.say(describe(model))
-    work("infer", len(scans.cases), lambda done: infer_scans(model, stage, scans.cases, output, done))
+    limit = Limit.of(max_memory, [model])
+    work("infer", len(scans.cases), lambda done: infer_scans(model, stage, scans.cases, output, done, limit))
 
 
 @app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
@@ -88,6 +105,9 @@ def predict(
     split: Split = None,
     fold: Fold = None,
     device: Device = "auto",
+    engine: Engine = "auto",
+    precision: Precision = "auto",
+    max_memory: MaxMemory = None,
     series: Annotated[
         list[str], typer.Option(help="Take this DICOM series, by its UID or its name in series.csv.")
     ] = [],  # noqa: B006
@@ -106,15 +126,18 @@ def predict(
     model's, or what an ensemble file says (`kitseg choose` writes one).
     """
     from kitseg.pipeline.members import choose_run, open_ensemble
+    from kitseg.pipeline.memory import Limit
     from kitseg.pipeline.predict import SERIES_TABLE, Wanted, choose_scans, predict_scans, write_choices
 
     found = choose_scans(scans, split, fold, series)
-    opened = open_ensemble(model or [choose_run(Path("runs")).path], device, _numbers(weights), mirror)
+    opened = open_ensemble(
+        model or [choose_run(Path("runs")).path], device, _numbers(weights), mirror, engine, precision
+    )
     screen.say(opened.describe())
     write_choices(output, found, keep_identifiers)
     if found.choices:
         screen.say(f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why")
-    wanted = Wanted(format_ is Format.DICOM_SEG, keep_identifiers)
+    wanted = Wanted(format_ is Format.DICOM_SEG, keep_identifiers, Limit.of(max_memory, opened.models))
     work("predict", len(found.cases), lambda done: predict_scans(opened, found.cases, output, done, wanted))
 
 

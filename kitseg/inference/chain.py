@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from kitseg.links.regions import Region
 from kitseg.patches.datamodule import Sight
 from kitseg.postprocess.components import bounding_box
 from kitseg.types import Box, Geometry, Probabilities, Volume
-from kitseg.volumes.resample import from_grid
+from kitseg.volumes.resample import box_on, from_grid
 from kitseg.volumes.store import image_on_grid, statistics
 
 EMPTY = Box((0, 0, 0), (0, 0, 0))
@@ -146,20 +146,21 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
         channels: where each channel of the result comes from.
         scan: the scan.
     """
-    parts: dict[str, tuple[NDArray[np.float16], Box]] = {}
-    for key, output in outputs.items():
-        values, box = _foreground_part(output)
-        if 0 not in box.size:
-            parts[key] = from_grid(values, box, output.grid.shape, scan.geometry.shape, output.back)
-    box = EMPTY
-    for _, part in parts.values():
-        box = box.union(part)
+    parts = {key: _foreground_part(output) for key, output in outputs.items()}
+    boxes = {
+        key: box_on(box, outputs[key].grid.shape, scan.geometry.shape)
+        for key, (_, box) in parts.items()
+        if 0 not in box.size
+    }
+    box = reduce(Box.union, boxes.values(), EMPTY)
     array = np.zeros((len(channels), *box.size), np.float16)
     for row, (name, source) in zip(array, channels.items(), strict=True):
         row[...] = name == "background"
-        if (key := f"{source.stage}.{source.head}") in parts:
-            found, part = parts[key]
-            row[part.moved(box.start).slices] = found[outputs[key].channels.index(source.channel)]
+        if (key := f"{source.stage}.{source.head}") in boxes:
+            (values, near), output = parts[key], outputs[key]
+            inside = row[boxes[key].moved(box.start).slices]
+            channel = values[output.channels.index(source.channel)][None]
+            from_grid(channel, near, output.grid.shape, scan.geometry.shape, output.back, [inside])
     return Probabilities(array, tuple(channels), box, scan.geometry, scan.native, scan.case_id)
 
 

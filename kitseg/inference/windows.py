@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from itertools import product
+from typing import Protocol
 
 import torch
-import torchio as tio
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 from kitseg.types import Triple
 
@@ -25,6 +24,10 @@ class Window(Protocol):
         """The region's probabilities, on the CPU."""
         ...
 
+    def part(self, region: Triple) -> Triple:
+        """The shape of what the network sees at a time of a region of this shape."""
+        ...
+
 
 @dataclass(frozen=True)
 class WholeRegion:
@@ -34,10 +37,14 @@ class WholeRegion:
         """The region's probabilities, on the CPU."""
         return predict(region[None])[0].float().cpu()
 
+    def part(self, region: Triple) -> Triple:
+        """All of it."""
+        return region
+
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Overlapping windows blended with Hann weights, through TorchIO's grid sampler and aggregator.
+    """Overlapping windows blended with Hann weights, summed in place as they come.
 
     size: voxels (slices, rows, columns) of a window; overlap: the share that neighbours have in common on each axis.
     """
@@ -49,15 +56,32 @@ class SlidingWindow:
         """The region's probabilities, on the CPU; a region smaller than a window is padded by repeating its edge."""
         shape = region.shape[1:]
         pad = [max(0, k - n) for k, n in zip(self.size, shape, strict=True)]
-        padded = functional.pad(region[None], (0, pad[2], 0, pad[1], 0, pad[0]), mode="replicate")[0]
-        overlap = _triple([int(k * self.overlap) // 2 * 2 for k in self.size])
-        sampler = tio.GridSampler(tio.Subject(region=tio.ScalarImage(tensor=padded)), _triple(self.size), overlap)
-        aggregator = tio.GridAggregator(sampler, overlap_mode="hann")
-        for patch in tio.SubjectsLoader(cast("Dataset[tio.Subject]", sampler), batch_size=1):
-            probabilities = predict(patch["region"][tio.DATA])
-            aggregator.add_batch(probabilities.float().cpu(), patch[tio.LOCATION])
-        output: Tensor = aggregator.get_output_tensor()
-        return output[:, : shape[0], : shape[1], : shape[2]].to(torch.float32)
+        padded = functional.pad(region[None], (0, pad[2], 0, pad[1], 0, pad[0]), mode="replicate")
+        whole = padded.shape[2:]
+        weight, weights, total = self._weight(), torch.zeros(whole), torch.empty(0)
+        starts = (self._starts(n, k) for n, k in zip(whole, self.size, strict=True))
+        for start in product(*starts):
+            part = tuple(slice(a, a + k) for a, k in zip(start, self.size, strict=True))
+            found = predict(padded[:, :, *part])[0].float().cpu()
+            if not total.numel():
+                total = torch.zeros(len(found), *whole)
+            total[:, *part].addcmul_(found, weight)
+            weights[part] += weight
+        return total.div_(weights)[:, : shape[0], : shape[1], : shape[2]]
+
+    def part(self, region: Triple) -> Triple:
+        """A window."""
+        z, y, x = self.size
+        return z, y, x
+
+    def _starts(self, n: int, size: int) -> list[int]:
+        """Where windows begin on an axis of ``n`` voxels; the last one ends where the axis does."""
+        step = size - int(size * self.overlap) // 2 * 2
+        return [*range(0, n - size, step), n - size]
+
+    def _weight(self) -> Tensor:
+        z, y, x = (torch.hann_window(k + 2, periodic=False)[1:-1] for k in self.size)
+        return z[:, None, None] * y[:, None] * x
 
 
 @dataclass(frozen=True)
@@ -83,7 +107,11 @@ class DepthWindow:
                 total = torch.zeros(len(found), *padded.shape[1:])
             total[:, part] += found
             count[part] += 1
-        return (total / count[:, None, None])[:, :depth]
+        return total.div_(count[:, None, None])[:, :depth]
+
+    def part(self, region: Triple) -> Triple:
+        """Some slices."""
+        return self.size, region[1], region[2]
 
 
 @dataclass(frozen=True)
@@ -95,10 +123,14 @@ class Slices:
     def __call__(self, predict: Predict, region: Tensor) -> Tensor:
         """The region's probabilities, on the CPU."""
         slices = region.transpose(0, 1)[:, :, None]
-        parts = [predict(part)[:, :, 0].float().cpu() for part in torch.split(slices, self.batch)]
-        return torch.cat(parts).transpose(0, 1)
+        total = torch.empty(0)
+        for start in range(0, len(slices), self.batch):
+            found = predict(slices[start : start + self.batch])[:, :, 0]
+            if start == 0:
+                total = torch.empty(found.shape[1], len(slices), *found.shape[2:])
+            total[:, start : start + self.batch] = found.transpose(0, 1)
+        return total
 
-
-def _triple(values: Sequence[int]) -> Triple:
-    z, y, x = values
-    return z, y, x
+    def part(self, region: Triple) -> Triple:
+        """A slice."""
+        return 1, region[1], region[2]

@@ -12,9 +12,17 @@ from kitseg.types import Box
 
 def crop(array: NDArray[Any], box: Box, fill: float) -> NDArray[Any]:
     """The contents of ``box`` from ``array`` (D, H, W), ``fill`` where the box reaches outside."""
+    out = np.empty(box.size, array.dtype)
+    crop_into(out, array, box, fill)
+    return out
+
+
+def crop_into(out: NDArray[Any], array: NDArray[Any], box: Box, fill: float) -> None:
+    """The same in ``out``, which has the box's size and any type; of a mapped array only the box is read."""
     inside = box.clip((array.shape[0], array.shape[1], array.shape[2]))
-    pad = [(a - b, d - c) for a, b, c, d in zip(inside.start, box.start, inside.stop, box.stop, strict=True)]
-    return np.pad(array[inside.slices], pad, constant_values=fill)
+    if inside != box:
+        out.fill(fill)
+    out[inside.moved(box.start).slices] = array[inside.slices]
 
 
 def paste(values: NDArray[Any], box: Box, onto: NDArray[Any]) -> None:

@@ -32,7 +32,7 @@ class ClipScale:
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """The scaled intensities; the scan's statistics make no difference."""
-        return (hu.float().clamp(self.low, self.high) - self.shift) / self.scale
+        return hu.float().clamp(self.low, self.high).sub_(self.shift).div_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,4 @@ class ZScore:
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """The scaled intensities; a scan of one value becomes 0."""
         mean, deviation = statistics
-        return (hu.float() - mean) / (deviation or 1.0)
+        return (hu.float() - mean).div_(deviation or 1.0)

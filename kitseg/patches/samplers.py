@@ -10,7 +10,7 @@ import torchio as tio
 from torch import Tensor
 from torchio.data.sampler.sampler import RandomSampler
 
-from kitseg.links.crop import crop
+from kitseg.links.crop import crop_into
 from kitseg.links.intensity import AIR
 from kitseg.patches.subjects import region_of
 from kitseg.types import Box, Triple
@@ -185,10 +185,11 @@ def patch_of(subject: tio.Subject, box: Box) -> tio.Subject:
     z, y, x = subject.get_image("image").spacing
     affine = np.array([[0, 0, -x, 0], [0, -y, 0, 0], [-z, 0, 0, 0], [0, 0, 0, 1.0]])
     for name, image in subject.get_images_dict(intensity_only=False).items():
-        fill = AIR if name == "image" else 0
-        found = torch.stack([torch.from_numpy(crop(channel.numpy(), box, fill)) for channel in image.data])
         label = isinstance(image, tio.LabelMap)
-        images[name] = type(image)(tensor=found if label else found.float(), affine=affine)
+        found = torch.empty((len(image.data), *box.size), dtype=image.data.dtype if label else torch.float32)
+        for channel, here in zip(found, image.data, strict=True):
+            crop_into(channel.numpy(), here.numpy(), box, AIR if name == "image" else 0)
+        images[name] = type(image)(tensor=found, affine=affine)
     location = torch.tensor([*box.start, *box.stop])
     return tio.Subject(**images, location=location, statistics=subject["statistics"], case=subject["case"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class CaseSubjects(tio.SubjectsDataset):
 
     def __getitem__(self, index: int) -> tio.Subject:
         """The subject: see ``subject_of``."""
-        return subject_of(open_case(self.folders[index]), self.places[index])
+        folder = self.folders[index]
+        return subject_of(_opened(folder, (folder / "meta.json").stat().st_mtime_ns), self.places[index])
 
     @staticmethod
     def _parse_subjects_list(subjects_list: Any) -> None:
@@ -75,6 +77,12 @@ def subject_of(case: StoredCase, place: Place) -> tio.Subject:
         region=torch.tensor([*place.box.start, *place.box.stop]),
         case=case.id,
     )
+
+
+@lru_cache(maxsize=128)  # a mapped array keeps a file open, and processes may have no more than 1024
+def _opened(folder: Path, written: int) -> StoredCase:
+    """A stored case as it was ``written``: to open one takes longer than to read a small patch."""
+    return open_case(folder)
 
 
 def region_of(subject: tio.Subject) -> Box:

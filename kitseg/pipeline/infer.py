@@ -12,23 +12,30 @@ from kitseg.errors import KitsegError, UsageError
 from kitseg.pipeline.clean import nothing_found
 from kitseg.pipeline.machine import versions
 from kitseg.pipeline.members import origin
+from kitseg.pipeline.memory import Limit
 from kitseg.pipeline.model import Model
 from kitseg.pipeline.outcome import OnDone, Outcome, each
 from kitseg.types import Case
 from kitseg.volumes.blocks import block_cases, claim_manifest, read_block, read_manifest, scan_of, write_block
 from kitseg.volumes.nifti import file_digest, read_image
+from kitseg.volumes.scan import scan_geometry
 
 
-def infer(model: Model, stage: str | None, scans: Sequence[Case], to: Path, on_done: OnDone) -> list[Outcome]:
+def infer(
+    model: Model, stage: str | None, scans: Sequence[Case], to: Path, on_done: OnDone, limit: Limit | None = None
+) -> list[Outcome]:
     """Probabilities of each scan into a folder: the model's checkpoints and folds averaged.
 
-    ``stage`` is the ``stage[.head]`` whose own output is wanted; the method's output where it is None.
+    ``stage`` is the ``stage[.head]`` whose own output is wanted; the method's output where it is None. A scan that may
+    need more memory than the ``limit`` fails before it is read.
     """
     channels = output_channels(model.method, stage)
     claim_manifest(to, manifest_of(model, stage, channels))
     by_id = {scan.id: scan for scan in scans}
 
     def work(case: str) -> Outcome:
+        if limit:
+            limit.check(scan_geometry(by_id[case]), case)
         scan = read_image(by_id[case].image, case)
         probabilities = ensemble.mean((member, 1.0) for member in model.predict(scan, channels))
         write_block(to, probabilities, by_id[case].image, file_digest(by_id[case].image))

@@ -73,8 +73,17 @@ class Ensemble:
         return "\n".join(map(describe, self.models))
 
 
-def open_ensemble(paths: Sequence[Path], device: str, weights: Sequence[float] = (), mirror: bool = False) -> Ensemble:
+def open_ensemble(
+    paths: Sequence[Path],
+    device: str,
+    weights: Sequence[float] = (),
+    mirror: bool = False,
+    engine: str = "auto",
+    precision: str = "auto",
+) -> Ensemble:
     """Open runs, folds of runs, and ensemble files; the post-processing is the first one's.
+
+    engine, precision: see ``open_model``.
 
     Raises:
         UsageError: no run, or weights that don't fit. InputError: a damaged file, or a run that isn't trained.
@@ -87,7 +96,9 @@ def open_ensemble(paths: Sequence[Path], device: str, weights: Sequence[float] =
         found, recipe = read_ensemble(path) if path.is_file() else ([Member(path)], None)
         members += [replace(m, weight=share * m.weight, mirror=mirror or m.mirror) for m in found]
         recipes.append(recipe)
-    models = tuple(open_model(member.run, device, mirror=member.mirror) for member in members)
+    models = tuple(
+        open_model(member.run, device, mirror=member.mirror, engine=engine, precision=precision) for member in members
+    )
     steps = models[0].method.postprocess if recipes[0] is None else recipes[0]
     return Ensemble(models, tuple(member.weight for member in members), steps)
 
@@ -144,7 +155,13 @@ def describe(model: Model) -> str:
     phantoms = "; it learned from phantoms, not from patients" if model_facts(model)["phantom"] else ""
     mirrored = "; each scan also mirrored" if model.mirror else ""
     folds = ", ".join(map(str, model.folds))
-    return f"model: {model.run.path} ({model.method.name}, fold {folds}) on {model.device}{phantoms}{mirrored}"
+    where = f"{model.device} with {computed_with(model)}"
+    return f"model: {model.run.path} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}"
+
+
+def computed_with(model: Model) -> str:
+    """What runs a model's networks, and in which precision."""
+    return "; ".join(dict.fromkeys(map(str, model.engines.values())))
 
 
 def choose_run(runs: Path) -> Run:
@@ -181,6 +198,7 @@ def origin(model: Model) -> dict[str, Any]:
         "path": str(model.run.path),
         "folds": model.folds,
         "mirror": model.mirror,
+        "engine": computed_with(model),
         "sha256": model.digest(),
         **model_facts(model),
     }

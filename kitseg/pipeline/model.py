@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,15 @@ from kitseg import config, ensemble
 from kitseg.config import Method, Source, StageSpec
 from kitseg.errors import InputError, UsageError
 from kitseg.inference.chain import Predictor, run_chain, to_scan
+from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
 from kitseg.links.regions import Region
 from kitseg.patches.datamodule import Sight
 from kitseg.runs import Run, StageFolder, find_run
 from kitseg.stages.base import Stage
 from kitseg.types import Probabilities, Volume
+
+ENGINES = ("auto", "torch", "openvino")
+PRECISIONS = {"auto": None, "f32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -35,27 +38,25 @@ class TrainedStage:
     checkpoints: tuple[Path, ...]
     threshold: float | None = None
     mirror: bool = False
+    engine: Engine | None = None
 
     @torch.inference_mode()
     def predict(self, image: Tensor, head: str) -> Tensor:
         """The mean over the checkpoints, and over left and right, of (K, D, H, W) probabilities for a region."""
         total: Tensor | None = None
-        number = self.spec.heads.index(head)
+        engine = self.engine or Torch(_trained_with(self.module.device, self.spec))
         for path in self.checkpoints:
             load_weights(self.module, path)
-            values = self._see(image, number)
+            see = engine(self.module, self.spec.heads.index(head))
+            values = self.module.window(see, image)
             if self.mirror:
-                values.add_(self._see(image.flip(-1), number).flip(-1)).div_(2)
-            if not bool(values.isfinite().all()):
+                values.add_(self.module.window(see, image.flip(-1)).flip(-1)).div_(2)
+            if not math.isfinite(float(values.sum())):
                 raise InputError(path, "gives probabilities that aren't numbers", "Train again, or use --device cpu.")
             total = values if total is None else total.add_(values)
         if total is None:
             raise ValueError("a trained stage has at least one checkpoint")
         return total.div_(len(self.checkpoints))
-
-    def _see(self, image: Tensor, head: int) -> Tensor:
-        with _autocast(self.module.device, self.spec.precision):
-            return self.module.window(lambda x: self.module.probabilities(x, head), image)
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ class Model:
     device: torch.device
     modules: Mapping[str, Stage]
     mirror: bool = False
+    engines: Mapping[str, Engine] = field(default_factory=dict)
 
     def stages(self, fold: int) -> dict[str, Predictor]:
         """The trained stages of a fold, in order."""
         return {
-            name: trained_stage(self.method.stages[name], module, self.run.stage(fold, name), self.mirror)
+            name: replace(
+                trained_stage(self.method.stages[name], module, self.run.stage(fold, name), self.mirror),
+                engine=self.engines.get(name),
+            )
             for name, module in self.modules.items()
         }
 
@@ -105,7 +110,14 @@ def run_digest(run: Run, folds: Iterable[int], stages: Iterable[str]) -> str:
     return state.hexdigest()
 
 
-def open_model(path: Path, device: str, stage: str | None = None, mirror: bool = False) -> Model:
+def open_model(
+    path: Path,
+    device: str,
+    stage: str | None = None,
+    mirror: bool = False,
+    engine: str = "auto",
+    precision: str = "auto",
+) -> Model:
     """Open a run (its finished folds) or one fold for prediction.
 
     Args:
@@ -113,9 +125,11 @@ def open_model(path: Path, device: str, stage: str | None = None, mirror: bool =
         device: ``auto``, ``cpu`` or ``cuda``.
         stage: whose output is wanted; the method's where it is None.
         mirror: whether each stage also sees every scan with left and right exchanged, and averages the two.
+        engine: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is installed.
+        precision: ``f32``, ``bf16``, or ``auto``: the training's on a GPU, float32 on a CPU.
 
     Raises:
-        UsageError: not a run, or no GPU where one is asked for. InputError: not trained to its end.
+        UsageError: not a run, or no GPU or engine where one is asked for. InputError: not trained to its end.
     """
     run, fold = find_run(path)
     method = config.method_of(config.read(run.config))
@@ -129,14 +143,44 @@ def open_model(path: Path, device: str, stage: str | None = None, mirror: bool =
         for name in chain:
             run.stage(number, name).checkpoints()
     where = torch_device(device)
-    modules = {name: build_stage(method.stages[name]).to(where).eval() for name in chain}
-    return Model(run, method, tuple(folds), where, modules, mirror)
+    modules = {name: empty_stage(method.stages[name], where) for name in chain}
+    engines = {name: choose_engine(engine, where, precision, method.stages[name]) for name in chain}
+    if isinstance(shared := engines[chain[0]], OpenVino):  # so that one compiled network at a time is in memory
+        engines = dict.fromkeys(chain, shared)
+    return Model(run, method, tuple(folds), where, modules, mirror, engines)
+
+
+def choose_engine(name: str, device: torch.device, precision: str, spec: StageSpec) -> Engine:
+    """What runs a stage's network, by its name and that of a precision.
+
+    Raises:
+        UsageError: an unknown name, or OpenVINO where it can't be used.
+    """
+    if name not in ENGINES:
+        raise UsageError(f"there is no engine '{name}'; there are {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"there is no precision '{precision}'; there are {', '.join(PRECISIONS)}")
+    kind = _trained_with(device, spec) if precision == "auto" else PRECISIONS[precision]
+    if name == "openvino" and device.type != "cpu":
+        raise UsageError("OpenVINO computes on the CPU here; add --device cpu")
+    if name == "openvino" and not has_openvino():
+        raise UsageError("OpenVINO isn't installed; pip install 'kitseg[openvino]' adds it")
+    if name != "torch" and device.type == "cpu" and has_openvino():
+        return OpenVino(kind or torch.float32)
+    return Torch(kind)
 
 
 def build_stage(spec: StageSpec) -> Stage:
     """The untrained LightningModule of a stage."""
     module: Stage = config.build(spec.parts["module"], channels=spec.channels)
     return module
+
+
+def empty_stage(spec: StageSpec, device: torch.device) -> Stage:
+    """The LightningModule of a stage, on a device, for weights that are loaded before it is used."""
+    with torch.device("meta"):
+        module = build_stage(spec)
+    return module.to_empty(device=device).to(device).eval()
 
 
 def build_sight(spec: StageSpec) -> Sight:
@@ -162,7 +206,7 @@ def load_weights(module: Stage, path: Path) -> None:
     if module.loaded == path:
         return
     try:
-        state = torch.load(path, map_location=module.device, weights_only=True)["state_dict"]
+        state = torch.load(path, map_location=module.device, weights_only=True, mmap=True)["state_dict"]
         module.load_state_dict(state)
     except (OSError, RuntimeError, KeyError, EOFError, ValueError, UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -183,6 +227,7 @@ def torch_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _autocast(device: torch.device, precision: str) -> Any:
+def _trained_with(device: torch.device, spec: StageSpec) -> torch.dtype | None:
+    """The kind of numbers that a stage was trained with on a GPU; None, float32, on a CPU."""
     kinds = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
-    return torch.autocast("cuda", kinds[precision]) if device.type == "cuda" and precision in kinds else nullcontext()
+    return kinds.get(spec.precision) if device.type == "cuda" else None

@@ -19,6 +19,7 @@ from kitseg.measure.quality import assess
 from kitseg.pipeline.clean import build_steps, clean, save_labels, spare_scan
 from kitseg.pipeline.machine import versions
 from kitseg.pipeline.members import Ensemble, choose_run, open_ensemble
+from kitseg.pipeline.memory import Limit
 from kitseg.pipeline.outcome import OnDone, Outcome, each
 from kitseg.report.pictures import case_picture
 from kitseg.screen import say
@@ -26,7 +27,7 @@ from kitseg.splits import held_out
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
 from kitseg.volumes.nifti import file_digest
-from kitseg.volumes.scan import Scans, find_scans, knows_its_place, read_scan, scan_digest
+from kitseg.volumes.scan import Scans, find_scans, knows_its_place, read_scan, scan_digest, scan_geometry
 
 SCHEMA = 3
 SERIES_TABLE = "series.csv"
@@ -37,11 +38,12 @@ class Wanted:
     """What `predict` writes beside labels, figures and a picture.
 
     dicom_seg: a DICOM segmentation of each DICOM series; keep_identifiers: who the patient is, into that and the table
-    of series.
+    of series; limit: of main memory, for each scan.
     """
 
     dicom_seg: bool = False
     keep_identifiers: bool = False
+    limit: Limit | None = None
 
 
 def predict_scans(
@@ -63,6 +65,8 @@ def predict_scans(
 
     def work(case: str) -> Outcome:
         begun, source = time.perf_counter(), by_id[case]
+        if wanted.limit:
+            wanted.limit.check(scan_geometry(source), case)
         scan = read_scan(source)
         probabilities, agreement = model.believe(scan)
         labels = clean(probabilities, scan, steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from joblib import delayed
@@ -13,7 +14,7 @@ from kitseg.config import Method
 from kitseg.errors import KitsegError, in_words
 from kitseg.pipeline.outcome import in_parallel
 from kitseg.types import Case, Grid
-from kitseg.volumes.store import store_bytes, store_case
+from kitseg.volumes.store import CaseFiles, store_bytes, store_case
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ def preprocess(
     """
     to = to.absolute()  # worker processes may stand in another folder
     _check_disk(cases, grids, to)
-    tasks = (delayed(_store)(case, grid, to, convention) for case in cases for grid in grids)
+    tasks = (delayed(_store)(case, grids, to, convention) for case in cases)
     outcomes = []
-    for outcome in in_parallel(tasks, jobs, ordered=False):
+    for outcome in chain.from_iterable(in_parallel(tasks, jobs, ordered=False)):
         outcomes.append(outcome)
         on_done(outcome)
     return sorted(outcomes, key=lambda o: (o.case, o.grid))
@@ -73,9 +74,13 @@ def _check_disk(cases: Sequence[Case], grids: Sequence[Grid], to: Path) -> None:
         raise KitsegError(f"{to}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Free some space.")
 
 
-def _store(case: Case, grid: Grid, to: Path, convention: str) -> Outcome:
-    try:
-        changed = store_case(case, to / str(grid) / case.id, grid, convention)
-    except Exception as error:  # whatever it is, the other cases go on
-        return Outcome(case.id, str(grid), "failed", in_words(case.image, error))
-    return Outcome(case.id, str(grid), "done" if changed else "unchanged")
+def _store(case: Case, grids: Sequence[Grid], to: Path, convention: str) -> list[Outcome]:
+    """A case on every grid, its files read once."""
+    files, outcomes = CaseFiles(case, convention), []
+    for grid in grids:
+        try:
+            state = "done" if store_case(files, to / str(grid) / case.id, grid) else "unchanged"
+            outcomes.append(Outcome(case.id, str(grid), state))
+        except Exception as error:  # whatever it is, the other cases go on
+            outcomes.append(Outcome(case.id, str(grid), "failed", in_words(case.image, error)))
+    return outcomes

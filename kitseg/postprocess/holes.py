@@ -9,7 +9,7 @@ import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.postprocess.components import bounding_box
+from kitseg.postprocess.components import clusters
 from kitseg.types import Masks
 
 
@@ -28,13 +28,13 @@ class FillHoles:
 def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A (D, H, W) mask, closed in 3D and then without holes in any slice; no voxel gets lost at the array's borders."""
     filled = mask.copy()
-    box = bounding_box(mask)
-    if box is not None:
+    for box in clusters(mask):
         inside = filled[box.slices]
         closed = ~_dilate(~_dilate(np.pad(inside, 2)))[2:-2, 1:-1, 1:-1]
         for plane, without_holes in zip(closed, inside, strict=True):
-            background = cc3d.connected_components((~plane).view(np.uint8), connectivity=4)
-            without_holes[...] = (background != background[0, 0])[1:-1, 1:-1]
+            if plane.any():
+                background = cc3d.connected_components((~plane).view(np.uint8), connectivity=4)
+                without_holes[...] = (background != background[0, 0])[1:-1, 1:-1]
     return filled
 
 

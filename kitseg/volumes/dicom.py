@@ -28,6 +28,7 @@ from kitseg.volumes.nifti import MAX_VOXELS, canonical_geometry, turn_to_canonic
 
 AIR = -1024  # HU of what lies outside the reconstructed circle; no scanner's air is below
 TISSUE = (-500, 1500)  # HU; a padding value in this range can't be told from the patient
+_REMEDY = "Export the series again, or choose another one with --series"
 _INT16 = np.iinfo(np.int16)
 
 
@@ -116,23 +117,32 @@ def read_series(series: Series) -> Volume:
     Raises:
         InputError: the slices make no CT volume, or one of them can't be read.
     """
-    first, remedy = series.headers[0], "Export the series again, or choose another one with --series"
-    if series.stack is None:
-        raise InputError(series.folder, f"{series.case_id}: {series.problem}", remedy)
+    first, made = series.headers[0], stack_of(series)
     if first.modality != "CT" or first.samples != 1:
         raise InputError(
-            series.folder, f"{series.case_id}: its modality is {first.modality or 'unknown'}, not CT", remedy
+            series.folder, f"{series.case_id}: its modality is {first.modality or 'unknown'}, not CT", _REMEDY
         )
-    native = series.stack.native
+    native = made.native
     if int(np.prod(native.shape, dtype=object)) > MAX_VOXELS:
-        raise InputError(series.folder, f"{series.case_id}: it has more than {MAX_VOXELS} voxels", remedy)
+        raise InputError(series.folder, f"{series.case_id}: it has more than {MAX_VOXELS} voxels", _REMEDY)
     planes = np.empty(native.shape[::-1], np.int16)
-    for header, slot in zip(series.stack.headers, series.stack.slots, strict=True):
+    for header, slot in zip(made.headers, made.slots, strict=True):
         planes[slot] = _read_slice(header)
-    for slot in series.stack.missing:
+    for slot in made.missing:
         planes[slot] = np.rint((planes[slot - 1].astype(np.float32) + planes[slot + 1]) / 2)
     array = np.ascontiguousarray(turn_to_canonical(planes.transpose(2, 1, 0), native))
     return Volume(array, canonical_geometry(native), native, series.case_id)
+
+
+def stack_of(series: Series) -> Stack:
+    """A series' slices in order on their lattice.
+
+    Raises:
+        InputError: they make no volume.
+    """
+    if series.stack is None:
+        raise InputError(series.folder, f"{series.case_id}: {series.problem}", _REMEDY)
+    return series.stack
 
 
 def read_slices(files: Sequence[Path], case_id: str) -> Volume:

@@ -5,7 +5,6 @@ Every file is validated on the way in; one that can't be used is an InputError w
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import IO, Any, cast
 
 import nibabel
 import numpy as np
+from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.wrapstruct import WrapStructError
@@ -33,9 +33,13 @@ MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
 MAX_COSINE = 1e-3  # between two voxel axes
 LABEL_TOLERANCE = 0.01  # a scaled label map may miss its integers by rounding
 _DEFLATE_RATIO = 1032  # the most that deflate can shrink data
-_CHUNK = 1 << 24
-_BROKEN = (ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError, EOFError, OSError, zlib.error, ValueError)
-_nib: Any = nibabel  # its functions carry no types
+_CHUNK = 1 << 23  # bytes that are read or written at a time
+_ROWS = 16  # of them that are turned at a time on the way out
+_nib: Any = nibabel  # its functions carry no types, nor do isal's
+_igzip: Any = igzip
+_isal: Any = isal_zlib
+_HEADERS = (ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError)
+_BROKEN = (*_HEADERS, EOFError, OSError, zlib.error, _isal.error, ValueError)
 _orientations: Any = nibabel.orientations
 _COPY_AGAIN = "Copy or download the file again"
 _CONVERT = "Convert the scan to a 3D NIfTI file (.nii or .nii.gz)"
@@ -87,37 +91,39 @@ def read_image(path: Path, case_id: str) -> Volume:
     image = _open(path)
     native = _geometry(path, image)
     stored, slope, offset = _stored(path, image, native)
-    array = _as_ct(stored, slope, offset, native)
-    if not (np.isfinite(array.min()) and np.isfinite(array.max())):
+    array = _as_ct(stored, slope, offset)
+    if array.dtype.kind == "f" and not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise InputError(path, "it holds values that are not finite (NaN or infinity)", "Export the scan again")
     return Volume(array, canonical_geometry(native), native, case_id)
 
 
-def read_labels(path: Path, case_id: str, convention: str | None = "kits19") -> Volume:
+def read_labels(path: Path, case_id: str, convention: str | None = "kits19", strict: bool = True) -> Volume:
     """A label map as (D, H, W) uint8 in orientation (I, P, L).
 
     Integers that are stored as floats are accepted. With no convention, any of 0 to 255 is.
 
     Raises:
-        InputError: see ``read_image``; also for values that the convention doesn't know.
+        InputError: see ``read_image``; also for values that the convention doesn't know, which are background where
+            ``strict`` is False.
     """
     path = Path(path)
     image = _open(path)
     native = _geometry(path, image)
     stored, slope, offset = _stored(path, image, native)
-    known = list(CONVENTIONS[convention]) if convention else list(range(256))
-    array = np.empty(native.shape, np.uint8, order="F")
+    known = np.array(list(CONVENTIONS[convention]) if convention else range(256), np.uint8)  # from 0, without gaps
+    if stored.dtype == np.uint8 and (slope, offset) == (1, 0) and stored.max() <= known.max():
+        return Volume(stored, canonical_geometry(native), native, case_id)
+    labels = np.empty(stored.shape, np.uint8)
     strange: set[float] = set()
-    for plane in range(native.shape[2]):
-        values = stored[..., plane] if (slope, offset) == (1, 0) else stored[..., plane] * slope + offset
+    for row, plane in zip(labels, stored, strict=True):
+        values = plane if (slope, offset) == (1, 0) else plane * slope + offset
         whole = values if values.dtype.kind in "iu" else np.rint(values)
         with np.errstate(invalid="ignore"):
             good = np.isin(whole, known) & (np.abs(values - whole) <= LABEL_TOLERANCE)
         strange.update(np.unique(values[~good])[:5].tolist())
-        array[..., plane] = np.where(good, whole, 0)
-    if strange:
+        row[:] = np.where(good, whole, 0)
+    if strange and strict:
         raise InputError(path, *_strange_labels(strange, convention or "kits19"))
-    labels = np.ascontiguousarray(turn_to_canonical(array, native))
     return Volume(labels, canonical_geometry(native), native, case_id)
 
 
@@ -234,7 +240,7 @@ def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
 
 
 def _stored(path: Path, image: nibabel.Nifti1Image, native: Geometry) -> tuple[NDArray[Any], float, float]:
-    """The values as they lie in the file, on the native lattice, with the slope and offset that make HU of them.
+    """The values as they lie in the file, with axes (I, P, L), and the slope and offset that make HU of them.
 
     Reads to the end of the file, because gzip's checksum stands there.
     """
@@ -243,33 +249,42 @@ def _stored(path: Path, image: nibabel.Nifti1Image, native: Geometry) -> tuple[N
     needed = int(np.prod(native.shape, dtype=object)) * proxy.dtype.itemsize
     if needed > path.stat().st_size * (_DEFLATE_RATIO if zipped else 1):
         raise InputError(path, f"it is cut short: its header promises {needed} bytes of voxels", _COPY_AGAIN)
-    array = np.empty(native.shape, proxy.dtype, order="F")
-    with _in_words(path), gzip.open(path) if zipped else path.open("rb") as stream:
+    array = np.empty(canonical_geometry(native).shape, proxy.dtype)
+    with _in_words(path), _igzip.open(path) if zipped else path.open("rb") as stream:
         stream.seek(proxy.offset)
-        if _fill(array, stream) < needed:
+        if not _fill(turn_to_native(array, native), stream):
             raise InputError(path, "it is cut short: it ends before its last voxel", _COPY_AGAIN)
         while stream.read(_CHUNK):
             pass
     return array, float(proxy.slope), float(proxy.inter)
 
 
-def _fill(array: NDArray[Any], stream: IO[bytes] | gzip.GzipFile) -> int:
-    """Fill a Fortran-ordered array from a stream, chunk by chunk; returns the bytes that were there."""
-    view = memoryview(cast("Any", array.reshape(-1, order="F").view(np.uint8)))
-    done = 0
-    while chunk := stream.read(min(_CHUNK, len(view) - done)):
-        view[done : done + len(chunk)] = chunk
-        done += len(chunk)
-    return done
+def _fill(view: NDArray[Any], stream: IO[bytes]) -> bool:
+    """Fill a view on the native lattice from a stream, some planes at a time; whether the stream held them all.
+
+    Each chunk is turned while it is in the processor's cache, and no second copy of the scan is held.
+    """
+    rows, columns, planes = view.shape
+    step = max(1, _CHUNK // (rows * columns * view.itemsize))
+    chunk = np.empty((rows, columns, step), view.dtype, order="F")
+    for first in range(0, planes, step):
+        part = chunk[..., : planes - first]
+        space = memoryview(cast("Any", part.reshape(-1, order="F").view(np.uint8)))
+        done = 0
+        while got := stream.readinto(space[done:]):  # type: ignore[attr-defined]
+            done += got
+        if done < len(space):
+            return False
+        view[..., first : first + step] = part
+    return True
 
 
-def _as_ct(stored: NDArray[Any], slope: float, offset: float, native: Geometry) -> NDArray[Any]:
-    turned = turn_to_canonical(stored, native)
+def _as_ct(stored: NDArray[Any], slope: float, offset: float) -> NDArray[Any]:
     whole = stored.dtype.kind in "iu" and (slope, offset) == (1, 0)
-    if whole and stored.min() >= -(2**15) and stored.max() < 2**15:
-        return np.ascontiguousarray(turned, np.int16)
+    if whole and (np.can_cast(stored.dtype, np.int16) or (stored.min() >= -(2**15) and stored.max() < 2**15)):
+        return stored.astype(np.int16, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
-        array = np.array(turned, np.float32, order="C")
+        array = stored.astype(np.float32, copy=False)
         array *= np.float32(slope)
         array += np.float32(offset)
     return array
@@ -294,9 +309,34 @@ def _write(path: Path, array: NDArray[Any], dtype: np.dtype[Any], native: Geomet
     header.set_qform(native.affine, code=1)
     header.set_sform(native.affine, code=1)
     header["descrip"] = description
-    image = _nib.Nifti1Image(turn_to_native(array, native), None, header)
-    with aside(path) as partial:
-        nibabel.save(image, partial)
+    header["magic"] = header.single_magic
+    header.set_data_offset(header.single_vox_offset)
+    header.set_slope_inter(1, 0)
+    view = turn_to_native(array, native)
+    step = max(1, _CHUNK // (view.shape[0] * view.shape[1] * view.itemsize))
+    with aside(path) as partial, _writing(partial) as stream:
+        header.write_to(stream)
+        for first in range(0, view.shape[2], step):
+            stream.write(_in_file_order(view[..., first : first + step]).data)
+
+
+def _in_file_order(view: NDArray[Any]) -> NDArray[Any]:
+    """The values one after another with the first axis fastest; turned in parts that fit a processor's cache."""
+    turned = np.empty(view.shape, view.dtype, order="F")
+    for row in range(0, view.shape[1], _ROWS):
+        turned[:, row : row + _ROWS] = view[:, row : row + _ROWS]
+    return turned.reshape(-1, order="F")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, zipped where its name says so, without time or name in it: the same content gives the same bytes."""
+    with path.open("wb") as file:
+        if not path.name.lower().endswith(".gz"):
+            yield file
+            return
+        with _igzip.IGzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream:
+            yield stream
 
 
 def _turn(native: Geometry) -> NDArray[np.float64]:

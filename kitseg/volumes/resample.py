@@ -6,6 +6,7 @@ A grid's spacing is therefore the extent divided by a whole number of voxels, th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from kitseg.types import Box, Geometry, Grid, Triple
 
 Coordinates = NDArray[np.float64]
-SLAB = 16
 
 
 def grid_geometry(scan: Geometry, grid: Grid) -> Geometry:
@@ -39,16 +39,22 @@ def over(scan: Geometry, shape: Triple) -> Geometry:
     return Geometry(shape, affine)
 
 
-def to_grid(image: NDArray[Any], shape: Triple) -> NDArray[np.float32]:
-    """A scan (D, H, W) resampled trilinearly to ``shape``, both covering the same extent; edges are held."""
+def to_grid(image: NDArray[Any], shape: Triple, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
+    """A scan (D, H, W) resampled trilinearly to ``shape``, both covering the same extent; edges are held.
+
+    Values of an integer ``dtype`` are rounded.
+    """
     z, y, x = (_centres(range(m), m, n) for m, n in zip(shape, image.shape, strict=True))
-    return sample_linear(image, z, y, x)
+    return sample_linear(image, z, y, x, np.empty(shape, dtype))
 
 
 def nearest(array: NDArray[Any], shape: Triple) -> NDArray[Any]:
     """Labels or HU (D, H, W) on a lattice of ``shape`` over the same extent, by nearest neighbour."""
-    index = [_nearest(range(m), m, n) for m, n in zip(shape, array.shape, strict=True)]
-    return array[np.ix_(*index)]
+    z, y, x = (_nearest(range(m), m, n) for m, n in zip(shape, array.shape, strict=True))
+    out = np.empty(shape, array.dtype)
+    for target, index in zip(out, z, strict=True):
+        array[index][y].take(x, 1, target, "clip")
+    return out
 
 
 def box_on(box: Box, source: Triple, target: Triple) -> Box:
@@ -60,9 +66,14 @@ def box_on(box: Box, source: Triple, target: Triple) -> Box:
 
 
 def from_grid(
-    values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: str = "linear"
-) -> tuple[NDArray[np.float16], Box]:
-    """Probabilities in a box of a grid, returned to the scan's own lattice.
+    values: NDArray[Any],
+    box: Box,
+    grid: Triple,
+    scan: Triple,
+    how: str = "linear",
+    out: Sequence[NDArray[np.float16]] | None = None,
+) -> tuple[Any, Box]:
+    """Probabilities in a box of a grid, returned to the scan's own lattice; slab by slab, so only ``out`` is large.
 
     Args:
         values: (K, d, h, w), the contents of ``box``.
@@ -70,25 +81,24 @@ def from_grid(
         grid: the shape of the grid.
         scan: the shape of the scan's lattice, over the same extent.
         how: ``linear`` (edges are held) or ``nearest``.
+        out: where to write, K times (D, H, W) float16; a new array where it is None.
 
     Returns:
-        (K, D, H, W) float16 and the box of the scan that they fill: the voxels whose centres lie in ``box``.
+        ``out`` and the box of the scan that it fills: the voxels whose centres lie in ``box``.
     """
     target = box_on(box, grid, scan)
+    filled: Any = np.empty((len(values), *target.size), np.float16) if out is None else out
+    axes = list(zip(target.start, target.stop, scan, grid, box.start, values.shape[1:], strict=True))
     if how == "nearest":
-        index = [
-            np.clip(_nearest(range(a, b), n, m) - start, 0, size - 1)
-            for a, b, n, m, start, size in zip(
-                target.start, target.stop, scan, grid, box.start, values.shape[1:], strict=True
-            )
-        ]
-        return np.stack([block[np.ix_(*index)].astype(np.float16) for block in values]), target
-    axes = zip(target.start, target.stop, scan, grid, box.start, strict=True)
-    z, y, x = (_centres(range(a, b), n, m) - start for a, b, n, m, start in axes)
-    out = np.empty((len(values), *target.size), np.float16)
-    for channel, block in zip(out, values, strict=True):
-        sample_linear(block, z, y, x, channel)
-    return out, target
+        z, y, x = (np.clip(_nearest(range(a, b), n, m) - o, 0, size - 1) for a, b, n, m, o, size in axes)
+        for channel, block in zip(filled, values, strict=True):
+            for plane, index in zip(channel, z, strict=True):
+                plane[...] = block[index][y].take(x, 1)
+    else:
+        z, y, x = (_centres(range(a, b), n, m) - o for a, b, n, m, o, _ in axes)
+        for channel, block in zip(filled, values, strict=True):
+            sample_linear(block, z, y, x, channel)
+    return filled, target
 
 
 def sample_linear(
@@ -96,19 +106,18 @@ def sample_linear(
 ) -> NDArray[Any]:
     """Linear interpolation of ``array`` (D, H, W) on the lattice of voxel coordinates ``z`` × ``y`` × ``x``.
 
-    Coordinates outside are held at the edge. Works slab by slab, so that only ``out`` (float32 where none is given)
-    has the size of the result.
+    Coordinates outside are held at the edge. Works slice by slice, so that only ``out`` (float32 where none is given)
+    has the size of the result; where that holds integers, the values are rounded and held at its limits.
     """
-    rows, columns = _weights(y, array.shape[1]), _weights(x, array.shape[2]).T
     if out is None:
         out = np.empty((len(z), len(y), len(x)), np.float32)
-    for first in range(0, len(z), SLAB):
-        part = z[first : first + SLAB]
-        low = int(np.clip(np.floor(part.min()), 0, len(array) - 1))
-        high = int(np.clip(np.floor(part.max()) + 2, low + 1, len(array)))
-        source = array[low:high].astype(np.float32, copy=False)
-        slab = np.tensordot(_weights(part - low, len(source)), source, axes=1)
-        out[first : first + SLAB] = np.matmul(np.matmul(rows, slab), columns)
+    whole = np.iinfo(out.dtype) if out.dtype.kind in "iu" else None
+    rows, columns = _neighbours(y, array.shape[1]), _neighbours(x, array.shape[2])
+    for target, low, high, share in zip(out, *_neighbours(z, len(array)), strict=True):
+        plane = _between(array[low].astype(np.float32), array[high], share)
+        plane = _between(plane[rows[0]], plane[rows[1]], rows[2][:, None])
+        plane = _between(plane.take(columns[0], 1), plane.take(columns[1], 1), columns[2])
+        target[:] = plane if whole is None else np.rint(plane, plane).clip(whole.min, whole.max, plane)
     return out
 
 
@@ -127,13 +136,18 @@ def _nearest(voxels: range, there: int, here: int) -> NDArray[np.int64]:
     return np.minimum(((np.array(voxels) + 0.5) * here / there).astype(np.int64), here - 1)
 
 
-def _weights(coordinates: Coordinates, n: int) -> NDArray[np.float32]:
-    """(len(coordinates), n) matrix of linear interpolation along an axis of n voxels."""
+def _neighbours(coordinates: Coordinates, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """The voxels below and above each coordinate on an axis of n voxels, and how far it is from the lower one."""
     held = np.clip(coordinates, 0, n - 1)
-    low = np.minimum(np.floor(held).astype(np.int64), max(n - 2, 0))
-    fraction = held - low
-    matrix = np.zeros((len(held), n), np.float32)
-    index = np.arange(len(held))
-    matrix[index, low] = 1 - fraction
-    matrix[index, np.minimum(low + 1, n - 1)] += fraction
-    return matrix
+    low = np.floor(held).astype(np.int64)
+    return low, np.minimum(low + 1, n - 1), (held - low).astype(np.float32)
+
+
+def _between(
+    low: NDArray[np.float32], high: NDArray[Any], share: NDArray[np.float32] | np.float32
+) -> NDArray[np.float32]:
+    """``low`` + ``share`` (``high`` - ``low``), in ``low``'s memory."""
+    step: NDArray[np.float32] = high - low
+    step *= share
+    low += step
+    return low

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kitseg.errors import InputError, UsageError
 from kitseg.types import Case, Geometry, Volume
 from kitseg.volumes.kits import collect_scans, holds_scans, label_id
-from kitseg.volumes.nifti import file_digest, knows_orientation, read_image
+from kitseg.volumes.nifti import canonical_geometry, file_digest, knows_orientation, read_geometry, read_image
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom_choice import Choice
@@ -87,6 +87,19 @@ def read_scan(case: Case) -> Volume:
     from kitseg.volumes.dicom import read_slices
 
     return read_slices(case.slices, case.id)
+
+
+def scan_geometry(case: Case) -> Geometry:
+    """The lattice of a case's CT in orientation (I, P, L), from headers alone.
+
+    Raises:
+        InputError: it can't be used.
+    """
+    if not case.slices:
+        return canonical_geometry(read_geometry(case.image))
+    from kitseg.volumes.dicom import open_series, stack_of
+
+    return canonical_geometry(stack_of(open_series(case.slices, case.id)).native)
 
 
 def scan_digest(case: Case) -> str:

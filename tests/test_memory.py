@@ -1,0 +1,84 @@
+"""How much memory a prediction needs, told before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kitseg import config
+from kitseg.errors import UsageError
+from kitseg.files import write_json, write_text
+from kitseg.inference.memory import activation_bytes
+from kitseg.pipeline.memory import Need, check, parse_size, plan
+from kitseg.pipeline.model import build_stage, open_model
+from kitseg.runs import SCHEMA, Run
+from kitseg.types import Geometry
+from kitseg.volumes.nifti import file_digest
+
+
+def lattice(slices: int) -> Geometry:
+    affine = np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]])
+    return Geometry((slices, 512, 512), affine)
+
+
+def test_tensors_that_live_at_a_time() -> None:
+    """Three additions in a row: an operation's input and output, and the network's own input."""
+    assert activation_bytes(lambda x: ((x + 1) + 1) + 1, (1000,)) == 3 * 4000
+
+
+def test_a_skip_keeps_what_it_joins() -> None:
+    assert activation_bytes(lambda x: torch.cat([x, ((x + 1) + 1) + 1]), (1000,)) == (1 + 1 + 2) * 4000
+
+
+def test_weights_are_not_activations() -> None:
+    with torch.device("meta"):
+        net = nn.Conv3d(1, 8, 3, padding=1)
+    assert activation_bytes(net, (1, 1, 16, 16, 16)) == (1 + 8) * 4 * 16**3
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("6GB", 6e9), ("6 gb", 6e9), ("5.5GiB", 5.5 * 2**30), ("800MB", 8e8), ("1000", 1000)]
+)
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "6 parsecs", "-1GB", "0", "1.2.3GB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="such as 6GB"):
+        parse_size(text)
+
+
+def test_a_need_beyond_the_limit_is_refused() -> None:
+    need = Need((("the program", 700_000_000), ("fine's network", 5_400_000_000)))
+    check(need, 6_100_000_000, "case_00000")
+    with pytest.raises(UsageError, match=r"case_00000 may need 6\.10 GB .* 5\.40.*more than .* 6\.00 GB"):
+        check(need, 6_000_000_000, "case_00000")
+
+
+def untrained(folder: Path) -> Path:
+    """A run of dual-unet whose training didn't change a weight."""
+    settings = config.compose("dual-unet", "tiny")
+    write_text(folder / "config.yaml", config.dump(settings))
+    for name, spec in config.method_of(settings).stages.items():
+        stage = Run(folder).stage(0, name)
+        stage.best.mkdir(parents=True)
+        torch.save({"state_dict": build_stage(spec).state_dict()}, stage.best / "0.ckpt")
+        rows = [{"file": "best/0.ckpt", "sha256": file_digest(stage.best / "0.ckpt")}]
+        write_json(stage.done, SCHEMA, {"checkpoints": rows, "threshold": None})
+    return folder
+
+
+def test_more_slices_need_more_and_so_do_more_members(tmp_path: Path) -> None:
+    model = open_model(untrained(tmp_path), "cpu", engine="torch")
+    few, many = (plan([model], lattice(slices)) for slices in (100, 200))
+    voxels = 100 * 512 * 512
+    # two outputs in float32 on 96 × 96 pixels, one of them half as high; on the scan HU in int16, two channels in
+    # float16, masks and labels in 5 bytes
+    assert many.total - few.total == 100 * 96 * 96 * 6 + voxels * (2 + 4 + 5)
+    assert plan([replace(model, folds=(0, 0))], lattice(100)).total - few.total == voxels * 12

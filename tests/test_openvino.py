@@ -1,0 +1,135 @@
+"""OpenVINO computes what PyTorch does; skipped where it isn't installed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kitseg import config
+from kitseg.config import StageSpec
+from kitseg.errors import UsageError
+from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
+from kitseg.pipeline.model import build_sight, build_stage, choose_engine, empty_stage
+from kitseg.stages.base import Stage
+
+STAGES = [(name, stage) for name in config.names("method") for stage in config.compose(name, "tiny")["chain"]]
+CPU = torch.device("cpu")
+installed = pytest.mark.skipif(not has_openvino(), reason="OpenVINO is not installed")
+
+
+@cache
+def spec_of(method: str, stage: str) -> StageSpec:
+    return config.method_of(config.compose(method, "tiny")).stages[stage]
+
+
+def stage_of(spec: StageSpec, seed: int = 0) -> Stage:
+    torch.manual_seed(seed)
+    module = build_stage(spec).eval()
+    module.loaded = Path(str(seed))
+    return module
+
+
+def region(spec: StageSpec, *shape: int) -> Tensor:
+    """Noise as a network's input; where it takes a mask as its last channel, half of it."""
+    link = build_sight(spec).link
+    channels = 1 if link is None else link.channels
+    x = torch.randn(2, channels, *shape, generator=torch.Generator().manual_seed(1))
+    if channels > 1:
+        x[:, -1] = (x[:, -1] > 0).float()
+    return x
+
+
+def see(engine: Engine, module: Stage, x: Tensor, head: int = -1) -> Tensor:
+    with torch.inference_mode():
+        return engine(module, head)(x)
+
+
+@installed
+@pytest.mark.parametrize(("method", "stage"), STAGES)
+def test_every_network_gives_the_same_labels(method: str, stage: str) -> None:
+    """At shapes other than the traced one: the sizes inside a network follow its input."""
+    spec = spec_of(method, stage)
+    module, engine = stage_of(spec), OpenVino()
+    slices = spec.grid.pixels is not None and stage != "foreground"
+    x = region(spec, *(1, 64, 96) if slices else (32, 48, 64))
+    for head in {0, len(spec.heads) - 1}:
+        found, expected = see(engine, module, x, head), see(Torch(), module, x, head)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        assert (found.argmax(1) == expected.argmax(1)).double().mean() >= 0.9999
+
+
+@installed
+def test_other_weights_are_noticed() -> None:
+    spec, engine = spec_of("dual-unet", "kidneys"), OpenVino()
+    module, x = stage_of(spec, 0), region(spec, 1, 32, 32)
+    first, other = see(engine, module, x), stage_of(spec, 1)
+    module.load_state_dict(other.state_dict())
+    module.loaded = Path("1")
+    torch.testing.assert_close(see(engine, module, x), see(Torch(), other, x), rtol=0, atol=1e-4)
+    assert not torch.allclose(first, see(engine, module, x), atol=1e-2)
+
+
+@pytest.mark.parametrize("engine", [Torch, pytest.param(OpenVino, marks=installed)])
+def test_bfloat16_is_close_but_coarser(engine: type[Torch] | type[OpenVino]) -> None:
+    spec = spec_of("two-stage", "segment")
+    module, x = stage_of(spec), region(spec, 1, 64, 64)
+    exact, found = see(Torch(), module, x), see(engine(torch.bfloat16), module, x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.06)
+
+
+def test_torch_sees_a_batch_as_its_parts() -> None:
+    spec = spec_of("two-stage", "segment")
+    module, x = stage_of(spec), region(spec, 1, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(see(Torch(), module, x), module.probabilities(x))
+
+
+def test_engines_by_name() -> None:
+    spec = spec_of("dual-unet", "kidneys")
+    assert choose_engine("torch", CPU, "auto", spec) == Torch()
+    assert choose_engine("torch", CPU, "bf16", spec) == Torch(torch.bfloat16)
+    assert isinstance(choose_engine("auto", CPU, "f32", spec), OpenVino if has_openvino() else Torch)
+    cuda = torch.device("cuda")
+    assert choose_engine("auto", cuda, "auto", replace(spec, precision="16-mixed")) == Torch(torch.float16)
+    assert choose_engine("auto", cuda, "f32", spec) == Torch()
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "precision", "said"),
+    [
+        ("onnx", "cpu", "auto", "no engine 'onnx'"),
+        ("torch", "cpu", "int8", "no precision 'int8'"),
+        ("openvino", "cuda", "auto", "--device cpu"),
+    ],
+)
+def test_engines_that_are_not_there(name: str, device: str, precision: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        choose_engine(name, torch.device(device), precision, spec_of("dual-unet", "kidneys"))
+
+
+def test_missing_openvino_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitseg.pipeline.model.has_openvino", lambda: False)
+    spec = spec_of("dual-unet", "kidneys")
+    with pytest.raises(UsageError, match="pip install"):
+        choose_engine("openvino", CPU, "auto", spec)
+    assert choose_engine("auto", CPU, "auto", spec) == Torch()
+
+
+@pytest.mark.parametrize(("method", "stage"), STAGES)
+def test_an_empty_stage_holds_what_is_loaded(method: str, stage: str) -> None:
+    """Nothing of a network is left without a value: every buffer is in the checkpoint."""
+    spec = spec_of(method, stage)
+    module, trained = empty_stage(spec, CPU), stage_of(spec)
+    module.load_state_dict(trained.state_dict())
+    kept = dict(trained.state_dict())
+    assert {name for name, _ in [*module.named_parameters(), *module.named_buffers()]} == set(kept)
+    for name, value in module.state_dict().items():
+        assert np.array_equal(value.numpy(), kept[name].numpy())
+    assert module.device == CPU
