@@ -16,7 +16,7 @@ from test_nifti import rotation
 
 from kitseg.errors import InputError
 from kitseg.volumes import nifti
-from kitseg.volumes.dicom import AIR, Series, find_series, holds_dicom, open_series, read_series, read_slices
+from kitseg.volumes.dicom.series import AIR, Series, find_series, holds_dicom, open_series, read_series, read_slices
 
 CORONAL = AXIAL[:, [1, 0, 2, 3]] @ np.diag([-1.0, -1, 1, 1])
 SAGITTAL = AXIAL[:, [2, 0, 1, 3]] @ np.diag([1.0, -1, 1, 1])

@@ -12,8 +12,8 @@ from dicom_files import AXIAL, WORDS, hu, uid, write_series
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from kitseg.errors import UsageError
-from kitseg.volumes.dicom import find_series
-from kitseg.volumes.dicom_choice import Choice, choose_series, write_series_table
+from kitseg.volumes.dicom.choice import Choice, choose_series, write_series_table
+from kitseg.volumes.dicom.series import find_series
 
 CORONAL = AXIAL[:, [1, 0, 2, 3]]
 

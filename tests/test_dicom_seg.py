@@ -12,8 +12,8 @@ from dicom_files import AXIAL, PACKED, WHO, WORDS, hu, uid, write_series
 from test_dicom import ANY
 
 from kitseg.errors import InputError
-from kitseg.volumes.dicom import Series, find_series, read_series
-from kitseg.volumes.dicom_seg import NOTICE, Algorithm, write_segmentation
+from kitseg.volumes.dicom.segmentation import NOTICE, Algorithm, write_segmentation
+from kitseg.volumes.dicom.series import Series, find_series, read_series
 from kitseg.volumes.phantom import make_case
 
 BY = Algorithm("kitseg two-phase", "0.1.0")

@@ -39,7 +39,7 @@ QUICK = Scale(3, 1, 64, ("--epochs=1", "--set=size.vnet_width=4", "--set=size.va
 
 
 def run_demo(out: Path, quick: bool, say: Say) -> None:
-    """Phantoms → check → preprocess → train → infer → ensemble → postprocess → evaluate → a page to look at.
+    """Phantoms → check → preprocess → train → infer → ensemble → postprocess → evaluate → pages to look at.
 
     Raises:
         KitsegError: a step failed; its own message stands above.
@@ -53,7 +53,7 @@ def run_demo(out: Path, quick: bool, say: Say) -> None:
         if code:
             raise KitsegError(f"the demo stopped: `kitseg {command[0]}` ended with exit code {code}. See above.")
     _write_report(out, [shlex.join(["kitseg", *command]) for command in commands], time.perf_counter() - begun)
-    say(f"\nLook at [bold]{out / 'report.html'}[/] and [bold]{out / 'report.png'}[/]. {RESEARCH_USE}")
+    say(f"\nLook at [bold]{out / 'report.html'}[/] and [bold]{out / 'pages' / 'index.html'}[/]. {RESEARCH_USE}")
 
 
 def demo_commands(scale: Scale) -> list[list[str]]:
@@ -72,6 +72,7 @@ def demo_commands(scale: Scale) -> list[list[str]]:
         ["ensemble", "probabilities", "-o", "mean"],
         ["postprocess", "mean", "-o", "predictions"],
         ["evaluate", "predictions", "test", "--json", "scores.json"],
+        ["report", "predictions", "test", "--scores", "scores.json", "-o", "pages"],
     ]
 
 

@@ -141,7 +141,7 @@ def write_choices(to: Path, found: Scans, keep_identifiers: bool) -> None:
     """
     if not found.choices:
         return
-    from kitseg.volumes.dicom_choice import write_series_table
+    from kitseg.volumes.dicom.choice import write_series_table
 
     write_series_table(to / SERIES_TABLE, found.choices, keep_identifiers)
     if not found.cases:
@@ -160,8 +160,8 @@ def doubts(case: Case, scan: Volume) -> list[str]:
 
 
 def _write_segmentation(path: Path, labels: NDArray[np.uint8], source: Case, method: str, keep: bool) -> None:
-    from kitseg.volumes.dicom import open_series
-    from kitseg.volumes.dicom_seg import Algorithm, write_segmentation
+    from kitseg.volumes.dicom.segmentation import Algorithm, write_segmentation
+    from kitseg.volumes.dicom.series import open_series
 
     series = open_series(source.slices, source.id)
     write_segmentation(path, labels, series, Algorithm(f"kitseg {method}", __version__), keep)

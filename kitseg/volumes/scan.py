@@ -14,7 +14,7 @@ from kitseg.volumes.kits import collect_scans, holds_scans, label_id
 from kitseg.volumes.nifti import canonical_geometry, file_digest, knows_orientation, read_geometry, read_image
 
 if TYPE_CHECKING:
-    from kitseg.volumes.dicom_choice import Choice
+    from kitseg.volumes.dicom.choice import Choice
 
 TOLERANCE = 0.1  # mm between the grids of a label map and its scan: other tools round affines
 
@@ -84,7 +84,7 @@ def read_scan(case: Case) -> Volume:
     """
     if not case.slices:
         return read_image(case.image, case.id)
-    from kitseg.volumes.dicom import read_slices
+    from kitseg.volumes.dicom.series import read_slices
 
     return read_slices(case.slices, case.id)
 
@@ -97,7 +97,7 @@ def scan_geometry(case: Case) -> Geometry:
     """
     if not case.slices:
         return canonical_geometry(read_geometry(case.image))
-    from kitseg.volumes.dicom import open_series, stack_of
+    from kitseg.volumes.dicom.series import open_series, stack_of
 
     return canonical_geometry(stack_of(open_series(case.slices, case.id)).native)
 
@@ -115,7 +115,7 @@ def knows_its_place(case: Case) -> bool:
 
 
 def _holds_dicom(folder: Path) -> bool:
-    from kitseg.volumes.dicom import holds_dicom
+    from kitseg.volumes.dicom.series import holds_dicom
 
     return holds_dicom(folder)
 
@@ -123,8 +123,8 @@ def _holds_dicom(folder: Path) -> bool:
 def _choose(archives: Sequence[Path], wanted: Sequence[str]) -> list[Choice]:
     if not archives:
         return []
-    from kitseg.volumes.dicom import find_series
-    from kitseg.volumes.dicom_choice import choose_series
+    from kitseg.volumes.dicom.choice import choose_series
+    from kitseg.volumes.dicom.series import find_series
 
     return choose_series(find_series(*archives), wanted)
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from kitseg.errors import InputError
 from kitseg.types import Volume
-from kitseg.volumes.dicom_headers import Header, is_dicom, made_up_uid, read_header, walk
-from kitseg.volumes.dicom_stack import Stack, Unstackable, split, stack
+from kitseg.volumes.dicom.headers import Header, is_dicom, made_up_uid, read_header, walk
+from kitseg.volumes.dicom.stack import Stack, Unstackable, split, stack
 from kitseg.volumes.nifti import MAX_VOXELS, canonical_geometry, turn_to_canonical
 
 AIR = -1024  # HU of what lies outside the reconstructed circle; no scanner's air is below

@@ -23,8 +23,8 @@ from kitseg.errors import InputError
 from kitseg.files import aside
 from kitseg.labels import CONVENTIONS, CYST, KIDNEY, TUMOR
 from kitseg.types import Geometry
-from kitseg.volumes.dicom import Series
-from kitseg.volumes.dicom_headers import Header, made_up_uid
+from kitseg.volumes.dicom.headers import Header, made_up_uid
+from kitseg.volumes.dicom.series import Series
 from kitseg.volumes.nifti import turn_to_native
 
 #: Written into every segmentation object; at most 64 characters.

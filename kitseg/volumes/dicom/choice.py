@@ -12,8 +12,8 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedE
 
 from kitseg.errors import UsageError
 from kitseg.files import aside
-from kitseg.volumes.dicom import Series, pseudonym
-from kitseg.volumes.dicom_stack import is_scout, orientation
+from kitseg.volumes.dicom.series import Series, pseudonym
+from kitseg.volumes.dicom.stack import is_scout, orientation
 
 FEWEST_SLICES = 10
 WHOLE_KIDNEYS = 150.0  # mm along the body: a kidney is 100 to 120 long, and the two lie at different heights

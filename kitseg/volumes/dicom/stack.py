@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.types import Geometry
-from kitseg.volumes.dicom_headers import Header
+from kitseg.volumes.dicom.headers import Header
 from kitseg.volumes.nifti import MAX_SPACING, MIN_SPACING
 
 FEWEST = 3  # slices
