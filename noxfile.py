@@ -13,6 +13,7 @@ nox.options.sessions = ["lint", "types", "tests", "wheel"]
 nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).resolve().parent
+PEERS = ("nnunetv2", "monai", "torchio")
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
 
@@ -72,3 +73,23 @@ def notebooks(session: nox.Session) -> None:
         for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
             copy = shutil.copy(notebook, folder)
             session.run("jupyter", "execute", "--kernel_name=python3", copy)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure kitseg beside its peers and write docs/benchmarks.md; arguments after ``--`` name rows."""
+    install(session, "-e", ".", group="bench")
+    peers = [f"--python={peer}={_peer(session, peer)}" for peer in PEERS]
+    session.run("python", str(ROOT / "tests" / "bench" / "run.py"), *peers, *session.posargs)
+
+
+def _peer(session: nox.Session, package: str) -> Path:
+    """The Python of an environment that holds one peer, made once."""
+    folder = ROOT / ".nox" / f"bench-{package}"
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        session.run_install("python", "-m", "venv", "--clear", str(folder))
+        constraints = str(ROOT / "constraints.txt")
+        session.run_install(str(python), "-m", "pip", "install", "-c", constraints, package, external=True)
+        (folder / "installed").touch()
+    return python

@@ -26,9 +26,9 @@ def methods() -> None:
 
     table = screen.table("method", "stages", "paper", "published Dice")
     for name in config.names("method"):
-        method = config.method_of(config.compose(name, "paper"))
-        dice = ", ".join(f"{key} {value}" for key, value in method.published.items())
-        table.add_row(name, " → ".join(method.stages), method.paper, dice)
+        about = config.summary(name)
+        dice = ", ".join(f"{key} {value}" for key, value in about["published"].items())
+        table.add_row(name, " → ".join(about["chain"]), about["paper"], dice)
     screen.out.print(table)
 
 
