@@ -42,13 +42,13 @@ def test_weights_are_not_activations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("6GB", 6e9), ("6 gb", 6e9), ("5.5GiB", 5.5 * 2**30), ("800MB", 8e8), ("1000", 1000)]
+    ("text", "size"), [("6GB", 6e9), ("6 gb", 6e9), ("5.5GiB", 5.5 * 2**30), ("800MB", 8e8), ("800000kb", 8e8)]
 )
 def test_sizes(text: str, size: float) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "6 parsecs", "-1GB", "0", "1.2.3GB"])
+@pytest.mark.parametrize("text", ["", "much", "6", "6 parsecs", "-1GB", "0", "1.2.3GB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="such as 6GB"):
         parse_size(text)

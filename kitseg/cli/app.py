@@ -141,7 +141,8 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -
 def _say_outcome(outcome: Outcome) -> None:
     if outcome.error:
         return screen.complain(outcome.error)
-    volumes = ", ".join(f"{name} {ml:.1f} ml" for name, ml in (outcome.volumes_ml or {}).items())
+    names = {"kidney": "kidney without tumor"}
+    volumes = ", ".join(f"{names.get(name, name)} {ml:.1f} ml" for name, ml in (outcome.volumes_ml or {}).items())
     facts = "; ".join(part for part in (volumes, outcome.note, f"{outcome.seconds:.1f} s") if part)
     screen.say(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
     for flag in outcome.quality.flags if outcome.quality else ():

@@ -88,7 +88,7 @@ def check(
     known_convention(convention)
     with screen.bar("check", len(list_cases(data))) as step:
         reports = check_folder(data, convention, jobs, lambda *_: step())
-    table = screen.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney (ml)", "tumor (ml)", "")
+    table = screen.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney without tumor (ml)", "tumor (ml)", "")
     for r in reports:
         state = "[green]ok[/]" if r.ok else "[red]" + escape("; ".join(r.problems)) + "[/]"
         cells = (r.shape, r.spacing, r.orientation, r.hu_range, r.kidney_ml, r.tumor_ml)

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from kitseg.report.study_page import CaseRow
 
 
-@app.command(epilog="Example: kitseg measure predictions --ct data --csv findings.csv")
+@app.command(epilog="Example: kitseg measure predictions --ct data --csv lesions.csv")
 def measure(
     labels: Annotated[Path, typer.Argument(metavar="SEG", help="A label map, or a folder of them.")],
-    ct: Annotated[Path | None, typer.Option(help="Its scan, or the folder of theirs: adds the lesions' HU.")] = None,
+    ct: Annotated[
+        Path | None,
+        typer.Option(help="Its scan, or the folder of theirs: adds HU, and helps to tell a single kidney's side."),
+    ] = None,
     convention: Convention = "kits19",
     jobs: Jobs = -1,
     table: Annotated[Path | None, typer.Option("--csv", help="Write a row for each kidney and lesion.")] = None,

@@ -32,14 +32,6 @@ if TYPE_CHECKING:
     from kitseg.scoring.summary import Summary
 
 SHOWN = 15  # of the combinations that `choose` tries
-FIGURES = {
-    "dice": "Dice",
-    "surface_dice": "surface Dice",
-    "hd95_mm": "HD95 (mm)",
-    "assd_mm": "ASSD (mm)",
-    "volume_error_ml": "volume error (ml)",
-    "volume_error_relative": "volume error (part)",
-}
 
 
 @app.command(epilog="Example: kitseg fit-priors --labels data --split splits.json --fold 0")
@@ -165,7 +157,9 @@ def choose(
 
 @app.command(epilog="Example: kitseg compare two-phase.json two-stage.json")
 def compare(
-    a: Annotated[Path, typer.Argument(help="Scores of A: a file of `kitseg evaluate --json`, or its folder.")],
+    a: Annotated[
+        Path, typer.Argument(help="Scores of A: a file of `kitseg evaluate --json`, its folder, or a validated run.")
+    ],
     b: Annotated[Path, typer.Argument(help="Scores of B, on the same cases.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture and the figures.")] = Path(
         "comparison"
@@ -219,6 +213,7 @@ def submit(
 def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
     """The challenge's figures of each case, all figures over the cases, and the tumors found."""
     from kitseg.pipeline.scores import challenge_score, summary
+    from kitseg.scoring.protocols import FIGURES
 
     shown = [
         (name, figure)
@@ -239,6 +234,8 @@ def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
 
 
 def _show_summary(summaries: Mapping[str, Mapping[str, Summary]]) -> None:
+    from kitseg.scoring.protocols import FIGURES
+
     table = screen.table("class", "", "mean", "95 % CI", "median", "cases", "undefined")
     for name, figures in summaries.items():
         for number, (figure, value) in enumerate(figures.items(), 1):

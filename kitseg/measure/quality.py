@@ -144,7 +144,9 @@ def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, fin
     if not alone.any() or not holds.any() or not _kidneys(findings):
         return
     gap = distances_mm(parts.components, holds, geometry.spacing)[alone].max()
-    reason = f"{tumor_ml[alone].sum():.1f} ml of tumor hang on no kidney, up to {gap:.0f} mm away from the nearest one."
+    reason = (
+        f"{tumor_ml[alone].sum():.1f} ml of tumor touches no kidney; it lies up to {gap:.0f} mm from the nearest one."
+    )
     yield Flag("tumor-far", RED if gap > FAR_MM else AMBER, reason)
 
 
@@ -182,7 +184,7 @@ def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:
         dice = agreement.get(name, math.nan)
         if dice < amber:  # never for NaN
             least = red if dice < red else amber
-            reason = f"The ensemble's members agree on the {name} with a Dice of {dice:.2f} only, below {least:.2f}."
+            reason = f"The ensemble's members agree on the {name} with a Dice of only {dice:.2f}, below {least:.2f}."
             yield Flag(f"{name}-agreement", RED if dice < red else AMBER, reason)
 
 

@@ -68,7 +68,9 @@ def compare(a: Path, b: Path) -> Comparison:
     if one.path.resolve() == other.path.resolve():
         raise UsageError(f"{a} and {b} are the same file: give the scores of two methods")
     if (one.protocol, one.convention) != (other.protocol, other.convention):
-        rules = [f"{file.path} is by {file.protocol} with labels of {file.convention}" for file in (one, other)]
+        rules = [
+            f"{file.path} was scored by {file.protocol} with labels as in {file.convention}" for file in (one, other)
+        ]
         raise UsageError(f"{' and '.join(rules)}: evaluate both with the same --protocol and --convention")
     groups = compare_cases(one.cases, other.cases, _strata(one, other))
     if not groups:

@@ -106,7 +106,8 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
     )  # workers may stand elsewhere
     cases = sorted(required) or sorted(found)
     if lacking := [case for case in cases if case not in truth]:
-        raise UsageError(f"{references} has no reference for {', '.join(lacking)}")
+        remedy = "move them elsewhere, or name the cases to score with --cases"
+        raise UsageError(f"{references} has no reference for {', '.join(lacking)}: {remedy}")
     clinical = read_clinical(references / CLINICAL)
     jobs = [Job(case, found.get(case), truth[case], clinical.get(case, {})) for case in cases]
     return jobs, [] if required else sorted(truth.keys() - found.keys())
@@ -171,7 +172,8 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -
     if scored and rules.convention == "kits23" and own == "kits23" and not found:
         there = f"the references of {true} of {len(scored)} cases do" if true else "nor does a reference"
         said.append(
-            f"no prediction holds cysts (label 3), {there}: the mass of a model without cysts is its tumor alone"
+            f"no prediction holds cysts (label 3), {there}: the mass of a model without cysts is its tumor alone; "
+            "for references as KiTS19's, where cysts are kidney, give --convention kits19"
         )
     if rules.convention == "kits19" and own == "kits23":
         said.append("label convention kits19: cysts are kidney in the references, so mass is the same as tumor")

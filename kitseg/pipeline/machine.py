@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -53,9 +55,7 @@ def rank() -> int:
 
 def versions() -> dict[str, str]:
     """What computed this."""
-    return {
-        "kitseg": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+    known = {"kitseg": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    if find_spec("openvino"):
+        known["openvino"] = version("openvino")
+    return {**known, "python": platform.python_version()}

@@ -75,7 +75,7 @@ def plan(labels: Path, ct: Path | None) -> list[Task]:
     if len(maps) == len(scans) == 1 and not any(scan.slices for scan in scans.values()):
         scans = dict(zip(maps, scans.values(), strict=True))
     if ct and (missing := sorted(maps.keys() - scans.keys())):
-        raise UsageError(f"{ct} holds no scan of {', '.join(missing[:5])}, which {labels} has labels of")
+        raise UsageError(f"{ct} holds no scan of {', '.join(missing[:5])}: add it, or measure without --ct")
     return [Task(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
@@ -137,7 +137,9 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
     segmentation = read_labels(labels, labels.name, convention)
     mask = np.isin(segmentation.array, PARTS[part])
     if not mask.any():
-        what = "is all background" if not (segmentation.array != BACKGROUND).any() else f"holds no {part}"
+        what = (
+            "is all background" if not (segmentation.array != BACKGROUND).any() else f"holds no {part} by {convention}"
+        )
         raise InputError(labels, what, "There is nothing to make a mesh of")
     vertices, faces = surface(mask, segmentation.geometry)
     with aside(to) as partial:

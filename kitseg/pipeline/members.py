@@ -69,8 +69,9 @@ class Ensemble:
         return [{**origin(model), "weight": weight} for model, weight in pairs]
 
     def describe(self) -> str:
-        """The models, a line each."""
-        return "\n".join(map(describe, self.models))
+        """The models, a line each, and what can't be checked."""
+        unchecked = "contrast phase and spacing are not checked: the model doesn't say what it was trained with"
+        return "\n".join([*map(describe, self.models), *([] if self.experience() else [unchecked])])
 
 
 def open_ensemble(

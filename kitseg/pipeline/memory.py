@@ -18,9 +18,9 @@ from kitseg.pipeline.model import Model, build_sight, build_stage
 from kitseg.types import Geometry, Triple
 from kitseg.volumes.resample import grid_geometry
 
-PROGRAM = 700_000_000  # Python with its libraries
+PROGRAM, WITH_OPENVINO = 700_000_000, 100_000_000  # Python with its libraries, and OpenVINO's
 SPARE = 1.15  # what convolutions keep beside their inputs and outputs, and the allocator's gaps
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,14 @@ def parse_size(text: str) -> int:
     except (ValueError, KeyError):
         size = 0
     if size <= 0:
-        raise UsageError(f"--max-memory {text}: a size such as 6GB or 5.5GiB")
+        raise UsageError(f"--max-memory {text}: is no size; give one such as 6GB or 5.5GiB")
     return size
 
 
 def plan(models: Sequence[Model], scan: Geometry) -> Need:
     """What a scan needs at most in main memory, where foreground is found all over; one model at a time in memory."""
-    program = [("the program", PROGRAM), ("the scan", 2 * _voxels(scan.shape))]
+    openvino = any(isinstance(engine, OpenVino) for model in models for engine in model.engines.values())
+    program = [("the program", PROGRAM + openvino * WITH_OPENVINO), ("the scan", 2 * _voxels(scan.shape))]
     members = sum(len(model.folds) for model in models)
     needs = [Need((*program, *rows)) for model in models for rows in _rows(model, scan, members)]
     return max(needs, key=lambda need: need.total)
@@ -93,8 +94,8 @@ def check(need: Need, limit: int, what: str) -> None:
     """
     if need.total > limit:
         raise UsageError(
-            f"{what} may need {need}, more than --max-memory {limit / 1e9:.2f} GB; "
-            "--precision bf16 needs less, and so do models of a smaller size"
+            f"{what} may need {need}, more than --max-memory {limit / 1e9:.2f} GB; raise it, cut the scan, or take "
+            "a smaller model (a network needs less with --precision bf16, too)"
         )
 
 

@@ -164,7 +164,7 @@ def choose_engine(name: str, device: torch.device, precision: str, spec: StageSp
     if name == "openvino" and device.type != "cpu":
         raise UsageError("OpenVINO computes on the CPU here; add --device cpu")
     if name == "openvino" and not has_openvino():
-        raise UsageError("OpenVINO isn't installed; pip install 'kitseg[openvino]' adds it")
+        raise UsageError("OpenVINO isn't installed; pip install openvino adds it")
     if name != "torch" and device.type == "cpu" and has_openvino():
         return OpenVino(kind or torch.float32)
     return Torch(kind)

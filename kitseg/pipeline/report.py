@@ -181,6 +181,7 @@ def _model(model: Mapping[str, Any]) -> str:
     parts = [Path(model["path"]).name]
     if model.get("folds"):
         parts.append(f"folds {', '.join(map(str, model['folds']))}")
+    parts += [str(model["engine"])] if model.get("engine") else []
     parts += ["mirrored too"] if model.get("mirror") else []
     parts += [f"weight {model['weight']:g}"] if "weight" in model else []
     parts += [f"trained with kitseg {model['trained_with']}"] if model.get("trained_with") else []

@@ -10,6 +10,7 @@ from typing import Any
 
 from kitseg.errors import InputError
 from kitseg.report.html import number
+from kitseg.scoring.protocols import FIGURES
 
 ScoreTable = Mapping[str, Mapping[str, float | None]]
 
@@ -73,8 +74,8 @@ def _strata(strata: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def in_words(name: str) -> str:
-    """A class or a figure for a reader: ``surface_dice_2mm`` is ``surface dice 2mm``."""
-    return name.replace("_", " ")
+    """A class or a figure for a reader: ``kidney_and_mass`` is ``kidney and mass``."""
+    return FIGURES.get(name, name.replace("_", " "))
 
 
 def _summary(content: Mapping[str, Any]) -> Table:
@@ -88,7 +89,7 @@ def _summary(content: Mapping[str, Any]) -> Table:
         return f"{in_words(name)}: {in_words(figure)}", number(mean, 3), between, number(median, 3), str(undefined or 0)
 
     rows = tuple(row(name, figure, mean) for name, found in content["mean"].items() for figure, mean in found.items())
-    return Table("Over all cases", ("", "mean", "95 % CI", "median", "undefined in"), rows)
+    return Table("Over all cases", ("", "mean", "95 % CI", "median", "cases undefined"), rows)
 
 
 def _groups(groups: list[dict[str, Any]]) -> Table:

@@ -72,7 +72,7 @@ def view(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> d
 
 def title(lesion: Lesion) -> str:
     """A lesion's name for a reader."""
-    return f"{lesion.kind} {lesion.number}, {lesion.side}, {lesion.diameter_mm:.0f} mm"
+    return f"{lesion.kind} {lesion.number}, {lesion.side}, {lesion.axial_mm:.0f} mm"
 
 
 def lesion_mask(labels: NDArray[np.uint8], lesion: Lesion) -> NDArray[np.bool_]:

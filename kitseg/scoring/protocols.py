@@ -10,6 +10,16 @@ from numpy.typing import NDArray
 
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR, to_kits19
 
+#: The figures of a class in words, by their key.
+FIGURES = {
+    "dice": "Dice",
+    "surface_dice": "surface Dice",
+    "hd95_mm": "HD95 (mm)",
+    "assd_mm": "ASSD (mm)",
+    "volume_error_ml": "volume error (ml)",
+    "volume_error_relative": "volume error (relative)",
+}
+
 
 @dataclass(frozen=True)
 class Target:
