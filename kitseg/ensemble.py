@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kitseg.measure.quality import SPECK_ML
 from kitseg.types import Box, Masks, Probabilities
 
 CHANNELS = ("background", "kidney", "tumor", "foreground")
@@ -58,7 +59,6 @@ class Votes:
     """
 
     CLASSES = ("kidney", "tumor")
-    SPECK_ML = 0.1
 
     def __init__(self) -> None:
         self.members, self._voxel_ml, self._box = 0, 0.0, Box((0, 0, 0), (0, 0, 0))
@@ -94,7 +94,7 @@ class Votes:
     def _pooled(self, counts: NDArray[np.float64]) -> float:
         n = np.arange(len(counts))
         found = float((counts * n).sum())
-        if found * self._voxel_ml / self.members < self.SPECK_ML:
+        if found * self._voxel_ml / self.members < SPECK_ML:
             return 1.0
         return float((counts * n * (n - 1)).sum()) / ((self.members - 1) * found)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file."""
     with aside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV table; what a row lacks stays empty, what has no column is an error."""
+    with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(columns))
+        table.writeheader()
+        table.writerows(rows)
 
 
 def write_json(path: Path, schema: int, content: Mapping[str, Any]) -> None:

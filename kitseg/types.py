@@ -135,23 +135,28 @@ class Box:
 
     def moved(self, origin: Triple) -> Box:
         """The same box in coordinates that begin at ``origin``."""
-        start, stop = (_triple(a - o for a, o in zip(side, origin, strict=True)) for side in (self.start, self.stop))
+        start, stop = (triple(a - o for a, o in zip(side, origin, strict=True)) for side in (self.start, self.stop))
+        return Box(start, stop)
+
+    def placed(self, origin: Triple) -> Box:
+        """The box given in coordinates that begin at ``origin``, in those around them: the inverse of ``moved``."""
+        start, stop = (triple(a + o for a, o in zip(side, origin, strict=True)) for side in (self.start, self.stop))
         return Box(start, stop)
 
     def grown(self, by: int) -> Box:
         """The box with ``by`` more voxels on every side."""
-        return Box(_triple(a - by for a in self.start), _triple(b + by for b in self.stop))
+        return Box(triple(a - by for a in self.start), triple(b + by for b in self.stop))
 
     def union(self, other: Box) -> Box:
         """The smallest box that holds both; an empty one adds nothing."""
         if 0 in self.size or 0 in other.size:
             return other if 0 in self.size else self
-        return Box(_triple(map(min, self.start, other.start)), _triple(map(max, self.stop, other.stop)))
+        return Box(triple(map(min, self.start, other.start)), triple(map(max, self.stop, other.stop)))
 
     def clip(self, shape: Triple) -> Box:
         """The part inside a grid of ``shape`` voxels (empty axes where there is none)."""
-        start = _triple(min(max(a, 0), n) for a, n in zip(self.start, shape, strict=True))
-        stop = _triple(min(max(b, a), n) for a, b, n in zip(start, self.stop, shape, strict=True))
+        start = triple(min(max(a, 0), n) for a, n in zip(self.start, shape, strict=True))
+        stop = triple(min(max(b, a), n) for a, b, n in zip(start, self.stop, shape, strict=True))
         return Box(start, stop)
 
 
@@ -211,6 +216,7 @@ class Masks:
         return labels
 
 
-def _triple(values: Any) -> Triple:
+def triple(values: Any) -> Triple:
+    """Three numbers as whole ones, such as a row of ``np.argwhere``."""
     z, y, x = (int(v) for v in values)
     return z, y, x

@@ -174,5 +174,4 @@ def _foreground_part(output: Output) -> tuple[NDArray[np.float32], Box]:
     if found is None:
         return values, EMPTY
     near = found.grown(1).clip(box.size)
-    origin = box.start
-    return values[(slice(None), *near.slices)], near.moved((-origin[0], -origin[1], -origin[2]))
+    return values[(slice(None), *near.slices)], near.placed(box.start)

@@ -16,7 +16,7 @@ from kitseg.measure.findings import LEFT, RIGHT, Findings, Kidney, Lesion
 from kitseg.measure.lesions import contact_area, outline, share_outside, size_class
 from kitseg.measure.sides import CODES, NAMES, body_midline, frame_midline, side_map
 from kitseg.postprocess.components import Components, bounding_box
-from kitseg.types import Box, Geometry, Triple
+from kitseg.types import Box, Geometry, Triple, triple
 
 #: A smaller component isn't listed: it is a speck, less than a ball of 4.6 mm. Its kidney's volume holds it.
 MIN_LESION_ML = 0.05
@@ -83,8 +83,7 @@ def _components(labels: NDArray[np.uint8], voxel_ml: float) -> list[_Component]:
             mask = found.numbers == number
             box = bounding_box(mask)
             assert box is not None
-            outside = _triple(-n for n in found.box.start)
-            components.append(_Component(kind, mask[box.slices], box.moved(outside)))
+            components.append(_Component(kind, mask[box.slices], box.placed(found.box.start)))
     return components
 
 
@@ -109,7 +108,6 @@ def _lesion(number: int, component: _Component, scene: _Scene) -> Lesion:
     planes = scene.outlines[code]
     axial = axial_diameter(mask, spacing)
     hu = None if scene.hu is None else scene.hu[component.box.slices][mask].astype(np.float64)
-    origin = _triple(-n for n in scene.origin)
     return Lesion(
         number=number,
         kind=component.kind,
@@ -123,7 +121,7 @@ def _lesion(number: int, component: _Component, scene: _Scene) -> Lesion:
         hu_mean=None if hu is None else float(hu.mean()),
         hu_sd=None if hu is None else float(hu.std()),
         centre=_middle_voxel(component, spacing, scene.origin),
-        box=component.box.moved(origin),
+        box=component.box.placed(scene.origin),
     )
 
 
@@ -138,7 +136,7 @@ def _middle_voxel(component: _Component, spacing: tuple[float, float, float], or
     """The lesion's voxel that is nearest to its centre of mass, in the whole scan."""
     voxels = np.argwhere(component.mask)
     distances = np.linalg.norm((voxels - voxels.mean(axis=0)) * spacing, axis=1)
-    return _triple(voxels[distances.argmin()] + component.box.start + origin)
+    return triple(voxels[distances.argmin()] + component.box.start + origin)
 
 
 def _kidneys(scene: _Scene) -> tuple[Kidney, ...]:
@@ -158,8 +156,3 @@ def _part(geometry: Geometry, box: Box) -> Geometry:
     affine = geometry.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ box.start
     return Geometry(box.size, affine)
-
-
-def _triple(values: Any) -> Triple:
-    z, y, x = (int(v) for v in values)
-    return z, y, x

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytorch_lightning as pl
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kitseg import screen
-from kitseg.files import aside
+from kitseg.files import write_table
 from kitseg.report.pictures import learning_curve
 
 CURVE_EVERY = 10.0  # seconds
@@ -57,10 +56,7 @@ class History(pl.Callback):
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with aside(self.folder / "history.csv") as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_table(self.folder / "history.csv", columns, self.rows)
 
     def _draw(self) -> None:
         learning_curve(self.folder / "curves.png", self.rows)

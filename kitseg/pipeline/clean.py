@@ -62,8 +62,7 @@ def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Prior]) ->
     found = bounding_box(masks.either)
     if found is None:
         return labels
-    z, y, x = probabilities.box.start
-    box, masks = found.moved((-z, -y, -x)), masks.crop(found)
+    box, masks = found.placed(probabilities.box.start), masks.crop(found)
     for step in steps:
         masks = step(masks, scan.array[box.slices], scan.geometry.spacing)
     labels[box.slices] = masks.labels()

@@ -101,9 +101,8 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
     Raises:
         UsageError: no case to score, or a required case without a reference.
     """
-    found, truth = (
-        find_labels(folder.absolute()) for folder in (predictions, references)
-    )  # workers may stand elsewhere
+    # absolute, because worker processes may stand in another folder
+    found, truth = find_labels(predictions.absolute()), find_labels(references.absolute())
     cases = sorted(required) or sorted(found)
     if lacking := [case for case in cases if case not in truth]:
         remedy = "move them elsewhere, or name the cases to score with --cases"

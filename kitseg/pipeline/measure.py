@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 from joblib import delayed
 
+from kitseg import files
 from kitseg.errors import InputError, UsageError
-from kitseg.files import aside, write_json
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
 from kitseg.measure.findings import Findings, Kidney, Lesion
 from kitseg.measure.measure import measure
@@ -107,7 +106,7 @@ def write_findings(path: Path, results: Sequence[Measured], convention: str) -> 
     """Write the findings of every case as JSON, rounded to 0.001."""
     cases = {result.case: _rounded(asdict(result.findings)) for result in results if not result.error}
     failed = {result.case: result.error for result in results if result.error}
-    write_json(path, SCHEMA, {"convention": convention, "cases": cases, "failed": failed})
+    files.write_json(path, SCHEMA, {"convention": convention, "cases": cases, "failed": failed})
 
 
 def write_table(path: Path, results: Sequence[Measured]) -> None:
@@ -117,10 +116,8 @@ def write_table(path: Path, results: Sequence[Measured]) -> None:
     """
     kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
     columns = list(dict.fromkeys(["case", "kind", "side", *kept, "note"]))
-    with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(row for result in results for row in _rows(result))
+    rows = (row for result in results for row in _rows(result))
+    files.write_table(path, columns, ({key: row[key] for key in columns if key in row} for row in rows))
 
 
 def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
@@ -142,7 +139,7 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
         )
         raise InputError(labels, what, "There is nothing to make a mesh of")
     vertices, faces = surface(mask, segmentation.geometry)
-    with aside(to) as partial:
+    with files.aside(to) as partial:
         partial.write_bytes(stl(vertices, faces))
     return Mesh(len(faces), volume(vertices, faces) / 1000)
 

@@ -125,17 +125,17 @@ class _Told:
 def _told(task: Task, geometry: Geometry) -> _Told:
     """What is told by the file that ``kitseg predict`` wrote beside a label map; other tools write none."""
     path = task.labels.with_name(task.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
-    digest = file_digest(task.labels)
+    digest, scan = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
     if not path.exists():
         unknown = "The labels came without a file that says how they were made."
-        return _Told(None, _facts(task, geometry, {}, digest), [unknown])
+        return _Told(None, _facts(task, geometry, {}, digest, scan), [unknown])
     try:
         origin = json.loads(path.read_text(encoding="utf-8"))
         quality = _quality_in(origin, digest)
-        return _Told(quality, _facts(task, geometry, origin, digest), _notes(task, origin, digest))
+        return _Told(quality, _facts(task, geometry, origin, digest, scan), _notes(origin, digest, scan))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         unusable = f"{path.name} beside the labels can't be used, so that it isn't known how they were made."
-        return _Told(None, _facts(task, geometry, {}, digest), [unusable])
+        return _Told(None, _facts(task, geometry, {}, digest, scan), [unusable])
 
 
 def _quality_in(origin: Mapping[str, Any], digest: str) -> Quality | None:
@@ -148,20 +148,20 @@ def _quality_in(origin: Mapping[str, Any], digest: str) -> Quality | None:
     return Quality(tuple(Flag(str(f["name"]), f["level"], str(f["reason"])) for f in found["flags"]), found["phase"])
 
 
-def _notes(task: Task, origin: Mapping[str, Any], digest: str) -> list[str]:
+def _notes(origin: Mapping[str, Any], digest: str, scan: str | None) -> list[str]:
     """What the reader must know of a prediction."""
     notes = [f"{origin['note'][:1].upper()}{origin['note'][1:]}."] if origin.get("note") else []
     if origin.get("labels_sha256", digest) != digest:
         notes.append("The labels were changed since they were predicted; the flags are about what they are now.")
-    if task.scan and origin.get("scan_sha256") not in (None, scan_digest(task.scan)):
+    if scan and origin.get("scan_sha256") not in (None, scan):
         notes.append("The scan on this page is not the file that the labels were predicted from.")
     return notes
 
 
-def _facts(task: Task, geometry: Geometry, origin: Mapping[str, Any], digest: str) -> dict[str, str]:
+def _facts(task: Task, geometry: Geometry, origin: Mapping[str, Any], digest: str, scan: str | None) -> dict[str, str]:
     """How the labels came about, by name."""
     facts = {}
-    scan = scan_digest(task.scan) if task.scan else origin.get("scan_sha256")
+    scan = scan or origin.get("scan_sha256")
     if scan:
         own = "" if task.scan is None else task.scan.id if task.scan.slices else task.scan.image.name
         facts["Scan"] = f"{origin.get('scan') or own}\nsha256 {scan}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kitseg.files import aside, write_json
+from kitseg import files
 from kitseg.pipeline.evaluate import Rules, Score, groups, notes
 from kitseg.scoring.detection import tally
 from kitseg.scoring.summary import Summary, summarize
@@ -55,7 +54,7 @@ def write_scores(
     content["missing"] = [score.case for score in scores if score.missing]
     content["failed"] = {score.case: score.error for score in scores if score.error}
     content["notes"] = notes(scores, rules, unscored)
-    write_json(path, SCHEMA, content)
+    files.write_json(path, SCHEMA, content)
 
 
 def write_table(path: Path, scores: Sequence[Score]) -> None:
@@ -67,10 +66,7 @@ def write_table(path: Path, scores: Sequence[Score]) -> None:
     ]
     rows += [{"case": score.case, "note": score.error} for score in scores if not score.classes]
     columns = dict.fromkeys(["case", "class", *(key for row in rows for key in row)])
-    with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(columns))
-        table.writeheader()
-        table.writerows(rows)
+    files.write_table(path, columns, rows)
 
 
 def _each(summaries: Mapping[str, Mapping[str, Summary]], what: Any) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError
 from kitseg.files import aside
 from kitseg.labels import CONVENTIONS
-from kitseg.types import Geometry, Triple, Volume
+from kitseg.types import Geometry, Volume, triple
 
 #: The header's ``descrip`` of a synthetic scan.
 PHANTOM_MARK = "kitseg phantom"
@@ -60,7 +60,7 @@ def canonical_geometry(native: Geometry) -> Geometry:
     shape = np.empty(3, int)
     shape[turn[:, 0].astype(int)] = native.shape
     affine = native.affine @ _orientations.inv_ornt_aff(turn, native.shape)
-    return Geometry(_triple(shape), affine)
+    return Geometry(triple(shape), affine)
 
 
 def turn_to_canonical(array: NDArray[Any], native: Geometry) -> NDArray[Any]:
@@ -220,7 +220,7 @@ def _geometry(path: Path, image: nibabel.Nifti1Image) -> Geometry:
     if voxels > MAX_VOXELS:
         raise InputError(path, f"its header claims {voxels} voxels {shape}, more than {MAX_VOXELS}", _COPY_AGAIN)
     _check_affine(path, np.asarray(image.affine))
-    return Geometry(_triple(shape), np.asarray(image.affine, np.float64))
+    return Geometry(triple(shape), np.asarray(image.affine, np.float64))
 
 
 def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
@@ -343,8 +343,3 @@ def _turn(native: Geometry) -> NDArray[np.float64]:
     """The nibabel description of the flips and permutations from the native axes to (I, P, L)."""
     here = _orientations.io_orientation(native.affine)
     return cast("NDArray[np.float64]", _orientations.ornt_transform(here, _orientations.axcodes2ornt(("I", "P", "L"))))
-
-
-def _triple(values: Any) -> Triple:
-    z, y, x = (int(v) for v in values)
-    return z, y, x

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from kitseg.errors import UsageError
-from kitseg.files import aside
+from kitseg.files import write_table
 from kitseg.volumes.dicom.series import Series, pseudonym
 from kitseg.volumes.dicom.stack import is_scout, orientation
 
@@ -83,11 +82,8 @@ def write_series_table(path: Path, choices: Sequence[Choice], keep_identifiers: 
 
     Without ``keep_identifiers`` no UID, path, date or free text of the files gets in.
     """
-    with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        rows = [{**_facts(choice), **(_identifiers(choice.series) if keep_identifiers else {})} for choice in choices]
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["case"])
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [{**_facts(choice), **(_identifiers(choice.series) if keep_identifiers else {})} for choice in choices]
+    write_table(path, rows[0] if rows else ["case"], rows)
 
 
 def coverage(series: Series) -> float:
