@@ -1,0 +1,53 @@
+"""Which of the cases this process works on, where several share them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kitseg.errors import UsageError
+
+T = TypeVar("T")
+LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun, srun
+
+
+@dataclass(frozen=True)
+class Share:
+    """The ``index``-th of ``of`` parts, from 0 on."""
+
+    index: int = 0
+    of: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.of}"
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """``2/8`` is the second of eight.
+
+        Raises:
+            UsageError: anything else.
+        """
+        match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--shard {text}: it takes a part and their number, from 1/8 to 8/8 for eight parts")
+        return cls(int(match[1]) - 1, int(match[2]))
+
+    @classmethod
+    def here(cls) -> Share:
+        """This process's part under torchrun or srun; all of it elsewhere."""
+        for index, of in LAUNCHERS:
+            if index in os.environ and of in os.environ:
+                return cls(int(os.environ[index]), int(os.environ[of]))
+        return cls()
+
+    def take(self, items: Sequence[T], size: Callable[[T], float] | None = None) -> list[T]:
+        """This part of the items, the same whoever asks: dealt in turn, the largest first where ``size`` tells them.
+
+        Every item is in exactly one part, and parts differ by one item at most.
+        """
+        order = list(items) if size is None else sorted(items, key=lambda item: -size(item))
+        return order[self.index :: self.of]
