@@ -30,11 +30,41 @@ def test_from_the_command_line() -> None:
             Share.parse(text)
 
 
-@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
-def test_from_a_launcher(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+TORCHRUN, SRUN = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that no launcher made."""
+    for name in (*TORCHRUN, *SRUN):
         monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("names", [TORCHRUN, SRUN])
+def test_from_a_launcher(names: tuple[str, str], alone: pytest.MonkeyPatch) -> None:
     assert Share.here() == Share(0, 1)
-    monkeypatch.setenv(names[0], "3")
-    monkeypatch.setenv(names[1], "4")
+    alone.setenv(names[0], "3")
+    alone.setenv(names[1], "4")
     assert Share.here() == Share(3, 4)
+
+
+def test_a_batch_script_without_srun_works_on_everything(alone: pytest.MonkeyPatch) -> None:
+    alone.setenv("SLURM_PROCID", "0")
+    alone.setenv("SLURM_NTASKS", "4")
+    assert Share.here() == Share(0, 1)
+
+
+def test_a_shard_is_dealt_to_the_processes_of_a_launcher(alone: pytest.MonkeyPatch) -> None:
+    cases = list(range(20))
+    alone.setenv("WORLD_SIZE", "2")
+    parts = []
+    for shard in ("1/3", "2/3", "3/3"):
+        whole = Share.parse(shard).take(cases)
+        for rank in ("0", "1"):
+            alone.setenv("RANK", rank)
+            parts.append(Share.asked(shard).take(cases))
+            assert set(parts[-1]) <= set(whole)
+    assert sorted(case for part in parts for case in part) == cases
+    alone.setenv("RANK", "1")
+    assert Share.asked(None) == Share(1, 2)

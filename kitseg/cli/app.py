@@ -42,6 +42,9 @@ def _check_jobs(jobs: int) -> int:
 
 Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases worked on at a time; -1: one a core.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs on this machine, one rank each.")]
+Processes = Annotated[int, typer.Option(min=1, help="Ranks on the CPU, with --device cpu.")]
+Shard = Annotated[str | None, typer.Option(metavar="K/N", help="Only this part of the cases (2/8: the second of 8).")]
 Split = Annotated[Path | None, typer.Option(help="A split file: only its test cases, or a fold's with --fold.")]
 Fold = Annotated[int | None, typer.Option(help="With --split: the validation cases of this fold.")]
 Mirror = Annotated[bool, typer.Option("--mirror", help="See each scan a second time with left and right exchanged.")]

@@ -11,7 +11,10 @@ from typing import TypeVar
 from kitseg.errors import UsageError
 
 T = TypeVar("T")
-LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun, srun
+LAUNCHERS = (  # srun's second is not SLURM_NTASKS, which a batch script has, too, that runs on its own
+    ("RANK", "WORLD_SIZE"),  # torchrun
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Share:
             if index in os.environ and of in os.environ:
                 return cls(int(os.environ[index]), int(os.environ[of]))
         return cls()
+
+    @classmethod
+    def asked(cls, shard: str | None) -> Share:
+        """The part that ``--shard`` names, or all; where a launcher started several processes, this one's part of it.
+
+        Raises:
+            UsageError: ``shard`` names no part.
+        """
+        part, here = cls() if shard is None else cls.parse(shard), cls.here()
+        return cls(part.index + part.of * here.index, part.of * here.of)
 
     def take(self, items: Sequence[T], size: Callable[[T], float] | None = None) -> list[T]:
         """This part of the items, the same whoever asks: dealt in turn, the largest first where ``size`` tells them.
