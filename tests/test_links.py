@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from kitseg import config
 from kitseg.links.crop import crop, paste
 from kitseg.links.intensity import AIR, ClipScale, ZScore
-from kitseg.links.regions import FixedAroundForeground, WholeVolume
+from kitseg.links.regions import Body, FixedAroundForeground, WholeVolume
 from kitseg.types import Box, Geometry, Grid, Triple
-from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.nifti import read_image, read_labels
 from kitseg.volumes.resample import grid_geometry, nearest
 
 few = settings(max_examples=30, deadline=None)
@@ -122,6 +122,39 @@ def test_the_whole_volume() -> None:
     lattice = grid((7, 8, 9), CENTIMETRES)
     assert WholeVolume()(lattice, None, None) == Box((0, 0, 0), (7, 8, 9))
     assert WholeVolume().shape(lattice) == (7, 8, 9)
+
+
+def patient(shape: Triple, box: Box) -> NDArray[np.int16]:
+    """Air around a block of fat, and below it a table of two pixels over the whole width."""
+    hu = np.full(shape, -1000, np.int16)
+    hu[box.slices] = -80
+    hu[:, box.stop[1] : box.stop[1] + 2] = 100
+    return hu
+
+
+@pytest.mark.parametrize("spacing", [(3, 1.5, 1.5), (1, 1, 1), (5, 3, 3), (3, 1.2, 2.4)])
+def test_the_body_without_the_table_that_it_lies_on(spacing: tuple[float, float, float]) -> None:
+    lattice, body = grid((20, 90, 90), spacing), Box((0, 12, 24), (20, 60, 84))
+    found = Body()(lattice, None, None, patient(lattice.shape, body))
+    held = Box(body.start, (20, 62, 84))  # the table right below the body counts as body
+    for near, true in ((found.start, held.start), (found.stop, held.stop)):
+        assert all(abs(a - b) * mm <= 6 for a, b, mm in zip(near, true, spacing, strict=True)), (found, held)
+    assert Body().shape(lattice) == lattice.shape
+
+
+def test_no_body_the_whole_volume() -> None:
+    lattice = grid((7, 40, 40), (3, 1.5, 1.5))
+    assert Body()(lattice, None, None, np.full(lattice.shape, -1000, np.int16)) == Box((0, 0, 0), lattice.shape)
+    with pytest.raises(ValueError, match="needs the scan"):
+        Body()(lattice, None, None)
+
+
+def test_the_body_holds_the_organs_of_a_real_scan(shared: Path) -> None:
+    scan, organs = read_image(shared / "body" / "ct.nii.gz", "body"), read_image(shared / "body" / "organs.nii.gz", "o")
+    found = Body()(scan.geometry, None, None, scan.array)
+    inside = organs.array[found.slices]
+    assert np.count_nonzero(inside) == np.count_nonzero(organs.array)
+    assert inside.size < organs.array.size, "the air around it"
 
 
 def cut_voxels(file: Path) -> tuple[str, Triple, int]:

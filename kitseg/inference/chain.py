@@ -93,7 +93,7 @@ def run_on_grid(
     """
     channels, back = stage.spec.channels, stage.spec.grid.back
     nothing = Output(None, EMPTY, grid, channels, stage.threshold, back)
-    region = region_for(stage, grid, earlier)
+    region = region_for(stage, grid, hu, earlier)
     if region is None:
         return nothing
     image, seen = stage.sight.region(hu, statistics(hu), region, guide_for(stage, grid, earlier))
@@ -118,12 +118,12 @@ def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -
     return link.guide(told.foreground(), told.labels() > 0)
 
 
-def region_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -> Box | None:
-    """The box of ``grid`` that a stage sees, given what the earlier stages believe."""
+def region_for(stage: Predictor, grid: Geometry, hu: NDArray[np.int16], earlier: Mapping[str, Output]) -> Box | None:
+    """The box of ``grid`` that a stage sees, given the scan and what the earlier stages believe."""
     if not stage.spec.inputs:
-        return stage.region(grid, None, None)
+        return stage.region(grid, None, None, hu)
     guide = earlier[stage.spec.inputs[0]]
-    return stage.region(grid, guide.labels(), guide.grid)
+    return stage.region(grid, guide.labels(), guide.grid, hu)
 
 
 def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:

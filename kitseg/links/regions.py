@@ -8,9 +8,13 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
-from kitseg.postprocess.components import bounding_box, keep_kidneys
-from kitseg.types import Box, Geometry, Triple
+from kitseg.postprocess.components import Components, bounding_box, keep_kidneys
+from kitseg.types import Box, Geometry, Triple, triple
+
+SKIN = -300  # HU: between air with its partial volumes and fat
+TABLE, LOOK_EVERY = 9.0, 3.5  # mm: thicker than a table's shell; how often the body is looked at
 
 
 class Region(Protocol):
@@ -20,13 +24,20 @@ class Region(Protocol):
         """The box in voxels of ``grid``."""
         ...
 
-    def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box | None:
+    def __call__(
+        self,
+        grid: Geometry,
+        guide: NDArray[np.uint8] | None,
+        guide_grid: Geometry | None,
+        hu: NDArray[np.int16] | None = None,
+    ) -> Box | None:
         """The box on ``grid``; it may reach outside. None where there is nothing to see.
 
         Args:
             grid: the stage's lattice.
             guide: labels (D, H, W) that an earlier stage found (in training: true ones), None for a first stage.
             guide_grid: the guide's lattice, over the same extent as ``grid``.
+            hu: the scan on ``grid``, (D, H, W).
         """
         ...
 
@@ -39,9 +50,48 @@ class WholeVolume:
         """All of its voxels."""
         return grid.shape
 
-    def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box:
+    def __call__(
+        self,
+        grid: Geometry,
+        guide: NDArray[np.uint8] | None,
+        guide_grid: Geometry | None,
+        hu: NDArray[np.int16] | None = None,
+    ) -> Box:
         """The box from the first voxel to the last."""
         return Box((0, 0, 0), grid.shape)
+
+
+@dataclass(frozen=True)
+class Body:
+    """The box around the patient: neither the air beside him nor the table, which no kidney lies in.
+
+    Body is the largest part of what is denser than ``SKIN`` and thicker than ``TABLE``.
+    """
+
+    def shape(self, grid: Geometry) -> Triple:
+        """All of the grid's voxels: a patient may fill them."""
+        return grid.shape
+
+    def __call__(
+        self,
+        grid: Geometry,
+        guide: NDArray[np.uint8] | None,
+        guide_grid: Geometry | None,
+        hu: NDArray[np.int16] | None = None,
+    ) -> Box:
+        """The box on ``grid``; all of it where there is no body."""
+        if hu is None:
+            raise ValueError("a box around the body needs the scan")
+        steps = [max(1, int(LOOK_EVERY / mm)) for mm in grid.spacing]
+        dense = hu[tuple(slice(None, None, step) for step in steps)] > SKIN
+        across = [max(1, round(TABLE / (step * mm))) for step, mm in zip(steps, grid.spacing, strict=True)]
+        thick = ndimage.binary_opening(dense, np.ones((1, *across[1:]), np.bool_))
+        parts = Components.of(thick)
+        found = bounding_box(parts.chosen(np.arange(parts.sizes.size) == parts.sizes.argmax()))
+        if found is None:
+            return Box((0, 0, 0), grid.shape)
+        start, stop = ([n * step for n, step in zip(ends, steps, strict=True)] for ends in (found.start, found.stop))
+        return Box(triple(start), triple(stop)).clip(grid.shape)
 
 
 @dataclass(frozen=True)
@@ -55,7 +105,13 @@ class Square:
     pixels: int
     rows: Sequence[float] = (0.0, 1.0)
 
-    def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box:
+    def __call__(
+        self,
+        grid: Geometry,
+        guide: NDArray[np.uint8] | None,
+        guide_grid: Geometry | None,
+        hu: NDArray[np.int16] | None = None,
+    ) -> Box:
         """The box on ``grid``; the guide makes no difference."""
         (depth, height, width), (_, rows, columns) = grid.shape, self.shape(grid)
         top = -((self.pixels - height) // 2) + round(self.pixels * self.rows[0])
@@ -80,7 +136,13 @@ class FixedAroundForeground:
 
     size: Sequence[int]
 
-    def __call__(self, grid: Geometry, guide: NDArray[np.uint8] | None, guide_grid: Geometry | None) -> Box | None:
+    def __call__(
+        self,
+        grid: Geometry,
+        guide: NDArray[np.uint8] | None,
+        guide_grid: Geometry | None,
+        hu: NDArray[np.int16] | None = None,
+    ) -> Box | None:
         """The box on ``grid``, None where the guide holds no foreground."""
         if guide is None or guide_grid is None:
             raise ValueError("a box around the foreground needs a guide")

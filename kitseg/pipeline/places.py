@@ -85,8 +85,8 @@ def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, 
     spec = plan.method.stages[unit.stage]
     region = config.build(spec.parts["region"])
     if not spec.inputs:
-        grids = {case: open_stored(plan, spec, case).grid for case in cases}
-        return {case: Place(region(grid, None, None)) for case, grid in grids.items()}
+        scans = {case: open_stored(plan, spec, case) for case in cases}
+        return {case: Place(region(scan.grid, None, None, scan.image)) for case, scan in scans.items()}
     earlier = plan.method.stages[spec.inputs[0]]
     guided = side == "val" or spec.guide == "inner"
     predictors = _predictors(plan, earlier, cases, side == "train") if guided else {}
@@ -94,10 +94,10 @@ def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, 
     with bar(f"{spec.name}: where to look ({side})", len(cases)) as step:
         for case in cases:
             output = _output(plan, earlier, case, predictors.get(case))
-            box = None if output is None else region(open_stored(plan, spec, case).grid, output.labels(), output.grid)
+            scan = open_stored(plan, spec, case)
+            box = None if output is None else region(scan.grid, output.labels(), output.grid, scan.image)
             if box is None and side == "train":
-                stored = open_stored(plan, spec, case)
-                box = region(stored.grid, np.asarray(stored.label), stored.grid)
+                box = region(scan.grid, np.asarray(scan.label), scan.grid, scan.image)
             if box is not None or side == "val":
                 found[case] = Place(box, _guide(plan, unit, case, output, side == "train"))
             step()
