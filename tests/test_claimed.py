@@ -1,0 +1,114 @@
+"""Two processes never write into one folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kitseg import claim
+from kitseg.claim import claimed
+from kitseg.errors import KitsegError
+
+HOLD = """
+    import sys, time
+    from pathlib import Path
+    from kitseg import claim
+    claim.HEARTBEAT = 0.2
+    with claim.claimed(Path(sys.argv[1]), "labels", sys.argv[2]):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+@contextmanager
+def another_process(folder: Path, part: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the folder."""
+    command = [sys.executable, "-c", textwrap.dedent(HOLD), str(folder), part]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def locks(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    with claimed(tmp_path / "new", "labels"):
+        assert locks(tmp_path / "new") == [".kitseg.lock"]
+    assert locks(tmp_path / "new") == []
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path, "labels"):
+        raise KeyboardInterrupt
+    assert locks(tmp_path) == []
+
+
+def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
+    with another_process(tmp_path) as process:
+        begun = time.monotonic()
+        with pytest.raises(KitsegError) as error, claimed(tmp_path, "labels"):
+            pytest.fail("two at once")
+        assert time.monotonic() - begun < 3 * claim.HEARTBEAT
+        words = rf"{re.escape(str(tmp_path))}: process {process.pid} on \S+ is writing there, .* Wait until it ends"
+        assert re.match(words, str(error.value))
+        for part in ("1/1", "1/2"):
+            with pytest.raises(KitsegError, match="is writing there"), claimed(tmp_path, "labels", part):
+                pytest.fail("a part of it beside the whole")
+
+
+def test_a_dead_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with another_process(tmp_path) as process:
+        pass
+    assert locks(tmp_path) == [".kitseg.lock"], "killed, so that it could not tidy up"
+    begun = time.monotonic()
+    with claimed(tmp_path, "labels"):
+        assert time.monotonic() - begun < claim.HEARTBEAT
+    assert f"taken over from process {process.pid} on" in " ".join(capsys.readouterr().out.split())
+    assert locks(tmp_path) == []
+
+
+def test_another_host_that_fell_silent_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(claim, "LEASE", 0.5)
+    monkeypatch.setattr(claim, "HEARTBEAT", 0.1)
+    record = f"filelock/2\npid={os.getpid()}\nhost=elsewhere\nmode=lease\ntoken=abc\nduration=0.5\n"
+    (tmp_path / ".kitseg.lock").write_text(record)
+    begun = time.monotonic()
+    with claimed(tmp_path, "labels"):
+        assert time.monotonic() - begun >= 0.5, "first it is watched"
+    assert "on elsewhere, which has ended" in capsys.readouterr().out
+
+
+def test_parts_of_the_same_work_go_side_by_side(tmp_path: Path) -> None:
+    with another_process(tmp_path, "1/2"):
+        with claimed(tmp_path, "labels", "2/2"):
+            assert locks(tmp_path) == [".kitseg.1-of-2.lock", ".kitseg.2-of-2.lock"]
+        for part in ("1/2", "1/3", ""):
+            with pytest.raises(KitsegError, match="is writing there"), claimed(tmp_path, "labels", part):
+                pytest.fail("the same cases twice")
+    with claimed(tmp_path, "labels"):
+        assert locks(tmp_path) == [".kitseg.lock"]
+    assert locks(tmp_path) == []
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "labels").touch()
+    with pytest.raises(KitsegError, match=str(tmp_path / "labels")), claimed(tmp_path / "labels", "labels"):
+        pytest.fail("there is no folder")
