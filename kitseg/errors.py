@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import re
+import unicodedata
 from pathlib import Path
+
+_SPACE = "Free some space and call again: what is done stays done"
+_FEWER = "Call again with a smaller --jobs"
+_SMALLER = "--precision bf16 or a smaller --size of the model"
+#: What befell, as the system says it, and what helps.
+_SYSTEM = {
+    errno.ENOSPC: ("the disk is full", _SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _SPACE),
+    errno.EROFS: ("the file system is read-only", "Choose a folder that is writable"),
+    errno.EACCES: ("permission denied", "Choose a file or folder that you may read and write, or ask its owner"),
+    errno.EPERM: ("not permitted", "Choose a file or folder that you may read and write, or ask its owner"),
+    errno.EMFILE: ("too many files are open", f"{_FEWER}, or allow more files: ulimit -n 4096"),
+    errno.ENFILE: ("too many files are open on this machine", _FEWER),
+    errno.EIO: ("the disk or the network failed", "Check the disk, then call again"),
+    errno.ESTALE: ("the network folder was lost", "Call again when it is back"),
+    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one"),
+}
+_MEMORY = (
+    "out of memory",
+    f"Use a smaller --jobs, {_SMALLER}; --max-memory refuses a scan that needs too much before it begins",
+)
+_GPU = ("out of GPU memory", f"Use {_SMALLER}, --device cpu, or end what else runs on the GPU")
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories: control, surrogate, line and paragraph separator
+_LOADER = ("a loader process was killed", f"The machine may be short of memory or of /dev/shm. {_FEWER}")
 
 
 class KitsegError(Exception):
@@ -17,15 +44,46 @@ class InputError(KitsegError):
         self.path, self.problem, self.remedy = Path(path), problem, remedy
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}. {self.remedy}"
-
-
-def in_words(name: Path | str, error: Exception) -> str:
-    """An error in one line: its own words, or for one that nobody foresaw, what it befell and its type."""
-    if isinstance(error, KitsegError):
-        return str(error)
-    return f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"
+        return printable(f"{self.path}: {self.problem}. {self.remedy}")
 
 
 class UsageError(KitsegError):
     """A command that can't mean what it says (exit code 2)."""
+
+
+def fault(error: BaseException) -> tuple[str, str] | None:
+    """What befell and what helps, where the machine failed in a way that a user can mend; None for any other error.
+
+    PyTorch's errors are told by their names and words, so that nothing here imports it.
+    """
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        return _SYSTEM[error.errno]
+    text = str(error)
+    if isinstance(error, OSError) and re.match(r"\d+ requested and \d+ written", text):  # NumPy's
+        return _SYSTEM[errno.ENOSPC]
+    if isinstance(error, RuntimeError):
+        if "PytorchStreamWriter failed writing" in text:
+            return _SYSTEM[errno.ENOSPC]
+        if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
+            return _LOADER
+        if "DefaultCPUAllocator" in text or "std::bad_alloc" in text:
+            return _MEMORY
+        if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text:
+            return _GPU
+    nothing_left = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return _MEMORY if nothing_left or isinstance(error, MemoryError) else None
+
+
+def in_words(name: Path | str, error: BaseException) -> str:
+    """An error in one line: its own words, a fault's with what helps, or for one that nobody foresaw its type."""
+    if isinstance(error, KitsegError):
+        return printable(str(error))
+    if found := fault(error):
+        befell, helps = found
+        return printable(f"{name}: {befell}. {helps}.")
+    return printable(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def printable(text: str) -> str:
+    """A text in one line that is safe to show: control characters and bytes that are no UTF-8 become escapes."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSEEN else c for c in text)

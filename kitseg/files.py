@@ -6,37 +6,48 @@ import csv
 import glob
 import json
 import os
+import platform
+import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kitseg.errors import InputError, KitsegError
+from kitseg.errors import InputError, KitsegError, fault
+
+HOST = re.sub(r"[^\w-]", "-", platform.node())[:30]  # on a shared disk, two machines have processes of one id
+A_DAY = 86_400  # seconds
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """A hidden sibling of ``path`` to write a file or a folder to; it becomes ``path`` when the block ends well.
 
-    Otherwise it is removed, and so is one that a killed process left.
+    Its bytes are on the disk before it gets its name, so that not even a power cut leaves half a file. Otherwise it is
+    removed, and so is what a killed process left: one of this machine at once, of another machine after a day.
 
     Raises:
         KitsegError: the folder can't be written to, or the disk is full.
     """
-    partial = path.with_name(f".partial.{os.getpid()}.{path.name}")
+    partial, replaced = (path.with_name(f".partial.{HOST}.{os.getpid()}.{kind}{path.name}") for kind in ("", "old."))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stray in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
-            if stray == partial or not _is_alive(stray.name.split(".")[2]):
-                _remove(stray)
+        for found in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
+            if found in (partial, replaced) or _is_stray(found):
+                _remove(found)
         yield partial
+        _sync(partial)
         if path.is_dir() and partial.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, replaced)
         os.replace(partial, path)
-    except OSError as error:
-        remedy = "Free some space or choose a folder that is writable."
-        raise KitsegError(f"{path}: can't be written ({error.strerror or error}). {remedy}") from error
+        _remove(replaced)
+    except Exception as error:
+        if not isinstance(error, OSError) and fault(error) is None:
+            raise
+        reason, helps = fault(error) or (getattr(error, "strerror", None) or error, "Choose a folder that is writable")
+        raise KitsegError(f"{path}: can't be written ({reason}). {helps}.") from error
     finally:
         _remove(partial)
 
@@ -73,6 +84,23 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("schema") != schema:
         raise InputError(path, f"is not of schema {schema}", "Make it again with this version of kitseg.")
     return content
+
+
+def _sync(path: Path) -> None:
+    """Have the bytes of a file, or of the files below a folder, on the disk."""
+    for file in (p for p in path.rglob("*") if p.is_file()) if path.is_dir() else (path,):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _is_stray(partial: Path) -> bool:
+    """Whether nobody writes to a partial any more: its process is gone, or on another machine, it is a day old."""
+    host, process = partial.name.split(".")[2:4]
+    if host == HOST:
+        return not _is_alive(process)
+    with suppress(OSError):
+        return time.time() - partial.stat().st_mtime > A_DAY
+    return False
 
 
 def _is_alive(process: str) -> bool:

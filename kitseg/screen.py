@@ -11,10 +11,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from kitseg.errors import printable
 
 WIDTH_IN_A_FILE = 120
-out = Console(width=None if Console().is_terminal else WIDTH_IN_A_FILE)
-err = Console(stderr=True)
+
+
+class SafeConsole(Console):
+    """A console on which no file's name moves the cursor or changes colours."""
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        """Text with its control characters spelt out, but for ends of lines."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **style)
+
+
+out = SafeConsole(width=None if Console().is_terminal else WIDTH_IN_A_FILE)
+err = SafeConsole(stderr=True)
 
 
 def say(text: str) -> None:
@@ -23,8 +36,8 @@ def say(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """One line on the error stream."""
-    err.print(f"[red]✗[/] {escape(text)}", soft_wrap=True, highlight=False)
+    """One line on the error stream, whatever is in the text."""
+    err.print(f"[red]✗[/] {escape(printable(text))}", soft_wrap=True, highlight=False)
 
 
 def table(*columns: str) -> Table:

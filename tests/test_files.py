@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from kitseg.errors import InputError, KitsegError
-from kitseg.files import aside, read_json, write_json, write_text
+from kitseg.files import HOST, aside, read_json, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -105,14 +106,14 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(KitsegError) as error, aside(tmp_path / "runs" / "a.txt"):
         pytest.fail("there is nowhere to write to")
-    one_line(error, str(tmp_path / "runs" / "a.txt"), "can't be written", "choose a folder that is writable")
+    one_line(error, str(tmp_path / "runs" / "a.txt"), "can't be written", "Choose a folder that is writable")
     assert names(tmp_path) == ["runs"]
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(KitsegError) as error:
         fail_halfway(tmp_path / "a.txt", OSError(errno.ENOSPC, "No space left on device"))
-    one_line(error, str(tmp_path / "a.txt"), "No space left on device", "Free some space")
+    one_line(error, str(tmp_path / "a.txt"), "the disk is full", "Free some space")
     assert names(tmp_path) == []
 
 
@@ -146,10 +147,38 @@ def test_json_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_another_process_half_written_file_is_left_alone(tmp_path: Path) -> None:
-    others = [tmp_path / f".partial.{process}.a" for process in (os.getppid(), 999_999_999)]
+    others = [tmp_path / f".partial.{HOST}.{process}.a" for process in (os.getppid(), 999_999_999)]
     for other in others:
         other.touch()
     with aside(tmp_path / "a") as partial:
         partial.touch()
     assert others[0].exists()
     assert not others[1].exists()
+
+
+def test_another_machine_has_a_day(tmp_path: Path) -> None:
+    """Whether a process of another machine still runs can't be told from here."""
+    young, old = (tmp_path / f".partial.elsewhere.{process}.a" for process in (1, 999_999_999))
+    for other, age in ((young, 3600), (old, 25 * 3600)):
+        other.touch()
+        os.utime(other, (time.time() - age,) * 2)
+    write_text(tmp_path / "a", "new")
+    assert names(tmp_path) == [young.name, "a"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
+        (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only"),
+        (OSError("4096 requested and 512 written"), "the disk is full"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "the disk is full"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_what_befell_a_write(tmp_path: Path, error: Exception, words: str) -> None:
+    with pytest.raises(KitsegError) as caught:
+        fail_halfway(tmp_path / "a.txt", error)
+    one_line(caught, str(tmp_path / "a.txt"), words)
+    assert names(tmp_path) == []

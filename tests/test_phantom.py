@@ -8,6 +8,7 @@ import pytest
 from scipy import ndimage
 
 from kitseg.errors import InputError, KitsegError
+from kitseg.files import HOST
 from kitseg.volumes.nifti import is_phantom
 from kitseg.volumes.phantom import PHANTOM_MARK, make_case, write_case
 
@@ -134,7 +135,7 @@ def test_case_is_written_in_the_kits_layout_and_marked(tmp_path: Path) -> None:
 
 def test_writing_again_replaces_the_phantom(tmp_path: Path) -> None:
     write_case(tmp_path, 0, 2, 48)
-    (tmp_path / ".partial.999999999.case_00002").mkdir()  # a process that is gone left it
+    (tmp_path / f".partial.{HOST}.999999999.case_00002").mkdir()  # a process that is gone left it
     write_case(tmp_path, 1, 2, 48)
     assert [path.name for path in tmp_path.iterdir()] == ["case_00002"]
     ct, label, _ = make_case(1, 2, 48)

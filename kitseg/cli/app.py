@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from kitseg import __version__, screen
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import KitsegError, UsageError, fault, in_words
 
 if TYPE_CHECKING:
     from kitseg.pipeline.outcome import Outcome
@@ -66,6 +66,10 @@ def main() -> None:
         _fail(error, 2)
     except KitsegError as error:
         _fail(error, 1)
+    except Exception as error:
+        if fault(error) is None:
+            raise
+        _fail(KitsegError(in_words(getattr(error, "filename", None) or "kitseg", error)), 1)
 
 
 @app.callback(invoke_without_command=True)

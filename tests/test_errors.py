@@ -1,0 +1,58 @@
+"""Faults of the machine in one line each, with what helps."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from kitseg.errors import InputError, fault, in_words, printable
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "helps"),
+    [
+        (errno.ENOSPC, "the disk is full", "Free some space"),
+        (errno.EDQUOT, "the disk quota is used up", "Free some space"),
+        (errno.EROFS, "the file system is read-only", "Choose a folder that is writable"),
+        (errno.EACCES, "permission denied", "that you may read and write"),
+        (errno.EMFILE, "too many files are open", "--jobs"),
+        (errno.ENOMEM, "out of memory", "--max-memory"),
+    ],
+)
+def test_what_the_system_says(number: int, words: str, helps: str) -> None:
+    line = in_words("case_00000", OSError(number, os.strerror(number)))
+    assert line.startswith(f"case_00000: {words}. ")
+    assert helps in line
+
+
+def test_numpy_out_of_memory() -> None:
+    with pytest.raises(MemoryError) as caught:
+        np.empty(2**60, np.uint8)
+    assert "out of memory. Use a smaller --jobs" in in_words("a", caught.value)
+
+
+def test_torch_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert "out of memory. Use a smaller --jobs" in in_words("a", caught.value)
+    assert "out of GPU memory. Use --precision bf16" in in_words("a", torch.OutOfMemoryError("CUDA out of memory."))
+
+
+def test_a_killed_loader() -> None:
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "a loader process was killed. The machine may be short of memory" in in_words("a", error)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("odd"), OSError(errno.EBADF, "bad")])
+def test_what_nobody_foresaw_keeps_its_type(error: Exception) -> None:
+    assert fault(error) is None
+    assert in_words("a", error).startswith(f"a: {type(error).__name__}: ")
+
+
+def test_a_name_stays_in_its_line_and_its_colour() -> None:
+    assert printable("a\nb\x1b[31mc\u2028\udc80 \u3000é") == "a\\nb\\x1b[31mc\\u2028\\udc80 \u3000é"
+    assert str(InputError("a\nb", "is odd", "Rename it.")) == "a\\nb: is odd. Rename it."
