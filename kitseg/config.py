@@ -18,15 +18,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kitseg import trust
 from kitseg.errors import InputError, UsageError
 from kitseg.types import Grid
 
 Config = dict[str, Any]
-ALLOWED = re.compile(
-    r"kitseg\.(nets|losses|links|stages|patches|inference|postprocess)\.[a-z]\w*\.[A-Z]\w*"
-    r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
-    r"|torchio\.Random[A-Z]\w*"
-)
+LARGEST = 1_000_000  # bytes of a configuration; kitseg's own have five thousand
 PARTS, OPTIONAL = ("intensity", "region", "sampler", "module"), ("link", "augmentation")
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
@@ -144,16 +141,18 @@ def summary(method: str) -> Config:
 
 
 def read(path: Path) -> Config:
-    """A configuration that ``write`` wrote.
+    """A resolved configuration that ``dump`` made; it may come from anybody, and nothing in it is executed.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: missing, damaged, or with values that aren't plain or parts that kitseg doesn't build from.
     """
     try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(path, f"can't be read ({reason})", "Train again, or restore the file.") from error
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path.stat().st_size} bytes are too many")
+        config = trust.parse(path.read_text(encoding="utf-8"))
+        trust.check_plain(config)
+    except (OSError, ValueError, UsageError) as error:
+        raise InputError(path, f"can't be read ({error})", "Train again, or restore the file.") from error
     if not isinstance(config, dict):
         raise InputError(path, "holds no configuration", "Train again, or restore the file.")
     return config
@@ -184,11 +183,12 @@ def method_of(config: Config) -> Method:
         UsageError: a key is missing or holds what can't be meant.
     """
     try:
-        stages = {name: _stage(name, config["stages"][name]) for name in config["chain"]}
+        stages = {trust.name(name): _stage(name, config["stages"][name]) for name in config["chain"]}
         for stage in stages.values():
             _check_guide(stage, stages)
-        outputs = {channel: parse_source(text, stages) for channel, text in config["outputs"].items()}
-        return Method(config["name"], config["paper"], config["published"], stages, outputs, config["postprocess"])
+        outputs = {trust.name(channel): parse_source(text, stages) for channel, text in config["outputs"].items()}
+        name, paper, published = trust.name(config["name"]), config["paper"], config["published"]
+        return Method(name, paper, published, stages, outputs, config["postprocess"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"the configuration describes no method ({type(error).__name__}: {error})") from error
 
@@ -231,29 +231,16 @@ def head_of(text: str, stages: Mapping[str, StageSpec]) -> tuple[StageSpec, str]
 
 
 def build(spec: Any, **more: Any) -> Any:
-    """The object that ``_target_`` names, with everything below it; only classes on the allow-list.
+    """The object that ``_target_`` names, with everything below it; only classes that are at home where it says.
 
     Raises:
         UsageError: a target that isn't allowed, or arguments that it doesn't take.
     """
-    for text in _strings(spec):
-        if "${" in text:
-            raise UsageError(f"the configuration holds {text}, which is not a plain value")
-    for target in _targets(spec):
-        if not ALLOWED.fullmatch(target):
-            raise UsageError(f"the configuration names {target}, which is not a part that kitseg builds from")
+    trust.check_parts(spec)
     try:
         return instantiate(spec, **more, _convert_="all")
     except HydraException as error:
         raise UsageError(" ".join(str(error).split())) from error
-
-
-def _strings(spec: Any) -> list[str]:
-    if isinstance(spec, Mapping):
-        return [text for pair in spec.items() for part in pair for text in _strings(part)]
-    if isinstance(spec, list | tuple):
-        return [text for value in spec for text in _strings(value)]
-    return [spec] if isinstance(spec, str) else []
 
 
 def _explain(message: str, method: str, size: str, overrides: Sequence[str]) -> str:
@@ -271,15 +258,6 @@ def _explain(message: str, method: str, size: str, overrides: Sequence[str]) -> 
     return f"--set {' '.join(overrides)}: {' '.join(message.split())}"
 
 
-def _targets(spec: Any) -> list[str]:
-    if isinstance(spec, Mapping):
-        found = [str(spec["_target_"])] if "_target_" in spec else []
-        return found + [t for value in spec.values() for t in _targets(value)]
-    if isinstance(spec, list | tuple):
-        return [t for value in spec for t in _targets(value)]
-    return []
-
-
 def _stage(name: str, config: Config) -> StageSpec:
     try:
         grid = Grid(**config["grid"])
@@ -291,8 +269,8 @@ def _stage(name: str, config: Config) -> StageSpec:
         inputs=tuple(config["inputs"]),
         guide=config.get("guide", "labels"),
         grid=grid,
-        heads=tuple(config["heads"]),
-        channels=tuple(config["channels"]),
+        heads=tuple(map(trust.name, config["heads"])),
+        channels=tuple(map(trust.name, config["channels"])),
         batch=_count(config, name, "batch"),
         at_once=_count({"at_once": config["batch"], **config}, name, "at_once"),
         epochs=_count(config, name, "epochs"),
