@@ -199,7 +199,7 @@ def test_two_processes_say_the_same(case: Case, tmp_path: Path) -> None:
 
 
 def test_an_error_nobody_thought_of_is_a_row(case: Case) -> None:
-    only_problem(case, "it can't be checked (KeyError", "no such convention")
+    only_problem(case, "it can't be checked: imaging.nii.gz: KeyError", "no such convention")
 
 
 def test_a_real_ct_is_clean_and_twice_it_is_not(shared: Path) -> None:

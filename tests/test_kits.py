@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,19 @@ def test_a_dicom_series_has_no_kits_number() -> None:
     assert kits.case_number("prediction_06181") == 6181
 
 
-def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
-    touch(tmp_path / "M\udcfcller.nii.gz")
-    with pytest.raises(InputError, match="its name is not in UTF-8"):
-        kits.find_labels(tmp_path)
+def test_a_name_that_cannot_be_shown_is_spelt_out(tmp_path: Path) -> None:
+    for name in ("M\udcfcller.nii.gz", "red\x1b[31m\n.nii.gz", "[bold]ü.nii.gz"):
+        touch(tmp_path / name)
+    expected = ["M\\udcfcller", "[bold]ü", "red\\x1b[31m\\n"]
+    assert list(kits.find_labels(tmp_path)) == expected
+    assert [case.id for case in kits.list_cases(tmp_path)] == expected
+
+
+def test_broken_links_pipes_and_folders_are_scans_that_reading_refuses(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").symlink_to("nowhere")
+    (tmp_path / "b.nii.gz").symlink_to("b.nii.gz")
+    (tmp_path / "c.nii.gz").mkdir()
+    os.mkfifo(tmp_path / "d.nii.gz")
+    assert [case.id for case in kits.find_cases(tmp_path)] == ["a", "b", "c", "d"]
+    assert list(kits.find_labels(tmp_path)) == ["a", "b", "c", "d"]
+    assert [case.id for case in kits.collect_scans([tmp_path])] == ["a", "b", "c", "d"]

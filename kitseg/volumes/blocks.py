@@ -1,13 +1,14 @@
 """Probabilities on disk: what ``infer``, ``ensemble`` and ``postprocess`` hand to each other.
 
 ``<folder>/<case>.npy`` holds (K, D, H, W) float16 inside a box of the scan's grid, ``<case>.json`` the channels, the
-box, the scan's geometry, path and hash, and ``manifest.json`` what made them and what post-processing they expect.
+box, the scan's geometry, path and hash, and ``manifest.json`` what made them and what post-processing they expect. A
+case's JSON is written last and holds the hash of its numbers, so that it tells what is done.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 
 
-def write_block(folder: Path, probabilities: Probabilities, scan: Path, digest: str) -> None:
-    """Write a case's probabilities; the scan they belong to is named with its hash."""
-    block = folder / f"{probabilities.case_id}.npy"
+def write_block(
+    folder: Path, probabilities: Probabilities, scan: Path, digest: str, made_from: Sequence[str] = ()
+) -> None:
+    """Write a case's probabilities; the scan they belong to is named with its hash.
+
+    made_from: the hashes of the blocks that they are the mean of.
+    """
+    block, about = folder / f"{probabilities.case_id}.npy", folder / f"{probabilities.case_id}.json"
+    about.unlink(missing_ok=True)
     with aside(block) as partial:
         np.save(partial, probabilities.array)
     content = {
@@ -34,8 +41,32 @@ def write_block(folder: Path, probabilities: Probabilities, scan: Path, digest: 
         "geometry": _plain(probabilities.geometry),
         "native": _plain(probabilities.native),
         "scan": {"path": str(scan.absolute()), "sha256": digest},
+        "made_from": list(made_from),
+        "sha256": file_digest(block),
     }
-    write_json(folder / f"{probabilities.case_id}.json", SCHEMA, content)
+    write_json(about, SCHEMA, content)
+
+
+def is_unchanged(folder: Path, case_id: str, digest: str, made_from: Sequence[str] = ()) -> bool:
+    """Whether a case's probabilities are there as they were written, from this scan and these blocks, by their hashes.
+
+    The folder's manifest says that they are of the same model.
+    """
+    try:
+        meta = _meta(folder, case_id)
+        whole = block_digest(folder, case_id) == file_digest(folder / f"{case_id}.npy")
+    except (InputError, OSError):
+        return False
+    return whole and meta["scan"]["sha256"] == digest and meta.get("made_from") == list(made_from)
+
+
+def block_digest(folder: Path, case_id: str) -> str:
+    """The hash of a case's probabilities as they were written.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    return str(_meta(folder, case_id)["sha256"])
 
 
 def read_block(folder: Path, case_id: str) -> Probabilities:
@@ -115,7 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _meta(folder: Path, case_id: str) -> dict[str, Any]:
     path = folder / f"{case_id}.json"
     meta = read_json(path, SCHEMA)
-    if missing := {"channels", "box", "geometry", "native", "scan"} - set(meta):
+    if missing := {"channels", "box", "geometry", "native", "scan", "sha256"} - set(meta):
         raise InputError(path, f"lacks {', '.join(sorted(missing))}", "Run `kitseg infer` again.")
     return meta
 

@@ -10,7 +10,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, in_words
 from kitseg.labels import TUMOR
 from kitseg.types import Case, Geometry, Triple, Volume
 from kitseg.volumes import kits, nifti
@@ -75,7 +75,7 @@ def check_case(case: Case | Path, convention: str = "kits19") -> CaseReport:
     try:
         return _check(case, convention)
     except Exception as error:
-        return CaseReport(case.id, [f"it can't be checked ({type(error).__name__}: {error})"])
+        return CaseReport(case.id, [f"it can't be checked: {in_words(case.image.name, error)}"])
 
 
 def looks_like_hu(array: NDArray[np.generic]) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kitseg.errors import InputError, UsageError
+from kitseg.errors import InputError, UsageError, printable
 from kitseg.files import read_json
 from kitseg.types import Case
 
@@ -41,20 +42,24 @@ def case_name(number: int) -> str:
 
 
 def scan_id(path: Path) -> str:
-    """What to call a scan: its folder's name in the KiTS layout, else the file's name without ``.nii.gz``."""
-    return path.absolute().parent.name if path.name == IMAGE else _stem(path)
+    """What to call a scan: its folder's name in the KiTS layout, else the file's name without ``.nii.gz``.
+
+    Control characters and bytes that are no UTF-8 are spelt out, so that the name can be written and shown anywhere.
+    """
+    return printable(path.absolute().parent.name) if path.name == IMAGE else _stem(path)
 
 
 def case_of(folder: Path) -> Case:
     """A KiTS case folder as a case; its image may be missing."""
     label = folder / LABEL
-    return Case(folder.absolute().name, folder / IMAGE, label if label.is_file() else None)
+    return Case(printable(folder.absolute().name), folder / IMAGE, None if _is_missing(label) else label)
 
 
 def list_cases(data: Path) -> list[Case]:
     """Every case in a folder, sorted by id, also those whose image is missing from their ``case_*`` folder.
 
-    A folder holds cases in the KiTS layout, or is one case itself, or holds NIfTI files (which have no labels).
+    What bears a scan's name is one, be it a folder or a broken link: reading it will say what is wrong. A folder holds
+    cases in the KiTS layout, or is one case itself, or holds NIfTI files (which have no labels).
 
     Raises:
         InputError: the folder is missing or holds nothing of the kind.
@@ -62,9 +67,9 @@ def list_cases(data: Path) -> list[Case]:
     """
     _check_folder(data)
     data = data.absolute()  # worker processes may stand in another folder
-    if (data / IMAGE).is_file():
+    if os.path.lexists(data / IMAGE):
         return [_with_origin(case_of(data), {})]
-    folders = [f for f in _folders(data) if f.name.startswith("case_") or _is_file(f / IMAGE)]
+    folders = [f for f in _folders(data) if f.name.startswith("case_") or os.path.lexists(f / IMAGE)]
     cases = [case_of(f) for f in folders] or [Case(scan_id(f), f) for f in _flat(data)]
     if not cases:
         raise InputError(data, "the folder holds no scans", _EXPECTED)
@@ -122,12 +127,12 @@ def labelled_cases(folders: Sequence[Path]) -> list[Case]:
     cases = [_with_origin(case, patients) for case in found if case.label is not None]
     if not cases:
         raise InputError(folders[0], "holds no case with a segmentation", f"Add case_00000/{LABEL} and so on.")
-    return _distinct({case.image.resolve(): case for case in cases}.values())
+    return _distinct({os.path.realpath(case.image): case for case in cases}.values())
 
 
 def holds_scans(folder: Path) -> bool:
     """Whether there are NIfTI scans in a folder, flat or in the KiTS layout."""
-    return any(_is_file(f / IMAGE) for f in _folders(folder)) or bool(_flat(folder))
+    return any(os.path.lexists(f / IMAGE) for f in _folders(folder)) or bool(_flat(folder))
 
 
 def find_cases(data: Path) -> list[Case]:
@@ -137,7 +142,7 @@ def find_cases(data: Path) -> list[Case]:
         InputError: the folder is missing or holds no scan.
         UsageError: two files have the same id.
     """
-    cases = [case for case in list_cases(data) if case.image.is_file()]
+    cases = [case for case in list_cases(data) if not _is_missing(case.image)]
     if not cases:
         raise InputError(data, f"none of its case folders holds {IMAGE}", _EXPECTED)
     return cases
@@ -154,11 +159,11 @@ def collect_scans(paths: Sequence[Path]) -> list[Case]:
     for path in paths:
         if path.is_dir():
             cases += find_cases(path)
-        elif path.is_file():
+        elif path.exists():
             cases.append(Case(scan_id(path), path))
         else:
             raise InputError(path, "there is no such file or folder", "Check the path")
-    return _distinct({case.image.resolve(): case for case in cases}.values())
+    return _distinct({os.path.realpath(case.image): case for case in cases}.values())
 
 
 def label_id(name: str) -> str:
@@ -180,7 +185,7 @@ def find_labels(folder: Path) -> dict[str, Path]:
     if folder.is_file():
         return {_label_id(folder): folder}
     _check_folder(folder)
-    files = sorted(f / LABEL for f in _folders(folder) if (f / LABEL).is_file()) or _flat(folder)
+    files = sorted(f / LABEL for f in _folders(folder) if os.path.lexists(f / LABEL)) or _flat(folder)
     if not files:
         raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
     cases = [Case(_label_id(f), f) for f in files]
@@ -202,33 +207,38 @@ def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
 
 
 def _label_id(path: Path) -> str:
-    return label_id(path.absolute().parent.name if path.name == LABEL else _stem(path))
+    return label_id(printable(path.absolute().parent.name) if path.name == LABEL else _stem(path))
 
 
-def _is_file(path: Path) -> bool:
-    """Whether it is a file, in a folder that may be read."""
+def _is_missing(path: Path) -> bool:
+    """Whether there is nothing of that name; what lies behind a folder that may not be read isn't missing."""
     try:
-        return path.is_file()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
     except OSError:
         return False
+    return False
 
 
 def _stem(path: Path) -> str:
-    try:
-        path.name.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(repr(path.name), "its name is not in UTF-8", "Rename the file.") from error
-    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    return printable(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder; hidden ones are somebody's half-written ones."""
-    return [f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
+    return [f for f in _visible(folder) if os.path.isdir(f)]
 
 
 def _flat(folder: Path) -> list[Path]:
-    files = (f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
-    return sorted(f for f in files if f.name.lower().endswith(SUFFIXES))
+    return sorted(f for f in _visible(folder) if f.name.lower().endswith(SUFFIXES))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder; hidden ones are somebody's half-written ones."""
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise InputError(folder, f"it can't be read ({error.strerror})", "Name a folder that you may read.") from error
 
 
 def _distinct(cases: Iterable[Case]) -> list[Case]:

@@ -6,7 +6,6 @@ Every file is validated on the way in; one that can't be used is an InputError w
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,35 +13,24 @@ from typing import IO, Any, cast
 
 import nibabel
 import numpy as np
-from isal import igzip, isal_zlib
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError, HeaderTypeError
-from nibabel.wrapstruct import WrapStructError
+from isal import igzip
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
 from kitseg.files import aside
 from kitseg.labels import CONVENTIONS
 from kitseg.types import Geometry, Volume, triple
+from kitseg.volumes.header import COPY_AGAIN, check_regular, check_size, geometry_of, in_words, open_voxels, read_header
 
 #: The header's ``descrip`` of a synthetic scan.
 PHANTOM_MARK = "kitseg phantom"
 
-MAX_VOXELS = 2**31
-MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
-MAX_COSINE = 1e-3  # between two voxel axes
 LABEL_TOLERANCE = 0.01  # a scaled label map may miss its integers by rounding
-_DEFLATE_RATIO = 1032  # the most that deflate can shrink data
 _CHUNK = 1 << 23  # bytes that are read or written at a time
 _ROWS = 16  # of them that are turned at a time on the way out
 _nib: Any = nibabel  # its functions carry no types, nor do isal's
 _igzip: Any = igzip
-_isal: Any = isal_zlib
-_HEADERS = (ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError)
-_BROKEN = (*_HEADERS, EOFError, OSError, zlib.error, _isal.error, ValueError)
 _orientations: Any = nibabel.orientations
-_COPY_AGAIN = "Copy or download the file again"
-_CONVERT = "Convert the scan to a 3D NIfTI file (.nii or .nii.gz)"
 
 
 def read_geometry(path: Path) -> Geometry:
@@ -51,7 +39,7 @@ def read_geometry(path: Path) -> Geometry:
     Raises:
         InputError: the file is missing, broken, not a 3D NIfTI file, or its lattice is not a plausible CT's.
     """
-    return _geometry(Path(path), _open(Path(path)))
+    return geometry_of(Path(path), read_header(Path(path)))
 
 
 def canonical_geometry(native: Geometry) -> Geometry:
@@ -88,9 +76,9 @@ def read_image(path: Path, case_id: str) -> Volume:
         InputError: see ``read_geometry``; also for truncated data and values that are not finite.
     """
     path = Path(path)
-    image = _open(path)
-    native = _geometry(path, image)
-    stored, slope, offset = _stored(path, image, native)
+    header = read_header(path)
+    native = geometry_of(path, header)
+    stored, slope, offset = _stored(path, header, native)
     array = _as_ct(stored, slope, offset)
     if array.dtype.kind == "f" and not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise InputError(path, "it holds values that are not finite (NaN or infinity)", "Export the scan again")
@@ -107,9 +95,9 @@ def read_labels(path: Path, case_id: str, convention: str | None = "kits19", str
             ``strict`` is False.
     """
     path = Path(path)
-    image = _open(path)
-    native = _geometry(path, image)
-    stored, slope, offset = _stored(path, image, native)
+    header = read_header(path)
+    native = geometry_of(path, header)
+    stored, slope, offset = _stored(path, header, native)
     known = np.array(list(CONVENTIONS[convention]) if convention else range(256), np.uint8)  # from 0, without gaps
     if stored.dtype == np.uint8 and (slope, offset) == (1, 0) and stored.max() <= known.max():
         return Volume(stored, canonical_geometry(native), native, case_id)
@@ -147,19 +135,21 @@ def write_image(path: Path, array: NDArray[np.int16], native: Geometry, descript
 
 def stores_plain_integers(path: Path) -> bool:
     """Whether a file holds three axes of integers without a scale."""
-    image: Any = _open(path)
-    whole = image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
-    return bool(whole and image.ndim == 3)
+    header = read_header(path)
+    scale = header.get_slope_inter()
+    return bool(
+        header.get_data_dtype().kind in "iu" and scale in ((1, 0), (None, None)) and len(header.get_data_shape()) == 3
+    )
 
 
 def is_phantom(path: Path) -> bool:
     """Whether a scan is synthetic: its header says ``PHANTOM_MARK``."""
-    return bool(_open(Path(path)).header["descrip"].item() == PHANTOM_MARK.encode())
+    return bool(read_header(Path(path))["descrip"].item() == PHANTOM_MARK.encode())
 
 
 def knows_orientation(path: Path) -> bool:
     """Whether the header says how the scan lies in the patient (a qform or an sform is set)."""
-    header = _open(Path(path)).header
+    header = read_header(Path(path))
     return bool(header["qform_code"] > 0 or header["sform_code"] > 0)
 
 
@@ -170,93 +160,28 @@ def axis_codes(geometry: Geometry) -> str:
 
 def file_digest(path: Path) -> str:
     """The sha256 of the file's bytes, in hex."""
-    with _in_words(Path(path)), Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with in_words(Path(path)):
+        check_regular(Path(path))
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@contextmanager
-def _in_words(path: Path) -> Iterator[None]:
-    """Turn the errors that nibabel, gzip and the file system raise into an InputError."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise InputError(path, "there is no such file", "Check the path") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(path, f"it can't be read ({error.strerror})", "Name a file that you may read") from error
-    except _BROKEN as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(path, f"it is broken or no NIfTI file ({reason})", _COPY_AGAIN) from error
-
-
-def _open(path: Path) -> nibabel.Nifti1Image:
-    """The file with its header read and its data still on disk."""
-    if path.is_dir():
-        raise InputError(path, "it is a folder, not a file", "Name the .nii.gz file")
-    if not path.exists():
-        raise InputError(path, "there is no such file", "Check the path")
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise InputError(path, "it is no NIfTI file (.nii or .nii.gz)", _CONVERT)
-    if path.stat().st_size == 0:
-        raise InputError(path, "the file is empty", _COPY_AGAIN)
-    with _in_words(path):
-        image = nibabel.load(path)
-    if not isinstance(image, nibabel.Nifti1Image):
-        raise InputError(path, "it is no NIfTI image", _CONVERT)
-    return image
-
-
-def _geometry(path: Path, image: nibabel.Nifti1Image) -> Geometry:
-    shape = tuple(int(n) for n in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3:
-        raise InputError(path, f"it has {len(shape)} dimensions {shape}, not 3", "Give one 3D volume per file")
-    if min(shape) < 1:
-        raise InputError(path, f"it is empty: its shape is {shape}", _COPY_AGAIN)
-    dtype = cast("Any", image).get_data_dtype()
-    if dtype.kind not in "iuf":
-        raise InputError(path, f"its voxels are {dtype}, not numbers of HU or labels", _CONVERT)
-    voxels = int(np.prod(shape, dtype=object))
-    if voxels > MAX_VOXELS:
-        raise InputError(path, f"its header claims {voxels} voxels {shape}, more than {MAX_VOXELS}", _COPY_AGAIN)
-    _check_affine(path, np.asarray(image.affine))
-    return Geometry(triple(shape), np.asarray(image.affine, np.float64))
-
-
-def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
-    remedy = "Convert the scan again, with its position and spacing"
-    if not np.isfinite(affine).all():
-        raise InputError(path, "its affine holds values that are not finite", remedy)
-    axes = affine[:3, :3]
-    spacing = np.linalg.norm(axes, axis=0)
-    if min(spacing) == 0 or abs(np.linalg.det(axes / spacing)) < MAX_COSINE:
-        raise InputError(path, "its affine is singular", remedy)
-    cosines = (axes / spacing).T @ (axes / spacing) - np.eye(3)
-    if np.abs(cosines).max() > MAX_COSINE:
-        raise InputError(path, "its voxel axes are sheared, not at right angles", "Resample the scan to a regular grid")
-    if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
-        words = " x ".join(f"{s:.3g}" for s in spacing)
-        raise InputError(path, f"its spacing is {words} mm, not in {MIN_SPACING}-{MAX_SPACING} mm", remedy)
-
-
-def _stored(path: Path, image: nibabel.Nifti1Image, native: Geometry) -> tuple[NDArray[Any], float, float]:
+def _stored(path: Path, header: Any, native: Geometry) -> tuple[NDArray[Any], float, float]:
     """The values as they lie in the file, with axes (I, P, L), and the slope and offset that make HU of them.
 
     Reads to the end of the file, because gzip's checksum stands there.
     """
-    proxy = cast("Any", image.dataobj)
-    zipped = path.name.lower().endswith(".gz")
-    needed = int(np.prod(native.shape, dtype=object)) * proxy.dtype.itemsize
-    if needed > path.stat().st_size * (_DEFLATE_RATIO if zipped else 1):
-        raise InputError(path, f"it is cut short: its header promises {needed} bytes of voxels", _COPY_AGAIN)
-    array = np.empty(canonical_geometry(native).shape, proxy.dtype)
-    with _in_words(path), _igzip.open(path) if zipped else path.open("rb") as stream:
-        stream.seek(proxy.offset)
+    check_size(path, header, native)
+    array = np.empty(canonical_geometry(native).shape, header.get_data_dtype())
+    with in_words(path), open_voxels(path) as stream:
+        stream.seek(header.get_data_offset())
         if not _fill(turn_to_native(array, native), stream):
-            raise InputError(path, "it is cut short: it ends before its last voxel", _COPY_AGAIN)
-        while stream.read(_CHUNK):
-            pass
-    return array, float(proxy.slope), float(proxy.inter)
+            raise InputError(path, "it is cut short: it ends before its last voxel", COPY_AGAIN)
+        if len(stream.read(_CHUNK)) == _CHUNK:
+            problem = "it goes on long after its last voxel: its header and its voxels don't belong together"
+            raise InputError(path, problem, COPY_AGAIN)
+    slope, offset = header.get_slope_inter()
+    return array, 1.0 if slope is None else slope, 0.0 if offset is None else offset
 
 
 def _fill(view: NDArray[Any], stream: IO[bytes]) -> bool:

@@ -109,6 +109,11 @@ def scan_digest(case: Case) -> str:
     return hashlib.sha256("".join(map(file_digest, case.slices)).encode()).hexdigest()
 
 
+def scan_bytes(case: Case) -> int:
+    """The size of a scan's files."""
+    return sum(path.stat().st_size for path in case.slices or (case.image,))
+
+
 def knows_its_place(case: Case) -> bool:
     """Whether a scan says how it lies in the patient; a DICOM series always does."""
     return bool(case.slices) or knows_orientation(case.image)

@@ -21,7 +21,7 @@ from kitseg.errors import InputError
 from kitseg.files import aside
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
 from kitseg.measure.phase import aorta_hu, kidney_hu
-from kitseg.types import Case, Geometry, Grid, Volume
+from kitseg.types import Case, Geometry, Grid, Volume, triple
 from kitseg.volumes.nifti import (
     canonical_geometry,
     file_digest,
@@ -166,18 +166,11 @@ def open_case(folder: Path) -> StoredCase:
         meta = json.loads((folder / "meta.json").read_text())
         if meta["schema"] != SCHEMA:
             raise InputError(folder, f"has schema {meta['schema']}, this version reads {SCHEMA}", again)
-        image = np.load(folder / "image.npy", mmap_mode="c")
-        label = np.load(folder / "label.npy", mmap_mode="c") if (folder / "label.npy").exists() else None
-        foreground = np.load(folder / "foreground.npy") if label is not None else np.empty((0, 4), np.int32)
-        slices = np.load(folder / "slices.npy") if label is not None else np.empty((0, 2), np.bool_)
+        return _mapped(folder, meta)
     except FileNotFoundError as error:
         raise InputError(folder, "is not preprocessed", again) from error
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(folder, f"is damaged ({error})", f"Delete it. {again}") from error
-    grid = Geometry(tuple(meta["shape"]), np.array(meta["affine"]))
-    mean, deviation = meta["statistics"]
-    seen = (meta["phantom"], tuple(meta["spacing"]), meta["kidney_hu"], meta["aorta_hu"])
-    return StoredCase(meta["case"], image, label, foreground, slices, (mean, deviation), grid, *seen)
+    except (ValueError, EOFError, OSError, KeyError, TypeError) as error:
+        raise InputError(folder, f"is damaged ({error})", again) from error
 
 
 def open_guide(path: Path) -> NDArray[np.float16]:
@@ -226,22 +219,35 @@ def _sources(case: Case, digest: bool) -> dict[str, dict[str, int | str]]:
     return found
 
 
+def _mapped(folder: Path, meta: Mapping[str, Any]) -> StoredCase:
+    """The arrays of a stored case, of the shapes and kinds that its description says."""
+    grid, labelled = Geometry(triple(meta["shape"]), np.array(meta["affine"])), "label" in meta["sources"]
+    image = np.load(folder / "image.npy", mmap_mode="c")
+    label = np.load(folder / "label.npy", mmap_mode="c") if labelled else None
+    foreground = np.load(folder / "foreground.npy") if labelled else np.empty((0, 4), np.int32)
+    slices = np.load(folder / "slices.npy") if labelled else np.empty((0, 2), np.bool_)
+    found = [(array.shape, array.dtype) for array in (image, label) if array is not None]
+    if found != [(grid.shape, np.int16), (grid.shape, np.uint8)][: len(found)]:
+        raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
+    mean, deviation = meta["statistics"]
+    seen = (meta["phantom"], tuple(meta["spacing"]), meta["kidney_hu"], meta["aorta_hu"])
+    return StoredCase(meta["case"], image, label, foreground, slices, (mean, deviation), grid, *seen)
+
+
 def _is_current(files: CaseFiles, folder: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a case is stored as wanted, whole, and from the files as they are now."""
     try:
+        open_case(folder)
         meta = json.loads((folder / "meta.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    if any(meta.get(key) != value for key, value in wanted.items()):
-        return False
-    sources = meta["sources"]
-    try:
+        if any(meta.get(key) != value for key, value in wanted.items()):
+            return False
+        sources = meta["sources"]
         quick = _sources(files.case, digest=False)
         if quick == {role: {"size": s["size"], "mtime": s["mtime"]} for role, s in sources.items()}:
             return True
-        now = files.sources
-    except OSError:
+        return {r: s["sha256"] for r, s in files.sources.items()} == {r: s["sha256"] for r, s in sources.items()}
+    except (InputError, OSError):
         return False
-    return {r: s["sha256"] for r, s in now.items()} == {r: s["sha256"] for r, s in sources.items()}
 
 
 def _write(folder: Path, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kitseg.types import Geometry
 from kitseg.volumes.dicom.headers import Header
-from kitseg.volumes.nifti import MAX_SPACING, MIN_SPACING
+from kitseg.volumes.header import MAX_SPACING, MIN_SPACING
 
 FEWEST = 3  # slices
 SAME_PLACE = 0.01  # mm
