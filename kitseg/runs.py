@@ -2,8 +2,9 @@
 
 ``runs/<name>/``: ``config.yaml`` (resolved), ``run.json``, ``splits.json``, ``fold_<k>/<stage>/``, and for
 out-of-fold predictions ``fold_<k>/<stage>/inner_<i>/``. A stage's folder holds ``places.json`` (where it looks),
-``guides/`` (what it is told), ``best/`` (weights), ``last.ckpt`` (full state), ``history.csv``, ``curves.png``,
-``tensorboard/``, and ``done.json`` once it is finished. A stage trained in rounds has all this in ``round_<r>/``.
+``guides/`` (what it is told), ``best/`` (weights), ``last.ckpt`` (full state; ``previous.ckpt`` the one
+before it, until it is finished), ``history.csv``, ``curves.png``, ``tensorboard/``, and ``done.json`` once it is
+finished. A stage trained in rounds has all this in ``round_<r>/``.
 Cross-validation adds ``fold_<k>/validation/`` (probabilities of the fold's validation cases) and ``validation/`` (label
 maps of all folds, ``scores.json``); ``validation-mirror/`` where each scan was seen mirrored, too.
 """
@@ -19,6 +20,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.files import read_json
 
 SCHEMA = 1
+_REMEDY = "Restore it, or train again with --restart."
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,18 @@ class StageFolder:
 
     @property
     def last(self) -> Path:
-        """Full state of the last finished epoch."""
+        """Full state to go on from."""
         return self.path / "last.ckpt"
+
+    @property
+    def previous(self) -> Path:
+        """The state before ``last``, until the training is done."""
+        return self.path / "previous.ckpt"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.last.exists() or self.previous.exists()
 
     @property
     def places(self) -> Path:
@@ -65,22 +77,34 @@ class StageFolder:
         Raises:
             InputError: missing or damaged.
         """
-        chosen: float | None = read_json(self.done, SCHEMA)["threshold"]
-        return chosen
+        return self._finished()[1]
 
     def checkpoints(self) -> list[tuple[Path, str]]:
         """The finished training's best checkpoints with their hashes, best first.
 
         Raises:
-            InputError: not finished, or a checkpoint is missing.
+            InputError: not finished, damaged, or a checkpoint is missing.
         """
         if not self.done.exists():
             raise InputError(self.path, "is not trained to its end", "Call `kitseg train` again: it goes on.")
-        rows = [(self.path / row["file"], row["sha256"]) for row in read_json(self.done, SCHEMA)["checkpoints"]]
+        rows, _ = self._finished()
         for path, _ in rows:
             if not path.exists():
-                raise InputError(path, "is missing", "Restore it, or train again with --restart.")
+                raise InputError(path, "is missing", _REMEDY)
         return rows
+
+    def _finished(self) -> tuple[list[tuple[Path, str]], float | None]:
+        """The checkpoints with their hashes, and the threshold."""
+        content = read_json(self.done, SCHEMA)
+        try:
+            rows = [(self.path / _below(row["file"]), str(row["sha256"])) for row in content["checkpoints"]]
+            threshold = None if content["threshold"] is None else float(content["threshold"])
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(self.done, f"doesn't say how the training ended ({reason})", _REMEDY) from error
+        if not rows:
+            raise InputError(self.done, "names no checkpoint", _REMEDY)
+        return rows, threshold
 
 
 @dataclass(frozen=True)
@@ -136,6 +160,14 @@ class Run:
         """The folds in which ``stage`` is finished."""
         numbers = (int(p.name[5:]) for p in self.path.glob("fold_*") if p.name[5:].isdigit())
         return sorted(n for n in numbers if self.stage(n, stage).done.exists())
+
+
+def _below(name: str) -> Path:
+    """A file in the folder that names it, never one outside."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name} is not in this folder")
+    return path
 
 
 def _validation(mirror: bool) -> str:

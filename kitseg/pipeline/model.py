@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from kitseg.inference.chain import Predictor, run_chain, to_scan
 from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
 from kitseg.links.regions import Region
 from kitseg.patches.datamodule import Sight
+from kitseg.pipeline.weights import read_weights
 from kitseg.runs import Run, StageFolder, find_run
 from kitseg.stages.base import Stage
 from kitseg.types import Probabilities, Volume
@@ -171,8 +171,14 @@ def choose_engine(name: str, device: torch.device, precision: str, spec: StageSp
 
 
 def build_stage(spec: StageSpec) -> Stage:
-    """The untrained LightningModule of a stage."""
-    module: Stage = config.build(spec.parts["module"], channels=spec.channels)
+    """The untrained LightningModule of a stage.
+
+    Raises:
+        UsageError: the configuration names something else there.
+    """
+    module = config.build(spec.parts["module"], channels=spec.channels)
+    if not isinstance(module, Stage):
+        raise UsageError(f"stages.{spec.name}.module is a {type(module).__name__}, not a stage of kitseg.stages")
     return module
 
 
@@ -206,10 +212,9 @@ def load_weights(module: Stage, path: Path) -> None:
     if module.loaded == path:
         return
     try:
-        state = torch.load(path, map_location=module.device, weights_only=True, mmap=True)["state_dict"]
-        module.load_state_dict(state)
-    except (OSError, RuntimeError, KeyError, EOFError, ValueError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        module.load_state_dict(read_weights(path, module.device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
         raise InputError(path, f"can't be loaded ({reason})", "Restore it, or train again with --restart.") from error
     module.loaded = path
 
