@@ -31,6 +31,7 @@ MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
 MAX_COSINE = 1e-3  # between two voxel axes
 COPY_AGAIN = "Copy or download the file again"
 _CONVERT = "Convert the scan to a 3D NIfTI file (.nii or .nii.gz)"
+_CONVERT_AGAIN = "Convert the scan again, with its position and spacing"
 _DEFLATE_RATIO = 1032  # the most that deflate can shrink data
 _SNIFF = 1024  # bytes; the larger of the two kinds of header takes 540
 _igzip: Any = igzip  # it carries no types, nor does nibabel
@@ -96,7 +97,10 @@ def read_header(path: Path) -> Any:
         if kind is None:
             raise ImageFileError("it doesn't begin as one")
         header = kind.from_fileobj(BytesIO(start[: kind.sizeof_hdr]), check=False)
+        spaced = header["sform_code"] > 0 or (header["pixdim"][1:4] != 0).all()
         header.check_fix(logger=_quiet, error_level=40)
+    if not spaced:
+        raise InputError(path, "its header doesn't say its spacing", _CONVERT_AGAIN)
     if header["magic"].item() != kind.single_magic:
         raise InputError(path, "it is one half of a pair of files (.hdr and .img)", _CONVERT)
     return header
@@ -134,10 +138,9 @@ def check_size(path: Path, header: Any, native: Geometry) -> None:
     Raises:
         InputError: it can't, or its voxels begin inside of its header.
     """
-    offset = header.get_data_offset()
-    needed = offset + int(np.prod(native.shape, dtype=object)) * header.get_data_dtype().itemsize
     with in_words(path):
-        size = check_regular(path)
+        size, offset = check_regular(path), header.get_data_offset()
+    needed = offset + int(np.prod(native.shape, dtype=object)) * header.get_data_dtype().itemsize
     if needed > size * (_DEFLATE_RATIO if _is_zipped(path) else 1):
         raise InputError(path, f"it is cut short: its header promises {needed} bytes", COPY_AGAIN)
     if offset < header.single_vox_offset:
@@ -149,16 +152,15 @@ def _is_zipped(path: Path) -> bool:
 
 
 def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
-    remedy = "Convert the scan again, with its position and spacing"
     if not np.isfinite(affine).all():
-        raise InputError(path, "its affine holds values that are not finite", remedy)
+        raise InputError(path, "its affine holds values that are not finite", _CONVERT_AGAIN)
     axes = affine[:3, :3]
     spacing = np.linalg.norm(axes, axis=0)
     if min(spacing) == 0 or not np.isfinite(spacing).all() or abs(np.linalg.det(axes / spacing)) < MAX_COSINE:
-        raise InputError(path, "its affine is singular", remedy)
+        raise InputError(path, "its affine is singular", _CONVERT_AGAIN)
     cosines = (axes / spacing).T @ (axes / spacing) - np.eye(3)
     if np.abs(cosines).max() > MAX_COSINE:
         raise InputError(path, "its voxel axes are sheared, not at right angles", "Resample the scan to a regular grid")
     if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
         words = " x ".join(f"{s:.3g}" for s in spacing)
-        raise InputError(path, f"its spacing is {words} mm, not in {MIN_SPACING}-{MAX_SPACING} mm", remedy)
+        raise InputError(path, f"its spacing is {words} mm, not in {MIN_SPACING}-{MAX_SPACING} mm", _CONVERT_AGAIN)
