@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kitseg import config
 from kitseg.config import StageSpec
-from kitseg.nets.vnet import FusedVNet, InputStage, VNet
+from kitseg.nets.vnet import FusedVNet, InputStage, ThinConv, VNet
 from kitseg.pipeline.model import build_sight, build_stage
 from kitseg.types import Geometry, Triple
 from kitseg.volumes.resample import grid_geometry
@@ -189,6 +189,15 @@ def test_one_input_channel_is_tiled_sixteen_times() -> None:
 def test_channels_that_cannot_be_tiled(channels_in: int, width: int) -> None:
     with pytest.raises(ValueError, match=f"{channels_in} channels can't be tiled to {width}"):
         VNet(channels_in, width=width)
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(3, 5), (1, 5), (4, 3)])
+def test_a_convolution_to_few_channels_is_a_convolution(channels: int, kernel: int) -> None:
+    conv = ThinConv(8, channels, kernel).double()
+    x = torch.randn(2, 8, 6, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.conv3d(x, conv.weight, conv.bias, padding=kernel // 2)
+    torch.testing.assert_close(conv(x), expected)
+    torch.testing.assert_close(conv.eval()(x), expected)
 
 
 def test_a_convolution_count_for_each_stage() -> None:

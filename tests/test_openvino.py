@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
-from kitseg.pipeline.model import build_sight, build_stage, choose_engine, empty_stage
+from kitseg.pipeline.model import Checkpoint, build_sight, build_stage, choose_engine, empty_stage
 from kitseg.stages.base import Stage
 
 STAGES = [(name, stage) for name in config.names("method") for stage in config.compose(name, "tiny")["chain"]]
@@ -30,9 +30,7 @@ def spec_of(method: str, stage: str) -> StageSpec:
 
 def stage_of(spec: StageSpec, seed: int = 0) -> Stage:
     torch.manual_seed(seed)
-    module = build_stage(spec).eval()
-    module.loaded = Path(str(seed))
-    return module
+    return build_stage(spec).eval()
 
 
 def region(spec: StageSpec, *shape: int) -> Tensor:
@@ -45,9 +43,23 @@ def region(spec: StageSpec, *shape: int) -> Tensor:
     return x
 
 
-def see(engine: Engine, module: Stage, x: Tensor, head: int = -1) -> Tensor:
+@dataclass
+class Weights:
+    """A stage that is never without its weights."""
+
+    name: str
+    module: Stage
+
+    def load(self) -> Stage:
+        return self.module
+
+    def drop(self) -> None:
+        pass
+
+
+def see(engine: Engine, module: Stage, x: Tensor, head: int = -1, name: str = "") -> Tensor:
     with torch.inference_mode():
-        return engine(module, head)(x)
+        return engine(Weights(name, module), head)(x)
 
 
 @installed
@@ -70,9 +82,31 @@ def test_other_weights_are_noticed() -> None:
     module, x = stage_of(spec, 0), region(spec, 1, 32, 32)
     first, other = see(engine, module, x), stage_of(spec, 1)
     module.load_state_dict(other.state_dict())
-    module.loaded = Path("1")
-    torch.testing.assert_close(see(engine, module, x), see(Torch(), other, x), rtol=0, atol=1e-4)
-    assert not torch.allclose(first, see(engine, module, x), atol=1e-2)
+    found = see(engine, module, x, name="other")
+    torch.testing.assert_close(found, see(Torch(), other, x), rtol=0, atol=1e-4)
+    assert not torch.allclose(first, found, atol=1e-2)
+
+
+@installed
+def test_weights_are_in_memory_once(tmp_path: Path) -> None:
+    """Compiled for two windows of a shape and once more for another; the network gives its own weights back."""
+    spec, engine = spec_of("dual-unet", "kidneys"), OpenVino()
+    module, x, larger = stage_of(spec), region(spec, 1, 32, 32), region(spec, 1, 64, 32)
+    expected = see(Torch(), module, larger)
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": module.state_dict()}, path)
+    weights = Checkpoint(path, module)
+    with torch.inference_mode():
+        look = engine(weights, 0)
+        look(x)
+        assert module.device.type == "meta"
+        first = engine._compiled
+        look(x)
+        assert engine._compiled is first
+        torch.testing.assert_close(look(larger), expected, rtol=0, atol=1e-4)
+        assert module.device.type == "meta"
+        torch.testing.assert_close(Torch()(weights, 0)(larger), expected)
+    assert module.device == CPU
 
 
 @pytest.mark.parametrize("engine", [Torch, pytest.param(OpenVino, marks=installed)])

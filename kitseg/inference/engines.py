@@ -21,19 +21,14 @@ from kitseg.inference.windows import Predict
 EXAMPLE = 32  # voxels along each axis of what a network is traced with; other shapes can follow
 
 
-class Trained(Protocol):
-    """A stage whose network holds trained weights."""
+class Network(Protocol):
+    """A stage's network in memory."""
 
     net: nn.Module
 
     @property
-    def loaded(self) -> Hashable:
-        """Which weights the network holds."""
-        ...
-
-    @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Where its weights are."""
         ...
 
     def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
@@ -41,10 +36,27 @@ class Trained(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """Runs a network with the weights that it holds now."""
+class Trained(Protocol):
+    """Trained weights."""
 
-    def __call__(self, module: Trained, head: int) -> Predict:
+    @property
+    def name(self) -> Hashable:
+        """Which they are."""
+        ...
+
+    def load(self) -> Network:
+        """The network that holds them, until others are loaded."""
+        ...
+
+    def drop(self) -> None:
+        """Free the memory that they take."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs a network with trained weights."""
+
+    def __call__(self, weights: Trained, head: int) -> Predict:
         """What one head believes, (N, C, d, h, w) -> (N, K, d, h, w) float32; until other weights are loaded."""
         ...
 
@@ -58,19 +70,20 @@ class Torch:
     def __str__(self) -> str:
         return f"PyTorch, {_name(self.kind or torch.float32)}"
 
-    def __call__(self, module: Trained, head: int) -> Predict:
-        """What one head believes, on the module's device."""
+    def __call__(self, weights: Trained, head: int) -> Predict:
+        """What one head believes, on the network's device."""
+        network = weights.load()
 
         def see(x: Tensor) -> Tensor:
-            with torch.autocast(module.device.type, self.kind) if self.kind else nullcontext():
-                return module.probabilities(x, head)
+            with torch.autocast(network.device.type, self.kind) if self.kind else nullcontext():
+                return network.probabilities(x, head)
 
-        return see if module.device.type == "cuda" else _one_by_one(see)
+        return see if network.device.type == "cuda" else _one_by_one(see)
 
 
 @dataclass
 class OpenVino:
-    """OpenVINO on the CPU; keeps the last network that it has compiled.
+    """OpenVINO on the CPU; keeps the last network that it has compiled, in which the weights are a second time.
 
     kind: float32 or bfloat16.
     """
@@ -82,13 +95,14 @@ class OpenVino:
     def __str__(self) -> str:
         return f"OpenVINO, {_name(self.kind)}"
 
-    def __call__(self, module: Trained, head: int) -> Predict:
+    def __call__(self, weights: Trained, head: int) -> Predict:
         """What one head believes; the network is converted and compiled for the shape that it meets."""
 
         def see(x: Tensor) -> Tensor:
-            if self._at != (at := (module.loaded, head, x.shape)):
+            if self._at != (at := (weights.name, head, x.shape)):
                 self._at, self._compiled = (), None
-                self._compiled = self._compile(_Traced(module, head), x)
+                self._compiled = self._compile(_Traced(weights.load(), head), x)
+                weights.drop()
                 self._at = at
             found: Tensor = torch.from_numpy(self._compiled(x.numpy(force=True))[0])
             return found
@@ -129,10 +143,10 @@ def has_openvino() -> bool:
 class _Traced(nn.Module):
     """What a head believes, as a module whose parameters are the network's; a LightningModule can't be traced."""
 
-    def __init__(self, module: Trained, head: int) -> None:
+    def __init__(self, network: Network, head: int) -> None:
         super().__init__()
-        self.net = module.net
-        self.see: Callable[[Tensor], Tensor] = lambda x: module.probabilities(x, head)
+        self.net = network.net
+        self.see: Callable[[Tensor], Tensor] = lambda x: network.probabilities(x, head)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.see(x)

@@ -28,6 +28,24 @@ PRECISIONS = {"auto": None, "f32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a file, and the stage whose network they belong to."""
+
+    name: Path
+    module: Stage
+
+    def load(self) -> Stage:
+        """The stage with these weights; see ``load_weights``."""
+        load_weights(self.module, self.name)
+        return self.module
+
+    def drop(self) -> None:
+        """Keep the network's structure only."""
+        self.module.to("meta")
+        self.module.loaded = None
+
+
+@dataclass(frozen=True)
 class TrainedStage:
     """One stage with the checkpoints that are averaged."""
 
@@ -46,8 +64,7 @@ class TrainedStage:
         total: Tensor | None = None
         engine = self.engine or Torch(_trained_with(self.module.device, self.spec))
         for path in self.checkpoints:
-            load_weights(self.module, path)
-            see = engine(self.module, self.spec.heads.index(head))
+            see = engine(Checkpoint(path, self.module), self.spec.heads.index(head))
             values = self.module.window(see, image)
             if self.mirror:
                 values.add_(self.module.window(see, image.flip(-1)).flip(-1)).div_(2)
@@ -211,6 +228,8 @@ def load_weights(module: Stage, path: Path) -> None:
     """
     if module.loaded == path:
         return
+    if module.device.type == "meta":
+        module.to_empty(device="cpu").to("cpu")
     try:
         module.load_state_dict(read_weights(path, module.device))
     except RuntimeError as error:

@@ -19,15 +19,21 @@ from kitseg.inference.windows import SlidingWindow
 
 
 class Stage:
-    """The network as engines know it."""
+    """The network and its weights as engines know them."""
 
-    loaded, device = "network.pt", torch.device("cpu")
+    name, device = "network.pt", torch.device("cpu")
 
     def __init__(self, net: torch.nn.Module) -> None:
         self.net = net
 
     def probabilities(self, x: torch.Tensor, head: int = -1) -> torch.Tensor:
         return self.net(x).float()
+
+    def load(self) -> Stage:
+        return self
+
+    def drop(self) -> None:
+        del self.net
 
 
 work, precision, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
