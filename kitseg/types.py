@@ -103,6 +103,11 @@ class Case:
     slices: tuple[Path, ...] = ()
     note: str = ""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that it is read from."""
+        return (*(self.slices or (self.image,)), *((self.label,) if self.label else ()))
+
 
 @dataclass(frozen=True)
 class Traits:

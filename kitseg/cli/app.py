@@ -13,9 +13,12 @@ from rich.markup import escape
 
 from kitseg import __version__, screen
 from kitseg.errors import KitsegError, UsageError, fault, in_words
+from kitseg.pipeline.share import Share
 
 if TYPE_CHECKING:
     from kitseg.pipeline.outcome import Outcome
+    from kitseg.pipeline.ranks import Work
+    from kitseg.types import Case
 
 app = typer.Typer(
     name="kitseg",
@@ -44,6 +47,9 @@ Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases worked on a
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs on this machine, one rank each.")]
 Processes = Annotated[int, typer.Option(min=1, help="Ranks on the CPU, with --device cpu.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same bits each time, on a GPU too, where it takes longer.")
+]
 Shard = Annotated[str | None, typer.Option(metavar="K/N", help="Only this part of the cases (2/8: the second of 8).")]
 Split = Annotated[Path | None, typer.Option(help="A split file: only its test cases, or a fold's with --fold.")]
 Fold = Annotated[int | None, typer.Option(help="With --split: the validation cases of this fold.")]
@@ -79,8 +85,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
         raise typer.Exit
 
 
-def preprocess_cases(cases: Sequence[Any], configuration: dict[str, Any], to: Path, jobs: int) -> set[str]:
-    """Preprocess with a bar; the ids of the cases that failed."""
+def preprocess_cases(
+    cases: Sequence[Any], configuration: dict[str, Any], to: Path, jobs: int, part: str = ""
+) -> set[str]:
+    """Preprocess with a bar; the ids of the cases that failed. part: of the work, such as ``2/8``."""
     from kitseg import config
     from kitseg.pipeline import preprocess as steps
 
@@ -88,7 +96,7 @@ def preprocess_cases(cases: Sequence[Any], configuration: dict[str, Any], to: Pa
     need = steps.disk_needed(cases, grids) / 1e9
     screen.say(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
     with screen.bar("preprocess", len(cases) * len(grids)) as step:
-        outcomes = steps.preprocess(cases, grids, to, configuration["convention"], jobs, lambda _: step())
+        outcomes = steps.preprocess(cases, grids, to, configuration["convention"], jobs, lambda _: step(), part)
     for state in ("done", "unchanged"):
         if count := sum(outcome.state == state for outcome in outcomes):
             screen.say(f"{count} {state}")
@@ -100,7 +108,7 @@ def preprocess_cases(cases: Sequence[Any], configuration: dict[str, Any], to: Pa
 
 def bar_over(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> list[Outcome]:
     """Run a verb over cases with a bar; say what became of each."""
-    with screen.bar(title, count) as step:
+    with screen.bar(title, count, shown=Share.here().of == 1) as step:
 
         def done(outcome: Outcome) -> None:
             step()
@@ -117,6 +125,38 @@ def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list
     marked = ", ".join(f"[{COLOURS[level]}]{levels[level]} {level}[/]" for level in COLOURS if level in levels)
     screen.say(f"{count - failed} of {count} cases done" + (f": {marked}" if marked else ""))
     exit_if(failed > 0)
+
+
+def shared_work(title: str, cases: Sequence[Case], do: Work, shard: str | None, ranks: int) -> None:
+    """Have a verb's work on cases, or on a shard of them, done by so many processes, or by those of a launcher.
+
+    Exit code 1 where a case failed.
+    """
+    from kitseg.pipeline.ranks import deal, on_ranks
+
+    share, launched = Share.asked(shard), Share.here()
+    mine = deal(cases, share)
+    say = screen.say if launched.index == 0 else lambda text: None
+
+    def run(done: Callable[[Outcome], None]) -> list[Outcome]:
+        if ranks == 1 or launched.of > 1:
+            return do(mine, share, say, done)
+        return on_ranks(do, mine, share.split(ranks), say, done)
+
+    work(title, len(mine), run)
+
+
+def choose_ranks(gpus: int, processes: int, device: str) -> tuple[str, int]:
+    """The device and the number of processes that options ask for.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    if gpus and device == "cpu":
+        raise UsageError("--gpus and --device cpu exclude each other")
+    if processes > 1 and device != "cpu":
+        raise UsageError("--processes is for --device cpu; on GPUs the ranks are --gpus")
+    return "cuda" if gpus else device, gpus or processes
 
 
 def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -> None:

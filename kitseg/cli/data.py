@@ -18,17 +18,21 @@ from kitseg.cli.app import (
     Jobs,
     Method,
     Set,
+    Shard,
     Size,
     app,
     exit_if,
     known_convention,
     preprocess_cases,
 )
+from kitseg.cli.cases import Cluster
 from kitseg.errors import UsageError
 from kitseg.scoring.strata import THICKNESSES
 
 if TYPE_CHECKING:
     from kitseg.pipeline.augment import Outcome
+    from kitseg.pipeline.hard import Ranked
+    from kitseg.pipeline.plan import Plan
 
 
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
@@ -108,13 +112,20 @@ def preprocess(
     method: Method = "two-phase",
     size: Size = "paper",
     jobs: Jobs = -1,
+    cluster: Cluster = None,
+    shard: Shard = None,
     set_: Set = [],  # noqa: B006
 ) -> None:
     """Resample every case onto the grids of a method; what is done and unchanged is skipped."""
     from kitseg import config
+    from kitseg.pipeline.cluster import on_cluster
+    from kitseg.pipeline.share import Share
     from kitseg.volumes.kits import find_cases
 
-    failed = preprocess_cases(find_cases(data), config.compose(method, size, set_), to, jobs)
+    share, configuration = Share.asked(shard), config.compose(method, size, set_)
+    cases = share.take(find_cases(data))
+    with on_cluster(cluster):
+        failed = preprocess_cases(cases, configuration, to, jobs, share.part)
     exit_if(bool(failed))
 
 
@@ -175,40 +186,59 @@ def augment(
     seed: Annotated[int, typer.Option(help="Of the draw of the partners.")] = 0,
     device: Device = "auto",
     jobs: Jobs = -1,
+    cluster: Cluster = None,
+    shard: Shard = None,
 ) -> None:
     """Register other training cases to a fold's hard ones, as more cases to learn from; goes on when called again.
 
     Hard are those that the run's inner folds predict worst; inner folds that aren't trained yet are trained first.
     """
+    from kitseg.claim import claimed
     from kitseg.pipeline import augment as copies
+    from kitseg.pipeline.cluster import on_cluster
     from kitseg.pipeline.hard import fold_plan, rank_cases
+    from kitseg.pipeline.share import Share
     from kitseg.volumes.kits import labelled_cases
 
-    choice = copies.Choice(worst, partners, direction, seed)
+    choice, share = copies.Choice(worst, partners, direction, seed), Share.asked(shard)
     plan = fold_plan(run or Path("runs") / f"{method}-{size}", fold, store, device)
     known = labelled_cases(data)
     cases = copies.training_scans(plan.split, fold, known)
-    failed = preprocess_cases(known, plan.config, store, jobs)
+    with on_cluster(cluster):
+        failed = preprocess_cases(known, plan.config, store, jobs)
     cases = {name: case for name, case in cases.items() if name not in failed}
     copies.check_enough(len(cases), choice)
-    ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", screen.say)
+    with claimed(output, "copies", share.part):
+        ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", screen.say)
+        _show_ranking(ranked[:worst])
+        pairs = copies.choose_pairs([row.case for row in ranked], cases, choice)
+        copies.write_request(output, fold, choice, pairs)
+        mine, convention = share.take(pairs), plan.config["convention"]
+        with on_cluster(cluster), screen.bar("register", len(mine)) as step:
+            outcomes = copies.make_copies(mine, output, convention, jobs, lambda _: step())
+        _report_copies(outcomes, output)
+        if (left := copies.undone(pairs, output, convention)) and share.of > 1:
+            screen.say(f"part {share}: {left} of {len(pairs)} pairs are still to do; who ends last writes the split")
+        else:
+            copies.write_augmented_split(plan.run, output)
+            _say_how_to_train(plan, data, output)
+    exit_if(bool(failed) or any(outcome.state == "failed" for outcome in outcomes))
+
+
+def _show_ranking(ranked: Sequence[Ranked]) -> None:
     table = screen.table("hard case", "kidney", "tumor", "mean Dice")
-    for row in ranked[:worst]:
+    for row in ranked:
         table.add_row(row.case, *map(screen.cell, (row.kidney, row.tumor, row.dice)))
     screen.out.print(table)
-    pairs = copies.choose_pairs([row.case for row in ranked], cases, choice)
-    copies.write_request(output, fold, choice, pairs)
-    with screen.bar("register", len(pairs)) as step:
-        outcomes = copies.make_copies(pairs, output, plan.config["convention"], jobs, lambda _: step())
-    copies.write_augmented_split(plan.run, output)
-    _report_copies(outcomes, output)
-    more = "".join(f" --data {folder}" for folder in [*data, output])
+
+
+def _say_how_to_train(plan: Plan, data: Sequence[Path], copies: Path) -> None:
+    more = "".join(f" --data {folder}" for folder in [*data, copies])
     screen.say(
         f"To train with them, with the options of {plan.run.path}: kitseg train --method {plan.method.name} "
-        f"--size {plan.config['size']['name']} --fold {fold}{more} --split {output / 'splits.json'} "
+        f"--size {plan.config['size']['name']} --fold {plan.fold}{more} --split {copies / 'splits.json'} "
         f"--name {plan.run.path.name}-augmented"
     )
-    exit_if(bool(failed) or any(outcome.state == "failed" for outcome in outcomes))
 
 
 def _report_copies(outcomes: Sequence[Outcome], folder: Path) -> None:

@@ -10,12 +10,12 @@ import typer
 from rich.markup import escape
 
 from kitseg import screen
-from kitseg.cli.app import COLOURS, PREDICTIONS, Convention, Jobs, app, exit_if, known_convention
+from kitseg.cli.app import COLOURS, PREDICTIONS, Convention, Jobs, Shard, app, exit_if, known_convention
+from kitseg.cli.cases import Cluster, Crew, gather
 
 if TYPE_CHECKING:
     from kitseg.measure.findings import Lesion
     from kitseg.pipeline.measure import Measured
-    from kitseg.report.study_page import CaseRow
 
 
 @app.command(epilog="Example: kitseg measure predictions --ct data --csv lesions.csv")
@@ -27,6 +27,8 @@ def measure(
     ] = None,
     convention: Convention = "kits19",
     jobs: Jobs = -1,
+    cluster: Cluster = None,
+    shard: Shard = None,
     table: Annotated[Path | None, typer.Option("--csv", help="Write a row for each kidney and lesion.")] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write all findings to this file.")] = None,
 ) -> None:
@@ -35,21 +37,19 @@ def measure(
     The diameters, and what else is measured, are defined in docs/measure.md.
     """
     from kitseg.pipeline import measure as steps
+    from kitseg.pipeline.kept import Kept
 
     known_convention(convention)
     tasks = steps.plan(labels, ct)
-    with screen.bar("measure", len(tasks)) as step:
-
-        def done(result: Measured) -> None:
-            step()
-            if result.error:
-                screen.complain(result.error)
-
-        results = steps.measure_all(tasks, convention, jobs, done)
+    output = report or table
+    kept = Kept.beside(output, steps.Measured) if output else None
+    results = gather("measure", steps.works(tasks, convention), kept, Crew(jobs, cluster, shard))
     if report:
         steps.write_findings(report, results, convention)
     if table:
         steps.write_table(table, results)
+    if kept:
+        kept.clear()
     _show_findings(results)
     exit_if(any(result.error for result in results))
 
@@ -78,22 +78,25 @@ def report(
     scores: Annotated[Path | None, typer.Option(help="A file of `kitseg evaluate --json`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
     jobs: Jobs = -1,
+    cluster: Cluster = None,
+    shard: Shard = None,
 ) -> None:
     """Pages to look at: one a case, and one about all of them; each a single HTML file that needs no network."""
+    from kitseg.claim import claimed
     from kitseg.pipeline import report as pages
+    from kitseg.pipeline.kept import Kept
+    from kitseg.pipeline.share import Share
     from kitseg.report.html import INDEX
     from kitseg.report.scores import ScoreFile, read_scores
+    from kitseg.report.study_page import CaseRow
 
     known = read_scores(scores) if scores else ScoreFile()
     tasks = pages.plan(predictions, data, known, output)
-    with screen.bar("report", len(tasks)) as step:
-
-        def done(row: CaseRow) -> None:
-            step()
-            if row.error:
-                screen.complain(row.error)
-
-        rows = pages.report(tasks, known, output, jobs, done)
+    kept, part = Kept(output.absolute() / ".cases", CaseRow), Share.asked(shard).part
+    with claimed(output, "pages", part):
+        rows = gather("report", pages.works(tasks), kept, Crew(jobs, cluster, shard))
+        pages.write_index(output, rows, known)
+        kept.clear()
     for row in rows:
         for flag in row.quality.flags if row.quality else ():
             screen.say(f"[{COLOURS[flag.level]}]{flag.level}[/] {escape(f'{row.case}: {flag.reason}')}")

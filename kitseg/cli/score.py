@@ -17,12 +17,14 @@ from kitseg.cli.app import (
     Fold,
     Jobs,
     Mirror,
+    Shard,
     Split,
     app,
     cross_validate,
     exit_if,
     known_convention,
 )
+from kitseg.cli.cases import Cluster, Crew, gather
 from kitseg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ def evaluate(
     split: Split = None,
     fold: Fold = None,
     jobs: Jobs = -1,
+    cluster: Cluster = None,
+    shard: Shard = None,
     table: Annotated[
         Path | None, typer.Option("--csv", help="Write a row for each case and class to this file.")
     ] = None,
@@ -85,14 +89,16 @@ def evaluate(
     surface Dice.
     """
     from kitseg.pipeline import evaluate as scoring
+    from kitseg.pipeline.kept import Kept
     from kitseg.pipeline.scores import write_scores, write_table
 
     if convention:
         known_convention(convention)
     rules = scoring.rules(protocol, convention)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
-    with screen.bar("evaluate", len(found)) as step:
-        scores = scoring.evaluate(found, rules, jobs, step)
+    output = report or table
+    kept = Kept.beside(output, scoring.Score) if output else None
+    scores = gather("evaluate", scoring.works(found, rules), kept, Crew(jobs, cluster, shard))
     _show_scores(scores, rules)
     for note in scoring.notes(scores, rules, unscored):
         screen.say(f"[yellow]{escape(note)}[/]")
@@ -100,6 +106,8 @@ def evaluate(
         write_scores(report, scores, rules, unscored=unscored)
     if table:
         write_table(table, scores)
+    if kept:
+        kept.clear()
     exit_if(any(score.missing or score.error for score in scores))
 
 

@@ -138,6 +138,11 @@ def make_copies(
     return sorted(outcomes, key=lambda outcome: outcome.name)
 
 
+def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
+    """How many pairs have neither a copy nor a reason why there is none."""
+    return sum(_done(pair, to, _wanted(convention)) is None for pair in pairs)
+
+
 def write_request(to: Path, fold: int, choice: Choice, pairs: Sequence[Pair]) -> None:
     """Write which pairs a fold asks for."""
     write_json(to / f"fold_{fold}.json", SCHEMA, {"fold": fold, **asdict(choice), "pairs": [p.name for p in pairs]})
@@ -164,12 +169,16 @@ def write_augmented_split(run: Run, to: Path) -> Split:
 
 def _make(pair: Pair, to: Path, convention: str) -> Outcome:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    settings = Settings()
-    wanted = {"settings": asdict(settings), "convention": convention}
+    wanted = _wanted(convention)
     try:
-        return _done(pair, to, wanted) or _copy(pair, to, wanted, settings)
+        return _done(pair, to, wanted) or _copy(pair, to, wanted)
     except Exception as error:  # whatever it is, the other pairs go on
         return Outcome(pair.name, "failed", True, in_words(pair.name, error))
+
+
+def _wanted(convention: str) -> dict[str, Any]:
+    """What a copy must be made with."""
+    return {"settings": asdict(Settings()), "convention": convention}
 
 
 def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Outcome | None:
@@ -182,11 +191,11 @@ def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Outcome | None:
     return None
 
 
-def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any], settings: Settings) -> Outcome:
+def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Outcome:
     """Register a pair and write the copy, or why there is none."""
     begun, name = time.perf_counter(), pair.name
     reference, floating = (_read(case, wanted["convention"]) for case in (pair.reference, pair.floating))
-    copy = register_copy(reference, floating, settings)
+    copy = register_copy(reference, floating, Settings())
     reason = problem(copy.quality)
     patients = {patient for case in (pair.reference, pair.floating) for patient in case.patients or (case.id,)}
     facts = {

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from joblib import delayed
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError, KitsegError, UsageError, in_words
 from kitseg.labels import CYST, TUMOR, to_kits19
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.pipeline.kept import Work, results
+from kitseg.pipeline.share import Share
 from kitseg.scoring.case import Figures, score
 from kitseg.scoring.detection import Detection
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
@@ -112,13 +113,14 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
     return jobs, [] if required else sorted(truth.keys() - found.keys())
 
 
+def works(jobs: Sequence[Job], rules: Rules) -> list[Work[Score]]:
+    """The work on each case; one that fails doesn't stop the others."""
+    return [Work(job.case, (job.prediction, job.reference), partial(_safely, job, rules)) for job in jobs]
+
+
 def evaluate(jobs: Sequence[Job], rules: Rules, workers: int, on_done: Callable[[], None]) -> list[Score]:
     """Score cases, several at a time; one that fails doesn't stop the others."""
-    scores = []
-    for found in in_parallel((delayed(_safely)(job, rules) for job in jobs), workers if len(jobs) > 1 else 1):
-        scores.append(found)
-        on_done()
-    return scores
+    return results(works(jobs, rules), None, Share(), workers, lambda _: on_done()) or []
 
 
 def score_case(case: str, prediction: Path | None, reference: Path, rules: Rules, clinical: Mapping[str, str]) -> Score:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from joblib import delayed
 
 from kitseg import files
 from kitseg.errors import InputError, UsageError
@@ -16,7 +16,8 @@ from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
 from kitseg.measure.findings import Findings, Kidney, Lesion
 from kitseg.measure.measure import measure
 from kitseg.measure.mesh import stl, surface, volume
-from kitseg.pipeline.outcome import in_parallel, without_paths
+from kitseg.pipeline.kept import Work
+from kitseg.pipeline.outcome import without_paths
 from kitseg.types import Case
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.nifti import read_labels
@@ -78,15 +79,12 @@ def plan(labels: Path, ct: Path | None) -> list[Task]:
     return [Task(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
-def measure_all(
-    tasks: Sequence[Task], convention: str, jobs: int, on_done: Callable[[Measured], None]
-) -> list[Measured]:
-    """Measure each case, ``jobs`` at a time; ``on_done`` hears of each, in their order. A failed one is an error."""
-    results: list[Measured] = []
-    for result in in_parallel((delayed(measure_case)(task, convention) for task in tasks), jobs):
-        results.append(result)
-        on_done(result)
-    return results
+def works(tasks: Sequence[Task], convention: str) -> list[Work[Measured]]:
+    """What there is to do of each case; a failed one is an error."""
+    return [
+        Work(task.case, (task.labels, *(task.scan.files if task.scan else ())), partial(measure_case, task, convention))
+        for task in tasks
+    ]
 
 
 def measure_case(task: Task, convention: str) -> Measured:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from joblib import delayed
 
+from kitseg.claim import claimed
 from kitseg.config import Method
 from kitseg.errors import KitsegError, in_words
 from kitseg.pipeline.outcome import in_parallel
 from kitseg.types import Case, Grid
-from kitseg.volumes.store import CaseFiles, store_bytes, store_case
+from kitseg.volumes.store import CaseFiles, is_fresh, store_bytes, store_case
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,32 @@ def preprocess(
     convention: str,
     jobs: int,
     on_done: Callable[[Outcome], None],
+    part: str = "",
 ) -> list[Outcome]:
     """Store every case on every grid, in parallel; a broken case doesn't stop the others.
 
+    The folder is claimed where there is something to do. part: which part of the work it is, such as ``2/8``.
+
     Raises:
-        KitsegError: the disk is too small, or a worker was killed.
+        KitsegError: the disk is too small, a worker was killed, or another process preprocesses into the folder.
     """
     to = to.absolute()  # worker processes may stand in another folder
-    _check_disk(cases, grids, to)
-    tasks = (delayed(_store)(case, grids, to, convention) for case in cases)
-    outcomes = []
-    for outcome in chain.from_iterable(in_parallel(tasks, jobs, ordered=False)):
-        outcomes.append(outcome)
+    outcomes, stale = [], []
+    for case in cases:
+        files = CaseFiles(case, convention)
+        if all(is_fresh(files, to / str(grid) / case.id, grid) for grid in grids):
+            outcomes += [Outcome(case.id, str(grid), "unchanged") for grid in grids]
+        else:
+            stale.append(case)
+    for outcome in outcomes:
         on_done(outcome)
+    if stale:
+        _check_disk(stale, grids, to)
+        tasks = (delayed(_store)(case, grids, to, convention) for case in stale)
+        with claimed(to, "preprocessed cases", part):
+            for outcome in chain.from_iterable(in_parallel(tasks, jobs, ordered=False)):
+                outcomes.append(outcome)
+                on_done(outcome)
     return sorted(outcomes, key=lambda o: (o.case, o.grid))
 
 

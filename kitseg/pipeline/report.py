@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from joblib import delayed
 from numpy.typing import NDArray
 
 from kitseg import __version__
 from kitseg.errors import UsageError
 from kitseg.measure.measure import measure
 from kitseg.measure.quality import LEVELS, Flag, Quality, assess
-from kitseg.pipeline.outcome import in_parallel, without_paths
+from kitseg.pipeline.kept import Work
+from kitseg.pipeline.outcome import without_paths
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name, spare_foreign
 from kitseg.report.scores import ScoreFile, ScoreTable
@@ -41,6 +42,11 @@ class Task:
     scores: ScoreTable
     to: Path
 
+    @property
+    def told(self) -> Path:
+        """The file beside the labels in which ``kitseg predict`` says how they came about; other tools write none."""
+        return self.labels.with_name(self.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
 
 def plan(predictions: Path, data: Sequence[Path], scores: ScoreFile, to: Path) -> list[Task]:
     """The cases that there are label maps of, each with the scan of the same name.
@@ -63,20 +69,23 @@ def plan(predictions: Path, data: Sequence[Path], scores: ScoreFile, to: Path) -
     ]
 
 
-def report(
-    tasks: Sequence[Task], scores: ScoreFile, to: Path, jobs: int, on_done: Callable[[CaseRow], None]
-) -> list[CaseRow]:
-    """Write the page of each case, ``jobs`` at a time, and then the study's, ``index.html``; a row a case.
+def works(tasks: Sequence[Task]) -> list[Work[CaseRow]]:
+    """The work of making each case's page; one that fails is a row with an error."""
+    return [
+        Work(
+            task.case,
+            (task.labels, task.told, *(task.scan.files if task.scan else ())),
+            partial(make_page, task),
+            task.to / page_name(task.case),
+        )
+        for task in tasks
+    ]
 
-    ``on_done`` hears of each. A case that fails is a row with an error.
-    """
-    rows: list[CaseRow] = []
-    for row in in_parallel((delayed(make_page)(task) for task in tasks), jobs):
-        rows.append(row)
-        on_done(row)
+
+def write_index(to: Path, rows: Sequence[CaseRow], scores: ScoreFile) -> None:
+    """Write the study's page, ``index.html``; a row a case."""
     facts = {"Cases": str(len(rows)), **_page_facts()}
     write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, facts)
-    return rows
 
 
 def make_page(task: Task) -> CaseRow:
@@ -123,8 +132,8 @@ class _Told:
 
 
 def _told(task: Task, geometry: Geometry) -> _Told:
-    """What is told by the file that ``kitseg predict`` wrote beside a label map; other tools write none."""
-    path = task.labels.with_name(task.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+    """What is told by the file beside a label map, where there is one."""
+    path = task.told
     digest, scan = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
     if not path.exists():
         unknown = "The labels came without a file that says how they were made."

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
-from kitseg.files import aside
+from kitseg.files import aside, write_text
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
 from kitseg.measure.phase import aorta_hu, kidney_hu
 from kitseg.types import Case, Geometry, Grid, Volume, triple
@@ -125,15 +125,22 @@ class CaseFiles:
         return _sources(self.case, digest=True)
 
 
+def is_fresh(files: CaseFiles, folder: Path, grid: Grid) -> bool:
+    """Whether a case is stored from files whose size and time are still the same; none of them is read."""
+    meta = _stored(files, folder, grid)
+    try:
+        return meta is not None and _stamps(meta["sources"]) == _stamps(_sources(files.case, digest=False))
+    except OSError:
+        return False
+
+
 def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     """Preprocess a case into ``folder``; False where that is already done and nothing has changed since.
 
     Raises:
         InputError: an unreadable image or label, or a label on another lattice than its image.
     """
-    case, contents = files.case, replace(grid, back=Grid.back)
-    wanted = {"schema": SCHEMA, "grid": asdict(contents), "convention": files.convention}
-    if _is_current(files, folder, wanted):
+    if is_fresh(files, folder, grid) or _is_same(files, folder, grid):
         return False
     scan, labels = files.scan, files.labels
     image, lattice = image_on_grid(scan, grid)
@@ -141,12 +148,12 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     if labels is not None:
         arrays |= _label_arrays(nearest(labels, lattice.shape))
     meta = {
-        **wanted,
-        "case": case.id,
+        **_wanted(files, grid),
+        "case": files.case.id,
         "shape": lattice.shape,
         "affine": lattice.affine.tolist(),
         "statistics": statistics(image),
-        "phantom": is_phantom(case.image),
+        "phantom": is_phantom(files.case.image),
         "spacing": scan.geometry.spacing,
         **files.contrast,
         "sources": files.sources,
@@ -234,20 +241,39 @@ def _mapped(folder: Path, meta: Mapping[str, Any]) -> StoredCase:
     return StoredCase(meta["case"], image, label, foreground, slices, (mean, deviation), grid, *seen)
 
 
-def _is_current(files: CaseFiles, folder: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a case is stored as wanted, whole, and from the files as they are now."""
+def _stamps(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    return {role: (source["size"], source["mtime"]) for role, source in sources.items()}
+
+
+def _digests(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {role: source["sha256"] for role, source in sources.items()}
+
+
+def _wanted(files: CaseFiles, grid: Grid) -> dict[str, Any]:
+    """What a stored case must say of itself, whatever its files hold."""
+    return {"schema": SCHEMA, "grid": asdict(replace(grid, back=Grid.back)), "convention": files.convention}
+
+
+def _stored(files: CaseFiles, folder: Path, grid: Grid) -> dict[str, Any] | None:
+    """What a case says of itself that is stored whole and as wanted; None for any other."""
     try:
         open_case(folder)
-        meta = json.loads((folder / "meta.json").read_text())
-        if any(meta.get(key) != value for key, value in wanted.items()):
-            return False
-        sources = meta["sources"]
-        quick = _sources(files.case, digest=False)
-        if quick == {role: {"size": s["size"], "mtime": s["mtime"]} for role, s in sources.items()}:
-            return True
-        return {r: s["sha256"] for r, s in files.sources.items()} == {r: s["sha256"] for r, s in sources.items()}
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
     except (InputError, OSError):
+        return None
+    return meta if all(meta.get(key) == value for key, value in _wanted(files, grid).items()) else None
+
+
+def _is_same(files: CaseFiles, folder: Path, grid: Grid) -> bool:
+    """Whether the files, though touched, hold what was stored; their new times are noted, to be believed next time."""
+    meta = _stored(files, folder, grid)
+    try:
+        if meta is None or _digests(files.sources) != _digests(meta["sources"]):
+            return False
+    except OSError:
         return False
+    write_text(folder / "meta.json", json.dumps({**meta, "sources": files.sources}))
+    return True
 
 
 def _write(folder: Path, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:

@@ -1,0 +1,57 @@
+"""What commands share that work case by case towards one output: here or on a cluster, all cases or a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from kitseg import screen
+from kitseg.errors import UsageError
+
+if TYPE_CHECKING:
+    from kitseg.pipeline.kept import Kept, Result, Work
+
+R = TypeVar("R", bound="Result")
+Cluster = Annotated[
+    str | None,
+    typer.Option(metavar="dask://HOST:PORT", help="Let the workers of a dask cluster work on the cases."),
+]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who works on the cases: ``jobs`` processes here or a cluster; with a shard, on a part of them."""
+
+    jobs: int
+    cluster: str | None = None
+    shard: str | None = None
+
+
+def gather(title: str, works: Sequence[Work[R]], kept: Kept[R] | None, crew: Crew) -> list[R]:
+    """The results of all cases, with a bar; failures are said. Ends the command where the output isn't its to write.
+
+    Raises:
+        UsageError: a part without an output, where the parts could meet.
+    """
+    from kitseg.pipeline.cluster import on_cluster
+    from kitseg.pipeline.kept import results
+    from kitseg.pipeline.share import Share
+
+    share, failed = Share.asked(crew.shard), []
+    if share.of > 1 and kept is None:
+        raise UsageError("the parts of the work meet in a file: name it with --json or --csv")
+    with on_cluster(crew.cluster), screen.bar(title, len(share.take(works))) as step:
+
+        def done(result: R) -> None:
+            step()
+            if result.error:
+                failed.append(result.case)
+                screen.complain(result.error)
+
+        found = results(works, kept, share, crew.jobs, done)
+    if found is None:
+        raise typer.Exit(int(bool(failed)))
+    return found
