@@ -1,0 +1,172 @@
+"""Parts of the work put together, and finished cases taken up again."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SMALLEST, kitseg
+from nifti_files import save
+
+from kitseg.pipeline import evaluate
+from kitseg.pipeline.evaluate import Score, find_jobs, rules, works
+from kitseg.pipeline.kept import Kept, results
+from kitseg.pipeline.measure import Measured
+from kitseg.pipeline.measure import plan as plan_measure
+from kitseg.pipeline.measure import works as measure_works
+from kitseg.pipeline.report import plan as plan_report
+from kitseg.pipeline.report import works as report_works
+from kitseg.pipeline.share import Share
+from kitseg.report.scores import ScoreFile
+from kitseg.report.study_page import CaseRow
+
+CASES = 5
+
+
+@pytest.fixture
+def maps(tmp_path: Path) -> Path:
+    """A folder with five label maps in ``pred`` and in ``ref``, kidney and tumor a little apart."""
+    for name, shift in (("pred", 1), ("ref", 0)):
+        (tmp_path / name).mkdir()
+        for case in range(CASES):
+            labels = np.zeros((6, 12, 14), np.uint8)
+            labels[1:5, 2:9, 2:10] = 1
+            labels[1:3, 2 + shift : 5, 2 : 4 + case] = 2
+            save(tmp_path / name / f"case_{case:05d}.nii.gz", labels)
+    return tmp_path
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+EVALUATE = ("evaluate", "pred", "ref", "--protocol=kits23", "--json=out.json", "--csv=out.csv", "--jobs=1")
+MEASURE = ("measure", "pred", "--json=out.json", "--csv=out.csv", "--jobs=1")
+
+
+@pytest.mark.parametrize("command", [EVALUATE, MEASURE])
+def test_parts_make_the_tables_of_the_whole(command: tuple[str, ...], maps: Path) -> None:
+    outputs = [maps / "out.json", maps / "out.csv"]
+    assert kitseg(maps, *command).code == 0
+    whole = [path.read_bytes() for path in outputs]
+    for path in outputs:
+        path.unlink()
+    for shard, left in (("2/3", 3), ("3/3", 2)):
+        done = kitseg(maps, *command, f"--shard={shard}")
+        assert done.code == 0
+        assert f"part {shard}: {left} of {CASES} cases are still to do" in done.text
+        assert not any(path.exists() for path in outputs)
+        assert hidden(maps) == [".out.json.cases"]
+    assert kitseg(maps, *command, "--shard=1/3").code == 0
+    assert [path.read_bytes() for path in outputs] == whole
+    assert hidden(maps) == []
+
+
+def test_a_failed_case_waits_for_a_call_without_shard(maps: Path) -> None:
+    broken = maps / "ref" / "case_00001.nii.gz"
+    good = broken.read_bytes()
+    broken.write_bytes(b"no label map")
+    for shard, code in (("1/2", 0), ("2/2", 1)):
+        assert kitseg(maps, *EVALUATE, f"--shard={shard}").code == code
+    assert not (maps / "out.json").exists()
+    assert kitseg(maps, *EVALUATE).code == 1
+    content = json.loads((maps / "out.json").read_text())
+    assert list(content["failed"]) == ["case_00001"]
+    assert len(content["cases"]) == CASES - 1
+    broken.write_bytes(good)
+    assert kitseg(maps, *EVALUATE).code == 0
+
+
+def test_parts_need_a_file_to_meet_in(maps: Path) -> None:
+    done = kitseg(maps, "measure", "pred", "--jobs=1", "--shard=1/2")
+    assert done.code == 2
+    assert "name it with --json or --csv" in done.text
+
+
+def test_an_interrupted_evaluation_goes_on(maps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kitseg(maps, *EVALUATE).code == 0
+    whole, kept = (maps / "out.json").read_bytes(), maps / ".out.json.cases"
+    scored: list[str] = []
+    score_case = evaluate.score_case
+
+    def score(case: str, *rest: Any) -> Score:
+        if scored == ["case_00000", "case_00001"]:
+            raise KeyboardInterrupt
+        scored.append(case)
+        return score_case(case, *rest)
+
+    monkeypatch.setattr(evaluate, "score_case", score)
+    with suppress(KeyboardInterrupt):
+        assert kitseg(maps, *EVALUATE).code != 0
+    assert len(list(kept.iterdir())) == 2
+    (maps / "pred" / "case_00000.nii.gz").touch()  # it might hold something else now
+    scored.clear()
+    assert kitseg(maps, *EVALUATE).code == 0
+    assert scored == ["case_00000", "case_00002", "case_00003", "case_00004"]
+    assert (maps / "out.json").read_bytes() == whole
+    assert not kept.exists()
+
+
+def test_parts_that_end_at_the_same_time(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs, _ = find_jobs(maps / "pred", maps / "ref")
+    kept = Kept(maps / ".cases", Score)
+    assert results(works(jobs, rules("kits19", None)), kept, Share(0, 2), 1, lambda _: None) is None
+
+    def the_other_ends(score: Score) -> None:
+        if score.case == "case_00003":
+            kept.clear()
+
+    assert results(works(jobs, rules("kits19", None)), kept, Share(1, 2), 1, the_other_ends) is None
+    assert "the output is being written by another part" in capsys.readouterr().out
+
+
+def test_other_rules_are_other_work(maps: Path) -> None:
+    jobs, _ = find_jobs(maps / "pred", maps / "ref")
+    keys = {work.key for name in ("kits19", "kits21", "kits23") for work in works(jobs, rules(name, None))}
+    assert len(keys) == 3 * CASES
+
+
+def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
+    command = ("report", "pred", "--jobs=1")
+    for shard in ("1/2", "2/2"):
+        assert kitseg(maps, *command, f"--shard={shard}").code == 0
+    pages = sorted(path.name for path in (maps / "report").iterdir())
+    assert pages == [*(f"case_{number:05d}.html" for number in range(CASES)), "index.html"]
+    assert all(page in (maps / "report" / "index.html").read_text() for page in pages[:-1])
+    (work, *_) = report_works(plan_report(maps / "pred", [], ScoreFile(), maps / "report"))
+    kept = Kept(maps / ".cases", CaseRow)
+    made = kept.do(work)
+    assert kept.find(work) == made
+    assert work.makes is not None
+    work.makes.unlink()
+    assert kept.find(work) is None
+
+
+def test_what_is_kept_is_what_was_found(maps: Path) -> None:
+    jobs, _ = find_jobs(maps / "pred", maps / "ref")
+    for kind, work in (
+        (Score, works(jobs, rules("kits23", None))[0]),
+        (Measured, measure_works(plan_measure(maps / "pred", None), "kits19")[0]),
+    ):
+        kept: Kept[Any] = Kept(maps / kind.__name__, kind)
+        made = kept.do(work)
+        assert kept.find(work) == made
+        (file,) = kept.folder.iterdir()
+        file.write_text(file.read_text()[:-20])
+        assert kept.find(work) is None, "cut off"
+
+
+@pytest.mark.slow
+def test_parts_of_a_preprocessing(phantoms: Path, tmp_path: Path) -> None:
+    command = ("preprocess", str(phantoms / "data"), *SMALLEST, "--jobs=1")
+    found: list[set[str]] = []
+    for shard in ("1/2", "2/2"):
+        done = kitseg(tmp_path, *command, f"--shard={shard}")
+        assert (done.code, "6 done" in done.text) == (0, True), done.text
+        found.append({path.parent.name for path in (tmp_path / "preprocessed").rglob("meta.json")})
+    assert (len(found[0]), len(found[1])) == (3, 6)
+    assert "12 unchanged" in kitseg(tmp_path, *command).text
