@@ -23,13 +23,13 @@ _SYSTEM = {
     errno.ESTALE: ("the network folder was lost", "Call again when it is back"),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one"),
 }
-_MEMORY = (
+MEMORY = (
     "out of memory",
     f"Use a smaller --jobs, {_SMALLER}; --max-memory refuses a scan that needs too much before it begins",
 )
-_GPU = ("out of GPU memory", f"Use {_SMALLER}, --device cpu, or end what else runs on the GPU")
+GPU = ("out of GPU memory", f"Use {_SMALLER}, --device cpu, or end what else runs on the GPU")
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories: control, surrogate, line and paragraph separator
-_LOADER = ("a loader process was killed", f"The machine may be short of memory or of /dev/shm. {_FEWER}")
+LOADER = ("a loader process was killed", f"The machine may be short of memory or of /dev/shm. {_FEWER}")
 
 
 class KitsegError(Exception):
@@ -65,13 +65,13 @@ def fault(error: BaseException) -> tuple[str, str] | None:
         if "PytorchStreamWriter failed writing" in text:
             return _SYSTEM[errno.ENOSPC]
         if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
-            return _LOADER
+            return LOADER
         if "DefaultCPUAllocator" in text or "std::bad_alloc" in text:
-            return _MEMORY
+            return MEMORY
         if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text:
-            return _GPU
+            return GPU
     nothing_left = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return _MEMORY if nothing_left or isinstance(error, MemoryError) else None
+    return MEMORY if nothing_left or isinstance(error, MemoryError) else None
 
 
 def in_words(name: Path | str, error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,13 @@ from kitseg.links.intensity import AIR, Intensity
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import PaddedSampler
 from kitseg.patches.subjects import CaseSubjects, Place
+from kitseg.screen import complain
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
 Places = Mapping[Path, Place]
+SHARED_MEMORY = Path("/dev/shm")  # where loader processes leave what they load
+AHEAD = 2  # batches that each of them loads ahead
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ class StageData(pl.LightningDataModule):
     def __init__(self, find: Callable[[], StageCases], feed: Feed) -> None:
         super().__init__()
         self.find, self.feed = find, feed
+        self.given = 0  # batches of the epoch at hand, in an earlier session
 
     def setup(self, stage: str) -> None:
         """Open the cases."""
@@ -167,12 +173,15 @@ class StageData(pl.LightningDataModule):
         there = min(share, len(self.queue) // ranks)  # an epoch may hold less than a batch
         if not there:
             raise KitsegError(f"{len(self.queue)} patches an epoch are too few for {ranks} ranks: add labelled cases")
+        size = min(there, share // steps_per_batch(share, self.feed.at_once))
+        start = (self.trainer.current_epoch if self.trainer else 0, self.given * size)
+        workers = self._workers(size)
         return tio.SubjectsLoader(
             self.queue,
-            batch_size=min(there, share // steps_per_batch(share, self.feed.at_once)),
-            sampler=AddressSampler(self.queue, there * ranks, rank, ranks),
-            num_workers=self.feed.workers,
-            persistent_workers=self.feed.workers > 0,
+            batch_size=size,
+            sampler=AddressSampler(self.queue, there * ranks, rank, ranks, start),
+            num_workers=workers,
+            persistent_workers=workers > 0,
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -187,6 +196,31 @@ class StageData(pl.LightningDataModule):
         if isinstance(batch, WholeCase):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of the epoch at hand this rank has had."""
+        loop = self.trainer
+        return {"given": 0 if loop is None else (loop.fit_loop.batch_idx + 1) % int(loop.num_training_batches)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after these batches."""
+        self.given = state_dict["given"]
+
+    def _workers(self, batch: int) -> int:
+        """The loader processes asked for, or 0 where shared memory can't hold what they load ahead."""
+        asked = self.feed.workers
+        if not asked or not SHARED_MEMORY.exists():
+            return asked
+        patch = self.queue[0, 0].get_images(intensity_only=False)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        need = sum(image.data.nbytes for image in patch) * batch * (AHEAD * asked + 1) * ranks
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if need < free:
+            return asked
+        short = f"{asked} loader processes may need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        remedy = "Make it larger (docker run --shm-size=8g) or use fewer --workers"
+        complain(f"{SHARED_MEMORY}: {short}; training goes on with --workers 0, which is slower. {remedy}.")
+        return 0
 
     def _share(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

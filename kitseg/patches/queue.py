@@ -58,10 +58,14 @@ class PatchQueue(tio.Queue):
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Torch's generator, which TorchIO draws from, seeded by ``numbers`` inside the block and restored after it."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(digest, "big"))  # and leave a GPU's generator alone
+        torch.default_generator.manual_seed(seed_of(*numbers))  # and leave a GPU's generator alone
         yield
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that follows from the numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
 class AddressSampler(Sampler[Address]):
@@ -71,11 +75,13 @@ class AddressSampler(Sampler[Address]):
 
     Args:
         queue: what is addressed. batch: global batch size. rank, ranks: which share this is.
+        start: the epoch to begin with, and how many of the rank's addresses in it were given before.
     """
 
-    def __init__(self, queue: Sized, batch: int, rank: int, ranks: int) -> None:
+    def __init__(self, queue: Sized, batch: int, rank: int, ranks: int, start: Address = (0, 0)) -> None:
         self.total = len(queue) // batch * batch
-        self.rank, self.ranks, self.epoch = rank, ranks, 0
+        self.rank, self.ranks = rank, ranks
+        self.epoch, self.given = start
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of each epoch."""
@@ -83,7 +89,8 @@ class AddressSampler(Sampler[Address]):
 
     def __iter__(self) -> Iterator[Address]:
         """The rank's addresses in order."""
-        return ((self.epoch, index) for index in range(self.rank, self.total, self.ranks))
+        first, self.given = self.rank + self.given * self.ranks, 0
+        return ((self.epoch, index) for index in range(first, self.total, self.ranks))
 
     def __len__(self) -> int:
         """Addresses of this rank."""

@@ -1,19 +1,87 @@
-"""What a training leaves behind while it runs: its history, its curve, its progress on the screen."""
+"""What a training carries from batch to batch, and what it leaves behind: history, curve, progress on the screen."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kitseg import screen
+from kitseg.errors import KitsegError
 from kitseg.files import write_table
+from kitseg.patches.queue import seed_of
 from kitseg.report.pictures import learning_curve
+from kitseg.stages.base import of_all_ranks
 
 CURVE_EVERY = 10.0  # seconds
+NO_NUMBER = (
+    "The last checkpoint before is kept; begin again (--restart or --name) with a lower --set size.learning_rate=…, "
+    "or on a GPU with --set size.precision=32-true"
+)
+
+
+class EpochSoFar(pl.Callback):
+    """What an epoch has gathered so far: the losses of its batches, and each rank's own statistics of BatchNorm.
+
+    Travels in the checkpoint. Dropout of a batch follows from (seed, epoch, number of the batch, rank), not from the
+    batches before it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.loss, self.patches = seed, 0.0, 0
+        self.earlier: Mapping[str, Any] = {}  # what each rank had gathered in another session
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up what this rank had gathered."""
+        mine = self.earlier.get(str(trainer.global_rank))
+        if mine is not None:
+            self.loss, self.patches = mine["loss"], mine["patches"]
+            for buffer, value in zip(pl_module.buffers(), mine["buffers"], strict=True):
+                buffer.copy_(value)
+        self.module = pl_module
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw from a generator of the batch's own."""
+        torch.manual_seed(seed_of(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch's loss.
+
+        Raises:
+            KitsegError: it is NaN or infinite; the batch's cases are named.
+        """
+        loss, patches = float(outputs["loss"]) * trainer.accumulate_grad_batches, len(batch["case"])
+        self.loss, self.patches = self.loss + loss * patches, self.patches + patches
+        if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
+            bad = [] if math.isfinite(loss) else list(batch["case"])
+            names = sorted({case for cases in of_all_ranks(bad) for case in cases})
+            where = f"epoch {trainer.current_epoch}, batch {batch_idx} ({', '.join(names)})"
+            raise KitsegError(f"the loss is no number any more in {where}. {NO_NUMBER}.")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the mean over the epoch's patches of all ranks as ``train/loss``."""
+        each = of_all_ranks((self.loss, self.patches))
+        pl_module.log("train/loss", math.fsum(loss for loss, _ in each) / sum(count for _, count in each))
+        self.loss, self.patches = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each rank has gathered."""
+        mine = {"loss": self.loss, "patches": self.patches, "buffers": [b.cpu() for b in self.module.buffers()]}
+        return {str(rank): part for rank, part in enumerate(of_all_ranks(mine))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self.earlier = state_dict
 
 
 class History(pl.Callback):

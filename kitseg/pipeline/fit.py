@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from numpy.typing import NDArray
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from kitseg import config
 from kitseg.config import StageSpec
-from kitseg.errors import InputError, KitsegError
-from kitseg.files import aside, write_json
+from kitseg.errors import KitsegError
+from kitseg.files import write_json
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
 from kitseg.patches.datamodule import Feed, StageData, batch_per_rank, steps_per_batch
-from kitseg.pipeline.callbacks import EpochBar, History
+from kitseg.pipeline.callbacks import EpochBar, EpochSoFar, History
+from kitseg.pipeline.checkpoints import BestCheckpoints, LastCheckpoint, WholeFiles, start_of
+from kitseg.pipeline.faults import in_settings
 from kitseg.pipeline.machine import Machine
 from kitseg.pipeline.model import TrainedStage, build_sight, build_stage, load_weights, torch_device
 from kitseg.pipeline.places import read_places
@@ -38,28 +36,6 @@ from kitseg.stages.base import Stage
 from kitseg.volumes.nifti import file_digest
 
 RENDEZVOUS = timedelta(hours=6)
-
-
-class BestCheckpoints(ModelCheckpoint):
-    """The best checkpoints by validation Dice; a run whose folder has moved still knows its own."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the earlier session's checkpoints, wherever they lay then."""
-        here = {path: str(Path(str(self.dirpath)) / Path(path).name) for path in state_dict["best_k_models"]}
-        moved = {**state_dict, "dirpath": self.dirpath}
-        moved["best_k_models"] = {here[path]: dice for path, dice in state_dict["best_k_models"].items()}
-        for key in ("best_model_path", "kth_best_model_path"):
-            moved[key] = here.get(state_dict[key], "")
-        super().load_state_dict(moved)
-
-
-class WholeFiles(TorchCheckpointIO):
-    """Checkpoints appear under their name whole or not at all, also where the folder is on another disk."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write aside, then rename."""
-        with aside(Path(path)) as partial:
-            torch.save(checkpoint, partial)
 
 
 @dataclass(frozen=True)
@@ -82,7 +58,8 @@ def fit(training: Training, machine: Machine) -> None:
     """Train one stage into its folder, or go on where an earlier call stopped.
 
     Raises:
-        KitsegError: the loss is no number any more, or a checkpoint can't be read.
+        KitsegError: the loss is no number any more, a checkpoint can't be read, memory or disk are short.
+        SystemExit: a signal asked this process to end; the state is saved.
     """
     _quiet()
     pl.seed_everything(training.seed, workers=True, verbose=False)
@@ -94,39 +71,37 @@ def fit(training: Training, machine: Machine) -> None:
         folder.best, "{epoch:04d}-{val/score:.4f}", monitor="val/score", mode="max", save_top_k=training.keep,
         save_weights_only=True, auto_insert_metric_name=False, enable_version_counter=False,
     )  # fmt: skip
-    data = _data(training, machine)
-    trainer = _trainer(training.spec, folder, machine, best)
-    trainer.fit(module, data, ckpt_path=_resume(folder), weights_only=True)
-    if trainer.is_global_zero:
-        _finish(training, best, module.to(torch_device(machine.device)).eval(), data)
+    data, start = _data(training, machine), start_of(folder)
+    trainer = _trainer(training, machine, best, start)
+    with in_settings(folder.path):
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+        if trainer.is_global_zero:
+            _finish(training, best, module.to(torch_device(machine.device)).eval(), data)
     trainer.strategy.barrier()
 
 
-def _trainer(spec: StageSpec, folder: StageFolder, machine: Machine, best: ModelCheckpoint) -> pl.Trainer:
-    accelerator = machine.accelerator
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", machine.ranks))
+def _trainer(training: Training, machine: Machine, best: BestCheckpoints, start: Path | None) -> pl.Trainer:
+    spec, folder, accelerator = training.spec, training.folder, machine.accelerator
     backend = "gloo" if accelerator == "cpu" else "nccl"
     ddp = DDPStrategy(process_group_backend=backend, timeout=RENDEZVOUS, broadcast_buffers=False)
-    last = ModelCheckpoint(
-        folder.path, "last", every_n_epochs=1, save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )  # fmt: skip
-    callbacks: list[pl.Callback] = [History(folder.path), EpochBar(_title(folder)), best, last]
+    last = LastCheckpoint(folder, best, 60 * machine.save_every, start)
+    callbacks = [EpochSoFar(training.seed), History(folder.path), EpochBar(_title(folder)), best, last]
     if spec.stop_after is not None:
         callbacks.append(EarlyStopping("val/score", mode="max", patience=spec.stop_after, check_finite=False))
     return pl.Trainer(
         accelerator=accelerator,
-        devices=local,
-        num_nodes=max(1, machine.world // local),
+        devices=machine.ranks,
+        num_nodes=machine.nodes,
         strategy=ddp if machine.world > 1 else "auto",
         precision=spec.precision if accelerator == "cuda" else "32-true",  # type: ignore[arg-type]
         max_epochs=spec.epochs,
+        default_root_dir=folder.path,  # or Lightning would look for SLURM's checkpoints where it was started
         accumulate_grad_batches=steps_per_batch(batch_per_rank(spec.batch, machine.world), spec.at_once),
         check_val_every_n_epoch=_validate_every(spec),  # so that the last epoch is validated
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
-        plugins=[WholeFiles()],
+        plugins=[WholeFiles(), LightningEnvironment()],
         callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -159,18 +134,7 @@ def _data(training: Training, machine: Machine) -> StageData:
     return StageData(lambda: read_places(training.folder, training.store), feed)
 
 
-def _resume(folder: StageFolder) -> Path | None:
-    if not folder.last.exists():
-        return None
-    try:
-        torch.load(folder.last, map_location="meta", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        remedy = "Begin this stage again with --restart --stage, or restore the file."
-        raise InputError(folder.last, f"can't be loaded ({str(error).splitlines()[0]})", remedy) from error
-    return folder.last
-
-
-def _finish(training: Training, best: ModelCheckpoint, module: Stage, data: StageData) -> None:
+def _finish(training: Training, best: BestCheckpoints, module: Stage, data: StageData) -> None:
     """Keep the best checkpoints only, choose a threshold where the stage has one, and say that the training is done."""
     folder = training.folder
     if not best.best_k_models:
@@ -188,6 +152,7 @@ def _finish(training: Training, best: ModelCheckpoint, module: Stage, data: Stag
     )
     threshold = module.threshold(_validation(predictor, data))
     write_json(folder.done, SCHEMA, {"checkpoints": rows, "threshold": threshold})
+    folder.previous.unlink(missing_ok=True)
 
 
 def _validation(predictor: TrainedStage, data: StageData) -> Iterator[tuple[Tensor, NDArray[np.uint8]]]:
@@ -203,6 +168,12 @@ def _quiet() -> None:
     """Lightning's advice for other programs isn't the user's business here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    advice = (".*does not have many workers.*", ".*Checkpoint directory.*", ".*LeafSpec.*", ".*sync_dist.*")
+    advice = (
+        ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",
+        ".*Checkpoint directory.*",
+        ".*LeafSpec.*",
+        ".*sync_dist.*",
+    )
     for text in (*advice, ".*The maximum displacement is larger than the coarse grid spacing.*"):
         warnings.filterwarnings("ignore", text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kitseg.errors import KitsegError
 from kitseg.inference.channels import label_ids, spread, target_ids
 from kitseg.inference.windows import Window
 from kitseg.links.crop import paste
@@ -23,6 +22,7 @@ from kitseg.scoring.kits19 import kits19_scores, mean_scores
 if TYPE_CHECKING:
     from pathlib import Path
 
+T = TypeVar("T")
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeScheduler = Callable[..., torch.optim.lr_scheduler.LRScheduler]
 
@@ -72,24 +72,16 @@ class Stage(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch: ``image`` (N, C, D, H, W), ``label`` (N, 1, D, H, W)."""
         target = target_ids(batch["label"]["data"][:, 0], self.channels)
-        total = self.losses(batch["image"]["data"], target)
-        self.log("train/loss", total.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(target))
-        return total
+        return self.losses(batch["image"]["data"], target)
 
     def on_train_epoch_end(self) -> None:
-        """End a training whose loss is no number any more, before the epoch's checkpoint is written.
+        """Share what the ranks know, before the epoch's checkpoint is written.
 
         A schedule that waits for a plateau of the loss steps here: Lightning would do it after that checkpoint, and a
         training that goes on from there would never have taken the step.
-
-        Raises:
-            KitsegError: the loss is NaN or infinite.
         """
-        loss = float(self.trainer.callback_metrics["train/loss"])
-        if not np.isfinite(loss):
-            remedy = "The checkpoints before it are kept; lower the learning rate (--set size.learning_rate=…)."
-            raise KitsegError(f"the loss of epoch {self.current_epoch} is {loss}. {remedy}")
         self._share_statistics()
+        loss = float(self.trainer.callback_metrics["train/loss"])
         schedule = self.lr_schedulers()
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             schedule.step(loss)
@@ -130,7 +122,8 @@ class Stage(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Means over the cases of all ranks, as ``val/dice_kidney`` and the like; their mean is ``val/score``."""
-        mean = mean_scores(_of_all_ranks(self.validated))
+        scores = {case: score for part in of_all_ranks(self.validated) for case, score in part.items()}
+        mean = mean_scores({case: scores[case] for case in sorted(scores)})
         self.validated = {}
         for name, value in mean.items():
             self.log(f"val/{name}", value)
@@ -175,10 +168,10 @@ def _channels_last(net: nn.Module) -> nn.Module:
     return net
 
 
-def _of_all_ranks(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def of_all_ranks(value: T) -> list[T]:
+    """What each rank has, by rank; every rank must ask at the same time."""
     if not (dist.is_available() and dist.is_initialized()):
-        return scores
-    gathered: list[dict[str, dict[str, float]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, scores)
-    merged = {case: score for part in gathered for case, score in (part or {}).items()}
-    return {case: merged[case] for case in sorted(merged)}
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

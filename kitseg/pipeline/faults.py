@@ -1,0 +1,37 @@
+"""What stops a training, with the setting that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault
+
+_LESS = "--set stages.STAGE.at_once=1 (fewer patches at a time, in batches of the same size) or a smaller --size"
+#: What befell, and what helps a training.
+SETTINGS = {
+    MEMORY: f"Use fewer --workers, {_LESS}, then call again: it goes on",
+    GPU: f"Use {_LESS}, or --set size.precision=bf16-mixed",
+    LOADER: "The machine may be short of memory: call again with fewer --workers, and it goes on; 0 does without",
+}
+
+
+@contextmanager
+def in_settings(folder: Path) -> Iterator[None]:
+    """Tell a fault of the machine inside as an error in one line; Ctrl-C, which Lightning makes an exit, as itself.
+
+    Raises:
+        KitsegError: memory, disk or a loader process failed.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    except (OSError, RuntimeError, MemoryError) as error:
+        found = fault(error)
+        if found is None:
+            raise
+        raise KitsegError(f"{folder}: {found[0]}. {SETTINGS.get(found, found[1])}.") from error
