@@ -137,8 +137,14 @@ def test_a_second_call_does_nothing_and_a_lost_copy_is_made_again_alone(augmente
     lost = copies_of(folder)[0]
     bytes_before = (lost / "segmentation.nii.gz").read_bytes()
     shutil.rmtree(lost)
-    again = kitseg(folder, *ASK)
+    (folder / "augmented" / "splits.json").unlink()
+    part = read(folder / "augmented" / "fold_0.json")["pairs"].index(lost.name)
+    again = kitseg(folder, *ASK, f"--shard={2 - part}/2")
+    assert "1 of 2 pairs are still to do" in again.text
+    assert not (folder / "augmented" / "splits.json").exists()
+    again = kitseg(folder, *ASK, f"--shard={1 + part}/2")
     assert "1 were registered in this call" in again.text
+    assert (folder / "augmented" / "splits.json").exists()
     assert (lost / "segmentation.nii.gz").read_bytes() == bytes_before
     others = {path: when for path, when in same.items() if lost not in path.parents}
     assert others.items() <= files_of(folder / "augmented").items()
