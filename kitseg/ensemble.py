@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +50,28 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
         return first
     total /= np.float32(weights)
     return Probabilities(total.astype(np.float16), first.channels, box, first.geometry, first.native, first.case_id)
+
+
+def mean_in_slabs(members: Callable[[], Iterable[tuple[Probabilities, float]]], slices: int) -> Probabilities:
+    """The same mean, some slices at a time, for members that can be read again and again.
+
+    Holds the result in float16, and of the sum and of one member a slab; ``members`` are asked for anew for each slab,
+    so that memory-mapped ones don't stay in memory.
+
+    Raises:
+        ValueError: see ``mean``.
+    """
+    extents = [(member.box, len(member.channels)) for member, _ in members()]
+    box = reduce(Box.union, [box for box, _ in extents], Box((0, 0, 0), (0, 0, 0)))
+    if 0 in box.size:
+        return mean(members())
+    array = np.empty((extents[0][1], *box.size), np.float16)
+    for start in range(box.start[0], box.stop[0], slices):
+        slab = Box((start, *box.start[1:]), (min(start + slices, box.stop[0]), *box.stop[1:]))
+        part = mean((_cut(member, slab), weight) for member, weight in members())
+        inside = array[(slice(None), *slab.moved(box.start).slices)]
+        inside[...] = _widen(part.array, part.box, slab, part.channels, 1)
+    return replace(part, array=array, box=box)
 
 
 class Votes:
@@ -195,8 +219,14 @@ def _add(total: NDArray[np.float32], box: Box, member: Probabilities, weight: np
         place += values.astype(np.float32) * weight
 
 
+def _cut(member: Probabilities, slab: Box) -> Probabilities:
+    """The part of a member that lies in a slab."""
+    part = member.box.moved(slab.start).clip(slab.size).placed(slab.start)
+    return replace(member, array=member.array[(slice(None), *part.moved(member.box.start).slices)], box=part)
+
+
 def _widen(
-    values: NDArray[np.float32], box: Box, wider: Box, channels: tuple[str, ...], background: float
+    values: NDArray[np.floating[Any]], box: Box, wider: Box, channels: tuple[str, ...], background: float
 ) -> NDArray[np.float32]:
     """``values`` of ``box`` in a ``wider`` box, with ``background`` in the background channel around it."""
     if box == wider:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitseg.ensemble import exclusive, mean, to_masks
+from kitseg.ensemble import exclusive, mean, mean_in_slabs, to_masks
 from kitseg.errors import InputError
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes import blocks
@@ -147,6 +147,16 @@ def test_the_mean_of_whole_scans(drawn: list[tuple[Probabilities, float]]) -> No
     found = whole(mean(drawn))
     expected = np.average([whole(m) for m, _ in drawn], axis=0, weights=[w for _, w in drawn])
     np.testing.assert_allclose(found, expected, rtol=0, atol=2**-11)
+
+
+@given(members(), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_the_mean_slab_by_slab(drawn: list[tuple[Probabilities, float]], slices: int) -> None:
+    whole, found = mean(drawn), mean_in_slabs(lambda: iter(drawn), slices)
+    assert (found.box.size, found.channels) == (whole.box.size, whole.channels)
+    assert 0 in whole.box.size or found.box == whole.box
+    assert found.array.dtype == np.float16
+    assert np.array_equal(found.array, whole.array)
 
 
 def test_members_that_see_nothing() -> None:
