@@ -41,7 +41,7 @@ def patient_of(path: Path) -> Patient:
     steps = [max(1, -(-n // most)) for n, most in zip(labels.shape, (SLICES, PIXELS, PIXELS), strict=True)]
     return Patient(
         np.ascontiguousarray(labels[:: steps[0], :: steps[1], :: steps[2]]),
-        image.affine @ np.diag([min(s, 20 / z) for s, z in zip(steps, image.header.get_zooms(), strict=True)] + [1]),
+        image.affine @ np.diag([min(s, 7 / z) for s, z in zip(steps, image.header.get_zooms(), strict=True)] + [1]),
     )
 
 

@@ -1,87 +1,279 @@
-"""Every bad scan ends in one line with its name, through the command line, and leaves nothing behind."""
+"""Every bad file ends in one line with its name, through the command line, and leaves nothing behind."""
 
 from __future__ import annotations
 
-import gzip
-from collections.abc import Callable
+import contextlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import kitseg
+from bad_files import ALL, ALONE, CUT, ELSEWHERE, NAMES, NO_FILES, NO_NIFTI, Bad, Patient, patient_of, save
+from conftest import SMALLEST, Result, kitseg
+
+from kitseg.errors import InputError, printable
+from kitseg.types import Geometry, Volume
+from kitseg.volumes.kits import IMAGE, LABEL
+from kitseg.volumes.nifti import read_image, read_labels, turn_to_native
 
 MODEL = "--model=runs/two-phase-tiny"
 AFFINE = np.array([[0, 0, -3.0, 0], [0, -3.0, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]])
-
-
-def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
-    image = nib.Nifti1Image(array, None)
-    image.set_sform(affine, 1)
-    nib.save(image, path)
 
 
 def soft_tissue(shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(0).integers(-150, 200, shape).astype(np.int16)
 
 
-def truncated(path: Path) -> None:
-    save(path, soft_tissue((30, 30, 30)))
-    path.write_bytes(path.read_bytes()[:500])
+@pytest.fixture(scope="module", params=["phantom", "real"])
+def patient(request: pytest.FixtureRequest) -> Patient:
+    """A small label map, of a phantom and of a real patient."""
+    if request.param == "phantom":
+        return patient_of(request.getfixturevalue("phantoms") / "data" / "case_00000" / LABEL)
+    return patient_of(request.getfixturevalue("shared") / "kits19" / "case_00000" / LABEL)
 
 
-def with_nan(path: Path) -> None:
-    array = soft_tissue((20, 20, 20)).astype(np.float32)
-    array[3, 3, 3] = np.nan
-    save(path, array)
+@pytest.fixture(scope="module")
+def small(phantoms: Path) -> Patient:
+    return patient_of(phantoms / "data" / "case_00000" / LABEL)
 
 
-def sheared(path: Path) -> None:
-    affine = AFFINE.copy()
-    affine[0, 1] = 1.5
-    save(path, soft_tissue((20, 20, 20)), affine)
+@pytest.mark.parametrize("bad", ALONE, ids=lambda bad: ascii(bad.name)[1:21])
+def test_each_is_refused_in_a_line_or_mended(patient: Patient, tmp_path: Path, bad: Bad) -> None:
+    path = tmp_path / bad.file
+    bad.write(path, patient)
+    read = read_labels if bad.labels else read_image
+    if bad.words is None:
+        expected = patient.labels if bad.labels else patient.ct
+        np.testing.assert_array_equal(turn_to_native(*to_compare(read(path, "a"))), expected)
+        return
+    with pytest.raises(InputError, match=bad.words) as caught:
+        read(path, "a")
+    line = str(caught.value)
+    assert line.startswith(f"{printable(str(path))}: ")
+    assert line == printable(line)
 
 
-def singular(path: Path) -> None:
-    affine = AFFINE.copy()
-    affine[:, 0] = 0
-    save(path, soft_tissue((20, 20, 20)), affine)
+def to_compare(volume: Volume) -> tuple[np.ndarray, Geometry]:
+    return volume.array, volume.native
 
 
-def text(path: Path) -> None:
-    path.write_bytes(gzip.compress(b"patient's letter, not a scan\n" * 40))
+def case_folders(data: Path, patient: Patient, kinds: Sequence[Bad], good: int) -> dict[str, Bad]:
+    """A folder of cases: each bad file as the image or the label of one, then good ones. Which case has which file."""
+    for number in range(len(kinds) + good):
+        folder = data / f"case_{number:05d}"
+        folder.mkdir(parents=True)
+        bad = kinds[number] if number < len(kinds) else None
+        for name, array in ((IMAGE, patient.ct), (LABEL, patient.labels)):
+            if bad and bad.labels == (name == LABEL):
+                bad.write(folder / name, patient)
+            else:
+                save(folder / name, array, patient.affine)
+    return {f"case_{number:05d}": bad for number, bad in enumerate(kinds)}
 
 
-BAD: dict[str, tuple[Callable[[Path], None], str]] = {
-    "missing": (lambda path: None, "no such file"),
-    "empty": (lambda path: path.touch(), "empty"),
-    "truncated": (truncated, ""),
-    "text": (text, "NIfTI"),
-    "two_d": (lambda path: save(path, soft_tissue((30, 30))), "2 dimensions"),
-    "four_d": (lambda path: save(path, soft_tissue((20, 20, 20, 3))), "4 dimensions"),
-    "nan": (with_nan, "not finite"),
-    "sheared": (sheared, ""),
-    "singular": (singular, ""),
-}
+def flat(folder: Path, patient: Patient, kinds: Sequence[Bad], good: int, array: np.ndarray) -> None:
+    """A flat folder of bad files and good ones."""
+    folder.mkdir()
+    for bad in kinds:
+        bad.write(folder / bad.file, patient)
+    for number in range(good):
+        save(folder / f"good_{number}.nii.gz", array, patient.affine)
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_scan(trained: Path, tmp_path: Path, name: str) -> None:
-    make, words = BAD[name]
-    path = tmp_path / f"{name}.nii.gz"
-    make(path)
-    result = kitseg(trained, "predict", str(path), "-o", str(tmp_path / "out"), MODEL)
-    assert result.code == 1
-    assert words in result.text
+def complaints(result: Result) -> list[str]:
     assert "Traceback" not in result.text
-    (line,) = [line for line in result.text.splitlines() if line.startswith("✗")]
-    assert f"{name}.nii.gz" in line
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert "\x1b[31mred" not in result.text, "a name changed colours"
+    return [line.removeprefix("✗ ") for line in result.text.splitlines() if line.startswith("✗")]
+
+
+def named(kinds: Sequence[Bad]) -> list[Bad]:
+    """Those whose name is that of a file in the KiTS layout."""
+    return [bad for bad in kinds if bad.suffix == ".nii.gz" and bad not in NAMES]
+
+
+def test_check_finds_each(small: Patient, tmp_path: Path) -> None:
+    kinds = named(ALL)
+    where = case_folders(tmp_path / "data", small, kinds, 2)
+    assert kitseg(tmp_path, "check", "--jobs=1", "--json=found.json").code == 1
+    found = json.loads((tmp_path / "found.json").read_text())["cases"]
+    for case in found:
+        bad, problems = where.get(case["id"]), case["problems"]
+        if bad is None or bad.words is None:
+            assert not problems, (case, problems)
+        else:
+            assert any(re.search(bad.words, problem) for problem in problems), (bad.name, problems)
+            assert all(problem == printable(problem) for problem in problems)
+
+
+def test_preprocess_names_each(small: Patient, tmp_path: Path) -> None:
+    kinds = named(ALL)
+    where = case_folders(tmp_path / "data", small, kinds, 2)
+    result = kitseg(tmp_path, "preprocess", *SMALLEST, "--jobs=1")
+    assert result.code == 1
+    lines = complaints(result)
+    for case, bad in where.items():
+        mine = [line for line in lines if f"/{case}/" in line]
+        if bad in ELSEWHERE:
+            assert "another grid" in mine[0]
+        elif bad.words:
+            assert re.search(bad.words, mine[0]), (bad.name, mine)
+        assert len(mine) == bool(bad.words), (bad.name, mine)
+    assert f"{2 * (2 + sum(bad.words is None for bad in kinds))} done" in result.text
+
+
+def test_measure_names_each(small: Patient, tmp_path: Path) -> None:
+    kinds = [bad for bad in ALONE if bad.labels or bad in NO_FILES + NO_NIFTI + CUT + NAMES]
+    flat(tmp_path / "labels", small, kinds, 2, small.labels)
+    assert kitseg(tmp_path, "measure", "labels", "--jobs=1", "--json=found.json").code == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    for bad in kinds:
+        if bad.words:
+            assert re.search(bad.words, found["failed"][printable(bad.name)]), bad.name
+    assert len(found["cases"]) == 2 + sum(bad.words is None for bad in kinds)
+
+
+@pytest.mark.parametrize("as_references", [False, True])
+def test_evaluate_names_each(small: Patient, tmp_path: Path, as_references: bool) -> None:
+    kinds = [bad for bad in ALONE if bad.labels or bad in NO_FILES + NO_NIFTI + CUT]
+    if not as_references:  # what is odd in a prediction is background
+        kinds = [bad for bad in kinds if "label values" not in (bad.words or "") and bad.name != "labels-3"]
+    flat(tmp_path / "bad", small, kinds, 2, small.labels)
+    (tmp_path / "good").mkdir()
+    for path in (tmp_path / "bad").iterdir():
+        save(tmp_path / "good" / path.name, small.labels, small.affine)
+    folders = ("good", "bad") if as_references else ("bad", "good")
+    result = kitseg(tmp_path, "evaluate", *folders, "--jobs=1", "--json=scores.json")
+    assert result.code == 1, result.text
+    assert "Traceback" not in result.text
+    failed = json.loads((tmp_path / "scores.json").read_text())["failed"]
+    assert failed.keys() == {bad.name for bad in kinds if bad.words}
+    for bad in kinds:
+        if bad.words:
+            assert re.search(bad.words, failed[bad.name]), (bad.name, failed[bad.name])
+            assert failed[bad.name].startswith(f"{tmp_path / 'bad' / bad.file}: ")
+
+
+def test_predict_names_each(trained: Path, small: Patient, tmp_path: Path) -> None:
+    kinds = [bad for bad in ALONE if not bad.labels]
+    flat(tmp_path / "scans", small, kinds, 0, small.ct)
+    result = kitseg(trained, "predict", str(tmp_path / "scans"), "-o", str(tmp_path / "out"), MODEL)
+    assert result.code == 1
+    lines = complaints(result)
+    for bad in kinds:
+        mine = [line for line in lines if f"/{printable(bad.file)}: " in line]
+        assert len(mine) == bool(bad.words), (bad.name, mine)
+        assert not bad.words or re.search(bad.words, mine[0])
+    labels = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
+    assert labels == {f"{bad.name}.nii.gz" for bad in kinds if bad.words is None}
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+FIVE = [bad for bad in ALL if bad.name in ("empty", "cut-0.5", "promise-tb", "four-d", "labels-cut")]
+
+
+def good_and_bad(folder: Path, patient: Patient) -> None:
+    """15 good cases and 5 bad ones, in the KiTS layout as ``data`` and flat as ``scans`` and ``labels``."""
+    case_folders(folder / "data", patient, FIVE, 15)
+    flat(folder / "scans", patient, FIVE, 15, patient.ct)
+    flat(folder / "labels", patient, FIVE, 15, patient.labels)
+    (folder / "truth").mkdir()
+    for path in (folder / "labels").iterdir():
+        save(folder / "truth" / path.name, patient.labels, patient.affine)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("check", "data"), "15 of 20 cases are fine"),
+        (("preprocess", "data", *SMALLEST), "30 done"),  # on two grids
+        (("measure", "labels", "--json=found.json"), ""),
+        (("evaluate", "labels", "truth"), ""),
+    ],
+)
+def test_of_twenty_with_five_bad_ones_fifteen_are_done(
+    small: Patient, tmp_path: Path, command: tuple[str, ...], words: str
+) -> None:
+    good_and_bad(tmp_path, small)
+    result = kitseg(tmp_path, *command, "--jobs=1")
+    assert result.code == 1
+    assert "Traceback" not in result.text
+    assert words in result.text
+    if command[0] == "measure":
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert (len(found["cases"]), len(found["failed"])) == (15, 5)
+    if command[0] == "evaluate":
+        assert len(set(re.findall(r"good_\d+", result.text))) == 15
+
+
+def test_of_twenty_scans_fifteen_are_predicted(trained: Path, small: Patient, tmp_path: Path) -> None:
+    good_and_bad(tmp_path, small)
+    result = kitseg(trained, "predict", str(tmp_path / "scans"), "-o", str(tmp_path / "out"), MODEL)
+    assert result.code == 1
+    assert len(complaints(result)) == 5
+    assert "15 of 20 cases done" in result.text
+    assert len(list((tmp_path / "out").glob("good_*.nii.gz"))) == 15
+
+
+@pytest.fixture
+def ordinary() -> Iterator[tuple[Path, list[str]]]:
+    """A folder, and what to write before a command so that it runs without root's power to read everything."""
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    powerless = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    with tempfile.TemporaryDirectory() as name:
+        closed = Path(name) / "closed"
+        closed.touch()
+        closed.chmod(0)
+        (Path(name) / "out").mkdir(mode=0o777)
+        for folder in (Path(name), Path(name) / "out"):
+            folder.chmod(0o777)
+        code = "import os, sys, kitseg; sys.exit(os.access(sys.argv[1], os.R_OK))"
+        for prefix in (nobody, powerless) if not os.geteuid() else ([],):
+            with contextlib.suppress(OSError):
+                if not subprocess.run([*prefix, sys.executable, "-c", code, closed], capture_output=True).returncode:
+                    yield Path(name), prefix
+                    return
+    pytest.skip("root may read everything here, and setpriv can't take that away")
+
+
+@pytest.mark.slow
+def test_the_command_line_of_an_unprivileged_user(small: Patient, ordinary: tuple[Path, list[str]]) -> None:
+    """All of them at once, and what may not be read, within 60 seconds and 3 GB."""
+    folder, prefix = ordinary
+    where = case_folders(folder / "data", small, named(ALL), 3)
+    closed = [folder / "data" / f"case_{len(where) + place:05d}" for place in (0, 1)]
+    for path in (closed[0] / IMAGE, closed[1]):
+        path.chmod(0)
+    run = partial(subprocess.run, cwd=folder, capture_output=True, text=True, timeout=60)
+    limit = partial(resource.setrlimit, resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    check = [*prefix, sys.executable, "-m", "kitseg", "check", "--jobs=1", "--json=out/found.json"]
+    done = run(check, preexec_fn=limit)
+    closed[1].chmod(0o755)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    found = {case["id"]: case["problems"] for case in json.loads((folder / "out" / "found.json").read_text())["cases"]}
+    assert len(found) == len(where) + 3
+    assert [f"{IMAGE}: it can't be read (permission denied)" in found[path.name][0] for path in closed] == [True, True]
+    assert sum(not problems for problems in found.values()) == 1 + sum(bad.words is None for bad in where.values())
+    folder.chmod(0o555)
+    done = run([*prefix, sys.executable, "-m", "kitseg", "phantom", "more", "--cases=1", "--matrix=64", "--jobs=1"])
+    folder.chmod(0o755)
+    assert done.returncode == 1
+    assert "more/case_00000: can't be written (permission denied). Choose a file or folder" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_scan_smaller_than_a_patch(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "small.nii.gz"
-    save(path, soft_tissue((5, 9, 7)))
+    save(path, soft_tissue((5, 9, 7)), AFFINE)
     result = kitseg(trained, "predict", str(path), "-o", str(tmp_path / "out"), MODEL)
     assert result.code == 0, result.text
     assert nib.load(tmp_path / "out" / "small.nii.gz").shape == (5, 9, 7)
@@ -89,7 +281,7 @@ def test_a_scan_smaller_than_a_patch(trained: Path, tmp_path: Path) -> None:
 
 def test_a_scan_without_kidneys_is_all_background_in_words(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "air.nii.gz"
-    save(path, np.full((20, 40, 40), -1000, np.int16))
+    save(path, np.full((20, 40, 40), -1000, np.int16), AFFINE)
     result = kitseg(trained, "predict", str(path), "-o", str(tmp_path / "out"), MODEL)
     assert result.code == 0, result.text
     labels = np.asarray(nib.load(tmp_path / "out" / "air.nii.gz").dataobj)
@@ -98,14 +290,14 @@ def test_a_scan_without_kidneys_is_all_background_in_words(trained: Path, tmp_pa
 
 def test_one_volume_in_four_dimensions_is_that_volume(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "four.nii.gz"
-    save(path, soft_tissue((20, 20, 20, 1)))
+    save(path, soft_tissue((20, 20, 20, 1)), AFFINE)
     assert kitseg(trained, "predict", str(path), "-o", str(tmp_path / "out"), MODEL).code == 0
 
 
 def test_two_scans_with_one_name_are_refused(trained: Path, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        save(tmp_path / folder / "scan.nii.gz", soft_tissue((20, 20, 20)))
+        save(tmp_path / folder / "scan.nii.gz", soft_tissue((20, 20, 20)), AFFINE)
     paths = [str(tmp_path / folder / "scan.nii.gz") for folder in ("a", "b")]
     result = kitseg(trained, "predict", *paths, MODEL)
     assert result.code == 2
@@ -118,7 +310,7 @@ def test_a_label_on_another_grid_is_reported_and_the_others_are_done(phantoms: P
         target.mkdir(parents=True)
         for name in ("imaging.nii.gz", "segmentation.nii.gz"):
             (target / name).write_bytes((phantoms / "data" / target.name / name).read_bytes())
-    save(tmp_path / "data" / "case_00001" / "segmentation.nii.gz", np.zeros((20, 64, 64), np.uint8))
+    save(tmp_path / "data" / "case_00001" / "segmentation.nii.gz", np.zeros((20, 64, 64), np.uint8), AFFINE)
     result = kitseg(tmp_path, "preprocess", "--size=tiny", "--jobs=2")
     assert result.code == 1
     assert "case_00001" in result.text

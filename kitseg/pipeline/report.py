@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -115,7 +116,7 @@ def _make_page(task: Task) -> CaseRow:
 def _reference(task: Task, labels: Volume) -> NDArray[np.uint8] | None:
     """The case's reference label map, unless it is the very file that the page is about."""
     path = task.scan.label if task.scan else None
-    if path is None or path.resolve() == task.labels.resolve():
+    if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
         return None
     truth = read_labels(path, task.case, _CONVENTION)
     check_grid(path, truth.geometry, labels.geometry)

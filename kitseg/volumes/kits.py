@@ -195,7 +195,7 @@ def find_labels(folder: Path) -> dict[str, Path]:
 def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
     """The case with the patients that it shows: its own, or those that a registered copy was made from."""
     path = case.image.with_name(ORIGIN)
-    if case.image.name != IMAGE or not path.exists():
+    if case.image.name != IMAGE or not os.path.lexists(path):
         return replace(case, patients=(patients[case.id],)) if case.id in patients else case
     origin = read_json(path, ORIGIN_SCHEMA)
     try:

@@ -25,6 +25,7 @@ from kitseg.types import Volume
 from kitseg.volumes.dicom.headers import Header, is_dicom, made_up_uid, read_header, walk
 from kitseg.volumes.dicom.stack import Stack, Unstackable, split, stack
 from kitseg.volumes.header import MAX_VOXELS
+from kitseg.volumes.kits import SUFFIXES
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
 
 AIR = -1024  # HU of what lies outside the reconstructed circle; no scanner's air is below
@@ -77,10 +78,10 @@ class Series:
 
 
 def holds_dicom(folder: Path) -> bool:
-    """Whether any file below a folder is DICOM; stops at the first."""
+    """Whether any file below a folder is DICOM; stops at the first. What is called a NIfTI file is taken for one."""
     for path in walk(folder):
         with suppress(PermissionError):
-            if is_dicom(path):
+            if not path.name.lower().endswith(SUFFIXES) and is_dicom(path):
                 return True
     return False
 
