@@ -14,10 +14,10 @@ from kitseg import config
 from kitseg.errors import UsageError
 from kitseg.files import write_json, write_text
 from kitseg.inference.memory import activation_bytes
-from kitseg.pipeline.memory import Need, check, parse_size, plan
+from kitseg.pipeline.memory import PROGRAM, Need, check, parse_size, plan, slab_within
 from kitseg.pipeline.model import build_stage, open_model
 from kitseg.runs import SCHEMA, Run
-from kitseg.types import Geometry
+from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.nifti import file_digest
 
 
@@ -56,9 +56,9 @@ def test_sizes_that_are_none(text: str) -> None:
 
 def test_a_need_beyond_the_limit_is_refused() -> None:
     need = Need((("the program", 700_000_000), ("fine's network", 5_400_000_000)))
-    check(need, 6_100_000_000, "case_00000")
+    check(need, 6_100_000_000, "case_00000", "raise it")
     with pytest.raises(UsageError, match=r"case_00000 may need 6\.10 GB .* 5\.40.*more than .* 6\.00 GB"):
-        check(need, 6_000_000_000, "case_00000")
+        check(need, 6_000_000_000, "case_00000", "raise it")
 
 
 def untrained(folder: Path) -> Path:
@@ -82,3 +82,16 @@ def test_more_slices_need_more_and_so_do_more_members(tmp_path: Path) -> None:
     # float16, masks and labels in 5 bytes
     assert many.total - few.total == 100 * 96 * 96 * 6 + voxels * (2 + 4 + 5)
     assert plan([replace(model, folds=(0, 0))], lattice(100)).total - few.total == voxels * 12
+
+
+def test_slabs_of_a_mean_within_a_limit() -> None:
+    """Two members of 2 channels, 10 slices of 100 voxels: the mean has 4 kB, a slice needs 14 bytes for each of 200."""
+    box = Box((0, 0, 0), (10, 10, 10))
+    member = Probabilities(
+        np.zeros((2, 10, 10, 10), np.float16), ("foreground", "tumor"), box, lattice(10), lattice(10), "a"
+    )
+    assert slab_within(None, [member, member], "a") == 16
+    assert slab_within(PROGRAM + 4000 + 2800, [member, member], "a") == 1
+    assert slab_within(PROGRAM + 4000 + 3 * 2800 + 1, [member, member], "a") == 3
+    with pytest.raises(UsageError, match=r"a may need .*the mean.*--max-memory.*raise it"):
+        slab_within(PROGRAM + 4000 + 2799, [member, member], "a")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
 
 from kitseg import config
 from kitseg.config import StageSpec
+from kitseg.ensemble import SLAB
 from kitseg.errors import UsageError
 from kitseg.inference.engines import OpenVino, Torch
 from kitseg.inference.memory import activation_bytes
 from kitseg.pipeline.model import Model, build_sight, build_stage
-from kitseg.types import Geometry, Triple
+from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes.resample import grid_geometry
 
 PROGRAM, WITH_OPENVINO = 700_000_000, 100_000_000  # Python with its libraries, and OpenVINO's
@@ -46,11 +48,6 @@ class Limit:
     size: int | None
     models: tuple[Model, ...]
 
-    @classmethod
-    def of(cls, text: str | None, models: Sequence[Model]) -> Limit:
-        """The limit that a user gave, such as ``6GB``; see ``parse_size``."""
-        return cls(None if text is None else parse_size(text), tuple(models))
-
     def check(self, scan: Geometry, case: str) -> None:
         """Refuse a scan that may need more.
 
@@ -58,15 +55,18 @@ class Limit:
             UsageError: it may.
         """
         if self.size is not None:
-            check(plan(self.models, scan), self.size, case)
+            remedy = "raise it, cut the scan, or take a smaller model (a network needs less with --precision bf16, too)"
+            check(plan(self.models, scan), self.size, case, remedy)
 
 
-def parse_size(text: str) -> int:
-    """``6GB``, ``6000 MB`` or ``5.5GiB`` in bytes.
+def parse_size(text: str | None) -> int | None:
+    """``6GB``, ``6000 MB`` or ``5.5GiB`` in bytes; None where there is no text.
 
     Raises:
         UsageError: anything else.
     """
+    if text is None:
+        return None
     match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
     try:
         size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
@@ -86,17 +86,32 @@ def plan(models: Sequence[Model], scan: Geometry) -> Need:
     return max(needs, key=lambda need: need.total)
 
 
-def check(need: Need, limit: int, what: str) -> None:
+def check(need: Need, limit: int, what: str, remedy: str) -> None:
     """Refuse what needs more than ``limit`` bytes.
 
     Raises:
         UsageError: it does.
     """
     if need.total > limit:
-        raise UsageError(
-            f"{what} may need {need}, more than --max-memory {limit / 1e9:.2f} GB; raise it, cut the scan, or take "
-            "a smaller model (a network needs less with --precision bf16, too)"
-        )
+        raise UsageError(f"{what} may need {need}, more than --max-memory {limit / 1e9:.2f} GB; {remedy}")
+
+
+def slab_within(limit: int | None, members: Sequence[Probabilities], case: str) -> int:
+    """How many slices of these members can be averaged at a time.
+
+    Raises:
+        UsageError: not even one with so many bytes.
+    """
+    box = reduce(Box.union, (member.box for member in members))
+    channels, (depth, height, width) = len(members[0].channels), box.size
+    mean = 2 * channels * depth * height * width
+    numbers = 4 + 4 + 2 + 2 * len(members)  # bytes: the sum, a member in float32, the mean, and the files' pages
+    slice_ = numbers * channels * height * width
+    need = Need((("the program", PROGRAM), ("the mean", mean), ("a slice of the members", slice_)))
+    if limit is None or not slice_:
+        return SLAB
+    check(need, limit, case, "raise it")
+    return min(SLAB, 1 + (limit - need.total) // slice_)
 
 
 def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, int]]]:
@@ -111,7 +126,7 @@ def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, in
         inputs = 4 * 2 * _channels(spec) * _voxels(region) + 2 * _voxels(grid.shape)
         network, data = _network(model, spec, region), inputs + copies * output
         rows.append([("earlier stages", left), (f"{name}'s network", network), (f"{name}'s data", data)])
-        left += output + _weights(spec)
+        left += output + (0 if isinstance(model.engines.get(name), OpenVino) else _weights(spec))
         if name in {source.stage for source in model.method.outputs.values()}:
             box = (min(n, -(-k * n // m)) for k, n, m in zip(region, scan.shape, grid.shape, strict=True))
             back = max(back, int(np.prod([*box])))
@@ -130,8 +145,10 @@ def _network(model: Model, spec: StageSpec, region: Triple) -> int:
         return weights
     active = activation_bytes(module.probabilities, (1, _channels(spec), *module.window.part(region)))
     half = isinstance(engine, OpenVino | Torch) and engine.kind in (torch.bfloat16, torch.float16)
-    packed = 2 if isinstance(engine, OpenVino) else 1  # OpenVINO packs the weights into a form of its own
-    return int(weights * packed + active * SPARE * (0.5 if half else 1))
+    running = active * SPARE * (0.5 if half else 1)
+    if isinstance(engine, OpenVino):  # it packs the weights into a form of its own, after which ours are dropped
+        return int(max(2 * weights, weights * (0.5 if half else 1) + running))
+    return int(weights + running)
 
 
 def _weights(spec: StageSpec) -> int:
