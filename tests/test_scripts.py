@@ -1,0 +1,97 @@
+"""Every kitseg call in the example scripts, the README and the docs is one that the command line knows."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from kitseg.cli import app
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "cluster"
+SCRIPTS = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "2",
+    "SLURM_ARRAY_TASK_COUNT": "8",
+    "SLURM_CPUS_PER_TASK": "4",
+    "METHOD": "two-phase",
+    "METHODS": "two-phase progressive",
+}
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+# sbatch runs what it is given at once, srun what follows its options, kitseg writes down what it is asked
+STAND_INS = {
+    "sbatch": 'case "$*" in *--wrap*) bash -c "${@: -1}" ;; *) bash "${@: -1}" ;; esac > /dev/null; echo 17',
+    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "kitseg": 'printf "%s\\0" "$@" >> "$CALLS"; printf "\\n" >> "$CALLS"',
+}
+
+
+def known(arguments: list[str]) -> None:
+    """Have the command line take a call apart, which ends badly where it doesn't know it."""
+    name, *rest = arguments
+    COMMANDS[name].make_context(name, rest)
+
+
+def calls_of(script: Path, folder: Path) -> Iterator[list[str]]:
+    """Run a script with bash and give the kitseg calls that it makes."""
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    record = folder / "calls"
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", script], check=True, cwd=folder, env={**ARRAY, "PATH": path, "CALLS": str(record)})
+    for line in record.read_text().splitlines():
+        yield line.split("\0")[:-1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_ask_for_what_there_is(script: Path, tmp_path: Path) -> None:
+    calls = list(calls_of(script, tmp_path))
+    assert calls
+    for call in calls:
+        known(call)
+    if script.name == "study.sh":
+        verbs = [call[0] for call in calls]
+        assert verbs == [*["split", "preprocess", "preprocess"], *["train"] * 2, *["validate"] * 2, *verbs[-3:]]
+        assert verbs[-3:] == ["choose", "predict", "evaluate"]
+
+
+def test_a_script_that_asks_for_something_else_is_found(tmp_path: Path) -> None:
+    script = tmp_path / "odd.sbatch"
+    script.write_text("srun --ntasks=1 kitseg train --folds 3\n")
+    (call,) = calls_of(script, tmp_path)
+    with pytest.raises(Exception, match="No such option: --folds"):
+        known(call)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
+def test_scripts_pass_shellcheck() -> None:
+    subprocess.run(["shellcheck", *SCRIPTS], check=True)
+
+
+def blocks(page: Path) -> list[str]:
+    """The kitseg calls in a page's shell blocks."""
+    text = "\n".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
+    return re.findall(r"^(?:\$ )?(?:srun )?kitseg ([^\n&|]*)", text.replace("\\\n", " "), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
+def test_pages_ask_for_what_there_is(page: Path) -> None:
+    for line in blocks(page):
+        known(shlex.split(line, comments=True))
+
+
+def test_images_are_made_of_what_there_is() -> None:
+    recipe = (FOLDER / "kitseg.def").read_text()
+    listed = re.findall(r"^    (\S+) /src/$", recipe, re.MULTILINE)
+    ignored = (FOLDER / "Dockerfile.dockerignore").read_text().split()
+    assert sorted(listed) == sorted(name[1:] for name in ignored if name.startswith("!"))
+    assert all((ROOT / name).exists() for name in listed)
