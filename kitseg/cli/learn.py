@@ -10,11 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kitseg import screen
-from kitseg.cli.app import Device, Jobs, Method, Set, Size, app, cross_validate, exit_if, preprocess_cases
+from kitseg.cli.app import (
+    Deterministic,
+    Device,
+    Gpus,
+    Jobs,
+    Method,
+    Processes,
+    Set,
+    Size,
+    app,
+    cross_validate,
+    exit_if,
+    preprocess_cases,
+)
 from kitseg.errors import KitsegError, UsageError
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.plan import Plan
+    from kitseg.pipeline.machine import Machine
+    from kitseg.pipeline.plan import Plan, Start
+    from kitseg.pipeline.team import Team
 
 EVERY_FOLD = "all"
 
@@ -40,10 +55,14 @@ def train(
     stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs on this machine, one rank each.")] = 0,
+    gpus: Gpus = 0,
     device: Device = "auto",
-    processes: Annotated[int, typer.Option(min=1, help="Ranks on the CPU, with --device cpu.")] = 1,
+    processes: Processes = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines; the command is started on each of them.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank.")] = 0,
+    save_every: Annotated[
+        float, typer.Option(metavar="MINUTES", min=0, help="Within a long epoch; after each it saves anyway.")
+    ] = 10.0,
     data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; several times for several.")] = [  # noqa: B006
         Path("data")
     ],
@@ -52,6 +71,7 @@ def train(
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="The run's name; METHOD-SIZE by default.")] = None,
     jobs: Jobs = -1,
+    deterministic: Deterministic = False,
     restart: Annotated[bool, typer.Option("--restart", help="Move an earlier training aside and begin again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     set_: Set = [],  # noqa: B006
@@ -59,11 +79,13 @@ def train(
 ) -> None:
     """Train a method's stages in order; the same command goes on where an earlier one stopped."""
     from kitseg import config
-    from kitseg.pipeline import train as training
-    from kitseg.pipeline.machine import Machine, rank
+    from kitseg.pipeline.launch import Launch
+    from kitseg.pipeline.machine import Machine, be_deterministic
     from kitseg.pipeline.plan import Start, Unit
+    from kitseg.pipeline.signals import stoppable
+    from kitseg.pipeline.team import Team, end_with_starter
+    from kitseg.pipeline.train import fit_unit
     from kitseg.runs import Run
-    from kitseg.volumes.kits import labelled_cases
 
     if gpus and device == "cpu":
         raise UsageError("--gpus and --device cpu exclude each other")
@@ -71,35 +93,26 @@ def train(
         raise UsageError("--processes is for --device cpu; on GPUs the ranks are --gpus")
     overrides = [*set_, *([f"size.epochs={epochs}"] if epochs else []), *([f"seed={seed}"] if seed is not None else [])]
     configuration = config.compose(method, size, overrides)
-    machine = Machine("cuda" if gpus else device, gpus or processes, workers)
-    run = Run(runs / (name or f"{method}-{size}"))
+    if deterministic:
+        be_deterministic()
     first = 0 if fold == EVERY_FOLD else _fold(fold)
-    given = locals()
-    begin = Start(configuration, run, first, split, store, machine, _repeat(given))
+    machine = Machine("cuda" if gpus else device, gpus or processes, nodes, workers, save_every)
+    begin = Start(configuration, Run(runs / (name or f"{method}-{size}")), first, split, store, machine)
     if only:
-        return training.fit_unit(begin.plan(), Unit.parse(only))
-    if rank() > 0:
-        return _train_folds(begin.wait(), stage, given)
-    where, cases = machine.describe(), labelled_cases(data)
-    if dry_run:
-        plan = begin.rehearse(cases)
-        _show_plan(plan, cases, stage, where)
-        if fold == EVERY_FOLD:
-            screen.say(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
-        return
-    if restart:
-        for old in begin.restart(stage, every_fold=fold == EVERY_FOLD):
-            screen.say(f"the old training is now {old}")
-    failed = preprocess_cases(cases, configuration, store, jobs)
-    good = [case for case in cases if case.id not in failed]
-    if not good:
-        raise KitsegError(f"{data[0]}: no case could be preprocessed; see above")
-    plan = begin.claim(good, jobs)
-    _show_plan(plan, good, stage, where)
-    _train_folds(plan, stage, given)
-    screen.say(f"trained: {plan.run.path}")
+        end_with_starter()
+        return fit_unit(begin.plan(), Unit.parse(only))
+    launch = Launch.here(nodes)
+    machine, given = launch.agreed(machine), locals()
+    begin = replace(begin, machine=machine, repeat=_repeat(given, machine))
+    with stoppable(), Team(launch) as team:
+        if not team.leads:
+            return team.follow()
+        if dry_run:
+            return _rehearse(begin, given)
+        failed = _train_folds(begin, team, given)
+    screen.say(f"trained: {begin.run.path}")
     if fold == EVERY_FOLD and stage is None:
-        cross_validate(run.path, data, device, mirror=False)
+        cross_validate(begin.run.path, data, device, mirror=False)
     exit_if(bool(failed))
 
 
@@ -120,25 +133,54 @@ def _fold(text: str) -> int:
     return int(text)
 
 
-def _train_folds(plan: Plan, stage: str | None, given: dict[str, Any]) -> None:
-    """Train the plan's fold, or every fold one after another."""
-    from kitseg.pipeline.train import train as train_fold
+def _rehearse(begin: Start, given: dict[str, Any]) -> None:
+    """Say what `kitseg train` would do."""
+    from kitseg.volumes.kits import labelled_cases
 
-    folds = range(len(plan.split.folds)) if given["fold"] == EVERY_FOLD else [plan.fold]
+    cases = labelled_cases(given["data"])
+    plan = begin.rehearse(cases)
+    _show_plan(plan, cases, given["stage"])
+    if given["fold"] == EVERY_FOLD:
+        screen.say(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
+
+
+def _train_folds(begin: Start, team: Team, given: dict[str, Any]) -> set[str]:
+    """Prepare the cases, then train the fold, or every fold one after another; the cases that failed."""
+    from kitseg.pipeline.train import fit_unit, on_all_ranks
+    from kitseg.pipeline.train import train as train_fold
+    from kitseg.volumes.kits import labelled_cases
+
+    machine, every_fold, stage = begin.machine, given["fold"] == EVERY_FOLD, given["stage"]
+    cases = labelled_cases(given["data"])
+    for old in begin.restart(stage, every_fold) if given["restart"] else ():
+        screen.say(f"the old training is now {old}")
+    failed = preprocess_cases(cases, begin.config, begin.store, given["jobs"])
+    good = [case for case in cases if case.id not in failed]
+    if not good:
+        raise KitsegError(f"{given['data'][0]}: no case could be preprocessed; see above")
+    plan = begin.claim(good, given["jobs"])
+    _show_plan(plan, good, stage)
+    folds = range(len(plan.split.folds)) if every_fold else [plan.fold]
     for fold in folds:
         if len(folds) > 1:
             screen.say(f"[bold]fold {fold} of {len(folds)}[/]")
-        train_fold(replace(plan, fold=fold, arguments=_repeat({**given, "fold": fold})), stage, screen.say)
+        run = fit_unit if machine.world == 1 else on_all_ranks(team)
+        train_fold(replace(plan, fold=fold), stage, screen.say, run)
+    return failed
 
 
-def _repeat(given: dict[str, Any]) -> tuple[str, ...]:
-    """The options of `kitseg train` that another rank of the same training needs."""
-    names = ("method", "size", "fold", "device", "processes", "gpus", "workers", "store", "split", "runs", "name")
+def _repeat(given: dict[str, Any], machine: Machine) -> tuple[str, ...]:
+    """The options of `kitseg train` that a rank of the same training needs, but for the fold."""
+    names = ("method", "size", "workers", "store", "split", "runs", "name")
     options = [f"--{name}={given[name]}" for name in names if given[name] is not None]
+    on_gpus = machine.accelerator == "cuda"
+    options.append(f"--save-every={machine.save_every}")
+    ranks = [f"--gpus={machine.ranks}"] if on_gpus else ["--device=cpu", f"--processes={machine.ranks}"]
+    options += [*ranks, f"--nodes={machine.nodes}", *(["--deterministic"] if given["deterministic"] else [])]
     return (*options, *(f"--set={override}" for override in given["overrides"]))
 
 
-def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None, where: str) -> None:
+def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:
     """The trainings that a plan holds, with their size and an estimate of their time."""
     from kitseg.pipeline.estimate import estimates
 
@@ -146,5 +188,5 @@ def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None, where: str) 
     table = screen.table("training", "grid", *columns)
     for row in estimates(plan, cases[0], stage):
         table.add_row(*row)
-    screen.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {where}")
+    screen.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {plan.machine.describe()}")
     screen.out.print(table)

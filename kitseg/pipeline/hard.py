@@ -16,7 +16,7 @@ from kitseg.inference.chain import run_on_grid
 from kitseg.pipeline.machine import Machine
 from kitseg.pipeline.model import build_stage, torch_device, trained_stage
 from kitseg.pipeline.plan import Plan, Unit, open_stored
-from kitseg.pipeline.train import Say, train_units
+from kitseg.pipeline.train import Say, fit_unit, train_units
 from kitseg.runs import find_run
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.screen import bar
@@ -86,7 +86,7 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, say: Say) -> list
     spec = ranking_stage(plan.method)
     wanted = [Unit(spec.name, number) for number in range(len(plan.part.inner))]
     say(f"ranking the training cases of fold {plan.fold} by {len(wanted)} inner folds of stage {spec.name}")
-    train_units(plan, wanted, say)
+    train_units(plan, wanted, say, fit_unit)
     judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
     state = {"stage": spec.name, "checkpoints": judges, "cases": sorted(cases)}
     if path.exists() and (old := read_json(path, SCHEMA)) and all(old[key] == value for key, value in state.items()):

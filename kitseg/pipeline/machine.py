@@ -18,11 +18,16 @@ from kitseg.pipeline.model import torch_device
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to compute: ``device`` auto, cpu or cuda; ``ranks`` on this machine; loader ``workers`` per rank."""
+    """Where to compute: ``device`` auto, cpu or cuda; ``ranks`` on each of ``nodes``; loader ``workers`` per rank.
+
+    save_every: minutes between two checkpoints within an epoch; after an epoch there always is one.
+    """
 
     device: str = "auto"
     ranks: int = 1
+    nodes: int = 1
     workers: int = 0
+    save_every: float = 10.0
 
     @property
     def accelerator(self) -> str:
@@ -39,12 +44,23 @@ class Machine:
 
     def describe(self) -> str:
         """The machine in words."""
-        return f"{self.world} × {'GPU' if self.accelerator == 'cuda' else 'CPU'}"
+        where = f" on {self.nodes} nodes" if self.nodes > 1 else ""
+        return f"{self.world} × {'GPU' if self.accelerator == 'cuda' else 'CPU'}{where}"
 
     @property
     def world(self) -> int:
-        """The ranks on all machines."""
-        return int(os.environ.get("WORLD_SIZE", self.ranks))
+        """The ranks on all nodes."""
+        return self.ranks * self.nodes
+
+
+def be_deterministic() -> None:
+    """From now on PyTorch gives the same bits for the same call, or an error where it knows no such way.
+
+    On a CPU it does so anyway, for one number of threads; a GPU adds up in whatever order its threads come.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the GPU is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def rank() -> int:

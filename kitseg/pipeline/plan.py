@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kitseg import config
+from kitseg.claim import claimed
 from kitseg.config import Config, Method, StageSpec
 from kitseg.errors import UsageError
 from kitseg.files import write_text
@@ -19,13 +18,15 @@ from kitseg.splits import Fold, Part, Split, read_split, write_split
 from kitseg.types import Case
 from kitseg.volumes.store import StoredCase, open_case
 
+MOMENT = 30.0  # seconds that another fold may take to write the run's own files
+
 
 @dataclass(frozen=True)
 class Plan:
     """What to train and where.
 
     config: resolved; run: where it goes; fold: an outer fold of ``split``; store: preprocessed cases;
-    arguments: the command line that starts one more rank of the same training.
+    arguments: the options of `kitseg train` that a rank of the same training needs, but for the fold.
     """
 
     config: Config
@@ -103,23 +104,12 @@ class Start:
         """The plan of a run that is claimed already."""
         return self._plan(read_split(self.run.split))
 
-    def wait(self) -> Plan:
-        """The same for a rank that isn't the first: when the first has prepared everything."""
-        while not self.run.config.exists():
-            time.sleep(0.5)
-        return self.plan()
-
     def restart(self, stage: str | None, every_fold: bool = False) -> list[Path]:
         """Move the old run aside: the whole of it where its configuration or split differs, or for every fold.
 
         Otherwise the fold alone, or the stage with the later ones that build on it and what cross-validation made of
         them. Gives the new names.
-
-        Raises:
-            UsageError: there are several ranks already.
         """
-        if "WORLD_SIZE" in os.environ:
-            raise UsageError("--restart can't be used under torchrun: move the old run aside by hand")
         if not self.run.config.exists():
             return []
         old = self.split.exists() and read_split(self.split) != read_split(self.run.split)
@@ -151,11 +141,16 @@ def _dependent(method: Method, stage: str) -> list[str]:
 
 
 def claim_run(run: Run, configuration: Config, split: Split) -> None:
-    """Write what the run is, or make sure that it is the same as before.
+    """Write what the run is, or make sure that it is the same as before; folds may start at the same moment.
 
     Raises:
         UsageError: the folder holds a run of another configuration or split.
     """
+    with claimed(run.path, "configuration", wait=MOMENT):
+        _claim_run(run, configuration, split)
+
+
+def _claim_run(run: Run, configuration: Config, split: Split) -> None:
     if run.config.exists():
         changed = config.differences(config.read(run.config), configuration)
         if changed:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kitseg.errors import KitsegError, UsageError
+from kitseg.claim import claimed
+from kitseg.errors import UsageError
 from kitseg.pipeline import rounds
 from kitseg.pipeline.fit import Training, fit
-from kitseg.pipeline.machine import rank
 from kitseg.pipeline.places import prepare
 from kitseg.pipeline.plan import Plan, Unit, units
+from kitseg.pipeline.team import Team
 
 Say = Callable[[str], None]
+RunUnit = Callable[[Plan, Unit], None]
 
 
-def train(plan: Plan, stage: str | None, say: Say) -> None:
+def train(plan: Plan, stage: str | None, say: Say, run: RunUnit) -> None:
     """Train a fold's stages in order, or one of them.
 
     Raises:
@@ -28,23 +26,23 @@ def train(plan: Plan, stage: str | None, say: Say) -> None:
     method = plan.method
     if stage is not None and stage not in method.stages:
         raise UsageError(f"{method.name} has no stage '{stage}'; it has {', '.join(method.stages)}")
-    train_units(plan, units(method, plan.part, stage), say)
+    train_units(plan, units(method, plan.part, stage), say, run)
 
 
-def train_units(plan: Plan, wanted: Sequence[Unit], say: Say) -> None:
-    """Train these in order; what is trained already is left as it is."""
-    ports = itertools.count(1)
+def train_units(plan: Plan, wanted: Sequence[Unit], say: Say, run: RunUnit) -> None:
+    """Train these in order, each as ``run`` does; what is trained already is left as it is."""
     for unit in wanted:
-        if unit.folder(plan).done.exists():
+        folder = unit.folder(plan)
+        if folder.done.exists():
             say(f"{unit}: trained already")
             continue
         _check_earlier(plan, unit)
-        if rank() == 0:
+        with claimed(folder.path, "training"):
             prepare(plan, unit)
-        if plan.method.stages[unit.stage].rounds is None:
-            _train_one(plan, unit, next(ports), say)
-        else:
-            _train_rounds(plan, unit, ports, say)
+            if plan.method.stages[unit.stage].rounds is None:
+                _train_one(plan, unit, say, run)
+            else:
+                _train_rounds(plan, unit, say, run)
 
 
 def fit_unit(plan: Plan, unit: Unit) -> None:
@@ -59,51 +57,37 @@ def fit_unit(plan: Plan, unit: Unit) -> None:
     fit(Training(spec, unit.folder(plan), store, seed, plan.config["keep_best"], start), plan.machine)
 
 
-def _train_one(plan: Plan, unit: Unit, port: int, say: Say) -> None:
-    """One fit, in this process or in one for each rank."""
+def on_all_ranks(team: Team) -> RunUnit:
+    """A way to train a unit: one rank each on the machine's devices, and on those of the other nodes."""
+
+    def run(plan: Plan, unit: Unit) -> None:
+        team.train([*plan.arguments, f"--fold={plan.fold}", f"--only={unit}"])
+
+    return run
+
+
+def _train_one(plan: Plan, unit: Unit, say: Say, run: RunUnit) -> None:
     folder = unit.folder(plan)
-    if rank() == 0:
-        say(f"{unit}: {'goes on' if folder.last.exists() else 'starts'} in {folder.path}")
-    if plan.machine.world > 1:
-        _start_ranks(plan, unit, port)
-    else:
-        fit_unit(plan, unit)
+    say(f"{unit}: {'goes on' if folder.begun else 'starts'} in {folder.path}")
+    run(plan, unit)
 
 
-def _train_rounds(plan: Plan, unit: Unit, ports: Iterator[int], say: Say) -> None:
+def _train_rounds(plan: Plan, unit: Unit, say: Say, run: RunUnit) -> None:
     """Fits that each start from the best weights so far, until one brings nothing."""
     folder, spec = unit.folder(plan), plan.method.stages[unit.stage]
     most = 0 if spec.rounds is None else spec.rounds.most
     while (number := rounds.next_round(folder, spec)) is not None:
-        if rank() == 0:
-            cases = rounds.prepare_round(folder, spec, number, plan.config["seed"] + plan.fold)
-            if number:
-                say(f"{unit}: {rounds.describe(folder)}; round {number} of at most {most}, on {cases} cases")
-        _train_one(plan, replace(unit, round=number), next(ports), say)
-    if rank() == 0:
-        say(f"{unit}: {rounds.describe(folder)}, which is kept")
-        rounds.conclude(folder)
-
-
-def _start_ranks(plan: Plan, unit: Unit, port: int) -> None:
-    """Start a process for this fit: one fit a process.
-
-    Lightning starts the other ranks from this command; under torchrun each rank does this, and each unit meets at a
-    port of its own.
-    """
-    environment = dict(os.environ)
-    if "MASTER_PORT" in environment:
-        meet = int(environment["MASTER_PORT"]) + port
-        environment |= {"MASTER_PORT": str(meet), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    command = [sys.executable, "-m", "kitseg", "train", *plan.arguments, "--only", str(unit)]
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        raise KitsegError(f"{unit}: a rank ended with exit code {code}; its own message stands above")
+        cases = rounds.prepare_round(folder, spec, number, plan.config["seed"] + plan.fold)
+        if number:
+            say(f"{unit}: {rounds.describe(folder)}; round {number} of at most {most}, on {cases} cases")
+        _train_one(plan, replace(unit, round=number), say, run)
+    say(f"{unit}: {rounds.describe(folder)}, which is kept")
+    rounds.conclude(folder)
 
 
 def _check_earlier(plan: Plan, unit: Unit) -> None:
     for name in plan.method.stages[unit.stage].inputs:
-        if not plan.run.stage(plan.fold, name).done.exists() and rank() == 0:
+        if not plan.run.stage(plan.fold, name).done.exists():
             raise UsageError(
                 f"stage {unit.stage} builds on stage {name}, which isn't trained to its end in {plan.run.path}: "
                 f"train it first with --stage {name}, or leave --stage away"
