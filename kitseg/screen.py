@@ -49,10 +49,12 @@ def table(*columns: str) -> Table:
 
 
 @contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar; the function it gives moves it by one."""
+def bar(title: str, total: int, shown: bool = True) -> Iterator[Callable[[], None]]:
+    """A progress bar, or none; the function it gives moves it by one."""
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=out, transient=True) as progress:
+    with Progress(
+        *columns, TextColumn("left"), TimeRemainingColumn(), console=out, transient=True, disable=not shown
+    ) as progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
 

@@ -94,7 +94,7 @@ def test_histology_and_surgery_where_the_challenges_list_is_there(validated: Pat
     (data / "kits.json").write_text(json.dumps(rows))
     done = kitseg(validated, "validate", RUNS[0], f"--data={data}")
     assert done.code == 0, done.text
-    assert done.text.count("predicted already") == CASES
+    assert done.text.count("unchanged") == CASES
     found = {(g["kind"], g["name"]): g["cases"] for g in scores(validated, RUNS[0])["groups"]}
     assert found["histology", "papillary"] == 5
     assert found["histology", "clear_cell_rcc"] == 1
@@ -108,13 +108,13 @@ def test_it_goes_on_when_called_again(validated: Path) -> None:
     again = kitseg(validated, "train", "--method=progressive", "--fold=all", *QUICK)
     assert again.code == 0, again.text
     assert again.text.count("trained already") == 3
-    assert again.text.count("predicted already") == CASES
+    assert again.text.count("unchanged") == CASES
     lost = validated / RUNS[0] / "fold_1/validation"
     gone = sorted(lost.glob("case_*.json"))[0]
     gone.unlink()
     mended = kitseg(validated, "validate", RUNS[0])
     assert mended.code == 0, mended.text
-    assert mended.text.count("predicted already") == CASES - 1
+    assert mended.text.count("unchanged") == CASES - 1
     assert gone.exists()
 
 
@@ -134,7 +134,7 @@ def test_a_fold_alone_keeps_the_scores_of_the_others(validated: Path, tmp_path: 
     shutil.copytree(validated / RUNS[0], tmp_path / "runs/one")
     done = kitseg(tmp_path, "validate", "runs/one/fold_1", f"--data={validated / 'data'}")
     assert done.code == 0, done.text
-    assert done.text.count("predicted already") == 2
+    assert done.text.count("unchanged") == 2
     assert len(scores(tmp_path, "runs/one")["cases"]) == CASES
 
 
@@ -162,7 +162,7 @@ def test_a_scan_that_has_changed_is_predicted_again(validated: Path, tmp_path: P
     assert "is not what progressive-tiny predicted" in refused.text
     again = kitseg(tmp_path, "validate", RUNS[0])
     assert again.code == 0, again.text
-    assert again.text.count("predicted already") == CASES - 1
+    assert again.text.count("unchanged") == CASES - 1
     assert kitseg(tmp_path, "choose", RUNS[0], "-o", "x.yaml", "--jobs=1").code == 0
     path.write_bytes(b"no scan")
     broken = kitseg(tmp_path, "validate", RUNS[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +16,16 @@ from kitseg.cli.app import (
     Device,
     Engine,
     Fold,
+    Gpus,
     MaxMemory,
     Mirror,
     Precision,
+    Processes,
+    Shard,
     Split,
     app,
+    choose_ranks,
+    shared_work,
     work,
 )
 from kitseg.errors import UsageError
@@ -41,25 +47,31 @@ def infer(
     mirror: Mirror = False,
     split: Split = None,
     fold: Fold = None,
+    gpus: Gpus = 0,
     device: Device = "auto",
+    processes: Processes = 1,
+    shard: Shard = None,
     engine: Engine = "auto",
     precision: Precision = "auto",
     max_memory: MaxMemory = None,
 ) -> None:
-    """Probabilities of each scan: a run's checkpoints averaged, on the scan's own grid."""
-    from kitseg.pipeline.infer import infer as infer_scans
-    from kitseg.pipeline.members import choose_run, describe
-    from kitseg.pipeline.memory import Limit
+    """Probabilities of each scan: a run's checkpoints averaged, on the scan's own grid.
+
+    The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
+    """
+    from kitseg.pipeline.infer import Inference
+    from kitseg.pipeline.members import choose_run
+    from kitseg.pipeline.memory import parse_size
     from kitseg.pipeline.model import open_model
     from kitseg.pipeline.predict import choose_scans
 
+    device, ranks = choose_ranks(gpus, processes, device)
     scans, first = choose_scans([data], split, fold), stage.partition(".")[0] if stage else None
     if scans.choices:
         raise UsageError(f"{data} holds DICOM, which only `kitseg predict` reads; the verbs before it take NIfTI files")
-    model = open_model(run or choose_run(Path("runs")).path, device, first, mirror, engine, precision)
-    screen.say(describe(model))
-    limit = Limit.of(max_memory, [model])
-    work("infer", len(scans.cases), lambda done: infer_scans(model, stage, scans.cases, output, done, limit))
+    model = partial(open_model, run or choose_run(Path("runs")).path, device, first, mirror, engine, precision)
+    do = Inference(model, stage, output, parse_size(max_memory))
+    shared_work("infer", scans.cases, do, shard, ranks)
 
 
 @app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
@@ -67,14 +79,16 @@ def ensemble(
     folders: Annotated[list[Path], typer.Argument(help="Folders of probabilities.")] = [PROBABILITIES],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for their mean.")] = Path("ensemble"),
     weights: Annotated[str | None, typer.Option(help="One number a folder, comma-separated.")] = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """The mean of folders of probabilities; post-processing will be the first folder's."""
     from kitseg.pipeline.infer import average
+    from kitseg.pipeline.memory import parse_size
     from kitseg.volumes.blocks import block_cases
 
-    shares = _numbers(weights) or [1.0] * len(folders)
+    shares, most = _numbers(weights) or [1.0] * len(folders), parse_size(max_memory)
     count = len(block_cases(folders[0]))
-    work("ensemble", count, lambda done: average(folders, shares, output, done))
+    work("ensemble", count, lambda done: average(folders, shares, output, done, most))
 
 
 @app.command(epilog="Example: kitseg postprocess ensemble -o predictions")
@@ -104,7 +118,10 @@ def predict(
     mirror: Mirror = False,
     split: Split = None,
     fold: Fold = None,
+    gpus: Gpus = 0,
     device: Device = "auto",
+    processes: Processes = 1,
+    shard: Shard = None,
     engine: Engine = "auto",
     precision: Precision = "auto",
     max_memory: MaxMemory = None,
@@ -124,21 +141,20 @@ def predict(
 
     Several models: the mean of their probabilities, a run's folds averaged first; the post-processing is the first
     model's, or what an ensemble file says (`kitseg choose` writes one).
+
+    The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
     from kitseg.pipeline.members import choose_run, open_ensemble
-    from kitseg.pipeline.memory import Limit
-    from kitseg.pipeline.predict import SERIES_TABLE, Wanted, choose_scans, predict_scans, write_choices
+    from kitseg.pipeline.memory import parse_size
+    from kitseg.pipeline.predict import SERIES_TABLE, Prediction, Wanted, choose_scans
 
-    found = choose_scans(scans, split, fold, series)
-    opened = open_ensemble(
-        model or [choose_run(Path("runs")).path], device, _numbers(weights), mirror, engine, precision
-    )
-    screen.say(opened.describe())
-    write_choices(output, found, keep_identifiers)
+    device, ranks = choose_ranks(gpus, processes, device)
+    found, models = choose_scans(scans, split, fold, series), model or [choose_run(Path("runs")).path]
+    opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision)
     if found.choices:
         screen.say(f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why")
-    wanted = Wanted(format_ is Format.DICOM_SEG, keep_identifiers, Limit.of(max_memory, opened.models))
-    work("predict", len(found.cases), lambda done: predict_scans(opened, found.cases, output, done, wanted))
+    wanted = Wanted(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))
+    shared_work("predict", found.cases, Prediction(opened, output, wanted), shard, ranks)
 
 
 def _numbers(text: str | None) -> list[float]:

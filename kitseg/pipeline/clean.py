@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import config, ensemble
+from kitseg.claim import claimed
 from kitseg.errors import UsageError
 from kitseg.labels import KIDNEY, TUMOR
-from kitseg.pipeline.outcome import OnDone, Outcome, each
+from kitseg.pipeline.machine import versions
+from kitseg.pipeline.outcome import UNCHANGED, OnDone, Outcome, each
+from kitseg.pipeline.record import forget, read_record, recipe, spare_foreign, write_record
 from kitseg.postprocess.components import bounding_box
 from kitseg.postprocess.prior import Prior
 from kitseg.types import Probabilities, Volume
-from kitseg.volumes.blocks import block_cases, read_block, read_manifest, scan_of
+from kitseg.volumes.blocks import block_cases, block_digest, read_block, read_manifest, scan_of
 from kitseg.volumes.nifti import read_image, write_labels
 
 EVERY_PRIOR = "all"
@@ -25,19 +29,44 @@ EVERY_PRIOR = "all"
 def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] = ()) -> list[Outcome]:
     """Labels from a folder of probabilities, cleaned as its manifest expects but for the priors ``without``.
 
+    What is done and unchanged stays.
+
     Raises:
-        UsageError: a prior that isn't there.
+        UsageError: a prior that isn't there, or a file of another origin in the way. KitsegError:
+            another process writes there.
     """
-    steps = build_steps(read_manifest(folder)["postprocess"], without)
+    manifest = read_manifest(folder)
+    steps, facts = build_steps(manifest["postprocess"], without), _facts(manifest, without)
+    cases = block_cases(folder)
+    for case in cases:
+        spare_foreign(to / f"{case}.json")
 
     def work(case: str) -> Outcome:
-        path, _ = scan_of(folder, case)
-        spare_scan(path, to / f"{case}.nii.gz")
+        (path, digest), result, record = scan_of(folder, case), to / f"{case}.nii.gz", to / f"{case}.json"
+        spare_scan(path, result)
+        made = {"recipe": recipe(**facts, block=block_digest(folder, case)), "scan_sha256": digest}
+        if before := read_record(record, made):
+            return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.get("volumes_ml"))
         probabilities = read_block(folder, case)
         labels = clean(probabilities, read_image(path, case), steps)
-        return save_labels(to, case, labels, probabilities)
+        forget(record, [result])
+        outcome = save_labels(to, case, labels, probabilities)
+        told = {"case": case, "scan": path.name, "volumes_ml": outcome.volumes_ml, "note": outcome.note}
+        write_record(record, {**told, **facts}, made, [result])
+        return outcome
 
-    return each(block_cases(folder), work, on_done)
+    with claimed(to, "labels"):
+        return each(cases, work, on_done)
+
+
+def _facts(manifest: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    """How labels came about, from the manifest of their probabilities."""
+    models = [{**member["model"], "weight": member["weight"]} for member in manifest.get("members", [])]
+    return {
+        "models": models or [manifest["model"]],
+        "postprocess": {"steps": manifest["postprocess"], "without": list(without)},
+        "versions": versions(),
+    }
 
 
 def build_steps(specs: Mapping[str, Any], without: Sequence[str] = ()) -> list[Prior]:
@@ -82,7 +111,7 @@ def save_labels(to: Path, case: str, labels: NDArray[np.uint8], probabilities: P
 
 def spare_scan(scan: Path, target: Path) -> None:
     """Never write over the scan itself."""
-    if target.resolve() == scan.resolve():
+    if os.path.realpath(target) == os.path.realpath(scan):  # unlike Path.resolve, not put off by links in a circle
         raise UsageError(f"{target} is the scan itself; choose another folder with --output")
 
 

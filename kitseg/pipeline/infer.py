@@ -2,50 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kitseg import config, ensemble
+from kitseg.claim import claimed
 from kitseg.config import Method, Source
 from kitseg.errors import KitsegError, UsageError
 from kitseg.pipeline.clean import nothing_found
 from kitseg.pipeline.machine import versions
-from kitseg.pipeline.members import origin
-from kitseg.pipeline.memory import Limit
+from kitseg.pipeline.members import describe, origin
+from kitseg.pipeline.memory import Limit, slab_within
 from kitseg.pipeline.model import Model
-from kitseg.pipeline.outcome import OnDone, Outcome, each
-from kitseg.types import Case
-from kitseg.volumes.blocks import block_cases, claim_manifest, read_block, read_manifest, scan_of, write_block
+from kitseg.pipeline.outcome import UNCHANGED, OnDone, Outcome, each
+from kitseg.pipeline.ranks import Say
+from kitseg.pipeline.share import Share
+from kitseg.types import Case, Probabilities
+from kitseg.volumes.blocks import (
+    block_cases,
+    block_digest,
+    claim_manifest,
+    is_unchanged,
+    read_block,
+    read_manifest,
+    scan_of,
+    write_block,
+)
 from kitseg.volumes.nifti import file_digest, read_image
 from kitseg.volumes.scan import scan_geometry
 
 
-def infer(
-    model: Model, stage: str | None, scans: Sequence[Case], to: Path, on_done: OnDone, limit: Limit | None = None
-) -> list[Outcome]:
-    """Probabilities of each scan into a folder: the model's checkpoints and folds averaged.
+@dataclass(frozen=True)
+class Inference:
+    """Probabilities of scans into a folder: a model's checkpoints and folds averaged. Work for one process or several.
 
-    ``stage`` is the ``stage[.head]`` whose own output is wanted; the method's output where it is None. A scan that may
-    need more memory than the ``limit`` fails before it is read.
+    open_model: opens the model, in the process that works with it; stage: the ``stage[.head]`` whose own output is
+    wanted, the method's where it is None; max_memory: a scan that may need more bytes fails before it is read.
     """
-    channels = output_channels(model.method, stage)
-    claim_manifest(to, manifest_of(model, stage, channels))
-    by_id = {scan.id: scan for scan in scans}
 
-    def work(case: str) -> Outcome:
-        if limit:
-            limit.check(scan_geometry(by_id[case]), case)
-        scan = read_image(by_id[case].image, case)
-        probabilities = ensemble.mean((member, 1.0) for member in model.predict(scan, channels))
-        write_block(to, probabilities, by_id[case].image, file_digest(by_id[case].image))
-        return Outcome(case, note=nothing_found(probabilities), result=to / f"{case}.npy")
+    open_model: Callable[[], Model]
+    stage: str | None
+    to: Path
+    max_memory: int | None = None
 
-    return each(list(by_id), work, on_done)
+    def __call__(self, scans: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
+        """Infer these scans, which are a share of all; what is done and unchanged stays.
+
+        Raises:
+            UsageError: the folder holds probabilities of something else. KitsegError: somebody writes there.
+        """
+        model = self.open_model()
+        say(describe(model))
+        with claimed(self.to, "probabilities", share.part):
+            return self._infer(model, scans, on_done)
+
+    def _infer(self, model: Model, scans: Sequence[Case], on_done: OnDone) -> list[Outcome]:
+        channels, limit = output_channels(model.method, self.stage), Limit(self.max_memory, (model,))
+        claim_manifest(self.to, manifest_of(model, self.stage, channels))
+        images = {scan.id: scan for scan in scans}
+
+        def work(case: str) -> Outcome:
+            image, result = images[case].image, self.to / f"{case}.npy"
+            if is_unchanged(self.to, case, digest := file_digest(image)):
+                return Outcome(case, note=UNCHANGED, result=result)
+            limit.check(scan_geometry(images[case]), case)
+            scan = read_image(image, case)
+            probabilities = ensemble.mean((member, 1.0) for member in model.predict(scan, channels))
+            write_block(self.to, probabilities, image, digest)
+            return Outcome(case, note=nothing_found(probabilities), result=result)
+
+        return each(list(images), work, on_done)
 
 
-def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done: OnDone) -> list[Outcome]:
-    """The weighted mean of folders of probabilities, case by case.
+def average(
+    folders: Sequence[Path], weights: Sequence[float], to: Path, on_done: OnDone, max_memory: int | None = None
+) -> list[Outcome]:
+    """The weighted mean of folders of probabilities, case by case, in slabs that keep within ``max_memory`` bytes.
 
     Raises:
         UsageError: the folders hold different cases or channels, or the weights don't fit.
@@ -67,19 +101,27 @@ def average(folders: Sequence[Path], weights: Sequence[float], to: Path, on_done
         {"folder": str(f), "weight": w, "model": m["model"]}
         for f, w, m in zip(folders, weights, manifests, strict=True)
     ]
-    claim_manifest(to, {**manifests[0], "channels": list(channels), "members": members})
+    manifest = {**manifests[0], "channels": list(channels), "members": members}
 
     def work(case: str) -> Outcome:
-        scan, digest = scan_of(folders[0], case)
+        (scan, digest), result = scan_of(folders[0], case), to / f"{case}.npy"
         if any(scan_of(folder, case)[1] != digest for folder in folders[1:]):
             raise KitsegError(f"{case}: the folders were inferred from different scans. Infer them again.")
-        blocks = (read_block(folder, case) for folder in folders)
-        alike = (ensemble.convert(block, channels) for block in blocks)
-        mean = ensemble.mean(zip(alike, weights, strict=True))
-        write_block(to, mean, scan, digest)
-        return Outcome(case, result=to / f"{case}.npy")
+        made_from = [block_digest(folder, case) for folder in folders]
+        if is_unchanged(to, case, digest, made_from):
+            return Outcome(case, note=UNCHANGED, result=result)
 
-    return each(cases, work, on_done)
+        def members() -> Iterator[tuple[Probabilities, float]]:
+            blocks = (read_block(folder, case) for folder in folders)
+            return zip((ensemble.convert(block, channels) for block in blocks), weights, strict=True)
+
+        mean = ensemble.mean_in_slabs(members, slab_within(max_memory, [block for block, _ in members()], case))
+        write_block(to, mean, scan, digest, made_from)
+        return Outcome(case, result=result)
+
+    with claimed(to, "probabilities"):
+        claim_manifest(to, manifest)
+        return each(cases, work, on_done)
 
 
 def output_channels(method: Method, stage: str | None) -> dict[str, Source]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -248,7 +249,20 @@ def torch_device(name: str) -> torch.device:
         raise UsageError(f"there is no device '{name}'; there are auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return _own_gpu() if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def _own_gpu() -> torch.device:
+    """This process's GPU, where there is one process a GPU; srun may show each of them its own only.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    count = torch.cuda.device_count()
+    index = int(os.environ.get("LOCAL_RANK", int(os.environ.get("SLURM_LOCALID", 0)) % count))
+    if index >= count:
+        raise UsageError(f"{index + 1} GPU(s) asked for, torch finds {count} here")
+    return torch.device("cuda", index)
 
 
 def _trained_with(device: torch.device, spec: StageSpec) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from kitseg.measure.quality import Quality
 from kitseg.types import Case
 
 OnDone = Callable[["Outcome"], None]
+UNCHANGED = "unchanged"
 
 
 @dataclass(frozen=True)

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
+from kitseg.claim import claimed
 from kitseg.errors import KitsegError, UsageError
-from kitseg.files import write_json
 from kitseg.measure.measure import measure
-from kitseg.measure.quality import assess
+from kitseg.measure.quality import Flag, Quality, assess
 from kitseg.pipeline.clean import build_steps, clean, save_labels, spare_scan
 from kitseg.pipeline.machine import versions
 from kitseg.pipeline.members import Ensemble, choose_run, open_ensemble
 from kitseg.pipeline.memory import Limit
-from kitseg.pipeline.outcome import OnDone, Outcome, each
+from kitseg.pipeline.outcome import UNCHANGED, OnDone, Outcome, each
+from kitseg.pipeline.ranks import Say
+from kitseg.pipeline.record import forget, read_record, recipe, spare_foreign, write_record
+from kitseg.pipeline.share import Share
 from kitseg.report.pictures import case_picture
 from kitseg.screen import say
 from kitseg.splits import held_out
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
-from kitseg.volumes.nifti import file_digest
 from kitseg.volumes.scan import Scans, find_scans, knows_its_place, read_scan, scan_digest, scan_geometry
 
-SCHEMA = 3
+if TYPE_CHECKING:
+    from kitseg.volumes.dicom.choice import Choice
+
 SERIES_TABLE = "series.csv"
 
 
@@ -38,63 +43,107 @@ class Wanted:
     """What `predict` writes beside labels, figures and a picture.
 
     dicom_seg: a DICOM segmentation of each DICOM series; keep_identifiers: who the patient is, into that and the table
-    of series; limit: of main memory, for each scan.
+    of series; choices: the series in that table; max_memory: a scan that may need more bytes fails before it is read.
     """
 
     dicom_seg: bool = False
     keep_identifiers: bool = False
-    limit: Limit | None = None
+    choices: Sequence[Choice] = ()
+    max_memory: int | None = None
 
 
-def predict_scans(
-    model: Ensemble, scans: Sequence[Case], to: Path, on_done: OnDone, wanted: Wanted = Wanted()
-) -> list[Outcome]:
-    """Labels, figures and a picture for each scan: ``infer``, ``ensemble`` and ``postprocess`` without the files.
+@dataclass(frozen=True)
+class Prediction:
+    """Labels, figures and a picture for each scan: ``infer``, ``ensemble`` and ``postprocess`` without their files.
 
-    Raises:
-        UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is no DICOM series.
+    Work for one process or several. open_ensemble: opens the models, in the process that works with them.
     """
-    steps, origin, experience = build_steps(model.postprocess), model.origin(), model.experience()
-    methods = " + ".join(sorted({one.method.name for one in model.models}))
-    by_id = {scan.id: scan for scan in scans}
-    for case, scan in by_id.items():
-        spare_scan(scan.image, to / f"{case}.nii.gz")
-        _spare_foreign(to / f"{case}.json")
-        if wanted.dicom_seg and not scan.slices:
-            raise UsageError(f"{scan.image} is no DICOM series, so that there is nothing for a DICOM segmentation")
 
-    def work(case: str) -> Outcome:
-        begun, source = time.perf_counter(), by_id[case]
-        if wanted.limit:
-            wanted.limit.check(scan_geometry(source), case)
+    open_ensemble: Callable[[], Ensemble]
+    to: Path
+    wanted: Wanted = Wanted()
+
+    def __call__(self, scans: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
+        """Predict these scans, which are a share of all; what is done and unchanged stays.
+
+        Raises:
+            UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is no DICOM
+                series. KitsegError: somebody writes there.
+        """
+        for scan in scans:
+            spare_scan(scan.image, self.to / f"{scan.id}.nii.gz")
+            spare_foreign(self.to / f"{scan.id}.json")
+            if self.wanted.dicom_seg and not scan.slices:
+                raise UsageError(f"{scan.image} is no DICOM series, so that there is nothing for a DICOM segmentation")
+        model = self.open_ensemble()
+        say(model.describe())
+        with claimed(self.to, "labels", share.part):
+            write_choices(self.to, self.wanted.choices, self.wanted.keep_identifiers)
+            desk = _Desk(model, self.to, self.wanted)
+            by_id = {scan.id: scan for scan in scans}
+            return each(list(by_id), lambda case: desk.predict(by_id[case]), on_done)
+
+
+class _Desk:
+    """Where scans become labels, with what is the same for all of them."""
+
+    def __init__(self, model: Ensemble, to: Path, wanted: Wanted) -> None:
+        self.model, self.to, self.wanted = model, to, wanted
+        self.steps, self.experience = build_steps(model.postprocess), model.experience()
+        self.limit = Limit(wanted.max_memory, model.models)
+        self.facts = {"models": model.origin(), "postprocess": model.postprocess, "versions": versions()}
+        alike = [{**one, "path": ""} for one in model.origin()]  # wherever a model lies, its hash tells which it is
+        outputs = (wanted.dicom_seg, wanted.dicom_seg and wanted.keep_identifiers)
+        self.recipe = recipe(**{**self.facts, "models": alike}, outputs=outputs)
+
+    def predict(self, source: Case) -> Outcome:
+        """Labels, figures and a picture of a scan, unless they are there; its record is written last."""
+        begun, record = time.perf_counter(), self.to / f"{source.id}.json"
+        made = {"recipe": self.recipe, "scan_sha256": scan_digest(source)}
+        if before := read_record(record, made):
+            return _as_before(before, record)
+        self.limit.check(scan_geometry(source), source.id)
         scan = read_scan(source)
-        probabilities, agreement = model.believe(scan)
-        labels = clean(probabilities, scan, steps)
-        written = save_labels(to, case, labels, probabilities)
+        probabilities, agreement = self.model.believe(scan)
+        labels = clean(probabilities, scan, self.steps)
         findings = measure(labels, scan.geometry, scan.array)
-        quality = assess(labels, scan.array, scan.geometry, findings, agreement, experience)
+        quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.experience)
+        files = [self.to / f"{source.id}{end}" for end in (".nii.gz", ".png", *[".dcm"] * self.wanted.dicom_seg)]
+        forget(record, files)
+        written = save_labels(self.to, source.id, labels, probabilities)
+        case_picture(files[1], scan, labels, title=source.id)
+        if self.wanted.dicom_seg:
+            self._write_segmentation(files[2], labels, source)
         note = "; ".join(filter(None, [written.note, *doubts(source, scan)]))
-        outcome = replace(written, note=note, quality=quality)
-        if wanted.dicom_seg:
-            _write_segmentation(to / f"{case}.dcm", labels, source, methods, wanted.keep_identifiers)
         facts = {
-            "case": case,
-            "scan": case if source.slices else source.image.name,
-            "scan_sha256": scan_digest(source),
-            "labels_sha256": file_digest(to / f"{case}.nii.gz"),
-            "volumes_ml": outcome.volumes_ml,
+            "case": source.id,
+            "scan": source.id if source.slices else source.image.name,
+            "volumes_ml": written.volumes_ml,
             "note": note,
             "seconds": round(time.perf_counter() - begun, 2),
-            "models": origin,
-            "versions": versions(),
             "findings": asdict(findings),
             "quality": {"level": quality.level, **asdict(quality), "agreement": agreement},
         }
-        write_json(to / f"{case}.json", SCHEMA, facts)
-        case_picture(to / f"{case}.png", scan, labels, title=case)
-        return outcome
+        write_record(record, {**facts, **self.facts}, made, files)
+        return replace(written, note=note, quality=quality)
 
-    return each(list(by_id), work, on_done)
+    def _write_segmentation(self, path: Path, labels: NDArray[np.uint8], source: Case) -> None:
+        from kitseg.volumes.dicom.segmentation import Algorithm, write_segmentation
+        from kitseg.volumes.dicom.series import open_series
+
+        methods = " + ".join(sorted({one.method.name for one in self.model.models}))
+        series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
+        write_segmentation(path, labels, series, algorithm, self.wanted.keep_identifiers)
+
+
+def _as_before(facts: Mapping[str, Any], record: Path) -> Outcome:
+    """The outcome that a case had, by its record."""
+    found = facts["quality"]
+    quality = Quality(tuple(Flag(**flag) for flag in found["flags"]), found["phase"])
+    note = "; ".join(filter(None, [facts["note"], UNCHANGED]))
+    return Outcome(
+        facts["case"], note=note, result=record.with_suffix(".nii.gz"), volumes_ml=facts["volumes_ml"], quality=quality
+    )
 
 
 def predict(
@@ -114,11 +163,10 @@ def predict(
     Returns:
         One outcome a scan, with the label file, the volumes in ml and the flags, or the error in words.
     """
-    opened = open_ensemble(_paths(model) if model else [choose_run(Path("runs")).path], device)
-    say(opened.describe())
+    opened = partial(open_ensemble, _paths(model) if model else [choose_run(Path("runs")).path], device)
     found = find_scans(_paths(scans))
-    write_choices(Path(output), found, keep_identifiers=False)
-    return predict_scans(opened, found.cases, Path(output), lambda _: None)
+    work = Prediction(opened, Path(output), Wanted(choices=found.choices))
+    return work(found.cases, Share(), say, lambda _: None)
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:
@@ -133,22 +181,20 @@ def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, se
     return replace(found, cases=tuple(case for case in found.cases if not wanted or case.id in wanted))
 
 
-def write_choices(to: Path, found: Scans, keep_identifiers: bool) -> None:
+def write_choices(to: Path, choices: Sequence[Choice], keep_identifiers: bool) -> None:
     """Write which DICOM series were chosen and why, where there are any.
 
     Raises:
         KitsegError: none of them was.
     """
-    if not found.choices:
+    if not choices:
         return
     from kitseg.volumes.dicom.choice import write_series_table
 
-    write_series_table(to / SERIES_TABLE, found.choices, keep_identifiers)
-    if not found.cases:
-        reasons = "; ".join(f"{choice.series.case_id}: {choice.reason}" for choice in found.choices[:5])
-        raise KitsegError(
-            f"none of {len(found.choices)} DICOM series is a CT to segment ({reasons}). See {SERIES_TABLE}."
-        )
+    write_series_table(to / SERIES_TABLE, choices, keep_identifiers)
+    if not any(choice.chosen for choice in choices):
+        reasons = "; ".join(f"{choice.series.case_id}: {choice.reason}" for choice in choices[:5])
+        raise KitsegError(f"none of {len(choices)} DICOM series is a CT to segment ({reasons}). See {SERIES_TABLE}.")
 
 
 def doubts(case: Case, scan: Volume) -> list[str]:
@@ -159,22 +205,5 @@ def doubts(case: Case, scan: Volume) -> list[str]:
     return found if knows_its_place(case) else [*found, "the file doesn't say its orientation"]
 
 
-def _write_segmentation(path: Path, labels: NDArray[np.uint8], source: Case, method: str, keep: bool) -> None:
-    from kitseg.volumes.dicom.segmentation import Algorithm, write_segmentation
-    from kitseg.volumes.dicom.series import open_series
-
-    series = open_series(source.slices, source.id)
-    write_segmentation(path, labels, series, Algorithm(f"kitseg {method}", __version__), keep)
-
-
 def _paths(given: Path | str | Sequence[Path | str]) -> list[Path]:
     return [Path(given)] if isinstance(given, str | Path) else [Path(path) for path in given]
-
-
-def _spare_foreign(path: Path) -> None:
-    """Never write over a file that kitseg didn't make."""
-    if path.exists():
-        try:
-            json.loads(path.read_text(encoding="utf-8"))["versions"]["kitseg"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} was not written by kitseg; choose another folder with --output") from error

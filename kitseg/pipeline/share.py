@@ -27,6 +27,11 @@ class Share:
     def __str__(self) -> str:
         return f"{self.index + 1}/{self.of}"
 
+    @property
+    def part(self) -> str:
+        """Its name where there are others, such as ``2/8``; empty for the whole."""
+        return str(self) if self.of > 1 else ""
+
     @classmethod
     def parse(cls, text: str) -> Share:
         """``2/8`` is the second of eight.
@@ -54,13 +59,17 @@ class Share:
         Raises:
             UsageError: ``shard`` names no part.
         """
-        part, here = cls() if shard is None else cls.parse(shard), cls.here()
-        return cls(part.index + part.of * here.index, part.of * here.of)
+        here = cls.here()
+        return (cls() if shard is None else cls.parse(shard)).split(here.of)[here.index]
+
+    def split(self, parts: int) -> list[Share]:
+        """This part dealt on to so many parts of its own."""
+        return [Share(self.index + self.of * index, self.of * parts) for index in range(parts)]
 
     def take(self, items: Sequence[T], size: Callable[[T], float] | None = None) -> list[T]:
         """This part of the items, the same whoever asks: dealt in turn, the largest first where ``size`` tells them.
 
-        Every item is in exactly one part, and parts differ by one item at most.
+        Every item is in exactly one part, and parts differ by one item at most. The whole keeps its order.
         """
-        order = list(items) if size is None else sorted(items, key=lambda item: -size(item))
+        order = list(items) if size is None or self.of == 1 else sorted(items, key=lambda item: -size(item))
         return order[self.index :: self.of]

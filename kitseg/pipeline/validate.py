@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kitseg import config
+from kitseg.claim import claimed
 from kitseg.errors import KitsegError, UsageError
 from kitseg.files import read_json
 from kitseg.pipeline.clean import build_steps, clean, save_labels
 from kitseg.pipeline.evaluate import PROTOCOL, Rules, Score, score_case
 from kitseg.pipeline.infer import manifest_of
 from kitseg.pipeline.model import Model, open_model
-from kitseg.pipeline.outcome import OnDone, Outcome, each
+from kitseg.pipeline.outcome import UNCHANGED, OnDone, Outcome, each
 from kitseg.pipeline.scores import write_scores
 from kitseg.runs import SCHEMA, Run, find_run, move_aside
 from kitseg.scoring.protocols import PROTOCOLS
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
-from kitseg.volumes.blocks import MANIFEST, claim_manifest, read_manifest, scan_digest, write_block
+from kitseg.volumes.blocks import MANIFEST, claim_manifest, is_unchanged, read_manifest, write_block
 from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
 from kitseg.volumes.nifti import file_digest, read_image
 
@@ -59,8 +60,7 @@ class Validation:
 
     def is_done(self, fold: int, case: Case) -> bool:
         """Whether a case is predicted, from the scan as it is now."""
-        there = scan_digest(self.beliefs(fold), case.id)
-        return there is not None and self.label(case).exists() and there == self.hash_of(case)
+        return self.label(case).exists() and is_unchanged(self.beliefs(fold), case.id, self.hash_of(case))
 
     def label(self, case: Case) -> Path:
         """A case's label map."""
@@ -96,9 +96,10 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validatio
 def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[Outcome]:
     """Probabilities and label maps of every validation case by the fold that never saw it; what is done is kept."""
     outcomes = []
-    for fold in validation.asked:
-        model = open_model(validation.run.fold(fold), device, mirror=validation.mirror)
-        outcomes += _predict_fold(validation, fold, model, on_done)
+    with claimed(validation.run.validation(validation.mirror), "out-of-fold predictions"):
+        for fold in validation.asked:
+            model = open_model(validation.run.fold(fold), device, mirror=validation.mirror)
+            outcomes += _predict_fold(validation, fold, model, on_done)
     return outcomes
 
 
@@ -149,7 +150,7 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
     def work(name: str) -> Outcome:
         case = by_id[name]
         if validation.is_done(fold, case):
-            return Outcome(name, note="predicted already", result=validation.label(case))
+            return Outcome(name, note=UNCHANGED, result=validation.label(case))
         scan = read_image(case.image, name)
         found = model.believe(scan)
         outcome = save_labels(validation.labels, name, clean(found, scan, steps), found)

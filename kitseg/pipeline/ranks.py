@@ -1,0 +1,136 @@
+"""Cases shared by several processes on this machine: one a GPU, or several on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from kitseg.errors import KitsegError
+from kitseg.pipeline.outcome import OnDone, Outcome
+from kitseg.pipeline.share import Share
+from kitseg.types import Case
+from kitseg.volumes.scan import scan_bytes
+
+Say = Callable[[str], None]
+#: Work on the cases of a share; it says what it begins with, and what became of each case.
+Work = Callable[[Sequence[Case], Share, Say, OnDone], list[Outcome]]
+PATIENCE = 3.0  # seconds that ranks have to end in order
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """A process, what it is heard by, and its cases."""
+
+    process: SpawnProcess
+    heard: Connection
+    cases: Sequence[Case]
+
+    def lost(self, done: Sequence[Outcome]) -> list[Outcome]:
+        """Its cases that nothing is known of when it has ended."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        remedy = "The same command goes on; where memory was short, with fewer processes."
+        known = {outcome.case for outcome in done}
+        return [
+            Outcome(case.id, error=f"{case.id}: not done, its process {how}. {remedy}")
+            for case in self.cases
+            if case.id not in known
+        ]
+
+
+def deal(cases: Sequence[Case], share: Share) -> list[Case]:
+    """The cases of a share, where there are several the largest scan first."""
+    return share.take(cases, scan_bytes)
+
+
+def on_ranks(work: Work, cases: Sequence[Case], shares: Sequence[Share], say: Say, on_done: OnDone) -> list[Outcome]:
+    """Have the work on these cases done by a process for each of the shares; ``work`` can be pickled.
+
+    Where one is killed the others go on, and its cases without an outcome have failed.
+
+    Raises:
+        KitsegError: what a process could not begin with; the others end, too.
+    """
+    outcomes: list[Outcome] = []
+    with _started(work, cases, shares) as ranks:
+        running = {rank.heard: rank for rank in ranks}
+        while running:
+            for heard in wait(list(running)):
+                for message in _messages(running, heard, outcomes):  # type: ignore[arg-type]
+                    if isinstance(message, KitsegError):
+                        raise message
+                    if isinstance(message, str):
+                        say(message)
+                    else:
+                        outcomes.append(message)
+                        on_done(message)
+    return outcomes
+
+
+def _messages(running: dict[Connection, _Rank], heard: Connection, done: Sequence[Outcome]) -> list[Any]:
+    """What a rank says; where it has ended, what became of the rest of its cases."""
+    try:
+        return [heard.recv()]
+    except (EOFError, OSError):
+        return list(running.pop(heard).lost(done))
+
+
+@contextmanager
+def _started(work: Work, cases: Sequence[Case], shares: Sequence[Share]) -> Iterator[list[_Rank]]:
+    """The processes; none is left when the block ends."""
+    context, ranks = get_context("spawn"), []
+    try:
+        for number, share in enumerate(shares):
+            heard, told = context.Pipe(duplex=False)
+            mine = deal(cases, Share(number, len(shares)))
+            arguments = (work, mine, share, (number, len(shares)), told)
+            process = context.Process(target=_run, args=arguments, daemon=True)
+            process.start()
+            told.close()
+            ranks.append(_Rank(process, heard, mine))
+        yield ranks
+    finally:
+        end = time.monotonic() + PATIENCE
+        for rank in ranks:
+            rank.process.terminate()
+        for rank in ranks:
+            rank.process.join(max(0, end - time.monotonic()))
+            rank.process.kill()
+            rank.process.join()
+
+
+def _run(work: Work, cases: Sequence[Case], share: Share, rank: tuple[int, int], told: Connection) -> None:
+    """A rank's life: its part of the work, as long as the process that started it lives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all; the parent says when to end
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    number, of = rank
+    os.environ["LOCAL_RANK"] = str(number)
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // of))
+    try:
+        work(cases, share, told.send if number == 0 else _unsaid, told.send)
+    except KitsegError as error:
+        told.send(error)
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _unsaid(text: str) -> None:
+    """What the first rank says for all."""
