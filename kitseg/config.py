@@ -112,7 +112,7 @@ def compose(method: str, size: str, overrides: Sequence[str] = ()) -> Config:
         with initialize_config_module("kitseg.conf", version_base="1.3"):
             config = hydra_compose("kitseg", [f"method={method}", f"size={size}", *overrides])
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own checks raise any of them
         raise UsageError(_explain(str(error), method, size, overrides)) from error
     configuration = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
     for key, least in {"seed": 0, "folds": 2, "inner_folds": 2, "test_cases": 0, "keep_best": 1}.items():

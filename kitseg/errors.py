@@ -33,7 +33,10 @@ LOADER = ("a loader process was killed", f"The machine may be short of memory or
 
 
 class KitsegError(Exception):
-    """Something the user can mend; the message says what is wrong and what to do."""
+    """Something the user can mend; the message says what is wrong and what to do, in one line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InputError(KitsegError):
@@ -77,7 +80,7 @@ def fault(error: BaseException) -> tuple[str, str] | None:
 def in_words(name: Path | str, error: BaseException) -> str:
     """An error in one line: its own words, a fault's with what helps, or for one that nobody foresaw its type."""
     if isinstance(error, KitsegError):
-        return printable(str(error))
+        return str(error)
     if found := fault(error):
         befell, helps = found
         return printable(f"{name}: {befell}. {helps}.")
