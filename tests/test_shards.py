@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from conftest import SMALLEST, kitseg
 from nifti_files import save
 
+from kitseg.claim import claimed
 from kitseg.pipeline import evaluate
 from kitseg.pipeline.evaluate import Score, find_jobs, rules, works
 from kitseg.pipeline.kept import Kept, results
@@ -170,3 +172,19 @@ def test_parts_of_a_preprocessing(phantoms: Path, tmp_path: Path) -> None:
         found.append({path.parent.name for path in (tmp_path / "preprocessed").rglob("meta.json")})
     assert (len(found[0]), len(found[1])) == (3, 6)
     assert "12 unchanged" in kitseg(tmp_path, *command).text
+
+
+@pytest.mark.slow
+def test_touched_files_are_read_once(phantoms: Path, tmp_path: Path) -> None:
+    shutil.copytree(phantoms / "test" / "case_00000", tmp_path / "data" / "case_00000")
+    command = ("preprocess", *SMALLEST, "--jobs=1")
+    assert kitseg(tmp_path, *command).code == 0
+    label = tmp_path / "data" / "case_00000" / "segmentation.nii.gz"
+    label.touch()
+    with claimed(tmp_path / "preprocessed", "cases"):
+        assert "is writing there" in kitseg(tmp_path, *command).text, "it has to look at the label"
+    assert "2 unchanged" in kitseg(tmp_path, *command).text
+    for meta in (tmp_path / "preprocessed").rglob("meta.json"):
+        assert json.loads(meta.read_text())["sources"]["label"]["mtime"] == label.stat().st_mtime_ns
+    with claimed(tmp_path / "preprocessed", "cases"):
+        assert "2 unchanged" in kitseg(tmp_path, *command).text, "nothing to do needs no lock"

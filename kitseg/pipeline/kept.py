@@ -119,11 +119,15 @@ def results(
         return found
     there = {work.case: kept.find(work) for work in works}
     undone = [case for case, result in there.items() if result is None]
+    if not undone:
+        return [result for result in there.values() if result]
     if any(result.case in undone for result in found if not result.error):
         say(f"part {share}: the output is being written by another part, which ended at the same time")
-    elif undone:
+    elif mine:
         say(f"part {share}: {len(undone)} of {len(works)} cases are still to do; who ends last writes the output")
-    return [result for result in there.values() if result] if not undone else None
+    else:
+        say(f"part {share} holds none of the {len(works)} cases")
+    return None
 
 
 def _do(work: Work[R], kept: Kept[R] | None) -> R:
