@@ -6,6 +6,7 @@ import gzip
 import itertools
 import shutil
 import tracemalloc
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,11 +156,12 @@ def test_a_zipped_stream_with_flipped_bytes_is_read_or_refused(
 
 
 def refused_or_read(path: Path, read: Read) -> None:
-    """One line that names the file, or a result; never another error, nor more than 100 MB."""
+    """One line that names the file, or a result; never another error, a warning, or more than 100 MB."""
     line = f"{path}: "
     tracemalloc.start()
     try:
-        read(path)
+        with warnings.catch_warnings(action="error"):
+            read(path)
     except InputError as error:
         line = str(error)
     finally:

@@ -112,7 +112,7 @@ def geometry_of(path: Path, header: Any) -> Geometry:
     Raises:
         InputError: it is no plausible CT's, or the file can't hold its voxels.
     """
-    with in_words(path):
+    with in_words(path), np.errstate(all="ignore"):
         shape = tuple(int(n) for n in header.get_data_shape())
         affine = np.asarray(header.get_best_affine(), np.float64)
         header.get_slope_inter()
@@ -155,7 +155,8 @@ def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
     if not np.isfinite(affine).all():
         raise InputError(path, "its affine holds values that are not finite", _CONVERT_AGAIN)
     axes = affine[:3, :3]
-    spacing = np.linalg.norm(axes, axis=0)
+    with np.errstate(over="ignore"):
+        spacing = np.linalg.norm(axes, axis=0)
     if min(spacing) == 0 or not np.isfinite(spacing).all() or abs(np.linalg.det(axes / spacing)) < MAX_COSINE:
         raise InputError(path, "its affine is singular", _CONVERT_AGAIN)
     cosines = (axes / spacing).T @ (axes / spacing) - np.eye(3)

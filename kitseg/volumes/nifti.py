@@ -104,9 +104,9 @@ def read_labels(path: Path, case_id: str, convention: str | None = "kits19", str
     labels = np.empty(stored.shape, np.uint8)
     strange: set[float] = set()
     for row, plane in zip(labels, stored, strict=True):
-        values = plane if (slope, offset) == (1, 0) else plane * slope + offset
-        whole = values if values.dtype.kind in "iu" else np.rint(values)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = plane if (slope, offset) == (1, 0) else plane * slope + offset
+            whole = values if values.dtype.kind in "iu" else np.rint(values)
             good = np.isin(whole, known) & (np.abs(values - whole) <= LABEL_TOLERANCE)
         strange.update(np.unique(values[~good])[:5].tolist())
         row[:] = np.where(good, whole, 0)
