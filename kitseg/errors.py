@@ -65,7 +65,7 @@ def fault(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, OSError) and re.match(r"\d+ requested and \d+ written", text):  # NumPy's
         return _SYSTEM[errno.ENOSPC]
     if isinstance(error, RuntimeError):
-        if "PytorchStreamWriter failed writing" in text:
+        if "PytorchStreamWriter failed writing" in text or ("inline_container.cc" in text and "unexpected pos" in text):
             return _SYSTEM[errno.ENOSPC]
         if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
             return LOADER
