@@ -160,8 +160,7 @@ def read(path: Path) -> Config:
 
 def dump(config: Config) -> str:
     """A configuration as YAML."""
-    text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    return text
+    return trust.dump(config)
 
 
 def differences(old: Config, new: Config, prefix: str = "") -> list[str]:

@@ -35,6 +35,11 @@ def say(text: str) -> None:
     out.print(text, soft_wrap=True, highlight=False)
 
 
+def say_plainly(text: str) -> None:
+    """Text as it stands: square brackets in it, such as in a path, mean nothing."""
+    say(escape(text))
+
+
 def complain(text: str) -> None:
     """One line on the error stream, whatever is in the text."""
     err.print(f"[red]✗[/] {escape(printable(text))}", soft_wrap=True, highlight=False)

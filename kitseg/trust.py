@@ -33,6 +33,17 @@ def parse(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
+def dump(content: Any) -> str:
+    """Plain values as YAML that ``parse`` reads: what is in it twice is written twice."""
+    text: str = yaml.dump(content, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+    return text
+
+
+class _Plain(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def check_plain(spec: Any) -> None:
     """Make sure that no text asks for an interpolation and that each ``_target_`` is one that kitseg builds from.
 
@@ -73,6 +84,11 @@ def name(text: Any) -> str:
     if not isinstance(text, str) or not re.fullmatch(r"\w[\w-]{0,63}", text, re.ASCII):
         raise UsageError(f"{text!r} is no name: it takes letters, digits, - and _")
     return text
+
+
+def is_line(text: Any) -> bool:
+    """Whether this is a text for a line on the screen."""
+    return isinstance(text, str) and 0 < len(text) <= 200 and text.isprintable()
 
 
 def _no_part(target: str) -> UsageError:

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from kitseg import __version__, screen
 from kitseg.errors import KitsegError, UsageError, fault, in_words
+from kitseg.interrupt import interruptible
 from kitseg.pipeline.share import Share
 
 if TYPE_CHECKING:
@@ -65,9 +66,13 @@ Convention = Annotated[
 
 
 def main() -> None:
-    """Run the command line: errors in one line; exit code 1 where something failed, 2 where the call can't be meant."""
+    """Run the command line: errors in one line.
+
+    Exit code 1 where something failed, 2 where the call can't be meant, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     try:
-        app()
+        with interruptible():
+            app()
     except UsageError as error:
         _fail(error, 2)
     except KitsegError as error:
@@ -136,7 +141,7 @@ def shared_work(title: str, cases: Sequence[Case], do: Work, shard: str | None, 
 
     share, launched = Share.asked(shard), Share.here()
     mine = deal(cases, share)
-    say = screen.say if launched.index == 0 else lambda text: None
+    say = screen.say_plainly if launched.index == 0 else lambda text: None
 
     def run(done: Callable[[Outcome], None]) -> list[Outcome]:
         if ranks == 1 or launched.of > 1:

@@ -40,7 +40,10 @@ class Format(StrEnum):
 
 @app.command(epilog="Example: kitseg infer --run runs/two-phase-small --stage fine.1 --data data -o probabilities")
 def infer(
-    run: Annotated[Path | None, typer.Option(help="A run (its folds averaged) or one fold of it.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", "--model", help="A run (its folds averaged), one fold of it, or a bundle of one run."),
+    ] = None,
     data: Annotated[Path, typer.Option(help="Scans: a file, a folder of cases or of files.")] = Path("data"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = PROBABILITIES,
     stage: Annotated[str | None, typer.Option(help="A stage's own output, such as coarse or fine.1.")] = None,
@@ -60,7 +63,7 @@ def infer(
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
     from kitseg.pipeline.infer import Inference
-    from kitseg.pipeline.members import choose_run
+    from kitseg.pipeline.members import choose_run, only_member
     from kitseg.pipeline.memory import parse_size
     from kitseg.pipeline.model import open_model
     from kitseg.pipeline.predict import choose_scans
@@ -69,7 +72,8 @@ def infer(
     scans, first = choose_scans([data], split, fold), stage.partition(".")[0] if stage else None
     if scans.choices:
         raise UsageError(f"{data} holds DICOM, which only `kitseg predict` reads; the verbs before it take NIfTI files")
-    model = partial(open_model, run or choose_run(Path("runs")).path, device, first, mirror, engine, precision)
+    member = only_member(run or choose_run(Path("runs")).path)
+    model = partial(open_model, member.run, device, first, mirror or member.mirror, engine, precision)
     do = Inference(model, stage, output, parse_size(max_memory))
     shared_work("infer", scans.cases, do, shard, ranks)
 
@@ -111,8 +115,11 @@ def predict(
     ] = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = PREDICTIONS,
     model: Annotated[
-        list[Path],
-        typer.Option(help="A run, one fold of it, or an ensemble file; several times: the mean of all."),
+        list[str],
+        typer.Option(
+            help="A run, one fold of it, an ensemble file, a bundle or hf://owner/name@revision; several times: the "
+            "mean of all."
+        ),
     ] = [],  # noqa: B006
     weights: Annotated[str | None, typer.Option(help="One number a model, comma-separated.")] = None,
     mirror: Mirror = False,
@@ -144,12 +151,13 @@ def predict(
 
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
-    from kitseg.pipeline.members import choose_run, open_ensemble
+    from kitseg.pipeline.members import choose_run, locate, open_ensemble
     from kitseg.pipeline.memory import parse_size
     from kitseg.pipeline.predict import SERIES_TABLE, Prediction, Wanted, choose_scans
 
     device, ranks = choose_ranks(gpus, processes, device)
-    found, models = choose_scans(scans, split, fold, series), model or [choose_run(Path("runs")).path]
+    found = choose_scans(scans, split, fold, series)
+    models = [locate(one) for one in model] or [choose_run(Path("runs")).path]
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision)
     if found.choices:
         screen.say(f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why")

@@ -14,7 +14,7 @@ from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError, in_words
 from kitseg.labels import to_kits19
 from kitseg.pipeline.clean import build_steps, clean
-from kitseg.pipeline.members import Member, write_ensemble
+from kitseg.pipeline.ensemble_file import Member, write_ensemble
 from kitseg.pipeline.model import run_digest
 from kitseg.pipeline.outcome import in_parallel
 from kitseg.runs import Run, find_run

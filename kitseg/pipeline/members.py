@@ -1,39 +1,24 @@
-"""Whose probabilities are averaged: a run, several runs, or what an ensemble file says.
-
-An ensemble file (``kitseg choose`` writes one) is YAML: ``schema``, ``members`` (each a ``run``, relative to the file,
-a ``weight`` and whether to ``mirror``) and ``postprocess``, the priors that clean the mean, in order.
-"""
+"""Whose probabilities are averaged: a run, several runs, or what an ensemble file or a model bundle says."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kitseg import config, ensemble
-from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.files import write_text
+from kitseg.errors import KitsegError, UsageError
 from kitseg.measure.quality import Experience
+from kitseg.pipeline.address import SCHEME, fetch_bundle
+from kitseg.pipeline.archive import MANIFEST
+from kitseg.pipeline.bundle import SUFFIX, Bundle, bundle_of, open_bundle
+from kitseg.pipeline.ensemble_file import Member, read_ensemble
 from kitseg.pipeline.experience import model_experience, together
 from kitseg.pipeline.model import Model, open_model
 from kitseg.runs import Run
 from kitseg.types import Probabilities, Volume
-
-SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Member:
-    """A run (its folds averaged) or one fold of it, its weight, and whether each scan is also seen mirrored."""
-
-    run: Path
-    weight: float = 1.0
-    mirror: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,14 +60,14 @@ class Ensemble:
 
 
 def open_ensemble(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     device: str,
     weights: Sequence[float] = (),
     mirror: bool = False,
     engine: str = "auto",
     precision: str = "auto",
 ) -> Ensemble:
-    """Open runs, folds of runs, and ensemble files; the post-processing is the first one's.
+    """Open runs, folds of runs, ensemble files and bundles; the post-processing is the first one's.
 
     engine, precision: see ``open_model``.
 
@@ -94,7 +79,7 @@ def open_ensemble(
         raise UsageError(f"{len(paths)} models need as many weights that aren't negative, not {shares}")
     members, recipes = [], []
     for path, share in zip(paths, shares, strict=True):
-        found, recipe = read_ensemble(path) if path.is_file() else ([Member(path)], None)
+        found, recipe = members_of(path)
         members += [replace(m, weight=share * m.weight, mirror=mirror or m.mirror) for m in found]
         recipes.append(recipe)
     models = tuple(
@@ -104,60 +89,51 @@ def open_ensemble(
     return Ensemble(models, tuple(member.weight for member in members), steps)
 
 
-def write_ensemble(
-    path: Path, members: Sequence[Member], postprocess: Mapping[str, Any], why: Mapping[str, Any]
-) -> None:
-    """Write an ensemble file; ``why``: the figures that it was chosen by."""
-    rows = [
-        {"run": os.path.relpath(m.run, path.absolute().parent), "weight": m.weight, "mirror": m.mirror} for m in members
-    ]
-    content = {"schema": SCHEMA, "members": rows, "postprocess": dict(postprocess), "chosen": dict(why)}
-    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
-def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
-    """The members and the post-processing of an ensemble file.
+def locate(model: Path | str) -> Path:
+    """Where a model lies; one in a bundle or at an address ``hf://owner/name@revision`` is unpacked into the cache.
 
     Raises:
-        InputError: unreadable, of another schema, or not what ``write_ensemble`` writes.
+        UsageError: no such address. KitsegError: it can't be fetched. InputError: no sound bundle.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
-        members = [
-            Member(path.parent / row["run"], float(row.get("weight", 1)), _yes_or_no(row.get("mirror", False)))
-            for row in content["members"]
-        ]
-        steps = dict(content["postprocess"] or {})
-        if odd := [name for name, step in steps.items() if not _is_prior(step)]:
-            raise ValueError(f"postprocess: {', '.join(odd)} is no prior of kitseg.postprocess")
-        if not ensemble.can_weigh([member.weight for member in members]):
-            raise ValueError("it needs members, with weights that aren't negative")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        remedy = "Write it with `kitseg choose`, or give a run's folder."
-        raise InputError(path, f"is no ensemble file ({type(error).__name__}: {reason})", remedy) from error
-    return members, steps
+    if isinstance(model, str) and model.startswith(SCHEME):
+        return fetch_bundle(model).path
+    path = Path(model)
+    return open_bundle(path).path if path.suffix == SUFFIX and not path.is_dir() else path
 
 
-def _yes_or_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"mirror is true or false, not {value!r}")
-    return value
+def members_of(model: Path | str) -> tuple[list[Member], Mapping[str, Any] | None]:
+    """What a run, a fold, an ensemble file, a bundle or an address stands for; for the first two the method's steps.
+
+    Raises:
+        See ``locate`` and ``read_ensemble``.
+    """
+    path = locate(model)
+    if (path / MANIFEST).is_file():
+        return Bundle(path).members()
+    return read_ensemble(path) if path.is_file() else ([Member(path)], None)
 
 
-def _is_prior(step: Any) -> bool:
-    return isinstance(step, dict) and str(step.get("_target_")).startswith("kitseg.postprocess.")
+def only_member(model: Path | str) -> Member:
+    """The run or fold that a model stands for.
+
+    Raises:
+        UsageError: it stands for several.
+    """
+    members, _ = members_of(model)
+    if len(members) > 1:
+        raise UsageError(f"{model} stands for {len(members)} runs, which only `kitseg predict` averages")
+    return members[0]
 
 
 def describe(model: Model) -> str:
-    """The model in a line, with a word where it learned from phantoms."""
+    """The model in a line, with a word where it learned from phantoms, and a bundle's licenses."""
     phantoms = "; it learned from phantoms, not from patients" if model_facts(model)["phantom"] else ""
     mirrored = "; each scan also mirrored" if model.mirror else ""
     folds = ", ".join(map(str, model.folds))
     where = f"{model.device} with {computed_with(model)}"
-    return f"model: {model.run.path} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}"
+    bundle = bundle_of(model.run)
+    name, licenses = (str(bundle), f"; {bundle.licensed}") if bundle else (str(model.run.path), "")
+    return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{licenses}"
 
 
 def computed_with(model: Model) -> str:
@@ -195,8 +171,10 @@ def model_facts(model: Model | Run) -> dict[str, Any]:
 
 def origin(model: Model) -> dict[str, Any]:
     """Which model made a result."""
+    bundle = bundle_of(model.run)
     return {
-        "path": str(model.run.path),
+        "path": f"{bundle.name}{SUFFIX}" if bundle else str(model.run.path),
+        **({"bundle": bundle.facts()} if bundle else {}),
         "folds": model.folds,
         "mirror": model.mirror,
         "engine": computed_with(model),

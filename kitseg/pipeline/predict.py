@@ -26,7 +26,7 @@ from kitseg.pipeline.ranks import Say
 from kitseg.pipeline.record import forget, read_record, recipe, spare_foreign, write_record
 from kitseg.pipeline.share import Share
 from kitseg.report.pictures import case_picture
-from kitseg.screen import say
+from kitseg.screen import say_plainly
 from kitseg.splits import held_out
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
@@ -156,17 +156,18 @@ def predict(
 
     Args:
         scans: NIfTI files, folders of them, or folders of DICOM series.
-        model: runs, folds or ensemble files; the only finished run under ``runs/`` where it is None.
+        model: runs, folds, ensemble files, bundles or their addresses; the only finished run under ``runs/`` where it
+            is None.
         output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``.
         device: auto, cpu or cuda.
 
     Returns:
         One outcome a scan, with the label file, the volumes in ml and the flags, or the error in words.
     """
-    opened = partial(open_ensemble, _paths(model) if model else [choose_run(Path("runs")).path], device)
+    opened = partial(open_ensemble, _models(model) if model else [choose_run(Path("runs")).path], device)
     found = find_scans(_paths(scans))
     work = Prediction(opened, Path(output), Wanted(choices=found.choices))
-    return work(found.cases, Share(), say, lambda _: None)
+    return work(found.cases, Share(), say_plainly, lambda _: None)
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:
@@ -203,6 +204,10 @@ def doubts(case: Case, scan: Volume) -> list[str]:
     if not looks_like_hu(scan.array):
         found.append("its values don't look like Hounsfield units")
     return found if knows_its_place(case) else [*found, "the file doesn't say its orientation"]
+
+
+def _models(given: Path | str | Sequence[Path | str]) -> list[Path | str]:
+    return [given] if isinstance(given, str | Path) else list(given)
 
 
 def _paths(given: Path | str | Sequence[Path | str]) -> list[Path]:

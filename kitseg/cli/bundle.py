@@ -1,0 +1,37 @@
+"""The command that makes a trained model one file to pass on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from kitseg import screen
+from kitseg.cli.app import app
+
+
+@app.command(epilog="Example: kitseg export runs/two-phase-paper -o two-phase.kitseg")
+def export(
+    model: Annotated[Path, typer.Argument(help="A run (its finished folds), one fold of it, or an ensemble file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle: a file that ends in .kitseg.")],
+    weights_license: Annotated[
+        str | None,
+        typer.Option(metavar="LICENSE", help="The weights' license, where it isn't the labels'."),
+    ] = None,
+    labels_license: Annotated[
+        str | None, typer.Option(metavar="LICENSE", help="The training labels' license, where they aren't KiTS19's.")
+    ] = None,
+) -> None:
+    """One file that predicts what a model predicts: weights, configuration, licenses, and no case by its name.
+
+    `kitseg predict --model` opens it anywhere; nothing in it is ever executed.
+    """
+    from kitseg.pipeline.export import export as write_bundle
+    from kitseg.volumes.nifti import file_digest
+
+    licenses = write_bundle(model, output, weights_license, labels_license)
+    stated = ", ".join(f"{kind} {license}" for kind, license in licenses.items())
+    screen.say(escape(f"{output}: {output.stat().st_size / 1e6:.1f} MB, licensed {stated}"))
+    screen.say(f"sha256 {file_digest(output)}")
