@@ -71,7 +71,7 @@ def storm(verb: str, command: tuple[str, ...], start: Path, work: Path, kills: i
     struck = calls = 0
     wrong: list[str] = []
     while struck < kills:
-        folder = copy(start, work / verb / f"storm-{struck}")
+        folder = copy(start, work / verb / f"storm-{calls}")
         done = False
         while not done:
             calls += 1
