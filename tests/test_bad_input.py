@@ -163,7 +163,8 @@ def test_evaluate_names_each(small: Patient, tmp_path: Path, as_references: bool
 
 
 def test_predict_names_each(trained: Path, small: Patient, tmp_path: Path) -> None:
-    kinds = [bad for bad in ALONE if not bad.labels]
+    mended = ("one-volume", "big-endian")  # two of them, since each is predicted
+    kinds = [bad for bad in ALONE if not bad.labels and (bad.words or bad.name in mended)]
     flat(tmp_path / "scans", small, kinds, 0, small.ct)
     result = kitseg(trained, "predict", str(tmp_path / "scans"), "-o", str(tmp_path / "out"), MODEL)
     assert result.code == 1
