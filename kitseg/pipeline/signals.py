@@ -46,8 +46,12 @@ class Listener:
             self.waits = False
 
     def obey(self) -> None:
-        """End the process, which a signal has asked for; it may have reached another rank only."""
-        raise SystemExit(128 + (self.asked or signal.SIGTERM))
+        """End the process, which a signal has asked for; it may have reached another rank only.
+
+        A machine's first rank alone says so by its code: Lightning kills that one where another ends with an error.
+        """
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        raise SystemExit(128 + (self.asked or signal.SIGTERM) if first else 0)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.asked = number
@@ -97,6 +101,8 @@ def call(command: Sequence[str], environment: Mapping[str, str], look: Callable[
                 time.sleep(PAUSE)
     finally:
         _end(process)
+    if listener.asked is not None:
+        listener.obey()
     if process.returncode in CODES:
         raise SystemExit(process.returncode)
     return process.returncode
