@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from kitseg import __version__, screen
 from kitseg.errors import KitsegError, UsageError, fault, in_words
+from kitseg.interrupt import interruptible
 from kitseg.pipeline.share import Share
 
 if TYPE_CHECKING:
@@ -65,9 +66,13 @@ Convention = Annotated[
 
 
 def main() -> None:
-    """Run the command line: errors in one line; exit code 1 where something failed, 2 where the call can't be meant."""
+    """Run the command line: errors in one line.
+
+    Exit code 1 where something failed, 2 where the call can't be meant, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     try:
-        app()
+        with interruptible():
+            app()
     except UsageError as error:
         _fail(error, 2)
     except KitsegError as error:

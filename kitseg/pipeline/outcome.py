@@ -12,6 +12,7 @@ from joblib import Parallel
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.errors import InputError, KitsegError, in_words
+from kitseg.interrupt import obey
 from kitseg.measure.quality import Quality
 from kitseg.types import Case
 
@@ -40,6 +41,7 @@ def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) 
         try:
             outcome = work(case)
         except Exception as error:  # whatever it is, the other cases go on
+            obey()
             outcome = Outcome(case, error=in_words(case, error))
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from kitseg.errors import KitsegError
+from kitseg.interrupt import obey, stop
 from kitseg.pipeline.outcome import OnDone, Outcome
 from kitseg.pipeline.share import Share
 from kitseg.types import Case
@@ -24,7 +24,7 @@ from kitseg.volumes.scan import scan_bytes
 Say = Callable[[str], None]
 #: Work on the cases of a share; it says what it begins with, and what became of each case.
 Work = Callable[[Sequence[Case], Share, Say, OnDone], list[Outcome]]
-PATIENCE = 3.0  # seconds that ranks have to end in order
+PATIENCE = 2.0  # seconds that ranks have to end in order
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def _started(work: Work, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
             mine = deal(cases, Share(number, len(shares)))
             arguments = (work, mine, share, (number, len(shares)), told)
             process = context.Process(target=_run, args=arguments, daemon=True)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal sends it to all; this one tells when
             process.start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             told.close()
             ranks.append(_Rank(process, heard, mine))
         yield ranks
@@ -112,18 +114,20 @@ def _started(work: Work, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
 
 def _run(work: Work, cases: Sequence[Case], share: Share, rank: tuple[int, int], told: Connection) -> None:
     """A rank's life: its part of the work, as long as the process that started it lives."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all; the parent says when to end
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     number, of = rank
     os.environ["LOCAL_RANK"] = str(number)
-    import torch
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // of))
     try:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // of))
         work(cases, share, told.send if number == 0 else _unsaid, told.send)
     except KitsegError as error:
         told.send(error)
+    except Exception:
+        obey()
+        raise
 
 
 def _end_with_parent() -> None:
