@@ -128,12 +128,12 @@ PREDICT = tuple(
     Row(
         f"predict-{method}-{checkpoints}",
         f"`kitseg predict`, {method}, checkpoints a stage: {checkpoints}, 512 × 512 × 139",
-        (predict(method, 139, checkpoints, precision="f32"), predict(method, 139, checkpoints, precision="bf16")),
+        [predict(method, 139, checkpoints, precision=precision) for precision in precisions],
         prepare=("data", "scan 139", run_of(method, checkpoints)),
         target="75 s and 4.5 GB in bfloat16" if (method, checkpoints) == ("two-phase", 1) else "",
         repeats=1,
     )
-    for checkpoints in (1, 5)
+    for checkpoints, precisions in ((1, ("f32", "bf16")), (5, ("bf16",)))
     for method in METHODS
 )
 
