@@ -11,12 +11,14 @@ from kitseg.types import Geometry
 from kitseg.volumes.nifti import read_image, write_image
 from kitseg.volumes.resample import nearest
 
+EXTENT, THINNEST = 261.0, 0.5  # mm: of the kidneys' part of the body, and a slice's distance in a KiTS19 scan of 1059
+
 work, slices, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 if not out.exists():
     scan = read_image(sorted((work / "data").glob("case_*"))[0] / "imaging.nii.gz", "case")
-    depth, _, _ = scan.geometry.shape
-    z, y, x = scan.geometry.spacing
+    _, y, x = scan.geometry.spacing
+    z = max(THINNEST, EXTENT / slices)
     image = nearest(scan.array, (slices, 512, 512))
     affine = np.array([[0, 0, -x * scan.array.shape[2] / 512, 0], [0, -y * scan.array.shape[1] / 512, 0, 0],
-                       [-z * depth / slices, 0, 0, 0], [0, 0, 0, 1]])  # fmt: skip
+                       [-z, 0, 0, 0], [0, 0, 0, 1]])  # fmt: skip
     write_image(out, image, Geometry(image.shape, affine))
