@@ -13,7 +13,7 @@ from monai.losses import DiceCELoss, DiceLoss, TverskyLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kitseg.losses.cross_entropy import MaskedCrossEntropy
+from kitseg.losses.cross_entropy import CrossEntropy, MaskedCrossEntropy
 from kitseg.losses.deep_supervision import DeepSupervision
 from kitseg.losses.dice import BCEDice, SoftDice
 from kitseg.losses.tversky import FocalTversky
@@ -141,6 +141,15 @@ def test_masked_cross_entropy_by_hand() -> None:
     logits = logits_of([0.5, 0.2, 0.7], [0.4, 0.7, 0.2], [0.1, 0.1, 0.1])
     loss = MaskedCrossEntropy()(logits, ids(0, 1, 2), ids(1, 1, 0)[:, None])
     assert loss.item() == pytest.approx(-(math.log(0.5) + math.log(0.7)) / (3 * 3))  # three pixels, three channels
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cross_entropy_is_that_of_pytorch(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 3, *shape, generator=generator), torch.randint(3, (2, *shape), generator=generator)
+    assert CrossEntropy()(logits, target).item() == pytest.approx(nn.CrossEntropyLoss()(logits, target).item(), 1e-6)
+    even = CrossEntropy()(torch.zeros(1, 4, *shape), torch.ones(1, *shape, dtype=torch.int64))
+    assert even.item() == pytest.approx(np.log(4))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

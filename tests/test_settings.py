@@ -14,6 +14,7 @@ from kitseg.inference.windows import DepthWindow
 from kitseg.links.guides import GuidedByForeground, SliceGate
 from kitseg.links.intensity import ClipScale, ZScore
 from kitseg.links.regions import FixedAroundForeground
+from kitseg.losses.cross_entropy import CrossEntropy
 from kitseg.types import Grid
 
 
@@ -31,7 +32,7 @@ def papers(method: str) -> dict[str, StageSpec]:
 )
 def test_the_papers_stages(name: str, grid: Grid, samples: int) -> None:
     spec = papers("two-phase")[name]
-    assert (spec.epochs, spec.batch, spec.at_once, spec.precision) == (600, 1, 1, "16-mixed")
+    assert (spec.epochs, spec.batch, spec.at_once, spec.precision) == (600, 1, 1, "bf16-mixed")
     assert spec.grid == grid
     assert (spec.rounds, spec.stop_after) == (None, None)
     assert config.build(spec.parts["sampler"]).per_case == samples
@@ -65,7 +66,7 @@ def test_the_papers_optimizer(name: str) -> None:
         scheduler.step()
     found = [rates[i] for i in (0, 199, 200, 399, 400, 599)]
     assert found == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5, 2.5e-5, 2.5e-5])
-    assert type(config.build(module["loss"])) is torch.nn.CrossEntropyLoss
+    assert type(config.build(module["loss"])) is CrossEntropy
 
 
 # --- the slice methods -----------------------------------------------------------------------------------------------

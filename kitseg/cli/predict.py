@@ -13,6 +13,7 @@ from kitseg import screen
 from kitseg.cli.app import (
     PREDICTIONS,
     PROBABILITIES,
+    Deterministic,
     Device,
     Engine,
     Fold,
@@ -56,6 +57,7 @@ def infer(
     shard: Shard = None,
     engine: Engine = "auto",
     precision: Precision = "auto",
+    deterministic: Deterministic = False,
     max_memory: MaxMemory = None,
 ) -> None:
     """Probabilities of each scan: a run's checkpoints averaged, on the scan's own grid.
@@ -63,6 +65,7 @@ def infer(
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
     from kitseg.pipeline.infer import Inference
+    from kitseg.pipeline.machine import deterministically
     from kitseg.pipeline.members import choose_run, only_member
     from kitseg.pipeline.memory import parse_size
     from kitseg.pipeline.model import open_model
@@ -74,6 +77,7 @@ def infer(
         raise UsageError(f"{data} holds DICOM, which only `kitseg predict` reads; the verbs before it take NIfTI files")
     member = only_member(run or choose_run(Path("runs")).path)
     model = partial(open_model, member.run, device, first, mirror or member.mirror, engine, precision)
+    model = partial(deterministically, model) if deterministic else model
     do = Inference(model, stage, output, parse_size(max_memory))
     shared_work("infer", scans.cases, do, shard, ranks)
 
@@ -131,6 +135,7 @@ def predict(
     shard: Shard = None,
     engine: Engine = "auto",
     precision: Precision = "auto",
+    deterministic: Deterministic = False,
     max_memory: MaxMemory = None,
     series: Annotated[
         list[str], typer.Option(help="Take this DICOM series, by its UID or its name in series.csv.")
@@ -151,6 +156,7 @@ def predict(
 
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
+    from kitseg.pipeline.machine import deterministically
     from kitseg.pipeline.members import choose_run, locate, open_ensemble
     from kitseg.pipeline.memory import parse_size
     from kitseg.pipeline.predict import SERIES_TABLE, Prediction, Wanted, choose_scans
@@ -159,6 +165,7 @@ def predict(
     found = choose_scans(scans, split, fold, series)
     models = [locate(one) for one in model] or [choose_run(Path("runs")).path]
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision)
+    opened = partial(deterministically, opened) if deterministic else opened
     if found.choices:
         screen.say(f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why")
     wanted = Wanted(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ import torch
 from kitseg import __version__
 from kitseg.errors import UsageError
 from kitseg.pipeline.model import torch_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,12 @@ def be_deterministic() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the GPU is first used
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def deterministically(do: Callable[[], T]) -> T:
+    """What ``do`` gives, and all that follows in this process, with the same bits each time."""
+    be_deterministic()
+    return do()
 
 
 def rank() -> int:
