@@ -4,7 +4,7 @@
 
 Makes phantoms, runs each verb once undisturbed and then in storms until that many kills have struck (the whole process
 group each time, at moments drawn from the undisturbed run's duration), and compares what both have left, byte by byte;
-of checkpoints the weights, of JSON all but times and the hashes of files that hold paths.
+of checkpoints the weights, of JSON all but times, paths and hashes (the files are compared themselves).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAIN = (
     "--set=size.coarse_samples=4", "--set=size.fine_samples=4", "--set=size.keep_best=2", "--set=size.pixels=64",
     "--set=size.thinner=8", "--set=size.depth=16", "--set=size.rounds=1", "--set=size.round_epochs=2",
 )  # fmt: skip
-VOLATILE = {"seconds", "mtime", "sha256"}
+VOLATILE = {"seconds", "mtime", "sha256", "path"}
 PASSING = ("tensorboard", "curves.png")  # a log, and a picture that is drawn now and then
 TEMPORARY = (".partial*", ".kitseg*.lock", "previous.ckpt")
 
@@ -59,8 +59,8 @@ def commands(method: str, options: tuple[str, ...]) -> dict[str, tuple[str, ...]
     return {
         "preprocess": ("preprocess", f"--method={method}", *only),
         "train": ("train", f"--method={method}", *options),
-        "infer": ("infer", "test", f"--run={run}", "--fold=0", "--device=cpu", "-o", "probabilities"),
-        "predict": ("predict", "test", f"--model={run}", "--device=cpu", "-o", "predictions"),
+        "infer": ("infer", f"--run={run}", "--data=test", "--device=cpu", "--output=probabilities"),
+        "predict": ("predict", "test", f"--model={run}", "--device=cpu", "--output=predictions"),
     }
 
 
