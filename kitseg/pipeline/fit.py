@@ -168,8 +168,10 @@ def _quiet() -> None:
     """Lightning's advice for other programs isn't the user's business here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     advice = (
         ".*does not have many workers.*",
+        ".*broadcast_buffers.*",
         ".*your dataloader is not resumable.*",
         ".*Checkpoint directory.*",
         ".*LeafSpec.*",
