@@ -140,6 +140,8 @@ def _damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         torch.load(path, map_location="meta", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, zipfile.BadZipFile) as error:
+    except UnpicklingError:
+        return "it holds more than a training's state or is damaged, and nothing in it was run"
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         return str(error).splitlines()[0]
     return None if damaged is None else f"its part {damaged} is damaged"
