@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +211,7 @@ class StageData(pl.LightningDataModule):
         if not asked or not SHARED_MEMORY.exists():
             return asked
         patch = self.queue[0, 0].get_images(intensity_only=False)
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks = self.trainer.num_devices if self.trainer else 1
         need = sum(image.data.nbytes for image in patch) * batch * (AHEAD * asked + 1) * ranks
         free = shutil.disk_usage(SHARED_MEMORY).free
         if need < free:
