@@ -120,6 +120,7 @@ class OpenVino:
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchScriptPythonDecoder(traced)
         model = frontend.convert(frontend.load(decoder))
+        _forget_traces()
         model.reshape(list(x.shape))
         how = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.kind == torch.bfloat16 else "f32",
@@ -150,6 +151,15 @@ class _Traced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.see(x)
+
+
+def _forget_traces() -> None:
+    """Free what PyTorch keeps of each traced network as long as the process lives; its own tests do it like this."""
+    from torch.jit import _recursive, _state
+
+    torch._C._jit_clear_class_registry()
+    _recursive.concrete_type_store = _recursive.ConcreteTypeStore()
+    _state._clear_class_state()
 
 
 def _name(kind: torch.dtype) -> str:
