@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -84,7 +85,7 @@ class Body:
             raise ValueError("a box around the body needs the scan")
         steps = [max(1, int(LOOK_EVERY / mm)) for mm in grid.spacing]
         dense = hu[tuple(slice(None, None, step) for step in steps)] > SKIN
-        across = [max(1, round(TABLE / (step * mm))) for step, mm in zip(steps, grid.spacing, strict=True)]
+        across = [math.ceil(TABLE / (step * mm)) for step, mm in zip(steps, grid.spacing, strict=True)]
         thick = ndimage.binary_opening(dense, np.ones((1, *across[1:]), np.bool_))
         parts = Components.of(thick)
         found = bounding_box(parts.chosen(np.arange(parts.sizes.size) == parts.sizes.argmax()))

@@ -12,7 +12,7 @@ _LESS = "--set stages.STAGE.at_once=1 (fewer patches at a time, in batches of th
 #: What befell, and what helps a training.
 SETTINGS = {
     MEMORY: f"Use fewer --workers, {_LESS}, then call again: it goes on",
-    GPU: f"Use {_LESS}, or --set size.precision=bf16-mixed",
+    GPU: f"Use {_LESS}",
     LOADER: "The machine may be short of memory: call again with fewer --workers, and it goes on; 0 does without",
 }
 
