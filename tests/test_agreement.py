@@ -12,7 +12,7 @@ import pytest
 from kitseg import ensemble
 from kitseg.errors import InputError
 from kitseg.measure.quality import Experience
-from kitseg.pipeline.experience import gather, model_experience, together
+from kitseg.pipeline.models.experience import gather, model_experience, together
 from kitseg.runs import Run
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.store import StoredCase

@@ -26,12 +26,12 @@ from method_runs import labels_of, read
 from kitseg import config
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.files import write_json, write_text
-from kitseg.pipeline.archive import MANIFEST
-from kitseg.pipeline.bundle import Bundle, bundle_of
-from kitseg.pipeline.export import export
-from kitseg.pipeline.members import describe, locate, members_of, only_member, open_ensemble
-from kitseg.pipeline.model import build_stage, open_model
-from kitseg.pipeline.weights import read_weights
+from kitseg.pipeline.bundles.archive import MANIFEST
+from kitseg.pipeline.bundles.bundle import Bundle, bundle_of
+from kitseg.pipeline.bundles.export import export
+from kitseg.pipeline.models.members import describe, locate, members_of, only_member, open_ensemble
+from kitseg.pipeline.models.model import build_stage, open_model
+from kitseg.pipeline.models.weights import read_weights
 from kitseg.runs import Run
 from kitseg.volumes.nifti import file_digest
 

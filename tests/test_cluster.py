@@ -16,9 +16,9 @@ from conftest import SMALLEST, kitseg
 from joblib import delayed
 
 from kitseg.errors import KitsegError
-from kitseg.pipeline import cluster
-from kitseg.pipeline.cluster import on_cluster
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.pipeline.cases import cluster
+from kitseg.pipeline.cases.cluster import on_cluster
+from kitseg.pipeline.cases.outcome import in_parallel
 
 pytestmark = pytest.mark.slow
 DASK = (sys.executable, "-m", "dask")

@@ -16,8 +16,8 @@ from conftest import kitseg, once
 from method_runs import QUICK, working_folder
 
 from kitseg.ensemble import mean
-from kitseg.pipeline.ensemble_file import Member, read_ensemble, write_ensemble
-from kitseg.pipeline.members import open_ensemble
+from kitseg.pipeline.models.ensemble_file import Member, read_ensemble, write_ensemble
+from kitseg.pipeline.models.members import open_ensemble
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.splits import read_split
 from kitseg.volumes.blocks import read_block

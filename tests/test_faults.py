@@ -23,7 +23,7 @@ from kill_storm import contents, differences, leftovers, storm
 from kitseg.claim import claimed
 from kitseg.errors import KitsegError
 from kitseg.patches import datamodule
-from kitseg.pipeline.faults import in_settings
+from kitseg.pipeline.training.faults import in_settings
 
 slow = pytest.mark.slow
 thorough = pytest.mark.skipif(os.environ.get("KITSEG_ALL") != "1", reason="one more of its kind, with KITSEG_ALL=1")

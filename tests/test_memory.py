@@ -14,8 +14,8 @@ from kitseg import config
 from kitseg.errors import UsageError
 from kitseg.files import write_json, write_text
 from kitseg.inference.memory import activation_bytes
-from kitseg.pipeline.memory import PROGRAM, Need, check, parse_size, plan, slab_within
-from kitseg.pipeline.model import build_stage, open_model
+from kitseg.pipeline.models.memory import PROGRAM, Need, check, parse_size, plan, slab_within
+from kitseg.pipeline.models.model import build_stage, open_model
 from kitseg.runs import SCHEMA, Run
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.nifti import file_digest

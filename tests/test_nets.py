@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.nets.vnet import FusedVNet, InputStage, ThinConv, VNet
-from kitseg.pipeline.model import build_sight, build_stage
+from kitseg.pipeline.models.model import build_sight, build_stage
 from kitseg.types import Geometry, Triple
 from kitseg.volumes.resample import grid_geometry
 

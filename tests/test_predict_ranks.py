@@ -13,9 +13,9 @@ import pytest
 from conftest import kitseg
 
 from kitseg.errors import UsageError
-from kitseg.pipeline.outcome import OnDone, Outcome
-from kitseg.pipeline.ranks import Say, on_ranks
-from kitseg.pipeline.share import Share
+from kitseg.pipeline.cases.outcome import OnDone, Outcome
+from kitseg.pipeline.cases.ranks import Say, on_ranks
+from kitseg.pipeline.cases.share import Share
 from kitseg.types import Case
 
 ALL = os.environ.get("KITSEG_ALL") == "1"

@@ -12,9 +12,9 @@ from kitseg.config import Rounds, StageSpec
 from kitseg.errors import InputError
 from kitseg.files import read_json, write_json
 from kitseg.patches.subjects import Place
-from kitseg.pipeline import rounds
-from kitseg.pipeline.places import read_places, write_places
-from kitseg.pipeline.plan import Unit
+from kitseg.pipeline.training import rounds
+from kitseg.pipeline.training.places import read_places, write_places
+from kitseg.pipeline.training.plan import Unit
 from kitseg.runs import SCHEMA, StageFolder
 from kitseg.types import Box
 

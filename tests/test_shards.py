@@ -15,14 +15,14 @@ from nifti_files import save
 
 from kitseg.claim import claimed
 from kitseg.pipeline import evaluate
+from kitseg.pipeline.cases.kept import Kept, results
+from kitseg.pipeline.cases.share import Share
 from kitseg.pipeline.evaluate import Score, find_jobs, rules, works
-from kitseg.pipeline.kept import Kept, results
 from kitseg.pipeline.measure import Measured
 from kitseg.pipeline.measure import plan as plan_measure
 from kitseg.pipeline.measure import works as measure_works
 from kitseg.pipeline.report import plan as plan_report
 from kitseg.pipeline.report import works as report_works
-from kitseg.pipeline.share import Share
 from kitseg.report.scores import ScoreFile
 from kitseg.report.study_page import CaseRow
 

@@ -14,11 +14,11 @@ from rich.markup import escape
 from kitseg import __version__, screen
 from kitseg.errors import KitsegError, UsageError, fault, in_words
 from kitseg.interrupt import interruptible
-from kitseg.pipeline.share import Share
+from kitseg.pipeline.cases.share import Share
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.outcome import Outcome
-    from kitseg.pipeline.ranks import Work
+    from kitseg.pipeline.cases.outcome import Outcome
+    from kitseg.pipeline.cases.ranks import Work
     from kitseg.types import Case
 
 app = typer.Typer(
@@ -137,7 +137,7 @@ def shared_work(title: str, cases: Sequence[Case], do: Work, shard: str | None, 
 
     Exit code 1 where a case failed.
     """
-    from kitseg.pipeline.ranks import deal, on_ranks
+    from kitseg.pipeline.cases.ranks import deal, on_ranks
 
     share, launched = Share.asked(shard), Share.here()
     mine = deal(cases, share)

@@ -28,7 +28,7 @@ def export(
 
     `kitseg predict --model` opens it anywhere; nothing in it is ever executed.
     """
-    from kitseg.pipeline.export import export as write_bundle
+    from kitseg.pipeline.bundles.export import export as write_bundle
     from kitseg.volumes.nifti import file_digest
 
     licenses = write_bundle(model, output, weights_license, labels_license)

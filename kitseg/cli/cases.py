@@ -12,7 +12,7 @@ from kitseg import screen
 from kitseg.errors import UsageError
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.kept import Kept, Result, Work
+    from kitseg.pipeline.cases.kept import Kept, Result, Work
 
 R = TypeVar("R", bound="Result")
 Cluster = Annotated[
@@ -36,9 +36,9 @@ def gather(title: str, works: Sequence[Work[R]], kept: Kept[R] | None, crew: Cre
     Raises:
         UsageError: a part without an output, where the parts could meet.
     """
-    from kitseg.pipeline.cluster import on_cluster
-    from kitseg.pipeline.kept import results
-    from kitseg.pipeline.share import Share
+    from kitseg.pipeline.cases.cluster import on_cluster
+    from kitseg.pipeline.cases.kept import results
+    from kitseg.pipeline.cases.share import Share
 
     share, failed = Share.asked(crew.shard), []
     if share.of > 1 and kept is None:

@@ -31,8 +31,8 @@ from kitseg.scoring.strata import THICKNESSES
 
 if TYPE_CHECKING:
     from kitseg.pipeline.augment import Outcome
-    from kitseg.pipeline.hard import Ranked
-    from kitseg.pipeline.plan import Plan
+    from kitseg.pipeline.training.hard import Ranked
+    from kitseg.pipeline.training.plan import Plan
 
 
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
@@ -118,8 +118,8 @@ def preprocess(
 ) -> None:
     """Resample every case onto the grids of a method; what is done and unchanged is skipped."""
     from kitseg import config
-    from kitseg.pipeline.cluster import on_cluster
-    from kitseg.pipeline.share import Share
+    from kitseg.pipeline.cases.cluster import on_cluster
+    from kitseg.pipeline.cases.share import Share
     from kitseg.volumes.kits import find_cases
 
     share, configuration = Share.asked(shard), config.compose(method, size, set_)
@@ -195,9 +195,9 @@ def augment(
     """
     from kitseg.claim import claimed
     from kitseg.pipeline import augment as copies
-    from kitseg.pipeline.cluster import on_cluster
-    from kitseg.pipeline.hard import fold_plan, rank_cases
-    from kitseg.pipeline.share import Share
+    from kitseg.pipeline.cases.cluster import on_cluster
+    from kitseg.pipeline.cases.share import Share
+    from kitseg.pipeline.training.hard import fold_plan, rank_cases
     from kitseg.volumes.kits import labelled_cases
 
     choice, share = copies.Choice(worst, partners, direction, seed), Share.asked(shard)

@@ -28,8 +28,8 @@ from kitseg.errors import KitsegError, UsageError
 
 if TYPE_CHECKING:
     from kitseg.pipeline.machine import Machine
-    from kitseg.pipeline.plan import Plan, Start
-    from kitseg.pipeline.team import Team
+    from kitseg.pipeline.training.plan import Plan, Start
+    from kitseg.pipeline.training.team import Team
 
 EVERY_FOLD = "all"
 
@@ -79,12 +79,12 @@ def train(
 ) -> None:
     """Train a method's stages in order; the same command goes on where an earlier one stopped."""
     from kitseg import config
-    from kitseg.pipeline.launch import Launch
     from kitseg.pipeline.machine import Machine, be_deterministic
-    from kitseg.pipeline.plan import Start, Unit
-    from kitseg.pipeline.signals import stoppable
-    from kitseg.pipeline.team import Team, end_with_starter
     from kitseg.pipeline.train import fit_unit
+    from kitseg.pipeline.training.launch import Launch
+    from kitseg.pipeline.training.plan import Start, Unit
+    from kitseg.pipeline.training.signals import stoppable
+    from kitseg.pipeline.training.team import Team, end_with_starter
     from kitseg.runs import Run
 
     if gpus and device == "cpu":
@@ -182,7 +182,7 @@ def _repeat(given: dict[str, Any], machine: Machine) -> tuple[str, ...]:
 
 def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:
     """The trainings that a plan holds, with their size and an estimate of their time."""
-    from kitseg.pipeline.estimate import estimates
+    from kitseg.pipeline.training.estimate import estimates
 
     columns = ("cases", "batch", "patch", "epochs × steps", "parameters", "memory", "time")
     table = screen.table("training", "grid", *columns)

@@ -37,7 +37,7 @@ def measure(
     The diameters, and what else is measured, are defined in docs/measure.md.
     """
     from kitseg.pipeline import measure as steps
-    from kitseg.pipeline.kept import Kept
+    from kitseg.pipeline.cases.kept import Kept
 
     known_convention(convention)
     tasks = steps.plan(labels, ct)
@@ -84,8 +84,8 @@ def report(
     """Pages to look at: one a case, and one about all of them; each a single HTML file that needs no network."""
     from kitseg.claim import claimed
     from kitseg.pipeline import report as pages
-    from kitseg.pipeline.kept import Kept
-    from kitseg.pipeline.share import Share
+    from kitseg.pipeline.cases.kept import Kept
+    from kitseg.pipeline.cases.share import Share
     from kitseg.report.html import INDEX
     from kitseg.report.scores import ScoreFile, read_scores
     from kitseg.report.study_page import CaseRow

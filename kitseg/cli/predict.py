@@ -66,9 +66,9 @@ def infer(
     """
     from kitseg.pipeline.infer import Inference
     from kitseg.pipeline.machine import deterministically
-    from kitseg.pipeline.members import choose_run, only_member
-    from kitseg.pipeline.memory import parse_size
-    from kitseg.pipeline.model import open_model
+    from kitseg.pipeline.models.members import choose_run, only_member
+    from kitseg.pipeline.models.memory import parse_size
+    from kitseg.pipeline.models.model import open_model
     from kitseg.pipeline.predict import choose_scans
 
     device, ranks = choose_ranks(gpus, processes, device)
@@ -91,7 +91,7 @@ def ensemble(
 ) -> None:
     """The mean of folders of probabilities; post-processing will be the first folder's."""
     from kitseg.pipeline.infer import average
-    from kitseg.pipeline.memory import parse_size
+    from kitseg.pipeline.models.memory import parse_size
     from kitseg.volumes.blocks import block_cases
 
     shares, most = _numbers(weights) or [1.0] * len(folders), parse_size(max_memory)
@@ -157,8 +157,8 @@ def predict(
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
     from kitseg.pipeline.machine import deterministically
-    from kitseg.pipeline.members import choose_run, locate, open_ensemble
-    from kitseg.pipeline.memory import parse_size
+    from kitseg.pipeline.models.members import choose_run, locate, open_ensemble
+    from kitseg.pipeline.models.memory import parse_size
     from kitseg.pipeline.predict import SERIES_TABLE, Prediction, Wanted, choose_scans
 
     device, ranks = choose_ranks(gpus, processes, device)

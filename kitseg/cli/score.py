@@ -89,7 +89,7 @@ def evaluate(
     surface Dice.
     """
     from kitseg.pipeline import evaluate as scoring
-    from kitseg.pipeline.kept import Kept
+    from kitseg.pipeline.cases.kept import Kept
     from kitseg.pipeline.scores import write_scores, write_table
 
     if convention:

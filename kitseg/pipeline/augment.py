@@ -23,7 +23,7 @@ from kitseg import __version__
 from kitseg.errors import InputError, KitsegError, UsageError, in_words
 from kitseg.files import aside, read_json, write_json
 from kitseg.patches.registration import Labelled, Settings, problem, register_copy
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.pipeline.cases.outcome import in_parallel
 from kitseg.runs import Run
 from kitseg.splits import Split, read_split, with_copies, write_split
 from kitseg.types import Case

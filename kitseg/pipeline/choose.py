@@ -13,10 +13,10 @@ from joblib import delayed
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError, in_words
 from kitseg.labels import to_kits19
+from kitseg.pipeline.cases.outcome import in_parallel
 from kitseg.pipeline.clean import build_steps, clean
-from kitseg.pipeline.ensemble_file import Member, write_ensemble
-from kitseg.pipeline.model import run_digest
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.pipeline.models.ensemble_file import Member, write_ensemble
+from kitseg.pipeline.models.model import run_digest
 from kitseg.runs import Run, find_run
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.splits import read_split

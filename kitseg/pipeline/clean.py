@@ -14,9 +14,9 @@ from kitseg import config, ensemble
 from kitseg.claim import claimed
 from kitseg.errors import UsageError
 from kitseg.labels import KIDNEY, TUMOR
+from kitseg.pipeline.cases.outcome import UNCHANGED, OnDone, Outcome, each
+from kitseg.pipeline.cases.record import forget, read_record, recipe, spare_foreign, write_record
 from kitseg.pipeline.machine import versions
-from kitseg.pipeline.outcome import UNCHANGED, OnDone, Outcome, each
-from kitseg.pipeline.record import forget, read_record, recipe, spare_foreign, write_record
 from kitseg.postprocess.components import bounding_box
 from kitseg.postprocess.prior import Prior
 from kitseg.types import Probabilities, Volume

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from kitseg.errors import InputError, KitsegError, UsageError, in_words
 from kitseg.labels import CYST, TUMOR, to_kits19
-from kitseg.pipeline.kept import Work, results
-from kitseg.pipeline.share import Share
+from kitseg.pipeline.cases.kept import Work, results
+from kitseg.pipeline.cases.share import Share
 from kitseg.scoring.case import Figures, score
 from kitseg.scoring.detection import Detection
 from kitseg.scoring.kits19 import kits19_scores, mean_scores

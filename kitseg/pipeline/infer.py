@@ -11,14 +11,14 @@ from kitseg import config, ensemble
 from kitseg.claim import claimed
 from kitseg.config import Method, Source
 from kitseg.errors import KitsegError, UsageError
+from kitseg.pipeline.cases.outcome import UNCHANGED, OnDone, Outcome, each
+from kitseg.pipeline.cases.ranks import Say
+from kitseg.pipeline.cases.share import Share
 from kitseg.pipeline.clean import nothing_found
 from kitseg.pipeline.machine import versions
-from kitseg.pipeline.members import describe, origin
-from kitseg.pipeline.memory import Limit, slab_within
-from kitseg.pipeline.model import Model
-from kitseg.pipeline.outcome import UNCHANGED, OnDone, Outcome, each
-from kitseg.pipeline.ranks import Say
-from kitseg.pipeline.share import Share
+from kitseg.pipeline.models.members import describe, origin
+from kitseg.pipeline.models.memory import Limit, slab_within
+from kitseg.pipeline.models.model import Model
 from kitseg.types import Case, Probabilities
 from kitseg.volumes.blocks import (
     block_cases,

@@ -15,7 +15,7 @@ import torch
 
 from kitseg import __version__
 from kitseg.errors import UsageError
-from kitseg.pipeline.model import torch_device
+from kitseg.pipeline.models.model import torch_device
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
 from kitseg.measure.findings import Findings, Kidney, Lesion
 from kitseg.measure.measure import measure
 from kitseg.measure.mesh import stl, surface, volume
-from kitseg.pipeline.kept import Work
-from kitseg.pipeline.outcome import without_paths
+from kitseg.pipeline.cases.kept import Work
+from kitseg.pipeline.cases.outcome import without_paths
 from kitseg.types import Case
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.nifti import read_labels

@@ -17,14 +17,14 @@ from kitseg.claim import claimed
 from kitseg.errors import KitsegError, UsageError
 from kitseg.measure.measure import measure
 from kitseg.measure.quality import Flag, Quality, assess
+from kitseg.pipeline.cases.outcome import UNCHANGED, OnDone, Outcome, each
+from kitseg.pipeline.cases.ranks import Say
+from kitseg.pipeline.cases.record import forget, read_record, recipe, spare_foreign, write_record
+from kitseg.pipeline.cases.share import Share
 from kitseg.pipeline.clean import build_steps, clean, save_labels, spare_scan
 from kitseg.pipeline.machine import versions
-from kitseg.pipeline.members import Ensemble, choose_run, open_ensemble
-from kitseg.pipeline.memory import Limit
-from kitseg.pipeline.outcome import UNCHANGED, OnDone, Outcome, each
-from kitseg.pipeline.ranks import Say
-from kitseg.pipeline.record import forget, read_record, recipe, spare_foreign, write_record
-from kitseg.pipeline.share import Share
+from kitseg.pipeline.models.members import Ensemble, choose_run, open_ensemble
+from kitseg.pipeline.models.memory import Limit
 from kitseg.report.pictures import case_picture
 from kitseg.screen import say_plainly
 from kitseg.splits import held_out

@@ -13,7 +13,7 @@ from joblib import delayed
 from kitseg.claim import claimed
 from kitseg.config import Method
 from kitseg.errors import KitsegError, in_words
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.pipeline.cases.outcome import in_parallel
 from kitseg.types import Case, Grid
 from kitseg.volumes.store import CaseFiles, is_fresh, store_bytes, store_case
 

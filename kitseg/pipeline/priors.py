@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError, KitsegError, UsageError, in_words
 from kitseg.files import write_json
 from kitseg.labels import BACKGROUND, to_kits19
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.pipeline.cases.outcome import in_parallel
 from kitseg.postprocess.components import Components, bounding_box
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.intensity import RemoveLowHuTumors

@@ -18,8 +18,8 @@ from kitseg import __version__
 from kitseg.errors import UsageError
 from kitseg.measure.measure import measure
 from kitseg.measure.quality import LEVELS, Flag, Quality, assess
-from kitseg.pipeline.kept import Work
-from kitseg.pipeline.outcome import without_paths
+from kitseg.pipeline.cases.kept import Work
+from kitseg.pipeline.cases.outcome import without_paths
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name, spare_foreign
 from kitseg.report.scores import ScoreFile, ScoreTable

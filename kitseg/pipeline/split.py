@@ -11,7 +11,7 @@ from joblib import delayed
 
 from kitseg.config import Config
 from kitseg.errors import KitsegError, UsageError, in_words
-from kitseg.pipeline.outcome import in_parallel
+from kitseg.pipeline.cases.outcome import in_parallel
 from kitseg.scoring.strata import THICKNESSES, thickness_class
 from kitseg.screen import bar
 from kitseg.splits import Split, make_split, read_split, same_patient, write_split

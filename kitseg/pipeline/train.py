@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from kitseg.claim import claimed
 from kitseg.errors import UsageError
-from kitseg.pipeline import rounds
-from kitseg.pipeline.fit import Training, fit
-from kitseg.pipeline.places import prepare
-from kitseg.pipeline.plan import Plan, Unit, units
-from kitseg.pipeline.team import Team
+from kitseg.pipeline.training import rounds
+from kitseg.pipeline.training.fit import Training, fit
+from kitseg.pipeline.training.places import prepare
+from kitseg.pipeline.training.plan import Plan, Unit, units
+from kitseg.pipeline.training.team import Team
 
 Say = Callable[[str], None]
 RunUnit = Callable[[Plan, Unit], None]

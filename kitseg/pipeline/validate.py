@@ -10,11 +10,11 @@ from kitseg import config
 from kitseg.claim import claimed
 from kitseg.errors import KitsegError, UsageError
 from kitseg.files import read_json
+from kitseg.pipeline.cases.outcome import UNCHANGED, OnDone, Outcome, each
 from kitseg.pipeline.clean import build_steps, clean, save_labels
 from kitseg.pipeline.evaluate import PROTOCOL, Rules, Score, score_case
 from kitseg.pipeline.infer import manifest_of
-from kitseg.pipeline.model import Model, open_model
-from kitseg.pipeline.outcome import UNCHANGED, OnDone, Outcome, each
+from kitseg.pipeline.models.model import Model, open_model
 from kitseg.pipeline.scores import write_scores
 from kitseg.runs import SCHEMA, Run, find_run, move_aside
 from kitseg.scoring.protocols import PROTOCOLS

@@ -15,7 +15,7 @@ import torch
 import kitseg
 from kitseg import config
 from kitseg.files import write_json
-from kitseg.pipeline.model import build_stage
+from kitseg.pipeline.models.model import build_stage
 
 run, method, checkpoints = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if not run.exists():

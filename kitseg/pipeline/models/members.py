@@ -11,12 +11,12 @@ from typing import Any
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
 from kitseg.measure.quality import Experience
-from kitseg.pipeline.address import SCHEME, fetch_bundle
-from kitseg.pipeline.archive import MANIFEST
-from kitseg.pipeline.bundle import SUFFIX, Bundle, bundle_of, open_bundle
-from kitseg.pipeline.ensemble_file import Member, read_ensemble
-from kitseg.pipeline.experience import model_experience, together
-from kitseg.pipeline.model import Model, open_model
+from kitseg.pipeline.bundles.address import SCHEME, fetch_bundle
+from kitseg.pipeline.bundles.archive import MANIFEST
+from kitseg.pipeline.bundles.bundle import SUFFIX, Bundle, bundle_of, open_bundle
+from kitseg.pipeline.models.ensemble_file import Member, read_ensemble
+from kitseg.pipeline.models.experience import model_experience, together
+from kitseg.pipeline.models.model import Model, open_model
 from kitseg.runs import Run
 from kitseg.types import Probabilities, Volume
 

@@ -14,9 +14,9 @@ from kitseg.errors import UsageError
 from kitseg.files import read_json, write_json
 from kitseg.inference.chain import run_on_grid
 from kitseg.pipeline.machine import Machine
-from kitseg.pipeline.model import build_stage, torch_device, trained_stage
-from kitseg.pipeline.plan import Plan, Unit, open_stored
+from kitseg.pipeline.models.model import build_stage, torch_device, trained_stage
 from kitseg.pipeline.train import Say, fit_unit, train_units
+from kitseg.pipeline.training.plan import Plan, Unit, open_stored
 from kitseg.runs import find_run
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.screen import bar

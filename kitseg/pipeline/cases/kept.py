@@ -21,8 +21,8 @@ from joblib import delayed
 from kitseg import __version__
 from kitseg.errors import KitsegError
 from kitseg.files import read_json, write_json
-from kitseg.pipeline.outcome import in_parallel
-from kitseg.pipeline.share import Share
+from kitseg.pipeline.cases.outcome import in_parallel
+from kitseg.pipeline.cases.share import Share
 from kitseg.screen import say
 
 SCHEMA = 1

@@ -25,12 +25,12 @@ from kitseg.files import write_json
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
 from kitseg.patches.datamodule import Feed, StageData, batch_per_rank, steps_per_batch
-from kitseg.pipeline.callbacks import EpochBar, EpochSoFar, History
-from kitseg.pipeline.checkpoints import BestCheckpoints, LastCheckpoint, WholeFiles, start_of
-from kitseg.pipeline.faults import in_settings
 from kitseg.pipeline.machine import Machine
-from kitseg.pipeline.model import TrainedStage, build_sight, build_stage, load_weights, torch_device
-from kitseg.pipeline.places import read_places
+from kitseg.pipeline.models.model import TrainedStage, build_sight, build_stage, load_weights, torch_device
+from kitseg.pipeline.training.callbacks import EpochBar, EpochSoFar, History
+from kitseg.pipeline.training.checkpoints import BestCheckpoints, LastCheckpoint, WholeFiles, start_of
+from kitseg.pipeline.training.faults import in_settings
+from kitseg.pipeline.training.places import read_places
 from kitseg.runs import SCHEMA, StageFolder
 from kitseg.stages.base import Stage
 from kitseg.volumes.nifti import file_digest

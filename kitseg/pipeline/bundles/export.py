@@ -13,11 +13,11 @@ from kitseg import __version__, config, trust
 from kitseg.config import Method
 from kitseg.errors import UsageError
 from kitseg.labels import CONVENTIONS
-from kitseg.pipeline.archive import write_archive
-from kitseg.pipeline.bundle import SUFFIX
-from kitseg.pipeline.ensemble_file import Member
-from kitseg.pipeline.members import members_of
-from kitseg.pipeline.weights import SAFE, as_safetensors
+from kitseg.pipeline.bundles.archive import write_archive
+from kitseg.pipeline.bundles.bundle import SUFFIX
+from kitseg.pipeline.models.ensemble_file import Member
+from kitseg.pipeline.models.members import members_of
+from kitseg.pipeline.models.weights import SAFE, as_safetensors
 from kitseg.runs import SCHEMA, Run, StageFolder, find_run
 from kitseg.splits import read_split
 from kitseg.volumes.nifti import file_digest

@@ -19,7 +19,7 @@ from kitseg.inference.chain import Predictor, run_chain, to_scan
 from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
 from kitseg.links.regions import Region
 from kitseg.patches.datamodule import Sight
-from kitseg.pipeline.weights import read_weights
+from kitseg.pipeline.models.weights import read_weights
 from kitseg.runs import Run, StageFolder, find_run
 from kitseg.stages.base import Stage
 from kitseg.types import Probabilities, Volume

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from kitseg.errors import KitsegError, UsageError
 from kitseg.files import read_json, write_json
-from kitseg.pipeline.bundle import SUFFIX, Bundle, cache_folder, cached, open_bundle
+from kitseg.pipeline.bundles.bundle import SUFFIX, Bundle, cache_folder, cached, open_bundle
 
 SCHEMA = 1
 SCHEME = "hf://"

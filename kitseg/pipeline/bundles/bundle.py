@@ -21,12 +21,12 @@ from kitseg import config, trust
 from kitseg.config import StageSpec
 from kitseg.errors import InputError, KitsegError
 from kitseg.files import read_json, write_text
-from kitseg.pipeline.archive import MANIFEST, SCHEMA, open_archive
+from kitseg.pipeline.bundles.archive import MANIFEST, SCHEMA, open_archive
 from kitseg.pipeline.clean import build_steps
-from kitseg.pipeline.ensemble_file import Member, parse_members
-from kitseg.pipeline.experience import model_experience
-from kitseg.pipeline.model import build_stage, trained_stage
-from kitseg.pipeline.weights import shapes
+from kitseg.pipeline.models.ensemble_file import Member, parse_members
+from kitseg.pipeline.models.experience import model_experience
+from kitseg.pipeline.models.model import build_stage, trained_stage
+from kitseg.pipeline.models.weights import shapes
 from kitseg.runs import Run, StageFolder
 from kitseg.volumes.nifti import file_digest
 

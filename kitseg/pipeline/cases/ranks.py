@@ -16,8 +16,8 @@ from typing import Any
 
 from kitseg.errors import KitsegError
 from kitseg.interrupt import obey, stop
-from kitseg.pipeline.outcome import OnDone, Outcome
-from kitseg.pipeline.share import Share
+from kitseg.pipeline.cases.outcome import OnDone, Outcome
+from kitseg.pipeline.cases.share import Share
 from kitseg.types import Case
 from kitseg.volumes.scan import scan_bytes
 

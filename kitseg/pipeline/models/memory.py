@@ -16,7 +16,7 @@ from kitseg.ensemble import SLAB
 from kitseg.errors import UsageError
 from kitseg.inference.engines import OpenVino, Torch
 from kitseg.inference.memory import activation_bytes
-from kitseg.pipeline.model import Model, build_sight, build_stage
+from kitseg.pipeline.models.model import Model, build_sight, build_stage
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes.resample import grid_geometry
 

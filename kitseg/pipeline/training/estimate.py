@@ -14,8 +14,8 @@ from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.patches.datamodule import batch_per_rank
 from kitseg.pipeline.machine import Machine
-from kitseg.pipeline.model import build_sight, build_stage
-from kitseg.pipeline.plan import Plan, units
+from kitseg.pipeline.models.model import build_sight, build_stage
+from kitseg.pipeline.training.plan import Plan, units
 from kitseg.stages.base import Stage
 from kitseg.types import Case, Triple
 from kitseg.volumes.nifti import canonical_geometry, read_geometry

@@ -15,9 +15,9 @@ from kitseg.files import aside, read_json, write_json
 from kitseg.inference.chain import Output, Predictor, run_on_grid
 from kitseg.patches.datamodule import StageCases
 from kitseg.patches.subjects import Place
-from kitseg.pipeline.experience import gather
-from kitseg.pipeline.model import build_sight, build_stage, torch_device, trained_stage
-from kitseg.pipeline.plan import Plan, Unit, open_stored
+from kitseg.pipeline.models.experience import gather
+from kitseg.pipeline.models.model import build_sight, build_stage, torch_device, trained_stage
+from kitseg.pipeline.training.plan import Plan, Unit, open_stored
 from kitseg.runs import SCHEMA, StageFolder
 from kitseg.screen import bar
 from kitseg.types import Box

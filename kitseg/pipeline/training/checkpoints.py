@@ -23,9 +23,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from kitseg import screen
 from kitseg.errors import InputError, KitsegError
 from kitseg.files import aside
-from kitseg.pipeline.callbacks import NO_NUMBER
 from kitseg.pipeline.machine import rank
-from kitseg.pipeline.signals import listener
+from kitseg.pipeline.training.callbacks import NO_NUMBER
+from kitseg.pipeline.training.signals import listener
 from kitseg.runs import StageFolder
 
 

@@ -20,8 +20,8 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from kitseg.errors import KitsegError, UsageError
-from kitseg.pipeline.launch import Launch
-from kitseg.pipeline.signals import call
+from kitseg.pipeline.training.launch import Launch
+from kitseg.pipeline.training.signals import call
 
 PAUSE, FAREWELL = 0.1, 8.0  # seconds: between two looks; for the others to hear the last word
 ARRIVAL = 600.0  # seconds within which all processes must have come
