@@ -354,7 +354,7 @@ def test_a_full_disk_ends_a_prediction(trained: Path, small_disk: Path, tmp_path
 
 
 @slow
-@pytest.mark.parametrize("verb", ["preprocess", "train"])
+@pytest.mark.parametrize("verb", ["preprocess", pytest.param("train", marks=thorough)])
 def test_a_storm_of_kills(whole: Path, tmp_path: Path, verb: str) -> None:
     """Two kills; ``python tests/kill_storm.py`` makes twenty, of every verb."""
     (tmp_path / "start").mkdir()

@@ -176,7 +176,8 @@ def inferred(tmp_path: Path) -> Path:
         array, ("background", "kidney", "tumor"), box, volume.geometry, volume.native, "case_00000"
     )
     blocks.write_block(tmp_path / "p", found, scan, file_digest(scan))
-    blocks.claim_manifest(tmp_path / "p", {"postprocess": {"kidneys": KIDNEYS, "shape": None, "dark": DARK}})
+    steps = {"kidneys": KIDNEYS, "shape": None, "dark": DARK}
+    blocks.claim_manifest(tmp_path / "p", {"model": {"method": "two-phase"}, "postprocess": steps})
     return tmp_path
 
 

@@ -123,6 +123,7 @@ def test_two_nodes_of_torchrun(alone: Path, tmp_path: Path, free_port: int) -> N
     check_same_training(alone, tmp_path)
 
 
+@pytest.mark.skipif(not ALL, reason="minutes on few cores: set KITSEG_ALL=1")
 def test_srun(alone: Path, tmp_path: Path, free_port: int) -> None:
     tasks = [(["kitseg", *TRAIN, "--stage=coarse"], slurm(task, free_port)) for task in range(2)]
     printed = start(beside(alone, tmp_path), tasks)
