@@ -46,10 +46,10 @@ def _check_jobs(jobs: int) -> int:
 
 Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases worked on at a time; -1: one a core.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs on this machine, one rank each.")]
-Processes = Annotated[int, typer.Option(min=1, help="Ranks on the CPU, with --device cpu.")]
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs on this machine, one process each; 0: one, where there is one.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU, with --device cpu.")]
 Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="The same bits each time, on a GPU too, where it takes longer.")
+    bool, typer.Option("--deterministic", help="The same result bit for bit each time, on a GPU too; slower there.")
 ]
 Shard = Annotated[str | None, typer.Option(metavar="K/N", help="Only this part of the cases (2/8: the second of 8).")]
 Split = Annotated[Path | None, typer.Option(help="A split file: only its test cases, or a fold's with --fold.")]
@@ -58,7 +58,7 @@ Mirror = Annotated[bool, typer.Option("--mirror", help="See each scan a second t
 Engine = Annotated[str, typer.Option(help="auto (openvino on a CPU where it is installed), torch or openvino.")]
 Precision = Annotated[str, typer.Option(help="auto (the training's on a GPU, f32 on a CPU), f32 or bf16.")]
 MaxMemory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Refuse a scan that may need more main memory, such as 6GB.")
+    str | None, typer.Option(metavar="SIZE", help="Main memory, such as 6GB; a scan that may need more is refused.")
 ]
 Convention = Annotated[
     str, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23 (cysts are 3).")

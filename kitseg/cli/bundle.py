@@ -24,7 +24,7 @@ def export(
         str | None, typer.Option(metavar="LICENSE", help="The training labels' license, where they aren't KiTS19's.")
     ] = None,
 ) -> None:
-    """One file that predicts what a model predicts: weights, configuration, licenses, and no case by its name.
+    """Pack a trained model into one file to pass on: weights, configuration, licenses, and no case by its name.
 
     `kitseg predict --model` opens it anywhere; nothing in it is ever executed.
     """

@@ -58,10 +58,15 @@ def train(
     gpus: Gpus = 0,
     device: Device = "auto",
     processes: Processes = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines; the command is started on each of them.")] = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes per rank.")] = 0,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines; start the command on each (docs/distributed.md).")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that load patches, for each GPU; 0: none of their own.")
+    ] = 0,
     save_every: Annotated[
-        float, typer.Option(metavar="MINUTES", min=0, help="Within a long epoch; after each it saves anyway.")
+        float,
+        typer.Option(
+            metavar="MINUTES", min=0, help="Minutes between two saves within an epoch; the end of each is saved anyway."
+        ),
     ] = 10.0,
     data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; several times for several.")] = [  # noqa: B006
         Path("data")
