@@ -14,7 +14,7 @@ from conftest import kitseg
 
 from kitseg.errors import UsageError
 from kitseg.pipeline.cases.outcome import OnDone, Outcome
-from kitseg.pipeline.cases.ranks import Say, on_ranks
+from kitseg.pipeline.cases.ranks import Say, deal, on_ranks
 from kitseg.pipeline.cases.share import Share
 from kitseg.types import Case
 
@@ -66,6 +66,14 @@ def test_each_case_once_by_a_process_of_its_own(tmp_path: Path) -> None:
     }
     assert len({one.note for one in outcomes}) == 2
     assert str(os.getpid()) not in str(outcomes)
+
+
+def test_a_broken_link_is_a_case_like_others(tmp_path: Path) -> None:
+    cases = scans(tmp_path, [5, 1, 9, 2])
+    cases[2].image.unlink()
+    cases[2].image.symlink_to(tmp_path / "gone")
+    assert [case.id for case in deal(cases, Share(0, 2))] == ["case_0", "case_1"]
+    assert [case.id for case in deal(cases, Share(1, 2))] == ["case_3", "case_2"]
 
 
 def test_where_one_is_killed_the_others_finish(tmp_path: Path) -> None:

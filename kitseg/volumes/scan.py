@@ -110,13 +110,20 @@ def scan_digest(case: Case) -> str:
 
 
 def scan_bytes(case: Case) -> int:
-    """The size of a scan's files."""
-    return sum(path.stat().st_size for path in case.slices or (case.image,))
+    """The size of a scan's files; one that can't be looked at has none, and reading it says why."""
+    return sum(map(_bytes, case.slices or (case.image,)))
 
 
 def knows_its_place(case: Case) -> bool:
     """Whether a scan says how it lies in the patient; a DICOM series always does."""
     return bool(case.slices) or knows_orientation(case.image)
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _holds_dicom(folder: Path) -> bool:
