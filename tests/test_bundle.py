@@ -419,6 +419,16 @@ def test_what_is_no_manifest(content: Files, tmp_path: Path, cache: Path, manife
     refused(tmp_path / "x.kitseg", cache)
 
 
+def test_an_entry_past_the_end_of_the_file(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "x.kitseg"
+    with ZipFile(path, "w") as archive:
+        archive.writestr(MANIFEST, b"{}")
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<LL", data, data.index(b"PK\x01\x02") + 20, len(data), len(data))
+    path.write_bytes(data)
+    refused(path, cache)
+
+
 def test_damage_at_many_places(content: Files, tmp_path: Path, cache: Path) -> None:
     sound = pack(
         tmp_path / "x.kitseg", {n: d for n, d in content.items() if not n.endswith(".safetensors")}

@@ -29,7 +29,7 @@ MOST_FILES = 10_000
 AT_ONCE = 1 << 24  # bytes read into memory: of the manifest, and of the zip's own table
 _STAGE = r"fold_\d{1,3}/\w[\w-]{0,63}/(done\.json|best/\d{1,3}\.safetensors)"
 _NAME = re.compile(rf"runs/\d{{1,3}}/(config\.yaml|run\.json|{_STAGE})", re.ASCII)
-_WRONG = (BadZipFile, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError)
+_WRONG = (BadZipFile, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError)
 
 
 def write_archive(path: Path, facts: Mapping[str, Any], files: Iterable[tuple[str, bytes]]) -> None:
