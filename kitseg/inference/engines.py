@@ -5,6 +5,7 @@ On a CPU the inputs of a batch go one by one: that is as fast, and needs less me
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from kitseg.inference.windows import Predict
+
+# Where OpenVINO finds this package of its own, it tells Google Analytics that it was imported.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EXAMPLE = 32  # voxels along each axis of what a network is traced with; other shapes can follow
 
