@@ -426,7 +426,7 @@ def test_an_entry_past_the_end_of_the_file(tmp_path: Path, cache: Path) -> None:
     data = bytearray(path.read_bytes())
     struct.pack_into("<LL", data, data.index(b"PK\x01\x02") + 20, len(data), len(data))
     path.write_bytes(data)
-    refused(path, cache)
+    assert "it is cut short" in refused(path, cache)
 
 
 def test_damage_at_many_places(content: Files, tmp_path: Path, cache: Path) -> None:

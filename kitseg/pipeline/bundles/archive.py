@@ -83,7 +83,7 @@ def open_archive(path: Path) -> Iterator[tuple[str, Archive]]:
         with _Sips(path) as file, ZipFile(file) as archive:
             yield digest, Archive(archive, path.stat().st_size)
     except _WRONG as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error) or "it is cut short"
         raise InputError(path, f"is no sound model bundle ({reason})", "Get it anew from where it was made.") from error
 
 
