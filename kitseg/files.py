@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kitseg.errors import InputError, KitsegError, fault
+from kitseg.errors import InputError, KitsegError, fault, in_words
 
 HOST = re.sub(r"[^\w-]", "-", platform.node())[:30]  # on a shared disk, two machines have processes of one id
 A_DAY = 86_400  # seconds
@@ -39,13 +39,12 @@ def aside(path: Path) -> Iterator[Path]:
                 _remove(found)
         yield partial
         _sync(partial)
-        if path.is_dir() and partial.is_dir():
-            os.replace(path, replaced)
-        os.replace(partial, path)
-        _remove(replaced)
+        _replace(partial, path, replaced)
     except Exception as error:
         if not isinstance(error, OSError) and fault(error) is None:
             raise
+        if (other := _other_file(error, partial, path)) is not None:
+            raise KitsegError(in_words(other, error)) from error
         reason, helps = fault(error) or (getattr(error, "strerror", None) or error, "Choose a folder that is writable")
         raise KitsegError(f"{path}: can't be written ({reason}). {helps}.") from error
     finally:
@@ -84,6 +83,30 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("schema") != schema:
         raise InputError(path, f"is not of schema {schema}", "Make it again with this version of kitseg.")
     return content
+
+
+def _replace(partial: Path, path: Path, replaced: Path) -> None:
+    """Give a partial its name; a folder that has it is moved to ``replaced`` first, and back where that fails."""
+    if not (path.is_dir() and partial.is_dir()):
+        os.replace(partial, path)
+        return
+    os.replace(path, replaced)
+    try:
+        os.replace(partial, path)
+    except BaseException:
+        os.replace(replaced, path)
+        raise
+    _remove(replaced)
+
+
+def _other_file(error: Exception, partial: Path, path: Path) -> Path | None:
+    """The file that an error names where it has nothing to do with what is written, such as one that is read."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str | bytes):
+        return None
+    named = Path(os.fsdecode(name))
+    mine = partial in (named, *named.parents) or named in (path, *path.parents)
+    return None if mine else named
 
 
 def _sync(path: Path) -> None:

@@ -76,6 +76,38 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert names(tmp_path / "case") == ["new"]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "old").touch()
+    replace = os.replace
+
+    def stubborn(source: Path, target: Path) -> None:
+        """The new folder can't be renamed."""
+        if (source / "new").exists():
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        replace(source, target)
+
+    def write_anew() -> None:
+        with aside(tmp_path / "case") as partial:
+            partial.mkdir()
+            (partial / "new").touch()
+
+    monkeypatch.setattr(os, "replace", stubborn)
+    with pytest.raises(KitsegError, match="can't be written"):
+        write_anew()
+    assert names(tmp_path) == ["case"]
+    assert names(tmp_path / "case") == ["old"]
+
+
+def test_a_file_that_cannot_be_read_is_named_instead(tmp_path: Path) -> None:
+    with pytest.raises(KitsegError) as error, aside(tmp_path / "out" / "a"):
+        (tmp_path / "in.txt").read_text()
+    one_line(error, f"{tmp_path / 'in.txt'}: FileNotFoundError")
+    assert "can't be written" not in str(error.value)
+    with pytest.raises(KitsegError, match="a: can't be written"), aside(tmp_path / "out" / "a") as partial:
+        (partial / "b").write_text("the folder isn't there")
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_process_left_is_overwritten(tmp_path: Path, kind: str) -> None:
     """The first block is left as a killed process leaves it: its partial is put back."""
