@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitseg.ensemble import exclusive, mean, mean_in_slabs, to_masks
-from kitseg.errors import InputError
+from kitseg.errors import InputError, UsageError
+from kitseg.pipeline.cases.record import recipe
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes import blocks
 from kitseg.volumes.nifti import file_digest
@@ -318,6 +319,17 @@ def test_a_folder_without_manifest(folder: Path) -> None:
     with pytest.raises(InputError) as error:
         blocks.read_manifest(folder)
     said(error, folder / "manifest.json", "can't be read")
+
+
+def test_priors_in_another_order_are_another_recipe(folder: Path) -> None:
+    steps = {"kidneys": {"keep": 2}, "dark": {"threshold": 10}}
+    turned = dict(reversed(steps.items()))
+    assert steps == turned
+    assert recipe(postprocess=steps) == recipe(postprocess=dict(steps)) != recipe(postprocess=turned)
+    blocks.claim_manifest(folder / "new", {"postprocess": steps})
+    blocks.claim_manifest(folder / "new", {"postprocess": steps})
+    with pytest.raises(UsageError, match="another model"):
+        blocks.claim_manifest(folder / "new", {"postprocess": turned})
 
 
 def test_a_folder_without_cases(tmp_path: Path) -> None:

@@ -128,10 +128,18 @@ def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UsageError: the folder holds probabilities that something else made.
     """
-    path = folder / MANIFEST
-    if path.exists() and read_json(path, SCHEMA) != {"schema": SCHEMA, **json.loads(json.dumps(content))}:
+    if (folder / MANIFEST).exists() and not is_made_by(folder, content):
         raise UsageError(f"{folder} holds probabilities of another model, stage or version; choose another folder")
-    write_json(path, SCHEMA, content)
+    write_json(folder / MANIFEST, SCHEMA, content)
+
+
+def is_made_by(folder: Path, content: Mapping[str, Any]) -> bool:
+    """Whether this made the folder's probabilities; the order of the priors counts.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    return json.dumps(read_manifest(folder)) == json.dumps({"schema": SCHEMA, **content})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ SCHEMA = 4
 
 
 def recipe(**parts: Any) -> str:
-    """A hash of all that decides what a scan's labels will be."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    """A hash of all that decides what a scan's labels will be; what has an order, such as the priors, has it here."""
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:
