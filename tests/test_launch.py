@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import SMALLEST, kitseg
 from kitseg.errors import KitsegError, UsageError
 from kitseg.pipeline.machine import Machine
 from kitseg.pipeline.training.launch import Launch
+from kitseg.pipeline.training.signals import call
 from kitseg.pipeline.training.team import Team
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "5", "WORLD_SIZE": "8",
@@ -133,6 +135,21 @@ def test_those_that_follow_end_as_the_first_does(free_port: int, fails: bool) ->
     for thread in others:
         thread.join(20)
     assert ends == ["another process of the training has failed; its own message says why" if fails else "followed"] * 2
+
+
+def failed() -> None:
+    raise KitsegError("another process of the training has failed")
+
+
+def test_a_failure_elsewhere_ends_the_ranks_here() -> None:
+    begun = time.monotonic()
+    with pytest.raises(KitsegError, match="another process of the training has failed"):
+        call(["sleep", "20"], os.environ, failed)
+    assert time.monotonic() - begun < 10
+
+
+def test_ranks_that_fail_with_the_others_say_it_themselves() -> None:
+    assert call(["sh", "-c", "sleep 0.3; exit 7"], os.environ, failed) == 7
 
 
 def test_a_place_where_nobody_can_meet() -> None:

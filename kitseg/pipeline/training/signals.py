@@ -17,11 +17,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from kitseg import screen
+from kitseg.errors import KitsegError
 from kitseg.pipeline.machine import rank
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 CODES = {128 + number: number for number in ENDING}  # the exit code that each leads to
-PAUSE, PATIENCE = 0.1, 3.0  # seconds: between two looks at a command; for its own end after Ctrl-C
+PAUSE, PATIENCE = 0.1, 3.0  # seconds: between two looks at a command; for its own end
 
 
 class Listener:
@@ -85,16 +86,18 @@ def stoppable() -> Iterator[None]:
 def call(command: Sequence[str], environment: Mapping[str, str], look: Callable[[], None]) -> int:
     """Run a command and give its exit code; signals that ask this process to end are passed on to it.
 
-    What ``look`` raises, called now and then, ends it too. Its stdin stays open while this process lives.
+    What ``look`` raises, called now and then, ends it too, unless it ends by itself then: it knows better why. Its
+    stdin stays open while this process lives.
 
     Raises:
-        SystemExit: this process or the command was asked to end.
+        KitsegError: ``look`` has. SystemExit: this process or the command was asked to end.
     """
     told = False
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
     try:
         with listener.later():
             while process.poll() is None:
+                _look(look, process)
                 if listener.asked is not None and not told:
                     process.send_signal(listener.asked)
                     told = True
@@ -106,6 +109,16 @@ def call(command: Sequence[str], environment: Mapping[str, str], look: Callable[
     if process.returncode in CODES:
         raise SystemExit(process.returncode)
     return process.returncode
+
+
+def _look(look: Callable[[], None], process: subprocess.Popen[bytes]) -> None:
+    try:
+        look()
+    except KitsegError:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        if process.poll() is None:
+            raise
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
