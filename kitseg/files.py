@@ -85,6 +85,15 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     return content
 
 
+def identity(content: Mapping[str, Any]) -> str:
+    """What tells two JSON objects apart, as text: the order of their parts, but at no depth a ``path`` or ``folder``."""
+
+    def placeless(part: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if key not in ("path", "folder")}
+
+    return json.dumps(json.loads(json.dumps(content, default=str), object_hook=placeless))
+
+
 def _replace(partial: Path, path: Path, replaced: Path) -> None:
     """Give a partial its name; a folder that has it is moved to ``replaced`` first, and back where that fails."""
     if not (path.is_dir() and partial.is_dir()):

@@ -332,6 +332,17 @@ def test_priors_in_another_order_are_another_recipe(folder: Path) -> None:
         blocks.claim_manifest(folder / "new", {"postprocess": turned})
 
 
+def test_a_model_that_was_moved_is_the_same_model(folder: Path) -> None:
+    models = [{"model": {"path": path, "sha256": digest}} for path, digest in (("a", "1"), ("/b/a", "1"), ("a", "2"))]
+    recipes = [recipe(models=[model["model"]]) for model in models]
+    assert recipes[0] == recipes[1] != recipes[2]
+    for model in models[:2]:
+        blocks.claim_manifest(folder / "new", model)
+        assert blocks.read_manifest(folder / "new")["model"] == model["model"], "where it lies now"
+    with pytest.raises(UsageError, match="another model"):
+        blocks.claim_manifest(folder / "new", models[2])
+
+
 def test_a_folder_without_cases(tmp_path: Path) -> None:
     blocks.claim_manifest(tmp_path, {})
     with pytest.raises(InputError) as error:

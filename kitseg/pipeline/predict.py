@@ -92,9 +92,8 @@ class _Desk:
         self.steps, self.experience = build_steps(model.postprocess), model.experience()
         self.limit = Limit(wanted.max_memory, model.models)
         self.facts = {"models": model.origin(), "postprocess": model.postprocess, "versions": versions()}
-        alike = [{**one, "path": ""} for one in model.origin()]  # wherever a model lies, its hash tells which it is
         outputs = (wanted.dicom_seg, wanted.dicom_seg and wanted.keep_identifiers)
-        self.recipe = recipe(**{**self.facts, "models": alike}, outputs=outputs)
+        self.recipe = recipe(**self.facts, outputs=outputs)
 
     def predict(self, source: Case) -> Outcome:
         """Labels, figures and a picture of a scan, unless they are there; its record is written last."""

@@ -7,7 +7,6 @@ case's JSON is written last and holds the hash of its numbers, so that it tells 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kitseg.errors import InputError, UsageError
-from kitseg.files import aside, read_json, write_json
+from kitseg.files import aside, identity, read_json, write_json
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.nifti import file_digest
 
@@ -134,12 +133,12 @@ def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def is_made_by(folder: Path, content: Mapping[str, Any]) -> bool:
-    """Whether this made the folder's probabilities; the order of the priors counts.
+    """Whether this made the folder's probabilities, wherever its model lay; the order of the priors counts.
 
     Raises:
         InputError: missing or damaged.
     """
-    return json.dumps(read_manifest(folder)) == json.dumps({"schema": SCHEMA, **content})
+    return identity(read_manifest(folder)) == identity({"schema": SCHEMA, **content})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

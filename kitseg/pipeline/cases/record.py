@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.errors import InputError, UsageError
-from kitseg.files import read_json, write_json
+from kitseg.files import identity, read_json, write_json
 from kitseg.volumes.nifti import file_digest
 
 SCHEMA = 4
 
 
 def recipe(**parts: Any) -> str:
-    """A hash of all that decides what a scan's labels will be; what has an order, such as the priors, has it here."""
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+    """A hash of all that decides what a scan's labels will be: of a model its own hash, but not where it lies."""
+    return hashlib.sha256(identity(parts).encode()).hexdigest()
 
 
 def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:
