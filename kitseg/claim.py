@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from kitseg.errors import KitsegError, in_words
-from kitseg.screen import say
+from kitseg.screen import say_plainly
 
 HEARTBEAT, LEASE = 2.0, 60.0  # seconds: how often a lock is refreshed, and after how long without that it is dead
 
@@ -23,7 +23,7 @@ def claimed(folder: Path, what: str, part: str = "", wait: float = 0.0) -> Itera
 
     A hidden lock file in the folder names the process and its host, and is refreshed while that lives. The lock of a
     process that is dead, or on another host silent for a minute, is taken over. ``part``, such as ``2/8``: parts of
-    the same work write side by side. ``wait``: seconds that another process may have to finish.
+    the same work write side by side. ``wait``: seconds that another process may have to finish, which is said.
 
     Raises:
         KitsegError: another process writes there, or the folder can't be written to.
@@ -44,27 +44,78 @@ def claimed(folder: Path, what: str, part: str = "", wait: float = 0.0) -> Itera
 
 @contextmanager
 def _locked(path: Path, what: str, wait: float) -> Iterator[None]:
-    """Hold one lock file; a lock that is refreshed while this one looks is alive."""
+    """Hold one lock file."""
     lock = SoftFileLease(path, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, on_compromise=_give_way)
-    owner, seen, patience = lock.owner, _changed(path), time.monotonic() + wait
-    holder = f"process {owner.pid} on {owner.hostname}" if owner else "another process"
-
-    def alive() -> bool:
-        return _changed(path) != seen and time.monotonic() > patience
-
+    watch = _Watch(lock, path, wait)
     try:
-        lock.acquire(timeout=wait + LEASE + HEARTBEAT, poll_interval=0.1, cancel_check=alive)
+        watch.acquire()
     except Timeout as error:
-        remedy = "Wait until it ends, or choose another folder."
-        raise KitsegError(f"{path.parent}: {holder} is writing there, so no {what} can be written. {remedy}") from error
+        remedy = f"Wait until it ends, or choose another folder; if it has ended, delete {path.name} there."
+        raise KitsegError(
+            f"{path.parent}: {watch.holder} is writing there, so no {what} can be written. {remedy}"
+        ) from error
     except OSError as error:
         raise KitsegError(in_words(path.parent, error)) from error
-    if owner and not wait:
-        say(f"{path.parent}: taken over from {holder}, which has ended")
+    if watch.owner and watch.ended:
+        say_plainly(f"{path.parent}: taken over from {watch.holder}, which has ended")
     try:
         yield
     finally:
         lock.release()
+
+
+class _Watch:
+    """Looks at a lock file until it is free: one that its owner refreshes meanwhile is alive."""
+
+    def __init__(self, lock: SoftFileLease, path: Path, wait: float) -> None:
+        self.lock, self.path, self.wait = lock, path, wait
+        self.patience, self.said, self.ended = time.monotonic() + wait, False, True
+        self._begin()
+
+    @property
+    def holder(self) -> str:
+        """Who held it when this began to look."""
+        return f"process {self.owner.pid} on {self.owner.hostname}" if self.owner else "another process"
+
+    def acquire(self) -> None:
+        """Get the lock; afterwards ``ended`` says whether its owner had died.
+
+        Raises:
+            Timeout: its owner lives.
+        """
+        try:
+            self.lock.acquire(timeout=self.wait + LEASE + HEARTBEAT, poll_interval=0.1, cancel_check=self._alive)
+        except Timeout:
+            if not self._silent():
+                raise
+            self.lock.break_lock()  # empty since a power cut, or on a network disk that knows no exchange of files
+            self.lock.acquire(blocking=False)
+        self.ended = self.ended or self._time() >= LEASE
+
+    def _begin(self) -> None:
+        self.owner, self.seen, self.since = self.lock.owner, _changed(self.path), time.monotonic()
+
+    def _time(self) -> float:
+        return time.monotonic() - self.since
+
+    def _silent(self) -> bool:
+        return _changed(self.path) == self.seen and self._time() >= LEASE
+
+    def _alive(self) -> bool:
+        """Whether to give up; a lock that another process got meanwhile is looked at anew."""
+        self.ended = False  # a dead process's lock is taken at once
+        changed, owner = _changed(self.path), self.lock.owner
+        if changed == self.seen:
+            return False
+        if owner is None or owner != self.owner:
+            self._begin()
+            return False
+        if time.monotonic() > self.patience:
+            return True
+        if not self.said:
+            say_plainly(f"{self.path.parent}: {self.holder} is writing there; this waits until it has finished")
+        self.said = True
+        return False
 
 
 def _changed(path: Path) -> int | None:

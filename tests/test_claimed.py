@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - begun < 3 * claim.HEARTBEAT
         words = rf"{re.escape(str(tmp_path))}: process {process.pid} on \S+ is writing there, .* Wait until it ends"
         assert re.match(words, str(error.value))
+        assert "delete .kitseg.lock there" in str(error.value)
         for part in ("1/1", "1/2"):
             with pytest.raises(KitsegError, match="is writing there"), claimed(tmp_path, "labels", part):
                 pytest.fail("a part of it beside the whole")
@@ -112,3 +114,76 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "labels").touch()
     with pytest.raises(KitsegError, match=str(tmp_path / "labels")), claimed(tmp_path / "labels", "labels"):
         pytest.fail("there is no folder")
+
+
+SHARE = """
+    import sys, time
+    from pathlib import Path
+    from kitseg.claim import claimed
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with claimed(Path(sys.argv[1]), "labels", sys.argv[2]):
+        time.sleep(0.5)
+"""
+
+
+def test_parts_that_start_together_all_take_over(tmp_path: Path) -> None:
+    """None of them takes a sibling, which has the dead process's lock for a moment, for a living stranger."""
+    with another_process(tmp_path):
+        pass
+    command, pipe = [sys.executable, "-c", textwrap.dedent(SHARE), str(tmp_path)], subprocess.PIPE
+    parts = [subprocess.Popen([*command, f"{n}/6"], text=True, stdin=pipe, stdout=pipe) for n in range(1, 7)]
+    for part in parts:
+        assert part.stdout is not None
+        assert part.stdout.readline() == "ready\n"
+    for part in parts:
+        assert part.stdin is not None
+        part.stdin.write("\n")
+        part.stdin.flush()
+    printed = [part.communicate(timeout=30)[0] for part in parts]
+    assert [part.returncode for part in parts] == [0] * 6, printed
+    assert sum("which has ended" in text for text in printed) == 1
+    assert locks(tmp_path) == []
+
+
+def test_a_lock_that_is_handed_on_is_not_a_living_one(tmp_path: Path) -> None:
+    """Somebody else gets it, and somebody else again, each for a moment; then it is free."""
+    lock, owners = tmp_path / ".kitseg.lock", iter("abc")
+
+    def hand_on() -> None:
+        for owner in owners:
+            record = f"filelock/2\npid={os.getpid()}\nhost=elsewhere\nmode=lease\ntoken={owner}\nduration=60.0\n"
+            (tmp_path / "new").write_text(record)
+            (tmp_path / "new").replace(lock)
+            begun.set()
+            time.sleep(0.25)
+        lock.unlink()
+
+    begun = threading.Event()
+    others = threading.Thread(target=hand_on)
+    others.start()
+    begun.wait()
+    with claimed(tmp_path, "labels"):
+        assert not list(owners), "all had it"
+    others.join()
+
+
+def test_released_is_not_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "odd [red] name"
+    with another_process(folder) as process:
+        threading.Timer(1, (folder / ".kitseg.lock").unlink).start()
+        with claimed(folder, "labels", wait=20):
+            pass
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{folder}: process {process.pid} on" in text
+    assert "this waits until it has finished" in text
+    assert "taken over" not in text
+
+
+def test_an_empty_lock_is_left_from_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "LEASE", 0.5)
+    monkeypatch.setattr(claim, "HEARTBEAT", 0.1)
+    (tmp_path / ".kitseg.lock").touch()
+    with claimed(tmp_path, "labels"):
+        assert (tmp_path / ".kitseg.lock").stat().st_size
+    assert locks(tmp_path) == []

@@ -115,7 +115,7 @@ def train(
         if dry_run:
             return _rehearse(begin, given)
         failed = _train_folds(begin, team, given)
-    screen.say(f"trained: {begin.run.path}")
+    screen.say_plainly(f"trained: {begin.run.path}")
     if fold == EVERY_FOLD and stage is None:
         cross_validate(begin.run.path, data, device, mirror=False)
     exit_if(bool(failed))
@@ -158,7 +158,7 @@ def _train_folds(begin: Start, team: Team, given: dict[str, Any]) -> set[str]:
     machine, every_fold, stage = begin.machine, given["fold"] == EVERY_FOLD, given["stage"]
     cases = labelled_cases(given["data"])
     for old in begin.restart(stage, every_fold) if given["restart"] else ():
-        screen.say(f"the old training is now {old}")
+        screen.say_plainly(f"the old training is now {old}")
     failed = preprocess_cases(cases, begin.config, begin.store, given["jobs"])
     good = [case for case in cases if case.id not in failed]
     if not good:
@@ -170,7 +170,7 @@ def _train_folds(begin: Start, team: Team, given: dict[str, Any]) -> set[str]:
         if len(folds) > 1:
             screen.say(f"[bold]fold {fold} of {len(folds)}[/]")
         run = fit_unit if machine.world == 1 else on_all_ranks(team)
-        train_fold(replace(plan, fold=fold), stage, screen.say, run)
+        train_fold(replace(plan, fold=fold), stage, screen.say_plainly, run)
     return failed
 
 
