@@ -21,6 +21,7 @@ from kitseg.pipeline.models.memory import Limit, slab_within
 from kitseg.pipeline.models.model import Model
 from kitseg.types import Case, Probabilities
 from kitseg.volumes.blocks import (
+    MANIFEST,
     block_cases,
     block_digest,
     claim_manifest,
@@ -51,8 +52,11 @@ class Inference:
         """Infer these scans, which are a share of all; what is done and unchanged stays.
 
         Raises:
-            UsageError: the folder holds probabilities of something else. KitsegError: somebody writes there.
+            UsageError: the folder holds probabilities of something else, or a scan has the manifest's name.
+                KitsegError: somebody writes there.
         """
+        if taken := next((scan for scan in scans if f"{scan.id}.json" == MANIFEST), None):
+            raise UsageError(f"{taken.image}: {MANIFEST} beside the probabilities is not a scan's. Rename the scan")
         model = self.open_model()
         say(describe(model))
         with claimed(self.to, "probabilities", share.part):
