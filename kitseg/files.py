@@ -86,7 +86,10 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
 
 
 def identity(content: Mapping[str, Any]) -> str:
-    """What tells two JSON objects apart, as text: the order of their parts, but at no depth a ``path`` or ``folder``."""
+    """What tells two JSON objects apart, as text: the order of their parts, too, but no ``path`` or ``folder`` in them.
+
+    So the same model is the same wherever it lies.
+    """
 
     def placeless(part: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in part.items() if key not in ("path", "folder")}

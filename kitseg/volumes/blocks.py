@@ -128,7 +128,8 @@ def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         UsageError: the folder holds probabilities that something else made.
     """
     if (folder / MANIFEST).exists() and not is_made_by(folder, content):
-        raise UsageError(f"{folder} holds probabilities of another model, stage or version; choose another folder")
+        problem = "holds probabilities of another model, stage or version, or computed on another device"
+        raise UsageError(f"{folder} {problem}; choose another folder")
     write_json(folder / MANIFEST, SCHEMA, content)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
 from kitseg.measure.quality import Experience
@@ -170,13 +172,15 @@ def model_facts(model: Model | Run) -> dict[str, Any]:
 
 
 def origin(model: Model) -> dict[str, Any]:
-    """Which model made a result."""
+    """Which model made a result, and on what: all that two results must have in common to be the same."""
     bundle = bundle_of(model.run)
     return {
         "path": f"{bundle.name}{SUFFIX}" if bundle else str(model.run.path),
         **({"bundle": bundle.facts()} if bundle else {}),
         "folds": model.folds,
         "mirror": model.mirror,
+        "device": model.device.type,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "engine": computed_with(model),
         "sha256": model.digest(),
         **model_facts(model),
