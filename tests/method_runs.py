@@ -9,10 +9,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import kitseg, once
 
 from kitseg import config
 from kitseg.config import Method
+from kitseg.files import write_json, write_text
+from kitseg.pipeline.models.model import build_stage
+from kitseg.runs import Run
+from kitseg.volumes.nifti import file_digest
 
 QUICK = (
     "--size=tiny",
@@ -50,6 +55,24 @@ def train(folder: Path, method: str, *options: str) -> str:
     done = kitseg(folder, "train", f"--method={method}", *QUICK, *options)
     assert done.code == 0, done.text
     return done.text
+
+
+def untrained(folder: Path, method: str = "dual-unet") -> Path:
+    """A run whose training changed no weight."""
+    torch.manual_seed(0)
+    settings = config.compose(method, "tiny", ["size.thinner=16"])
+    write_text(folder / "config.yaml", config.dump(settings))
+    write_json(folder / "run.json", 1, {"kitseg": "0.1.0", "phantom": False, "cases": ["somebody"], "experience": None})
+    part = {"train": ["somebody"], "val": ["else"], "inner": []}
+    split = {"folds": [part], "test": ["third"], "seed": 0, "convention": "kits19", "patients": {}}
+    write_json(folder / "splits.json", 1, split)
+    for name, spec in config.method_of(settings).stages.items():
+        stage = Run(folder).stage(0, name)
+        stage.best.mkdir(parents=True)
+        torch.save({"state_dict": build_stage(spec).state_dict()}, stage.best / "3.ckpt")
+        rows = [{"file": "best/3.ckpt", "sha256": file_digest(stage.best / "3.ckpt")}]
+        write_json(stage.done, 1, {"checkpoints": rows, "threshold": None})
+    return folder
 
 
 def run_of(method: str) -> str:

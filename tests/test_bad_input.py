@@ -330,7 +330,7 @@ def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path) -> None:
     scan = str(trained / "test" / "case_00000")
     result = kitseg(tmp_path, "predict", scan, MODEL)
     assert result.code == 1
-    assert ".ckpt: can't be loaded" in result.text
+    assert ".ckpt: has changed or is damaged" in result.text
     assert "Traceback" not in result.text
 
 

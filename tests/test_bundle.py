@@ -21,16 +21,15 @@ import torch
 import yaml
 from conftest import SMALLEST, kitseg
 from huggingface_hub import constants
-from method_runs import labels_of, read
+from method_runs import labels_of, read, untrained
 
-from kitseg import config
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.files import write_json, write_text
+from kitseg.files import write_json
 from kitseg.pipeline.bundles.archive import MANIFEST
 from kitseg.pipeline.bundles.bundle import Bundle, bundle_of
 from kitseg.pipeline.bundles.export import export
 from kitseg.pipeline.models.members import describe, locate, members_of, only_member, open_ensemble
-from kitseg.pipeline.models.model import build_stage, open_model
+from kitseg.pipeline.models.model import open_model
 from kitseg.pipeline.models.weights import read_weights
 from kitseg.runs import Run
 from kitseg.volumes.nifti import file_digest
@@ -48,24 +47,6 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.canary),)
-
-
-def untrained(folder: Path, method: str = "dual-unet") -> Path:
-    """A run whose training changed no weight."""
-    torch.manual_seed(0)
-    settings = config.compose(method, "tiny", ["size.thinner=16"])
-    write_text(folder / "config.yaml", config.dump(settings))
-    write_json(folder / "run.json", 1, {"kitseg": "0.1.0", "phantom": False, "cases": ["somebody"], "experience": None})
-    part = {"train": ["somebody"], "val": ["else"], "inner": []}
-    split = {"folds": [part], "test": ["third"], "seed": 0, "convention": "kits19", "patients": {}}
-    write_json(folder / "splits.json", 1, split)
-    for name, spec in config.method_of(settings).stages.items():
-        stage = Run(folder).stage(0, name)
-        stage.best.mkdir(parents=True)
-        torch.save({"state_dict": build_stage(spec).state_dict()}, stage.best / "3.ckpt")
-        rows = [{"file": "best/3.ckpt", "sha256": file_digest(stage.best / "3.ckpt")}]
-        write_json(stage.done, 1, {"checkpoints": rows, "threshold": None})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -543,6 +524,10 @@ def test_a_pickle_among_the_best_weights(run: Path, tmp_path: Path) -> None:
         torch.save(evil, path)
         with pytest.raises(InputError, match="nothing in it was run"):
             read_weights(path, torch.device("cpu"))
+        with pytest.raises(InputError, match="has changed or is damaged"):
+            export(tmp_path / "run", tmp_path / "x.kitseg")
+        rows = [{"file": "best/3.ckpt", "sha256": file_digest(path)}]
+        write_json(path.parents[1] / "done.json", 1, {"checkpoints": rows, "threshold": None})
         with pytest.raises(InputError, match="nothing in it was run"):
             export(tmp_path / "run", tmp_path / "x.kitseg")
     assert not (tmp_path / "canary").exists()

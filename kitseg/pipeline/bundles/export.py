@@ -17,7 +17,7 @@ from kitseg.pipeline.bundles.archive import write_archive
 from kitseg.pipeline.bundles.bundle import SUFFIX
 from kitseg.pipeline.models.ensemble_file import Member
 from kitseg.pipeline.models.members import members_of
-from kitseg.pipeline.models.weights import SAFE, as_safetensors
+from kitseg.pipeline.models.weights import SAFE, as_safetensors, sound_checkpoints
 from kitseg.runs import SCHEMA, Run, StageFolder, find_run
 from kitseg.splits import read_split
 from kitseg.volumes.nifti import file_digest
@@ -120,7 +120,7 @@ def _files(part: Part) -> Files:
 
 def _stage_files(folder: StageFolder, name: str) -> Files:
     rows = []
-    for number, (path, _) in enumerate(folder.checkpoints()):
+    for number, path in enumerate(sound_checkpoints(folder)):
         content, file = as_safetensors(path), f"best/{number}{SAFE}"
         yield f"{name}/{file}", content
         rows.append({"file": file, "sha256": hashlib.sha256(content).hexdigest()})

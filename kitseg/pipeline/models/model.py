@@ -19,7 +19,7 @@ from kitseg.inference.chain import Predictor, run_chain, to_scan
 from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
 from kitseg.links.regions import Region
 from kitseg.patches.datamodule import Sight
-from kitseg.pipeline.models.weights import read_weights
+from kitseg.pipeline.models.weights import read_weights, sound_checkpoints
 from kitseg.runs import Run, StageFolder, find_run
 from kitseg.stages.base import Stage
 from kitseg.types import Probabilities, Volume
@@ -147,7 +147,8 @@ def open_model(
         precision: ``f32``, ``bf16``, or ``auto``: the training's on a GPU, float32 on a CPU.
 
     Raises:
-        UsageError: not a run, or no GPU or engine where one is asked for. InputError: not trained to its end.
+        UsageError: not a run, or no GPU or engine where one is asked for. InputError: not trained to its end, or
+            weights that have changed since.
     """
     run, fold = find_run(path)
     method = config.method_of(config.read(run.config))
@@ -159,7 +160,7 @@ def open_model(
         raise InputError(path, f"has no finished {chain[-1]} stage", "Call `kitseg train` again: it goes on.")
     for number in folds:
         for name in chain:
-            run.stage(number, name).checkpoints()
+            sound_checkpoints(run.stage(number, name))
     where = torch_device(device)
     modules = {name: empty_stage(method.stages[name], where) for name in chain}
     engines = {name: choose_engine(engine, where, precision, method.stages[name]) for name in chain}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -11,9 +12,31 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kitseg.errors import InputError, fault
+from kitseg.runs import StageFolder
+from kitseg.volumes.nifti import file_digest
 
 SAFE = ".safetensors"
 _REMEDY = "Restore it, or train again with --restart."
+
+
+def sound_checkpoints(folder: StageFolder) -> tuple[Path, ...]:
+    """A finished training's best checkpoints, best first, each as it was written.
+
+    Raises:
+        InputError: one has changed; see ``StageFolder.checkpoints``.
+    """
+    rows = folder.checkpoints()
+    for path, digest in rows:
+        facts = path.stat()
+        if _digest(path, facts.st_size, facts.st_mtime_ns) != digest:
+            raise InputError(path, "has changed or is damaged", _REMEDY)
+    return tuple(path for path, _ in rows)
+
+
+@cache
+def _digest(path: Path, size: int, written: int) -> str:
+    """A file's hash, which is computed once as long as the file stays as it is."""
+    return file_digest(path)
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:

@@ -1,0 +1,86 @@
+"""What makes a result: the model as it was trained, and what it is computed with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from method_runs import untrained
+
+from kitseg.errors import InputError, UsageError
+from kitseg.files import identity
+from kitseg.pipeline.bundles.export import export
+from kitseg.pipeline.cases.share import Share
+from kitseg.pipeline.infer import Inference, manifest_of
+from kitseg.pipeline.models import weights
+from kitseg.pipeline.models.model import Model, open_model
+from kitseg.types import Case
+from kitseg.volumes.nifti import file_digest
+
+WEIGHTS = Path("fold_0/kidneys/best/3.ckpt")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return untrained(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """Whatever a test does, the next one begins without determinism."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def maker(model: Model) -> str:
+    return identity(manifest_of(model, None, model.method.outputs))
+
+
+def test_what_it_is_computed_with_counts_and_where_it_lies_does_not(run: Path, tmp_path: Path, as_before: None) -> None:
+    model = open_model(run, "cpu", engine="torch")
+    moved = open_model(shutil.copytree(run, tmp_path / "moved"), "cpu", engine="torch")
+    assert maker(model) == maker(moved)
+    assert maker(model) != maker(replace(model, device=torch.device("cuda")))
+    before = maker(model)
+    torch.use_deterministic_algorithms(True)
+    assert maker(model) != before
+
+
+@pytest.mark.parametrize("damage", ["one byte", "other weights"])
+def test_weights_that_are_not_those_of_the_training(run: Path, tmp_path: Path, damage: str) -> None:
+    path = shutil.copytree(run, tmp_path / "run") / WEIGHTS
+    if damage == "one byte":
+        data = path.read_bytes()
+        path.write_bytes(data[:-1000] + bytes([data[-1000] ^ 1]) + data[-999:])
+    else:
+        state = torch.load(path, weights_only=True)["state_dict"]
+        torch.save({"state_dict": {name: value + 1 for name, value in state.items()}}, path)
+    with pytest.raises(InputError, match="has changed or is damaged"):
+        open_model(tmp_path / "run", "cpu")
+    with pytest.raises(InputError, match="has changed or is damaged"):
+        export(tmp_path / "run", tmp_path / "x.kitseg")
+    assert not (tmp_path / "x.kitseg").exists()
+
+
+def test_weights_are_hashed_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, hashed = shutil.copytree(run, tmp_path / "run"), list[Path]()
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr(weights, "file_digest", counted)
+    for _ in range(2):
+        open_model(copy, "cpu")
+    assert sorted(hashed) == sorted(copy.glob("fold_0/*/best/*.ckpt"))
+
+
+def test_a_scan_cannot_have_the_manifests_name(tmp_path: Path) -> None:
+    work = Inference(lambda: pytest.fail("no model is needed to say so"), None, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"manifest\.nii\.gz: .*Rename the scan"):
+        work([Case("manifest", tmp_path / "manifest.nii.gz")], Share(), print, print)
+    assert not (tmp_path / "out").exists()
