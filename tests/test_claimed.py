@@ -18,6 +18,9 @@ import pytest
 from kitseg import claim
 from kitseg.claim import claimed
 from kitseg.errors import KitsegError
+from kitseg.pipeline.preprocess import preprocess
+from kitseg.types import Grid
+from kitseg.volumes.kits import find_cases
 
 HOLD = """
     import sys, time
@@ -178,6 +181,17 @@ def test_released_is_not_taken_over(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{folder}: process {process.pid} on" in text
     assert "this waits until it has finished" in text
     assert "taken over" not in text
+
+
+def test_a_preprocessing_waits_for_that_of_another_fold(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (case, *_), grid = find_cases(phantoms / "test"), Grid(6.0, 6.25)
+    with another_process(tmp_path):
+        threading.Timer(1, (tmp_path / ".kitseg.lock").unlink).start()
+        (outcome,) = preprocess([case], [grid], tmp_path, "kits19", 1, lambda _: None)
+    assert (outcome.state, outcome.error) == ("done", "")
+    assert "this waits until it has finished" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_empty_lock_is_left_from_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from kitseg.pipeline.cases.outcome import in_parallel
 from kitseg.types import Case, Grid
 from kitseg.volumes.store import CaseFiles, is_fresh, store_bytes, store_case
 
+HOURS = 4 * 3600.0  # seconds that another fold, or another call, may take to preprocess
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -44,10 +46,11 @@ def preprocess(
 ) -> list[Outcome]:
     """Store every case on every grid, in parallel; a broken case doesn't stop the others.
 
-    The folder is claimed where there is something to do. part: which part of the work it is, such as ``2/8``.
+    The folder is claimed where there is something to do, as for a broken case there always is; what another process,
+    such as that of another fold, has done there meanwhile is left as it is. part: of the work, such as ``2/8``.
 
     Raises:
-        KitsegError: the disk is too small, a worker was killed, or another process preprocesses into the folder.
+        KitsegError: the disk is too small, a worker was killed, or another process is busy there for hours.
     """
     to = to.absolute()  # worker processes may stand in another folder
     outcomes, stale = [], []
@@ -60,9 +63,9 @@ def preprocess(
     for outcome in outcomes:
         on_done(outcome)
     if stale:
-        _check_disk(stale, grids, to)
         tasks = (delayed(_store)(case, grids, to, convention) for case in stale)
-        with claimed(to, "preprocessed cases", part):
+        with claimed(to, "preprocessed cases", part, wait=HOURS):
+            _check_disk(stale, grids, to)
             for outcome in chain.from_iterable(in_parallel(tasks, jobs, ordered=False)):
                 outcomes.append(outcome)
                 on_done(outcome)
