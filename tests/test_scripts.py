@@ -61,6 +61,10 @@ def test_scripts_ask_for_what_there_is(script: Path, tmp_path: Path) -> None:
     if script.name == "study.sh":
         verbs = [call[0] for call in calls]
         assert verbs == [*["split", "preprocess", "preprocess"], *["train"] * 2, *["validate"] * 2, *verbs[-3:]]
+        # a job that ends with 1 for one broken case must not keep the next from starting
+        assert re.findall(r"(after\w+):?\$(\w+)", script.read_text()) == [
+            ("afterok", "split"), ("afterany", "prepared"), ("afterany", "trained")
+        ]  # fmt: skip
         assert verbs[-3:] == ["choose", "predict", "evaluate"]
 
 
