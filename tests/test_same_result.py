@@ -7,19 +7,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from method_runs import untrained
 
 from kitseg.errors import InputError, UsageError
 from kitseg.files import identity
+from kitseg.pipeline import infer
 from kitseg.pipeline.bundles.export import export
+from kitseg.pipeline.cases.outcome import UNCHANGED
 from kitseg.pipeline.cases.share import Share
 from kitseg.pipeline.infer import Inference, manifest_of
+from kitseg.pipeline.models import model as models
 from kitseg.pipeline.models import weights
 from kitseg.pipeline.models.model import Model, open_model
-from kitseg.types import Case
-from kitseg.volumes.nifti import file_digest
+from kitseg.pipeline.validate import plan_validation, predict_folds
+from kitseg.types import Case, Geometry
+from kitseg.volumes.kits import IMAGE, LABEL
+from kitseg.volumes.nifti import file_digest, write_image, write_labels
 
 WEIGHTS = Path("fold_0/kidneys/best/3.ckpt")
 
@@ -48,6 +54,37 @@ def test_what_it_is_computed_with_counts_and_where_it_lies_does_not(run: Path, t
     before = maker(model)
     torch.use_deterministic_algorithms(True)
     assert maker(model) != before
+
+
+def validate(run: Path, data: Path) -> dict[str, str]:
+    """Predict the validation case of a run's fold; what is said of each case."""
+    outcomes = predict_folds(plan_validation(run, [data], mirror=False), "cpu", lambda _: None)
+    return {outcome.case: outcome.error or outcome.note for outcome in outcomes}
+
+
+def test_a_validation_goes_on_only_with_what_would_come_out_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "has_openvino", lambda: False)  # which would compile for longer than it computes
+    copy, data = shutil.copytree(run, tmp_path / "run"), tmp_path / "data"
+    geometry = Geometry((4, 32, 32), np.diag([-3.0, -3.0, -3.0, 1])[[2, 1, 0, 3]])
+    (data / "else").mkdir(parents=True)
+    write_image(data / "else" / IMAGE, np.zeros(geometry.shape, np.int16), geometry)
+    write_labels(data / "else" / LABEL, np.zeros(geometry.shape, np.uint8), geometry)
+    assert UNCHANGED not in validate(copy, data)["else"]
+    assert UNCHANGED in validate(copy, data)["else"]
+
+    labels = copy / "validation" / "predictions" / "else.nii.gz"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole + b"more")
+    assert UNCHANGED not in validate(copy, data)["else"]
+    assert labels.read_bytes() == whole
+    assert not list(copy.glob("fold_0/*.old-*"))
+
+    monkeypatch.setattr(infer, "versions", lambda: {"kitseg": "another"})
+    assert UNCHANGED not in validate(copy, data)["else"]
+    assert [path.name for path in copy.glob("fold_0/*.old-*")] == ["validation.old-1"]
+    assert UNCHANGED in validate(copy, data)["else"]
 
 
 @pytest.mark.parametrize("damage", ["one byte", "other weights"])

@@ -36,7 +36,7 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
             another process writes there.
     """
     manifest = read_manifest(folder)
-    steps, facts = build_steps(manifest["postprocess"], without), _facts(manifest, without)
+    steps, facts = build_steps(manifest["postprocess"], without), facts_of(manifest, without)
     cases = block_cases(folder)
     for case in cases:
         spare_foreign(to / f"{case}.json")
@@ -59,7 +59,7 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
         return each(cases, work, on_done)
 
 
-def _facts(manifest: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+def facts_of(manifest: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
     """How labels came about, from the manifest of their probabilities."""
     models = [{**member["model"], "weight": member["weight"]} for member in manifest.get("members", [])]
     return {

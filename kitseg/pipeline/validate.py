@@ -11,7 +11,8 @@ from kitseg.claim import claimed
 from kitseg.errors import KitsegError, UsageError
 from kitseg.files import read_json
 from kitseg.pipeline.cases.outcome import UNCHANGED, OnDone, Outcome, each
-from kitseg.pipeline.clean import build_steps, clean, save_labels
+from kitseg.pipeline.cases.record import forget, read_record, write_record
+from kitseg.pipeline.clean import build_steps, clean, facts_of, save_labels
 from kitseg.pipeline.evaluate import PROTOCOL, Rules, Score, score_case
 from kitseg.pipeline.infer import manifest_of
 from kitseg.pipeline.models.model import Model, open_model
@@ -20,7 +21,7 @@ from kitseg.runs import SCHEMA, Run, find_run, move_aside
 from kitseg.scoring.protocols import PROTOCOLS
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
-from kitseg.volumes.blocks import MANIFEST, claim_manifest, is_unchanged, read_manifest, write_block
+from kitseg.volumes.blocks import MANIFEST, block_digest, claim_manifest, is_made_by, is_unchanged, write_block
 from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
 from kitseg.volumes.nifti import file_digest, read_image
 
@@ -59,12 +60,22 @@ class Validation:
         return self.hashes[case.image]
 
     def is_done(self, fold: int, case: Case) -> bool:
-        """Whether a case is predicted, from the scan as it is now."""
-        return self.label(case).exists() and is_unchanged(self.beliefs(fold), case.id, self.hash_of(case))
+        """Whether a case is predicted, from the scan as it is now, and its files are as they were written."""
+        if not is_unchanged(self.beliefs(fold), case.id, self.hash_of(case)):
+            return False
+        return read_record(self.record(case), self.made(fold, case)) is not None
+
+    def made(self, fold: int, case: Case) -> dict[str, str]:
+        """What a case's label map was made from."""
+        return {"scan_sha256": self.hash_of(case), "block_sha256": block_digest(self.beliefs(fold), case.id)}
 
     def label(self, case: Case) -> Path:
         """A case's label map."""
         return self.labels / f"{case.id}.nii.gz"
+
+    def record(self, case: Case) -> Path:
+        """How a case's label map came about."""
+        return self.labels / f"{case.id}.json"
 
 
 def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validation:
@@ -142,10 +153,9 @@ def _check_unseen(run: Run, fold: int, split: Split) -> None:
 def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDone) -> list[Outcome]:
     to, by_id = validation.beliefs(fold), {case.id: case for case in validation.cases[fold]}
     steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None, model.method.outputs)
-    there = read_manifest(to).get("model", {}) if (to / MANIFEST).exists() else {}
-    if there.get("sha256") != manifest["model"]["sha256"]:
+    if to.exists() and not ((to / MANIFEST).exists() and is_made_by(to, manifest)):
         move_aside(to)
-        claim_manifest(to, manifest)
+    claim_manifest(to, manifest)
 
     def work(name: str) -> Outcome:
         case = by_id[name]
@@ -153,8 +163,12 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
             return Outcome(name, note=UNCHANGED, result=validation.label(case))
         scan = read_image(case.image, name)
         found = model.believe(scan)
-        outcome = save_labels(validation.labels, name, clean(found, scan, steps), found)
+        forget(validation.record(case), [validation.label(case)])
         write_block(to, found, case.image, validation.hash_of(case))
+        outcome = save_labels(validation.labels, name, clean(found, scan, steps), found)
+        told = {"case": name, "scan": case.image.name, "volumes_ml": outcome.volumes_ml, "note": outcome.note}
+        facts = {**told, **facts_of(manifest)}
+        write_record(validation.record(case), facts, validation.made(fold, case), [validation.label(case)])
         return outcome
 
     return each(list(by_id), work, on_done)
