@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from patients import patient
 
 from kitseg.errors import KitsegError, UsageError
-from kitseg.pipeline.augment import DIRECTIONS, Choice, Outcome, Pair, choose_pairs, make_copies
+from kitseg.pipeline.augment import DIRECTIONS, Choice, Outcome, Pair, choose_pairs, make_copies, undone
 from kitseg.splits import make_split, read_split, with_copies, write_split
 from kitseg.types import Case, Traits, Volume
-from kitseg.volumes.kits import case_of
+from kitseg.volumes.kits import IMAGE, LABEL, case_of
 from kitseg.volumes.nifti import write_image, write_labels
 
 QUICK = (
@@ -214,6 +214,21 @@ def test_a_rejected_pair_leaves_its_reason_and_is_not_tried_again(tmp_path: Path
     assert record["covered"] < 0.9
     assert record["reason"] == first[0].reason == second[0].reason
     assert not (tmp_path / "to" / "case_0_from_case_1").exists()
+
+
+@pytest.mark.parametrize("name", [IMAGE, LABEL])
+def test_a_pair_whose_scan_or_labels_were_corrected_is_tried_again(tmp_path: Path, name: str) -> None:
+    cut, whole = written(tmp_path / "case_0", slice(12, 20)), written(tmp_path / "case_1")
+    pairs, to = [Pair(cut, whole)], tmp_path / "to"
+    make_copies(pairs, to, "kits19", 1, lambda _: None)
+    assert undone(pairs, to, "kits19") == 0
+    path = tmp_path / "case_1" / name
+    array = np.asarray(nib.load(path).dataobj).copy()
+    array[0, 0, 0] = 1
+    nib.save(nib.Nifti1Image(array, nib.load(path).affine), path)
+    assert undone(pairs, to, "kits19") == 1
+    path.unlink()
+    assert undone(pairs, to, "kits19") == 1
 
 
 def some_cases(count: int) -> dict[str, Case]:

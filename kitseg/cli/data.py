@@ -217,7 +217,7 @@ def augment(
         with on_cluster(cluster), screen.bar("register", len(mine)) as step:
             outcomes = copies.make_copies(mine, output, convention, jobs, lambda _: step())
         _report_copies(outcomes, output)
-        if (left := copies.undone(pairs, output, convention)) and share.of > 1:
+        if share.of > 1 and (left := copies.undone(pairs, output, convention)):
             screen.say(f"part {share}: {left} of {len(pairs)} pairs are still to do; who ends last writes the split")
         else:
             copies.write_augmented_split(plan.run, output)

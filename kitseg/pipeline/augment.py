@@ -28,7 +28,15 @@ from kitseg.runs import Run
 from kitseg.splits import Split, read_split, with_copies, write_split
 from kitseg.types import Case
 from kitseg.volumes.kits import IMAGE, LABEL, ORIGIN, ORIGIN_SCHEMA, find_cases
-from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, read_image, read_labels, write_image, write_labels
+from kitseg.volumes.nifti import (
+    PHANTOM_MARK,
+    file_digest,
+    is_phantom,
+    read_image,
+    read_labels,
+    write_image,
+    write_labels,
+)
 
 SCHEMA = 1
 DIRECTIONS = ("partner-to-hard", "hard-to-partner")
@@ -140,7 +148,7 @@ def make_copies(
 
 def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
     """How many pairs have neither a copy nor a reason why there is none."""
-    return sum(_done(pair, to, _wanted(convention)) is None for pair in pairs)
+    return sum(not _is_done(pair, to, convention) for pair in pairs)
 
 
 def write_request(to: Path, fold: int, choice: Choice, pairs: Sequence[Pair]) -> None:
@@ -169,20 +177,36 @@ def write_augmented_split(run: Run, to: Path) -> Split:
 
 def _make(pair: Pair, to: Path, convention: str) -> Outcome:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    wanted = _wanted(convention)
     try:
+        wanted = _wanted(pair, convention)
         return _done(pair, to, wanted) or _copy(pair, to, wanted)
     except Exception as error:  # whatever it is, the other pairs go on
         return Outcome(pair.name, "failed", True, in_words(pair.name, error))
 
 
-def _wanted(convention: str) -> dict[str, Any]:
-    """What a copy must be made with."""
-    return {"settings": asdict(Settings()), "convention": convention}
+def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
+    """What a copy must be made with, and from.
+
+    Raises:
+        InputError: an unreadable file.
+    """
+    files = (file for case in (pair.reference, pair.floating) for file in (case.image, case.label) if file)
+    return {
+        "settings": asdict(Settings()),
+        "convention": convention,
+        "made_from": [file_digest(file) for file in files],
+    }
+
+
+def _is_done(pair: Pair, to: Path, convention: str) -> bool:
+    try:
+        return _done(pair, to, _wanted(pair, convention)) is not None
+    except InputError:
+        return False
 
 
 def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Outcome | None:
-    """What an earlier call made of a pair with the same settings."""
+    """What an earlier call made of a pair with the same settings, scans and labels."""
     records = ((to / pair.name / ORIGIN, ORIGIN_SCHEMA), (to / "rejected" / f"{pair.name}.json", SCHEMA))
     for path, schema in records:
         facts = read_json(path, schema) if path.exists() else {}
