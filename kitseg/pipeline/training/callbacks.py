@@ -45,6 +45,12 @@ class EpochSoFar(pl.Callback):
             for buffer, value in zip(pl_module.buffers(), mine["buffers"], strict=True):
                 buffer.copy_(value)
         self.module = pl_module
+        begun = any(part["patches"] for part in self.earlier.values())
+        if begun and len(self.earlier) != trainer.world_size and trainer.is_global_zero:
+            screen.complain(
+                f"epoch {trainer.current_epoch} was begun by {len(self.earlier)} ranks and is ended by "
+                f"{trainer.world_size}: until then patches may be left out or taken twice; later epochs are whole"
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

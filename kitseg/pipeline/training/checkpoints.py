@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,7 +22,7 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from kitseg import screen
-from kitseg.errors import InputError, KitsegError
+from kitseg.errors import InputError, KitsegError, fault
 from kitseg.files import aside
 from kitseg.pipeline.machine import rank
 from kitseg.pipeline.training.callbacks import NO_NUMBER
@@ -95,8 +96,9 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on nothing has to be saved."""
+        """From here on nothing has to be saved; a signal that came after the last epoch is obeyed."""
         listener.waits = False
+        self._obey(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """From here on nothing can be saved."""
@@ -113,6 +115,10 @@ class LastCheckpoint(Checkpoint):
                 if path.name not in self.counted | self.best.names():
                     path.unlink()
         self.counted = self.best.names()
+        self._obey(trainer)
+
+    def _obey(self, trainer: pl.Trainer) -> None:
+        """End on all ranks where a signal has reached one of them."""
         if trainer.strategy.reduce_boolean_decision(listener.asked is not None, all=False):
             listener.obey()
 
@@ -138,10 +144,14 @@ def _damage(path: Path) -> str | None:
     """What keeps a checkpoint from being loaded, if anything; torch itself doesn't compare the checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        torch.load(path, map_location="meta", weights_only=True)
+            if damaged := archive.testzip():
+                return f"its part {damaged} is damaged"
+        with warnings.catch_warnings(action="ignore"):  # about a version of PyTorch that damaged bytes seem to tell
+            torch.load(path, map_location="meta", weights_only=True)
     except UnpicklingError:
         return "it holds more than a training's state or is damaged, and nothing in it was run"
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        return str(error).splitlines()[0]
-    return None if damaged is None else f"its part {damaged} is damaged"
+    except Exception as error:  # a damaged file can make its reader raise anything
+        if fault(error):
+            raise
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None

@@ -109,26 +109,37 @@ class Start:
 
         Otherwise the fold alone, or the stage with the later ones that build on it and what cross-validation made of
         them. Gives the new names.
+
+        Raises:
+            KitsegError: a training lives there.
         """
         if not self.run.config.exists():
             return []
         old = self.split.exists() and read_split(self.split) != read_split(self.run.split)
         old = old or bool(config.differences(config.read(self.run.config), self.config))
         if old or (every_fold and stage is None):
-            return moved_aside([self.run.path])
+            return _moved_aside([self.run.path])
         folds = range(len(read_split(self.run.split).folds)) if every_fold else [self.fold]
         scores = [self.run.scores(mirror) for mirror in (False, True)]
         if stage is None:
-            return moved_aside([self.run.fold(self.fold), *scores])
+            return _moved_aside([self.run.fold(self.fold), *scores])
         stages = [stage, *_dependent(config.method_of(self.config), stage)]
         trained = [self.run.stage(fold, name).path for fold in folds for name in stages]
         said = [self.run.beliefs(fold, mirror) for fold in folds for mirror in (False, True)]
-        return moved_aside([*trained, *said, *scores])
+        return _moved_aside([*trained, *said, *scores])
 
     def _plan(self, split: Split) -> Plan:
         if self.fold >= len(split.folds):
             raise UsageError(f"there is no fold {self.fold}: {len(split.folds)} folds, from 0 on")
         return Plan(self.config, self.run, split, self.fold, self.store, self.machine, self.repeat)
+
+
+def _moved_aside(paths: Sequence[Path]) -> list[Path]:
+    """Rename what no living training writes to."""
+    for folder in sorted({lock.parent for path in paths for lock in path.rglob(".kitseg*.lock")}):
+        with claimed(folder, "training"):
+            pass
+    return moved_aside(paths)
 
 
 def _dependent(method: Method, stage: str) -> list[str]:

@@ -1,0 +1,111 @@
+"""Checkpoints that can't be read, restarts beside a living training, signals and ranks between two sessions."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from kitseg import claim, config
+from kitseg.claim import claimed
+from kitseg.errors import KitsegError
+from kitseg.pipeline.machine import Machine
+from kitseg.pipeline.training.callbacks import EpochSoFar
+from kitseg.pipeline.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
+from kitseg.pipeline.training.plan import Start, claim_run
+from kitseg.pipeline.training.signals import listener
+from kitseg.runs import Run, StageFolder
+from kitseg.splits import Fold, Split, write_split
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StageFolder:
+    """A stage with a whole checkpoint, and a whole one before it."""
+    made = StageFolder(tmp_path)
+    torch.save({"epoch": 1}, made.previous)
+    torch.save({"epoch": 2}, made.last)
+    return made
+
+
+def with_state(path: Path, state: bytes) -> None:
+    """Put other bytes where a checkpoint's objects are, with the checksum that belongs to them."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, state if name.endswith("data.pkl") else part)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"\x80\x02R.",  # a call without a function: IndexError
+        b"\x80\x02h\x05.",  # the fifth of no objects: KeyError
+        b"\x80\x02K\x01K\x02a.",  # a number appended to a number: AttributeError
+        b"\x80\x02]K\x01\x85s.",
+        b"",
+        pickle.dumps(print),
+    ],
+)
+def test_whatever_a_damaged_checkpoint_raises_the_one_before_is_taken(
+    folder: StageFolder, state: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_state(folder.last, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert start_of(folder) == folder.previous
+    assert "training goes on from the one before it" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_part_is_not_loaded(folder: StageFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    content = folder.last.read_bytes()
+    at = content.index(b"epoch")
+    folder.last.write_bytes(content[:at] + b"Epoch" + content[at + 5 :])
+    assert start_of(folder) == folder.previous
+    assert "data.pkl is damaged" in capsys.readouterr().err
+
+
+def trainer() -> pl.Trainer:
+    return pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+
+
+def test_a_signal_after_the_last_epoch_is_obeyed(folder: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = LastCheckpoint(folder, BestCheckpoints(folder.best), 60, None)
+    last.on_train_end(trainer(), pl.LightningModule())
+    monkeypatch.setattr(listener, "asked", signal.SIGUSR1)
+    with pytest.raises(SystemExit) as end:
+        last.on_train_end(trainer(), pl.LightningModule())
+    assert end.value.code == 128 + signal.SIGUSR1
+    assert not listener.waits
+
+
+@pytest.mark.parametrize(("ranks", "patches", "said"), [(2, 3, True), (1, 3, False), (2, 0, False)])
+def test_other_ranks_in_the_middle_of_an_epoch(
+    ranks: int, patches: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    so_far = EpochSoFar(seed=0)
+    so_far.load_state_dict({str(rank): {"loss": 1.0, "patches": patches, "buffers": []} for rank in range(ranks)})
+    so_far.on_train_start(trainer(), pl.LightningModule())
+    assert ("epoch 0 was begun by 2 ranks and is ended by 1" in capsys.readouterr().err) == said
+
+
+def test_a_restart_leaves_a_living_training_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "HEARTBEAT", 0.1)
+    split, run = Split((Fold(("a",), ("b",), ()),), (), 0, "kits19"), Run(tmp_path / "run")
+    write_split(split, tmp_path / "splits.json")
+    made = config.compose("two-phase", "tiny", [])
+    claim_run(run, made, split)
+    start = Start(made, run, 0, tmp_path / "splits.json", tmp_path, Machine())
+    stage = run.stage(0, "coarse").path
+    with claimed(stage, "training"):
+        for every_fold, only in ((False, None), (True, None), (False, "coarse")):
+            with pytest.raises(KitsegError, match=r"coarse: process \d+ on \S+ is writing there"):
+                start.restart(only, every_fold)
+            assert stage.exists()
+    assert start.restart("coarse") == [stage.with_name("coarse.old-1")]
