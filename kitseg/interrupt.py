@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command within seconds, whatever it is doing."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a command within seconds, whatever it is doing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from kitseg.screen import complain
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 PATIENCE = 3.0  # seconds that a command has to end in order
 LAST_WORDS = "stopped: what is written is whole, and the same command goes on"
 
@@ -36,7 +36,7 @@ def obey() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM raise ``Stopped``, so that what was begun is cleaned up on the way out.
+    """Inside, a signal raises ``Stopped``, so that what was begun is cleaned up on the way out.
 
     Where that takes too long, as in a long computation outside of Python, the process ends all the same: files have
     their names only when they are whole. Who handles a signal on its own inside, as a training does, has its time.

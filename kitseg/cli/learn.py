@@ -109,15 +109,16 @@ def train(
     launch = Launch.here(nodes)
     machine, given = launch.agreed(machine), locals()
     begin = replace(begin, machine=machine, repeat=_repeat(given, machine))
-    with stoppable(), Team(launch) as team:
-        if not team.leads:
-            return team.follow()
-        if dry_run:
-            return _rehearse(begin, given)
-        failed = _train_folds(begin, team, given)
-    screen.say_plainly(f"trained: {begin.run.path}")
-    if fold == EVERY_FOLD and stage is None:
-        cross_validate(begin.run.path, data, device, mirror=False)
+    with stoppable():
+        with Team(launch) as team:
+            if not team.leads:
+                return team.follow()
+            if dry_run:
+                return _rehearse(begin, given)
+            failed = _train_folds(begin, team, given)
+        screen.say_plainly(f"trained: {begin.run.path}")
+        if fold == EVERY_FOLD and stage is None:
+            cross_validate(begin.run.path, data, device, mirror=False)
     exit_if(bool(failed))
 
 
