@@ -49,6 +49,14 @@ def test_from_a_launcher(names: tuple[str, str], alone: pytest.MonkeyPatch) -> N
     assert Share.here() == Share(3, 4)
 
 
+@pytest.mark.parametrize(("index", "of"), [("", "2"), ("0", ""), ("5", "2"), ("-1", "2"), ("0", "0"), ("a", "b")])
+def test_a_launcher_that_says_nonsense(index: str, of: str, alone: pytest.MonkeyPatch) -> None:
+    alone.setenv("RANK", index)
+    alone.setenv("WORLD_SIZE", of)
+    with pytest.raises(UsageError, match=f"RANK='{index}' and WORLD_SIZE='{of}' in the environment name no part"):
+        Share.here()
+
+
 def test_a_batch_script_without_srun_works_on_everything(alone: pytest.MonkeyPatch) -> None:
     alone.setenv("SLURM_PROCID", "0")
     alone.setenv("SLURM_NTASKS", "4")

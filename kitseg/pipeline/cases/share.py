@@ -46,10 +46,18 @@ class Share:
 
     @classmethod
     def here(cls) -> Share:
-        """This process's part under torchrun or srun; all of it elsewhere."""
-        for index, of in LAUNCHERS:
-            if index in os.environ and of in os.environ:
-                return cls(int(os.environ[index]), int(os.environ[of]))
+        """This process's part under torchrun or srun; all of it elsewhere.
+
+        Raises:
+            UsageError: their environment variables name no part.
+        """
+        for names in LAUNCHERS:
+            if all(name in os.environ for name in names):
+                index, of = (os.environ[name].strip() for name in names)
+                if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+                    said = " and ".join(f"{name}={os.environ[name]!r}" for name in names)
+                    raise UsageError(f"{said} in the environment name no part of the work: unset them, or mend them")
+                return cls(int(index), int(of))
         return cls()
 
     @classmethod

@@ -54,6 +54,8 @@ class Launch:
                 agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
                 return replace(cls._read(TorchElasticEnvironment(), "LOCAL_WORLD_SIZE", "WORLD_SIZE"), agent=agent)
             if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone; SLURM_NTASKS by sbatch, too
+                if "SLURM_NTASKS_PER_NODE" not in os.environ:
+                    raise UsageError("srun needs --ntasks-per-node (a task a GPU, or one a machine)")
                 return cls._read(SLURMEnvironment(auto_requeue=False), "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
             return cls() if nodes == 1 else cls._by_hand(nodes)
         except (KeyError, ValueError, RuntimeError) as error:
