@@ -68,8 +68,8 @@ class _Watch:
     """Looks at a lock file until it is free: one that its owner refreshes meanwhile is alive."""
 
     def __init__(self, lock: SoftFileLease, path: Path, wait: float) -> None:
-        self.lock, self.path, self.wait = lock, path, wait
-        self.patience, self.said, self.ended = time.monotonic() + wait, False, True
+        self.lock, self.path, self.patience = lock, path, time.monotonic() + wait
+        self.said, self.ended = False, True
         self._begin()
 
     @property
@@ -84,33 +84,31 @@ class _Watch:
             Timeout: its owner lives.
         """
         try:
-            self.lock.acquire(timeout=self.wait + LEASE + HEARTBEAT, poll_interval=0.1, cancel_check=self._alive)
+            self.lock.acquire(poll_interval=0.1, cancel_check=self._decided)
         except Timeout:
-            if not self._silent():
+            if self._silence() < LEASE:
                 raise
-            self.lock.break_lock()  # empty since a power cut, or on a network disk that knows no exchange of files
+            self.lock.break_lock()  # empty since a power cut, or on a network disk that can't exchange files
             self.lock.acquire(blocking=False)
-        self.ended = self.ended or self._time() >= LEASE
+        self.ended = self.ended or self._silence() >= LEASE
 
     def _begin(self) -> None:
         self.owner, self.seen, self.since = self.lock.owner, _changed(self.path), time.monotonic()
 
-    def _time(self) -> float:
+    def _silence(self) -> float:
         return time.monotonic() - self.since
 
-    def _silent(self) -> bool:
-        return _changed(self.path) == self.seen and self._time() >= LEASE
-
-    def _alive(self) -> bool:
-        """Whether to give up; a lock that another process got meanwhile is looked at anew."""
+    def _decided(self) -> bool:
+        """Whether its owner lives, or is silent for longer than the lock itself needs to be taken over."""
         self.ended = False  # a dead process's lock is taken at once
         changed, owner = _changed(self.path), self.lock.owner
         if changed == self.seen:
-            return False
-        if owner is None or owner != self.owner:
+            return self._silence() > LEASE + HEARTBEAT
+        if owner is None or owner != self.owner:  # released, or another process has it now
             self._begin()
             return False
-        if time.monotonic() > self.patience:
+        self.seen, self.since = changed, time.monotonic()
+        if self.since > self.patience:
             return True
         if not self.said:
             say_plainly(f"{self.path.parent}: {self.holder} is writing there; this waits until it has finished")

@@ -47,10 +47,8 @@ def with_state(path: Path, state: bytes) -> None:
     [
         b"\x80\x02R.",  # a call without a function: IndexError
         b"\x80\x02h\x05.",  # the fifth of no objects: KeyError
-        b"\x80\x02K\x01K\x02a.",  # a number appended to a number: AttributeError
-        b"\x80\x02]K\x01\x85s.",
-        b"",
-        pickle.dumps(print),
+        b"",  # EOFError
+        pickle.dumps(print),  # a warning, then UnpicklingError
     ],
 )
 def test_whatever_a_damaged_checkpoint_raises_the_one_before_is_taken(

@@ -198,6 +198,8 @@ def test_an_empty_lock_is_left_from_a_power_cut(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(claim, "LEASE", 0.5)
     monkeypatch.setattr(claim, "HEARTBEAT", 0.1)
     (tmp_path / ".kitseg.lock").touch()
-    with claimed(tmp_path, "labels"):
+    begun = time.monotonic()
+    with claimed(tmp_path, "labels", wait=60):
         assert (tmp_path / ".kitseg.lock").stat().st_size
+    assert 0.5 <= time.monotonic() - begun < 10, "it is watched, and not for as long as a living one"
     assert locks(tmp_path) == []
