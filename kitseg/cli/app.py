@@ -68,7 +68,8 @@ Convention = Annotated[
 def main() -> None:
     """Run the command line: errors in one line.
 
-    Exit code 1 where something failed, 2 where the call can't be meant, 130 after Ctrl-C, 138 after SIGUSR1, 143 after SIGTERM.
+    Exit code 1 where something failed, 2 where the call can't be meant; 130 after Ctrl-C, 138 after SIGUSR1, 143 after
+    SIGTERM.
     """
     try:
         with interruptible():
