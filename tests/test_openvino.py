@@ -167,3 +167,14 @@ def test_an_empty_stage_holds_what_is_loaded(method: str, stage: str) -> None:
     for name, value in module.state_dict().items():
         assert np.array_equal(value.numpy(), kept[name].numpy())
     assert module.device == CPU
+
+
+@installed
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc on this system")
+def test_a_network_that_is_not_used_any_more_leaves_memory() -> None:
+    engine, module = OpenVino(), stage_of(spec_of("two-phase", "fine"))
+    x, sizes = region(spec_of("two-phase", "fine"), 32, 32, 32), []
+    for number in range(9):
+        see(engine, module, x, name=f"checkpoint {number}")
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6)
+    assert sizes[-1] - sizes[2] < 50, f"{np.round(sizes)} MB"
