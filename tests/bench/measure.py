@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-INTERVAL = 0.05  # seconds between looks at the memory
+INTERVAL = 0.2  # seconds between looks at the memory
 
 
 @dataclass(frozen=True)
