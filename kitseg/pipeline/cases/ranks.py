@@ -1,4 +1,8 @@
-"""Cases shared by several processes on this machine: one a GPU, or several on the CPU."""
+"""Cases shared by several processes on this machine: one a GPU, or several on the CPU, which share its threads.
+
+PyTorch's numbers don't depend on how many threads it has. OpenVINO's do, by 2e-5: bit for bit the same files come from
+the same number of threads in each process, which OMP_NUM_THREADS sets.
+"""
 
 from __future__ import annotations
 
