@@ -15,6 +15,7 @@ from kitseg.errors import KitsegError, in_words
 from kitseg.screen import say_plainly
 
 HEARTBEAT, LEASE = 2.0, 60.0  # seconds: how often a lock is refreshed, and after how long without that it is dead
+FOREVER = 1e9  # seconds: the watch decides; with no limit at all filelock speaks of a deadlock within one thread
 
 
 @contextmanager
@@ -84,7 +85,7 @@ class _Watch:
             Timeout: its owner lives.
         """
         try:
-            self.lock.acquire(poll_interval=0.1, cancel_check=self._decided)
+            self.lock.acquire(timeout=FOREVER, poll_interval=0.1, cancel_check=self._decided)
         except Timeout:
             if self._silence() < LEASE:
                 raise
