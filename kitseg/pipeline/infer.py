@@ -115,11 +115,11 @@ def average(
         if is_unchanged(to, case, digest, made_from):
             return Outcome(case, note=UNCHANGED, result=result)
 
-        def members() -> Iterator[tuple[Probabilities, float]]:
+        def weighed() -> Iterator[tuple[Probabilities, float]]:
             blocks = (read_block(folder, case) for folder in folders)
             return zip((ensemble.convert(block, channels) for block in blocks), weights, strict=True)
 
-        mean = ensemble.mean_in_slabs(members, slab_within(max_memory, [block for block, _ in members()], case))
+        mean = ensemble.mean_in_slabs(weighed, slab_within(max_memory, [block for block, _ in weighed()], case))
         write_block(to, mean, scan, digest, made_from)
         return Outcome(case, result=result)
 
