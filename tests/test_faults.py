@@ -4,7 +4,6 @@ words, and the same command ends as if nothing had happened.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,6 +22,7 @@ from kill_storm import contents, differences, leftovers, storm
 from kitseg.claim import claimed
 from kitseg.errors import KitsegError
 from kitseg.patches import datamodule
+from kitseg.patches.queue import PatchQueue
 from kitseg.pipeline.training.faults import in_settings
 
 slow = pytest.mark.slow
@@ -257,8 +257,17 @@ def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
 
 @slow
 def test_a_killed_loader_process(folder: Path, whole: Path) -> None:
-    when((folder / COARSE / "last.ckpt").exists, lambda: multiprocessing.active_children()[0].kill())
-    result = kitseg(folder, *QUICK, "--workers=1")
+    take = PatchQueue.__getitem__
+    this = os.getpid()
+
+    def killed(queue: PatchQueue, address: tuple[int, int]) -> object:
+        if os.getpid() != this and (folder / COARSE / "last.ckpt").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take(queue, address)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PatchQueue, "__getitem__", killed)
+        result = kitseg(folder, *QUICK, "--workers=1")
     assert result.code == 1, result.text
     assert "a loader process was killed" in result.text
     assert "fewer --workers" in result.text
