@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -71,6 +73,7 @@ def main() -> None:
     Exit code 1 where something failed, 2 where the call can't be meant; 130 after Ctrl-C, 138 after SIGUSR1, 143 after
     SIGTERM.
     """
+    atexit.register(gc.freeze)  # else Python's end walks PyTorch's modules several times, which takes a second
     try:
         with interruptible():
             app()
