@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -239,6 +240,19 @@ def test_hu_of_a_lesion() -> None:
     assert (lesion.hu_mean, lesion.hu_sd) == (pytest.approx(40), pytest.approx(10))
     (blind,) = measure(labels, geometry).lesions
     assert (blind.hu_mean, blind.hu_sd) == (None, None)
+
+
+def test_noise_all_through_a_scan_takes_little_memory() -> None:
+    shape = (80, 256, 256)
+    drawn = np.random.default_rng(0).random(shape, np.float32)
+    labels = np.select([drawn < 0.3, drawn < 0.6], [TUMOR, KIDNEY]).astype(np.uint8)
+    tracemalloc.start()
+    found = measure(labels, Geometry(shape, np.diag([-1.0, -1.0, -1.0, 1.0])[[2, 1, 0, 3]]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 24 * labels.size
+    assert found.lesions[0].contact_mm2 is None, "a surface of so many faces isn't made"
+    assert found.lesions[0].volume_ml == pytest.approx((labels == TUMOR).sum() / 1000, rel=1e-3)
 
 
 def test_no_kidney_no_findings() -> None:

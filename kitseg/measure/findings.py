@@ -29,7 +29,7 @@ class Lesion:
     axial_mm: largest diameter within one slice; diameter_mm: largest diameter in 3D; size_class: T1a, T1b, T2a or T2b,
     for a tumor; exophytic: share of its volume outside the kidney's outline, 0 to 1; contact_mm2: its surface that
     touches parenchyma; hu_mean, hu_sd: of its voxels in a CT; centre: a voxel (slice, row, column) of the lesion, in
-    its middle; box: its voxels. None where it can't be measured (no CT, no kidney on that side).
+    its middle; box: its voxels. None where it can't be measured (no CT, no kidney on that side, a ragged surface).
     """
 
     number: int

@@ -125,7 +125,7 @@ def _lesion(number: int, component: _Component, scene: _Scene) -> Lesion:
     )
 
 
-def _contact(component: _Component, scene: _Scene) -> float:
+def _contact(component: _Component, scene: _Scene) -> float | None:
     near = component.box.grown(_MARGIN).clip(scene.labels.shape)
     mask = np.zeros(near.size, np.bool_)
     mask[component.box.moved(near.start).slices] = component.mask
@@ -134,9 +134,21 @@ def _contact(component: _Component, scene: _Scene) -> float:
 
 def _middle_voxel(component: _Component, spacing: tuple[float, float, float], origin: Triple) -> Triple:
     """The lesion's voxel that is nearest to its centre of mass, in the whole scan."""
-    voxels = np.argwhere(component.mask)
-    distances = np.linalg.norm((voxels - voxels.mean(axis=0)) * spacing, axis=1)
-    return triple(voxels[distances.argmin()] + component.box.start + origin)
+    mask = component.mask
+    counts = (mask.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
+    middle = np.array([np.average(np.arange(len(count)), weights=count) for count in counts])
+    nearest = min(_nearest(plane, z, middle, spacing) for z, plane in enumerate(mask) if plane.any())
+    return triple(np.array(nearest[1:]) + component.box.start + origin)
+
+
+def _nearest(
+    plane: NDArray[np.bool_], z: int, point: NDArray[np.float64], spacing: tuple[float, float, float]
+) -> tuple[float, int, int, int]:
+    """How many mm the nearest voxel of a slice is from a point, and which one it is."""
+    y, x = np.nonzero(plane)
+    distances = np.linalg.norm((np.stack([np.full_like(y, z), y, x], axis=1) - point) * spacing, axis=1)
+    first = int(distances.argmin())
+    return float(distances[first]), z, int(y[first]), int(x[first])
 
 
 def _kidneys(scene: _Scene) -> tuple[Kidney, ...]:

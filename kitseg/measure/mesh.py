@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import edt
 import numpy as np
 import trimesh
 from numpy.typing import NDArray
@@ -88,8 +89,7 @@ def stl(vertices: Vertices, faces: Faces) -> bytes:
 
 def _signed_distance(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> NDArray[np.float32]:
     """How many mm it is from each voxel's centre to the nearest one on the mask's other side, negative inside."""
-    outside, inside = (ndimage.distance_transform_edt(side, sampling=spacing) for side in (~mask, mask))
-    signed: NDArray[np.float32] = (outside - inside).astype(np.float32)
+    signed: NDArray[np.float32] = -edt.sdf(np.ascontiguousarray(mask), anisotropy=spacing, parallel=1)
     return signed
 
 

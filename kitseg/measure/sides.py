@@ -5,6 +5,7 @@ Sides follow from the affine (x of RAS+ grows to the patient's right), never fro
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,10 @@ def side_map(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> N
     inside = sides[found.box.slices]
     middles = _middles(found, geometry)
     parenchyma = (labels[found.box.slices] == KIDNEY) & (found.numbers == kidneys[0])
-    plane = _cut(parenchyma, found.box, geometry, midline)
-    if plane is not None:
-        whole = found.numbers > 0
-        inside[whole] = np.where(_x(whole, found.box, geometry) > plane, CODES[RIGHT], CODES[LEFT])
+    cut = _cut(parenchyma, found.box, geometry, midline)
+    if cut is not None:
+        for side, numbers, x in zip(inside, found.numbers, _x(found.box, geometry), strict=True):
+            side[...] = np.where(numbers == 0, 0, np.where(x > cut, CODES[RIGHT], CODES[LEFT]))
         return sides
     by_number = np.zeros(found.sizes.size, np.uint8)
     own = middles[kidneys[0]]
@@ -123,9 +124,8 @@ def _cut(parenchyma: NDArray[np.bool_], box: Box, geometry: Geometry, midline: f
     """
     if not parenchyma.any():
         return None
-    x = _x(parenchyma, box, geometry)
-    low = float(x.min())
-    areas = np.bincount(((x - low) / _BIN_MM).astype(int)).astype(float)
+    low = min(float(x[plane].min()) for plane, x in zip(parenchyma, _x(box, geometry), strict=True) if plane.any())
+    areas = _areas(parenchyma, _x(box, geometry), low)
     centres = low + (np.arange(areas.size) + 0.5) * _BIN_MM
     below = np.cumsum(areas)[:-1]
     above = areas.sum() - below
@@ -143,17 +143,31 @@ def _cut(parenchyma: NDArray[np.bool_], box: Box, geometry: Geometry, midline: f
     return float(np.median(centres[between[areas[between] == areas[between].min()]]))
 
 
+def _areas(mask: NDArray[np.bool_], x: Iterable[NDArray[np.float64]], low: float) -> NDArray[np.float64]:
+    """How many voxels of a mask lie in each bin along x, from ``low`` mm on."""
+    slices = [np.bincount(((across[plane] - low) / _BIN_MM).astype(int)) for plane, across in zip(mask, x, strict=True)]
+    areas = np.zeros(max(len(counts) for counts in slices))
+    for counts in slices:
+        areas[: len(counts)] += counts
+    return areas
+
+
 def _middles(found: Components, geometry: Geometry) -> NDArray[np.float64]:
     """The x in mm (RAS+) of the centre of mass of each component, by number; that of number 0 means nothing."""
-    inside = found.numbers > 0
-    x = np.bincount(found.numbers[inside], weights=_x(inside, found.box, geometry), minlength=found.sizes.size)
-    middles: NDArray[np.float64] = x / np.maximum(found.sizes, 1)
+    total = np.zeros(found.sizes.size)
+    for numbers, x in zip(found.numbers, _x(found.box, geometry), strict=True):
+        total += np.bincount(numbers.ravel(), weights=x.ravel(), minlength=total.size)
+    middles: NDArray[np.float64] = total / np.maximum(found.sizes, 1)
     return middles
 
 
-def _x(mask: NDArray[np.bool_], box: Box, geometry: Geometry) -> NDArray[np.float64]:
-    """The x in mm (RAS+) of each True voxel of a mask that fills a box of the scan."""
-    return _world_x(np.argwhere(mask) + box.start, geometry)
+def _x(box: Box, geometry: Geometry) -> Iterator[NDArray[np.float64]]:
+    """The x in mm (RAS+) of each voxel of a box, slice by slice, (h, w) each: of all at once there may be gigabytes."""
+    rows, columns = np.indices(box.size[1:], sparse=True)
+    for z in range(box.size[0]):
+        down, back, left = (axis + first for axis, first in zip((z, rows, columns), box.start, strict=True))
+        of_voxel = geometry.affine[0]
+        yield down * of_voxel[0] + back * of_voxel[1] + left * of_voxel[2] + of_voxel[3]
 
 
 def _world_x(voxels: NDArray[Any], geometry: Geometry) -> NDArray[np.float64]:
