@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -158,9 +159,8 @@ def open_model(
     folds = [fold] if fold is not None else run.folds(chain[-1])
     if not folds:
         raise InputError(path, f"has no finished {chain[-1]} stage", "Call `kitseg train` again: it goes on.")
-    for number in folds:
-        for name in chain:
-            sound_checkpoints(run.stage(number, name))
+    with ThreadPoolExecutor() as pool:  # hashing gives Python's lock free
+        list(pool.map(sound_checkpoints, (run.stage(number, name) for number in folds for name in chain)))
     where = torch_device(device)
     modules = {name: empty_stage(method.stages[name], where) for name in chain}
     engines = {name: choose_engine(engine, where, precision, method.stages[name]) for name in chain}
