@@ -4,6 +4,7 @@ words, and the same command ends as if nothing had happened.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -256,6 +257,9 @@ def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
 
 
 @slow
+@pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="loader processes don't inherit what is patched"
+)
 def test_a_killed_loader_process(folder: Path, whole: Path) -> None:
     take = PatchQueue.__getitem__
     this = os.getpid()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shapes import LEFT_KIDNEY, ORIENTATIONS, RIGHT_KIDNEY, Ellipsoid, ball, lattice, paint
 
 from kitseg.labels import TUMOR
-from kitseg.measure.mesh import stl, surface, volume
+from kitseg.measure.mesh import stl, surface, volume, voxel_faces
 from kitseg.types import Geometry
 
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.7, 0.7), (5.0, 0.8, 0.8)]
@@ -31,6 +31,12 @@ def is_closed(faces: NDArray[np.int32]) -> bool:
     """Every edge has a triangle on both sides."""
     edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
     return bool((np.unique(edges, axis=0, return_counts=True)[1] == 2).all())
+
+
+def test_faces_of_voxels_by_hand() -> None:
+    mask = np.zeros((4, 5, 6), bool)
+    mask[1:3, 1:4, 1:5] = True
+    assert voxel_faces(mask) == (2 * 3 * 4, 2 * 2 * 4, 2 * 2 * 3)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 
 from kitseg.measure.diameters import line_ends
-from kitseg.measure.mesh import normals, surface
+from kitseg.measure.mesh import normals, surface, voxel_faces
 from kitseg.postprocess.components import Components
 from kitseg.types import Geometry
 
@@ -77,7 +77,7 @@ def contact_area(lesion: NDArray[np.bool_], parenchyma: NDArray[np.bool_], geome
     (``mesh.surface``): a triangle touches where the next voxel outward is parenchyma. Counting the faces of voxels
     instead would make a ball's surface half as large again.
     """
-    if _faces(lesion) > _MOST_FACES:
+    if sum(voxel_faces(lesion)) > _MOST_FACES:
         return None
     vertices, faces = surface(lesion, geometry)
     if not len(faces):
@@ -93,8 +93,3 @@ def contact_area(lesion: NDArray[np.bool_], parenchyma: NDArray[np.bool_], geome
     touches = on_grid.copy()
     touches[on_grid] = parenchyma[tuple(next_voxel[on_grid].T)]
     return float(double[touches].sum() / 2)
-
-
-def _faces(mask: NDArray[np.bool_]) -> int:
-    """How many faces of voxels separate a mask from the rest, those at the array's edge left out."""
-    return sum(int(np.count_nonzero(np.diff(mask, axis=axis))) for axis in range(mask.ndim))

@@ -57,6 +57,11 @@ def surface(mask: NDArray[np.bool_], geometry: Geometry, coarse: float | None = 
     return world.astype(np.float32), np.ascontiguousarray(faces, np.int32)
 
 
+def voxel_faces(mask: NDArray[np.bool_]) -> tuple[int, ...]:
+    """How many faces of voxels, across each axis, lie between a mask and the rest of its array."""
+    return tuple(int(np.count_nonzero(np.diff(mask, axis=axis))) for axis in range(mask.ndim))
+
+
 def to_world(voxels: NDArray[Any], geometry: Geometry) -> NDArray[np.float64]:
     """Voxel positions (N, 3), which may lie between voxels, in mm, RAS+."""
     world: NDArray[np.float64] = voxels @ geometry.affine[:3, :3].T + geometry.affine[:3, 3]

@@ -63,7 +63,10 @@ def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: 
         wanted = configuration["convention"]
         raise UsageError(f"{path} is of label convention {split.convention}, the configuration of {wanted}")
     if missing := sorted(split.cases - {case.id for case in cases}):
-        raise KitsegError(f"{path} names {', '.join(missing)}, which the data folder lacks. Add them or mend the file.")
+        raise KitsegError(
+            f"{path} names {', '.join(missing)}, which the data folder lacks, or which can't be preprocessed. "
+            "Add or mend them, or mend the file."
+        )
     shown = {case.id: case.patients for case in cases if case.patients}
     if problem := same_patient(split, {**split.patients, **shown}):
         raise KitsegError(f"{path}: {problem}. Mend the file, or delete it and have it made again.")

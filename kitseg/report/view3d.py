@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from kitseg.labels import BACKGROUND, CYST, TUMOR
 from kitseg.measure.findings import Findings, Lesion
-from kitseg.measure.mesh import surface
+from kitseg.measure.mesh import surface, voxel_faces
 from kitseg.postprocess.components import Components, bounding_box
 from kitseg.report.slices import COLOURS
 from kitseg.types import Box, Geometry
@@ -21,6 +21,7 @@ from kitseg.types import Box, Geometry
 _MOST_TRIANGLES = 60_000  # of all surfaces of a page together
 _MOST_LESIONS = 40  # with a surface of their own
 _FINEST_MM = 1.0
+_MOST_AT_ONCE = 2_000_000  # triangles while a coarser step is sought
 _LIGHT = {"ambient": 0.45, "diffuse": 0.7, "specular": 0.15, "roughness": 0.6}
 _KIDNEY_OPACITY = 0.35
 _LABELS = {"tumor": TUMOR, "cyst": CYST}
@@ -59,7 +60,7 @@ def view(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> d
     masks = [("kidneys", "kidney", whole, labels[whole.slices] != BACKGROUND)]
     shown = findings.lesions[:_MOST_LESIONS]
     masks += [(title(lesion), lesion.kind, lesion.box, lesion_mask(labels, lesion)) for lesion in shown]
-    step = _FINEST_MM
+    step = _first_step([mask for _, _, _, mask in masks], geometry.spacing)
     while True:
         traces = [_trace(name, kind, mask, _moved(geometry, box), step) for name, kind, box, mask in masks]
         if sum(trace["triangles"] for trace in traces) <= _MOST_TRIANGLES:
@@ -83,6 +84,13 @@ def lesion_mask(labels: NDArray[np.uint8], lesion: Lesion) -> NDArray[np.bool_]:
     middle = tuple(c - a - b for c, a, b in zip(lesion.centre, lesion.box.start, found.box.start, strict=True))
     inside[found.box.slices] = found.numbers == found.numbers[middle]
     return inside
+
+
+def _first_step(masks: list[NDArray[np.bool_]], spacing: tuple[float, float, float]) -> float:
+    """The finest mm between samples at which noise, too, has no more triangles than fit into memory."""
+    face = np.prod(spacing) / np.array(spacing)
+    area = sum(float(np.dot(voxel_faces(mask), face)) for mask in masks)
+    return max(_FINEST_MM, float(np.sqrt(2 * area / _MOST_AT_ONCE)))
 
 
 def _trace(name: str, kind: str, mask: NDArray[np.bool_], geometry: Geometry, step: float) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def open_model(
     folds = [fold] if fold is not None else run.folds(chain[-1])
     if not folds:
         raise InputError(path, f"has no finished {chain[-1]} stage", "Call `kitseg train` again: it goes on.")
-    with ThreadPoolExecutor() as pool:  # hashing gives Python's lock free
+    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing gives Python's lock free; more would crowd a disk
         list(pool.map(sound_checkpoints, (run.stage(number, name) for number in folds for name in chain)))
     where = torch_device(device)
     modules = {name: empty_stage(method.stages[name], where) for name in chain}

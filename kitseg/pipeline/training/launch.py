@@ -59,7 +59,8 @@ class Launch:
                 return cls._read(SLURMEnvironment(auto_requeue=False), "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
             return cls() if nodes == 1 else cls._by_hand(nodes)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UsageError(f"the launcher's environment variables can't be meant: {error}") from error
+            problem = "don't fit together, or one is missing"
+            raise UsageError(f"the launcher's environment variables {problem}: {error}") from error
 
     @classmethod
     def _read(cls, cluster: ClusterEnvironment, per_node: str, of: str) -> Launch:
