@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,19 +34,28 @@ def measure(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         SystemExit: it failed.
     """
     before = _children_seconds()
-    begun, peak = time.perf_counter(), 0
+    begun, seen, ended = time.perf_counter(), [0], threading.Event()
     with log.open("w") as output:
         process = subprocess.Popen(command, env=dict(environment), stdout=output, stderr=subprocess.STDOUT)
-        watched = psutil.Process(process.pid)
-        while process.poll() is None:
-            peak = max(peak, _tree_bytes(watched))
-            time.sleep(INTERVAL)
-    seconds = time.perf_counter() - begun
+        watcher = threading.Thread(target=_watch, args=(psutil.Process(process.pid), seen, ended))
+        watcher.start()
+        process.wait()
+        seconds = time.perf_counter() - begun
+        ended.set()
+        watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
     said = _last_object(log.read_text())
     value = float(said.pop("value", seconds))
-    return Measured(value, peak / 1e9, _children_seconds() - before, said)
+    return Measured(value, max(seen) / 1e9, _children_seconds() - before, said)
+
+
+def _watch(process: psutil.Process, seen: list[int], ended: threading.Event) -> None:
+    """Look at the memory until the process has ended: at once, soon, and then every ``INTERVAL``."""
+    pause = INTERVAL / 16
+    while not ended.wait(pause):
+        seen.append(_tree_bytes(process))
+        pause = min(2 * pause, INTERVAL)
 
 
 def _tree_bytes(process: psutil.Process) -> int:
