@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kitseg import config
 from kitseg.links.crop import crop
 from kitseg.links.intensity import ClipScale
-from kitseg.links.regions import Square
+from kitseg.links.regions import Known, Square
 from kitseg.patches.datamodule import Sight
 from kitseg.patches.queue import PatchQueue
 from kitseg.patches.samplers import SliceSampler
@@ -170,36 +170,36 @@ def test_a_wide_scan_lies_in_the_middle_of_its_square() -> None:
     """512 × 796 pixels are 165 × 256, with 45 rows of air above and 46 below."""
     grid = grid_geometry(lattice((5, 512, 796)), Grid(pixels=256))
     assert grid.shape == (5, 165, 256)
-    box = Square(256)(grid, None, None)
+    box = Square(256)(Known(grid))
     assert box == Box((0, -45, 0), (5, 211, 256))
     found = crop(np.ones(grid.shape, np.int16), box, -1000)[2]
     assert (found == 1).all(axis=1).tolist() == [False] * 45 + [True] * 165 + [False] * 46
     turned = grid_geometry(lattice((5, 796, 512)), Grid(pixels=256))
-    assert Square(256)(turned, None, None) == Box((0, 0, -45), (5, 256, 211))
+    assert Square(256)(Known(turned)) == Box((0, 0, -45), (5, 256, 211))
 
 
 def test_the_lower_half() -> None:
     """Of a square scan rows 128 to 255, the posterior ones; of a wide one the rows below the same middle."""
     half = Square(256, (0.5, 1))
     square = grid_geometry(lattice((5, 512, 512)), Grid(pixels=256))
-    assert half(square, None, None) == Box((0, 128, 0), (5, 256, 256))
+    assert half(Known(square)) == Box((0, 128, 0), (5, 256, 256))
     assert half.shape(square) == (5, 128, 256)
     wide = grid_geometry(lattice((5, 512, 796)), Grid(pixels=256))
-    assert half(wide, None, None) == Box((0, 83, 0), (5, 211, 256))  # 128 - 45
+    assert half(Known(wide)) == Box((0, 83, 0), (5, 211, 256))  # 128 - 45
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.sampled_from([(0, 1), (0.5, 1), (0.25, 0.75)]))
 @few
 def test_a_square_of_any_size(height: int, width: int, pixels: int, rows: tuple[float, float]) -> None:
     grid, region = lattice((3, height, width)), Square(pixels, rows)
-    box = region(grid, None, None)
+    box = region(Known(grid))
     assert box.size == region.shape(grid)
     assert box.size[2] == pixels
-    whole = Square(pixels)(grid, None, None)
+    whole = Square(pixels)(Known(grid))
     assert whole.size == (3, pixels, pixels)
     for start, stop, n in zip(whole.start[1:], whole.stop[1:], (height, width), strict=True):
         assert abs((start + stop) - n) <= 1  # in the middle, but for half a pixel
-    upper, lower = (Square(pixels, half)(grid, None, None) for half in ((0, 0.5), (0.5, 1)))
+    upper, lower = (Square(pixels, half)(Known(grid)) for half in ((0, 0.5), (0.5, 1)))
     assert (upper.start, upper.stop[1], lower.stop) == (whole.start, lower.start[1], whole.stop)
 
 

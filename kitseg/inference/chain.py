@@ -16,7 +16,7 @@ from kitseg.config import Source, StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
-from kitseg.links.regions import Region
+from kitseg.links.regions import Known, Region
 from kitseg.patches.datamodule import Sight
 from kitseg.postprocess.components import bounding_box
 from kitseg.types import Box, Geometry, Probabilities, Volume
@@ -121,9 +121,9 @@ def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -
 def region_for(stage: Predictor, grid: Geometry, hu: NDArray[np.int16], earlier: Mapping[str, Output]) -> Box | None:
     """The box of ``grid`` that a stage sees, given the scan and what the earlier stages believe."""
     if not stage.spec.inputs:
-        return stage.region(grid, None, None, hu)
+        return stage.region(Known(grid, hu=hu))
     guide = earlier[stage.spec.inputs[0]]
-    return stage.region(grid, guide.labels(), guide.grid, hu)
+    return stage.region(Known(grid, guide.labels(), guide.grid, hu))
 
 
 def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:

@@ -18,6 +18,20 @@ SKIN = -300  # HU: between air with its partial volumes and fat
 TABLE, LOOK_EVERY = 9.0, 3.5  # mm: thicker than a table's shell; how often the body is looked at
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of a case before a stage looks at it.
+
+    grid: the stage's lattice; hu: the scan on it, (D, H, W); guide: labels (D, H, W) that an earlier stage found (in
+    training: true ones), None for a first stage; guide_grid: the guide's lattice, over the same extent as ``grid``.
+    """
+
+    grid: Geometry
+    guide: NDArray[np.uint8] | None = None
+    guide_grid: Geometry | None = None
+    hu: NDArray[np.int16] | None = None
+
+
 class Region(Protocol):
     """The box of a stage's grid that the stage sees."""
 
@@ -25,21 +39,8 @@ class Region(Protocol):
         """The box in voxels of ``grid``."""
         ...
 
-    def __call__(
-        self,
-        grid: Geometry,
-        guide: NDArray[np.uint8] | None,
-        guide_grid: Geometry | None,
-        hu: NDArray[np.int16] | None = None,
-    ) -> Box | None:
-        """The box on ``grid``; it may reach outside. None where there is nothing to see.
-
-        Args:
-            grid: the stage's lattice.
-            guide: labels (D, H, W) that an earlier stage found (in training: true ones), None for a first stage.
-            guide_grid: the guide's lattice, over the same extent as ``grid``.
-            hu: the scan on ``grid``, (D, H, W).
-        """
+    def __call__(self, known: Known) -> Box | None:
+        """The box on the stage's grid; it may reach outside. None where there is nothing to see."""
         ...
 
 
@@ -51,15 +52,9 @@ class WholeVolume:
         """All of its voxels."""
         return grid.shape
 
-    def __call__(
-        self,
-        grid: Geometry,
-        guide: NDArray[np.uint8] | None,
-        guide_grid: Geometry | None,
-        hu: NDArray[np.int16] | None = None,
-    ) -> Box:
+    def __call__(self, known: Known) -> Box:
         """The box from the first voxel to the last."""
-        return Box((0, 0, 0), grid.shape)
+        return Box((0, 0, 0), known.grid.shape)
 
 
 @dataclass(frozen=True)
@@ -73,14 +68,9 @@ class Body:
         """All of the grid's voxels: a patient may fill them."""
         return grid.shape
 
-    def __call__(
-        self,
-        grid: Geometry,
-        guide: NDArray[np.uint8] | None,
-        guide_grid: Geometry | None,
-        hu: NDArray[np.int16] | None = None,
-    ) -> Box:
-        """The box on ``grid``; all of it where there is no body."""
+    def __call__(self, known: Known) -> Box:
+        """The box on the stage's grid; all of it where there is no body."""
+        grid, hu = known.grid, known.hu
         if hu is None:
             raise ValueError("a box around the body needs the scan")
         steps = [max(1, int(LOOK_EVERY / mm)) for mm in grid.spacing]
@@ -106,15 +96,9 @@ class Square:
     pixels: int
     rows: Sequence[float] = (0.0, 1.0)
 
-    def __call__(
-        self,
-        grid: Geometry,
-        guide: NDArray[np.uint8] | None,
-        guide_grid: Geometry | None,
-        hu: NDArray[np.int16] | None = None,
-    ) -> Box:
-        """The box on ``grid``; the guide makes no difference."""
-        (depth, height, width), (_, rows, columns) = grid.shape, self.shape(grid)
+    def __call__(self, known: Known) -> Box:
+        """The box on the stage's grid; the guide makes no difference."""
+        (depth, height, width), (_, rows, columns) = known.grid.shape, self.shape(known.grid)
         top = -((self.pixels - height) // 2) + round(self.pixels * self.rows[0])
         left = -((columns - width) // 2)
         return Box((0, top, left), (depth, top + rows, left + columns))
@@ -137,17 +121,12 @@ class FixedAroundForeground:
 
     size: Sequence[int]
 
-    def __call__(
-        self,
-        grid: Geometry,
-        guide: NDArray[np.uint8] | None,
-        guide_grid: Geometry | None,
-        hu: NDArray[np.int16] | None = None,
-    ) -> Box | None:
-        """The box on ``grid``, None where the guide holds no foreground."""
-        if guide is None or guide_grid is None:
+    def __call__(self, known: Known) -> Box | None:
+        """The box on the stage's grid, None where the guide holds no foreground."""
+        grid, guide_grid = known.grid, known.guide_grid
+        if known.guide is None or guide_grid is None:
             raise ValueError("a box around the foreground needs a guide")
-        found = bounding_box(keep_kidneys(guide > 0, guide_grid.voxel_ml))
+        found = bounding_box(keep_kidneys(known.guide > 0, guide_grid.voxel_ml))
         if found is None:
             return None
         size = self.shape(grid)

@@ -13,6 +13,7 @@ from kitseg import __version__, config
 from kitseg.config import StageSpec
 from kitseg.files import aside, read_json, write_json
 from kitseg.inference.chain import Output, Predictor, run_on_grid
+from kitseg.links.regions import Known
 from kitseg.patches.datamodule import StageCases
 from kitseg.patches.subjects import Place
 from kitseg.pipeline.models.experience import gather
@@ -86,7 +87,7 @@ def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, 
     region = config.build(spec.parts["region"])
     if not spec.inputs:
         scans = {case: open_stored(plan, spec, case) for case in cases}
-        return {case: Place(region(scan.grid, None, None, scan.image)) for case, scan in scans.items()}
+        return {case: Place(region(Known(scan.grid, hu=scan.image))) for case, scan in scans.items()}
     earlier = plan.method.stages[spec.inputs[0]]
     guided = side == "val" or spec.guide == "inner"
     predictors = _predictors(plan, earlier, cases, side == "train") if guided else {}
@@ -95,9 +96,9 @@ def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, 
         for case in cases:
             output = _output(plan, earlier, case, predictors.get(case))
             scan = open_stored(plan, spec, case)
-            box = None if output is None else region(scan.grid, output.labels(), output.grid, scan.image)
+            box = None if output is None else region(Known(scan.grid, output.labels(), output.grid, scan.image))
             if box is None and side == "train":
-                box = region(scan.grid, np.asarray(scan.label), scan.grid, scan.image)
+                box = region(Known(scan.grid, np.asarray(scan.label), scan.grid, scan.image))
             if box is not None or side == "val":
                 found[case] = Place(box, _guide(plan, unit, case, output, side == "train"))
             step()
