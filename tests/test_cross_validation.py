@@ -351,6 +351,18 @@ def test_a_split_by_command_holds_patients_together(validated: Path, tmp_path: P
     assert "names 00000, which no data folder holds" in mistyped.text
 
 
+def test_a_split_leaves_out_what_cannot_be_read(validated: Path, tmp_path: Path) -> None:
+    shutil.copytree(validated / "data", tmp_path / "data")
+    cases = sorted(folder.name for folder in (tmp_path / "data").glob("case_*"))
+    broken = tmp_path / "data" / cases[1] / "imaging.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:-500])
+    done = kitseg(tmp_path, "split", "--folds=3", "--jobs=1")
+    assert done.code == 1
+    assert f"{cases[1]}/imaging.nii.gz" in done.text
+    assert "It is left out." in done.text
+    assert read_split(tmp_path / "splits.json").cases == {*cases} - {cases[1]}
+
+
 def test_a_fold_that_is_no_number(tmp_path: Path) -> None:
     done = kitseg(tmp_path, "train", "--fold=first")
     assert done.code == 2

@@ -77,7 +77,7 @@ def check_same_training(alone: Path, folder: Path) -> None:
     one, several = (history(path / FOLD / "coarse/history.csv") for path in (alone, folder))
     assert [row.keys() for row in several] == [row.keys() for row in one]
     for row, other in zip(one, several, strict=True):
-        assert other == pytest.approx(row, abs=1e-5)
+        assert other == pytest.approx(row, abs=1e-4)
     weights, others = (
         torch.load(path / FOLD / "coarse/last.ckpt", weights_only=True)["state_dict"] for path in (alone, folder)
     )

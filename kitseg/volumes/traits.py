@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from kitseg.errors import InputError
-from kitseg.labels import TUMOR, to_kits19
+from kitseg.labels import TUMOR
 from kitseg.types import Case, Traits
-from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.store import CaseFiles
 
 
 def read_traits(case: Case, convention: str) -> Traits:
-    """A labelled case's tumor volume and slice distance, from its label map.
+    """A labelled case's tumor volume and slice distance; both files are read, so that it can be learned from.
 
     Raises:
-        InputError: no label, or one that can't be read.
+        InputError: no label, a file that can't be read, or a label on another lattice than its image.
     """
-    if case.label is None:
+    files = CaseFiles(case, convention)
+    if files.labels is None:
         raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
-    label = read_labels(case.label, case.id, convention)
-    tumor_ml = int((to_kits19(label.array) == TUMOR).sum()) * label.geometry.voxel_ml
+    geometry = files.scan.geometry
+    tumor_ml = int((files.labels == TUMOR).sum()) * geometry.voxel_ml
     patient = case.patients[0] if case.patients else case.id
-    return Traits(case.id, patient, tumor_ml, label.geometry.spacing[0])
+    return Traits(case.id, patient, tumor_ml, geometry.spacing[0])
