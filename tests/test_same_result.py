@@ -81,6 +81,11 @@ def test_a_validation_goes_on_only_with_what_would_come_out_again(
     assert labels.read_bytes() == whole
     assert not list(copy.glob("fold_0/*.old-*"))
 
+    mine = infer.versions()
+    monkeypatch.setattr(infer, "versions", lambda: {**mine, "torch": "of another machine"})
+    assert UNCHANGED in validate(copy, data)["else"]
+    assert not list(copy.glob("fold_0/*.old-*"))
+
     monkeypatch.setattr(infer, "versions", lambda: {"kitseg": "another"})
     assert UNCHANGED not in validate(copy, data)["else"]
     assert [path.name for path in copy.glob("fold_0/*.old-*")] == ["validation.old-1"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kitseg import config
 from kitseg.claim import claimed
 from kitseg.errors import KitsegError, UsageError
-from kitseg.files import read_json
+from kitseg.files import identity, read_json
 from kitseg.pipeline.cases.outcome import UNCHANGED, OnDone, Outcome, each
 from kitseg.pipeline.cases.record import forget, read_record, write_record
 from kitseg.pipeline.clean import build_steps, clean, facts_of, save_labels
@@ -19,13 +20,23 @@ from kitseg.pipeline.models.model import Model, open_model
 from kitseg.pipeline.scores import write_scores
 from kitseg.runs import SCHEMA, Run, find_run, move_aside
 from kitseg.scoring.protocols import PROTOCOLS
+from kitseg.screen import say_plainly
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
-from kitseg.volumes.blocks import MANIFEST, block_digest, claim_manifest, is_made_by, is_unchanged, write_block
+from kitseg.volumes.blocks import (
+    MANIFEST,
+    block_digest,
+    claim_manifest,
+    is_made_by,
+    is_unchanged,
+    read_manifest,
+    write_block,
+)
 from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
 from kitseg.volumes.nifti import file_digest, read_image
 
 LABELS = "predictions"
+MACHINE = ("device", "deterministic", "engine")  # what a manifest says of the machine, beside versions
 
 
 @dataclass(frozen=True)
@@ -150,12 +161,31 @@ def _check_unseen(run: Run, fold: int, split: Split) -> None:
             raise UsageError(f"{path.parent} learned from {', '.join(foreign)}, which {run.split} keeps from it")
 
 
+def _goes_on(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> bool:
+    """Whether a fold's probabilities are kept: what would come out again, or all of it, computed on another machine."""
+    to = validation.beliefs(fold)
+    if not (to / MANIFEST).exists():
+        return False
+    if is_made_by(to, manifest):
+        return True
+    same = identity(_without_machine(read_manifest(to))) == identity(_without_machine(manifest))
+    return same and all(validation.is_done(fold, case) for case in validation.cases[fold])
+
+
+def _without_machine(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest but for where its numbers were computed."""
+    model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}
+    parts = {**manifest, "model": model, "versions": manifest["versions"]["kitseg"]}
+    return {key: value for key, value in parts.items() if key != "schema"}
+
+
 def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDone) -> list[Outcome]:
     to, by_id = validation.beliefs(fold), {case.id: case for case in validation.cases[fold]}
     steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None, model.method.outputs)
-    if to.exists() and not ((to / MANIFEST).exists() and is_made_by(to, manifest)):
-        move_aside(to)
-    claim_manifest(to, manifest)
+    if to.exists() and not _goes_on(validation, fold, manifest):
+        say_plainly(f"{to}: of other weights, or of another machine or version; it is now {move_aside(to)}")
+    if not (to / MANIFEST).exists():
+        claim_manifest(to, manifest)
 
     def work(name: str) -> Outcome:
         case = by_id[name]
