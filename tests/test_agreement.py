@@ -66,9 +66,10 @@ def test_a_run_says_what_it_was_trained_on(tmp_path: Path) -> None:
     cases = [a, b, stored("c", (3, 1, 1), None, 90)]
     expected = Experience((1, 5), (0.75, 1), (150, 180), (90, 210))
     run = Run(tmp_path)
-    run.info.write_text(json.dumps({"schema": 1, "experience": gather(cases)}))
+    run.info.write_text(json.dumps({"schema": 1, **gather(iter(cases))}))
     assert model_experience(run) == expected
-    assert gather(cases[2:]) is None
+    assert gather(cases[2:])["experience"] is None
+    assert (run.read_info()["cases"], run.read_info()["phantom"]) == (["a", "b", "c"], False)
     run.info.write_text(json.dumps({"schema": 1}))
     assert model_experience(run) is None
     run.info.write_text(json.dumps({"schema": 1, "experience": {"slice_mm": 3}}))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, KitsegError, fault, in_words
 from kitseg.files import aside, write_text
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
 from kitseg.measure.phase import aorta_hu, kidney_hu
@@ -127,10 +127,10 @@ class CaseFiles:
 
 def is_fresh(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     """Whether a case is stored from files whose size and time are still the same; none of them is read."""
-    meta = _stored(files, folder, grid)
     try:
+        meta = _stored(files, folder, grid)
         return meta is not None and _stamps(meta["sources"]) == _stamps(_sources(files.case, digest=False))
-    except OSError:
+    except (OSError, KitsegError):
         return False
 
 
@@ -139,6 +139,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
 
     Raises:
         InputError: an unreadable image or label, or a label on another lattice than its image.
+        KitsegError: the machine fails at what is stored, which therefore stays.
     """
     if is_fresh(files, folder, grid) or _is_same(files, folder, grid):
         return False
@@ -167,6 +168,7 @@ def open_case(folder: Path) -> StoredCase:
 
     Raises:
         InputError: the case was never stored, by another version, or its files are damaged.
+        KitsegError: the machine fails, see ``errors.fault``.
     """
     again = "Run `kitseg preprocess` again."
     try:
@@ -177,7 +179,7 @@ def open_case(folder: Path) -> StoredCase:
     except FileNotFoundError as error:
         raise InputError(folder, "is not preprocessed", again) from error
     except (ValueError, EOFError, OSError, KeyError, TypeError) as error:
-        raise InputError(folder, f"is damaged ({error})", again) from error
+        raise _unreadable(folder, error, "is damaged", again) from error
 
 
 def open_guide(path: Path) -> NDArray[np.float16]:
@@ -185,11 +187,12 @@ def open_guide(path: Path) -> NDArray[np.float16]:
 
     Raises:
         InputError: missing or damaged.
+        KitsegError: the machine fails, see ``errors.fault``.
     """
     try:
         guide: NDArray[np.float16] = np.load(path, mmap_mode="c")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(path, f"can't be read ({error})", "Begin this stage again with --restart --stage.") from error
+        raise _unreadable(path, error, "can't be read", "Begin this stage again with --restart --stage.") from error
     return guide
 
 
@@ -197,6 +200,11 @@ def store_bytes(case: Case, grid: Grid) -> int:
     """Disk that the stored case takes, from its header alone."""
     shape = grid_geometry(canonical_geometry(read_geometry(case.image)), grid).shape
     return int(np.prod(shape)) * BYTES_PER_VOXEL
+
+
+def _unreadable(path: Path, error: Exception, problem: str, remedy: str) -> KitsegError:
+    """A fault of the machine as what it is; any other error is one of what is stored."""
+    return KitsegError(in_words(path, error)) if fault(error) else InputError(path, f"{problem} ({error})", remedy)
 
 
 def _label_arrays(label: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -259,7 +267,7 @@ def _stored(files: CaseFiles, folder: Path, grid: Grid) -> dict[str, Any] | None
     try:
         open_case(folder)
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-    except (InputError, OSError):
+    except (InputError, FileNotFoundError):
         return None
     return meta if all(meta.get(key) == value for key, value in _wanted(files, grid).items()) else None
 

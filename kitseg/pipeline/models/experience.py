@@ -12,19 +12,16 @@ from kitseg.runs import Run
 from kitseg.volumes.store import StoredCase
 
 
-def gather(cases: Sequence[StoredCase]) -> dict[str, Any] | None:
-    """The ranges of what the cases show, as JSON takes them; None where no case shows a kidney."""
-    kidneys = [case.kidney_hu for case in cases if case.kidney_hu is not None]
-    aortas = [case.aorta_hu for case in cases if case.aorta_hu is not None]
-    if not kidneys:
-        return None
-    seen = Experience(
-        slice_mm=_range(case.spacing[0] for case in cases),
-        pixel_mm=_range(max(case.spacing[1:]) for case in cases),
-        kidney_hu=_range(kidneys),
-        aorta_hu=_range(aortas) if aortas else None,
-    )
-    return asdict(seen)
+def gather(cases: Iterable[StoredCase]) -> dict[str, Any]:
+    """What a run learns from, as JSON takes it: the cases, whether phantoms are among them, what they show.
+
+    No case is kept, so that they can be opened one at a time: each keeps files open. ``experience`` is None where no
+    case shows a kidney.
+    """
+    figures = [(case.id, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu) for case in cases]
+    ids, phantoms, spacings, kidneys, aortas = zip(*figures, strict=True)
+    seen = _experience(spacings, [hu for hu in kidneys if hu is not None], [hu for hu in aortas if hu is not None])
+    return {"phantom": any(phantoms), "cases": list(ids), "experience": seen and asdict(seen)}
 
 
 def model_experience(run: Run) -> Experience | None:
@@ -54,6 +51,19 @@ def together(seen: Sequence[Experience | None]) -> Experience | None:
         pixel_mm=_joined(one.pixel_mm for one in known),
         kidney_hu=_joined(one.kidney_hu for one in known),
         aorta_hu=_joined(aortas) if aortas else None,
+    )
+
+
+def _experience(
+    spacings: Sequence[tuple[float, float, float]], kidneys: Sequence[float], aortas: Sequence[float]
+) -> Experience | None:
+    if not kidneys:
+        return None
+    return Experience(
+        slice_mm=_range(slices for slices, _, _ in spacings),
+        pixel_mm=_range(max(rows, columns) for _, rows, columns in spacings),
+        kidney_hu=_range(kidneys),
+        aorta_hu=_range(aortas) if aortas else None,
     )
 
 

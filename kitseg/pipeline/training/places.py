@@ -34,10 +34,8 @@ def prepare(plan: Plan, unit: Unit) -> None:
         train = _find(plan, unit, part.train, "train")
         write_places(folder, train, _find(plan, unit, part.val, "val"))
     if not plan.run.info.exists():
-        cases = [open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test))]
-        phantom = any(case.phantom for case in cases)
-        learned = {"phantom": phantom, "cases": [case.id for case in cases], "experience": gather(cases)}
-        write_json(plan.run.info, SCHEMA, {"kitseg": __version__, **learned})
+        cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
+        write_json(plan.run.info, SCHEMA, {"kitseg": __version__, **gather(cases)})
 
 
 def write_places(folder: StageFolder, train: Places, val: Places) -> None:
@@ -86,8 +84,8 @@ def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, 
     spec = plan.method.stages[unit.stage]
     region = config.build(spec.parts["region"])
     if not spec.inputs:
-        scans = {case: open_stored(plan, spec, case) for case in cases}
-        return {case: Place(region(Known(scan.grid, hu=scan.image))) for case, scan in scans.items()}
+        scans = ((case, open_stored(plan, spec, case)) for case in cases)  # one at a time: each keeps files open
+        return {case: Place(region(Known(scan.grid, hu=scan.image))) for case, scan in scans}
     earlier = plan.method.stages[spec.inputs[0]]
     guided = side == "val" or spec.guide == "inner"
     predictors = _predictors(plan, earlier, cases, side == "train") if guided else {}
