@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -23,24 +25,32 @@ def claimed(folder: Path, what: str, part: str = "", wait: float = 0.0) -> Itera
     """Keep a folder to this process while it writes there; ``what`` it writes is for the error.
 
     A hidden lock file in the folder names the process and its host, and is refreshed while that lives. The lock of a
-    process that is dead, or on another host silent for a minute, is taken over. ``part``, such as ``2/8``: parts of
-    the same work write side by side. ``wait``: seconds that another process may have to finish, which is said.
+    process that is dead, or on another host silent for a minute, is taken over. ``part``, such as ``2/8``: those
+    without a case in common write side by side. ``wait``: seconds that another process may have to finish, which is said.
 
     Raises:
         KitsegError: another process writes there, or the folder can't be written to.
     """
     own = folder / (f".kitseg.{part.replace('/', '-of-')}.lock" if part else ".kitseg.lock")
-    beside = f"-of-{part.partition('/')[2]}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KitsegError(in_words(folder, error)) from error
     with _locked(own, what, wait):
         for other in sorted(set(folder.glob(".kitseg*.lock")) - {own}):
-            if not (part and other.name.endswith(beside)):
+            if _overlap(own.name, other.name):
                 with _locked(other, what, wait):  # whose process is dead, or it is an error
                     pass
         yield
+
+
+def _overlap(lock: str, other: str) -> bool:
+    """Whether what two locks are held for has cases in common: parts k/n and j/m are dealt every n-th and m-th case."""
+    one, two = (re.fullmatch(r"\.kitseg\.(\d+)-of-(\d+)\.lock", name) for name in (lock, other))
+    if not (one and two):
+        return True
+    (k, n), (j, m) = (map(int, match.groups()) for match in (one, two))
+    return (k - j) % math.gcd(n, m) == 0
 
 
 @contextmanager
@@ -126,6 +136,6 @@ def _changed(path: Path) -> int | None:
 
 
 def _give_way(loss: LeaseCompromise) -> None:
-    """End where another process has taken over the lock, as while this one was suspended."""
-    if loss.reason == "owner-changed":
-        os.kill(os.getpid(), signal.SIGTERM)
+    """End where the lock is lost: taken over while this process was suspended, deleted, or long out of reach."""
+    say_plainly(f"{loss.lock_file} is lost ({loss.reason}): another process may write there, so this one ends")
+    os.kill(os.getpid(), signal.SIGTERM)

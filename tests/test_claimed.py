@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,10 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kitseg import claim
 from kitseg.claim import claimed
 from kitseg.errors import KitsegError
+from kitseg.pipeline.cases.share import Share
 from kitseg.pipeline.preprocess import preprocess
 from kitseg.types import Grid
 from kitseg.volumes.kits import find_cases
@@ -77,6 +81,20 @@ def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
                 pytest.fail("a part of it beside the whole")
 
 
+def test_a_process_whose_lock_is_gone_ends(tmp_path: Path) -> None:
+    with another_process(tmp_path) as process:
+        (tmp_path / ".kitseg.lock").unlink()
+        assert process.wait(5 * claim.HEARTBEAT) == -signal.SIGTERM
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_parts_without_a_case_in_common_go_side_by_side(n: int, m: int, data: st.DataObject) -> None:
+    one, two = (Share(data.draw(st.integers(0, parts - 1)), parts) for parts in (n, m))
+    names = [f".kitseg.{str(share).replace('/', '-of-')}.lock" for share in (one, two)]
+    cases = range(n * m)
+    assert claim._overlap(*names) == bool(set(one.take(cases)) & set(two.take(cases)))
+
+
 def test_a_dead_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with another_process(tmp_path) as process:
         pass
@@ -105,7 +123,9 @@ def test_parts_of_the_same_work_go_side_by_side(tmp_path: Path) -> None:
     with another_process(tmp_path, "1/2"):
         with claimed(tmp_path, "labels", "2/2"):
             assert locks(tmp_path) == [".kitseg.1-of-2.lock", ".kitseg.2-of-2.lock"]
-        for part in ("1/2", "1/3", ""):
+        with claimed(tmp_path, "labels", "4/4"):
+            assert locks(tmp_path) == [".kitseg.1-of-2.lock", ".kitseg.4-of-4.lock"]
+        for part in ("1/2", "1/3", "3/4", ""):
             with pytest.raises(KitsegError, match="is writing there"), claimed(tmp_path, "labels", part):
                 pytest.fail("the same cases twice")
     with claimed(tmp_path, "labels"):
