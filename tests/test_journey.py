@@ -84,7 +84,7 @@ def test_dry_run_writes_nothing(phantoms: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_restart_moves_the_old_run_aside(phantoms: Path, tmp_path: Path) -> None:
+def test_restart_moves_the_old_run_aside(phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").symlink_to(phantoms / "data")
     quick = (*SMALLEST, "--stage=coarse", "--epochs=1", "--set=size.coarse_samples=1", "--jobs=1")
     assert kitseg(tmp_path, "train", *quick).code == 0
@@ -93,6 +93,11 @@ def test_restart_moves_the_old_run_aside(phantoms: Path, tmp_path: Path) -> None
     assert kitseg(tmp_path, "train", *quick, "--seed=3", "--restart").code == 0
     assert (tmp_path / "runs" / "two-phase-tiny.old-1" / "config.yaml").exists()
     assert (tmp_path / RUN / "fold_0" / "coarse" / "done.json").exists()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    queued_again = kitseg(tmp_path, "train", *quick, "--seed=3", "--restart")
+    assert queued_again.code == 0
+    assert "now it goes on" in queued_again.text
+    assert not (tmp_path / RUN / "fold_0" / "coarse.old-1").exists()
 
 
 def test_out_of_fold_places_come_from_inner_folds(phantoms: Path, tmp_path: Path) -> None:
@@ -215,7 +220,7 @@ def test_predict_never_writes_over_what_is_not_its_own(trained: Path, tmp_path: 
     (tmp_path / "out" / "scan.json").write_text('{"from": "the scanner"}')
     refused = kitseg(trained, "predict", str(scan), "-o", str(tmp_path / "out"), f"--model={RUN}")
     assert refused.code == 2
-    assert "was not written by kitseg" in refused.text
+    assert "was not written by this command" in refused.text
     assert (tmp_path / "out" / "scan.json").read_text() == '{"from": "the scanner"}'
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ from kitseg.cli.app import (
     Set,
     Size,
     app,
+    choose_ranks,
     cross_validate,
     exit_if,
     preprocess_cases,
@@ -32,6 +33,17 @@ if TYPE_CHECKING:
     from kitseg.pipeline.training.team import Team
 
 EVERY_FOLD = "all"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a run a call of `kitseg train` wants trained, and from which cases."""
+
+    data: Sequence[Path]
+    jobs: int
+    stage: str | None
+    every_fold: bool
+    restart: bool
 
 
 @app.command(epilog="Example: kitseg methods")
@@ -92,32 +104,31 @@ def train(
     from kitseg.pipeline.training.team import Team, end_with_starter
     from kitseg.runs import Run
 
-    if gpus and device == "cpu":
-        raise UsageError("--gpus and --device cpu exclude each other")
-    if processes > 1 and device != "cpu":
-        raise UsageError("--processes is for --device cpu; on GPUs the ranks are --gpus")
+    device, ranks = choose_ranks(gpus, processes, device)
     overrides = [*set_, *([f"size.epochs={epochs}"] if epochs else []), *([f"seed={seed}"] if seed is not None else [])]
     configuration = config.compose(method, size, overrides)
     if deterministic:
         be_deterministic()
     first = 0 if fold == EVERY_FOLD else _fold(fold)
-    machine = Machine("cuda" if gpus else device, gpus or processes, nodes, workers, save_every)
+    machine = Machine(device, ranks, nodes, workers, save_every)
     begin = Start(configuration, Run(runs / (name or f"{method}-{size}")), first, split, store, machine)
     if only:
         end_with_starter()
         return fit_unit(begin.plan(), Unit.parse(only))
     launch = Launch.here(nodes)
-    machine, given = launch.agreed(machine), locals()
-    begin = replace(begin, machine=machine, repeat=_repeat(given, machine))
+    machine = launch.agreed(machine)
+    named = {"method": method, "size": size, "store": store, "split": split, "runs": runs, "name": name}
+    begin = replace(begin, machine=machine, repeat=_repeat(named, machine, deterministic, overrides))
+    wanted = Wanted(data, jobs, stage, fold == EVERY_FOLD, restart)
     with stoppable():
         with Team(launch) as team:
             if not team.leads:
                 return team.follow()
             if dry_run:
-                return _rehearse(begin, given)
-            failed = _train_folds(begin, team, given)
+                return _rehearse(begin, wanted)
+            failed = _train_folds(begin, team, wanted)
         screen.say_plainly(f"trained: {begin.run.path}")
-        if fold == EVERY_FOLD and stage is None:
+        if wanted.every_fold and stage is None:
             cross_validate(begin.run.path, data, device, mirror=False)
     exit_if(bool(failed))
 
@@ -139,51 +150,55 @@ def _fold(text: str) -> int:
     return int(text)
 
 
-def _rehearse(begin: Start, given: dict[str, Any]) -> None:
+def _rehearse(begin: Start, wanted: Wanted) -> None:
     """Say what `kitseg train` would do."""
     from kitseg.volumes.kits import labelled_cases
 
-    cases = labelled_cases(given["data"])
+    cases = labelled_cases(wanted.data)
     plan = begin.rehearse(cases)
-    _show_plan(plan, cases, given["stage"])
-    if given["fold"] == EVERY_FOLD:
+    _show_plan(plan, cases, wanted.stage)
+    if wanted.every_fold:
         screen.say(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
 
 
-def _train_folds(begin: Start, team: Team, given: dict[str, Any]) -> set[str]:
+def _train_folds(begin: Start, team: Team, wanted: Wanted) -> set[str]:
     """Prepare the cases, then train the fold, or every fold one after another; the cases that failed."""
     from kitseg.pipeline.train import fit_unit, on_all_ranks
     from kitseg.pipeline.train import train as train_fold
+    from kitseg.pipeline.training.launch import is_started_again
     from kitseg.volumes.kits import labelled_cases
 
-    machine, every_fold, stage = begin.machine, given["fold"] == EVERY_FOLD, given["stage"]
-    cases = labelled_cases(given["data"])
-    for old in begin.restart(stage, every_fold) if given["restart"] else ():
-        screen.say_plainly(f"the old training is now {old}")
-    failed = preprocess_cases(cases, begin.config, begin.store, given["jobs"])
+    cases = labelled_cases(wanted.data)
+    if wanted.restart and is_started_again():
+        screen.say_plainly("--restart was obeyed when this job was first started; now it goes on")
+    elif wanted.restart:
+        for old in begin.restart(wanted.stage, wanted.every_fold):
+            screen.say_plainly(f"the old training is now {old}")
+    failed = preprocess_cases(cases, begin.config, begin.store, wanted.jobs)
     good = [case for case in cases if case.id not in failed]
     if not good:
-        raise KitsegError(f"{given['data'][0]}: no case could be preprocessed; see above")
-    plan = begin.claim(good, given["jobs"])
-    _show_plan(plan, good, stage)
-    folds = range(len(plan.split.folds)) if every_fold else [plan.fold]
+        raise KitsegError(f"{wanted.data[0]}: no case could be preprocessed; see above")
+    plan = begin.claim(good, wanted.jobs)
+    _show_plan(plan, good, wanted.stage)
+    folds = range(len(plan.split.folds)) if wanted.every_fold else [plan.fold]
     for fold in folds:
         if len(folds) > 1:
             screen.say(f"[bold]fold {fold} of {len(folds)}[/]")
-        run = fit_unit if machine.world == 1 else on_all_ranks(team)
-        train_fold(replace(plan, fold=fold), stage, screen.say_plainly, run)
+        run = fit_unit if begin.machine.world == 1 else on_all_ranks(team)
+        train_fold(replace(plan, fold=fold), wanted.stage, screen.say_plainly, run)
     return failed
 
 
-def _repeat(given: dict[str, Any], machine: Machine) -> tuple[str, ...]:
+def _repeat(
+    named: Mapping[str, object], machine: Machine, deterministic: bool, overrides: Sequence[str]
+) -> tuple[str, ...]:
     """The options of `kitseg train` that a rank of the same training needs, but for the fold."""
-    names = ("method", "size", "workers", "store", "split", "runs", "name")
-    options = [f"--{name}={given[name]}" for name in names if given[name] is not None]
+    options = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    options += [f"--workers={machine.workers}", f"--save-every={machine.save_every}", f"--nodes={machine.nodes}"]
     on_gpus = machine.accelerator == "cuda"
-    options.append(f"--save-every={machine.save_every}")
-    ranks = [f"--gpus={machine.ranks}"] if on_gpus else ["--device=cpu", f"--processes={machine.ranks}"]
-    options += [*ranks, f"--nodes={machine.nodes}", *(["--deterministic"] if given["deterministic"] else [])]
-    return (*options, *(f"--set={override}" for override in given["overrides"]))
+    options += [f"--gpus={machine.ranks}"] if on_gpus else ["--device=cpu", f"--processes={machine.ranks}"]
+    options += ["--deterministic"] if deterministic else []
+    return (*options, *(f"--set={override}" for override in overrides))
 
 
 def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:

@@ -19,17 +19,13 @@ SETTINGS = {
 
 @contextmanager
 def in_settings(folder: Path) -> Iterator[None]:
-    """Tell a fault of the machine inside as an error in one line; Ctrl-C, which Lightning makes an exit, as itself.
+    """Tell a fault of the machine inside as an error in one line.
 
     Raises:
         KitsegError: memory, disk or a loader process failed.
     """
     try:
         yield
-    except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
     except (OSError, RuntimeError, MemoryError) as error:
         found = fault(error)
         if found is None:

@@ -13,7 +13,13 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from kitseg.errors import UsageError
 from kitseg.pipeline.machine import Machine
 
+STARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # how often it was queued or started again
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def is_started_again() -> bool:
+    """Whether SLURM or torchrun has started this very command before."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in STARTS)
 
 
 @dataclass(frozen=True)

@@ -144,4 +144,4 @@ def _part(asked: signal.Signals) -> None:
             return
         except (OSError, subprocess.CalledProcessError) as error:
             screen.complain(f"job {name} could not be queued again: {error}")
-    screen.say(f"ended by {asked.name}: the same command goes on")
+    screen.say(f"ended by {asked.name}: the same command goes on, without --restart")
