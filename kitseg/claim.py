@@ -26,7 +26,7 @@ def claimed(folder: Path, what: str, part: str = "", wait: float = 0.0) -> Itera
 
     A hidden lock file in the folder names the process and its host, and is refreshed while that lives. The lock of a
     process that is dead, or on another host silent for a minute, is taken over. ``part``, such as ``2/8``: those
-    without a case in common write side by side. ``wait``: seconds that another process may have to finish, which is said.
+    without a case in common write side by side. ``wait``: seconds that another process may have, which is said.
 
     Raises:
         KitsegError: another process writes there, or the folder can't be written to.
