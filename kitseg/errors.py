@@ -8,8 +8,8 @@ import unicodedata
 from pathlib import Path
 
 _SPACE = "Free some space and call again: what is done stays done"
-_FEWER = "Call again with a smaller --jobs"
-_SMALLER = "--precision bf16 or a smaller --size of the model"
+_AGAIN = "call again with whichever of these the command has"  # no option is one of all commands
+_FEWER = f"{_AGAIN}: a smaller --jobs, fewer --processes"
 #: What befell, as the system says it, and what helps.
 _SYSTEM = {
     errno.ENOSPC: ("the disk is full", _SPACE),
@@ -17,19 +17,19 @@ _SYSTEM = {
     errno.EROFS: ("the file system is read-only", "Choose a folder that is writable"),
     errno.EACCES: ("permission denied", "Choose a file or folder that you may read and write, or ask its owner"),
     errno.EPERM: ("not permitted", "Choose a file or folder that you may read and write, or ask its owner"),
-    errno.EMFILE: ("too many files are open", f"{_FEWER}, or allow more files: ulimit -n 4096"),
-    errno.ENFILE: ("too many files are open on this machine", _FEWER),
+    errno.EMFILE: ("too many files are open", f"Allow more: ulimit -n 4096, or {_FEWER}"),
+    errno.ENFILE: ("too many files are open on this machine", f"End what else runs, or {_FEWER}"),
     errno.EIO: ("the disk or the network failed", "Check the disk, then call again"),
     errno.ESTALE: ("the network folder was lost", "Call again when it is back"),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one"),
 }
 MEMORY = (
     "out of memory",
-    f"Use a smaller --jobs, {_SMALLER}; --max-memory refuses a scan that needs too much before it begins",
+    f"Free some, or {_FEWER}, --precision bf16, a smaller model, --max-memory (which refuses what needs too much)",
 )
-GPU = ("out of GPU memory", f"Use {_SMALLER}, --device cpu, or end what else runs on the GPU")
+GPU = ("out of GPU memory", f"End what else runs on it, or {_AGAIN}: --precision bf16, a smaller model, --device cpu")
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories: control, surrogate, line and paragraph separator
-LOADER = ("a loader process was killed", f"The machine may be short of memory or of /dev/shm. {_FEWER}")
+LOADER = ("a loader process was killed", "The machine may be short of memory or of /dev/shm. Free some and call again")
 
 
 class KitsegError(Exception):

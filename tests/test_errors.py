@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
+import typer
 
+from kitseg.cli import app
 from kitseg.errors import InputError, fault, in_words, printable
+
+OPTION = re.compile(r"--[a-z][a-z-]*")
 
 
 @pytest.mark.parametrize(
@@ -32,19 +37,32 @@ def test_what_the_system_says(number: int, words: str, helps: str) -> None:
 def test_numpy_out_of_memory() -> None:
     with pytest.raises(MemoryError) as caught:
         np.empty(2**60, np.uint8)
-    assert "out of memory. Use a smaller --jobs" in in_words("a", caught.value)
+    assert "out of memory. Free some" in in_words("a", caught.value)
 
 
 def test_torch_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert "out of memory. Use a smaller --jobs" in in_words("a", caught.value)
-    assert "out of GPU memory. Use --precision bf16" in in_words("a", torch.OutOfMemoryError("CUDA out of memory."))
+    assert "out of memory. Free some" in in_words("a", caught.value)
+    assert "out of GPU memory. End what else runs on it" in in_words("a", torch.OutOfMemoryError("CUDA out of memory."))
 
 
 def test_a_killed_loader() -> None:
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     assert "a loader process was killed. The machine may be short of memory" in in_words("a", error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), *(OSError(number, "") for number in (errno.EMFILE, errno.ENFILE)), torch.OutOfMemoryError("")],
+)
+def test_what_helps_asks_of_no_command_an_option_that_it_lacks(error: Exception) -> None:
+    """Every command shows these lines: an option of some is named as one of "whichever of these the command has"."""
+    commands = typer.main.get_command(app).commands.values()
+    options = [{name for parameter in command.params for name in parameter.opts} for command in commands]
+    asked, _, offered = in_words("a", error).partition("whichever of these the command has: ")
+    assert set(OPTION.findall(asked)) <= set.intersection(*options)
+    assert set() < set(OPTION.findall(offered)) <= set.union(*options)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("odd"), OSError(errno.EBADF, "bad")])
