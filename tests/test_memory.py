@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,15 +43,24 @@ def test_weights_are_not_activations() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("6GB", 6e9), ("6 gb", 6e9), ("5.5GiB", 5.5 * 2**30), ("800MB", 8e8), ("800000kb", 8e8)]
+    ("text", "size"),
+    [
+        ("6GB", 6e9),
+        ("6 gb", 6e9),
+        ("5.5GiB", 5.5 * 2**30),
+        ("800MB", 8e8),
+        ("800000kb", 8e8),
+        ("6000000000", 6e9),
+        ("6000000000 B", 6e9),
+    ],
 )
 def test_sizes(text: str, size: float) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "6", "6 parsecs", "-1GB", "0", "1.2.3GB"])
+@pytest.mark.parametrize("text", ["", "much", "6 parsecs", "-1GB", "0", "0.5", "1.2.3GB", "9" * 400])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="such as 6GB"):
+    with pytest.raises(UsageError, match=rf"^--max-memory {re.escape(text)} is no size; give one such as 6GB"):
         parse_size(text)
 
 

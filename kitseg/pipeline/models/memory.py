@@ -22,7 +22,7 @@ from kitseg.volumes.resample import grid_geometry
 
 PROGRAM, WITH_OPENVINO = 700_000_000, 100_000_000  # Python with its libraries, and OpenVINO's
 SPARE = 1.15  # what convolutions keep beside their inputs and outputs, and the allocator's gaps
-UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Limit:
 
 
 def parse_size(text: str | None) -> int | None:
-    """``6GB``, ``6000 MB`` or ``5.5GiB`` in bytes; None where there is no text.
+    """``6GB``, ``6000 MB``, ``5.5GiB`` or plain bytes as a number; None where there is no text.
 
     Raises:
         UsageError: anything else.
@@ -70,10 +70,10 @@ def parse_size(text: str | None) -> int | None:
     match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
     try:
         size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
-        raise UsageError(f"--max-memory {text}: is no size; give one such as 6GB or 5.5GiB")
+        raise UsageError(f"--max-memory {text} is no size; give one such as 6GB, 5.5GiB or 6000000000")
     return size
 
 
