@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -28,11 +29,13 @@ from kitseg.files import write_json
 from kitseg.pipeline.bundles.archive import MANIFEST
 from kitseg.pipeline.bundles.bundle import Bundle, bundle_of
 from kitseg.pipeline.bundles.export import export
+from kitseg.pipeline.models.ensemble_file import Member, write_ensemble
 from kitseg.pipeline.models.members import describe, locate, members_of, only_member, open_ensemble
 from kitseg.pipeline.models.model import open_model
 from kitseg.pipeline.models.weights import read_weights
 from kitseg.runs import Run
-from kitseg.volumes.nifti import file_digest
+from kitseg.types import Geometry
+from kitseg.volumes.nifti import file_digest, write_image
 
 Files = dict[str, bytes]
 STAGE = "runs/0/fold_0/kidneys"
@@ -125,7 +128,7 @@ def test_what_a_bundle_states(content: Files, run: Path) -> None:
 
 def test_an_opened_bundle_is_a_run_with_the_same_weights(run: Path, tmp_path: Path, cache: Path) -> None:
     export(run, tmp_path / "x.kitseg", labels="ours: not to be passed on")
-    member = only_member(tmp_path / "x.kitseg")
+    member, _ = only_member(tmp_path / "x.kitseg")
     assert member.run == cache / "bundles" / file_digest(tmp_path / "x.kitseg") / "runs" / "0"
     for name in ("kidneys", "tumors"):
         (old, _), (new, _) = (*Run(run).stage(0, name).checkpoints(), *Run(member.run).stage(0, name).checkpoints())
@@ -161,7 +164,29 @@ def test_an_ensemble_file_as_one_bundle(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_of_no_bundle(run: Path) -> None:
     assert bundle_of(Run(run)) is None
-    assert members_of(run) == ([only_member(run)], None)
+    assert members_of(run) == ([Member(run)], None)
+    assert only_member(run) == (Member(run), None)
+
+
+@pytest.mark.parametrize("model", ["chosen.yaml", "chosen.kitseg"])
+def test_the_steps_of_predict_clean_with_the_chosen_post_processing_too(run: Path, tmp_path: Path, model: str) -> None:
+    """``infer`` and ``postprocess`` give the labels of ``predict``, which are others than with the method's priors."""
+    geometry = Geometry((4, 32, 32), np.diag([-3.0, -3.0, -3.0, 1])[[2, 1, 0, 3]])
+    hu = np.random.default_rng(0).integers(-200, 300, geometry.shape).astype(np.int16)
+    write_image(tmp_path / "data" / "a.nii.gz", hu, geometry)
+    write_ensemble(tmp_path / "chosen.yaml", [Member(run)], {}, {})
+    export(tmp_path / "chosen.yaml", tmp_path / "chosen.kitseg")
+    for verb in (
+        ("infer", f"--model={model}", "--data=data", "--engine=torch", "-o", "p"),
+        ("postprocess", "p", "-o", "steps"),
+        ("predict", "data", f"--model={model}", "--engine=torch", "-o", "whole"),
+        ("predict", "data", f"--model={run}", "--engine=torch", "-o", "cleaned"),
+    ):
+        done = kitseg(tmp_path, *verb)
+        assert done.code == 0, done.text
+    steps, whole, cleaned = (labels_of(tmp_path / to / "a.nii.gz") for to in ("steps", "whole", "cleaned"))
+    assert np.array_equal(steps, whole)
+    assert not np.array_equal(steps, cleaned)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +504,7 @@ ADDRESS = "hf://owner/name@v1"
 def test_an_address_is_fetched_once(hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = locate(ADDRESS)
     assert folder == locate(tmp_path / "x.kitseg")
-    assert only_member(ADDRESS).run == folder / "runs" / "0"
+    assert only_member(ADDRESS)[0].run == folder / "runs" / "0"
     asked = hub.asked
     assert asked > 0
     shutil.rmtree(tmp_path / "hub")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import kitseg
 from method_runs import untrained
 
 from kitseg.errors import InputError, UsageError
@@ -126,3 +127,28 @@ def test_a_scan_cannot_have_the_manifests_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"manifest\.nii\.gz: .*Rename the scan"):
         work([Case("manifest", tmp_path / "manifest.nii.gz")], Share(), print, print)
     assert not (tmp_path / "out").exists()
+
+
+def test_probabilities_and_labels_never_take_the_place_of_another_file(run: Path, tmp_path: Path) -> None:
+    """A BIDS sidecar beside its scan, the records of predictions, those of probabilities: they stay as they are."""
+    geometry = Geometry((4, 32, 32), np.diag([-3.0, -3.0, -3.0, 1])[[2, 1, 0, 3]])
+    write_image(tmp_path / "bids" / "a.nii.gz", np.zeros(geometry.shape, np.int16), geometry)
+    (tmp_path / "bids" / "a.json").write_text('{"Modality": "CT"}')
+    infer = ("infer", f"--run={run}", "--data=bids", "--engine=torch", "-o")
+    for verb in ((*infer, "p"), ("ensemble", "p", "-o", "mean"), ("postprocess", "p", "-o", "labels")):
+        for _ in range(2):
+            done = kitseg(tmp_path, *verb)
+            assert done.code == 0, done.text
+    for verb, to in (
+        (infer, "bids"),
+        (infer, "labels"),
+        (("ensemble", "p", "-o"), "bids"),
+        (("ensemble", "p", "-o"), "labels"),
+        (("postprocess", "p", "-o"), "mean"),
+    ):
+        before = {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()}
+        refused = kitseg(tmp_path, *verb, to)
+        said = " ".join(refused.text.split())
+        assert refused.code == 2, said
+        assert f"{to}/a.json was not written by this command; choose another folder with --output" in said
+        assert {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()} == before

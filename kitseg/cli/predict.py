@@ -75,10 +75,10 @@ def infer(
     scans, first = choose_scans([data], split, fold), stage.partition(".")[0] if stage else None
     if scans.choices:
         raise UsageError(f"{data} holds DICOM, which only `kitseg predict` reads; the verbs before it take NIfTI files")
-    member = only_member(run or choose_run(Path("runs")).path)
+    member, steps = only_member(run or choose_run(Path("runs")).path)
     model = partial(open_model, member.run, device, first, mirror or member.mirror, engine, precision)
     model = partial(deterministically, model) if deterministic else model
-    do = Inference(model, stage, output, parse_size(max_memory))
+    do = Inference(model, stage, output, parse_size(max_memory), steps)
     shared_work("infer", scans.cases, do, shard, ranks)
 
 

@@ -13,6 +13,7 @@ from kitseg.config import Method, Source
 from kitseg.errors import KitsegError, UsageError
 from kitseg.pipeline.cases.outcome import UNCHANGED, OnDone, Outcome, each
 from kitseg.pipeline.cases.ranks import Say
+from kitseg.pipeline.cases.record import spare_foreign
 from kitseg.pipeline.cases.share import Share
 from kitseg.pipeline.clean import nothing_found
 from kitseg.pipeline.machine import versions
@@ -21,6 +22,7 @@ from kitseg.pipeline.models.memory import Limit, slab_within
 from kitseg.pipeline.models.model import Model
 from kitseg.types import Case, Probabilities
 from kitseg.volumes.blocks import (
+    BLOCK,
     MANIFEST,
     block_cases,
     block_digest,
@@ -40,23 +42,27 @@ class Inference:
     """Probabilities of scans into a folder: a model's checkpoints and folds averaged. Work for one process or several.
 
     open_model: opens the model, in the process that works with it; stage: the ``stage[.head]`` whose own output is
-    wanted, the method's where it is None; max_memory: a scan that may need more bytes fails before it is read.
+    wanted, the method's where it is None; max_memory: a scan that may need more bytes fails before it is read;
+    postprocess: the steps that will clean them, the method's where it is None.
     """
 
     open_model: Callable[[], Model]
     stage: str | None
     to: Path
     max_memory: int | None = None
+    postprocess: Mapping[str, Any] | None = None
 
     def __call__(self, scans: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
         """Infer these scans, which are a share of all; what is done and unchanged stays.
 
         Raises:
-            UsageError: the folder holds probabilities of something else, or a scan has the manifest's name.
-                KitsegError: somebody writes there.
+            UsageError: the folder holds probabilities of something else, a file of another origin is in the way, or a
+                scan has the manifest's name. KitsegError: somebody writes there.
         """
         if taken := next((scan for scan in scans if f"{scan.id}.json" == MANIFEST), None):
             raise UsageError(f"{taken.image}: {MANIFEST} beside the probabilities is not a scan's. Rename the scan")
+        for scan in scans:
+            spare_foreign(self.to / f"{scan.id}.json", BLOCK)
         model = self.open_model()
         say(describe(model))
         with claimed(self.to, "probabilities", share.part):
@@ -64,7 +70,7 @@ class Inference:
 
     def _infer(self, model: Model, scans: Sequence[Case], on_done: OnDone) -> list[Outcome]:
         channels, limit = output_channels(model.method, self.stage), Limit(self.max_memory, (model,))
-        claim_manifest(self.to, manifest_of(model, self.stage, channels))
+        claim_manifest(self.to, manifest_of(model, self.stage, channels, self.postprocess))
         images = {scan.id: scan for scan in scans}
 
         def work(case: str) -> Outcome:
@@ -86,7 +92,8 @@ def average(
     """The weighted mean of folders of probabilities, case by case, in slabs that keep within ``max_memory`` bytes.
 
     Raises:
-        UsageError: the folders hold different cases or channels, or the weights don't fit.
+        UsageError: the folders hold different cases or channels, the weights don't fit, or a file of another origin is
+            in the way.
     """
     if len(weights) != len(folders) or not ensemble.can_weigh(weights):
         raise UsageError(f"{len(folders)} folders need as many weights that aren't negative, not {list(weights)}")
@@ -96,6 +103,8 @@ def average(
     for folder in folders[1:]:
         if odd := sorted(set(cases) ^ set(block_cases(folder))):
             raise UsageError(f"{folders[0]} and {folder} don't hold the same cases: {', '.join(odd)}")
+    for case in cases:
+        spare_foreign(to / f"{case}.json", BLOCK)
     manifests = [read_manifest(folder) for folder in folders]
     try:
         channels = ensemble.common_channels([tuple(manifest["channels"]) for manifest in manifests])
@@ -136,14 +145,17 @@ def output_channels(method: Method, stage: str | None) -> dict[str, Source]:
     return {channel: Source(spec.name, head, channel) for channel in spec.channels}
 
 
-def manifest_of(model: Model, stage: str | None, channels: Mapping[str, Source]) -> dict[str, Any]:
-    """What made a folder of probabilities, and what post-processing they expect."""
+def manifest_of(
+    model: Model, stage: str | None, channels: Mapping[str, Source], postprocess: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What made a folder of probabilities, and what post-processing they expect: the method's where it is None."""
+    steps = model.method.postprocess if postprocess is None else postprocess
     return {
         "channels": list(channels),
         "method": model.method.name,
         "stage": stage,
         "model": origin(model),
         # the priors look at the kidneys, so they can't judge an output without them
-        "postprocess": model.method.postprocess if {"kidney", "foreground"} & set(channels) else {},
+        "postprocess": steps if {"kidney", "foreground"} & set(channels) else {},
         "versions": versions(),
     }

@@ -20,6 +20,7 @@ from kitseg.volumes.nifti import file_digest
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+BLOCK = ("box", "start")  #: the part that tells a case's JSON from any other file
 
 
 def write_block(

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from kitseg.files import identity, read_json, write_json
 from kitseg.volumes.nifti import file_digest
 
 SCHEMA = 4
+RECORD = ("versions", "kitseg")  #: the part that tells a record from any other file
 
 
 def recipe(**parts: Any) -> str:
@@ -49,14 +52,14 @@ def forget(path: Path, files: Sequence[Path]) -> None:
     path.unlink(missing_ok=True)
 
 
-def spare_foreign(path: Path) -> None:
-    """Never write over a file that kitseg didn't make.
+def spare_foreign(path: Path, mark: Sequence[str] = RECORD) -> None:
+    """Never write over a file of another origin, which is one without the part that JSON of this kind has.
 
     Raises:
         UsageError: it would.
     """
     if path.exists():
         try:
-            json.loads(path.read_text(encoding="utf-8"))["versions"]["kitseg"]
+            reduce(getitem, mark, json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} was not written by kitseg; choose another folder with --output") from error
+            raise UsageError(f"{path} was not written by this command; choose another folder with --output") from error

@@ -115,16 +115,16 @@ def members_of(model: Path | str) -> tuple[list[Member], Mapping[str, Any] | Non
     return read_ensemble(path) if path.is_file() else ([Member(path)], None)
 
 
-def only_member(model: Path | str) -> Member:
-    """The run or fold that a model stands for.
+def only_member(model: Path | str) -> tuple[Member, Mapping[str, Any] | None]:
+    """The run or fold that a model stands for, and the post-processing chosen for it; None: the method's own.
 
     Raises:
         UsageError: it stands for several.
     """
-    members, _ = members_of(model)
+    members, steps = members_of(model)
     if len(members) > 1:
         raise UsageError(f"{model} stands for {len(members)} runs, which only `kitseg predict` averages")
-    return members[0]
+    return members[0], steps
 
 
 def describe(model: Model) -> str:
