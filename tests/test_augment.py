@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from patients import patient
 
 from kitseg.errors import KitsegError, UsageError
-from kitseg.pipeline.augment import DIRECTIONS, Choice, Outcome, Pair, choose_pairs, make_copies, undone
+from kitseg.pipeline.augment import DIRECTIONS, Choice, Copied, Pair, choose_pairs, make_copies, undone
 from kitseg.splits import make_split, read_split, with_copies, write_split
 from kitseg.types import Case, Traits, Volume
 from kitseg.volumes.kits import IMAGE, LABEL, case_of
@@ -195,7 +195,7 @@ def test_a_broken_case_in_the_data_is_left_out(augmented: Path, tmp_path: Path) 
 def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> None:
     whole, other, short = (written(tmp_path / name) for name in ("case_0", "case_1", "case_2"))
     short.image.write_bytes(short.image.read_bytes()[:2000])
-    told: list[Outcome] = []
+    told: list[Copied] = []
     outcomes = make_copies([Pair(short, whole), Pair(whole, other)], tmp_path / "to", "kits19", 1, told.append)
     assert {outcome.name: outcome.state for outcome in outcomes} == {
         "case_0_from_case_1": "kept",

@@ -20,7 +20,7 @@ from kitseg.pipeline.cases.share import Share
 
 if TYPE_CHECKING:
     from kitseg.pipeline.cases.outcome import Outcome
-    from kitseg.pipeline.cases.ranks import Work
+    from kitseg.pipeline.cases.ranks import Verb
     from kitseg.types import Case
 
 app = typer.Typer(
@@ -136,7 +136,7 @@ def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list
     exit_if(failed > 0)
 
 
-def shared_work(title: str, cases: Sequence[Case], do: Work, shard: str | None, ranks: int) -> None:
+def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, ranks: int) -> None:
     """Have a verb's work on cases, or on a shard of them, done by so many processes, or by those of a launcher.
 
     Exit code 1 where a case failed.

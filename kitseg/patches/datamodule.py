@@ -27,7 +27,7 @@ from kitseg.screen import complain
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
-Places = Mapping[Path, Place]
+FolderPlaces = Mapping[Path, Place]
 SHARED_MEMORY = Path("/dev/shm")  # where loader processes leave what they load
 AHEAD = 2  # batches that each of them loads ahead
 
@@ -83,7 +83,7 @@ class Sight:
 class WholeCases(Dataset[WholeCase]):
     """Validation cases, one whole region each."""
 
-    def __init__(self, places: Places, sight: Sight) -> None:
+    def __init__(self, places: FolderPlaces, sight: Sight) -> None:
         self.places, self.sight = list(places.items()), sight
 
     def __len__(self) -> int:
@@ -116,8 +116,8 @@ def batch_per_rank(batch: int, ranks: int) -> int:
 class StageCases:
     """Stored cases of a stage and where it looks at each: to learn from, and to be scored on."""
 
-    train: Places
-    val: Places
+    train: FolderPlaces
+    val: FolderPlaces
 
 
 @dataclass(frozen=True)

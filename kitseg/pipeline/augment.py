@@ -70,7 +70,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Copied:
     """What became of a pair: ``kept``, ``rejected`` or ``failed``, in words; ``new`` is False where it was done before.
 
     facts: of the registration, as ``origin.json`` has them.
@@ -128,8 +128,8 @@ def choose_pairs(ranked: Sequence[str], cases: Mapping[str, Case], choice: Choic
 
 
 def make_copies(
-    pairs: Sequence[Pair], to: Path, convention: str, jobs: int, on_done: Callable[[Outcome], None]
-) -> list[Outcome]:
+    pairs: Sequence[Pair], to: Path, convention: str, jobs: int, on_done: Callable[[Copied], None]
+) -> list[Copied]:
     """Register each pair and write what passes; one that fails doesn't stop the others, and what is done is skipped.
 
     A registration uses one thread, so as many run at a time as there are jobs.
@@ -175,13 +175,13 @@ def write_augmented_split(run: Run, to: Path) -> Split:
     return read_split(to / "splits.json")
 
 
-def _make(pair: Pair, to: Path, convention: str) -> Outcome:
+def _make(pair: Pair, to: Path, convention: str) -> Copied:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
         wanted = _wanted(pair, convention)
         return _done(pair, to, wanted) or _copy(pair, to, wanted)
     except Exception as error:  # whatever it is, the other pairs go on
-        return Outcome(pair.name, "failed", True, in_words(pair.name, error))
+        return Copied(pair.name, "failed", True, in_words(pair.name, error))
 
 
 def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
@@ -205,17 +205,17 @@ def _is_done(pair: Pair, to: Path, convention: str) -> bool:
         return False
 
 
-def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Outcome | None:
+def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied | None:
     """What an earlier call made of a pair with the same settings, scans and labels."""
     records = ((to / pair.name / ORIGIN, ORIGIN_SCHEMA), (to / "rejected" / f"{pair.name}.json", SCHEMA))
     for path, schema in records:
         facts = read_json(path, schema) if path.exists() else {}
         if facts and all(facts.get(key) == value for key, value in wanted.items()):
-            return Outcome(pair.name, "rejected" if facts["reason"] else "kept", False, facts["reason"] or "", facts)
+            return Copied(pair.name, "rejected" if facts["reason"] else "kept", False, facts["reason"] or "", facts)
     return None
 
 
-def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Outcome:
+def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
     """Register a pair and write the copy, or why there is none."""
     begun, name = time.perf_counter(), pair.name
     reference, floating = (_read(case, wanted["convention"]) for case in (pair.reference, pair.floating))
@@ -237,7 +237,7 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Outcome:
     if reason is not None:
         shutil.rmtree(to / name, ignore_errors=True)
         write_json(rejected, SCHEMA, facts)
-        return Outcome(name, "rejected", True, reason, facts)
+        return Copied(name, "rejected", True, reason, facts)
     with aside(to / name) as partial:
         partial.mkdir()
         mark = PHANTOM_MARK if any(is_phantom(case.image) for case in (pair.reference, pair.floating)) else ""
@@ -245,7 +245,7 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Outcome:
         write_labels(partial / LABEL, copy.label, reference.image.native, mark)
         write_json(partial / ORIGIN, ORIGIN_SCHEMA, facts)
     rejected.unlink(missing_ok=True)
-    return Outcome(name, "kept", True, facts=facts)
+    return Copied(name, "kept", True, facts=facts)
 
 
 def _read(case: Case, convention: str) -> Labelled:

@@ -21,7 +21,7 @@ HOURS = 4 * 3600.0  # seconds that another fold, or another call, may take to pr
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Stored:
     """What became of a case on one grid: ``done``, ``unchanged`` or, with ``error`` set, ``failed``."""
 
     case: str
@@ -41,9 +41,9 @@ def preprocess(
     to: Path,
     convention: str,
     jobs: int,
-    on_done: Callable[[Outcome], None],
+    on_done: Callable[[Stored], None],
     part: str = "",
-) -> list[Outcome]:
+) -> list[Stored]:
     """Store every case on every grid, in parallel; a broken case doesn't stop the others.
 
     The folder is claimed where there is something to do, as for a broken case there always is; what another process,
@@ -57,7 +57,7 @@ def preprocess(
     for case in cases:
         files = CaseFiles(case, convention)
         if all(is_fresh(files, to / str(grid) / case.id, grid) for grid in grids):
-            outcomes += [Outcome(case.id, str(grid), "unchanged") for grid in grids]
+            outcomes += [Stored(case.id, str(grid), "unchanged") for grid in grids]
         else:
             stale.append(case)
     for outcome in outcomes:
@@ -91,13 +91,13 @@ def _check_disk(cases: Sequence[Case], grids: Sequence[Grid], to: Path) -> None:
         raise KitsegError(f"{to}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Free some space.")
 
 
-def _store(case: Case, grids: Sequence[Grid], to: Path, convention: str) -> list[Outcome]:
+def _store(case: Case, grids: Sequence[Grid], to: Path, convention: str) -> list[Stored]:
     """A case on every grid, its files read once."""
     files, outcomes = CaseFiles(case, convention), []
     for grid in grids:
         try:
             state = "done" if store_case(files, to / str(grid) / case.id, grid) else "unchanged"
-            outcomes.append(Outcome(case.id, str(grid), state))
+            outcomes.append(Stored(case.id, str(grid), state))
         except Exception as error:  # whatever it is, the other cases go on
-            outcomes.append(Outcome(case.id, str(grid), "failed", in_words(case.image, error)))
+            outcomes.append(Stored(case.id, str(grid), "failed", in_words(case.image, error)))
     return outcomes

@@ -26,8 +26,8 @@ from kitseg.types import Case
 from kitseg.volumes.scan import scan_bytes
 
 Say = Callable[[str], None]
-#: Work on the cases of a share; it says what it begins with, and what became of each case.
-Work = Callable[[Sequence[Case], Share, Say, OnDone], list[Outcome]]
+#: A verb's work on the cases of a share; it says what it begins with, and what became of each case.
+Verb = Callable[[Sequence[Case], Share, Say, OnDone], list[Outcome]]
 PATIENCE = 2.0  # seconds that ranks have to end in order
 
 
@@ -58,7 +58,7 @@ def deal(cases: Sequence[Case], share: Share) -> list[Case]:
     return share.take(cases, scan_bytes)
 
 
-def on_ranks(work: Work, cases: Sequence[Case], shares: Sequence[Share], say: Say, on_done: OnDone) -> list[Outcome]:
+def on_ranks(work: Verb, cases: Sequence[Case], shares: Sequence[Share], say: Say, on_done: OnDone) -> list[Outcome]:
     """Have the work on these cases done by a process for each of the shares; ``work`` can be pickled.
 
     Where one is killed the others go on, and its cases without an outcome have failed.
@@ -91,7 +91,7 @@ def _messages(running: dict[Connection, _Rank], heard: Connection, done: Sequenc
 
 
 @contextmanager
-def _started(work: Work, cases: Sequence[Case], shares: Sequence[Share]) -> Iterator[list[_Rank]]:
+def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iterator[list[_Rank]]:
     """The processes; none is left when the block ends."""
     context, ranks = get_context("spawn"), []
     try:
@@ -116,7 +116,7 @@ def _started(work: Work, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
             rank.process.join()
 
 
-def _run(work: Work, cases: Sequence[Case], share: Share, rank: tuple[int, int], told: Connection) -> None:
+def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int], told: Connection) -> None:
     """A rank's life: its part of the work, as long as the process that started it lives."""
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=_end_with_parent, daemon=True).start()
