@@ -90,7 +90,6 @@ class Method:
 
     name: str
     paper: str
-    published: Mapping[str, float]
     stages: Mapping[str, StageSpec]
     outputs: Mapping[str, Source]
     postprocess: Mapping[str, Any]
@@ -186,8 +185,7 @@ def method_of(config: Config) -> Method:
         for stage in stages.values():
             _check_guide(stage, stages)
         outputs = {trust.name(channel): parse_source(text, stages) for channel, text in config["outputs"].items()}
-        name, paper, published = trust.name(config["name"]), config["paper"], config["published"]
-        return Method(name, paper, published, stages, outputs, config["postprocess"])
+        return Method(trust.name(config["name"]), config["paper"], stages, outputs, config["postprocess"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"the configuration describes no method ({type(error).__name__}: {error})") from error
 

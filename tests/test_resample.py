@@ -209,47 +209,50 @@ def test_box_on_holds_just_the_centres_inside(source: int, target: int, data: st
 # --- and back --------------------------------------------------------------------------------------------------------
 
 
+def returned(values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: str = "linear") -> tuple[Any, Box]:
+    """What ``from_grid`` writes, and the box of the scan that it fills."""
+    filled = box_on(box, grid, scan)
+    found = np.empty(filled.size, np.float16)
+    from_grid(values, box, grid, scan, how, found)
+    return found, filled
+
+
 def test_ramps_come_back_exactly() -> None:
     """A grid twice as coarse, with a voxel more on every side: all numbers are exact in float16."""
     grid, scan = (2, 4, 8), (4, 8, 16)
     box = whole(grid).grown(1)
-    found, filled = from_grid(ramp(grid, box)[None], box, grid, scan)
-    assert found.dtype == np.float16
+    found, filled = returned(ramp(grid, box), box, grid, scan)
     assert filled == whole(scan)
-    assert np.array_equal(found[0], ramp(scan, filled))
+    assert np.array_equal(found, ramp(scan, filled))
 
 
 @given(shapes, shapes)
 @few
 def test_ramps_come_back_on_any_lattice(grid: Triple, scan: Triple) -> None:
     box = whole(grid).grown(1)
-    found, filled = from_grid(ramp(grid, box)[None], box, grid, scan)
+    found, filled = returned(ramp(grid, box), box, grid, scan)
     assert filled == whole(scan)
-    np.testing.assert_allclose(found[0], ramp(scan, filled), rtol=0, atol=4 * 2**-11)
+    np.testing.assert_allclose(found, ramp(scan, filled), rtol=0, atol=4 * 2**-11)
 
 
 @given(shapes, shapes, st.data())
 @few
 def test_from_grid_is_scipys_inside_its_box(grid: Triple, scan: Triple, data: st.DataObject) -> None:
-    """Also for boxes that reach outside the grid, and with more than one channel."""
+    """Also for boxes that reach outside the grid."""
     starts = [data.draw(st.integers(-2, n - 1)) for n in grid]
     stops = [data.draw(st.integers(max(a, 0) + 1, n + 2)) for a, n in zip(starts, grid, strict=True)]
     box = Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
-    values = np.random.default_rng(0).random((2, *box.size)).astype(np.float32)
-    found, filled = from_grid(values, box, grid, scan)
-    assert filled == box_on(box, grid, scan)
-    assert found.shape == (2, *filled.size)
+    values = np.random.default_rng(0).random(box.size).astype(np.float32)
+    found, filled = returned(values, box, grid, scan)
     axes = zip(scan, grid, filled.start, filled.stop, box.start, strict=True)
     lattice = [half_voxel(n, m)[a:b] - start for n, m, a, b, start in axes]
-    for channel, block in zip(found, values, strict=True):
-        np.testing.assert_allclose(channel, scipys(block, lattice), rtol=0, atol=2**-11)
+    np.testing.assert_allclose(found, scipys(values, lattice), rtol=0, atol=2**-11)
 
 
 def test_from_grid_in_a_box_partly_outside_by_hand() -> None:
     """Box [-1, 1) of a grid of 2 holds 0 and 1 at the centres -0.5 and 0.5; a scan of 4 voxels has 2 centres in it."""
-    found, filled = from_grid(
-        np.array([0.0, 1.0]).reshape(1, 2, 1, 1), Box((-1, 0, 0), (1, 1, 1)), (2, 1, 1), (4, 1, 1)
-    )
+    values = np.array([0.0, 1.0]).reshape(2, 1, 1)
+    found, filled = returned(values, Box((-1, 0, 0), (1, 1, 1)), (2, 1, 1), (4, 1, 1))
     assert filled == Box((0, 0, 0), (2, 1, 1))
     assert found.ravel().tolist() == [0.75, 1.0]  # centre 0.25 of the grid, and 0.75 held at the edge
 
@@ -262,44 +265,41 @@ def test_back_by_nearest_neighbour_takes_the_voxel_that_holds_the_centre(
     starts = [data.draw(st.integers(-2, n - 1)) for n in grid]
     stops = [data.draw(st.integers(max(a, 0) + 1, n + 2)) for a, n in zip(starts, grid, strict=True)]
     box = Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
-    values = np.arange(2 * np.prod(box.size)).reshape(2, *box.size) % 2039  # whole in float16
-    found, filled = from_grid(values, box, grid, scan, "nearest")
-    assert found.dtype == np.float16
-    assert filled == box_on(box, grid, scan)
-    assert found.shape == (2, *filled.size)
+    values = np.arange(np.prod(box.size)).reshape(box.size) % 2039  # whole in float16
+    found, filled = returned(values, box, grid, scan, "nearest")
     for voxel in np.ndindex(filled.size):
         index = tuple(
             int(Fraction(2 * (i + a) + 1, 2) * n / m) - start
             for i, a, n, m, start in zip(voxel, filled.start, grid, scan, box.start, strict=True)
         )
-        assert found[(slice(None), *voxel)].tolist() == values[(slice(None), *index)].tolist()
+        assert found[voxel] == values[index]
 
 
 def test_back_by_nearest_neighbour_by_hand() -> None:
-    values = np.array([0.25, 0.75]).reshape(1, 2, 1, 1)
-    found, _ = from_grid(values, whole((2, 1, 1)), (2, 1, 1), (5, 1, 2), "nearest")
-    assert found[0, :, 0, 0].tolist() == [0.25, 0.25, 0.75, 0.75, 0.75]  # the third centre lies on the border
+    values = np.array([0.25, 0.75]).reshape(2, 1, 1)
+    found, _ = returned(values, whole((2, 1, 1)), (2, 1, 1), (5, 1, 2), "nearest")
+    assert found[:, 0, 0].tolist() == [0.25, 0.25, 0.75, 0.75, 0.75]  # the third centre lies on the border
     assert np.array_equal(found[..., 0], found[..., 1])
 
 
 def test_from_grid_of_single_slices() -> None:
-    values = np.arange(6).reshape(1, 1, 2, 3) / 8
-    found, filled = from_grid(values, whole((1, 2, 3)), (1, 2, 3), (4, 2, 3))
+    values = np.arange(6).reshape(1, 2, 3) / 8
+    found, filled = returned(values, whole((1, 2, 3)), (1, 2, 3), (4, 2, 3))
     assert filled.size == (4, 2, 3)
-    assert np.array_equal(found[0], np.repeat(values[0], 4, axis=0))
-    back, filled = from_grid(found, filled, (4, 2, 3), (1, 2, 3))
+    assert np.array_equal(found, np.repeat(values, 4, axis=0))
+    back, _ = returned(found, filled, (4, 2, 3), (1, 2, 3))
     assert np.array_equal(back, values)
 
 
 def test_anisotropic_axes_do_not_mix() -> None:
-    values = np.broadcast_to(np.arange(8).reshape(1, 8, 1, 1), (1, 8, 2, 4)) / 8
-    found, filled = from_grid(values, whole((8, 2, 4)), (8, 2, 4), (4, 6, 4))
+    values = np.broadcast_to(np.arange(8).reshape(8, 1, 1), (8, 2, 4)) / 8
+    found, filled = returned(values, whole((8, 2, 4)), (8, 2, 4), (4, 6, 4))
     assert filled.size == (4, 6, 4)
-    assert np.array_equal(found[0], np.broadcast_to(np.array([0.5, 2.5, 4.5, 6.5]).reshape(4, 1, 1) / 8, (4, 6, 4)))
+    assert np.array_equal(found, np.broadcast_to(np.array([0.5, 2.5, 4.5, 6.5]).reshape(4, 1, 1) / 8, (4, 6, 4)))
 
 
 def test_constant_probabilities_stay_what_they_are() -> None:
-    found, _ = from_grid(np.ones((1, 5, 5, 5), np.float32), whole((5, 5, 5)), (5, 5, 5), (7, 11, 13))
+    found, _ = returned(np.ones((5, 5, 5), np.float32), whole((5, 5, 5)), (5, 5, 5), (7, 11, 13))
     assert np.unique(found).tolist() == [1.0]
 
 

@@ -159,8 +159,8 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
         if (key := f"{source.stage}.{source.head}") in boxes:
             (values, near), output = parts[key], outputs[key]
             inside = row[boxes[key].moved(box.start).slices]
-            channel = values[output.channels.index(source.channel)][None]
-            from_grid(channel, near, output.grid.shape, scan.geometry.shape, output.back, [inside])
+            channel = values[output.channels.index(source.channel)]
+            from_grid(channel, near, output.grid.shape, scan.geometry.shape, output.back, inside)
     return Probabilities(array, tuple(channels), box, scan.geometry, scan.native, scan.case_id)
 
 

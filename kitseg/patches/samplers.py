@@ -39,7 +39,7 @@ class PaddedSampler(RandomSampler):
         raise NotImplementedError
 
     def __call__(self, subject: tio.Subject, num_patches: int | None = None) -> Generator[tio.Subject, None, None]:
-        """Yield ``num_patches`` patches, an epoch's where it is None."""
+        """TorchIO's interface of a sampler: yield ``num_patches`` patches, an epoch's where it is None."""
         for number in range(self.count(subject) if num_patches is None else num_patches):
             yield patch_of(subject, self.draw(subject, number))
 

@@ -6,7 +6,6 @@ A grid's spacing is therefore the extent divided by a whole number of voxels, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,40 +64,26 @@ def box_on(box: Box, source: Triple, target: Triple) -> Box:
     return Box(_first_centres(box.start, source, target), _first_centres(box.stop, source, target)).clip(target)
 
 
-def from_grid(
-    values: NDArray[Any],
-    box: Box,
-    grid: Triple,
-    scan: Triple,
-    how: str = "linear",
-    out: Sequence[NDArray[np.float16]] | None = None,
-) -> tuple[Any, Box]:
+def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: str, out: NDArray[np.float16]) -> None:
     """Probabilities in a box of a grid, returned to the scan's own lattice; slab by slab, so only ``out`` is large.
 
     Args:
-        values: (K, d, h, w), the contents of ``box``.
+        values: (d, h, w), the contents of ``box``.
         box: a box on the grid; it may reach outside.
         grid: the shape of the grid.
         scan: the shape of the scan's lattice, over the same extent.
         how: ``linear`` (edges are held) or ``nearest``.
-        out: where to write, K times (D, H, W) float16; a new array where it is None.
-
-    Returns:
-        ``out`` and the box of the scan that it fills: the voxels whose centres lie in ``box``.
+        out: where to write: the voxels of the scan whose centres lie in ``box``, see ``box_on``.
     """
     target = box_on(box, grid, scan)
-    filled: Any = np.empty((len(values), *target.size), np.float16) if out is None else out
-    axes = list(zip(target.start, target.stop, scan, grid, box.start, values.shape[1:], strict=True))
+    axes = list(zip(target.start, target.stop, scan, grid, box.start, values.shape, strict=True))
     if how == "nearest":
         z, y, x = (np.clip(_nearest(range(a, b), n, m) - o, 0, size - 1) for a, b, n, m, o, size in axes)
-        for channel, block in zip(filled, values, strict=True):
-            for plane, index in zip(channel, z, strict=True):
-                plane[...] = block[index][y].take(x, 1)
+        for plane, index in zip(out, z, strict=True):
+            plane[...] = values[index][y].take(x, 1)
     else:
         z, y, x = (_centres(range(a, b), n, m) - o for a, b, n, m, o, _ in axes)
-        for channel, block in zip(filled, values, strict=True):
-            sample_linear(block, z, y, x, channel)
-    return filled, target
+        sample_linear(values, z, y, x, out)
 
 
 def sample_linear(
