@@ -257,7 +257,7 @@ def test_what_cannot_be_compared(tmp_path: Path, change: dict[str, Any], words: 
 
 def test_damaged_missing_and_the_same_file(tmp_path: Path) -> None:
     scores(tmp_path / "a.json", A)
-    for text in ("", "{", "[]", "\xff"):
+    for text in ("", "{", "[]", "[" * 100_000, "\xff"):
         (tmp_path / "b.json").write_text(text)
         result = comparing(tmp_path)
         assert result.code == 1

@@ -223,7 +223,7 @@ def test_changed_labels_lose_their_flags(reported: Path, tmp_path: Path) -> None
     ("arguments", "words"),
     [
         (["nowhere"], "there is no such folder"),
-        (["predictions", "data", "--scores=predictions/case_00000.json"], "can't be read as scores"),
+        (["predictions", "data", "--scores=predictions/case_00000.json"], "is not of schema 1"),
         (["predictions", "elsewhere"], "holds no scan of"),
         (["predictions", "-o", "taken"], "was not written by kitseg"),
     ],
@@ -351,15 +351,20 @@ def test_a_file_beside_the_labels_that_says_nonsense(reported: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"cases": {"case_00000": 3}}, {"cases": {"case_00000": {"kidney": {"dice": "high"}}}}, {"strata": [1]}],
+    ("change", "words"),
+    [
+        ({"cases": {"case_00000": 3}}, "is no score file"),
+        ({"cases": {"case_00000": {"kidney": {"dice": "high"}}}}, "is no score file"),
+        ({"strata": [1]}, "is no score file"),
+        ({"schema": 7}, "is not of schema 1"),
+    ],
 )
-def test_scores_that_are_none(reported: Path, tmp_path: Path, change: dict[str, object]) -> None:
+def test_scores_that_are_none(reported: Path, tmp_path: Path, change: dict[str, object], words: str) -> None:
     scores = json.loads((reported / "scores.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps({**scores, **change}))
     done = kitseg(tmp_path, "report", str(reported / "predictions"), "--scores=s.json")
     assert done.code == 1
-    assert "can't be read as scores" in done.text
+    assert f"s.json: {words}" in done.text
 
 
 def test_scores_of_another_study(reported: Path, tmp_path: Path) -> None:

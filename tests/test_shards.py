@@ -23,7 +23,7 @@ from kitseg.pipeline.measure import plan as plan_measure
 from kitseg.pipeline.measure import works as measure_works
 from kitseg.pipeline.report import plan as plan_report
 from kitseg.pipeline.report import works as report_works
-from kitseg.report.scores import ScoreFile
+from kitseg.report.scores import StudyScores
 from kitseg.report.study_page import CaseRow
 
 CASES = 5
@@ -139,7 +139,7 @@ def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
     pages = sorted(path.name for path in (maps / "report").iterdir())
     assert pages == [*(f"case_{number:05d}.html" for number in range(CASES)), "index.html"]
     assert all(page in (maps / "report" / "index.html").read_text() for page in pages[:-1])
-    (work, *_) = report_works(plan_report(maps / "pred", [], ScoreFile(), maps / "report"))
+    (work, *_) = report_works(plan_report(maps / "pred", [], StudyScores(), maps / "report"))
     kept = Kept(maps / ".cases", CaseRow)
     made = kept.do(work)
     assert kept.find(work) == made

@@ -86,11 +86,12 @@ def report(
     from kitseg.pipeline import report as pages
     from kitseg.pipeline.cases.kept import Kept
     from kitseg.pipeline.cases.share import Share
+    from kitseg.pipeline.scores import read_scores
     from kitseg.report.html import INDEX
-    from kitseg.report.scores import ScoreFile, read_scores
+    from kitseg.report.scores import StudyScores, study_scores
     from kitseg.report.study_page import CaseRow
 
-    known = read_scores(scores) if scores else ScoreFile()
+    known = read_scores(scores, study_scores) if scores else StudyScores()
     tasks = pages.plan(predictions, data, known, output)
     kept, part = Kept(output.absolute() / ".cases", CaseRow), Share.asked(shard).part
     with claimed(output, "pages", part):

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kitseg.errors import InputError, UsageError
-from kitseg.files import read_json, write_json
-from kitseg.pipeline.scores import SCHEMA as SCORES_SCHEMA
+from kitseg.files import write_json
+from kitseg.pipeline.scores import read_scores
 from kitseg.scoring.compare import FEWEST, Group, Paired, compare_cases
 
 SCHEMA = 1
 FIGURES, PICTURE = "comparison.json", "comparison.png"
 _PLACES = (Path("scores.json"), Path("validation") / "scores.json")
-_REMEDY = "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`."
 
 
 @dataclass(frozen=True)
-class ScoreFile:
-    """What ``kitseg evaluate --json`` wrote.
+class Side:
+    """One side of a comparison, from a file of ``kitseg evaluate --json``.
 
     cases: Dice by case and class; strata: stratum by case and kind; background: cases scored as if nothing was found.
     """
@@ -35,10 +35,10 @@ class ScoreFile:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two score files and each group of their cases."""
+    """Two sides and each group of their cases."""
 
-    a: ScoreFile
-    b: ScoreFile
+    a: Side
+    b: Side
     groups: list[Group]
 
     @property
@@ -64,37 +64,18 @@ def compare(a: Path, b: Path) -> Comparison:
         UsageError: both are the same file, by different rules or without a case in common.
         InputError: one is missing or damaged, or both give a case another stratum.
     """
-    one, other = read_scores(a), read_scores(b)
+    one, other = _read(a), _read(b)
     if one.path.resolve() == other.path.resolve():
         raise UsageError(f"{a} and {b} are the same file: give the scores of two methods")
     if (one.protocol, one.convention) != (other.protocol, other.convention):
         rules = [
-            f"{file.path} was scored by {file.protocol} with labels as in {file.convention}" for file in (one, other)
+            f"{side.path} was scored by {side.protocol} with labels as in {side.convention}" for side in (one, other)
         ]
         raise UsageError(f"{' and '.join(rules)}: evaluate both with the same --protocol and --convention")
     groups = compare_cases(one.cases, other.cases, _strata(one, other))
     if not groups:
         raise UsageError(f"{one.path} and {other.path} share no case: evaluate both on the same cases")
     return Comparison(one, other, groups)
-
-
-def read_scores(path: Path) -> ScoreFile:
-    """Read a score file, or the one in a folder.
-
-    Raises:
-        InputError: missing or damaged.
-    """
-    path = _resolve(path)
-    content = read_json(path, SCORES_SCHEMA)
-    try:
-        cases = {
-            case: {name: _dice(s["dice"]) for name, s in found.items()} for case, found in content["cases"].items()
-        }
-        strata = {case: {k: str(v) for k, v in kinds.items()} for case, kinds in content.get("strata", {}).items()}
-        background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
-        return ScoreFile(path, str(content["protocol"]), str(content["convention"]), cases, strata, background)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(path, f"is no score file ({type(error).__name__}: {error})", _REMEDY) from error
 
 
 def write_figures(path: Path, comparison: Comparison) -> None:
@@ -143,6 +124,19 @@ def p_words(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
+def _read(path: Path) -> Side:
+    """A score file, or the one in a folder."""
+    found = _resolve(path)
+    return read_scores(found, partial(_side, found))
+
+
+def _side(path: Path, content: Mapping[str, Any]) -> Side:
+    cases = {case: {name: _dice(s["dice"]) for name, s in found.items()} for case, found in content["cases"].items()}
+    strata = {case: {k: str(v) for k, v in kinds.items()} for case, kinds in content.get("strata", {}).items()}
+    background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
+    return Side(path, str(content["protocol"]), str(content["convention"]), cases, strata, background)
+
+
 def _resolve(path: Path) -> Path:
     if path.is_file():
         return path
@@ -161,8 +155,8 @@ def _dice(value: Any) -> float:
     return float(value)
 
 
-def _strata(a: ScoreFile, b: ScoreFile) -> dict[str, dict[str, str]]:
-    """The strata that either file knows."""
+def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:
+    """The strata that either side knows."""
     both: dict[str, dict[str, str]] = {}
     for case in a.cases.keys() & b.cases.keys():
         one, other = a.strata.get(case, {}), b.strata.get(case, {})

@@ -22,7 +22,7 @@ from kitseg.pipeline.cases.kept import Work
 from kitseg.pipeline.cases.outcome import without_paths
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name, spare_foreign
-from kitseg.report.scores import ScoreFile, ScoreTable
+from kitseg.report.scores import ScoreTable, StudyScores
 from kitseg.report.slices import Scene
 from kitseg.report.study_page import CaseRow, thumbnail, write_study
 from kitseg.types import Case, Geometry, Volume
@@ -49,7 +49,7 @@ class Task:
         return self.labels.with_name(self.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
-def plan(predictions: Path, data: Sequence[Path], scores: ScoreFile, to: Path) -> list[Task]:
+def plan(predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path) -> list[Task]:
     """The cases that there are label maps of, each with the scan of the same name.
 
     Raises:
@@ -83,7 +83,7 @@ def works(tasks: Sequence[Task]) -> list[Work[CaseRow]]:
     ]
 
 
-def write_index(to: Path, rows: Sequence[CaseRow], scores: ScoreFile) -> None:
+def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores) -> None:
     """Write the study's page, ``index.html``; a row a case."""
     facts = {"Cases": str(len(rows)), **_page_facts()}
     write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, facts)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kitseg import files
+from kitseg.errors import InputError
 from kitseg.pipeline.evaluate import Rules, Score, groups, notes
 from kitseg.scoring.detection import tally
 from kitseg.scoring.summary import Summary, summarize
 
 SCHEMA = 1
+_REMEDY = "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`."
+
+View = TypeVar("View")
 
 
 def summary(scores: Sequence[Score]) -> dict[str, dict[str, Summary]]:
@@ -55,6 +59,18 @@ def write_scores(
     content["failed"] = {score.case: score.error for score in scores if score.error}
     content["notes"] = notes(scores, rules, unscored)
     files.write_json(path, SCHEMA, content)
+
+
+def read_scores(path: Path, view: Callable[[Mapping[str, Any]], View]) -> View:
+    """What a view finds in the JSON that ``write_scores`` wrote.
+
+    Raises:
+        InputError: missing, damaged, of another schema, or without what the view looks for.
+    """
+    try:
+        return view(files.read_json(path, SCHEMA))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(path, f"is no score file ({type(error).__name__}: {error})", _REMEDY) from error
 
 
 def write_table(path: Path, scores: Sequence[Score]) -> None:

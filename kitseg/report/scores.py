@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from kitseg.errors import InputError
 from kitseg.report.html import number
 from kitseg.scoring.protocols import FIGURES
 
@@ -25,8 +22,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class ScoreFile:
-    """Scores of cases (figure by class), and of all of them together.
+class StudyScores:
+    """What a study's page shows of its scores: those of cases (figure by class), and of all of them together.
 
     strata: of each case, by kind; order: the names of each kind in their natural order; notes: paragraphs, about cases
     that are missing and the like.
@@ -39,23 +36,18 @@ class ScoreFile:
     notes: tuple[str, ...] = ()
 
 
-def read_scores(path: Path) -> ScoreFile:
-    """Read what ``kitseg evaluate --json`` wrote.
+def study_scores(content: Mapping[str, Any]) -> StudyScores:
+    """What to show of a file of ``kitseg evaluate --json``.
 
     Raises:
-        InputError: it can't be read, or holds no scores.
+        KeyError, TypeError, ValueError, AttributeError: it holds no scores.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        groups = content["groups"]
-        kinds = dict.fromkeys(group["kind"] for group in groups)
-        order = {kind: tuple(group["name"] for group in groups if group["kind"] == kind) for kind in kinds}
-        tables = (_summary(content), _groups(groups), _detection(content.get("detection", {})))
-        shown = tuple(table for table in tables if table.rows)
-        return ScoreFile(_cases(content["cases"]), shown, _strata(content["strata"]), order, _notes(content))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        remedy = "Make it with `kitseg evaluate --json`."
-        raise InputError(path, f"can't be read as scores ({type(error).__name__})", remedy) from error
+    groups = content["groups"]
+    kinds = dict.fromkeys(group["kind"] for group in groups)
+    order = {kind: tuple(group["name"] for group in groups if group["kind"] == kind) for kind in kinds}
+    tables = (_summary(content), _groups(groups), _detection(content.get("detection", {})))
+    shown = tuple(table for table in tables if table.rows)
+    return StudyScores(_cases(content["cases"]), shown, _strata(content["strata"]), order, _notes(content))
 
 
 def _cases(cases: Mapping[str, Any]) -> dict[str, ScoreTable]:

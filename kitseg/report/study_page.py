@@ -13,7 +13,7 @@ from kitseg.measure.findings import Findings, Lesion
 from kitseg.measure.quality import LEVELS, Quality
 from kitseg.report.case_page import middle_of
 from kitseg.report.html import page_name, write_page
-from kitseg.report.scores import ScoreFile, ScoreTable, in_words
+from kitseg.report.scores import ScoreTable, StudyScores, in_words
 from kitseg.report.slices import COLOURS, UNIT, Cut, Scene, body_box, cut
 from kitseg.report.strip import Dot, Strip, strip
 
@@ -61,7 +61,7 @@ class CaseRow:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def write_study(path: Path, title: str, rows: Sequence[CaseRow], scores: ScoreFile, facts: Mapping[str, str]) -> None:
+def write_study(path: Path, title: str, rows: Sequence[CaseRow], scores: StudyScores, facts: Mapping[str, str]) -> None:
     """Writes the page as one HTML file below 10 MB that needs no network; its links lead to the cases' pages beside it.
 
     Pictures go to the worst cases first, for as long as there is room.
@@ -106,7 +106,7 @@ def _pictured(rows: Sequence[CaseRow]) -> list[CaseRow]:
     return found
 
 
-def _strips(rows: Sequence[CaseRow], scores: ScoreFile) -> list[Strip]:
+def _strips(rows: Sequence[CaseRow], scores: StudyScores) -> list[Strip]:
     """Dice by class, the tumor's by stratum, and what was measured."""
     classes = list(dict.fromkeys(name for row in rows for name in row.dice))
     drawn = [strip("Dice", {name: _dice_dots(rows, name) for name in classes}, 1.0)]
