@@ -14,9 +14,12 @@ from dicom_files import AXIAL, PACKED, PLAIN, WORDS, edit, hu, uid, write_series
 from pydicom.fileset import FileSet
 from test_nifti import rotation
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, UsageError
+from kitseg.types import Case, Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.dicom.series import AIR, Series, find_series, holds_dicom, open_series, read_series, read_slices
+from kitseg.volumes.kits import case_number
+from kitseg.volumes.scan import find_scans, read_scan
 
 CORONAL = AXIAL[:, [1, 0, 2, 3]] @ np.diag([-1.0, -1, 1, 1])
 SAGITTAL = AXIAL[:, [2, 0, 1, 3]] @ np.diag([1.0, -1, 1, 1])
@@ -359,6 +362,59 @@ def test_two_patients_with_one_series_uid_stay_two(tmp_path: Path) -> None:
     far[2, 3] += 30
     write_series(tmp_path / "b", hu(), far, seed=2, series="same", PatientID="another")
     assert [len(series.files) for series in find_series(tmp_path)] == [12, 12]
+
+
+def one_uid(folder: Path, seed: int, **tags: object) -> Case:
+    """A scan as an anonymizer leaves it that writes the same UIDs into every file; alone in its folder, as a case."""
+    for path in write_series(folder, hu((10, 8, 10), seed), series="one", **tags):
+        edit(path, SOPInstanceUID="1.2.3")
+    (case,) = find_scans([folder]).cases
+    return case
+
+
+@pytest.mark.parametrize("tags", [{"PatientID": "another"}, {"study": "another"}])
+def test_scans_that_share_all_their_uids_are_cases_of_their_own(tmp_path: Path, tags: dict[str, str]) -> None:
+    first, second = one_uid(tmp_path / "a", 1), one_uid(tmp_path / "b", 2, **tags)
+    assert first.id == second.id  # each alone is the series of that UID
+    found = find_scans([tmp_path]).cases
+    assert len({case.id for case in found}) == 2
+    assert not {first.id, second.id} & {case.id for case in found}
+    for case in found:
+        assert np.array_equal(read_scan(case).array[::-1], hu((10, 8, 10), 1 if case.image.name == "a" else 2))
+        assert case_number(case.id) is None
+    (tmp_path / "a").rename(tmp_path / "z")
+    assert {case.id for case in find_scans([tmp_path]).cases} == {case.id for case in found}
+    wanted = find_scans([tmp_path], [uid("one")]).cases
+    assert wanted == find_scans([tmp_path]).cases
+    (one,) = find_scans([tmp_path], [found[0].id]).cases
+    assert one.id == found[0].id
+
+
+def test_a_patients_id_cannot_be_tried_out_on_the_name_of_a_case(tmp_path: Path) -> None:
+    names = []
+    for seed in (1, 2):  # the same UIDs and IDs, other voxels
+        folder = tmp_path / str(seed)
+        one_uid(folder / "a", seed)
+        one_uid(folder / "b", seed, PatientID="another")
+        names += [case.id for case in find_scans([folder]).cases]
+    assert len(set(names)) == 4
+
+
+def test_emptied_uids_and_one_instance_uid_are_told_apart(tmp_path: Path) -> None:
+    for seed, modality in ((1, "CT"), (2, "MR")):
+        for path in write_series(tmp_path / modality, hu((10, 8, 10), seed), Modality=modality):
+            edit(path, SOPInstanceUID="1.2.3", SeriesInstanceUID="", StudyInstanceUID="")
+    found = find_scans([tmp_path])
+    assert [case.image.name for case in found.cases] == ["CT"]
+    assert len({choice.series.case_id for choice in found.choices}) == 2
+
+
+def test_a_nifti_scan_with_the_name_of_a_series_is_refused(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", hu())
+    name = find_scans([tmp_path / "in"]).cases[0].id
+    nifti.write_image(tmp_path / f"{name}.nii.gz", hu(), Geometry((12, 8, 10), AXIAL))
+    with pytest.raises(UsageError, match=f"are both called {name}"):
+        find_scans([tmp_path / f"{name}.nii.gz", tmp_path / "in"])
 
 
 def test_slices_that_share_an_instance_uid_are_not_thrown_away(tmp_path: Path) -> None:

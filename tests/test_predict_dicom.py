@@ -233,3 +233,15 @@ def test_nifti_and_dicom_in_one_folder_are_not_guessed_apart(trained: Path, arch
     done = predict(trained, tmp_path / "in", tmp_path / "out")
     assert done.code == 1
     assert "holds NIfTI scans and DICOM files" in done.text
+
+
+def test_two_patients_whose_series_were_given_one_uid_both_get_labels(
+    trained: Path, planes: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    array, affine = planes
+    few = array[:: len(array) // 12]
+    write_series(tmp_path / "in" / "a", few, affine, series="one")
+    write_series(tmp_path / "in" / "b", few[:, ::-1], affine, series="one", PatientID="another")
+    done = predict(trained, tmp_path / "in", tmp_path / "out")
+    assert done.code == 0, done.text
+    assert len(list((tmp_path / "out").glob("series_*.nii.gz"))) == 2

@@ -74,7 +74,7 @@ def list_cases(data: Path) -> list[Case]:
     if not cases:
         raise InputError(data, "the folder holds no scans", _EXPECTED)
     patients = read_patients(data / PATIENTS)
-    return [_with_origin(case, patients) for case in _distinct(cases)]
+    return [_with_origin(case, patients) for case in distinct(cases)]
 
 
 def read_patients(path: Path) -> dict[str, str]:
@@ -127,7 +127,7 @@ def labelled_cases(folders: Sequence[Path]) -> list[Case]:
     cases = [_with_origin(case, patients) for case in found if case.label is not None]
     if not cases:
         raise InputError(folders[0], "holds no case with a segmentation", f"Add case_00000/{LABEL} and so on.")
-    return _distinct({os.path.realpath(case.image): case for case in cases}.values())
+    return distinct({os.path.realpath(case.image): case for case in cases}.values())
 
 
 def holds_scans(folder: Path) -> bool:
@@ -163,7 +163,7 @@ def collect_scans(paths: Sequence[Path]) -> list[Case]:
             cases.append(Case(scan_id(path), path))
         else:
             raise InputError(path, "there is no such file or folder", "Check the path")
-    return _distinct({os.path.realpath(case.image): case for case in cases}.values())
+    return distinct({os.path.realpath(case.image): case for case in cases}.values())
 
 
 def label_id(name: str) -> str:
@@ -189,7 +189,7 @@ def find_labels(folder: Path) -> dict[str, Path]:
     if not files:
         raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
     cases = [Case(_label_id(f), f) for f in files]
-    return {case.id: case.image for case in _distinct(cases)}
+    return {case.id: case.image for case in distinct(cases)}
 
 
 def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
@@ -241,8 +241,12 @@ def _visible(folder: Path) -> list[Path]:
         raise InputError(folder, f"it can't be read ({error.strerror})", "Name a folder that you may read.") from error
 
 
-def _distinct(cases: Iterable[Case]) -> list[Case]:
-    """The cases sorted by id, all ids different."""
+def distinct(cases: Iterable[Case]) -> list[Case]:
+    """The cases sorted by id.
+
+    Raises:
+        UsageError: two have the same id.
+    """
     by_id: dict[str, Case] = {}
     for case in cases:
         other = by_id.setdefault(case.id, case)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kitseg.errors import InputError, UsageError
 from kitseg.types import Case, Geometry, Volume
-from kitseg.volumes.kits import collect_scans, holds_scans, label_id
+from kitseg.volumes.kits import collect_scans, distinct, holds_scans, label_id
 from kitseg.volumes.nifti import canonical_geometry, file_digest, knows_orientation, read_geometry, read_image
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
         raise UsageError("--series picks a DICOM series, but no DICOM files were found")
     cases, choices = collect_scans(files) if files else [], _choose(archives, series)
     cases += [_case(choice) for choice in choices if choice.chosen]
-    return Scans(tuple(sorted(cases, key=lambda case: case.id)), tuple(choices))
+    return Scans(tuple(distinct(cases)), tuple(choices))
 
 
 def scans_of_labels(paths: Sequence[Path]) -> dict[str, Case]:

@@ -71,10 +71,7 @@ def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[C
     """
     if wanted:
         return _named(found, wanted)
-    studies: dict[tuple[str, str], list[Series]] = {}
-    for series in found:
-        studies.setdefault((series.study, series.headers[0].patient), []).append(series)
-    return [choice for study in studies.values() for choice in _of_study(study)]
+    return [choice for study in _studies(found) for choice in _of_study(study)]
 
 
 def write_series_table(path: Path, choices: Sequence[Choice], keep_identifiers: bool = False) -> None:
@@ -91,29 +88,36 @@ def coverage(series: Series) -> float:
     return series.stack.native.shape[2] * series.stack.native.spacing[2] if series.stack else 0.0
 
 
+def _studies(found: Sequence[Series]) -> list[list[Series]]:
+    studies: dict[tuple[str, str], list[Series]] = {}
+    for series in found:
+        studies.setdefault((series.study, series.headers[0].patient), []).append(series)
+    return list(studies.values())
+
+
 def _named(found: Sequence[Series], wanted: Sequence[str]) -> list[Choice]:
-    chosen: dict[str, str] = {}
+    """The largest stack of each wanted series; patients who share its UID have one each."""
+    chosen: set[Series] = set()
     for name in wanted:
         mine = [series for series in found if name in (series.case_id, series.uid)]
         if not mine:
             known = ", ".join(f"{s.case_id} ({_what(s)})" for s in found[:20]) or "none"
             raise UsageError(f"--series {name}: there is no such series. There are: {known}")
-        largest = max(mine, key=lambda series: len(series.headers))
-        chosen[largest.case_id] = "asked for by --series"
-    return [Choice(s, s.case_id in chosen, chosen.get(s.case_id, "not asked for by --series")) for s in found]
+        chosen |= {max(study, key=lambda series: len(series.headers)) for study in _studies(mine)}
+    return [Choice(s, s in chosen, f"{'' if s in chosen else 'not '}asked for by --series") for s in found]
 
 
 def _of_study(study: Sequence[Series]) -> list[Choice]:
-    barred = {series.case_id: _bar(series) for series in study}
-    fit = [series for series in study if not barred[series.case_id]]
+    barred = {series: _bar(series) for series in study}
+    fit = [series for series in study if not barred[series]]
     best = min(fit, key=lambda series: ([-wish.value(series) for wish in WISHES], series.case_id)) if fit else None
-    return [_judge(series, best, barred[series.case_id], len(fit)) for series in study]
+    return [_judge(series, best, barred[series], len(fit)) for series in study]
 
 
 def _judge(series: Series, best: Series | None, barred: str, fit: int) -> Choice:
     if barred or best is None:
         return Choice(series, False, barred)
-    if series.case_id != best.case_id:
+    if series is not best:
         lost = next(
             (wish.words for wish in WISHES if wish.value(series) < wish.value(best)), "is as good, and first by name"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from kitseg.volumes.dicom.headers import Header, is_dicom, made_up_uid, read_hea
 from kitseg.volumes.dicom.stack import Stack, Unstackable, split, stack
 from kitseg.volumes.header import MAX_VOXELS
 from kitseg.volumes.kits import SUFFIXES
-from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
+from kitseg.volumes.nifti import canonical_geometry, file_digest, turn_to_canonical
 
 AIR = -1024  # HU of what lies outside the reconstructed circle; no scanner's air is below
 TISSUE = (-500, 1500)  # HU; a padding value in this range can't be told from the patient
@@ -34,12 +35,13 @@ _REMEDY = "Export the series again, or choose another one with --series"
 _INT16 = np.iinfo(np.int16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """One CT (or other) series, or one stack of slices where a series has several.
 
-    case_id: what kitseg calls it, told from the SeriesInstanceUID by a hash; headers: its slices, in order of position
-    along their normal where they make a volume; stack: None where they make none, and then ``problem`` says why.
+    case_id: what kitseg calls it, told by a hash from the SeriesInstanceUID, and from a slice, too, where others have
+    the same UID; headers: its slices, in order of position along their normal where they make a volume; stack: None
+    where they make none, and then ``problem`` says why.
     """
 
     case_id: str
@@ -50,7 +52,7 @@ class Series:
     @property
     def uid(self) -> str:
         """The SeriesInstanceUID; for files without, one made from their instances."""
-        return self.headers[0].series or _made_up(self.headers)
+        return _uid(self.headers)
 
     @property
     def study(self) -> str:
@@ -90,18 +92,20 @@ def find_series(*folders: Path) -> list[Series]:
     """Every series below the folders, from the headers alone, in the order of their names.
 
     Files that are not DICOM are passed over; the same instance twice counts once; a file that can't be read is a series
-    of its own, with its problem. Slices of two patients are two series, whatever their UIDs.
+    of its own, with its problem. Slices of two patients or studies are two series, whatever their UIDs.
 
     Raises:
         InputError: a folder that can't be read.
     """
-    groups: dict[tuple[str, str], dict[tuple[Any, ...], Header]] = {}
+    groups: dict[tuple[str, ...], dict[tuple[Any, ...], Header]] = {}
     for path in chain.from_iterable(map(walk, folders)):
         if header := _header(path):
             place = header.series or str(path if header.broken else path.parent)
-            group = groups.setdefault((place, header.patient), {})
+            group = groups.setdefault((place, header.patient, header.study), {})
             group.setdefault((header.instance or str(path), header.position), header)
-    found = [series for group in groups.values() for series in _stacks(list(group.values()))]
+    named = [(_uid(headers), headers) for headers in (list(group.values()) for group in groups.values())]
+    having = Counter(uid for uid, _ in named)
+    found = [series for uid, headers in named for series in _stacks(headers, uid, having[uid] > 1)]
     return sorted(found, key=lambda series: series.case_id)
 
 
@@ -166,14 +170,20 @@ def _header(path: Path) -> Header | None:
         return Header(path, broken=True)
 
 
-def _stacks(headers: Sequence[Header]) -> list[Series]:
+def _stacks(headers: Sequence[Header], uid: str, shared: bool) -> list[Series]:
     """A series' stacks; all but the largest are numbered."""
-    parts = split(headers)
-    name = pseudonym("series", headers[0].series or _made_up(headers))
-    return [_series(part, f"{name}_{n}" if n > 1 else name) for n, part in enumerate(parts, start=1)]
+    name = pseudonym("series", uid + _content(headers) * shared)
+    return [_series(part, f"{name}_{n}" if n > 1 else name) for n, part in enumerate(split(headers), start=1)]
 
 
-def _made_up(headers: Sequence[Header]) -> str:
+def _content(headers: Sequence[Header]) -> str:
+    """The hash of a slice's file, to tell series of one UID apart; who knows the UID could guess a patient's ID."""
+    return file_digest(min(headers, key=lambda header: (header.instance, header.position)).path)
+
+
+def _uid(headers: Sequence[Header]) -> str:
+    if headers[0].series:
+        return headers[0].series
     return made_up_uid("series", *sorted(header.instance or str(header.path) for header in headers))
 
 
