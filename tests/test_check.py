@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+from conftest import kitseg
 
 from kitseg.types import Case, Geometry
 from kitseg.volumes import nifti
-from kitseg.volumes.check import CaseReport, check_case, check_folder, looks_like_hu, second_series
+from kitseg.volumes.check import CaseReport, check_case, looks_like_hu, second_series
 
 AFFINE = np.array([[0, 0, -5.0, 0], [0, -5.0, 0, 0], [-4.0, 0, 0, 0], [0, 0, 0, 1]])
 SHAPE = (24, 64, 64)
@@ -65,10 +69,6 @@ def test_a_clean_case(case: Case) -> None:
     assert report.hu_range == (body().min(), body().max())
     assert report.kidney_ml == pytest.approx(100 * 0.1)  # a voxel of 4 x 5 x 5 mm is 0.1 ml
     assert report.tumor_ml == pytest.approx(20 * 0.1)
-
-
-def test_a_case_folder_will_do(case: Case) -> None:
-    assert check_case(case.image.parent) == check_case(case)
 
 
 def test_a_scan_without_labels_is_clean(tmp_path: Path) -> None:
@@ -181,12 +181,14 @@ def test_a_folder_with_broken_cases(case: Case, tmp_path: Path) -> None:
     (data / "case_00001").mkdir()
     shutil.copy(case.label, data / "case_00001")
     (data / "case_00002" / "imaging.nii.gz").write_bytes(b"")
-    heard: list[str] = []
-    reports = check_folder(data, on_done=lambda report: heard.append(report.id))
-    assert heard == [r.id for r in reports] == ["case_00000", "case_00001", "case_00002"]
-    assert [r.ok for r in reports] == [True, False, False]
-    assert "no such file" in reports[1].problems[0]
-    assert "is empty" in reports[2].problems[0]
+    done = kitseg(tmp_path, "check", "--jobs=1", "--json=check.json")
+    assert (done.code, "1 of 3 cases are fine" in done.text) == (1, True)
+    reports = json.loads((tmp_path / "check.json").read_text())["cases"]
+    assert [report["id"] for report in reports] == ["case_00000", "case_00001", "case_00002"]
+    problems = [" ".join(report["problems"]) for report in reports]
+    assert problems[0] == ""
+    assert "no such file" in problems[1]
+    assert "is empty" in problems[2]
 
 
 @pytest.mark.slow
@@ -195,7 +197,24 @@ def test_two_processes_say_the_same(case: Case, tmp_path: Path) -> None:
     for number in range(1, 4):
         shutil.copytree(data / "case_00000", data / f"case_{number:05d}")
     (data / "case_00002" / "imaging.nii.gz").write_bytes(b"")
-    assert check_folder(data, jobs=2) == check_folder(data, jobs=1)
+    for jobs in (1, 2):
+        assert kitseg(tmp_path, "check", f"--jobs={jobs}", f"--json={jobs}.json").code == 1
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("work", "command"),
+    [("check.check_case", ("check", "data")), ("phantom.write_case", ("phantom", "more", "--cases=2"))],
+)
+def test_a_worker_that_is_killed_is_told(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(f"kitseg.volumes.{work}", lambda *given: os.kill(os.getpid(), signal.SIGKILL))
+    done = kitseg(tmp_path, *command, "--jobs=2")
+    assert done.code == 1
+    assert "a worker process was killed. The machine may be short of memory: call again with" in done.text
+    assert "Traceback" not in done.text
 
 
 def test_an_error_nobody_thought_of_is_a_row(case: Case) -> None:

@@ -30,7 +30,7 @@ from kitseg.errors import UsageError
 from kitseg.scoring.strata import THICKNESSES
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.augment import Outcome
+    from kitseg.pipeline.augment import Copied
     from kitseg.pipeline.training.hard import Ranked
     from kitseg.pipeline.training.plan import Plan
 
@@ -44,13 +44,14 @@ def phantom(
     jobs: Jobs = -1,
 ) -> None:
     """Make procedural contrast CT cases with labels, to learn and to test with."""
-    from joblib import Parallel, delayed
+    from joblib import delayed
 
+    from kitseg.pipeline.cases.outcome import in_parallel
     from kitseg.volumes.phantom import write_case
 
     tasks = (delayed(write_case)(out.absolute(), seed, index, matrix) for index in range(cases))
     with screen.bar("phantoms", cases) as step:
-        for _ in Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks):
+        for _ in in_parallel(tasks, jobs, ordered=False):
             step()
     screen.say(f"{cases} phantoms in {out}")
 
@@ -85,13 +86,19 @@ def check(
     """Look for what is wrong with each case: unreadable, other grid, odd labels, not HU, a second series."""
     from dataclasses import asdict
 
+    from joblib import delayed
+
     from kitseg.files import write_json
-    from kitseg.volumes.check import check_folder
+    from kitseg.pipeline.cases.outcome import in_parallel
+    from kitseg.volumes.check import check_case
     from kitseg.volumes.kits import list_cases
 
     known_convention(convention)
-    with screen.bar("check", len(list_cases(data))) as step:
-        reports = check_folder(data, convention, jobs, lambda *_: step())
+    cases, reports = list_cases(data), []
+    with screen.bar("check", len(cases)) as step:
+        for found in in_parallel((delayed(check_case)(case, convention) for case in cases), jobs):
+            reports.append(found)
+            step()
     table = screen.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney without tumor (ml)", "tumor (ml)", "")
     for r in reports:
         state = "[green]ok[/]" if r.ok else "[red]" + escape("; ".join(r.problems)) + "[/]"
@@ -241,7 +248,7 @@ def _say_how_to_train(plan: Plan, data: Sequence[Path], copies: Path) -> None:
     )
 
 
-def _report_copies(outcomes: Sequence[Outcome], folder: Path) -> None:
+def _report_copies(outcomes: Sequence[Copied], folder: Path) -> None:
     for outcome in outcomes:
         if outcome.state == "failed":
             screen.complain(outcome.reason)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError, in_words
 from kitseg.labels import TUMOR
 from kitseg.types import Case, Geometry, Triple, Volume
-from kitseg.volumes import kits, nifti
+from kitseg.volumes import nifti
 
 LOWEST_HU, HIGHEST_HU = -4096, 32767
 AIR_HU, SOFT_TISSUE_HU = -200, 30  # a CT's darkest percent is below, its brightest above
@@ -48,30 +47,8 @@ class CaseReport:
         return not self.problems
 
 
-def check_folder(
-    data: Path,
-    convention: str = "kits19",
-    jobs: int = 1,
-    on_done: Callable[[CaseReport], None] | None = None,
-) -> list[CaseReport]:
-    """Check every case of a folder in ``jobs`` processes; ``on_done`` hears of each in the order of their ids.
-
-    Raises:
-        InputError: the folder is missing or holds no cases.
-    """
-    cases = kits.list_cases(data)
-    done = joblib.Parallel(n_jobs=jobs, return_as="generator")(joblib.delayed(check_case)(c, convention) for c in cases)
-    reports = []
-    for report in done:
-        reports.append(report)
-        if on_done:
-            on_done(report)
-    return reports
-
-
-def check_case(case: Case | Path, convention: str = "kits19") -> CaseReport:
-    """Read a case (or its folder) and judge its lattice, values, slices and labels; never raises for bad files."""
-    case = kits.case_of(case) if isinstance(case, Path) else case
+def check_case(case: Case, convention: str = "kits19") -> CaseReport:
+    """Read a case and judge its lattice, values, slices and labels; never raises for bad files."""
     try:
         return _check(case, convention)
     except Exception as error:
