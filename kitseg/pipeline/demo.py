@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kitseg.errors import KitsegError
-from kitseg.files import read_json
+from kitseg.files import aside, read_json
 from kitseg.pipeline.machine import versions
 from kitseg.pipeline.scores import SCHEMA
 from kitseg.report.page import write_study_page
@@ -52,7 +52,7 @@ def run_demo(out: Path, quick: bool, say: Say) -> None:
         code = subprocess.run([sys.executable, "-m", "kitseg", *command], cwd=out, check=False).returncode
         if code:
             raise KitsegError(f"the demo stopped: `kitseg {command[0]}` ended with exit code {code}. See above.")
-    _write_report(out, [shlex.join(["kitseg", *command]) for command in commands], time.perf_counter() - begun)
+    write_report(out, [shlex.join(["kitseg", *command]) for command in commands], time.perf_counter() - begun)
     say(f"\nLook at [bold]{out / 'report.html'}[/] and [bold]{out / 'pages' / 'index.html'}[/]. {RESEARCH_USE}")
 
 
@@ -76,7 +76,8 @@ def demo_commands(scale: Scale) -> list[list[str]]:
     ]
 
 
-def _write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
+def write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
+    """Write ``report.png``, a first look, and ``report.html`` of a demo whose commands took so many seconds."""
     scores = read_json(out / "scores.json", SCHEMA)
     rows, pictures = [], {}
     for case, classes in scores["cases"].items():
@@ -86,7 +87,8 @@ def _write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
         truth = read_labels(out / "test" / case / "segmentation.nii.gz", case)
         found = read_labels(out / "predictions" / f"{case}.nii.gz", case)
         case_picture(pictures[case], ct, found.array, truth.array, title=f"{case}: reference and prediction")
-    shutil.copyfile(next(iter(pictures.values())), out / "report.png")
+    with aside(out / "report.png") as partial:
+        shutil.copyfile(next(iter(pictures.values())), partial)
     pictures |= {
         f"Training: {stage}": out / "runs" / f"{METHOD}-{SIZE}" / "fold_0" / stage / "curves.png"
         for stage in ("coarse", "fine")
