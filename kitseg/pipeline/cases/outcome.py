@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from joblib import Parallel
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.errors import InputError, KitsegError, in_words
 from kitseg.interrupt import obey
-from kitseg.measure.quality import Quality
 from kitseg.types import Case
+
+if TYPE_CHECKING:
+    from kitseg.measure.quality import Quality
 
 OnDone = Callable[["Outcome"], None]
 UNCHANGED = "unchanged"
