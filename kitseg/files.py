@@ -78,7 +78,7 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(path, f"can't be read ({error})", "Make it again with the command that wrote it.") from error
     if not isinstance(content, dict) or content.get("schema") != schema:
         raise InputError(path, f"is not of schema {schema}", "Make it again with this version of kitseg.")
