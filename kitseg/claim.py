@@ -136,6 +136,8 @@ def _changed(path: Path) -> int | None:
 
 
 def _give_way(loss: LeaseCompromise) -> None:
-    """End where the lock is lost: taken over while this process was suspended, deleted, or long out of reach."""
-    say_plainly(f"{loss.lock_file} is lost ({loss.reason}): another process may write there, so this one ends")
+    """End where the lock is gone or another's, as after this process was suspended; one out of reach is only told."""
+    if loss.reason == "refresh-failed":
+        return say_plainly(f"{loss.lock_file} can't be refreshed ({loss.error}): let no other command write there")
     os.kill(os.getpid(), signal.SIGTERM)
+    say_plainly(f"{loss.lock_file} is gone or taken over: another process may write there, so this one ends")

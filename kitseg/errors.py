@@ -21,8 +21,8 @@ _SYSTEM = {
     errno.ENFILE: ("too many files are open on this machine", f"End what else runs, or {_FEWER}"),
     errno.EIO: ("the disk or the network failed", "Check the disk, then call again"),
     errno.ESTALE: ("the network folder was lost", "Call again when it is back"),
-    errno.ETIMEDOUT: ("the network folder does not answer", "Call again when it does"),
-    errno.ENOTCONN: ("the network folder was lost", "Call again when it is back"),
+    errno.ETIMEDOUT: ("the network or a network folder does not answer", "Call again when it does"),
+    errno.ENOTCONN: ("the network or a network folder was lost", "Call again when it is back"),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one"),
 }
 MEMORY = (

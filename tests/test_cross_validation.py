@@ -16,10 +16,13 @@ from conftest import kitseg, once
 from method_runs import QUICK, working_folder
 
 from kitseg.ensemble import mean
+from kitseg.errors import KitsegError
 from kitseg.pipeline.models.ensemble_file import Member, read_ensemble, write_ensemble
 from kitseg.pipeline.models.members import open_ensemble
+from kitseg.pipeline.split import look_at
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.splits import read_split
+from kitseg.types import Case, Traits
 from kitseg.volumes.blocks import read_block
 from kitseg.volumes.nifti import read_image
 
@@ -361,6 +364,16 @@ def test_a_split_leaves_out_what_cannot_be_read(validated: Path, tmp_path: Path)
     assert f"{cases[1]}/imaging.nii.gz" in done.text
     assert "It is left out." in done.text
     assert read_split(tmp_path / "splits.json").cases == {*cases} - {cases[1]}
+
+
+def test_a_split_leaves_no_case_out_for_a_fault_of_the_machine(tmp_path: Path) -> None:
+    def out_of_memory(case: Case, convention: str) -> Traits:
+        raise MemoryError
+
+    with pytest.raises(KitsegError, match=r"case_00000: out of memory"):
+        look_at(
+            [Case("case_00000", tmp_path / "case_00000" / "imaging.nii.gz")], "kits19", 1, lambda: None, out_of_memory
+        )
 
 
 def test_a_fold_that_is_no_number(tmp_path: Path) -> None:

@@ -364,6 +364,15 @@ def test_two_patients_with_one_series_uid_stay_two(tmp_path: Path) -> None:
     assert [len(series.files) for series in find_series(tmp_path)] == [12, 12]
 
 
+def test_slices_whose_study_was_emptied_stay_in_their_series(tmp_path: Path) -> None:
+    for path in write_series(tmp_path, hu(), seed=1)[::2]:
+        edit(path, StudyInstanceUID="")
+    series = only(tmp_path)
+    assert len(series.files) == 12
+    assert series.study == uid("study")
+    assert not series.note
+
+
 def one_uid(folder: Path, seed: int, **tags: object) -> Case:
     """A scan as an anonymizer leaves it that writes the same UIDs into every file; alone in its folder, as a case."""
     for path in write_series(folder, hu((10, 8, 10), seed), series="one", **tags):
@@ -378,6 +387,7 @@ def test_scans_that_share_all_their_uids_are_cases_of_their_own(tmp_path: Path, 
     assert first.id == second.id  # each alone is the series of that UID
     found = find_scans([tmp_path]).cases
     assert len({case.id for case in found}) == 2
+    assert all("also stands in another study or patient" in case.note for case in found)
     assert not {first.id, second.id} & {case.id for case in found}
     for case in found:
         assert np.array_equal(read_scan(case).array[::-1], hu((10, 8, 10), 1 if case.image.name == "a" else 2))

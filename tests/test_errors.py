@@ -26,6 +26,8 @@ OPTION = re.compile(r"--[a-z][a-z-]*")
         (errno.EACCES, "permission denied", "that you may read and write"),
         (errno.EMFILE, "too many files are open", "--jobs"),
         (errno.ENOMEM, "out of memory", "--max-memory"),
+        (errno.ETIMEDOUT, "the network or a network folder does not answer", "Call again"),
+        (errno.ENOTCONN, "the network or a network folder was lost", "Call again"),
     ],
 )
 def test_what_the_system_says(number: int, words: str, helps: str) -> None:

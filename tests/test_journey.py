@@ -95,8 +95,8 @@ def test_restart_moves_the_old_run_aside(phantoms: Path, tmp_path: Path, monkeyp
     assert (tmp_path / RUN / "fold_0" / "coarse" / "done.json").exists()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     queued_again = kitseg(tmp_path, "train", *quick, "--seed=3", "--restart")
-    assert queued_again.code == 0
-    assert "now it goes on" in queued_again.text
+    assert queued_again.code == 2
+    assert "leave --restart out" in queued_again.text
     assert not (tmp_path / RUN / "fold_0" / "coarse.old-1").exists()
 
 

@@ -32,14 +32,17 @@ MANY = 40
 @contextmanager
 def more_files(count: int) -> Iterator[None]:
     """This process may open ``count`` more files."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.open("/", os.O_RDONLY)  # the number that the next file would get
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + count, limits[1]))
+    limits, highest = resource.getrlimit(resource.RLIMIT_NOFILE), max(map(int, os.listdir("/dev/fd")))
+    taken = [os.open("/", os.O_RDONLY)]
+    while taken[-1] <= highest:  # every number below the limit is in use
+        taken.append(os.open("/", os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 1 + count, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for number in taken:
+            os.close(number)
 
 
 @dataclass(frozen=True)

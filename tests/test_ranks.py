@@ -77,7 +77,9 @@ def check_same_training(alone: Path, folder: Path) -> None:
     one, several = (history(path / FOLD / "coarse/history.csv") for path in (alone, folder))
     assert [row.keys() for row in several] == [row.keys() for row in one]
     for row, other in zip(one, several, strict=True):
-        assert other == pytest.approx(row, abs=1e-4)
+        for name, value in row.items():
+            within = 1e-4 if "dice" in name else 1e-5  # with four ranks a voxel may change its label
+            assert other[name] == pytest.approx(value, abs=within), name
     weights, others = (
         torch.load(path / FOLD / "coarse/last.ckpt", weights_only=True)["state_dict"] for path in (alone, folder)
     )

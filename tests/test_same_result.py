@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from kitseg.pipeline.cases.share import Share
 from kitseg.pipeline.infer import Inference, manifest_of
 from kitseg.pipeline.models import model as models
 from kitseg.pipeline.models import weights
+from kitseg.pipeline.models.members import origin
 from kitseg.pipeline.models.model import Model, open_model
 from kitseg.pipeline.validate import plan_validation, predict_folds
 from kitseg.types import Case, Geometry
@@ -64,7 +66,7 @@ def validate(run: Path, data: Path) -> dict[str, str]:
 
 
 def test_a_validation_goes_on_only_with_what_would_come_out_again(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(models, "has_openvino", lambda: False)  # which would compile for longer than it computes
     copy, data = shutil.copytree(run, tmp_path / "run"), tmp_path / "data"
@@ -84,13 +86,24 @@ def test_a_validation_goes_on_only_with_what_would_come_out_again(
 
     mine = infer.versions()
     monkeypatch.setattr(infer, "versions", lambda: {**mine, "torch": "of another machine"})
+    monkeypatch.setattr(infer, "origin", lambda model: {**origin(model), "device": "cuda", "engine": "another"})
     assert UNCHANGED in validate(copy, data)["else"]
     assert not list(copy.glob("fold_0/*.old-*"))
+    assert "another machine or version has computed it" in " ".join(capsys.readouterr().out.split())
 
-    monkeypatch.setattr(infer, "versions", lambda: {"kitseg": "another"})
+    labels.write_bytes(whole + b"more")  # so not all of it is done, and the rest would come from this machine
     assert UNCHANGED not in validate(copy, data)["else"]
     assert [path.name for path in copy.glob("fold_0/*.old-*")] == ["validation.old-1"]
     assert UNCHANGED in validate(copy, data)["else"]
+
+    monkeypatch.setattr(infer, "versions", lambda: {"kitseg": "another"})
+    assert UNCHANGED not in validate(copy, data)["else"]
+    assert len(list(copy.glob("fold_0/*.old-*"))) == 2
+    assert UNCHANGED in validate(copy, data)["else"]
+
+    manifest = copy / "fold_0/validation/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "model": ["of an earlier version"]}))
+    assert UNCHANGED not in validate(copy, data)["else"]
 
 
 @pytest.mark.parametrize("damage", ["one byte", "other weights"])
@@ -150,5 +163,5 @@ def test_probabilities_and_labels_never_take_the_place_of_another_file(run: Path
         refused = kitseg(tmp_path, *verb, to)
         said = " ".join(refused.text.split())
         assert refused.code == 2, said
-        assert f"{to}/a.json was not written by this command; choose another folder with --output" in said
+        assert f"{to}/a.json was not written by this command, or is damaged; choose another folder" in said
         assert {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()} == before

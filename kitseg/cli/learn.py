@@ -98,12 +98,17 @@ def train(
     from kitseg import config
     from kitseg.pipeline.machine import Machine, be_deterministic
     from kitseg.pipeline.train import fit_unit
-    from kitseg.pipeline.training.launch import Launch
+    from kitseg.pipeline.training.launch import Launch, is_started_again
     from kitseg.pipeline.training.plan import Start, Unit
     from kitseg.pipeline.training.signals import stoppable
     from kitseg.pipeline.training.team import Team, end_with_starter
     from kitseg.runs import Run
 
+    if restart and is_started_again():
+        remedy = "leave --restart out, and it goes on"
+        raise UsageError(
+            f"SLURM or torchrun has started this job again: --restart would undo what it has trained; {remedy}"
+        )
     device, ranks = choose_ranks(gpus, processes, device)
     overrides = [*set_, *([f"size.epochs={epochs}"] if epochs else []), *([f"seed={seed}"] if seed is not None else [])]
     configuration = config.compose(method, size, overrides)
@@ -165,15 +170,11 @@ def _train_folds(begin: Start, team: Team, wanted: Wanted) -> set[str]:
     """Prepare the cases, then train the fold, or every fold one after another; the cases that failed."""
     from kitseg.pipeline.train import fit_unit, on_all_ranks
     from kitseg.pipeline.train import train as train_fold
-    from kitseg.pipeline.training.launch import is_started_again
     from kitseg.volumes.kits import labelled_cases
 
     cases = labelled_cases(wanted.data)
-    if wanted.restart and is_started_again():
-        screen.say_plainly("--restart was obeyed when this job was first started; now it goes on")
-    elif wanted.restart:
-        for old in begin.restart(wanted.stage, wanted.every_fold):
-            screen.say_plainly(f"the old training is now {old}")
+    for old in begin.restart(wanted.stage, wanted.every_fold) if wanted.restart else ():
+        screen.say_plainly(f"the old training is now {old}")
     failed = preprocess_cases(cases, begin.config, begin.store, wanted.jobs)
     good = [case for case in cases if case.id not in failed]
     if not good:

@@ -10,13 +10,15 @@ from typing import Any
 from joblib import delayed
 
 from kitseg.config import Config
-from kitseg.errors import KitsegError, UsageError, in_words
+from kitseg.errors import KitsegError, UsageError, fault, in_words
 from kitseg.pipeline.cases.outcome import in_parallel
 from kitseg.scoring.strata import THICKNESSES, thickness_class
 from kitseg.screen import bar
 from kitseg.splits import Split, make_split, read_split, same_patient, write_split
 from kitseg.types import Case, Traits
-from kitseg.volumes.traits import read_traits
+from kitseg.volumes.traits import read_traits, read_whole
+
+Reader = Callable[[Case, str], Traits]
 
 
 def new_split(traits: Iterable[Traits], configuration: Config) -> Split:
@@ -31,10 +33,14 @@ def unseen_traits(cases: Iterable[Case]) -> list[Traits]:
 
 
 def look_at(
-    cases: Sequence[Case], convention: str, jobs: int, on_done: Callable[[], None]
+    cases: Sequence[Case], convention: str, jobs: int, on_done: Callable[[], None], read: Reader = read_whole
 ) -> tuple[list[Traits], list[str]]:
-    """The traits of the scans among the cases, read in parallel, and what couldn't be read, in words."""
-    tasks = (delayed(_look)(case, convention) for case in _scans(cases))
+    """The traits of the scans among the cases, read in parallel, and what couldn't be read, in words.
+
+    Raises:
+        KitsegError: memory, disk or the system failed, which is no fault of a case.
+    """
+    tasks = (delayed(_look)(case, convention, read) for case in _scans(cases))
     traits, errors = [], []
     for found in in_parallel(tasks, jobs):
         if isinstance(found, Traits):
@@ -54,7 +60,7 @@ def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: 
     """
     if not path.exists():
         with bar("split", len(_scans(cases))) as step:
-            traits, errors = look_at(cases, configuration["convention"], jobs, step)
+            traits, errors = look_at(cases, configuration["convention"], jobs, step, read_traits)
         if errors:
             raise KitsegError(errors[0])
         write_split(new_split(traits, configuration), path)
@@ -92,8 +98,11 @@ def _scans(cases: Iterable[Case]) -> list[Case]:
     return [case for case in cases if not case.sources]
 
 
-def _look(case: Case, convention: str) -> Traits | str:
+def _look(case: Case, convention: str, read: Reader) -> Traits | str:
     try:
-        return read_traits(case, convention)
-    except Exception as error:  # whatever it is, the other cases go on
-        return in_words(case.label or case.image, error)
+        return read(case, convention)
+    except Exception as error:  # whatever is wrong with a case, the others go on
+        words = in_words(case.image.parent, error)
+        if fault(error) or (error.__cause__ and fault(error.__cause__)):
+            raise KitsegError(words) from None
+        return words

@@ -168,22 +168,34 @@ def _goes_on(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> 
         return False
     if is_made_by(to, manifest):
         return True
-    same = identity(_without_machine(read_manifest(to))) == identity(_without_machine(manifest))
-    return same and all(validation.is_done(fold, case) for case in validation.cases[fold])
+    kept = _same_but_for_machine(read_manifest(to), manifest) and all(
+        validation.is_done(fold, case) for case in validation.cases[fold]
+    )
+    if kept:
+        say_plainly(f"{to}: another machine or version has computed it, and it is kept")
+    return kept
 
 
-def _without_machine(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest but for where its numbers were computed."""
-    model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}
-    parts = {**manifest, "model": model, "versions": manifest["versions"]["kitseg"]}
-    return {key: value for key, value in parts.items() if key != "schema"}
+def _same_but_for_machine(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the same weights and the same kitseg made what two manifests tell of, wherever it was computed."""
+
+    def made(manifest: Mapping[str, Any]) -> str:
+        model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}
+        parts = {**manifest, "model": model, "versions": manifest["versions"]["kitseg"]}
+        return identity({key: value for key, value in parts.items() if key != "schema"})
+
+    try:
+        return made(manifest) == made(other)
+    except (KeyError, TypeError, AttributeError):  # of an earlier version
+        return False
 
 
 def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDone) -> list[Outcome]:
     to, by_id = validation.beliefs(fold), {case.id: case for case in validation.cases[fold]}
     steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None, model.method.outputs)
     if to.exists() and not _goes_on(validation, fold, manifest):
-        say_plainly(f"{to}: of other weights, or of another machine or version; it is now {move_aside(to)}")
+        why = "not finished on this machine and version, or of other weights"
+        say_plainly(f"{to}: {why}; it is now {move_aside(to)}")
     if not (to / MANIFEST).exists():
         claim_manifest(to, manifest)
 

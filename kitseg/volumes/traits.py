@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from kitseg.errors import InputError
-from kitseg.labels import TUMOR
+from kitseg.labels import TUMOR, to_kits19
 from kitseg.types import Case, Traits
-from kitseg.volumes.store import CaseFiles
+from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, read_labels
+from kitseg.volumes.scan import check_grid
 
 
 def read_traits(case: Case, convention: str) -> Traits:
-    """A labelled case's tumor volume and slice distance; both files are read, so that it can be learned from.
+    """A labelled case's tumor volume and slice distance, from its label map.
 
     Raises:
-        InputError: no label, a file that can't be read, or a label on another lattice than its image.
+        InputError: no label, or one that can't be read.
     """
-    files = CaseFiles(case, convention)
-    if files.labels is None:
+    if case.label is None:
         raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
-    geometry = files.scan.geometry
-    tumor_ml = int((files.labels == TUMOR).sum()) * geometry.voxel_ml
+    label = read_labels(case.label, case.id, convention)
+    tumor_ml = int((to_kits19(label.array) == TUMOR).sum()) * label.geometry.voxel_ml
     patient = case.patients[0] if case.patients else case.id
-    return Traits(case.id, patient, tumor_ml, geometry.spacing[0])
+    return Traits(case.id, patient, tumor_ml, label.geometry.spacing[0])
+
+
+def read_whole(case: Case, convention: str) -> Traits:
+    """The same of a case whose CT nobody has read yet: it is read, too, and must lie where the labels do.
+
+    Raises:
+        InputError: no label, a file that can't be read, or labels on another grid.
+    """
+    geometry = read_image(case.image, case.id).geometry
+    traits = read_traits(case, convention)
+    if case.label is not None:
+        check_grid(case.label, canonical_geometry(read_geometry(case.label)), geometry)
+    return traits

@@ -61,5 +61,6 @@ def spare_foreign(path: Path, mark: Sequence[str] = RECORD) -> None:
     if path.exists():
         try:
             reduce(getitem, mark, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} was not written by this command; choose another folder with --output") from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            problem = "was not written by this command, or is damaged"
+            raise UsageError(f"{path} {problem}; choose another folder with --output, or delete it") from error

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,14 @@ class Series:
 
     case_id: what kitseg calls it, told by a hash from the SeriesInstanceUID, and from a slice, too, where others have
     the same UID; headers: its slices, in order of position along their normal where they make a volume; stack: None
-    where they make none, and then ``problem`` says why.
+    where they make none, and then ``problem`` says why; shared: others have the same UID.
     """
 
     case_id: str
     headers: tuple[Header, ...]
     stack: Stack | None
     problem: str = ""
+    shared: bool = False
 
     @property
     def uid(self) -> str:
@@ -57,7 +58,8 @@ class Series:
     @property
     def study(self) -> str:
         """The StudyInstanceUID; for files without, one made from what they share with others of their study."""
-        return self.headers[0].study or made_up_uid("study", self.headers[0].frame_of_reference or self.uid)
+        named = next((header.study for header in self.headers if header.study), "")
+        return named or made_up_uid("study", self.headers[0].frame_of_reference or self.uid)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -72,11 +74,12 @@ class Series:
     @property
     def note(self) -> str:
         """What a reader should know of how the volume was made; empty if nothing."""
-        missing = self.stack.missing if self.stack else ()
-        if not missing:
-            return ""
-        words = "1 slice is missing" if len(missing) == 1 else f"{len(missing)} slices are missing"
-        return f"{words} and interpolated (place {', '.join(str(slot + 1) for slot in missing)} of the stack)"
+        notes = ["its UID also stands in another study or patient"] if self.shared else []
+        if missing := self.stack.missing if self.stack else ():
+            words = "1 slice is missing" if len(missing) == 1 else f"{len(missing)} slices are missing"
+            places = ", ".join(str(slot + 1) for slot in missing)
+            notes.append(f"{words} and interpolated (place {places} of the stack)")
+        return "; ".join(notes)
 
 
 def holds_dicom(folder: Path) -> bool:
@@ -97,13 +100,12 @@ def find_series(*folders: Path) -> list[Series]:
     Raises:
         InputError: a folder that can't be read.
     """
-    groups: dict[tuple[str, ...], dict[tuple[Any, ...], Header]] = {}
+    groups: dict[tuple[str, str], list[Header]] = {}
     for path in chain.from_iterable(map(walk, folders)):
         if header := _header(path):
             place = header.series or str(path if header.broken else path.parent)
-            group = groups.setdefault((place, header.patient, header.study), {})
-            group.setdefault((header.instance or str(path), header.position), header)
-    named = [(_uid(headers), headers) for headers in (list(group.values()) for group in groups.values())]
+            groups.setdefault((place, header.patient), []).append(header)
+    named = [(_uid(headers), headers) for group in groups.values() for headers in _by_study(group)]
     having = Counter(uid for uid, _ in named)
     found = [series for uid, headers in named for series in _stacks(headers, uid, having[uid] > 1)]
     return sorted(found, key=lambda series: series.case_id)
@@ -170,10 +172,21 @@ def _header(path: Path) -> Header | None:
         return Header(path, broken=True)
 
 
+def _by_study(headers: Sequence[Header]) -> list[list[Header]]:
+    """Slices of one UID and patient by study, each instance once; what names no study goes with the first that does."""
+    first = next((header.study for header in headers if header.study), "")
+    studies: dict[str, dict[tuple[Any, ...], Header]] = {}
+    for header in headers:
+        study = studies.setdefault(header.study or first, {})
+        study.setdefault((header.instance or str(header.path), header.position), header)
+    return [list(study.values()) for study in studies.values()]
+
+
 def _stacks(headers: Sequence[Header], uid: str, shared: bool) -> list[Series]:
     """A series' stacks; all but the largest are numbered."""
-    name = pseudonym("series", uid + _content(headers) * shared)
-    return [_series(part, f"{name}_{n}" if n > 1 else name) for n, part in enumerate(split(headers), start=1)]
+    name = pseudonym("series", uid + (_content(headers) if shared else ""))
+    parts = enumerate(split(headers), start=1)
+    return [replace(_series(part, f"{name}_{n}" if n > 1 else name), shared=shared) for n, part in parts]
 
 
 def _content(headers: Sequence[Header]) -> str:
