@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.predict import predict
+    from kitseg.commands.predict import predict
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "predict"]
@@ -30,7 +30,7 @@ __all__ = ["__version__", "predict"]
 def __getattr__(name: str) -> Any:
     """Load ``kitseg.predict`` at first use, so that ``import kitseg`` stays free of torch."""
     if name == "predict":
-        from kitseg.pipeline.predict import predict
+        from kitseg.commands.predict import predict
 
         return predict
     raise AttributeError(f"module 'kitseg' has no attribute '{name}'")

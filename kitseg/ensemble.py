@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.measure.quality import SPECK_ML
+from kitseg.components import SPECK_ML
 from kitseg.types import Box, Masks, Probabilities
 
 CHANNELS = ("background", "kidney", "tumor", "foreground")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.files import write_json
 from kitseg.labels import CONVENTIONS
+from kitseg.runtime.files import write_json
 from kitseg.scoring.strata import thickness_class
 from kitseg.types import Case, Traits
 

@@ -14,10 +14,9 @@ from conftest import kitseg, once
 
 from kitseg import config
 from kitseg.config import Method
-from kitseg.files import write_json, write_text
-from kitseg.pipeline.models.model import build_stage
-from kitseg.runs import Run
-from kitseg.volumes.nifti import file_digest
+from kitseg.models.model import build_stage
+from kitseg.models.run_folder import Run
+from kitseg.runtime.files import file_digest, write_json, write_text
 
 QUICK = (
     "--size=tiny",

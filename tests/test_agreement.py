@@ -12,8 +12,8 @@ import pytest
 from kitseg import ensemble
 from kitseg.errors import InputError
 from kitseg.measure.quality import Experience
-from kitseg.pipeline.models.experience import gather, model_experience, together
-from kitseg.runs import Run
+from kitseg.models.run_folder import Run
+from kitseg.models.training_domain import gather, model_experience, together
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.store import StoredCase
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patients import patient
 
+from kitseg.commands.augment import DIRECTIONS, Choice, Copied, Pair, choose_pairs, make_copies, undone
 from kitseg.errors import KitsegError, UsageError
-from kitseg.pipeline.augment import DIRECTIONS, Choice, Copied, Pair, choose_pairs, make_copies, undone
 from kitseg.splits import make_split, read_split, with_copies, write_split
 from kitseg.types import Case, Traits, Volume
 from kitseg.volumes.kits import IMAGE, LABEL, case_of

@@ -25,17 +25,17 @@ from huggingface_hub import constants
 from method_runs import labels_of, read, untrained
 
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.files import write_json
-from kitseg.pipeline.bundles.archive import MANIFEST
-from kitseg.pipeline.bundles.bundle import Bundle, bundle_of
-from kitseg.pipeline.bundles.export import export
-from kitseg.pipeline.models.ensemble_file import Member, write_ensemble
-from kitseg.pipeline.models.members import describe, locate, members_of, only_member, open_ensemble
-from kitseg.pipeline.models.model import open_model
-from kitseg.pipeline.models.weights import read_weights
-from kitseg.runs import Run
+from kitseg.models.bundles.archive import MANIFEST
+from kitseg.models.bundles.bundle import Bundle, bundle_of
+from kitseg.models.bundles.export import export
+from kitseg.models.ensemble_file import Member, write_ensemble
+from kitseg.models.members import describe, locate, members_of, only_member, open_ensemble
+from kitseg.models.model import open_model
+from kitseg.models.run_folder import Run
+from kitseg.models.weights import read_weights
+from kitseg.runtime.files import file_digest, write_json
 from kitseg.types import Geometry
-from kitseg.volumes.nifti import file_digest, write_image
+from kitseg.volumes.nifti import write_image
 
 Files = dict[str, bytes]
 STAGE = "runs/0/fold_0/kidneys"

@@ -18,13 +18,13 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from kitseg import config
+from kitseg.components import bounding_box
 from kitseg.config import Method
 from kitseg.ensemble import to_masks
 from kitseg.inference.chain import Output, to_scan
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.links.crop import paste
 from kitseg.links.regions import Known, Region
-from kitseg.postprocess.components import bounding_box
 from kitseg.postprocess.prior import Prior
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.types import Box, Masks, Volume

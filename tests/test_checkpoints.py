@@ -12,16 +12,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from kitseg import claim, config
-from kitseg.claim import claimed
+from kitseg import config
 from kitseg.errors import KitsegError
-from kitseg.pipeline.machine import Machine
-from kitseg.pipeline.training.callbacks import EpochSoFar
-from kitseg.pipeline.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
-from kitseg.pipeline.training.plan import Start, claim_run
-from kitseg.pipeline.training.signals import listener
-from kitseg.runs import Run, StageFolder
+from kitseg.models.run_folder import Run, StageFolder
+from kitseg.runtime import locks as claim
+from kitseg.runtime.device import Machine
+from kitseg.runtime.locks import claimed
 from kitseg.splits import Fold, Split, write_split
+from kitseg.training.callbacks import EpochSoFar
+from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
+from kitseg.training.plan import Start, claim_run
+from kitseg.training.signals import listener
 
 
 @pytest.fixture

@@ -18,18 +18,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitseg import claim
-from kitseg.claim import claimed
+from kitseg.commands.preprocess import preprocess
 from kitseg.errors import KitsegError
-from kitseg.pipeline.cases.share import Share
-from kitseg.pipeline.preprocess import preprocess
+from kitseg.runtime import locks as claim
+from kitseg.runtime.locks import claimed
+from kitseg.runtime.sharding import Share
 from kitseg.types import Grid
 from kitseg.volumes.kits import find_cases
 
 HOLD = """
     import sys, time
     from pathlib import Path
-    from kitseg import claim
+    from kitseg.runtime import locks as claim
     claim.HEARTBEAT = 0.2
     with claim.claimed(Path(sys.argv[1]), "labels", sys.argv[2]):
         print("held", flush=True)
@@ -142,7 +142,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 SHARE = """
     import sys, time
     from pathlib import Path
-    from kitseg.claim import claimed
+    from kitseg.runtime.locks import claimed
     print("ready", flush=True)
     sys.stdin.readline()
     with claimed(Path(sys.argv[1]), "labels", sys.argv[2]):

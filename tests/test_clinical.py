@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from joblib import Parallel, delayed
 
+from kitseg.commands.measure import Task, measure_case
 from kitseg.measure.findings import Findings
-from kitseg.pipeline.measure import Task, measure_case
 
 ALL = os.environ.get("KITSEG_ALL") == "1"
 #: Few slices each. 30 and 88: tumors that leave little of their kidney; 194: one kidney.

@@ -16,9 +16,9 @@ from conftest import SMALLEST, kitseg
 from joblib import delayed
 
 from kitseg.errors import KitsegError
-from kitseg.pipeline.cases import cluster
-from kitseg.pipeline.cases.cluster import on_cluster
-from kitseg.pipeline.cases.outcome import in_parallel
+from kitseg.runtime import dask as cluster
+from kitseg.runtime.dask import on_cluster
+from kitseg.runtime.outcomes import in_parallel
 
 pytestmark = pytest.mark.slow
 DASK = (sys.executable, "-m", "dask")

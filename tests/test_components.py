@@ -10,7 +10,7 @@ import pytest
 from loops import FULL, parts_of, plain_keep, two_rows
 from scipy import ndimage
 
-from kitseg.postprocess.components import Components, bounding_box, keep_kidneys
+from kitseg.components import Components, bounding_box, keep_kidneys
 from kitseg.types import Box
 
 

@@ -148,7 +148,8 @@ def test_an_unknown_method_or_size() -> None:
 @pytest.mark.parametrize(
     "target",
     ["os.system", "torch.load", "builtins.eval", "subprocess.Popen", "kitseg.cli.main", "kitseg.cli.App",
-     "kitseg.runs.RunFolder", "kitseg.config.build", "kitseg.volumes.nifti.Path", "torch.nn.modules.module.Module",
+     "kitseg.models.run_folder.RunFolder", "kitseg.config.build", "kitseg.volumes.nifti.Path",
+     "torch.nn.modules.module.Module",
      "torch.nn.init.ones_", "torch.hub.load", "torch.optim.swa_utils.SWALR", "kitseg.nets.vnet.checkpoint",
      "kitseg.nets.VNet", "xkitseg.nets.vnet.VNet", "torch.nn.ReLU; os", "torch.nn.ReLU\n", "",
      "kitseg.nets.vnet.Tensor", "kitseg.stages.base.Callable", "kitseg.inference.engines.OpenVino",

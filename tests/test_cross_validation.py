@@ -17,11 +17,11 @@ from method_runs import QUICK, working_folder
 
 from kitseg.ensemble import mean
 from kitseg.errors import KitsegError
-from kitseg.pipeline.models.ensemble_file import Member, read_ensemble, write_ensemble
-from kitseg.pipeline.models.members import open_ensemble
-from kitseg.pipeline.split import look_at
+from kitseg.models.ensemble_file import Member, read_ensemble, write_ensemble
+from kitseg.models.members import open_ensemble
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.splits import read_split
+from kitseg.training.split import look_at
 from kitseg.types import Case, Traits
 from kitseg.volumes.blocks import read_block
 from kitseg.volumes.nifti import read_image

@@ -8,7 +8,7 @@ from pathlib import Path
 from conftest import kitseg
 from PIL import Image
 
-from kitseg.pipeline import demo
+from kitseg.commands import demo
 from kitseg.report.pictures import learning_curve
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from kitseg.ensemble import exclusive, mean, mean_in_slabs, to_masks
 from kitseg.errors import InputError, UsageError
-from kitseg.pipeline.cases.record import recipe
+from kitseg.runtime.files import file_digest
+from kitseg.runtime.provenance import recipe
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes import blocks
-from kitseg.volumes.nifti import file_digest
 
 CHANNELS = ("background", "kidney", "tumor")
 EMPTY = Box((0, 0, 0), (0, 0, 0))

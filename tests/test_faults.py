@@ -20,11 +20,11 @@ import torch
 from conftest import Result, kitseg, kitseg_process, once
 from kill_storm import contents, differences, leftovers, storm
 
-from kitseg.claim import claimed
 from kitseg.errors import KitsegError
 from kitseg.patches import datamodule
 from kitseg.patches.queue import PatchQueue
-from kitseg.pipeline.training.faults import in_settings
+from kitseg.runtime.locks import claimed
+from kitseg.training.faults import in_settings
 
 slow = pytest.mark.slow
 thorough = pytest.mark.skipif(os.environ.get("KITSEG_ALL") != "1", reason="one more of its kind, with KITSEG_ALL=1")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kitseg.errors import InputError, KitsegError
-from kitseg.files import HOST, aside, read_json, write_json, write_text
+from kitseg.runtime.files import HOST, aside, read_json, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:

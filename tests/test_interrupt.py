@@ -10,7 +10,7 @@ import pytest
 
 WAIT = """
 import time
-from kitseg.interrupt import interruptible
+from kitseg.runtime.signals import interruptible
 with interruptible():
     print("ready", flush=True)
     time.sleep(20)

@@ -12,10 +12,10 @@ import pytest
 from conftest import SMALLEST, kitseg
 
 from kitseg.errors import KitsegError, UsageError
-from kitseg.pipeline.machine import Machine
-from kitseg.pipeline.training.launch import Launch
-from kitseg.pipeline.training.signals import call
-from kitseg.pipeline.training.team import Team
+from kitseg.runtime.device import Machine
+from kitseg.runtime.launcher import Launch
+from kitseg.training.ddp import Team
+from kitseg.training.signals import call
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "5", "WORLD_SIZE": "8",
             "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1", "MASTER_ADDR": "a1",

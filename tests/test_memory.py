@@ -13,13 +13,12 @@ from torch import nn
 
 from kitseg import config
 from kitseg.errors import UsageError
-from kitseg.files import write_json, write_text
 from kitseg.inference.memory import activation_bytes
-from kitseg.pipeline.models.memory import PROGRAM, Need, check, parse_size, plan, slab_within
-from kitseg.pipeline.models.model import build_stage, open_model
-from kitseg.runs import SCHEMA, Run
+from kitseg.models.memory import PROGRAM, Need, check, parse_size, plan, slab_within
+from kitseg.models.model import build_stage, open_model
+from kitseg.models.run_folder import SCHEMA, Run
+from kitseg.runtime.files import file_digest, write_json, write_text
 from kitseg.types import Box, Geometry, Probabilities
-from kitseg.volumes.nifti import file_digest
 
 
 def lattice(slices: int) -> Geometry:

@@ -17,8 +17,8 @@ from scipy import ndimage
 
 from kitseg import config
 from kitseg.inference.chain import Output, run_chain, run_on_grid
-from kitseg.pipeline.models.model import build_stage, open_model, trained_stage
-from kitseg.runs import StageFolder
+from kitseg.models.model import build_stage, open_model, trained_stage
+from kitseg.models.run_folder import StageFolder
 from kitseg.types import Box
 from kitseg.volumes.blocks import read_block, write_block
 from kitseg.volumes.nifti import read_image

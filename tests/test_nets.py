@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from kitseg import config
 from kitseg.config import StageSpec
+from kitseg.models.model import build_sight, build_stage
 from kitseg.nets.vnet import FusedVNet, InputStage, ThinConv, VNet
-from kitseg.pipeline.models.model import build_sight, build_stage
 from kitseg.types import Geometry, Triple
 from kitseg.volumes.resample import grid_geometry
 

@@ -15,6 +15,7 @@ from nibabel import orientations
 from nifti_files import IPL, SHAPE, count, refused, save
 
 from kitseg.errors import InputError, KitsegError
+from kitseg.runtime.files import file_digest
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
 
@@ -263,9 +264,9 @@ def test_orientation_that_no_header_tells(tmp_path: Path) -> None:
 def test_digest(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, example B.1
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert nifti.file_digest(tmp_path / "a") == known
+    assert file_digest(tmp_path / "a") == known
     with pytest.raises(InputError, match="no such file"):
-        nifti.file_digest(tmp_path / "b")
+        file_digest(tmp_path / "b")
 
 
 def test_reading_needs_no_torch_nor_scientific_machinery() -> None:

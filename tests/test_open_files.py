@@ -14,13 +14,13 @@ import pytest
 from nifti_files import save
 
 from kitseg import config
+from kitseg.commands.preprocess import preprocess
 from kitseg.errors import InputError, KitsegError
-from kitseg.pipeline.machine import Machine
-from kitseg.pipeline.preprocess import preprocess
-from kitseg.pipeline.training.places import prepare
-from kitseg.pipeline.training.plan import Plan, Unit
-from kitseg.runs import Run
+from kitseg.models.run_folder import Run
+from kitseg.runtime.device import Machine
 from kitseg.splits import Fold, Split
+from kitseg.training.plan import Plan, Unit
+from kitseg.training.stage_inputs import prepare
 from kitseg.types import Case
 from kitseg.volumes.store import CaseFiles, is_fresh, open_case, open_guide, store_case
 

@@ -15,7 +15,7 @@ from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
-from kitseg.pipeline.models.model import Checkpoint, build_sight, build_stage, choose_engine, empty_stage
+from kitseg.models.model import Checkpoint, build_sight, build_stage, choose_engine, empty_stage
 from kitseg.stages.base import Stage
 
 STAGES = [(name, stage) for name in config.names("method") for stage in config.compose(name, "tiny")["chain"]]
@@ -149,7 +149,7 @@ def test_engines_that_are_not_there(name: str, device: str, precision: str, said
 
 
 def test_missing_openvino_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kitseg.pipeline.models.model.has_openvino", lambda: False)
+    monkeypatch.setattr("kitseg.models.model.has_openvino", lambda: False)
     spec = spec_of("dual-unet", "kidneys")
     with pytest.raises(UsageError, match="pip install"):
         choose_engine("openvino", CPU, "auto", spec)

@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from kitseg.errors import InputError, KitsegError
-from kitseg.files import HOST
+from kitseg.runtime.files import HOST
 from kitseg.volumes.nifti import is_phantom
 from kitseg.volumes.phantom import PHANTOM_MARK, make_case, write_case
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from kitseg.postprocess.components import Components
+from kitseg.components import Components
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.holes import FillHoles
 from kitseg.postprocess.intensity import RemoveLowHuTumors

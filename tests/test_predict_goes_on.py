@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import kitseg, kitseg_process
 
-from kitseg.pipeline import predict as steps
+from kitseg.commands import predict as steps
 
 pytestmark = pytest.mark.slow
 ALL = os.environ.get("KITSEG_ALL") == "1"
@@ -201,9 +201,9 @@ MEASURED = """
 import sys
 from functools import partial
 from pathlib import Path
-from kitseg.pipeline.models.members import open_ensemble
-from kitseg.pipeline.predict import Prediction
-from kitseg.pipeline.cases.share import Share
+from kitseg.models.members import open_ensemble
+from kitseg.commands.predict import Prediction
+from kitseg.runtime.sharding import Share
 from kitseg.volumes.scan import find_scans
 
 def pages(outcome):

@@ -13,9 +13,9 @@ import pytest
 from conftest import kitseg
 
 from kitseg.errors import UsageError
-from kitseg.pipeline.cases.outcome import OnDone, Outcome
-from kitseg.pipeline.cases.ranks import Say, deal, on_ranks
-from kitseg.pipeline.cases.share import Share
+from kitseg.runtime.outcomes import OnDone, Outcome
+from kitseg.runtime.sharding import Share
+from kitseg.runtime.workers import Say, deal, on_ranks
 from kitseg.types import Case
 
 ALL = os.environ.get("KITSEG_ALL") == "1"

@@ -13,8 +13,9 @@ from nifti_files import IPL, save
 from numpy.typing import NDArray
 
 from kitseg import config
+from kitseg.runtime.files import file_digest
 from kitseg.volumes import blocks
-from kitseg.volumes.nifti import file_digest, read_image, read_labels
+from kitseg.volumes.nifti import read_image, read_labels
 
 VOXEL_ML = 2.5 * 0.7 * 0.8 / 1000
 
@@ -220,7 +221,7 @@ def test_nothing_found_is_all_background(inferred: Path) -> None:
 
 
 def test_a_priors_settings_on_the_command_line(tmp_path: Path) -> None:
-    from kitseg.pipeline.clean import build_steps
+    from kitseg.models.postprocessing import build_steps
     from kitseg.postprocess.kidneys import KeepKidneys
 
     run = config.compose("two-phase", "paper", ["postprocess.dark=null", "postprocess.kidneys.min_ml=7"])

@@ -14,7 +14,7 @@ from conftest import kitseg, kitseg_process, once
 from method_runs import QUICK, history, method_of, read, run_of, stage_folder, train, working_folder
 from test_going_on import kill_when
 
-from kitseg.pipeline.models.model import build_stage
+from kitseg.models.model import build_stage
 
 pytestmark = pytest.mark.slow
 #: Five training cases and one to validate; rounds long enough to be killed in.

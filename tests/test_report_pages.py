@@ -21,8 +21,9 @@ from kitseg.report.html import page_name
 from kitseg.report.slices import UNIT, Scene, around, cut, outlines, scroll
 from kitseg.report.strip import Dot, strip
 from kitseg.report.view3d import lesion_mask, view
+from kitseg.runtime.files import file_digest
 from kitseg.types import Geometry
-from kitseg.volumes.nifti import file_digest, read_labels, write_labels
+from kitseg.volumes.nifti import read_labels, write_labels
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&x"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

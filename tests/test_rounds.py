@@ -10,12 +10,12 @@ import pytest
 from kitseg import config
 from kitseg.config import Rounds, StageSpec
 from kitseg.errors import InputError
-from kitseg.files import read_json, write_json
+from kitseg.models.run_folder import SCHEMA, StageFolder
 from kitseg.patches.subjects import Place
-from kitseg.pipeline.training import rounds
-from kitseg.pipeline.training.places import read_places, write_places
-from kitseg.pipeline.training.plan import Unit
-from kitseg.runs import SCHEMA, StageFolder
+from kitseg.runtime.files import read_json, write_json
+from kitseg.training import rounds
+from kitseg.training.plan import Unit
+from kitseg.training.stage_inputs import read_places, write_places
 from kitseg.types import Box
 
 TRAIN, VAL = [f"case_{n:05d}" for n in range(10)], ["case_00010", "case_00011"]

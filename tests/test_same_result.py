@@ -14,21 +14,21 @@ import torch
 from conftest import kitseg
 from method_runs import untrained
 
+from kitseg.commands import infer
+from kitseg.commands.infer import Inference, manifest_of
+from kitseg.commands.validate import plan_validation, predict_folds
 from kitseg.errors import InputError, UsageError
-from kitseg.files import identity
-from kitseg.pipeline import infer
-from kitseg.pipeline.bundles.export import export
-from kitseg.pipeline.cases.outcome import UNCHANGED
-from kitseg.pipeline.cases.share import Share
-from kitseg.pipeline.infer import Inference, manifest_of
-from kitseg.pipeline.models import model as models
-from kitseg.pipeline.models import weights
-from kitseg.pipeline.models.members import origin
-from kitseg.pipeline.models.model import Model, open_model
-from kitseg.pipeline.validate import plan_validation, predict_folds
+from kitseg.models import model as models
+from kitseg.models import weights
+from kitseg.models.bundles.export import export
+from kitseg.models.members import origin
+from kitseg.models.model import Model, open_model
+from kitseg.runtime.files import file_digest, identity
+from kitseg.runtime.outcomes import UNCHANGED
+from kitseg.runtime.sharding import Share
 from kitseg.types import Case, Geometry
 from kitseg.volumes.kits import IMAGE, LABEL
-from kitseg.volumes.nifti import file_digest, write_image, write_labels
+from kitseg.volumes.nifti import write_image, write_labels
 
 WEIGHTS = Path("fold_0/kidneys/best/3.ckpt")
 

@@ -13,18 +13,18 @@ import pytest
 from conftest import SMALLEST, kitseg
 from nifti_files import save
 
-from kitseg.claim import claimed
-from kitseg.pipeline import evaluate, preprocess
-from kitseg.pipeline.cases.kept import Kept, results
-from kitseg.pipeline.cases.share import Share
-from kitseg.pipeline.evaluate import Score, find_jobs, rules, works
-from kitseg.pipeline.measure import Measured
-from kitseg.pipeline.measure import plan as plan_measure
-from kitseg.pipeline.measure import works as measure_works
-from kitseg.pipeline.report import plan as plan_report
-from kitseg.pipeline.report import works as report_works
+from kitseg.commands import evaluate, preprocess
+from kitseg.commands.evaluate import Score, find_jobs, rules, works
+from kitseg.commands.measure import Measured
+from kitseg.commands.measure import plan as plan_measure
+from kitseg.commands.measure import works as measure_works
+from kitseg.commands.report import plan as plan_report
+from kitseg.commands.report import works as report_works
 from kitseg.report.scores import StudyScores
 from kitseg.report.study_page import CaseRow
+from kitseg.runtime.locks import claimed
+from kitseg.runtime.resume import Kept, results
+from kitseg.runtime.sharding import Share
 
 CASES = 5
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kitseg.errors import UsageError
-from kitseg.pipeline.cases.share import Share
+from kitseg.runtime.sharding import Share
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 7, 30])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kitseg import config
+from kitseg.commands.preprocess import method_grids
 from kitseg.links.crop import crop
 from kitseg.links.intensity import ClipScale
 from kitseg.links.regions import Known, Square
@@ -22,7 +23,6 @@ from kitseg.patches.datamodule import Sight
 from kitseg.patches.queue import PatchQueue
 from kitseg.patches.samplers import SliceSampler
 from kitseg.patches.subjects import CaseSubjects, Place, subject_of
-from kitseg.pipeline.preprocess import method_grids
 from kitseg.types import Box, Case, Geometry, Grid, Triple, Volume
 from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.resample import grid_geometry

@@ -13,8 +13,8 @@ import pytest
 from conftest import Result, kitseg
 from nifti_files import IPL, SHAPE, save
 
+from kitseg.commands.submit import check, write
 from kitseg.errors import InputError
-from kitseg.pipeline.submit import check, write
 from kitseg.volumes.kits import case_name
 
 NUMBERS = range(210, 214)

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from kitseg import __version__, screen
+from kitseg import __version__
 from kitseg.errors import KitsegError, UsageError, fault, in_words
-from kitseg.interrupt import interruptible
-from kitseg.pipeline.cases.share import Share
+from kitseg.runtime import console
+from kitseg.runtime.sharding import Share
+from kitseg.runtime.signals import interruptible
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.cases.outcome import Outcome
-    from kitseg.pipeline.cases.ranks import Verb
+    from kitseg.runtime.outcomes import Outcome
+    from kitseg.runtime.workers import Verb
     from kitseg.types import Case
 
 app = typer.Typer(
@@ -90,7 +91,7 @@ def main() -> None:
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
-        screen.say(f"kitseg {__version__}")
+        console.say(f"kitseg {__version__}")
         raise typer.Exit
 
 
@@ -99,25 +100,25 @@ def preprocess_cases(
 ) -> set[str]:
     """Preprocess with a bar; the ids of the cases that failed. part: of the work, such as ``2/8``."""
     from kitseg import config
-    from kitseg.pipeline import preprocess as steps
+    from kitseg.commands import preprocess as steps
 
     grids = steps.method_grids(config.method_of(configuration))
     need = steps.disk_needed(cases, grids) / 1e9
-    screen.say(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
-    with screen.bar("preprocess", len(cases) * len(grids)) as step:
+    console.say(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
+    with console.bar("preprocess", len(cases) * len(grids)) as step:
         outcomes = steps.preprocess(cases, grids, to, configuration["convention"], jobs, lambda _: step(), part)
     for state in ("done", "unchanged"):
         if count := sum(outcome.state == state for outcome in outcomes):
-            screen.say(f"{count} {state}")
+            console.say(f"{count} {state}")
     failed = {outcome.case: outcome.error for outcome in outcomes if outcome.state == "failed"}
     for error in failed.values():
-        screen.complain(error)
+        console.complain(error)
     return set(failed)
 
 
 def bar_over(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> list[Outcome]:
     """Run a verb over cases with a bar; say what became of each."""
-    with screen.bar(title, count, shown=Share.here().of == 1) as step:
+    with console.bar(title, count, shown=Share.here().of == 1) as step:
 
         def done(outcome: Outcome) -> None:
             step()
@@ -132,7 +133,7 @@ def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list
     failed = sum(bool(outcome.error) for outcome in outcomes)
     levels = Counter(outcome.quality.level for outcome in outcomes if outcome.quality)
     marked = ", ".join(f"[{COLOURS[level]}]{levels[level]} {level}[/]" for level in COLOURS if level in levels)
-    screen.say(f"{count - failed} of {count} cases done" + (f": {marked}" if marked else ""))
+    console.say(f"{count - failed} of {count} cases done" + (f": {marked}" if marked else ""))
     exit_if(failed > 0)
 
 
@@ -141,11 +142,11 @@ def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, 
 
     Exit code 1 where a case failed.
     """
-    from kitseg.pipeline.cases.ranks import deal, on_ranks
+    from kitseg.runtime.workers import deal, on_ranks
 
     share, launched = Share.asked(shard), Share.here()
     mine = deal(cases, share)
-    say = screen.say_plainly if launched.index == 0 else lambda text: None
+    say = console.say_plainly if launched.index == 0 else lambda text: None
 
     def run(done: Callable[[Outcome], None]) -> list[Outcome]:
         if ranks == 1 or launched.of > 1:
@@ -170,39 +171,39 @@ def choose_ranks(gpus: int, processes: int, device: str) -> tuple[str, int]:
 
 def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -> None:
     """Predict and score the validation cases of a run's finished folds; exit code 1 where a case failed."""
-    from kitseg.pipeline import validate as steps
-    from kitseg.pipeline.evaluate import groups
+    from kitseg.commands import validate as steps
+    from kitseg.commands.evaluate import groups
 
     plan = steps.plan_validation(run, data, mirror)
     count = sum(len(plan.cases[fold]) for fold in plan.asked)
     outcomes = bar_over("validate", count, lambda done: steps.predict_folds(plan, device, done))
     folds = steps.folds_to_score(plan)
-    with screen.bar("score", len(folds)) as step:
+    with console.bar("score", len(folds)) as step:
         scores = steps.score_folds(plan, folds, step)
-    table = screen.table("by", "", "cases", "kidney", "tumor")
+    table = console.table("by", "", "cases", "kidney", "tumor")
     for group in groups(scores, folds):
-        dice = (screen.cell(group.dice.get(name)) for name in ("kidney", "tumor"))
+        dice = (console.cell(group.dice.get(name)) for name in ("kidney", "tumor"))
         table.add_row(group.kind, escape(group.name), str(group.cases), *dice, end_section=group.kind == "all")
-    screen.out.print(table)
+    console.out.print(table)
     for score in scores:
         if score.error:
-            screen.complain(score.error)
+            console.complain(score.error)
     if (done := len(set(folds.values()))) < len(plan.split.folds):
-        screen.say(f"{done} of {len(plan.split.folds)} folds are trained and validated so far")
-    screen.say("No weight was learned from these cases, but they chose the checkpoints: a test set is stricter.")
-    screen.say(f"out-of-fold scores: {plan.run.scores(mirror)}")
+        console.say(f"{done} of {len(plan.split.folds)} folds are trained and validated so far")
+    console.say("No weight was learned from these cases, but they chose the checkpoints: a test set is stricter.")
+    console.say(f"out-of-fold scores: {plan.run.scores(mirror)}")
     exit_if(any(outcome.error for outcome in outcomes) or any(score.error or score.missing for score in scores))
 
 
 def _say_outcome(outcome: Outcome) -> None:
     if outcome.error:
-        return screen.complain(outcome.error)
+        return console.complain(outcome.error)
     names = {"kidney": "kidney without tumor"}
     volumes = ", ".join(f"{names.get(name, name)} {ml:.1f} ml" for name, ml in (outcome.volumes_ml or {}).items())
     facts = "; ".join(part for part in (volumes, outcome.note, f"{outcome.seconds:.1f} s") if part)
-    screen.say(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
+    console.say(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
     for flag in outcome.quality.flags if outcome.quality else ():
-        screen.say(f"  [{COLOURS[flag.level]}]{flag.level}[/] {escape(flag.reason)}")
+        console.say(f"  [{COLOURS[flag.level]}]{flag.level}[/] {escape(flag.reason)}")
 
 
 def known_convention(convention: str) -> None:
@@ -220,5 +221,5 @@ def exit_if(failed: bool) -> None:
 
 
 def _fail(error: KitsegError, code: int) -> None:
-    screen.complain(str(error))
+    console.complain(str(error))
     sys.exit(code)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kitseg import screen
 from kitseg.cli.app import app
+from kitseg.runtime import console
 
 
 @app.command(epilog="Example: kitseg export runs/two-phase-paper -o two-phase.kitseg")
@@ -28,10 +28,10 @@ def export(
 
     `kitseg predict --model` opens it anywhere; nothing in it is ever executed.
     """
-    from kitseg.pipeline.bundles.export import export as write_bundle
-    from kitseg.volumes.nifti import file_digest
+    from kitseg.models.bundles.export import export as write_bundle
+    from kitseg.runtime.files import file_digest
 
     licenses = write_bundle(model, output, weights_license, labels_license)
     stated = ", ".join(f"{kind} {license}" for kind, license in licenses.items())
-    screen.say(escape(f"{output}: {output.stat().st_size / 1e6:.1f} MB, licensed {stated}"))
-    screen.say(f"sha256 {file_digest(output)}")
+    console.say(escape(f"{output}: {output.stat().st_size / 1e6:.1f} MB, licensed {stated}"))
+    console.say(f"sha256 {file_digest(output)}")

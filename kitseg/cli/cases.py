@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from kitseg import screen
 from kitseg.errors import UsageError
+from kitseg.runtime import console
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.cases.kept import Kept, Result, Work
+    from kitseg.runtime.resume import Kept, Result, Work
 
 R = TypeVar("R", bound="Result")
 Cluster = Annotated[
@@ -36,20 +36,20 @@ def gather(title: str, works: Sequence[Work[R]], kept: Kept[R] | None, crew: Cre
     Raises:
         UsageError: a part without an output, where the parts could meet.
     """
-    from kitseg.pipeline.cases.cluster import on_cluster
-    from kitseg.pipeline.cases.kept import results
-    from kitseg.pipeline.cases.share import Share
+    from kitseg.runtime.dask import on_cluster
+    from kitseg.runtime.resume import results
+    from kitseg.runtime.sharding import Share
 
     share, failed = Share.asked(crew.shard), []
     if share.of > 1 and kept is None:
         raise UsageError("the parts of the work meet in a file: name it with --json or --csv")
-    with on_cluster(crew.cluster), screen.bar(title, len(share.take(works))) as step:
+    with on_cluster(crew.cluster), console.bar(title, len(share.take(works))) as step:
 
         def done(result: R) -> None:
             step()
             if result.error:
                 failed.append(result.case)
-                screen.complain(result.error)
+                console.complain(result.error)
 
         found = results(works, kept, share, crew.jobs, done)
     if found is None:

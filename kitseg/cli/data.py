@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from kitseg import screen
 from kitseg.cli.app import (
     Convention,
     Data,
@@ -27,12 +26,13 @@ from kitseg.cli.app import (
 )
 from kitseg.cli.cases import Cluster
 from kitseg.errors import UsageError
+from kitseg.runtime import console
 from kitseg.scoring.strata import THICKNESSES
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.augment import Copied
-    from kitseg.pipeline.training.hard import Ranked
-    from kitseg.pipeline.training.plan import Plan
+    from kitseg.commands.augment import Copied
+    from kitseg.training.hard_cases import Ranked
+    from kitseg.training.plan import Plan
 
 
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
@@ -46,14 +46,14 @@ def phantom(
     """Make procedural contrast CT cases with labels, to learn and to test with."""
     from joblib import delayed
 
-    from kitseg.pipeline.cases.outcome import in_parallel
+    from kitseg.runtime.outcomes import in_parallel
     from kitseg.volumes.phantom import write_case
 
     tasks = (delayed(write_case)(out.absolute(), seed, index, matrix) for index in range(cases))
-    with screen.bar("phantoms", cases) as step:
+    with console.bar("phantoms", cases) as step:
         for _ in in_parallel(tasks, jobs, ordered=False):
             step()
-    screen.say(f"{cases} phantoms in {out}")
+    console.say(f"{cases} phantoms in {out}")
 
 
 @app.command(epilog="Example: kitseg download kits19 --to data --cases 0-9")
@@ -68,11 +68,11 @@ def download(
     if dataset != "kits19":
         raise UsageError(f"there is no data set '{dataset}'; there is kits19")
     numbers = parse_cases(cases)
-    with screen.bar("download", len(numbers)) as step:
+    with console.bar("download", len(numbers)) as step:
         failures = download_kits19(to, numbers, lambda *_: step())
     for failure in failures:
-        screen.complain(str(failure))
-    screen.say(f"{len(numbers) - len(failures)} of {len(numbers)} cases in {to}; the data are CC BY-NC-SA 4.0")
+        console.complain(str(failure))
+    console.say(f"{len(numbers) - len(failures)} of {len(numbers)} cases in {to}; the data are CC BY-NC-SA 4.0")
     exit_if(bool(failures))
 
 
@@ -88,27 +88,27 @@ def check(
 
     from joblib import delayed
 
-    from kitseg.files import write_json
-    from kitseg.pipeline.cases.outcome import in_parallel
+    from kitseg.runtime.files import write_json
+    from kitseg.runtime.outcomes import in_parallel
     from kitseg.volumes.check import check_case
     from kitseg.volumes.kits import list_cases
 
     known_convention(convention)
     cases, reports = list_cases(data), []
-    with screen.bar("check", len(cases)) as step:
+    with console.bar("check", len(cases)) as step:
         for found in in_parallel((delayed(check_case)(case, convention) for case in cases), jobs):
             reports.append(found)
             step()
-    table = screen.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney without tumor (ml)", "tumor (ml)", "")
+    table = console.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney without tumor (ml)", "tumor (ml)", "")
     for r in reports:
         state = "[green]ok[/]" if r.ok else "[red]" + escape("; ".join(r.problems)) + "[/]"
         cells = (r.shape, r.spacing, r.orientation, r.hu_range, r.kidney_ml, r.tumor_ml)
-        table.add_row(r.id, *map(screen.cell, cells), state)
-    screen.out.print(table)
+        table.add_row(r.id, *map(console.cell, cells), state)
+    console.out.print(table)
     if report:
         write_json(report, 1, {"cases": [asdict(r) for r in reports]})
     bad = sum(not r.ok for r in reports)
-    screen.say(f"{len(reports) - bad} of {len(reports)} cases are fine")
+    console.say(f"{len(reports) - bad} of {len(reports)} cases are fine")
     exit_if(bad > 0)
 
 
@@ -125,8 +125,8 @@ def preprocess(
 ) -> None:
     """Resample every case onto the grids of a method; what is done and unchanged is skipped."""
     from kitseg import config
-    from kitseg.pipeline.cases.cluster import on_cluster
-    from kitseg.pipeline.cases.share import Share
+    from kitseg.runtime.dask import on_cluster
+    from kitseg.runtime.sharding import Share
     from kitseg.volumes.kits import find_cases
 
     share, configuration = Share.asked(shard), config.compose(method, size, set_)
@@ -152,25 +152,25 @@ def split(
     `kitseg train` does the same where there is no split file. A patients.csv (columns case, patient) beside the cases
     says which of them show the same patient.
     """
-    from kitseg.pipeline.split import look_at, report_split
     from kitseg.splits import make_split, write_split
+    from kitseg.training.split import look_at, report_split
     from kitseg.volumes.kits import labelled_cases
 
     known_convention(convention)
     if output.exists():
         raise UsageError(f"{output} is there already; give another name with --output, or delete it")
     cases = labelled_cases(data)
-    with screen.bar("split", len(cases)) as step:
+    with console.bar("split", len(cases)) as step:
         traits, errors = look_at(cases, convention, jobs, step)
     for error in errors:
-        screen.complain(f"{error} It is left out.")
+        console.complain(f"{error} It is left out.")
     made = make_split(traits, folds, inner_folds, test_cases, seed, convention)
     write_split(made, output)
-    table = screen.table("part", "cases", "tumor: median (ml)", *THICKNESSES)
+    table = console.table("part", "cases", "tumor: median (ml)", *THICKNESSES)
     for row in report_split(made, traits):
-        table.add_row(*map(screen.cell, row))
-    screen.out.print(table)
-    screen.say(f"{len(traits)} cases split: {output}")
+        table.add_row(*map(console.cell, row))
+    console.out.print(table)
+    console.say(f"{len(traits)} cases split: {output}")
     exit_if(bool(errors))
 
 
@@ -200,11 +200,11 @@ def augment(
 
     Hard are those that the run's inner folds predict worst; inner folds that aren't trained yet are trained first.
     """
-    from kitseg.claim import claimed
-    from kitseg.pipeline import augment as copies
-    from kitseg.pipeline.cases.cluster import on_cluster
-    from kitseg.pipeline.cases.share import Share
-    from kitseg.pipeline.training.hard import fold_plan, rank_cases
+    from kitseg.commands import augment as copies
+    from kitseg.runtime.dask import on_cluster
+    from kitseg.runtime.locks import claimed
+    from kitseg.runtime.sharding import Share
+    from kitseg.training.hard_cases import fold_plan, rank_cases
     from kitseg.volumes.kits import labelled_cases
 
     choice, share = copies.Choice(worst, partners, direction, seed), Share.asked(shard)
@@ -216,16 +216,16 @@ def augment(
     cases = {name: case for name, case in cases.items() if name not in failed}
     copies.check_enough(len(cases), choice)
     with claimed(output, "copies", share.part):
-        ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", screen.say)
+        ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", console.say)
         _show_ranking(ranked[:worst])
         pairs = copies.choose_pairs([row.case for row in ranked], cases, choice)
         copies.write_request(output, fold, choice, pairs)
         mine, convention = share.take(pairs), plan.config["convention"]
-        with on_cluster(cluster), screen.bar("register", len(mine)) as step:
+        with on_cluster(cluster), console.bar("register", len(mine)) as step:
             outcomes = copies.make_copies(mine, output, convention, jobs, lambda _: step())
         _report_copies(outcomes, output)
         if share.of > 1 and (left := copies.undone(pairs, output, convention)):
-            screen.say(f"part {share}: {left} of {len(pairs)} pairs are still to do; who ends last writes the split")
+            console.say(f"part {share}: {left} of {len(pairs)} pairs are still to do; who ends last writes the split")
         else:
             copies.write_augmented_split(plan.run, output)
             _say_how_to_train(plan, data, output)
@@ -233,15 +233,15 @@ def augment(
 
 
 def _show_ranking(ranked: Sequence[Ranked]) -> None:
-    table = screen.table("hard case", "kidney", "tumor", "mean Dice")
+    table = console.table("hard case", "kidney", "tumor", "mean Dice")
     for row in ranked:
-        table.add_row(row.case, *map(screen.cell, (row.kidney, row.tumor, row.dice)))
-    screen.out.print(table)
+        table.add_row(row.case, *map(console.cell, (row.kidney, row.tumor, row.dice)))
+    console.out.print(table)
 
 
 def _say_how_to_train(plan: Plan, data: Sequence[Path], copies: Path) -> None:
     more = "".join(f" --data {folder}" for folder in [*data, copies])
-    screen.say(
+    console.say(
         f"To train with them, with the options of {plan.run.path}: kitseg train --method {plan.method.name} "
         f"--size {plan.config['size']['name']} --fold {plan.fold}{more} --split {copies / 'splits.json'} "
         f"--name {plan.run.path.name}-augmented"
@@ -251,12 +251,12 @@ def _say_how_to_train(plan: Plan, data: Sequence[Path], copies: Path) -> None:
 def _report_copies(outcomes: Sequence[Copied], folder: Path) -> None:
     for outcome in outcomes:
         if outcome.state == "failed":
-            screen.complain(outcome.reason)
+            console.complain(outcome.reason)
         elif outcome.state == "rejected":
-            screen.say(f"{outcome.name}: no copy; {escape(outcome.reason)}")
+            console.say(f"{outcome.name}: no copy; {escape(outcome.reason)}")
     kept = [outcome.facts for outcome in outcomes if outcome.state == "kept" and outcome.facts]
     new = sum(outcome.new for outcome in outcomes)
-    screen.say(f"{len(kept)} of {len(outcomes)} pairs gave a copy in {folder}; {new} were registered in this call")
+    console.say(f"{len(kept)} of {len(outcomes)} pairs gave a copy in {folder}; {new} were registered in this call")
     if kept:
         before, after = (fmean(facts[key] for facts in kept) for key in ("dice_before", "dice_after"))
-        screen.say(f"overlap of the kidneys: {before:.2f} before and {after:.2f} after registration (mean Dice)")
+        console.say(f"overlap of the kidneys: {before:.2f} before and {after:.2f} after registration (mean Dice)")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kitseg import screen
 from kitseg.cli.app import (
     Deterministic,
     Device,
@@ -26,11 +25,12 @@ from kitseg.cli.app import (
     preprocess_cases,
 )
 from kitseg.errors import KitsegError, UsageError
+from kitseg.runtime import console
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.machine import Machine
-    from kitseg.pipeline.training.plan import Plan, Start
-    from kitseg.pipeline.training.team import Team
+    from kitseg.runtime.device import Machine
+    from kitseg.training.ddp import Team
+    from kitseg.training.plan import Plan, Start
 
 EVERY_FOLD = "all"
 
@@ -51,12 +51,12 @@ def methods() -> None:
     """What there is: each method's stages, paper and published Dice."""
     from kitseg import config
 
-    table = screen.table("method", "stages", "paper", "published Dice")
+    table = console.table("method", "stages", "paper", "published Dice")
     for name in config.names("method"):
         about = config.summary(name)
         dice = ", ".join(f"{key} {value}" for key, value in about["published"].items())
         table.add_row(name, " → ".join(about["chain"]), about["paper"], dice)
-    screen.out.print(table)
+    console.out.print(table)
 
 
 @app.command(epilog="Example: kitseg train --method two-phase --size small --fold 0 --gpus 1")
@@ -96,13 +96,13 @@ def train(
 ) -> None:
     """Train a method's stages in order; the same command goes on where an earlier one stopped."""
     from kitseg import config
-    from kitseg.pipeline.machine import Machine, be_deterministic
-    from kitseg.pipeline.train import fit_unit
-    from kitseg.pipeline.training.launch import Launch, is_started_again
-    from kitseg.pipeline.training.plan import Start, Unit
-    from kitseg.pipeline.training.signals import stoppable
-    from kitseg.pipeline.training.team import Team, end_with_starter
-    from kitseg.runs import Run
+    from kitseg.models.run_folder import Run
+    from kitseg.runtime.device import Machine, be_deterministic
+    from kitseg.runtime.launcher import Launch, is_started_again
+    from kitseg.training.ddp import Team, end_with_starter
+    from kitseg.training.plan import Start, Unit
+    from kitseg.training.signals import stoppable
+    from kitseg.training.train import fit_unit
 
     if restart and is_started_again():
         remedy = "leave --restart out, and it goes on"
@@ -132,7 +132,7 @@ def train(
             if dry_run:
                 return _rehearse(begin, wanted)
             failed = _train_folds(begin, team, wanted)
-        screen.say_plainly(f"trained: {begin.run.path}")
+        console.say_plainly(f"trained: {begin.run.path}")
         if wanted.every_fold and stage is None:
             cross_validate(begin.run.path, data, device, mirror=False)
     exit_if(bool(failed))
@@ -144,9 +144,9 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Smallest possible: does the installation work?")] = False,
 ) -> None:
     """The whole tool on phantoms, in minutes: every command it stands for is printed."""
-    from kitseg.pipeline.demo import run_demo
+    from kitseg.commands.demo import run_demo
 
-    run_demo(out or Path("demo-quick" if quick else "demo"), quick, screen.say)
+    run_demo(out or Path("demo-quick" if quick else "demo"), quick, console.say)
 
 
 def _fold(text: str) -> int:
@@ -163,18 +163,18 @@ def _rehearse(begin: Start, wanted: Wanted) -> None:
     plan = begin.rehearse(cases)
     _show_plan(plan, cases, wanted.stage)
     if wanted.every_fold:
-        screen.say(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
+        console.say(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
 
 
 def _train_folds(begin: Start, team: Team, wanted: Wanted) -> set[str]:
     """Prepare the cases, then train the fold, or every fold one after another; the cases that failed."""
-    from kitseg.pipeline.train import fit_unit, on_all_ranks
-    from kitseg.pipeline.train import train as train_fold
+    from kitseg.training.train import fit_unit, on_all_ranks
+    from kitseg.training.train import train as train_fold
     from kitseg.volumes.kits import labelled_cases
 
     cases = labelled_cases(wanted.data)
     for old in begin.restart(wanted.stage, wanted.every_fold) if wanted.restart else ():
-        screen.say_plainly(f"the old training is now {old}")
+        console.say_plainly(f"the old training is now {old}")
     failed = preprocess_cases(cases, begin.config, begin.store, wanted.jobs)
     good = [case for case in cases if case.id not in failed]
     if not good:
@@ -184,9 +184,9 @@ def _train_folds(begin: Start, team: Team, wanted: Wanted) -> set[str]:
     folds = range(len(plan.split.folds)) if wanted.every_fold else [plan.fold]
     for fold in folds:
         if len(folds) > 1:
-            screen.say(f"[bold]fold {fold} of {len(folds)}[/]")
+            console.say(f"[bold]fold {fold} of {len(folds)}[/]")
         run = fit_unit if begin.machine.world == 1 else on_all_ranks(team)
-        train_fold(replace(plan, fold=fold), wanted.stage, screen.say_plainly, run)
+        train_fold(replace(plan, fold=fold), wanted.stage, console.say_plainly, run)
     return failed
 
 
@@ -204,11 +204,11 @@ def _repeat(
 
 def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:
     """The trainings that a plan holds, with their size and an estimate of their time."""
-    from kitseg.pipeline.training.estimate import estimates
+    from kitseg.training.cost import estimates
 
     columns = ("cases", "batch", "patch", "epochs × steps", "parameters", "memory", "time")
-    table = screen.table("training", "grid", *columns)
+    table = console.table("training", "grid", *columns)
     for row in estimates(plan, cases[0], stage):
         table.add_row(*row)
-    screen.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {plan.machine.describe()}")
-    screen.out.print(table)
+    console.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {plan.machine.describe()}")
+    console.out.print(table)

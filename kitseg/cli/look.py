@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from kitseg import screen
 from kitseg.cli.app import COLOURS, PREDICTIONS, Convention, Jobs, Shard, app, exit_if, known_convention
 from kitseg.cli.cases import Cluster, Crew, gather
+from kitseg.runtime import console
 
 if TYPE_CHECKING:
+    from kitseg.commands.measure import Measured
     from kitseg.measure.findings import Lesion
-    from kitseg.pipeline.measure import Measured
 
 
 @app.command(epilog="Example: kitseg measure predictions --ct data --csv lesions.csv")
@@ -36,8 +36,8 @@ def measure(
 
     The diameters, and what else is measured, are defined in docs/measure.md.
     """
-    from kitseg.pipeline import measure as steps
-    from kitseg.pipeline.cases.kept import Kept
+    from kitseg.commands import measure as steps
+    from kitseg.runtime.resume import Kept
 
     known_convention(convention)
     tasks = steps.plan(labels, ct)
@@ -62,11 +62,11 @@ def mesh(
     convention: Convention = "kits19",
 ) -> None:
     """The surface of a label map as an STL file, in millimetres in the patient's space (RAS+)."""
-    from kitseg.pipeline.measure import write_mesh
+    from kitseg.commands.measure import write_mesh
 
     known_convention(convention)
     made = write_mesh(labels, output, of, convention)
-    screen.say(escape(f"{made.triangles} triangles, {made.ml:.1f} ml → {output}"))
+    console.say(escape(f"{made.triangles} triangles, {made.ml:.1f} ml → {output}"))
 
 
 @app.command(epilog="Example: kitseg report predictions data --scores scores.json")
@@ -82,14 +82,14 @@ def report(
     shard: Shard = None,
 ) -> None:
     """Pages to look at: one a case, and one about all of them; each a single HTML file that needs no network."""
-    from kitseg.claim import claimed
-    from kitseg.pipeline import report as pages
-    from kitseg.pipeline.cases.kept import Kept
-    from kitseg.pipeline.cases.share import Share
-    from kitseg.pipeline.scores import read_scores
+    from kitseg.commands import report as pages
+    from kitseg.commands.score_files import read_scores
     from kitseg.report.html import INDEX
     from kitseg.report.scores import StudyScores, study_scores
     from kitseg.report.study_page import CaseRow
+    from kitseg.runtime.locks import claimed
+    from kitseg.runtime.resume import Kept
+    from kitseg.runtime.sharding import Share
 
     known = read_scores(scores, study_scores) if scores else StudyScores()
     tasks = pages.plan(predictions, data, known, output)
@@ -100,14 +100,14 @@ def report(
         kept.clear()
     for row in rows:
         for flag in row.quality.flags if row.quality else ():
-            screen.say(f"[{COLOURS[flag.level]}]{flag.level}[/] {escape(f'{row.case}: {flag.reason}')}")
+            console.say(f"[{COLOURS[flag.level]}]{flag.level}[/] {escape(f'{row.case}: {flag.reason}')}")
     count = sum(not row.error for row in rows)
-    screen.say(escape(f"{count} of {len(rows)} cases → {output / INDEX}"))
+    console.say(escape(f"{count} of {len(rows)} cases → {output / INDEX}"))
     exit_if(count < len(rows))
 
 
 def _show_findings(results: Sequence[Measured]) -> None:
-    table = screen.table(
+    table = console.table(
         "case", "", "side", "ml", "axial mm", "3D mm", "class", "outside", "contact cm²", "HU", "parenchyma ml"
     )
     for result in results:
@@ -119,7 +119,7 @@ def _show_findings(results: Sequence[Measured]) -> None:
         for lesion in result.findings.lesions:
             table.add_row(escape(result.case), f"{lesion.kind} {lesion.number}", lesion.side, *_lesion_cells(lesion))
         table.add_section()
-    screen.out.print(table)
+    console.out.print(table)
 
 
 def _lesion_cells(lesion: Lesion) -> Iterator[str]:

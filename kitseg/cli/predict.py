@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from kitseg import screen
 from kitseg.cli.app import (
     PREDICTIONS,
     PROBABILITIES,
@@ -30,6 +29,7 @@ from kitseg.cli.app import (
     work,
 )
 from kitseg.errors import UsageError
+from kitseg.runtime import console
 
 
 class Format(StrEnum):
@@ -64,12 +64,12 @@ def infer(
 
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
-    from kitseg.pipeline.infer import Inference
-    from kitseg.pipeline.machine import deterministically
-    from kitseg.pipeline.models.members import choose_run, only_member
-    from kitseg.pipeline.models.memory import parse_size
-    from kitseg.pipeline.models.model import open_model
-    from kitseg.pipeline.predict import choose_scans
+    from kitseg.commands.infer import Inference
+    from kitseg.commands.predict import choose_scans
+    from kitseg.models.members import choose_run, only_member
+    from kitseg.models.memory import parse_size
+    from kitseg.models.model import open_model
+    from kitseg.runtime.device import deterministically
 
     device, ranks = choose_ranks(gpus, processes, device)
     scans, first = choose_scans([data], split, fold), stage.partition(".")[0] if stage else None
@@ -90,8 +90,8 @@ def ensemble(
     max_memory: MaxMemory = None,
 ) -> None:
     """The mean of folders of probabilities; post-processing will be the first folder's."""
-    from kitseg.pipeline.infer import average
-    from kitseg.pipeline.models.memory import parse_size
+    from kitseg.commands.infer import average
+    from kitseg.models.memory import parse_size
     from kitseg.volumes.blocks import block_cases
 
     shares, most = _numbers(weights) or [1.0] * len(folders), parse_size(max_memory)
@@ -106,7 +106,7 @@ def postprocess(
     without: Annotated[list[str], typer.Option(metavar="NAME", help="Leave out this prior; all: every one.")] = [],  # noqa: B006
 ) -> None:
     """Labels from probabilities, cleaned as the method asks."""
-    from kitseg.pipeline.clean import postprocess as clean_folder
+    from kitseg.commands.postprocess import postprocess as clean_folder
     from kitseg.volumes.blocks import block_cases
 
     work("postprocess", len(block_cases(folder)), lambda done: clean_folder(folder, output, done, without))
@@ -156,10 +156,10 @@ def predict(
 
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
-    from kitseg.pipeline.machine import deterministically
-    from kitseg.pipeline.models.members import choose_run, locate, open_ensemble
-    from kitseg.pipeline.models.memory import parse_size
-    from kitseg.pipeline.predict import SERIES_TABLE, Prediction, Wanted, choose_scans
+    from kitseg.commands.predict import SERIES_TABLE, Prediction, Wanted, choose_scans
+    from kitseg.models.members import choose_run, locate, open_ensemble
+    from kitseg.models.memory import parse_size
+    from kitseg.runtime.device import deterministically
 
     device, ranks = choose_ranks(gpus, processes, device)
     found = choose_scans(scans, split, fold, series)
@@ -167,7 +167,7 @@ def predict(
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision)
     opened = partial(deterministically, opened) if deterministic else opened
     if found.choices:
-        screen.say(f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why")
+        console.say(f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why")
     wanted = Wanted(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))
     shared_work("predict", found.cases, Prediction(opened, output, wanted), shard, ranks)
 

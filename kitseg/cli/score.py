@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from kitseg import screen
 from kitseg.cli.app import (
     PREDICTIONS,
     Convention,
@@ -26,11 +25,12 @@ from kitseg.cli.app import (
 )
 from kitseg.cli.cases import Cluster, Crew, gather
 from kitseg.errors import UsageError
+from kitseg.runtime import console
 
 if TYPE_CHECKING:
-    from kitseg.pipeline.compare import Comparison
-    from kitseg.pipeline.evaluate import Rules, Score
-    from kitseg.pipeline.priors import Fit
+    from kitseg.commands.compare import Comparison
+    from kitseg.commands.evaluate import Rules, Score
+    from kitseg.commands.fit_priors import Fit
     from kitseg.scoring.summary import Summary
 
 SHOWN = 15  # of the combinations that `choose` tries
@@ -46,16 +46,16 @@ def fit_priors(
     report: Annotated[Path | None, typer.Option("--json", help="Write the range and every tumor to this file.")] = None,
 ) -> None:
     """Measure the shape of true tumors, and how many of them each prior of post-processing would cost."""
-    from kitseg.pipeline import priors
+    from kitseg.commands import fit_priors as priors
 
     known_convention(convention)
     maps = priors.training_labels(labels, split, fold)
-    with screen.bar("fit-priors", len(maps)) as step:
+    with console.bar("fit-priors", len(maps)) as step:
 
         def done(finding: priors.Finding) -> None:
             step()
             if finding.error:
-                screen.complain(finding.error)
+                console.complain(finding.error)
 
         fit = priors.fit_priors(maps, convention, jobs, done)
     if report:
@@ -88,9 +88,9 @@ def evaluate(
     kits19: kidney (with tumor) and tumor. kits21, kits23: kidney_and_mass, mass (tumor and cyst) and tumor, with
     surface Dice.
     """
-    from kitseg.pipeline import evaluate as scoring
-    from kitseg.pipeline.cases.kept import Kept
-    from kitseg.pipeline.scores import write_scores, write_table
+    from kitseg.commands import evaluate as scoring
+    from kitseg.commands.score_files import write_scores, write_table
+    from kitseg.runtime.resume import Kept
 
     if convention:
         known_convention(convention)
@@ -101,7 +101,7 @@ def evaluate(
     scores = gather("evaluate", scoring.works(found, rules), kept, Crew(jobs, cluster, shard))
     _show_scores(scores, rules)
     for note in scoring.notes(scores, rules, unscored):
-        screen.say(f"[yellow]{escape(note)}[/]")
+        console.say(f"[yellow]{escape(note)}[/]")
     if report:
         write_scores(report, scores, rules, unscored=unscored)
     if table:
@@ -142,7 +142,7 @@ def choose(
     Tries every set of the runs (with `validate --mirror`, mirrored ones too), each without post-processing and with
     that of its members, then one prior more or less for as long as it helps.
     """
-    from kitseg.pipeline import choose as steps
+    from kitseg.commands import choose as steps
     from kitseg.volumes.kits import labelled_cases
 
     if output.suffix != ".yaml":
@@ -150,17 +150,17 @@ def choose(
     steps.spare(output)
     search = steps.open_search(runs, labelled_cases(data))
     for number, recipes in enumerate(steps.rounds(search), 1):
-        with screen.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:
+        with console.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:
             steps.try_recipes(search, recipes, jobs, step)
-    table = screen.table("runs", "post-processing", "kidney", "tumor", "mean")
+    table = console.table("runs", "post-processing", "kidney", "tumor", "mean")
     for tried in steps.ranked(search)[:SHOWN]:
-        dice = (screen.cell(tried.dice[name]) for name in ("kidney", "tumor"))
-        table.add_row(*map(escape, steps.describe(search, tried.recipe)), *dice, screen.cell(tried.score))
-    screen.out.print(table)
+        dice = (console.cell(tried.dice[name]) for name in ("kidney", "tumor"))
+        table.add_row(*map(escape, steps.describe(search, tried.recipe)), *dice, console.cell(tried.score))
+    console.out.print(table)
     steps.write_choice(output, search)
-    screen.say(f"{len(search.tried)} combinations tried on {len(search.cases)} cases; all of them are in {output}")
-    screen.say("The best of many looks a little better than it is: try it on cases that had no part in this.")
-    screen.say(f"kitseg predict SCAN --model {output}")
+    console.say(f"{len(search.tried)} combinations tried on {len(search.cases)} cases; all of them are in {output}")
+    console.say("The best of many looks a little better than it is: try it on cases that had no part in this.")
+    console.say(f"kitseg predict SCAN --model {output}")
 
 
 @app.command(epilog="Example: kitseg compare two-phase.json two-stage.json")
@@ -174,18 +174,18 @@ def compare(
     ),
 ) -> None:
     """Is B better than A? Paired differences per class and stratum, with interval and test."""
-    from kitseg.pipeline import compare as pairs
+    from kitseg.commands import compare as pairs
     from kitseg.report.comparison import comparison_picture
 
     comparison = pairs.compare(a, b)
     for name, file in (("A", comparison.a), ("B", comparison.b)):
-        screen.say(escape(f"{name}: {file.path}, {len(file.cases)} cases"))
+        console.say(escape(f"{name}: {file.path}, {len(file.cases)} cases"))
     for note in comparison.notes():
-        screen.say(escape(note))
+        console.say(escape(note))
     _show_comparison(comparison)
     comparison_picture(output / pairs.PICTURE, comparison.groups, str(comparison.a.path), str(comparison.b.path))
     pairs.write_figures(output / pairs.FIGURES, comparison)
-    screen.say(escape(f"→ {output / pairs.PICTURE}, {output / pairs.FIGURES}"))
+    console.say(escape(f"→ {output / pairs.PICTURE}, {output / pairs.FIGURES}"))
 
 
 @app.command(epilog="Example: kitseg submit predictions -o kits19.zip")
@@ -196,31 +196,31 @@ def submit(
     cases: Annotated[str, typer.Option(help="Cases that must be there.")] = "210-299",
 ) -> None:
     """Check every prediction against its scan and pack KiTS19's submission; any problem, and nothing is written."""
-    from kitseg.pipeline import submit as packing
+    from kitseg.commands import submit as packing
     from kitseg.volumes.download import parse_cases
 
     packing.check_output(output)
     numbers = parse_cases(cases)
-    with screen.bar("check", len(numbers)) as step:
+    with console.bar("check", len(numbers)) as step:
         submission = packing.check(predictions, data, numbers, step)
     for problem in submission.problems:
-        screen.complain(problem)
+        console.complain(problem)
     if submission.extra:
-        screen.say(escape(f"left out, not among the cases {cases}: {', '.join(submission.extra)}"))
+        console.say(escape(f"left out, not among the cases {cases}: {', '.join(submission.extra)}"))
     if submission.empty:
         names = ", ".join(submission.empty)
-        screen.say(f"[yellow]{len(submission.empty)} of {len(numbers)} predictions are all background:[/] {names}")
+        console.say(f"[yellow]{len(submission.empty)} of {len(numbers)} predictions are all background:[/] {names}")
     if submission.problems:
-        screen.say(escape(f"{submission.sound} of {len(numbers)} cases are fine; {output} is not written"))
+        console.say(escape(f"{submission.sound} of {len(numbers)} cases are fine; {output} is not written"))
         exit_if(True)
-    with screen.bar("write", len(numbers)) as step:
+    with console.bar("write", len(numbers)) as step:
         packing.write(output, submission, step)
-    screen.say(escape(f"{len(numbers)} cases, {output.stat().st_size / 1e6:.2f} MB → {output}"))
+    console.say(escape(f"{len(numbers)} cases, {output.stat().st_size / 1e6:.2f} MB → {output}"))
 
 
 def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
     """The challenge's figures of each case, all figures over the cases, and the tumors found."""
-    from kitseg.pipeline.scores import challenge_score, summary
+    from kitseg.commands.score_files import challenge_score, summary
     from kitseg.scoring.protocols import FIGURES
 
     shown = [
@@ -228,75 +228,81 @@ def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
         for name, target in rules.protocol.targets.items()
         for figure in (("dice",) if target.tolerance_mm is None else ("dice", "surface_dice"))
     ]
-    table = screen.table("case", *(f"{name} {FIGURES[figure]}" for name, figure in shown), "")
+    table = console.table("case", *(f"{name} {FIGURES[figure]}" for name, figure in shown), "")
     for score in scores:
         note = "missing: counts as background" if score.missing else escape(score.error)
-        figures = (screen.cell(score.classes.get(name, {}).get(figure)) for name, figure in shown)
+        figures = (console.cell(score.classes.get(name, {}).get(figure)) for name, figure in shown)
         table.add_row(score.case, *figures, f"[red]{note}[/]")
-    screen.out.print(table)
+    console.out.print(table)
     summaries = summary(scores)
     _show_summary(summaries)
     _show_detection(scores)
     for figure, value in challenge_score(summaries).items():
-        screen.say(f"{rules.protocol.name}, mean {FIGURES[figure]} over the classes: {value:.4f}")
+        console.say(f"{rules.protocol.name}, mean {FIGURES[figure]} over the classes: {value:.4f}")
 
 
 def _show_summary(summaries: Mapping[str, Mapping[str, Summary]]) -> None:
     from kitseg.scoring.protocols import FIGURES
 
-    table = screen.table("class", "", "mean", "95 % CI", "median", "cases", "undefined")
+    table = console.table("class", "", "mean", "95 % CI", "median", "cases", "undefined")
     for name, figures in summaries.items():
         for number, (figure, value) in enumerate(figures.items(), 1):
-            low, high = screen.cell(value.low), screen.cell(value.high)
-            interval = screen.cell(None) if value.low is None else f"{low} to {high}"
-            row = (screen.cell(value.mean), interval, screen.cell(value.median), str(value.cases), str(value.undefined))
+            low, high = console.cell(value.low), console.cell(value.high)
+            interval = console.cell(None) if value.low is None else f"{low} to {high}"
+            row = (
+                console.cell(value.mean),
+                interval,
+                console.cell(value.median),
+                str(value.cases),
+                str(value.undefined),
+            )
             table.add_row(name if number == 1 else "", FIGURES[figure], *row, end_section=number == len(figures))
-    screen.out.print(table)
+    console.out.print(table)
 
 
 def _show_detection(scores: Sequence[Score]) -> None:
     from kitseg.scoring.detection import tally
 
-    table = screen.table("tumors", "in the references", "found", "recall", "predicted", "true", "precision")
+    table = console.table("tumors", "in the references", "found", "recall", "predicted", "true", "precision")
     for size, count in tally(score.detection for score in scores if score.detection).items():
-        truth = (str(count.reference), str(count.found), screen.cell(count.recall))
-        table.add_row(size, *truth, str(count.predicted), str(count.true), screen.cell(count.precision))
-    screen.out.print(table)
+        truth = (str(count.reference), str(count.found), console.cell(count.recall))
+        table.add_row(size, *truth, str(count.predicted), str(count.true), console.cell(count.precision))
+    console.out.print(table)
 
 
 def _show_comparison(comparison: Comparison) -> None:
     """The paired differences in a table, and the outcome of each class in words."""
-    from kitseg.pipeline.compare import interval_words, p_words, sentence, signed
+    from kitseg.commands.compare import interval_words, p_words, sentence, signed
 
-    table = screen.table("", "n", "mean A", "mean B", "B − A", "95 % CI", "p", "B better", "same", "A better")
+    table = console.table("", "n", "mean A", "mean B", "B − A", "95 % CI", "p", "B better", "same", "A better")
     for group in comparison.groups:
         if not group.kind and table.row_count:
             table.add_section()
         paired, name = group.paired, f"  {group.kind}: {group.stratum}" if group.kind else group.name
-        means = (screen.cell(paired.mean_a), screen.cell(paired.mean_b), signed(paired.mean))
+        means = (console.cell(paired.mean_a), console.cell(paired.mean_b), signed(paired.mean))
         counts = (str(count) for count in (paired.wins, paired.ties, paired.losses))
         p = p_words(group.p).removeprefix("= ")
         table.add_row(escape(name), str(paired.n), *means, interval_words(paired), p, *counts)
-    screen.out.print(table)
+    console.out.print(table)
     for group in comparison.groups:
         if not group.kind:
-            screen.say(escape(sentence(group)))
-    screen.say("95 % CI: BCa bootstrap of the mean; p: Wilcoxon signed-rank test, two-sided, not corrected")
+            console.say(escape(sentence(group)))
+    console.say("95 % CI: BCa bootstrap of the mean; p: Wilcoxon signed-rank test, two-sided, not corrected")
     if comparison.tests:
-        screen.say(f"p of the groups of cases: corrected for their {comparison.tests} tests by Holm's method")
+        console.say(f"p of the groups of cases: corrected for their {comparison.tests} tests by Holm's method")
 
 
 def _show_fit(fit: Fit) -> None:
     """What the priors cost, and the line that uses the fitted range."""
-    table = screen.table("prior", "settings", "tumors lost", "tumor lost (ml)", "cases without any tumor left")
+    table = console.table("prior", "settings", "tumors lost", "tumor lost (ml)", "cases without any tumor left")
     for cost in fit.costs:
         settings = ", ".join(f"{key} {value:g}" for key, value in cost.setting.items())
         tumors, cases = f"{cost.lost_tumors} of {cost.tumors}", f"{cost.lost_cases} of {cost.cases}"
         table.add_row(cost.prior, settings, tumors, f"{cost.lost_ml:.1f} of {cost.ml:.1f}", cases)
-    screen.out.print(table)
+    console.out.print(table)
     failed = sum(bool(finding.error) for finding in fit.findings)
-    screen.say(f"{len(fit.findings) - failed} of {len(fit.findings)} cases read")
+    console.say(f"{len(fit.findings) - failed} of {len(fit.findings)} cases read")
     if not any(cost.prior == "dark" for cost in fit.costs):
-        screen.say("dark: not tried, since no CT (imaging.nii.gz) lies beside the labels")
-    screen.say(f"λ1/λ2 of {fit.tumors} tumors of 10 voxels or more, 5-95 %: {fit.low:.3f}-{fit.high:.3f}")
-    screen.say(f"--set postprocess.shape.low={fit.low:.3f} --set postprocess.shape.high={fit.high:.3f}")
+        console.say("dark: not tried, since no CT (imaging.nii.gz) lies beside the labels")
+    console.say(f"λ1/λ2 of {fit.tumors} tumors of 10 voxels or more, 5-95 %: {fit.low:.3f}-{fit.high:.3f}")
+    console.say(f"--set postprocess.shape.low={fit.low:.3f} --set postprocess.shape.high={fit.high:.3f}")

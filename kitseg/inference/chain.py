@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kitseg.components import bounding_box
 from kitseg.config import Source, StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
 from kitseg.links.regions import Known, Region
 from kitseg.patches.datamodule import Sight
-from kitseg.postprocess.components import bounding_box
 from kitseg.types import Box, Geometry, Probabilities, Volume
 from kitseg.volumes.resample import box_on, from_grid
 from kitseg.volumes.store import image_on_grid, statistics

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from kitseg.postprocess.components import bounding_box
+from kitseg.components import bounding_box
 
 
 class Link(Protocol):

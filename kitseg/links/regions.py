@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kitseg.postprocess.components import Components, bounding_box, keep_kidneys
+from kitseg.components import Components, bounding_box, keep_kidneys
 from kitseg.types import Box, Geometry, Triple, triple
 
 SKIN = -300  # HU: between air with its partial volumes and fat

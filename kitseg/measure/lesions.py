@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 
+from kitseg.components import Components
 from kitseg.measure.diameters import line_ends
 from kitseg.measure.mesh import normals, surface, voxel_faces
-from kitseg.postprocess.components import Components
 from kitseg.types import Geometry
 
 #: Largest diameter in mm of each class; above the last one it is T2b.

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from kitseg.components import Components, bounding_box
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
 from kitseg.measure.diameters import axial_diameter, diameter
 from kitseg.measure.findings import LEFT, RIGHT, Findings, Kidney, Lesion
 from kitseg.measure.lesions import contact_area, outline, share_outside, size_class
 from kitseg.measure.sides import CODES, NAMES, body_midline, frame_midline, side_map
-from kitseg.postprocess.components import Components, bounding_box
 from kitseg.types import Box, Geometry, Triple, triple
 
 #: A smaller component isn't listed: it is a speck, less than a ball of 4.6 mm. Its kidney's volume holds it.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.measure import marching_cubes
 
-from kitseg.postprocess.components import bounding_box
+from kitseg.components import bounding_box
 from kitseg.types import Geometry
 
 _MARGIN = 2  # voxels around the mask, so that its surface closes at the edge of the scan

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, signal
 
+from kitseg.components import bounding_box
 from kitseg.labels import KIDNEY
-from kitseg.postprocess.components import bounding_box
-from kitseg.types import Box, Geometry
+from kitseg.types import Box, Geometry, Volume
 
 UNENHANCED, ARTERIAL = "unenhanced", "arterial (corticomedullary)"
 NEPHROGRAPHIC, LATE = "nephrographic (portal venous)", "excretory (delayed)"
@@ -42,6 +42,12 @@ def kidney_hu(hu: NDArray[Any], labels: NDArray[np.uint8]) -> float | None:
     inner = ndimage.binary_erosion(kidney, np.ones((1, 3, 3), np.bool_))
     chosen = inner if np.count_nonzero(inner) >= MIN_KIDNEY_VOXELS else kidney
     return float(np.median(hu[box.slices][chosen]))
+
+
+def contrast(scan: Volume, labels: NDArray[np.uint8]) -> dict[str, float | None]:
+    """``kidney_hu`` and ``aorta_hu`` of a scan and its labels (D, H, W), by name."""
+    hu = scan.array
+    return {"kidney_hu": kidney_hu(hu, labels), "aorta_hu": aorta_hu(hu, labels, scan.geometry)}
 
 
 def aorta_hu(hu: NDArray[Any], labels: NDArray[np.uint8], geometry: Geometry) -> float | None:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kitseg.components import SPECK_ML, Components
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
 from kitseg.measure.findings import Findings, Kidney
 from kitseg.measure.phase import aorta_hu, contrast_phase, kidney_hu
 from kitseg.measure.sides import HOLD_ML
-from kitseg.postprocess.components import Components
 from kitseg.postprocess.distance import distances_mm
 from kitseg.types import Geometry
 
@@ -22,7 +22,6 @@ LEVELS = ("green", "amber", "red")
 GREEN, AMBER, RED = LEVELS
 
 KIDNEY_ML = 20.0  # the least that counts as a kidney
-SPECK_ML = 0.1  # less is no finding
 PARENCHYMA_ML = (50.0, 450.0)  # of one kidney
 TUMOR_ML = 2000.0  # of all tumors
 FAR_MM = 10.0

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from kitseg.components import Components, kidneys_among
 from kitseg.labels import BACKGROUND, KIDNEY
 from kitseg.measure.findings import LEFT, RIGHT
-from kitseg.postprocess.components import Components, kidneys_among
 from kitseg.types import Box, Geometry
 
 CODES = {RIGHT: 1, LEFT: 2}

@@ -23,7 +23,7 @@ from kitseg.links.intensity import AIR, Intensity
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import PaddedSampler
 from kitseg.patches.subjects import CaseSubjects, Place
-from kitseg.screen import complain
+from kitseg.runtime.console import complain
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from kitseg.postprocess.components import Components, kidneys_among
+from kitseg.components import Components, kidneys_among
 from kitseg.types import Masks
 
 

@@ -9,7 +9,7 @@ import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.postprocess.components import clusters
+from kitseg.components import clusters
 from kitseg.types import Masks
 
 

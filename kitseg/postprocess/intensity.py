@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kitseg.postprocess.components import Components
+from kitseg.components import Components
 from kitseg.types import Masks
 
 

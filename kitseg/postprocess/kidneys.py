@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from kitseg.postprocess.components import keep_kidneys
+from kitseg.components import keep_kidneys
 from kitseg.types import Masks
 
 

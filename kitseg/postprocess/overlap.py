@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.postprocess.components import Components
+from kitseg.components import Components
 from kitseg.types import Masks
 
 

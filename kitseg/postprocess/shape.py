@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.postprocess.components import Components
+from kitseg.components import Components
 from kitseg.types import Masks
 
 MIN_VOXELS = 10

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kitseg.files import aside
+from kitseg.runtime.files import aside
 from kitseg.scoring.compare import Group, Paired
 
 _BETTER_A, _SAME, _BETTER_B = "#c8641e", "#8a8a8a", "#1f6fb4"

@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kitseg import __version__
 from kitseg.errors import UsageError
-from kitseg.files import aside
 from kitseg.report import RESEARCH_USE
+from kitseg.runtime.files import aside
 
 INDEX = "index.html"
 GENERATOR = '<meta name="generator" content="kitseg'

@@ -16,9 +16,9 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from kitseg.files import aside
+from kitseg.components import keep_kidneys
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
-from kitseg.postprocess.components import keep_kidneys
+from kitseg.runtime.files import aside
 from kitseg.types import Triple, Volume
 
 #: How each label is drawn.

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import find_contours
 
+from kitseg.components import bounding_box
 from kitseg.labels import BACKGROUND, CYST, TUMOR
-from kitseg.postprocess.components import bounding_box
 from kitseg.report.html import data_uri
 from kitseg.types import Box, Geometry, Triple
 

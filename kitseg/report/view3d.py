@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
+from kitseg.components import Components, bounding_box
 from kitseg.labels import BACKGROUND, CYST, TUMOR
 from kitseg.measure.findings import Findings, Lesion
 from kitseg.measure.mesh import surface, voxel_faces
-from kitseg.postprocess.components import Components, bounding_box
 from kitseg.report.slices import COLOURS
 from kitseg.types import Box, Geometry
 

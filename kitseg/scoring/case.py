@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kitseg.components import bounding_box
 from kitseg.labels import TUMOR
-from kitseg.postprocess.components import bounding_box
 from kitseg.scoring.detection import Detection, detect
 from kitseg.scoring.kits19 import dice
 from kitseg.scoring.protocols import Protocol, Target

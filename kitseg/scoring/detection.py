@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 from scipy.optimize import linear_sum_assignment
 
+from kitseg.components import Components
 from kitseg.measure.diameters import axial_diameter
-from kitseg.postprocess.components import Components
 from kitseg.scoring.strata import SIZES, size_of
 
 MIN_IOU = 0.1

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
 
-from kitseg.postprocess.components import bounding_box
+from kitseg.components import bounding_box
 
 _SLAB = 16  # slices of neighbour codes at a time
 _NEAR_MM = 20.0

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from kitseg.errors import InputError, UsageError
-from kitseg.files import aside, identity, read_json, write_json
+from kitseg.runtime.files import aside, file_digest, identity, read_json, write_json
 from kitseg.types import Box, Geometry, Probabilities
-from kitseg.volumes.nifti import file_digest
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

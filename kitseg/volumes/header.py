@@ -6,8 +6,6 @@ Nothing is believed: a header may be broken or hostile, and whatever it says, re
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,8 @@ from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError, fault
+from kitseg.errors import InputError
+from kitseg.runtime.files import check_regular, read_errors
 from kitseg.types import Geometry, triple
 
 MAX_VOXELS = 2**30  # three times the largest CT of the challenge
@@ -44,33 +43,14 @@ _quiet.disabled = True
 
 
 @contextmanager
-def in_words(path: Path) -> Iterator[None]:
+def open_errors(path: Path) -> Iterator[None]:
     """Turn the errors that nibabel, gzip and the file system raise into an InputError."""
     try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        missing = "it is a link to a file that isn't there" if path.is_symlink() else "there is no such file"
-        raise InputError(path, missing, "Check the path") from error
+        with read_errors(path):
+            yield
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno:
-            reason, helps = fault(error) or (error.strerror, "Name a file that you may read")
-            raise InputError(path, f"it can't be read ({reason})", helps) from error
         reason = " ".join(str(error).split())[:120]
         raise InputError(path, f"it is broken or no NIfTI file ({reason})", COPY_AGAIN) from error
-
-
-def check_regular(path: Path) -> int:
-    """The size in bytes of a file that is one: not a folder, nor a pipe, which would wait for a writer.
-
-    Raises:
-        InputError: it is something else, or nothing. OSError: that can't be told.
-    """
-    state = os.stat(path)
-    if stat.S_ISDIR(state.st_mode):
-        raise InputError(path, "it is a folder, not a file", "Name the .nii.gz file")
-    if not stat.S_ISREG(state.st_mode):
-        raise InputError(path, "it is no file but a pipe or a device", "Name the .nii.gz file")
-    return state.st_size
 
 
 def open_voxels(path: Path) -> Any:
@@ -84,7 +64,7 @@ def read_header(path: Path) -> Any:
     Raises:
         InputError: the file is missing, may not be read, or is no NIfTI file.
     """
-    with in_words(path):
+    with open_errors(path):
         size = check_regular(path)
         if not path.name.lower().endswith((".nii", ".nii.gz")):
             raise InputError(path, "it is no NIfTI file (.nii or .nii.gz)", _CONVERT)
@@ -112,7 +92,7 @@ def geometry_of(path: Path, header: Any) -> Geometry:
     Raises:
         InputError: it is no plausible CT's, or the file can't hold its voxels.
     """
-    with in_words(path), np.errstate(all="ignore"):
+    with open_errors(path), np.errstate(all="ignore"):
         shape = tuple(int(n) for n in header.get_data_shape())
         affine = np.asarray(header.get_best_affine(), np.float64)
         header.get_slope_inter()
@@ -138,7 +118,7 @@ def check_size(path: Path, header: Any, native: Geometry) -> None:
     Raises:
         InputError: it can't, or its voxels begin inside of its header.
     """
-    with in_words(path):
+    with open_errors(path):
         size, offset = check_regular(path), header.get_data_offset()
     needed = offset + int(np.prod(native.shape, dtype=object)) * header.get_data_dtype().itemsize
     if needed > size * (_DEFLATE_RATIO if _is_zipped(path) else 1):

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kitseg.errors import InputError, UsageError, printable
-from kitseg.files import read_json
+from kitseg.runtime.files import read_json
 from kitseg.types import Case
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"

@@ -5,7 +5,6 @@ Every file is validated on the way in; one that can't be used is an InputError w
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ from isal import igzip
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
-from kitseg.files import aside
 from kitseg.labels import CONVENTIONS
+from kitseg.runtime.files import aside
 from kitseg.types import Geometry, Volume, triple
-from kitseg.volumes.header import COPY_AGAIN, check_regular, check_size, geometry_of, in_words, open_voxels, read_header
+from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_errors, open_voxels, read_header
 
 #: The header's ``descrip`` of a synthetic scan.
 PHANTOM_MARK = "kitseg phantom"
@@ -158,14 +157,6 @@ def axis_codes(geometry: Geometry) -> str:
     return "".join(_orientations.aff2axcodes(geometry.affine))
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of the file's bytes, in hex."""
-    with in_words(Path(path)):
-        check_regular(Path(path))
-        with Path(path).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _stored(path: Path, header: Any, native: Geometry) -> tuple[NDArray[Any], float, float]:
     """The values as they lie in the file, with axes (I, P, L), and the slope and offset that make HU of them.
 
@@ -173,7 +164,7 @@ def _stored(path: Path, header: Any, native: Geometry) -> tuple[NDArray[Any], fl
     """
     check_size(path, header, native)
     array = np.empty(canonical_geometry(native).shape, header.get_data_dtype())
-    with in_words(path), open_voxels(path) as stream:
+    with open_errors(path), open_voxels(path) as stream:
         stream.seek(header.get_data_offset())
         if not _fill(turn_to_native(array, native), stream):
             raise InputError(path, "it is cut short: it ends before its last voxel", COPY_AGAIN)

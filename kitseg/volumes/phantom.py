@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.errors import InputError
-from kitseg.files import aside
 from kitseg.labels import KIDNEY, TUMOR
+from kitseg.runtime.files import aside
 from kitseg.types import Geometry
 from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
 from kitseg.volumes.phantom_canvas import (

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitseg.errors import InputError, UsageError
+from kitseg.runtime.files import file_digest
 from kitseg.types import Case, Geometry, Volume
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, label_id
-from kitseg.volumes.nifti import canonical_geometry, file_digest, knows_orientation, read_geometry, read_image
+from kitseg.volumes.nifti import canonical_geometry, knows_orientation, read_geometry, read_image
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import Choice
@@ -109,21 +110,9 @@ def scan_digest(case: Case) -> str:
     return hashlib.sha256("".join(map(file_digest, case.slices)).encode()).hexdigest()
 
 
-def scan_bytes(case: Case) -> int:
-    """The size of a scan's files; one that can't be looked at has none, and reading it says why."""
-    return sum(map(_bytes, case.slices or (case.image,)))
-
-
 def knows_its_place(case: Case) -> bool:
     """Whether a scan says how it lies in the patient; a DICOM series always does."""
     return bool(case.slices) or knows_orientation(case.image)
-
-
-def _bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _holds_dicom(folder: Path) -> bool:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError, KitsegError, fault, in_words
-from kitseg.files import aside, write_text
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
-from kitseg.measure.phase import aorta_hu, kidney_hu
+from kitseg.runtime.files import aside, file_digest, write_text
 from kitseg.types import Case, Geometry, Grid, Volume, triple
 from kitseg.volumes.nifti import (
     canonical_geometry,
-    file_digest,
     is_phantom,
     read_geometry,
     read_image,
@@ -35,6 +33,7 @@ from kitseg.volumes.resample import grid_geometry, nearest, to_grid
 SCHEMA = 3
 FOREGROUND_PER_LABEL = 10_000
 BYTES_PER_VOXEL = 3
+DescribeContrast = Callable[[Volume, NDArray[np.uint8]], dict[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,11 @@ def statistics(image: NDArray[np.int16]) -> tuple[float, float]:
 class CaseFiles:
     """A case's files, each read once, when first asked for, however many grids are made of them.
 
-    convention: of the label.
+    convention: of the label; describe_contrast: kidney and aorta HU of a scan and its labels (see ``measure.phase``).
     """
 
-    def __init__(self, case: Case, convention: str) -> None:
-        self.case, self.convention = case, convention
+    def __init__(self, case: Case, convention: str, describe_contrast: DescribeContrast | None = None) -> None:
+        self.case, self.convention, self.describe_contrast = case, convention, describe_contrast
 
     @cached_property
     def scan(self) -> Volume:
@@ -113,11 +112,10 @@ class CaseFiles:
 
     @cached_property
     def contrast(self) -> dict[str, float | None]:
-        """What tells the contrast phase, see ``measure.phase``."""
-        hu, labels = self.scan.array, self.labels
-        if labels is None:
+        """HU of kidney and aorta, by which the contrast phase is judged; None where they are unknown."""
+        if self.labels is None or self.describe_contrast is None:
             return {"kidney_hu": None, "aorta_hu": None}
-        return {"kidney_hu": kidney_hu(hu, labels), "aorta_hu": aorta_hu(hu, labels, self.scan.geometry)}
+        return self.describe_contrast(self.scan, self.labels)
 
     @cached_property
     def sources(self) -> dict[str, dict[str, int | str]]:

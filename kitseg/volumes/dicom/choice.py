@@ -10,7 +10,7 @@ from pathlib import Path
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from kitseg.errors import UsageError
-from kitseg.files import write_table
+from kitseg.runtime.files import write_table
 from kitseg.volumes.dicom.series import Series, pseudonym
 from kitseg.volumes.dicom.stack import is_scout, orientation
 

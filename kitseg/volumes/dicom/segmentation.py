@@ -20,8 +20,8 @@ from pydicom.uid import UID
 from pydicom.valuerep import DSfloat
 
 from kitseg.errors import InputError
-from kitseg.files import aside
 from kitseg.labels import CONVENTIONS, CYST, KIDNEY, TUMOR
+from kitseg.runtime.files import aside
 from kitseg.types import Geometry
 from kitseg.volumes.dicom.headers import Header, made_up_uid
 from kitseg.volumes.dicom.series import Series

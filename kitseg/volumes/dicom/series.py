@@ -22,12 +22,13 @@ import pydicom
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
+from kitseg.runtime.files import file_digest
 from kitseg.types import Volume
 from kitseg.volumes.dicom.headers import Header, is_dicom, made_up_uid, read_header, walk
 from kitseg.volumes.dicom.stack import Stack, Unstackable, split, stack
 from kitseg.volumes.header import MAX_VOXELS
 from kitseg.volumes.kits import SUFFIXES
-from kitseg.volumes.nifti import canonical_geometry, file_digest, turn_to_canonical
+from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
 
 AIR = -1024  # HU of what lies outside the reconstructed circle; no scanner's air is below
 TISSUE = (-500, 1500)  # HU; a padding value in this range can't be told from the patient

@@ -14,8 +14,8 @@ import torch
 
 import kitseg
 from kitseg import config
-from kitseg.files import write_json
-from kitseg.pipeline.models.model import build_stage
+from kitseg.models.model import build_stage
+from kitseg.runtime.files import write_json
 
 run, method, checkpoints = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if not run.exists():

@@ -14,9 +14,9 @@ from side import say
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
+from kitseg.models.model import build_sight, build_stage
 from kitseg.patches.datamodule import Feed, StageCases, StageData
 from kitseg.patches.subjects import Place
-from kitseg.pipeline.models.model import build_sight, build_stage
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 

@@ -1,0 +1,263 @@
+"""Registered copies of training cases: which pairs, made in parallel, and the split that trains with them.
+
+``<folder>/<reference>_from_<floating>/`` holds a copy: image and labels of the floating case in the shape of the
+reference, and ``origin.json``. ``rejected/`` says why a pair gave none, ``fold_<k>.json`` which pairs a fold asked for,
+and ``splits.json`` is the run's split with the copies.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from joblib import delayed
+
+from kitseg import __version__
+from kitseg.errors import InputError, KitsegError, UsageError, in_words
+from kitseg.models.run_folder import Run
+from kitseg.patches.registration import Labelled, Settings, problem, register_copy
+from kitseg.runtime.files import aside, file_digest, read_json, write_json
+from kitseg.runtime.outcomes import in_parallel
+from kitseg.splits import Split, read_split, with_copies, write_split
+from kitseg.types import Case
+from kitseg.volumes.kits import IMAGE, LABEL, ORIGIN, ORIGIN_SCHEMA, find_cases
+from kitseg.volumes.nifti import (
+    PHANTOM_MARK,
+    is_phantom,
+    read_image,
+    read_labels,
+    write_image,
+    write_labels,
+)
+
+SCHEMA = 1
+DIRECTIONS = ("partner-to-hard", "hard-to-partner")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pairs: the ``worst`` cases, each with ``partners`` others drawn at random, and who takes whose shape."""
+
+    worst: int
+    partners: int
+    direction: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise UsageError(f"there is no direction '{self.direction}'; there are {', '.join(DIRECTIONS)}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The floating case is given the shape of the reference."""
+
+    reference: Case
+    floating: Case
+
+    @property
+    def name(self) -> str:
+        """The copy's name, which says it all: the same pair gives the same copy, whichever fold asks for it."""
+        return f"{self.reference.id}_from_{self.floating.id}"
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What became of a pair: ``kept``, ``rejected`` or ``failed``, in words; ``new`` is False where it was done before.
+
+    facts: of the registration, as ``origin.json`` has them.
+    """
+
+    name: str
+    state: str
+    new: bool
+    reason: str = ""
+    facts: Mapping[str, Any] | None = None
+
+
+def training_scans(split: Split, fold: int, cases: Iterable[Case]) -> dict[str, Case]:
+    """A fold's training cases by id, without registered copies.
+
+    Raises:
+        KitsegError: some are not among ``cases``.
+    """
+    by_id = {case.id: case for case in cases}
+    if missing := sorted(set(split.folds[fold].train) - set(by_id)):
+        raise KitsegError(f"the data lack {', '.join(missing)} of the run's split: give their folder with --data")
+    return {name: by_id[name] for name in split.folds[fold].train if not by_id[name].sources}
+
+
+def check_enough(count: int, choice: Choice) -> None:
+    """Refuse a choice for which there are too few training cases.
+
+    Raises:
+        UsageError: there are.
+    """
+    if choice.worst + choice.partners > count:
+        asked = f"--worst {choice.worst} and --partners {choice.partners}"
+        raise UsageError(f"{asked} need {choice.worst + choice.partners} training cases, the fold has {count}")
+
+
+def choose_pairs(ranked: Sequence[str], cases: Mapping[str, Case], choice: Choice) -> list[Pair]:
+    """Each hard case with its partners, none of which is hard; the draw depends on the seed and the hard case alone.
+
+    Args:
+        ranked: training cases, the hardest first.
+        cases: by id.
+        choice: how many.
+
+    Raises:
+        UsageError: too few cases.
+    """
+    check_enough(len(ranked), choice)
+    hard, rest = ranked[: choice.worst], sorted(ranked[choice.worst :])
+    pairs = []
+    for name in hard:
+        for partner in random.Random(f"{choice.seed}/{name}").sample(rest, choice.partners):
+            reference, floating = (name, partner) if choice.direction == DIRECTIONS[0] else (partner, name)
+            pairs.append(Pair(cases[reference], cases[floating]))
+    return pairs
+
+
+def make_copies(
+    pairs: Sequence[Pair], to: Path, convention: str, jobs: int, on_done: Callable[[Copied], None]
+) -> list[Copied]:
+    """Register each pair and write what passes; one that fails doesn't stop the others, and what is done is skipped.
+
+    A registration uses one thread, so as many run at a time as there are jobs.
+
+    Raises:
+        KitsegError: a worker was killed.
+    """
+    to = to.absolute()  # worker processes may stand in another folder
+    tasks = (delayed(_make)(pair, to, convention) for pair in pairs)
+    outcomes = []
+    for outcome in in_parallel(tasks, jobs, ordered=False):
+        outcomes.append(outcome)
+        on_done(outcome)
+    return sorted(outcomes, key=lambda outcome: outcome.name)
+
+
+def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
+    """How many pairs have neither a copy nor a reason why there is none."""
+    return sum(not _is_done(pair, to, convention) for pair in pairs)
+
+
+def write_request(to: Path, fold: int, choice: Choice, pairs: Sequence[Pair]) -> None:
+    """Write which pairs a fold asks for."""
+    write_json(to / f"fold_{fold}.json", SCHEMA, {"fold": fold, **asdict(choice), "pairs": [p.name for p in pairs]})
+
+
+def write_augmented_split(run: Run, to: Path) -> Split:
+    """``splits.json``: the run's split with the copies that each fold asked for, as far as they were kept.
+
+    Raises:
+        KitsegError: the folder's copies were made for another split.
+    """
+    split = read_split(run.split)
+    for path in sorted(to.glob("fold_*.json")):
+        asked = read_json(path, SCHEMA)
+        kept = [name for name in asked["pairs"] if (to / name / ORIGIN).exists()]
+        copies = [case for name in kept for case in find_cases(to / name)]
+        try:
+            split = with_copies(split, asked["fold"], copies)
+        except (KitsegError, IndexError) as error:
+            raise InputError(path, f"belongs to another split ({error})", "Choose another folder with -o.") from error
+    write_split(split, to / "splits.json")
+    return read_split(to / "splits.json")
+
+
+def _make(pair: Pair, to: Path, convention: str) -> Copied:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        wanted = _wanted(pair, convention)
+        return _done(pair, to, wanted) or _copy(pair, to, wanted)
+    except Exception as error:  # whatever it is, the other pairs go on
+        return Copied(pair.name, "failed", True, in_words(pair.name, error))
+
+
+def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
+    """What a copy must be made with, and from.
+
+    Raises:
+        InputError: an unreadable file.
+    """
+    files = (file for case in (pair.reference, pair.floating) for file in (case.image, case.label) if file)
+    return {
+        "settings": asdict(Settings()),
+        "convention": convention,
+        "made_from": [file_digest(file) for file in files],
+    }
+
+
+def _is_done(pair: Pair, to: Path, convention: str) -> bool:
+    try:
+        return _done(pair, to, _wanted(pair, convention)) is not None
+    except InputError:
+        return False
+
+
+def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied | None:
+    """What an earlier call made of a pair with the same settings, scans and labels."""
+    records = ((to / pair.name / ORIGIN, ORIGIN_SCHEMA), (to / "rejected" / f"{pair.name}.json", SCHEMA))
+    for path, schema in records:
+        facts = read_json(path, schema) if path.exists() else {}
+        if facts and all(facts.get(key) == value for key, value in wanted.items()):
+            return Copied(pair.name, "rejected" if facts["reason"] else "kept", False, facts["reason"] or "", facts)
+    return None
+
+
+def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
+    """Register a pair and write the copy, or why there is none."""
+    begun, name = time.perf_counter(), pair.name
+    reference, floating = (_read(case, wanted["convention"]) for case in (pair.reference, pair.floating))
+    copy = register_copy(reference, floating, Settings())
+    reason = problem(copy.quality)
+    patients = {patient for case in (pair.reference, pair.floating) for patient in case.patients or (case.id,)}
+    facts = {
+        "sources": [pair.reference.id, pair.floating.id],
+        "patients": sorted(patients),
+        "reference": pair.reference.id,
+        "floating": pair.floating.id,
+        **wanted,
+        **asdict(copy.quality),
+        "reason": reason,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "versions": {"kitseg": __version__, "SimpleITK": sitk.Version_VersionString(), "numpy": np.__version__},
+    }
+    rejected = to / "rejected" / f"{name}.json"
+    if reason is not None:
+        shutil.rmtree(to / name, ignore_errors=True)
+        write_json(rejected, SCHEMA, facts)
+        return Copied(name, "rejected", True, reason, facts)
+    with aside(to / name) as partial:
+        partial.mkdir()
+        mark = PHANTOM_MARK if any(is_phantom(case.image) for case in (pair.reference, pair.floating)) else ""
+        write_image(partial / IMAGE, copy.image, reference.image.native, mark)
+        write_labels(partial / LABEL, copy.label, reference.image.native, mark)
+        write_json(partial / ORIGIN, ORIGIN_SCHEMA, facts)
+    rejected.unlink(missing_ok=True)
+    return Copied(name, "kept", True, facts=facts)
+
+
+def _read(case: Case, convention: str) -> Labelled:
+    """A labelled scan.
+
+    Raises:
+        InputError: no label, one on another grid than its image or without a kidney, or an unreadable file.
+    """
+    if case.label is None:
+        raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
+    image, label = read_image(case.image, case.id), read_labels(case.label, case.id, convention)
+    if not label.geometry.same_as(image.geometry):
+        raise InputError(case.label, "lies on another grid than its image", "Resample it onto the image's grid.")
+    if not label.array.any():
+        raise InputError(case.label, "holds no kidney", "Leave the case out of the training, or mend its labels.")
+    return Labelled(image, label)

@@ -1,0 +1,274 @@
+"""Which runs to average and how to clean their mean, found on cases that none of the networks saw."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from joblib import delayed
+
+from kitseg import config, ensemble
+from kitseg.errors import KitsegError, UsageError, in_words
+from kitseg.labels import to_kits19
+from kitseg.models.ensemble_file import Member, write_ensemble
+from kitseg.models.model import run_digest
+from kitseg.models.postprocessing import build_steps, clean
+from kitseg.models.run_folder import Run, find_run
+from kitseg.runtime.files import file_digest
+from kitseg.runtime.outcomes import in_parallel
+from kitseg.scoring.kits19 import kits19_scores, mean_scores
+from kitseg.splits import read_split
+from kitseg.types import Case, Probabilities
+from kitseg.volumes.blocks import MANIFEST, read_block, read_manifest, scan_digest
+from kitseg.volumes.nifti import read_image, read_labels
+
+ALL_SUBSETS_UP_TO = 5  # members; of more, sets of up to three and the whole
+
+Steps = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A run's out-of-fold probabilities; folders: of each case; postprocess: the method's own."""
+
+    member: Member
+    folders: Mapping[str, Path]
+    postprocess: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What to call it in a table."""
+        path = self.member.run.resolve()
+        name = f"{path.parent.name}/{path.name}" if path.name.startswith("fold_") else path.name
+        return name + (" mirrored" if self.member.mirror else "")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Members to average, by their place in the list, and the priors that clean the mean, in order."""
+
+    members: tuple[int, ...]
+    steps: Steps
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A recipe with its mean Dice; ``score``: the mean of kidney and tumor, as KiTS19 ranks."""
+
+    recipe: Recipe
+    dice: Mapping[str, float]
+
+    @property
+    def score(self) -> float:
+        """Mean of the classes."""
+        return sum(self.dice.values()) / len(self.dice)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to choose from: members, the references of the cases that all of them have, the priors by name."""
+
+    members: Sequence[Validated]
+    cases: Sequence[Case]
+    convention: str
+    priors: Mapping[str, Any]
+    tried: dict[Recipe, Tried] = field(default_factory=dict)
+
+    def own(self, member: int) -> Steps:
+        """A member's own post-processing, as names of the search's priors."""
+        own = self.members[member]
+        return tuple(_key(self.priors, own, name) for name in own.postprocess)
+
+
+def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
+    """The validated runs among the paths, plain and mirrored.
+
+    Raises:
+        UsageError: a run that isn't validated, or that has other cases or another label convention than the first.
+    """
+    members, splits = [], []
+    for path in paths:
+        run, fold = find_run(path)
+        found = [_validated(run, fold, mirror) for mirror in (False, True)]
+        there = [validated for validated in found if validated is not None]
+        if not there:
+            raise UsageError(
+                f"{path} has no out-of-fold predictions by the networks that are there now, of every fold: "
+                f"`kitseg train --fold all` trains what is missing, `kitseg validate {path}` predicts"
+            )
+        members += there
+        splits.append(read_split(run.split))
+    for member in members[1:]:
+        if odd := sorted(set(member.folders) ^ set(members[0].folders)):
+            pair = f"{members[0].name} and {member.name}"
+            raise UsageError(f"{pair} weren't validated on the same cases: {', '.join(odd)}")
+    if len({split.convention for split in splits}) > 1:
+        raise UsageError("the runs were trained with different label conventions")
+    by_id = {case.id: case for case in cases}
+    if missing := sorted(members[0].folders.keys() - by_id.keys()):
+        raise UsageError(f"{', '.join(missing)} can't be found; give their folder with --data")
+    references = [by_id[name] for name in sorted(members[0].folders)]
+    return Search(members, references, splits[0].convention, _all_priors(members))
+
+
+def rounds(search: Search) -> Iterator[list[Recipe]]:
+    """What to try next, given what was tried: every set of members, then one prior more or less until none helps."""
+    yield list(_first(search))
+    while True:
+        best = winner(search).recipe
+        nearby = [Recipe(best.members, _toggled(best.steps, name)) for name in search.priors]
+        fresh = [recipe for recipe in nearby if recipe not in search.tried]
+        if not fresh:
+            return
+        yield fresh
+        if winner(search).recipe == best:
+            return
+
+
+def try_recipes(search: Search, recipes: Sequence[Recipe], jobs: int, on_done: Callable[[], None]) -> None:
+    """Score recipes on every case, cases in parallel, and note the means in the search.
+
+    Raises:
+        KitsegError: a case can't be scored.
+    """
+    given = (search.members, search.priors, search.convention, recipes)
+    tasks = (delayed(_try_case)(case, *given) for case in search.cases)
+    scores: list[list[dict[str, float]]] = []
+    for found in in_parallel(tasks, jobs):
+        if isinstance(found, str):
+            raise KitsegError(found)
+        scores.append(found)
+        on_done()
+    for number, recipe in enumerate(recipes):
+        by_case = {case.id: found[number] for case, found in zip(search.cases, scores, strict=True)}
+        search.tried[recipe] = Tried(recipe, mean_scores(by_case))
+
+
+def winner(search: Search) -> Tried:
+    """The best that was tried; of equals the one with fewer members, then fewer priors."""
+    return max(search.tried.values(), key=_order)
+
+
+def spare(path: Path) -> None:
+    """Never write over a file that ``write_choice`` didn't write.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if path.exists() and "\nchosen:\n" not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UsageError(f"{path} was not written by `kitseg choose`; give another name with --output")
+
+
+def write_choice(path: Path, search: Search) -> None:
+    """The winner as an ensemble file, with everything that was tried."""
+    best = winner(search)
+    members = [search.members[i].member for i in best.recipe.members]
+    steps = {name: search.priors[name] for name in best.recipe.steps}
+    write_ensemble(path, members, steps, {"dice": _figures(best), "tried": [_row(search, t) for t in ranked(search)]})
+
+
+def ranked(search: Search) -> list[Tried]:
+    """What was tried, the best first."""
+    return sorted(search.tried.values(), key=_order, reverse=True)
+
+
+def describe(search: Search, recipe: Recipe) -> tuple[str, str]:
+    """The members and the priors of a recipe."""
+    return " + ".join(search.members[i].name for i in recipe.members), ", ".join(recipe.steps) or "none"
+
+
+def _order(tried: Tried) -> tuple[float, int, int]:
+    return tried.score, -len(tried.recipe.members), -len(tried.recipe.steps)
+
+
+def _figures(tried: Tried) -> dict[str, float]:
+    return {**{name: round(value, 6) for name, value in tried.dice.items()}, "mean": round(tried.score, 6)}
+
+
+def _row(search: Search, tried: Tried) -> dict[str, Any]:
+    runs, steps = describe(search, tried.recipe)
+    return {"runs": runs, "postprocess": steps, **_figures(tried)}
+
+
+def _validated(run: Run, fold: int | None, mirror: bool) -> Validated | None:
+    """The out-of-fold probabilities of all folds of a run, or of one; None where some are missing or outdated."""
+    split, method = read_split(run.split), config.method_of(config.read(run.config))
+    numbers = range(len(split.folds)) if fold is None else [fold]
+    folders = {case: run.beliefs(n, mirror) for n in numbers for case in split.folds[n].val}
+    for number in numbers:
+        folder = run.beliefs(number, mirror)
+        if not (folder / MANIFEST).exists() or not run.stage(number, list(method.stages)[-1]).done.exists():
+            return None
+        made_by = read_manifest(folder).get("model", {}).get("sha256")
+        if made_by != run_digest(run, [number], method.stages):
+            return None
+    if not all(scan_digest(folder, case) for case, folder in folders.items()):
+        return None
+    steps = {name: spec for name, spec in method.postprocess.items() if spec is not None}
+    return Validated(Member(run.path if fold is None else run.fold(fold), mirror=mirror), folders, steps)
+
+
+def _all_priors(members: Sequence[Validated]) -> dict[str, Any]:
+    """Every prior of every member by name; the same name with other settings gets the run's name behind it."""
+    found: dict[str, Any] = {}
+    for member in members:
+        for name, spec in member.postprocess.items():
+            found.setdefault(name, spec)
+            found.setdefault(_key(found, member, name), spec)
+    return found
+
+
+def _key(priors: Mapping[str, Any], member: Validated, name: str) -> str:
+    return name if priors[name] == member.postprocess[name] else f"{name} ({member.name})"
+
+
+def _first(search: Search) -> Iterator[Recipe]:
+    """Every set of members without any post-processing, and with that of each of its members."""
+    count = len(search.members)
+    sizes = range(1, count + 1) if count <= ALL_SUBSETS_UP_TO else [1, 2, 3, count]
+    for size in sizes:
+        for members in itertools.combinations(range(count), size):
+            for steps in dict.fromkeys([(), *(search.own(member) for member in members)]):
+                yield Recipe(members, steps)
+
+
+def _toggled(steps: Steps, name: str) -> Steps:
+    """The steps without ``name``, or with it at their end."""
+    return tuple(step for step in steps if step != name) if name in steps else (*steps, name)
+
+
+def _try_case(
+    case: Case, members: Sequence[Validated], priors: Mapping[str, Any], convention: str, recipes: Sequence[Recipe]
+) -> list[dict[str, float]] | str:
+    """A case's Dice for each recipe, or in words why there is none."""
+    try:
+        return _dice_of(case, members, priors, convention, recipes)
+    except Exception as error:  # it may come from a worker process, where a traceback says little
+        return in_words(case.id, error)
+
+
+def _dice_of(
+    case: Case, members: Sequence[Validated], priors: Mapping[str, Any], convention: str, recipes: Sequence[Recipe]
+) -> list[dict[str, float]]:
+    if case.label is None:
+        raise UsageError(f"{case.id} has no label to compare with")
+    truth = to_kits19(read_labels(case.label, case.id, convention).array)
+    digest = file_digest(case.image)
+    if old := [member.name for member in members if scan_digest(member.folders[case.id], case.id) != digest]:
+        raise UsageError(f"{case.image} is not what {', '.join(old)} predicted. Call `kitseg validate` for them again.")
+    scan = read_image(case.image, case.id)
+    found: list[dict[str, float]] = []
+    for chosen, group in itertools.groupby(recipes, key=lambda recipe: recipe.members):
+        mean = _mean([read_block(members[i].folders[case.id], case.id) for i in chosen])
+        for recipe in group:
+            steps = build_steps({name: priors[name] for name in recipe.steps})
+            found.append(kits19_scores(clean(mean, scan, steps), truth))
+    return found
+
+
+def _mean(blocks: Sequence[Probabilities]) -> Probabilities:
+    channels = ensemble.common_channels([block.channels for block in blocks])
+    return ensemble.mean((ensemble.convert(block, channels), 1.0) for block in blocks)

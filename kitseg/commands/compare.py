@@ -1,0 +1,195 @@
+"""Two score files, case by case: who is better, by how much, and whether chance explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kitseg.commands.score_files import read_scores
+from kitseg.errors import InputError, UsageError
+from kitseg.runtime.files import write_json
+from kitseg.scoring.compare import FEWEST, Group, Paired, compare_cases
+
+SCHEMA = 1
+FIGURES, PICTURE = "comparison.json", "comparison.png"
+_PLACES = (Path("scores.json"), Path("validation") / "scores.json")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison, from a file of ``kitseg evaluate --json``.
+
+    cases: Dice by case and class; strata: stratum by case and kind; background: cases scored as if nothing was found.
+    """
+
+    path: Path
+    protocol: str
+    convention: str
+    cases: dict[str, dict[str, float]]
+    strata: dict[str, dict[str, str]]
+    background: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides and each group of their cases."""
+
+    a: Side
+    b: Side
+    groups: list[Group]
+
+    @property
+    def tests(self) -> int:
+        """The strata's tests, for whose number their p values are corrected."""
+        return sum(group.holm is not None for group in self.groups)
+
+    def notes(self) -> list[str]:
+        """What isn't compared, and which cases count as background, in lines."""
+        lines = []
+        for name, one, other in (("A", self.a, self.b), ("B", self.b, self.a)):
+            if alone := sorted(one.cases.keys() - other.cases.keys()):
+                lines.append(f"only {name} has {_listed(alone)}: left out")
+            if nothing := sorted(one.background & one.cases.keys() & other.cases.keys()):
+                lines.append(f"in {name}, missing or failed and so scored as background: {_listed(nothing)}")
+        return lines
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compare two score files, or the ones in two folders (``scores.json`` or ``validation/scores.json``).
+
+    Raises:
+        UsageError: both are the same file, by different rules or without a case in common.
+        InputError: one is missing or damaged, or both give a case another stratum.
+    """
+    one, other = _read(a), _read(b)
+    if one.path.resolve() == other.path.resolve():
+        raise UsageError(f"{a} and {b} are the same file: give the scores of two methods")
+    if (one.protocol, one.convention) != (other.protocol, other.convention):
+        rules = [
+            f"{side.path} was scored by {side.protocol} with labels as in {side.convention}" for side in (one, other)
+        ]
+        raise UsageError(f"{' and '.join(rules)}: evaluate both with the same --protocol and --convention")
+    groups = compare_cases(one.cases, other.cases, _strata(one, other))
+    if not groups:
+        raise UsageError(f"{one.path} and {other.path} share no case: evaluate both on the same cases")
+    return Comparison(one, other, groups)
+
+
+def write_figures(path: Path, comparison: Comparison) -> None:
+    """Write every figure as JSON, with the differences of all cases."""
+    a, b = comparison.a, comparison.b
+    content: dict[str, Any] = {"protocol": a.protocol, "convention": a.convention, "a": str(a.path), "b": str(b.path)}
+    content["only_a"] = sorted(a.cases.keys() - b.cases.keys())
+    content["only_b"] = sorted(b.cases.keys() - a.cases.keys())
+    content["background_a"], content["background_b"] = sorted(a.background), sorted(b.background)
+    content["groups"] = [_figures(group) for group in comparison.groups]
+    write_json(path, SCHEMA, content)
+
+
+def sentence(group: Group) -> str:
+    """The outcome for a group in plain words."""
+    name, paired, verdict = f"{group.name} {group.stratum}".strip(), group.paired, group.verdict
+    mean = signed(paired.mean)
+    if paired.low is None or paired.high is None:
+        return f"{name}: too few cases to say ({paired.n}; it takes {FEWEST}); the mean of B − A is {mean}"
+    if verdict in ("A", "B"):
+        sign, count = (1, paired.wins) if verdict == "B" else (-1, paired.losses)
+        low, high = sorted((sign * paired.low, sign * paired.high))
+        facts = f"95 % CI {low:.3f} to {high:.3f}, p {p_words(group.p)}, {count} of {paired.n} cases"
+        return f"{name}: {verdict} is better by {abs(paired.mean):.3f} ({facts})"
+    tally = f"B better in {paired.wins}, A in {paired.losses} of {paired.n} cases"
+    facts = f"95 % CI {interval_words(paired)}, p {p_words(group.p)}, {tally}"
+    if verdict == "none":
+        return f"{name}: no difference shown: the mean of B − A is {mean} ({facts})"
+    return f"{name}: not settled, interval and test disagree: the mean of B − A is {mean} ({facts})"
+
+
+def signed(value: float) -> str:
+    """A difference, such as ``+0.012`` or ``−0.003``."""
+    return f"{value:+.3f}".replace("-", "−") if round(value, 3) else "0.000"
+
+
+def interval_words(paired: Paired) -> str:
+    """The 95 % interval, a dash where there is none."""
+    return "–" if paired.low is None or paired.high is None else f"{signed(paired.low)} to {signed(paired.high)}"
+
+
+def p_words(p: float | None) -> str:
+    """A p value with its sign, such as ``= 0.012`` or ``< 0.001``; a dash where nothing was tested."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
+def _read(path: Path) -> Side:
+    """A score file, or the one in a folder."""
+    found = _resolve(path)
+    return read_scores(found, partial(_side, found))
+
+
+def _side(path: Path, content: Mapping[str, Any]) -> Side:
+    cases = {case: {name: _dice(s["dice"]) for name, s in found.items()} for case, found in content["cases"].items()}
+    strata = {case: {k: str(v) for k, v in kinds.items()} for case, kinds in content.get("strata", {}).items()}
+    background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
+    return Side(path, str(content["protocol"]), str(content["convention"]), cases, strata, background)
+
+
+def _resolve(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise InputError(path, "there is no such file or folder", "Name a file of kitseg evaluate --json.")
+    for place in _PLACES:
+        if (path / place).is_file():
+            return path / place
+    places = " or ".join(str(place) for place in _PLACES)
+    raise InputError(path, f"the folder holds no {places}", "Name a file of kitseg evaluate --json.")
+
+
+def _dice(value: Any) -> float:
+    if isinstance(value, bool) or not 0 <= value <= 1:  # NaN isn't either
+        raise ValueError(f"a Dice of {value}")
+    return float(value)
+
+
+def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:
+    """The strata that either side knows."""
+    both: dict[str, dict[str, str]] = {}
+    for case in a.cases.keys() & b.cases.keys():
+        one, other = a.strata.get(case, {}), b.strata.get(case, {})
+        for kind in one.keys() & other.keys():
+            if one[kind] != other[kind]:
+                problem = f"{case} is of {kind} {other[kind]}, in {a.path} of {one[kind]}"
+                raise InputError(b.path, problem, "Evaluate both against the same references.")
+        both[case] = {**one, **other}
+    return both
+
+
+def _figures(group: Group) -> dict[str, Any]:
+    paired = group.paired
+    interval = None if paired.low is None else [paired.low, paired.high]
+    return {
+        "class": group.name,
+        "kind": group.kind or None,
+        "stratum": group.stratum or None,
+        "n": paired.n,
+        "mean_a": paired.mean_a,
+        "mean_b": paired.mean_b,
+        "difference": paired.mean,
+        "interval_95": interval,
+        "p": paired.p,
+        "p_holm": group.holm,
+        "better": paired.wins,
+        "same": paired.ties,
+        "worse": paired.losses,
+        "verdict": group.verdict,
+        "differences": dict(zip(group.cases, paired.differences.tolist(), strict=True)),
+    }
+
+
+def _listed(cases: Sequence[str], most: int = 10) -> str:
+    more = len(cases) - most
+    return ", ".join(cases[:most]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,98 @@
+"""The whole tool on phantoms, told command by command."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kitseg.commands.score_files import SCHEMA
+from kitseg.errors import KitsegError
+from kitseg.report.page import write_study_page
+from kitseg.report.pictures import case_picture
+from kitseg.runtime.device import versions
+from kitseg.runtime.files import aside, read_json
+from kitseg.volumes.nifti import read_image, read_labels
+
+Say = Callable[[str], None]
+METHOD, SIZE = "two-phase", "tiny"
+RESEARCH_USE = "Phantoms, not patients, and a network trained for minutes: this shows the tool, not a method's worth."
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a demo is."""
+
+    training: int
+    held_out: int
+    matrix: int
+    options: tuple[str, ...]
+
+
+FULL = Scale(12, 3, 128, ())
+QUICK = Scale(3, 1, 64, ("--epochs=1", "--set=size.vnet_width=4", "--set=size.validate_every=1"))
+
+
+def run_demo(out: Path, quick: bool, say: Say) -> None:
+    """Phantoms → check → preprocess → train → infer → ensemble → postprocess → evaluate → pages to look at.
+
+    Raises:
+        KitsegError: a step failed; its own message stands above.
+    """
+    begun, scale = time.perf_counter(), QUICK if quick else FULL
+    out.mkdir(parents=True, exist_ok=True)
+    commands = demo_commands(scale)
+    for command in commands:
+        say(f"\n[bold cyan]$ {shlex.join(['kitseg', *command])}[/]")
+        code = subprocess.run([sys.executable, "-m", "kitseg", *command], cwd=out, check=False).returncode
+        if code:
+            raise KitsegError(f"the demo stopped: `kitseg {command[0]}` ended with exit code {code}. See above.")
+    write_report(out, [shlex.join(["kitseg", *command]) for command in commands], time.perf_counter() - begun)
+    say(f"\nLook at [bold]{out / 'report.html'}[/] and [bold]{out / 'pages' / 'index.html'}[/]. {RESEARCH_USE}")
+
+
+def demo_commands(scale: Scale) -> list[list[str]]:
+    """The commands of the demo, run inside its folder."""
+    run = f"runs/{METHOD}-{SIZE}"
+    which = ["--method", METHOD, "--size", SIZE]
+    phantoms = ["--matrix", str(scale.matrix)]
+    options = [option for option in scale.options if option.startswith("--set")]
+    return [
+        ["phantom", "data", "--cases", str(scale.training), "--seed", "0", *phantoms],
+        ["phantom", "test", "--cases", str(scale.held_out), "--seed", "1", *phantoms],
+        ["check", "data"],
+        ["preprocess", "data", *which, *options],
+        ["train", *which, *scale.options],
+        ["infer", "--run", run, "--data", "test", "-o", "probabilities"],
+        ["ensemble", "probabilities", "-o", "mean"],
+        ["postprocess", "mean", "-o", "predictions"],
+        ["evaluate", "predictions", "test", "--json", "scores.json"],
+        ["report", "predictions", "test", "--scores", "scores.json", "-o", "pages"],
+    ]
+
+
+def write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
+    """Write ``report.png``, a first look, and ``report.html`` of a demo whose commands took so many seconds."""
+    scores = read_json(out / "scores.json", SCHEMA)
+    rows, pictures = [], {}
+    for case, classes in scores["cases"].items():
+        rows.append({"case": case, **{name: score["dice"] for name, score in classes.items()}})
+        pictures[case] = out / "pictures" / f"{case}.png"
+        ct = read_image(out / "test" / case / "imaging.nii.gz", case)
+        truth = read_labels(out / "test" / case / "segmentation.nii.gz", case)
+        found = read_labels(out / "predictions" / f"{case}.nii.gz", case)
+        case_picture(pictures[case], ct, found.array, truth.array, title=f"{case}: reference and prediction")
+    with aside(out / "report.png") as partial:
+        shutil.copyfile(next(iter(pictures.values())), partial)
+    pictures |= {
+        f"Training: {stage}": out / "runs" / f"{METHOD}-{SIZE}" / "fold_0" / stage / "curves.png"
+        for stage in ("coarse", "fine")
+    }
+    mean = {name: score["dice"] for name, score in scores["mean"].items()}
+    facts = {"Seconds": f"{seconds:.0f}", **versions(), "Commands": " · ".join(commands)}
+    write_study_page(out / "report.html", "kitseg demo", rows, mean, pictures, facts, [RESEARCH_USE])

@@ -1,0 +1,206 @@
+"""What the priors of post-processing do to true labels: the range of tumor shapes, and what each prior costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib import delayed
+from numpy.typing import NDArray
+
+from kitseg.components import Components, bounding_box
+from kitseg.errors import InputError, KitsegError, UsageError, in_words
+from kitseg.labels import BACKGROUND, to_kits19
+from kitseg.postprocess.distance import RemoveDistant
+from kitseg.postprocess.intensity import RemoveLowHuTumors
+from kitseg.postprocess.kidneys import KeepKidneys
+from kitseg.postprocess.overlap import KeepTumorInKidney
+from kitseg.postprocess.prior import Prior
+from kitseg.postprocess.shape import MIN_VOXELS, KeepTumorShape, eigenvalue_ratios
+from kitseg.runtime.files import write_json
+from kitseg.runtime.outcomes import in_parallel
+from kitseg.splits import read_split
+from kitseg.types import Box, Geometry, Masks
+from kitseg.volumes.kits import IMAGE, LABEL, find_labels
+from kitseg.volumes.nifti import read_image, read_labels
+
+SCHEMA = 1
+PERCENTILES = (5, 95)
+DECIMALS = 3
+PRIORS: dict[str, Prior] = {"kidneys": KeepKidneys(), "overlap": KeepTumorInKidney(), "distance": RemoveDistant()}
+NEED_CT: dict[str, Prior] = {"dark": RemoveLowHuTumors()}
+
+
+@dataclass(frozen=True)
+class Tumor:
+    """A tumor component of a true label map; ratio: λ₁/λ₂; stays: whether it outlives each prior tried on it."""
+
+    case: str
+    voxels: int
+    ml: float
+    ratio: float
+    stays: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A case's tumors; ``error`` says why where its files can't be used."""
+
+    case: str
+    tumors: Sequence[Tumor] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a prior takes from the tumor components, ml and cases with tumor that it was tried on.
+
+    lost_cases: those that lose all their tumor.
+    """
+
+    prior: str
+    setting: Mapping[str, float]
+    tumors: int
+    ml: float
+    cases: int
+    lost_tumors: int
+    lost_ml: float
+    lost_cases: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The 5th and 95th percentile of the ratios of ``tumors`` tumors, and what every prior costs."""
+
+    low: float
+    high: float
+    tumors: int
+    costs: Sequence[Cost]
+    findings: Sequence[Finding]
+
+
+def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[str, Path]:
+    """The label maps in a folder, KiTS layout or flat, by case; with a split, those of a fold's training cases.
+
+    Raises:
+        InputError: the folder is missing or holds no label maps.
+        UsageError: a split without a fold or the other way round, a fold that isn't there, a case without labels.
+    """
+    labels = find_labels(folder)
+    if split is None and fold is None:
+        return labels
+    if split is None or fold is None:
+        raise UsageError("the training cases of a fold take both --split and --fold")
+    folds = read_split(split).folds
+    if not 0 <= fold < len(folds):
+        raise UsageError(f"{split} has no fold {fold}: {len(folds)} folds, from 0 on")
+    if missing := sorted(set(folds[fold].train) - set(labels)):
+        raise UsageError(f"{folder} has no labels of {', '.join(missing)}, which {split} trains on")
+    return {case: labels[case] for case in folds[fold].train}
+
+
+def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: Callable[[Finding], None]) -> Fit:
+    """The range of the tumors' eigenvalue ratios (components of 10 voxels or more, native grids) and what priors cost.
+
+    A case at a time in each of ``jobs`` processes; ``on_done`` hears of each in their order.
+
+    Raises:
+        KitsegError: no tumor is large enough to have a shape.
+    """
+    tasks = (delayed(find_tumors)(case, path.absolute(), convention) for case, path in labels.items())
+    findings: list[Finding] = []
+    for finding in in_parallel(tasks, jobs):
+        findings.append(finding)
+        on_done(finding)
+    tumors = [tumor for finding in findings for tumor in finding.tumors]
+    ratios = [tumor.ratio for tumor in tumors if tumor.voxels >= MIN_VOXELS]
+    if not ratios:
+        raise KitsegError(
+            f"none of {len(findings)} cases holds a tumor of {MIN_VOXELS} voxels: there is no shape to fit"
+        )
+    low, high = (round(float(value), DECIMALS) for value in np.percentile(ratios, PERCENTILES))
+    return Fit(low, high, len(ratios), _costs(tumors, KeepTumorShape(low, high)), findings)
+
+
+def find_tumors(case: str, path: Path, convention: str) -> Finding:
+    """The tumors of a label map and what priors do to each; never raises for a file that can't be used."""
+    try:
+        labels = read_labels(path, case, convention)
+        box = bounding_box(labels.array != BACKGROUND)
+        if box is None:
+            return Finding(case)
+        array = labels.array[box.slices]
+        masks = Masks.from_labels(to_kits19(array) if convention == "kits23" else array)
+        return Finding(case, _tumors(case, masks, _ct_beside(path, labels.geometry, box), labels.geometry))
+    except Exception as error:  # whatever it is, the other cases go on
+        return Finding(case, error=in_words(path, error))
+
+
+def write_fit(path: Path, fit: Fit) -> None:
+    """Write the range, the costs and every tumor as JSON."""
+    content: dict[str, Any] = {"low": fit.low, "high": fit.high, "percentiles": PERCENTILES, "tumors": fit.tumors}
+    content["priors"] = [asdict(cost) for cost in fit.costs]
+    content["cases"] = {f.case: [asdict(tumor) for tumor in f.tumors] for f in fit.findings if not f.error}
+    content["failed"] = {f.case: f.error for f in fit.findings if f.error}
+    write_json(path, SCHEMA, content)
+
+
+def _ct_beside(path: Path, geometry: Geometry, box: Box) -> NDArray[Any] | None:
+    """The HU in a box where a CT lies beside the labels, as in the KiTS layout."""
+    image = path.with_name(IMAGE)
+    if path.name != LABEL or not image.exists():
+        return None
+    scan = read_image(image, path.parent.name)
+    if not scan.geometry.same_as(geometry, tolerance=0.1):
+        raise InputError(image, f"lies on another grid than {LABEL} (shape or affine)", "Run `kitseg check`.")
+    return scan.array[box.slices]
+
+
+def _tumors(case: str, masks: Masks, hu: NDArray[Any] | None, geometry: Geometry) -> list[Tumor]:
+    found = Components.of(masks.tumor)
+    ratios = eigenvalue_ratios(found)
+    priors = PRIORS if hu is None else {**PRIORS, **NEED_CT}
+    values = np.zeros(masks.tumor.shape, np.int16) if hu is None else hu
+    left = {name: found.total(prior(masks, values, geometry.spacing).tumor) for name, prior in priors.items()}
+    return [
+        Tumor(
+            case,
+            int(found.sizes[number]),
+            float(found.sizes[number] * geometry.voxel_ml),
+            float(ratios[number]),
+            {name: bool(voxels[number]) for name, voxels in left.items()},
+        )
+        for number in range(1, found.sizes.size)
+    ]
+
+
+def _costs(tumors: Sequence[Tumor], fitted: KeepTumorShape) -> list[Cost]:
+    ratios, voxels = np.array([t.ratio for t in tumors]), np.array([t.voxels for t in tumors])
+    costs = [
+        _cost(name, shape, tumors, shape.keeps(ratios, voxels))
+        for name, shape in (("shape", KeepTumorShape()), ("shape, fitted", fitted))
+    ]
+    for name, prior in {**PRIORS, **NEED_CT}.items():
+        tried = [tumor for tumor in tumors if name in tumor.stays]
+        if tried:
+            costs.append(_cost(name, prior, tried, [tumor.stays[name] for tumor in tried]))
+    return costs
+
+
+def _cost(name: str, prior: Any, tumors: Sequence[Tumor], stays: Sequence[bool] | NDArray[np.bool_]) -> Cost:
+    kept = [tumor for tumor, stay in zip(tumors, stays, strict=True) if stay]
+    lost = [tumor for tumor, stay in zip(tumors, stays, strict=True) if not stay]
+    cases = {tumor.case for tumor in tumors}
+    return Cost(
+        prior=name,
+        setting=asdict(prior),
+        tumors=len(tumors),
+        ml=sum(tumor.ml for tumor in tumors),
+        cases=len(cases),
+        lost_tumors=len(lost),
+        lost_ml=sum(tumor.ml for tumor in lost),
+        lost_cases=len(cases - {tumor.case for tumor in kept}),
+    )

@@ -1,0 +1,162 @@
+"""Probabilities on disk: a run's, and the mean of several folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kitseg import config, ensemble
+from kitseg.commands.postprocess import nothing_found
+from kitseg.config import Method, Source
+from kitseg.errors import KitsegError, UsageError
+from kitseg.models.members import describe, origin
+from kitseg.models.memory import Limit, slab_within
+from kitseg.models.model import Model
+from kitseg.runtime.device import versions
+from kitseg.runtime.files import file_digest
+from kitseg.runtime.locks import claimed
+from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
+from kitseg.runtime.provenance import spare_foreign
+from kitseg.runtime.sharding import Share
+from kitseg.runtime.workers import Say
+from kitseg.types import Case, Probabilities
+from kitseg.volumes.blocks import (
+    BLOCK,
+    MANIFEST,
+    block_cases,
+    block_digest,
+    claim_manifest,
+    is_unchanged,
+    read_block,
+    read_manifest,
+    scan_of,
+    write_block,
+)
+from kitseg.volumes.nifti import read_image
+from kitseg.volumes.scan import scan_geometry
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Probabilities of scans into a folder: a model's checkpoints and folds averaged. Work for one process or several.
+
+    open_model: opens the model, in the process that works with it; stage: the ``stage[.head]`` whose own output is
+    wanted, the method's where it is None; max_memory: a scan that may need more bytes fails before it is read;
+    postprocess: the steps that will clean them, the method's where it is None.
+    """
+
+    open_model: Callable[[], Model]
+    stage: str | None
+    to: Path
+    max_memory: int | None = None
+    postprocess: Mapping[str, Any] | None = None
+
+    def __call__(self, scans: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
+        """Infer these scans, which are a share of all; what is done and unchanged stays.
+
+        Raises:
+            UsageError: the folder holds probabilities of something else, a file of another origin is in the way, or a
+                scan has the manifest's name. KitsegError: somebody writes there.
+        """
+        if taken := next((scan for scan in scans if f"{scan.id}.json" == MANIFEST), None):
+            raise UsageError(f"{taken.image}: {MANIFEST} beside the probabilities is not a scan's. Rename the scan")
+        for scan in scans:
+            spare_foreign(self.to / f"{scan.id}.json", BLOCK)
+        model = self.open_model()
+        say(describe(model))
+        with claimed(self.to, "probabilities", share.part):
+            return self._infer(model, scans, on_done)
+
+    def _infer(self, model: Model, scans: Sequence[Case], on_done: OnDone) -> list[Outcome]:
+        channels, limit = output_channels(model.method, self.stage), Limit(self.max_memory, (model,))
+        claim_manifest(self.to, manifest_of(model, self.stage, channels, self.postprocess))
+        images = {scan.id: scan for scan in scans}
+
+        def work(case: str) -> Outcome:
+            image, result = images[case].image, self.to / f"{case}.npy"
+            if is_unchanged(self.to, case, digest := file_digest(image)):
+                return Outcome(case, note=UNCHANGED, result=result)
+            limit.check(scan_geometry(images[case]), case)
+            scan = read_image(image, case)
+            probabilities = ensemble.mean((member, 1.0) for member in model.predict(scan, channels))
+            write_block(self.to, probabilities, image, digest)
+            return Outcome(case, note=nothing_found(probabilities), result=result)
+
+        return each(list(images), work, on_done)
+
+
+def average(
+    folders: Sequence[Path], weights: Sequence[float], to: Path, on_done: OnDone, max_memory: int | None = None
+) -> list[Outcome]:
+    """The weighted mean of folders of probabilities, case by case, in slabs that keep within ``max_memory`` bytes.
+
+    Raises:
+        UsageError: the folders hold different cases or channels, the weights don't fit, or a file of another origin is
+            in the way.
+    """
+    if len(weights) != len(folders) or not ensemble.can_weigh(weights):
+        raise UsageError(f"{len(folders)} folders need as many weights that aren't negative, not {list(weights)}")
+    if to.resolve() in [folder.resolve() for folder in folders]:
+        raise UsageError(f"{to} is one of the folders to average; choose another one for the mean")
+    cases = block_cases(folders[0])
+    for folder in folders[1:]:
+        if odd := sorted(set(cases) ^ set(block_cases(folder))):
+            raise UsageError(f"{folders[0]} and {folder} don't hold the same cases: {', '.join(odd)}")
+    for case in cases:
+        spare_foreign(to / f"{case}.json", BLOCK)
+    manifests = [read_manifest(folder) for folder in folders]
+    try:
+        channels = ensemble.common_channels([tuple(manifest["channels"]) for manifest in manifests])
+    except ValueError as error:
+        raise UsageError(f"the folders hold different channels: {error}") from error
+    members = [
+        {"folder": str(f), "weight": w, "model": m["model"]}
+        for f, w, m in zip(folders, weights, manifests, strict=True)
+    ]
+    manifest = {**manifests[0], "channels": list(channels), "members": members}
+
+    def work(case: str) -> Outcome:
+        (scan, digest), result = scan_of(folders[0], case), to / f"{case}.npy"
+        if any(scan_of(folder, case)[1] != digest for folder in folders[1:]):
+            raise KitsegError(f"{case}: the folders were inferred from different scans. Infer them again.")
+        made_from = [block_digest(folder, case) for folder in folders]
+        if is_unchanged(to, case, digest, made_from):
+            return Outcome(case, note=UNCHANGED, result=result)
+
+        def weighed() -> Iterator[tuple[Probabilities, float]]:
+            blocks = (read_block(folder, case) for folder in folders)
+            return zip((ensemble.convert(block, channels) for block in blocks), weights, strict=True)
+
+        mean = ensemble.mean_in_slabs(weighed, slab_within(max_memory, [block for block, _ in weighed()], case))
+        write_block(to, mean, scan, digest, made_from)
+        return Outcome(case, result=result)
+
+    with claimed(to, "probabilities"):
+        claim_manifest(to, manifest)
+        return each(cases, work, on_done)
+
+
+def output_channels(method: Method, stage: str | None) -> dict[str, Source]:
+    """The channels of a stage's head, or the method's own output."""
+    if stage is None:
+        return dict(method.outputs)
+    spec, head = config.head_of(stage, method.stages)
+    return {channel: Source(spec.name, head, channel) for channel in spec.channels}
+
+
+def manifest_of(
+    model: Model, stage: str | None, channels: Mapping[str, Source], postprocess: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What made a folder of probabilities, and what post-processing they expect: the method's where it is None."""
+    steps = model.method.postprocess if postprocess is None else postprocess
+    return {
+        "channels": list(channels),
+        "method": model.method.name,
+        "stage": stage,
+        "model": origin(model),
+        # the priors look at the kidneys, so they can't judge an output without them
+        "postprocess": steps if {"kidney", "foreground"} & set(channels) else {},
+        "versions": versions(),
+    }

@@ -1,0 +1,159 @@
+"""Label maps measured, and their surfaces as STL files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kitseg.errors import InputError, UsageError
+from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
+from kitseg.measure.findings import Findings, Kidney, Lesion
+from kitseg.measure.measure import measure
+from kitseg.measure.mesh import stl, surface, volume
+from kitseg.runtime import files
+from kitseg.runtime.outcomes import without_paths
+from kitseg.runtime.resume import Work
+from kitseg.types import Case
+from kitseg.volumes.kits import find_labels
+from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.scan import check_grid, read_scan, scans_of_labels
+
+SCHEMA = 1
+DECIMALS = 3
+#: What a mesh can be of: label ids.
+PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUMOR,), "cyst": (CYST,)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A label map to measure, with its CT where there is one."""
+
+    case: str
+    labels: Path
+    scan: Case | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case's findings; ``error`` says why there are none."""
+
+    case: str
+    findings: Findings = field(default_factory=lambda: Findings((), ()))
+    error: str = ""
+
+    @property
+    def note(self) -> str:
+        """Why there is nothing to list; empty where there is something."""
+        empty = not (self.findings.kidneys or self.findings.lesions)
+        return self.error or ("nothing found" if empty else "")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A surface that was written: its triangles, and the volume in it."""
+
+    triangles: int
+    ml: float
+
+
+def plan(labels: Path, ct: Path | None) -> list[Task]:
+    """A label map, or those in a folder, each with the scan of the same name.
+
+    With one label map and one NIfTI scan, names don't matter.
+
+    Raises:
+        InputError: a path is missing or holds nothing of the kind.
+        UsageError: two files of one name, or no scan of a case.
+    """
+    maps = find_labels(labels)
+    scans = scans_of_labels([ct] if ct else [])
+    if len(maps) == len(scans) == 1 and not any(scan.slices for scan in scans.values()):
+        scans = dict(zip(maps, scans.values(), strict=True))
+    if ct and (missing := sorted(maps.keys() - scans.keys())):
+        raise UsageError(f"{ct} holds no scan of {', '.join(missing[:5])}: add it, or measure without --ct")
+    return [Task(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
+
+
+def works(tasks: Sequence[Task], convention: str) -> list[Work[Measured]]:
+    """What there is to do of each case; a failed one is an error."""
+    return [
+        Work(task.case, (task.labels, *(task.scan.files if task.scan else ())), partial(measure_case, task, convention))
+        for task in tasks
+    ]
+
+
+def measure_case(task: Task, convention: str) -> Measured:
+    """Measure a case; never raises for a file that can't be used."""
+    try:
+        labels = read_labels(task.labels, task.case, convention)
+        scan = read_scan(task.scan) if task.scan else None
+        if scan:
+            check_grid(task.labels, labels.geometry, scan.geometry)
+        return Measured(task.case, measure(labels.array, labels.geometry, scan.array if scan else None))
+    except Exception as error:  # whatever it is, the other cases go on
+        paths = [task.labels, *([task.scan.image] if task.scan else [])]
+        return Measured(task.case, error=without_paths(task.case, error, paths, task.scan))
+
+
+def write_findings(path: Path, results: Sequence[Measured], convention: str) -> None:
+    """Write the findings of every case as JSON, rounded to 0.001."""
+    cases = {result.case: _rounded(asdict(result.findings)) for result in results if not result.error}
+    failed = {result.case: result.error for result in results if result.error}
+    files.write_json(path, SCHEMA, {"convention": convention, "cases": cases, "failed": failed})
+
+
+def write_table(path: Path, results: Sequence[Measured]) -> None:
+    """Write a CSV row for each kidney and each lesion of every case; ``kind`` says which.
+
+    A case without any has a row whose note says so, or why it can't be measured.
+    """
+    kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
+    columns = list(dict.fromkeys(["case", "kind", "side", *kept, "note"]))
+    rows = (row for result in results for row in _rows(result))
+    files.write_table(path, columns, ({key: row[key] for key in columns if key in row} for row in rows))
+
+
+def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
+    """Write the surface of a part of a label map (``PARTS``) as STL, in mm, in the patient's space (RAS+).
+
+    Raises:
+        InputError: the label map can't be read or doesn't hold that part.
+        UsageError: there is no such part, or the output's name doesn't end in .stl.
+    """
+    if part not in PARTS:
+        raise UsageError(f"there is no part '{part}'; there are {', '.join(PARTS)}")
+    if to.suffix.lower() != ".stl":
+        raise UsageError(f"{to}: the mesh is an STL file; give a name that ends in .stl")
+    segmentation = read_labels(labels, labels.name, convention)
+    mask = np.isin(segmentation.array, PARTS[part])
+    if not mask.any():
+        what = (
+            "is all background" if not (segmentation.array != BACKGROUND).any() else f"holds no {part} by {convention}"
+        )
+        raise InputError(labels, what, "There is nothing to make a mesh of")
+    vertices, faces = surface(mask, segmentation.geometry)
+    with files.aside(to) as partial:
+        partial.write_bytes(stl(vertices, faces))
+    return Mesh(len(faces), volume(vertices, faces) / 1000)
+
+
+def _rows(result: Measured) -> Iterator[dict[str, Any]]:
+    if result.note:
+        yield {"case": result.case, "note": result.note}
+    for kidney in result.findings.kidneys:
+        yield {"case": result.case, "kind": "kidney", **_rounded(asdict(kidney))}
+    for lesion in result.findings.lesions:
+        yield {"case": result.case, **_rounded(asdict(lesion))}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, DECIMALS)
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value

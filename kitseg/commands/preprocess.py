@@ -1,0 +1,104 @@
+"""Cases onto the grids that a method needs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from joblib import delayed
+
+from kitseg.config import Method
+from kitseg.errors import KitsegError, in_words
+from kitseg.measure.phase import contrast
+from kitseg.runtime.locks import claimed
+from kitseg.runtime.outcomes import in_parallel
+from kitseg.types import Case, Grid
+from kitseg.volumes.store import CaseFiles, is_fresh, store_bytes, store_case
+
+HOURS = 4 * 3600.0  # seconds that another fold, or another call, may take to preprocess
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of a case on one grid: ``done``, ``unchanged`` or, with ``error`` set, ``failed``."""
+
+    case: str
+    grid: str
+    state: str
+    error: str = ""
+
+
+def method_grids(method: Method) -> list[Grid]:
+    """The grids of a method's stages, each once, however values return from it."""
+    return list({str(stage.grid): stage.grid for stage in method.stages.values()}.values())
+
+
+def preprocess(
+    cases: Sequence[Case],
+    grids: Sequence[Grid],
+    to: Path,
+    convention: str,
+    jobs: int,
+    on_done: Callable[[Stored], None],
+    part: str = "",
+) -> list[Stored]:
+    """Store every case on every grid, in parallel; a broken case doesn't stop the others.
+
+    The folder is claimed where there is something to do, as for a broken case there always is; what another process,
+    such as that of another fold, has done there meanwhile is left as it is. part: of the work, such as ``2/8``.
+
+    Raises:
+        KitsegError: the disk is too small, a worker was killed, or another process is busy there for hours.
+    """
+    to = to.absolute()  # worker processes may stand in another folder
+    outcomes, stale = [], []
+    for case in cases:
+        files = CaseFiles(case, convention, contrast)
+        if all(is_fresh(files, to / str(grid) / case.id, grid) for grid in grids):
+            outcomes += [Stored(case.id, str(grid), "unchanged") for grid in grids]
+        else:
+            stale.append(case)
+    for outcome in outcomes:
+        on_done(outcome)
+    if stale:
+        tasks = (delayed(_store)(case, grids, to, convention) for case in stale)
+        with claimed(to, "preprocessed cases", part, wait=HOURS):
+            _check_disk(stale, grids, to)
+            for outcome in chain.from_iterable(in_parallel(tasks, jobs, ordered=False)):
+                outcomes.append(outcome)
+                on_done(outcome)
+    return sorted(outcomes, key=lambda o: (o.case, o.grid))
+
+
+def disk_needed(cases: Iterable[Case], grids: Sequence[Grid]) -> int:
+    """Bytes that the stores of all cases take, from their headers; unreadable cases count nothing."""
+    total = 0
+    for case in cases:
+        try:
+            total += sum(store_bytes(case, grid) for grid in grids)
+        except KitsegError:
+            continue
+    return total
+
+
+def _check_disk(cases: Sequence[Case], grids: Sequence[Grid], to: Path) -> None:
+    there = next(folder for folder in (to.absolute(), *to.absolute().parents) if folder.exists())
+    missing = [case for case in cases if not all((to / str(g) / case.id / "meta.json").exists() for g in grids)]
+    needed, free = disk_needed(missing, grids), shutil.disk_usage(there).free
+    if needed > free:
+        raise KitsegError(f"{to}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Free some space.")
+
+
+def _store(case: Case, grids: Sequence[Grid], to: Path, convention: str) -> list[Stored]:
+    """A case on every grid, its files read once."""
+    files, outcomes = CaseFiles(case, convention, contrast), []
+    for grid in grids:
+        try:
+            state = "done" if store_case(files, to / str(grid) / case.id, grid) else "unchanged"
+            outcomes.append(Stored(case.id, str(grid), state))
+        except Exception as error:  # whatever it is, the other cases go on
+            outcomes.append(Stored(case.id, str(grid), "failed", in_words(case.image, error)))
+    return outcomes

@@ -1,0 +1,205 @@
+"""Pages to look at: one a case, and one about all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg import __version__
+from kitseg.errors import UsageError
+from kitseg.measure.measure import measure
+from kitseg.measure.quality import LEVELS, Flag, Quality, assess
+from kitseg.report.case_page import CaseContent, write_case_page
+from kitseg.report.html import INDEX, page_name, spare_foreign
+from kitseg.report.scores import ScoreTable, StudyScores
+from kitseg.report.slices import Scene
+from kitseg.report.study_page import CaseRow, thumbnail, write_study
+from kitseg.runtime.files import file_digest
+from kitseg.runtime.outcomes import without_paths
+from kitseg.runtime.resume import Work
+from kitseg.types import Case, Geometry, Volume
+from kitseg.volumes.kits import find_labels
+from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.scan import check_grid, read_scan, scan_digest, scans_of_labels
+
+_CONVENTION = "kits23"  # cysts may be there or not
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case to make a page of: its labels, its scan where there is one, its scores."""
+
+    case: str
+    labels: Path
+    scan: Case | None
+    scores: ScoreTable
+    to: Path
+
+    @property
+    def told(self) -> Path:
+        """The file beside the labels in which ``kitseg predict`` says how they came about; other tools write none."""
+        return self.labels.with_name(self.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def plan(predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path) -> list[Task]:
+    """The cases that there are label maps of, each with the scan of the same name.
+
+    Raises:
+        InputError: a path is missing or holds nothing of the kind.
+        UsageError: two files of one name, scans of none of the cases, or pages of another origin in the way.
+    """
+    labels, scans = find_labels(predictions), scans_of_labels(data)
+    if data and not labels.keys() & scans.keys():
+        raise UsageError(f"{', '.join(map(str, data))} holds no scan of {', '.join(sorted(labels)[:3])}")
+    if scores.cases and not labels.keys() & scores.cases.keys():
+        raise UsageError(f"the scores are of other cases ({', '.join(sorted(scores.cases)[:3])}) than {predictions}")
+    spare_foreign(to / INDEX)
+    for case in labels:
+        spare_foreign(to / page_name(case))
+    return [
+        Task(case, path.absolute(), scans.get(case), scores.cases.get(case, {}), to.absolute())
+        for case, path in sorted(labels.items())
+    ]
+
+
+def works(tasks: Sequence[Task]) -> list[Work[CaseRow]]:
+    """The work of making each case's page; one that fails is a row with an error."""
+    return [
+        Work(
+            task.case,
+            (task.labels, task.told, *(task.scan.files if task.scan else ())),
+            partial(make_page, task),
+            task.to / page_name(task.case),
+        )
+        for task in tasks
+    ]
+
+
+def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores) -> None:
+    """Write the study's page, ``index.html``; a row a case."""
+    facts = {"Cases": str(len(rows)), **_page_facts()}
+    write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, facts)
+
+
+def make_page(task: Task) -> CaseRow:
+    """Write a case's page; its row of the study."""
+    try:
+        return _make_page(task)
+    except Exception as error:  # whatever it is, the other cases go on
+        paths = [task.labels, task.to, *([task.scan.image] if task.scan else [])]
+        return CaseRow(task.case, error=without_paths(task.case, error, paths, task.scan), scores=task.scores)
+
+
+def _make_page(task: Task) -> CaseRow:
+    labels = read_labels(task.labels, task.case, _CONVENTION)
+    scan = read_scan(task.scan) if task.scan else None
+    if scan:
+        check_grid(task.labels, labels.geometry, scan.geometry)
+    reference = _reference(task, labels)
+    scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference)
+    findings = measure(scene.labels, scene.geometry, scene.hu)
+    told = _told(task, scene.geometry)
+    quality = told.quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
+    content = CaseContent(task.case, scene, findings, quality, task.scores, told.facts, told.notes)
+    write_case_page(task.to / page_name(task.case), content)
+    return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
+
+
+def _reference(task: Task, labels: Volume) -> NDArray[np.uint8] | None:
+    """The case's reference label map, unless it is the very file that the page is about."""
+    path = task.scan.label if task.scan else None
+    if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
+        return None
+    truth = read_labels(path, task.case, _CONVENTION)
+    check_grid(path, truth.geometry, labels.geometry)
+    return truth.array
+
+
+@dataclass(frozen=True)
+class _Told:
+    """How labels came about: the flags that they came with, facts by name, and what the reader must know of that."""
+
+    quality: Quality | None
+    facts: Mapping[str, str]
+    notes: Sequence[str]
+
+
+def _told(task: Task, geometry: Geometry) -> _Told:
+    """What is told by the file beside a label map, where there is one."""
+    path = task.told
+    digest, scan = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
+    if not path.exists():
+        unknown = "The labels came without a file that says how they were made."
+        return _Told(None, _facts(task, geometry, {}, digest, scan), [unknown])
+    try:
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        quality = _quality_in(origin, digest)
+        return _Told(quality, _facts(task, geometry, origin, digest, scan), _notes(origin, digest, scan))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        unusable = f"{path.name} beside the labels can't be used, so that it isn't known how they were made."
+        return _Told(None, _facts(task, geometry, {}, digest, scan), [unusable])
+
+
+def _quality_in(origin: Mapping[str, Any], digest: str) -> Quality | None:
+    """The flags that a prediction came with, as long as its labels are still the same."""
+    found = origin.get("quality")
+    if not found or origin.get("labels_sha256", digest) != digest:
+        return None
+    if any(flag["level"] not in LEVELS for flag in found["flags"]):
+        raise ValueError("a flag of no level")
+    return Quality(tuple(Flag(str(f["name"]), f["level"], str(f["reason"])) for f in found["flags"]), found["phase"])
+
+
+def _notes(origin: Mapping[str, Any], digest: str, scan: str | None) -> list[str]:
+    """What the reader must know of a prediction."""
+    notes = [f"{origin['note'][:1].upper()}{origin['note'][1:]}."] if origin.get("note") else []
+    if origin.get("labels_sha256", digest) != digest:
+        notes.append("The labels were changed since they were predicted; the flags are about what they are now.")
+    if scan and origin.get("scan_sha256") not in (None, scan):
+        notes.append("The scan on this page is not the file that the labels were predicted from.")
+    return notes
+
+
+def _facts(task: Task, geometry: Geometry, origin: Mapping[str, Any], digest: str, scan: str | None) -> dict[str, str]:
+    """How the labels came about, by name."""
+    facts = {}
+    scan = scan or origin.get("scan_sha256")
+    if scan:
+        own = "" if task.scan is None else task.scan.id if task.scan.slices else task.scan.image.name
+        facts["Scan"] = f"{origin.get('scan') or own}\nsha256 {scan}"
+    depth, height, width = geometry.shape
+    down, along, across = geometry.spacing
+    facts["Grid"] = f"{width} × {height} × {depth} voxels of {across:.3g} × {along:.3g} × {down:.3g} mm"
+    facts["Labels"] = f"{task.labels.name}\nsha256 {digest}"
+    for number, model in enumerate(origin.get("models", []), 1):
+        facts[f"Model {number}"] = _model(model)
+    if origin:
+        facts["Predicted with"] = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return {**facts, **_page_facts()}
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    """A model in words: name, folds, weight, configuration and version."""
+    parts = [Path(model["path"]).name]
+    if model.get("folds"):
+        parts.append(f"folds {', '.join(map(str, model['folds']))}")
+    parts += [str(model["engine"])] if model.get("engine") else []
+    parts += ["mirrored too"] if model.get("mirror") else []
+    parts += [f"weight {model['weight']:g}"] if "weight" in model else []
+    parts += [f"trained with kitseg {model['trained_with']}"] if model.get("trained_with") else []
+    parts += ["trained on phantoms"] if model.get("phantom") else []
+    return f"{', '.join(parts)}\nsha256 of configuration and weights {model['sha256']}"
+
+
+def _page_facts() -> dict[str, str]:
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"Page made": f"{now} with kitseg {__version__}"}

@@ -1,0 +1,101 @@
+"""Scores on disk: one JSON file for programs, one table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kitseg.commands.evaluate import Rules, Score, groups, notes
+from kitseg.errors import InputError
+from kitseg.runtime import files
+from kitseg.scoring.detection import tally
+from kitseg.scoring.summary import Summary, summarize
+
+SCHEMA = 1
+_REMEDY = "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`."
+
+View = TypeVar("View")
+
+
+def summary(scores: Sequence[Score]) -> dict[str, dict[str, Summary]]:
+    """Each class's figures over the scored cases."""
+    return summarize([score.classes for score in scores if score.classes])
+
+
+def challenge_score(summaries: Mapping[str, Mapping[str, Summary]]) -> dict[str, float]:
+    """What the challenge ranks by: mean Dice, and where it has it mean surface Dice, over cases and classes."""
+    found = {}
+    for figure in ("dice", "surface_dice"):
+        means = [figures[figure].mean for figures in summaries.values() if figure in figures]
+        values = [mean for mean in means if mean is not None]
+        if values:
+            found[figure] = sum(values) / len(values)
+    return found
+
+
+def write_scores(
+    path: Path,
+    scores: Sequence[Score],
+    rules: Rules,
+    folds: Mapping[str, int] | None = None,
+    unscored: Sequence[str] = (),
+) -> None:
+    """Write the scores as JSON; ``folds``: in which fold each case was validated; ``unscored``: see ``find_jobs``."""
+    summaries = summary(scores)
+    content: dict[str, Any] = {"protocol": rules.protocol.name, "convention": rules.convention}
+    content["cases"] = {score.case: score.classes for score in scores if score.classes}
+    content["mean"] = _each(summaries, lambda s: s.mean)
+    content["median"] = _each(summaries, lambda s: s.median)
+    content["ci95"] = _each(summaries, lambda s: None if s.low is None else [s.low, s.high])
+    content["undefined"] = _each(summaries, lambda s: s.undefined)
+    content["score"] = challenge_score(summaries)
+    content["detection"] = _detection(scores)
+    content["strata"] = {s.case: dict(s.strata) for s in scores if s.strata}
+    content["folds"] = dict(folds or {})
+    content["groups"] = [{**asdict(group), "dice": dict(group.dice)} for group in groups(scores, folds or {})]
+    content["missing"] = [score.case for score in scores if score.missing]
+    content["failed"] = {score.case: score.error for score in scores if score.error}
+    content["notes"] = notes(scores, rules, unscored)
+    files.write_json(path, SCHEMA, content)
+
+
+def read_scores(path: Path, view: Callable[[Mapping[str, Any]], View]) -> View:
+    """What a view finds in the JSON that ``write_scores`` wrote.
+
+    Raises:
+        InputError: missing, damaged, of another schema, or without what the view looks for.
+    """
+    try:
+        return view(files.read_json(path, SCHEMA))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(path, f"is no score file ({type(error).__name__}: {error})", _REMEDY) from error
+
+
+def write_table(path: Path, scores: Sequence[Score]) -> None:
+    """Write the scores as CSV: a row for each case and class; a figure that isn't defined is empty."""
+    rows = [
+        {"case": score.case, "class": name, **figures, "note": score.error or ("missing" if score.missing else "")}
+        for score in scores
+        for name, figures in score.classes.items()
+    ]
+    rows += [{"case": score.case, "note": score.error} for score in scores if not score.classes]
+    columns = dict.fromkeys(["case", "class", *(key for row in rows for key in row)])
+    files.write_table(path, columns, rows)
+
+
+def _each(summaries: Mapping[str, Mapping[str, Summary]], what: Any) -> dict[str, dict[str, Any]]:
+    return {name: {figure: what(summary) for figure, summary in figures.items()} for name, figures in summaries.items()}
+
+
+def _detection(scores: Sequence[Score]) -> dict[str, Any]:
+    """How many tumors were found, in all and by size, and each tumor of each case."""
+    known = {score.case: score.detection for score in scores if score.detection}
+    if not known:
+        return {}
+    tallies = {
+        size: {**asdict(count), "recall": count.recall, "precision": count.precision}
+        for size, count in tally(known.values()).items()
+    }
+    return {"sizes": tallies, "cases": {case: asdict(detection) for case, detection in known.items()}}

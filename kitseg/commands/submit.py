@@ -1,0 +1,216 @@
+"""KiTS19's submission: a zip of checked label maps, ``prediction_00210.nii.gz`` and so on."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.errors import InputError, UsageError
+from kitseg.labels import CONVENTIONS, CYST
+from kitseg.runtime.files import aside, file_digest
+from kitseg.types import Geometry, Volume
+from kitseg.volumes import nifti
+from kitseg.volumes.kits import IMAGE, case_name, case_number, find_cases, find_labels
+
+_NAMES = CONVENTIONS["kits19"]
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that the same labels make the same zip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A required case: its prediction, the scan's lattice as it lies on disk, and what is wrong.
+
+    as_is: the file itself can go into the zip; empty: nothing is labelled; digest: of the file that was checked.
+    """
+
+    number: int
+    path: Path | None = None
+    scan: Geometry | None = None
+    problems: tuple[str, ...] = ()
+    as_is: bool = False
+    empty: bool = False
+    digest: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the challenge calls the file."""
+        return f"prediction_{self.number:05d}.nii.gz"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The required cases in their order, and the predictions that aren't asked for."""
+
+    entries: list[Entry]
+    extra: list[str]
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that is wrong, a line each."""
+        return [problem for entry in self.entries for problem in entry.problems]
+
+    @property
+    def sound(self) -> int:
+        """How many of the required cases have no problem."""
+        return sum(not entry.problems for entry in self.entries)
+
+    @property
+    def empty(self) -> list[str]:
+        """The cases whose prediction is all background."""
+        return [case_name(entry.number) for entry in self.entries if entry.empty]
+
+
+def check_output(output: Path) -> None:
+    """Refuse a name that no zip can have.
+
+    Raises:
+        UsageError: it doesn't end in .zip, or is a folder.
+    """
+    if output.suffix.lower() != ".zip" or output.is_dir():
+        raise UsageError(f"{output}: the submission is one zip file; give a name such as kits19.zip")
+
+
+def check(predictions: Path, data: Path, numbers: Sequence[int], done: Callable[[], None] | None = None) -> Submission:
+    """Check the prediction of every required case, by KiTS number, against its scan; ``done`` is called after each.
+
+    Reads one label map at a time, and of the scans the headers alone.
+
+    Raises:
+        UsageError: two files are of the same case.
+        InputError: a folder is missing or holds nothing of the kind.
+    """
+    labels, scans = find_labels(predictions), _scans(data)
+    entries = []
+    for number in numbers:
+        entries.append(_entry(number, labels.get(case_name(number)), scans.get(number), predictions, data))
+        if done:
+            done()
+    wanted = {case_name(number) for number in numbers}
+    return Submission(entries, sorted(labels.keys() - wanted))
+
+
+def write(output: Path, submission: Submission, done: Callable[[], None] | None = None) -> None:
+    """Write the zip, whole or not at all; ``done`` is called after each case.
+
+    A prediction that is right as it is goes in byte by byte; another one as uint8 on the scan's own lattice.
+
+    Raises:
+        ValueError: the submission has problems.
+        InputError: a prediction has changed since it was checked.
+        KitsegError: the zip can't be written.
+    """
+    check_output(output)
+    if submission.problems:
+        raise ValueError(f"{len(submission.problems)} problems are in the way")
+    with aside(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for entry in submission.entries:
+            info = zipfile.ZipInfo(entry.name, _EPOCH)
+            info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every system
+            archive.writestr(info, _content(entry))
+            if done:
+                done()
+
+
+def _scans(data: Path) -> dict[int, Path]:
+    """The scans by KiTS number."""
+    found: dict[int, Path] = {}
+    for case in find_cases(data):
+        number = case_number(case.id)
+        if number is not None and found.setdefault(number, case.image) != case.image:
+            raise UsageError(f"{found[number]} and {case.image} are both scans of {case_name(number)}. Remove one")
+    return found
+
+
+def _entry(number: int, path: Path | None, scan: Path | None, predictions: Path, data: Path) -> Entry:
+    case, missing = case_name(number), []
+    if path is None:
+        remedy = "Predict it too, or say with --cases what is to be submitted"
+        missing.append(f"{case}: {predictions} has no prediction of it. {remedy}")
+    if scan is None:
+        remedy = f"Fetch it: kitseg download kits19 --to {data} --cases {number}"
+        missing.append(f"{case}: there is no scan to check against, {data / case / IMAGE}. {remedy}")
+    if path is None or scan is None:
+        return Entry(number, path, problems=tuple(missing))
+    return _checked(number, path, scan)
+
+
+def _checked(number: int, path: Path, scan: Path) -> Entry:
+    case, problems = case_name(number), list[str]()
+    grid: Geometry | None = None
+    stored: Geometry | None = None
+    labels: Volume | None = None
+    digest = ""
+    with _noting(problems):
+        grid = nifti.read_geometry(scan)
+    with _noting(problems):
+        digest = file_digest(path)
+        stored = nifti.read_geometry(path)
+    if grid and stored:
+        problems += _grid_problems(path, stored, scan, grid)
+    if stored:
+        with _noting(problems):
+            labels = nifti.read_labels(path, case, None)
+    if labels:
+        problems += _value_problems(path, labels.array)
+    named = tuple(f"{case}: {problem}" for problem in problems)
+    as_is = not problems and stored is not None and grid is not None and _is_right(path, stored, grid)
+    return Entry(number, path, grid, named, as_is, labels is not None and not labels.array.any(), digest)
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Note a file that can't be used and go on."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
+
+
+def _grid_problems(path: Path, stored: Geometry, scan: Path, grid: Geometry) -> list[str]:
+    """Whether labels and scan have the same voxels, whatever the order in which their files hold the axes."""
+    here, there = nifti.canonical_geometry(stored), nifti.canonical_geometry(grid)
+    if here.same_as(there):
+        return []
+    if here.shape != there.shape:
+        problem = f"its shape is {stored.shape}, the scan's {grid.shape}"
+    else:
+        problem = f"its affine differs from the scan's by up to {np.abs(here.affine - there.affine).max():.3g} mm"
+    return [str(InputError(path, problem, f"Save it with the shape and affine of {scan}"))]
+
+
+def _value_problems(path: Path, labels: NDArray[np.uint8]) -> list[str]:
+    strange = sorted({int(value) for plane in labels for value in np.unique(plane)} - set(_NAMES))
+    if not strange:
+        return []
+    remedy = f"KiTS19 has {', '.join(f'{value} {name}' for value, name in _NAMES.items())}"
+    if CYST in strange:
+        remedy += f"; a cyst ({CYST} in KiTS23) is kidney there: make it 1"
+    word = "label" if len(strange) == 1 else "labels"
+    return [str(InputError(path, f"it holds the {word} {', '.join(map(str, strange))}", remedy))]
+
+
+def _is_right(path: Path, stored: Geometry, grid: Geometry) -> bool:
+    """Whether the file is gzipped, three-dimensional, of unscaled integers, and lies like the scan's file."""
+    return path.suffix.lower() == ".gz" and nifti.stores_plain_integers(path) and stored.same_as(grid)
+
+
+def _content(entry: Entry) -> bytes:
+    """The bytes of an entry's file in the zip."""
+    if entry.path is None or entry.scan is None:
+        raise ValueError(f"{entry.name} has no prediction or no scan")
+    if file_digest(entry.path) != entry.digest:
+        raise InputError(entry.path, "it has changed since it was checked", "Wait until it is finished and try again")
+    if entry.as_is:
+        return entry.path.read_bytes()
+    labels = nifti.read_labels(entry.path, entry.name)
+    with tempfile.TemporaryDirectory() as folder:
+        rewritten = Path(folder) / entry.name
+        nifti.write_labels(rewritten, labels.array, entry.scan)
+        return rewritten.read_bytes()

@@ -1,0 +1,217 @@
+"""Cross-validation: each fold's networks on the cases that they never saw, all scored together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kitseg import config
+from kitseg.commands.evaluate import PROTOCOL, Rules, Score, score_case
+from kitseg.commands.infer import manifest_of
+from kitseg.commands.postprocess import facts_of, save_labels
+from kitseg.commands.score_files import write_scores
+from kitseg.errors import KitsegError, UsageError
+from kitseg.models.model import Model, open_model
+from kitseg.models.postprocessing import build_steps, clean
+from kitseg.models.run_folder import SCHEMA, Run, find_run, move_aside
+from kitseg.runtime.console import say_plainly
+from kitseg.runtime.files import file_digest, identity, read_json
+from kitseg.runtime.locks import claimed
+from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
+from kitseg.runtime.provenance import forget, read_record, write_record
+from kitseg.scoring.protocols import PROTOCOLS
+from kitseg.splits import Split, read_split, same_patient
+from kitseg.types import Case
+from kitseg.volumes.blocks import (
+    MANIFEST,
+    block_digest,
+    claim_manifest,
+    is_made_by,
+    is_unchanged,
+    read_manifest,
+    write_block,
+)
+from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
+from kitseg.volumes.nifti import read_image
+
+LABELS = "predictions"
+MACHINE = ("device", "deterministic", "engine")  # what a manifest says of the machine, beside versions
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What to validate.
+
+    cases: the validation cases of each finished fold of the run; asked: the folds to predict; clinical: further groups
+    of cases; hashes: of the scans that were read so far, so that each is read once.
+    """
+
+    run: Run
+    split: Split
+    cases: dict[int, list[Case]]
+    asked: list[int]
+    mirror: bool
+    clinical: Mapping[str, Mapping[str, str]]
+    hashes: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> Path:
+        """Where the label maps go."""
+        return self.run.validation(self.mirror) / LABELS
+
+    def beliefs(self, fold: int) -> Path:
+        """Where a fold's probabilities go."""
+        return self.run.beliefs(fold, self.mirror)
+
+    def hash_of(self, case: Case) -> str:
+        """The hash of a case's scan."""
+        if case.image not in self.hashes:
+            self.hashes[case.image] = file_digest(case.image)
+        return self.hashes[case.image]
+
+    def is_done(self, fold: int, case: Case) -> bool:
+        """Whether a case is predicted, from the scan as it is now, and its files are as they were written."""
+        if not is_unchanged(self.beliefs(fold), case.id, self.hash_of(case)):
+            return False
+        return read_record(self.record(case), self.made(fold, case)) is not None
+
+    def made(self, fold: int, case: Case) -> dict[str, str]:
+        """What a case's label map was made from."""
+        return {"scan_sha256": self.hash_of(case), "block_sha256": block_digest(self.beliefs(fold), case.id)}
+
+    def label(self, case: Case) -> Path:
+        """A case's label map."""
+        return self.labels / f"{case.id}.nii.gz"
+
+    def record(self, case: Case) -> Path:
+        """How a case's label map came about."""
+        return self.labels / f"{case.id}.json"
+
+
+def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validation:
+    """The finished folds of a run, or one fold of it, and their validation cases.
+
+    Raises:
+        UsageError: not a run, no finished fold, a validation case that isn't there, or one that a network learned from.
+        KitsegError: a patient on two sides. InputError: a damaged file.
+    """
+    run, fold = find_run(path)
+    split, last = read_split(run.split), list(config.method_of(config.read(run.config)).stages)[-1]
+    finished = [number for number in run.folds(last) if number < len(split.folds)]
+    asked = [number for number in finished if fold in (None, number)]
+    if not asked:
+        raise UsageError(f"{path} has no finished fold; `kitseg train --fold all` trains them all")
+    by_id = {case.id: case for case in labelled_cases(data)}
+    shown = {case.id: case.patients for case in by_id.values() if case.patients}
+    if problem := same_patient(split, {**split.patients, **shown}):
+        raise KitsegError(f"{run.split}: {problem}")
+    for number in asked:
+        _check_unseen(run, number, split)
+        if missing := sorted(set(split.folds[number].val) - by_id.keys()):
+            raise UsageError(f"{', '.join(missing)} of {run.split} can't be found; give their folder with --data")
+    cases = {n: [by_id[name] for name in split.folds[n].val if name in by_id] for n in finished}
+    clinical = {case: row for folder in data for case, row in read_clinical(folder / CLINICAL).items()}
+    return Validation(run, split, cases, asked, mirror, clinical)
+
+
+def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[Outcome]:
+    """Probabilities and label maps of every validation case by the fold that never saw it; what is done is kept."""
+    outcomes = []
+    with claimed(validation.run.validation(validation.mirror), "out-of-fold predictions"):
+        for fold in validation.asked:
+            model = open_model(validation.run.fold(fold), device, mirror=validation.mirror)
+            outcomes += _predict_fold(validation, fold, model, on_done)
+    return outcomes
+
+
+def folds_to_score(validation: Validation) -> dict[str, int]:
+    """The fold of each case to score: of the folds asked for, and of those that were predicted whole before."""
+    whole = [
+        fold
+        for fold, cases in validation.cases.items()
+        if len(cases) == len(validation.split.folds[fold].val) and all(validation.is_done(fold, c) for c in cases)
+    ]
+    return {case.id: fold for fold in sorted({*validation.asked, *whole}) for case in validation.cases[fold]}
+
+
+def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Callable[[], None]) -> list[Score]:
+    """Score the label maps of all validated folds and write them; a case without one counts as background."""
+    rules, scores = Rules(PROTOCOLS[PROTOCOL], validation.split.convention, distances=False), []
+    by_id = {case.id: case for cases in validation.cases.values() for case in cases}
+    for name, fold in folds.items():
+        case = by_id[name]
+        there = validation.label(case) if validation.is_done(fold, case) else None
+        groups = validation.clinical.get(name, {})
+        scores.append(score_case(name, there, case.label or case.image, rules, groups))
+        on_done()
+    write_scores(validation.run.scores(validation.mirror), scores, rules, folds)
+    return scores
+
+
+def _check_unseen(run: Run, fold: int, split: Split) -> None:
+    """Refuse a fold whose networks learned from other cases than the run's split says.
+
+    Raises:
+        UsageError: it was trained with another split.
+    """
+    for path in sorted(run.fold(fold).glob("*/**/places.json")):
+        learned = read_json(path, SCHEMA)["train"]
+        if foreign := sorted(set(learned) - set(split.folds[fold].train)):
+            raise UsageError(f"{path.parent} learned from {', '.join(foreign)}, which {run.split} keeps from it")
+
+
+def _goes_on(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> bool:
+    """Whether a fold's probabilities are kept: what would come out again, or all of it, computed on another machine."""
+    to = validation.beliefs(fold)
+    if not (to / MANIFEST).exists():
+        return False
+    if is_made_by(to, manifest):
+        return True
+    kept = _same_but_for_machine(read_manifest(to), manifest) and all(
+        validation.is_done(fold, case) for case in validation.cases[fold]
+    )
+    if kept:
+        say_plainly(f"{to}: another machine or version has computed it, and it is kept")
+    return kept
+
+
+def _same_but_for_machine(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the same weights and the same kitseg made what two manifests tell of, wherever it was computed."""
+
+    def made(manifest: Mapping[str, Any]) -> str:
+        model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}
+        parts = {**manifest, "model": model, "versions": manifest["versions"]["kitseg"]}
+        return identity({key: value for key, value in parts.items() if key != "schema"})
+
+    try:
+        return made(manifest) == made(other)
+    except (KeyError, TypeError, AttributeError):  # of an earlier version
+        return False
+
+
+def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDone) -> list[Outcome]:
+    to, by_id = validation.beliefs(fold), {case.id: case for case in validation.cases[fold]}
+    steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None, model.method.outputs)
+    if to.exists() and not _goes_on(validation, fold, manifest):
+        why = "not finished on this machine and version, or of other weights"
+        say_plainly(f"{to}: {why}; it is now {move_aside(to)}")
+    if not (to / MANIFEST).exists():
+        claim_manifest(to, manifest)
+
+    def work(name: str) -> Outcome:
+        case = by_id[name]
+        if validation.is_done(fold, case):
+            return Outcome(name, note=UNCHANGED, result=validation.label(case))
+        scan = read_image(case.image, name)
+        found = model.believe(scan)
+        forget(validation.record(case), [validation.label(case)])
+        write_block(to, found, case.image, validation.hash_of(case))
+        outcome = save_labels(validation.labels, name, clean(found, scan, steps), found)
+        told = {"case": name, "scan": case.image.name, "volumes_ml": outcome.volumes_ml, "note": outcome.note}
+        facts = {**told, **facts_of(manifest)}
+        write_record(validation.record(case), facts, validation.made(fold, case), [validation.label(case)])
+        return outcome
+
+    return each(list(by_id), work, on_done)

@@ -1,0 +1,95 @@
+"""Model bundles on Hugging Face: ``hf://owner/name@revision``.
+
+The revision is looked up once. What was found is pinned in the cache by its hash, so that the same address gives the
+same bundle ever after, without a network, too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from kitseg.errors import KitsegError, UsageError
+from kitseg.models.bundles.bundle import SUFFIX, Bundle, cache_folder, cached, open_bundle
+from kitseg.runtime.files import read_json, write_json
+
+SCHEMA = 1
+SCHEME = "hf://"
+
+
+@dataclass(frozen=True)
+class Address:
+    """A bundle's repository and the revision in it: a commit, a tag or a branch."""
+
+    repo: str
+    revision: str
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.repo}@{self.revision}"
+
+    @property
+    def record(self) -> Path:
+        """Where the cache keeps what was found there."""
+        return cache_folder() / "addresses" / f"{quote(f'{self.repo}@{self.revision}', safe='@')}.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file on the server, the commit that holds it, and the hash that the server states."""
+
+    file: str
+    commit: str
+    sha256: str
+
+
+def fetch_bundle(text: str) -> Bundle:
+    """The bundle at an address, from the cache where it was fetched before.
+
+    Raises:
+        UsageError: no such address. KitsegError: it can't be fetched, or is another one than before.
+        InputError: what is there is no sound bundle.
+    """
+    match = re.fullmatch(rf"{SCHEME}([\w.-]+/[\w.-]+)@([\w./-]+)", text, re.ASCII)
+    if not match:
+        raise UsageError(f"{text}: write it as hf://owner/name@revision, where the revision is a commit or a tag")
+    address = Address(match[1], match[2])
+    pinned = read_json(address.record, SCHEMA)["sha256"] if address.record.exists() else None
+    if pinned and (bundle := cached(pinned)):
+        return bundle
+    found = _ask(address)
+    if pinned not in (None, found.sha256):
+        raise KitsegError(f"{address}: holds another bundle than before. Name its commit, or remove {address.record}")
+    bundle = open_bundle(_download(address, found), found.sha256)
+    write_json(address.record, SCHEMA, {"address": str(address), **asdict(found)})
+    return bundle
+
+
+def _ask(address: Address) -> Found:
+    """What the server holds there."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(address.repo, revision=address.revision, files_metadata=True)
+    except Exception as error:  # whatever the network and the server do
+        raise _unreachable(address, error) from error
+    files = [file for file in info.siblings or [] if file.rfilename.endswith(SUFFIX)]
+    if len(files) != 1 or not files[0].lfs or not info.sha:
+        raise KitsegError(f"{address}: holds {len(files)} {SUFFIX} files; it takes one, which is stored with its hash")
+    return Found(files[0].rfilename, info.sha, files[0].lfs.sha256)
+
+
+def _download(address: Address, found: Found) -> Path:
+    """The file in Hugging Face's own cache, where a broken download goes on."""
+    from huggingface_hub import HfApi
+
+    try:
+        return Path(HfApi().hf_hub_download(address.repo, found.file, revision=found.commit))
+    except Exception as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: Address, error: Exception) -> KitsegError:
+    reason = " ".join(str(error).split())[:200]
+    return KitsegError(f"{address}: couldn't be fetched ({type(error).__name__}: {reason}). Call again with a network.")

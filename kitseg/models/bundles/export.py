@@ -1,0 +1,131 @@
+"""A run, one fold of it, or an ensemble file as one file to pass on: a model bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kitseg import __version__, config, trust
+from kitseg.config import Method
+from kitseg.errors import UsageError
+from kitseg.labels import CONVENTIONS
+from kitseg.models.bundles.archive import write_archive
+from kitseg.models.bundles.bundle import SUFFIX
+from kitseg.models.ensemble_file import Member
+from kitseg.models.members import members_of
+from kitseg.models.run_folder import SCHEMA, Run, StageFolder, find_run
+from kitseg.models.weights import SAFE, as_safetensors, sound_checkpoints
+from kitseg.runtime.files import file_digest
+from kitseg.splits import read_split
+
+KITS19_LICENSE = "CC-BY-NC-SA-4.0"
+CODE_LICENSE = "Apache-2.0"
+
+Files = Iterator[tuple[str, bytes]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A member of what is exported: its run, the folds of it, its method, and its folder in the bundle."""
+
+    member: Member
+    run: Run
+    folds: tuple[int, ...]
+    method: Method
+    name: str
+
+
+def export(model: Path, to: Path, weights: str | None = None, labels: str | None = None) -> dict[str, str]:
+    """Write a bundle; the same model gives the same bytes. Returns the licenses that it states.
+
+    Args:
+        model: a run (its finished folds), a fold of one, or an ensemble file.
+        to: the bundle, a file that ends in ``.kitseg``.
+        weights: their license; the labels' where it is None.
+        labels: the license of the labels that the weights were trained with; KiTS19's where it is None, and for
+            phantoms the code's.
+
+    Raises:
+        UsageError: no such model or name. InputError: a damaged run.
+    """
+    if to.suffix != SUFFIX:
+        raise UsageError(f"{to}: a bundle's name ends in {SUFFIX}")
+    members, steps = members_of(model)
+    parts = [_part(member, f"runs/{number}") for number, member in enumerate(members)]
+    usual = CODE_LICENSE if all(part.run.read_info()["phantom"] for part in parts) else KITS19_LICENSE
+    labels = labels or usual
+    if not all(map(trust.is_line, (weights or labels, labels))):
+        raise UsageError("a license is a name or a line of up to 200 characters")
+    licenses = {"code": CODE_LICENSE, "weights": weights or labels, "labels": labels}
+    facts = {
+        "name": "+".join(dict.fromkeys(part.method.name for part in parts)),
+        "kitseg": __version__,
+        "licenses": licenses,
+        "members": [_facts(part) for part in parts],
+        "postprocess": parts[0].method.postprocess if steps is None else steps,
+    }
+    write_archive(to, facts, (file for part in parts for file in _files(part)))
+    return licenses
+
+
+def _part(member: Member, name: str) -> Part:
+    run, fold = find_run(member.run)
+    method = config.method_of(config.read(run.config))
+    folds = (fold,) if fold is not None else tuple(run.folds(list(method.stages)[-1]))
+    if not folds:
+        raise UsageError(f"{run.path} has no trained fold; `kitseg train` goes on")
+    return Part(member, run, folds, method, name)
+
+
+def _facts(part: Part) -> dict[str, Any]:
+    """What a reader of the bundle wants to know of a member before opening it."""
+    info, split = part.run.read_info(), read_split(part.run.split)
+    stages = {
+        name: {"grid": asdict(spec.grid), "normalization": spec.parts["intensity"], "channels": spec.channels}
+        for name, spec in part.method.stages.items()
+    }
+    trained = {
+        "kitseg": info["kitseg"],
+        "phantom": info["phantom"],
+        "cases": len(split.cases - set(split.test)),
+        "split_sha256": file_digest(part.run.split),
+        "experience": info.get("experience"),
+    }
+    return {
+        "run": part.name,
+        "weight": part.member.weight,
+        "mirror": part.member.mirror,
+        "method": part.method.name,
+        "paper": part.method.paper,
+        "folds": part.folds,
+        "labels": CONVENTIONS["kits19"],
+        "stages": stages,
+        "training": trained,
+    }
+
+
+def _files(part: Part) -> Files:
+    yield f"{part.name}/config.yaml", part.run.config.read_bytes()
+    info = part.run.read_info()
+    seen = {key: info.get(key) for key in ("kitseg", "phantom", "experience")}  # and no case by its name
+    yield f"{part.name}/run.json", _json(seen)
+    for fold in part.folds:
+        for stage in part.method.stages:
+            yield from _stage_files(part.run.stage(fold, stage), f"{part.name}/fold_{fold}/{stage}")
+
+
+def _stage_files(folder: StageFolder, name: str) -> Files:
+    rows = []
+    for number, path in enumerate(sound_checkpoints(folder)):
+        content, file = as_safetensors(path), f"best/{number}{SAFE}"
+        yield f"{name}/{file}", content
+        rows.append({"file": file, "sha256": hashlib.sha256(content).hexdigest()})
+    yield f"{name}/done.json", _json({"checkpoints": rows, "threshold": folder.threshold()})
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps({"schema": SCHEMA, **content}, indent=1) + "\n").encode()

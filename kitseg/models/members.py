@@ -1,0 +1,195 @@
+"""Whose probabilities are averaged: a run, several runs, or what an ensemble file or a model bundle says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kitseg import config, ensemble
+from kitseg.errors import KitsegError, UsageError
+from kitseg.measure.quality import Experience
+from kitseg.models.bundles.address import SCHEME, fetch_bundle
+from kitseg.models.bundles.archive import MANIFEST
+from kitseg.models.bundles.bundle import SUFFIX, Bundle, bundle_of, open_bundle
+from kitseg.models.ensemble_file import Member, read_ensemble
+from kitseg.models.model import Model, open_model
+from kitseg.models.run_folder import Run
+from kitseg.models.training_domain import model_experience, together
+from kitseg.types import Probabilities, Volume
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Opened models with their weights, and the post-processing of their mean."""
+
+    models: tuple[Model, ...]
+    weights: tuple[float, ...]
+    postprocess: Mapping[str, Any]
+
+    def believe(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
+        """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
+
+        And how far they agree by class (see ``ensemble.Votes``), None where there is but one.
+        """
+        votes = ensemble.Votes()
+        channels = ensemble.common_channels([tuple(model.method.outputs) for model in self.models])
+        most = max(len(model.folds) for model in self.models)
+        members = (
+            (ensemble.convert(belief, channels), weight * most / len(model.folds))
+            for model, weight in zip(self.models, self.weights, strict=True)
+            for belief in model.predict(scan, model.method.outputs)
+        )
+        return ensemble.mean(votes.watch(members)), votes.agreement()
+
+    def experience(self) -> Experience | None:
+        """What the models saw in training, taken together; None where one of them doesn't say."""
+        return together([model_experience(model.run) for model in self.models])
+
+    def origin(self) -> list[dict[str, Any]]:
+        """Which models made a result."""
+        pairs = zip(self.models, self.weights, strict=True)
+        return [{**origin(model), "weight": weight} for model, weight in pairs]
+
+    def describe(self) -> str:
+        """The models, a line each, and what can't be checked."""
+        unchecked = "contrast phase and spacing are not checked: the model doesn't say what it was trained with"
+        return "\n".join([*map(describe, self.models), *([] if self.experience() else [unchecked])])
+
+
+def open_ensemble(
+    paths: Sequence[Path | str],
+    device: str,
+    weights: Sequence[float] = (),
+    mirror: bool = False,
+    engine: str = "auto",
+    precision: str = "auto",
+) -> Ensemble:
+    """Open runs, folds of runs, ensemble files and bundles; the post-processing is the first one's.
+
+    engine, precision: see ``open_model``.
+
+    Raises:
+        UsageError: no run, or weights that don't fit. InputError: a damaged file, or a run that isn't trained.
+    """
+    shares = list(weights) if weights else [1.0] * len(paths)
+    if len(shares) != len(paths) or not ensemble.can_weigh(shares):
+        raise UsageError(f"{len(paths)} models need as many weights that aren't negative, not {shares}")
+    members, recipes = [], []
+    for path, share in zip(paths, shares, strict=True):
+        found, recipe = members_of(path)
+        members += [replace(m, weight=share * m.weight, mirror=mirror or m.mirror) for m in found]
+        recipes.append(recipe)
+    models = tuple(
+        open_model(member.run, device, mirror=member.mirror, engine=engine, precision=precision) for member in members
+    )
+    steps = models[0].method.postprocess if recipes[0] is None else recipes[0]
+    return Ensemble(models, tuple(member.weight for member in members), steps)
+
+
+def locate(model: Path | str) -> Path:
+    """Where a model lies; one in a bundle or at an address ``hf://owner/name@revision`` is unpacked into the cache.
+
+    Raises:
+        UsageError: no such address. KitsegError: it can't be fetched. InputError: no sound bundle.
+    """
+    if isinstance(model, str) and model.startswith(SCHEME):
+        return fetch_bundle(model).path
+    path = Path(model)
+    return open_bundle(path).path if path.suffix == SUFFIX and not path.is_dir() else path
+
+
+def members_of(model: Path | str) -> tuple[list[Member], Mapping[str, Any] | None]:
+    """What a run, a fold, an ensemble file, a bundle or an address stands for; for the first two the method's steps.
+
+    Raises:
+        See ``locate`` and ``read_ensemble``.
+    """
+    path = locate(model)
+    if (path / MANIFEST).is_file():
+        return Bundle(path).members()
+    return read_ensemble(path) if path.is_file() else ([Member(path)], None)
+
+
+def only_member(model: Path | str) -> tuple[Member, Mapping[str, Any] | None]:
+    """The run or fold that a model stands for, and the post-processing chosen for it; None: the method's own.
+
+    Raises:
+        UsageError: it stands for several.
+    """
+    members, steps = members_of(model)
+    if len(members) > 1:
+        raise UsageError(f"{model} stands for {len(members)} runs, which only `kitseg predict` averages")
+    return members[0], steps
+
+
+def describe(model: Model) -> str:
+    """The model in a line, with a word where it learned from phantoms, and a bundle's licenses."""
+    phantoms = "; it learned from phantoms, not from patients" if model_facts(model)["phantom"] else ""
+    mirrored = "; each scan also mirrored" if model.mirror else ""
+    folds = ", ".join(map(str, model.folds))
+    where = f"{model.device} with {computed_with(model)}"
+    bundle = bundle_of(model.run)
+    name, licenses = (str(bundle), f"; {bundle.licensed}") if bundle else (str(model.run.path), "")
+    return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{licenses}"
+
+
+def computed_with(model: Model) -> str:
+    """What runs a model's networks, and in which precision."""
+    return "; ".join(dict.fromkeys(map(str, model.engines.values())))
+
+
+def choose_run(runs: Path) -> Run:
+    """The only finished run that learned from patients' scans.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    folders = (path for path in sorted(runs.glob("*")) if not re.search(r"\.old-\d+$", path.name))
+    finished = [run for run in map(Run, folders) if run.config.exists() and _is_finished(run)]
+    real = [run for run in finished if not model_facts(run)["phantom"]]
+    if len(real) == 1:
+        return real[0]
+    if real:
+        raise UsageError("several runs are finished; pick one with --model: " + ", ".join(str(r.path) for r in real))
+    hint = (
+        f" ({', '.join(str(run.path) for run in finished)} learned from phantoms: name it with --model)"
+        if finished
+        else ""
+    )
+    raise UsageError(f"{runs} holds no finished run{hint}; train one with `kitseg train`, or give --model")
+
+
+def model_facts(model: Model | Run) -> dict[str, Any]:
+    """What a run says of its training: whether it learned from phantoms, with which version."""
+    run = model.run if isinstance(model, Model) else model
+    info = run.read_info()
+    return {"phantom": info["phantom"], "trained_with": info["kitseg"]}
+
+
+def origin(model: Model) -> dict[str, Any]:
+    """Which model made a result, and on what: all that two results must have in common to be the same."""
+    bundle = bundle_of(model.run)
+    return {
+        "path": f"{bundle.name}{SUFFIX}" if bundle else str(model.run.path),
+        **({"bundle": bundle.facts()} if bundle else {}),
+        "folds": model.folds,
+        "mirror": model.mirror,
+        "device": model.device.type,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "engine": computed_with(model),
+        "sha256": model.digest(),
+        **model_facts(model),
+    }
+
+
+def _is_finished(run: Run) -> bool:
+    try:
+        last = list(config.method_of(config.read(run.config)).stages)[-1]
+        return bool(run.folds(last)) and run.info.exists()
+    except KitsegError:
+        return False

@@ -1,0 +1,165 @@
+"""How much memory a prediction needs at most, told before it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+
+from kitseg import config
+from kitseg.config import StageSpec
+from kitseg.ensemble import SLAB
+from kitseg.errors import UsageError
+from kitseg.inference.engines import OpenVino, Torch
+from kitseg.inference.memory import activation_bytes
+from kitseg.models.model import Model, build_sight, build_stage
+from kitseg.types import Box, Geometry, Probabilities, Triple
+from kitseg.volumes.resample import grid_geometry
+
+PROGRAM, WITH_OPENVINO = 700_000_000, 100_000_000  # Python with its libraries, and OpenVINO's
+SPARE = 1.15  # what convolutions keep beside their inputs and outputs, and the allocator's gaps
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes by what they are for, where the need is largest."""
+
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(size for _, size in self.parts)
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts)
+        return f"{self.total / 1e9:.2f} GB ({rows})"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most main memory that these models may need for a scan; None for no limit."""
+
+    size: int | None
+    models: tuple[Model, ...]
+
+    def check(self, scan: Geometry, case: str) -> None:
+        """Refuse a scan that may need more.
+
+        Raises:
+            UsageError: it may.
+        """
+        if self.size is not None:
+            remedy = "raise it, cut the scan, or take a smaller model (a network needs less with --precision bf16, too)"
+            check(plan(self.models, scan), self.size, case, remedy)
+
+
+def parse_size(text: str | None) -> int | None:
+    """``6GB``, ``6000 MB``, ``5.5GiB`` or plain bytes as a number; None where there is no text.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
+    try:
+        size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"--max-memory {text} is no size; give one such as 6GB, 5.5GiB or 6000000000")
+    return size
+
+
+def plan(models: Sequence[Model], scan: Geometry) -> Need:
+    """What a scan needs at most in main memory, where foreground is found all over; one model at a time in memory."""
+    openvino = any(isinstance(engine, OpenVino) for model in models for engine in model.engines.values())
+    program = [("the program", PROGRAM + openvino * WITH_OPENVINO), ("the scan", 2 * _voxels(scan.shape))]
+    members = sum(len(model.folds) for model in models)
+    needs = [Need((*program, *rows)) for model in models for rows in _rows(model, scan, members)]
+    return max(needs, key=lambda need: need.total)
+
+
+def check(need: Need, limit: int, what: str, remedy: str) -> None:
+    """Refuse what needs more than ``limit`` bytes.
+
+    Raises:
+        UsageError: it does.
+    """
+    if need.total > limit:
+        raise UsageError(f"{what} may need {need}, more than --max-memory {limit / 1e9:.2f} GB; {remedy}")
+
+
+def slab_within(limit: int | None, members: Sequence[Probabilities], case: str) -> int:
+    """How many slices of these members can be averaged at a time.
+
+    Raises:
+        UsageError: not even one with so many bytes.
+    """
+    box = reduce(Box.union, (member.box for member in members))
+    channels, (depth, height, width) = len(members[0].channels), box.size
+    mean = 2 * channels * depth * height * width
+    numbers = 4 + 4 + 2 + 2 * len(members)  # bytes: the sum, a member in float32, the mean, and the files' pages
+    slice_ = numbers * channels * height * width
+    need = Need((("the program", PROGRAM), ("the mean", mean), ("a slice of the members", slice_)))
+    if limit is None or not slice_:
+        return SLAB
+    check(need, limit, case, "raise it")
+    return min(SLAB, 1 + (limit - need.total) // slice_)
+
+
+def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, int]]]:
+    """The memory of each stage and of the way back to the scan, with what the earlier ones have left."""
+    rows, left, back = [], 0, 0
+    for name in model.modules:
+        spec = model.method.stages[name]
+        grid = grid_geometry(scan, spec.grid)
+        region: Triple = config.build(spec.parts["region"]).shape(grid)
+        output = 4 * len(spec.channels) * _voxels(region)
+        copies = 2 if model.mirror or len(model.run.stage(model.folds[0], name).checkpoints()) > 1 else 1
+        inputs = 4 * 2 * _channels(spec) * _voxels(region) + 2 * _voxels(grid.shape)
+        network, data = _network(model, spec, region), inputs + copies * output
+        rows.append([("earlier stages", left), (f"{name}'s network", network), (f"{name}'s data", data)])
+        left += output + (0 if isinstance(model.engines.get(name), OpenVino) else _weights(spec))
+        if name in {source.stage for source in model.method.outputs.values()}:
+            box = (min(n, -(-k * n // m)) for k, n, m in zip(region, scan.shape, grid.shape, strict=True))
+            back = max(back, int(np.prod([*box])))
+    numbers = 2 if members == 1 else 2 + 2 + 4  # bytes: a member, or the one before it and their sum, too
+    masks = 4 * back + _voxels(scan.shape)
+    return [*rows, [("outputs", left), ("probabilities", numbers * len(model.method.outputs) * back), ("masks", masks)]]
+
+
+def _network(model: Model, spec: StageSpec, region: Triple) -> int:
+    """Weights and activations of a stage in main memory."""
+    with torch.device("meta"):
+        module = build_stage(spec).eval()
+    engine = model.engines.get(spec.name)
+    weights = _weights(spec)
+    if model.device.type != "cpu":
+        return weights
+    active = activation_bytes(module.probabilities, (1, _channels(spec), *module.window.part(region)))
+    half = isinstance(engine, OpenVino | Torch) and engine.kind in (torch.bfloat16, torch.float16)
+    running = active * SPARE * (0.5 if half else 1)
+    if isinstance(engine, OpenVino):  # it packs the weights into a form of its own, after which ours are dropped
+        return int(max(2 * weights, weights * (0.5 if half else 1) + running))
+    return int(weights + running)
+
+
+def _weights(spec: StageSpec) -> int:
+    with torch.device("meta"):
+        return sum(weight.nbytes for weight in build_stage(spec).parameters())
+
+
+def _channels(spec: StageSpec) -> int:
+    link = build_sight(spec).link
+    return 1 if link is None else link.channels
+
+
+def _voxels(shape: Triple) -> int:
+    return int(np.prod(shape))

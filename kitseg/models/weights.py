@@ -1,0 +1,88 @@
+"""Trained weights on disk: Lightning's checkpoints and safetensors. Nothing in either is ever executed."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from kitseg.errors import InputError, fault
+from kitseg.models.run_folder import StageFolder
+from kitseg.runtime.files import file_digest
+
+SAFE = ".safetensors"
+_REMEDY = "Restore it, or train again with --restart."
+
+
+def sound_checkpoints(folder: StageFolder) -> tuple[Path, ...]:
+    """A finished training's best checkpoints, best first, each as it was written.
+
+    Raises:
+        InputError: one has changed; see ``StageFolder.checkpoints``.
+    """
+    rows = folder.checkpoints()
+    for path, digest in rows:
+        facts = path.stat()
+        if _digest(path, facts.st_size, facts.st_mtime_ns) != digest:
+            raise InputError(path, "has changed or is damaged", _REMEDY)
+    return tuple(path for path, _ in rows)
+
+
+@cache
+def _digest(path: Path, size: int, written: int) -> str:
+    """A file's hash, which is computed once as long as the file stays as it is."""
+    return file_digest(path)
+
+
+def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """A checkpoint's weights by name, on a device.
+
+    Raises:
+        InputError: damaged, or with anything but weights in it.
+    """
+    try:
+        if path.suffix == SAFE:
+            return load_file(path, device=str(device))
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True)["state_dict"]
+    except UnpicklingError as error:
+        problem = "holds more than weights or is damaged, and nothing in it was run"
+        raise InputError(path, problem, _REMEDY) from error
+    except Exception as error:  # a damaged file can make its reader raise anything
+        if fault(error):
+            raise
+        raise InputError(path, f"can't be loaded ({_reason(error)})", _REMEDY) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(path, "holds no weights", _REMEDY)
+    return dict(state)
+
+
+def as_safetensors(path: Path) -> bytes:
+    """A checkpoint's weights as a safetensors file, the same bytes for the same weights.
+
+    Raises:
+        InputError: see ``read_weights``.
+    """
+    state = read_weights(path, torch.device("cpu"))
+    return save({name: value.contiguous() for name, value in state.items()})
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes that the head of a safetensors file states, which no value is read for.
+
+    Raises:
+        InputError: a damaged head, or one that doesn't fit the file's length.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(path, f"holds no weights ({_reason(error)})", _REMEDY) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

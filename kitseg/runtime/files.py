@@ -1,0 +1,209 @@
+"""Files and folders appear under their name whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kitseg.errors import InputError, KitsegError, fault, in_words
+
+HOST = re.sub(r"[^\w-]", "-", platform.node())[:30]  # on a shared disk, two machines have processes of one id
+A_DAY = 86_400  # seconds
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A hidden sibling of ``path`` to write a file or a folder to; it becomes ``path`` when the block ends well.
+
+    Its bytes are on the disk before it gets its name, so that not even a power cut leaves half a file. Otherwise it is
+    removed, and so is what a killed process left: one of this machine at once, of another machine after a day.
+
+    Raises:
+        KitsegError: the folder can't be written to, or the disk is full.
+    """
+    partial, replaced = (path.with_name(f".partial.{HOST}.{os.getpid()}.{kind}{path.name}") for kind in ("", "old."))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for found in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
+            if found in (partial, replaced) or _is_stray(found):
+                _remove(found)
+        yield partial
+        _sync(partial)
+        _replace(partial, path, replaced)
+    except Exception as error:
+        if not isinstance(error, OSError) and fault(error) is None:
+            raise
+        if (other := _other_file(error, partial, path)) is not None:
+            raise KitsegError(in_words(other, error)) from error
+        reason, helps = fault(error) or (getattr(error, "strerror", None) or error, "Choose a folder that is writable")
+        raise KitsegError(f"{path}: can't be written ({reason}). {helps}.") from error
+    finally:
+        _remove(partial)
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of the file system inside into an InputError that names the file."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = "it is a link to a file that isn't there" if path.is_symlink() else "there is no such file"
+        raise InputError(path, missing, "Check the path") from error
+    except OSError as error:
+        if not error.errno:
+            raise
+        reason, helps = fault(error) or (error.strerror, "Name a file that you may read")
+        raise InputError(path, f"it can't be read ({reason})", helps) from error
+
+
+def check_regular(path: Path) -> int:
+    """The size in bytes of a regular file: not a folder, nor a pipe, which would wait for a writer.
+
+    Raises:
+        InputError: it is something else. OSError: it is missing, or its state can't be read.
+    """
+    state = os.stat(path)
+    if stat.S_ISDIR(state.st_mode):
+        raise InputError(path, "it is a folder, not a file", "Name the file")
+    if not stat.S_ISREG(state.st_mode):
+        raise InputError(path, "it is a pipe or a device, not a file", "Name the file")
+    return state.st_size
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of the file's bytes, in hex.
+
+    Raises:
+        InputError: it is missing, not a regular file, or can't be read.
+    """
+    with read_errors(path):
+        check_regular(path)
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    """The size of these files together; one whose size can't be read counts as empty."""
+    total = 0
+    for path in paths:
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV table; what a row lacks stays empty, what has no column is an error."""
+    with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(columns))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def write_json(path: Path, schema: int, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with its schema version."""
+    write_text(path, json.dumps({"schema": schema, **content}, indent=1) + "\n")
+
+
+def read_json(path: Path, schema: int) -> dict[str, Any]:
+    """Read what ``write_json`` wrote.
+
+    Raises:
+        InputError: missing, damaged, or of another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(path, f"can't be read ({error})", "Make it again with the command that wrote it.") from error
+    if not isinstance(content, dict) or content.get("schema") != schema:
+        raise InputError(path, f"is not of schema {schema}", "Make it again with this version of kitseg.")
+    return content
+
+
+def identity(content: Mapping[str, Any]) -> str:
+    """What tells two JSON objects apart, as text: the order of their parts, too, but no ``path`` or ``folder`` in them.
+
+    So the same model is the same wherever it lies.
+    """
+
+    def placeless(part: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if key not in ("path", "folder")}
+
+    return json.dumps(json.loads(json.dumps(content, default=str), object_hook=placeless))
+
+
+def _replace(partial: Path, path: Path, replaced: Path) -> None:
+    """Give a partial its name; a folder that has it is moved to ``replaced`` first, and back where that fails."""
+    if not (path.is_dir() and partial.is_dir()):
+        os.replace(partial, path)
+        return
+    os.replace(path, replaced)
+    try:
+        os.replace(partial, path)
+    except BaseException:
+        os.replace(replaced, path)
+        raise
+    _remove(replaced)
+
+
+def _other_file(error: Exception, partial: Path, path: Path) -> Path | None:
+    """The file that an error names where it has nothing to do with what is written, such as one that is read."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str | bytes):
+        return None
+    named = Path(os.fsdecode(name))
+    mine = partial in (named, *named.parents) or named in (path, *path.parents)
+    return None if mine else named
+
+
+def _sync(path: Path) -> None:
+    """Have the bytes of a file, or of the files below a folder, on the disk."""
+    for file in (p for p in path.rglob("*") if p.is_file()) if path.is_dir() else (path,):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _is_stray(partial: Path) -> bool:
+    """Whether nobody writes to a partial any more: its process is gone, or on another machine, it is a day old."""
+    host, process = partial.name.split(".")[2:4]
+    if host == HOST:
+        return not _is_alive(process)
+    with suppress(OSError):
+        return time.time() - partial.stat().st_mtime > A_DAY
+    return False
+
+
+def _is_alive(process: str) -> bool:
+    """Whether a process with this id runs on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

@@ -1,0 +1,74 @@
+"""A verb's work, case by case: what became of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from joblib import Parallel
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from kitseg.errors import InputError, KitsegError, in_words
+from kitseg.runtime.signals import obey
+from kitseg.types import Case
+
+if TYPE_CHECKING:
+    from kitseg.measure.quality import Quality
+
+OnDone = Callable[["Outcome"], None]
+UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case; ``error`` says why where there is no result."""
+
+    case: str
+    error: str = ""
+    note: str = ""
+    result: Path | None = None
+    volumes_ml: Mapping[str, float] | None = None
+    quality: Quality | None = None
+    seconds: float = 0.0
+
+
+def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) -> list[Outcome]:
+    """Do the work case by case; a case that fails doesn't stop the others."""
+    outcomes = []
+    for case in cases:
+        begun = time.perf_counter()
+        try:
+            outcome = work(case)
+        except Exception as error:  # whatever it is, the other cases go on
+            obey()
+            outcome = Outcome(case, error=in_words(case, error))
+        outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
+        on_done(outcomes[-1])
+    return outcomes
+
+
+def without_paths(name: str, error: Exception, paths: Sequence[Path], scan: Case | None) -> str:
+    """An error in words that may be written down: without these paths' folders, of DICOM without any file's name."""
+    if isinstance(error, InputError) and scan and scan.slices:
+        return f"{name}: {error.problem}. {error.remedy}"
+    text = in_words(name, error)
+    for folder in sorted({parent for path in paths for parent in path.parents}, key=lambda p: -len(str(p))):
+        if folder != folder.parent:
+            text = text.replace(f"{folder}/", "")
+    return text
+
+
+def in_parallel(tasks: Iterable[Any], jobs: int, ordered: bool = True) -> Iterator[Any]:
+    """The results of delayed tasks, as they come where their order doesn't matter.
+
+    Raises:
+        KitsegError: a worker process was killed.
+    """
+    try:
+        yield from Parallel(n_jobs=jobs, return_as="generator" if ordered else "generator_unordered")(tasks)
+    except TerminatedWorkerError as error:
+        remedy = "The machine may be short of memory: call again with a smaller --jobs."
+        raise KitsegError(f"a worker process was killed. {remedy}") from error

@@ -1,0 +1,144 @@
+"""Cases shared by several processes on this machine: one a GPU, or several on the CPU, which share its threads.
+
+PyTorch's numbers don't depend on how many threads it has. OpenVINO's do, by 2e-5: bit for bit the same files come from
+the same number of threads in each process, which OMP_NUM_THREADS sets.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from kitseg.errors import KitsegError
+from kitseg.runtime.files import total_bytes
+from kitseg.runtime.outcomes import OnDone, Outcome
+from kitseg.runtime.sharding import Share
+from kitseg.runtime.signals import obey, stop
+from kitseg.types import Case
+
+Say = Callable[[str], None]
+#: A verb's work on the cases of a share; it says what it begins with, and what became of each case.
+Verb = Callable[[Sequence[Case], Share, Say, OnDone], list[Outcome]]
+PATIENCE = 2.0  # seconds that ranks have to end in order
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """A process, what it is heard by, and its cases."""
+
+    process: SpawnProcess
+    heard: Connection
+    cases: Sequence[Case]
+
+    def lost(self, done: Sequence[Outcome]) -> list[Outcome]:
+        """Its cases that nothing is known of when it has ended."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        remedy = "The same command goes on; where memory was short, with fewer processes."
+        known = {outcome.case for outcome in done}
+        return [
+            Outcome(case.id, error=f"{case.id}: not done, its process {how}. {remedy}")
+            for case in self.cases
+            if case.id not in known
+        ]
+
+
+def deal(cases: Sequence[Case], share: Share) -> list[Case]:
+    """The cases of a share, where there are several the largest scan first."""
+    return share.take(cases, lambda case: total_bytes(case.slices or (case.image,)))
+
+
+def on_ranks(work: Verb, cases: Sequence[Case], shares: Sequence[Share], say: Say, on_done: OnDone) -> list[Outcome]:
+    """Have the work on these cases done by a process for each of the shares; ``work`` can be pickled.
+
+    Where one is killed the others go on, and its cases without an outcome have failed.
+
+    Raises:
+        KitsegError: what a process could not begin with; the others end, too.
+    """
+    outcomes: list[Outcome] = []
+    with _started(work, cases, shares) as ranks:
+        running = {rank.heard: rank for rank in ranks}
+        while running:
+            for heard in wait(list(running)):
+                for message in _messages(running, heard, outcomes):  # type: ignore[arg-type]
+                    if isinstance(message, KitsegError):
+                        raise message
+                    if isinstance(message, str):
+                        say(message)
+                    else:
+                        outcomes.append(message)
+                        on_done(message)
+    return outcomes
+
+
+def _messages(running: dict[Connection, _Rank], heard: Connection, done: Sequence[Outcome]) -> list[Any]:
+    """What a rank says; where it has ended, what became of the rest of its cases."""
+    try:
+        return [heard.recv()]
+    except (EOFError, OSError):
+        return list(running.pop(heard).lost(done))
+
+
+@contextmanager
+def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iterator[list[_Rank]]:
+    """The processes; none is left when the block ends."""
+    context, ranks = get_context("spawn"), []
+    try:
+        for number, share in enumerate(shares):
+            heard, told = context.Pipe(duplex=False)
+            mine = deal(cases, Share(number, len(shares)))
+            arguments = (work, mine, share, (number, len(shares)), told)
+            process = context.Process(target=_run, args=arguments, daemon=True)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal sends it to all; this one tells when
+            process.start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            told.close()
+            ranks.append(_Rank(process, heard, mine))
+        yield ranks
+    finally:
+        end = time.monotonic() + PATIENCE
+        for rank in ranks:
+            rank.process.terminate()
+        for rank in ranks:
+            rank.process.join(max(0, end - time.monotonic()))
+            rank.process.kill()
+            rank.process.join()
+
+
+def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int], told: Connection) -> None:
+    """A rank's life: its part of the work, as long as the process that started it lives."""
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    number, of = rank
+    os.environ["LOCAL_RANK"] = str(number)
+    try:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // of))
+        work(cases, share, told.send if number == 0 else _unsaid, told.send)
+    except KitsegError as error:
+        told.send(error)
+    except Exception:
+        obey()
+        raise
+
+
+def _end_with_parent() -> None:
+    if (parent := parent_process()) is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _unsaid(text: str) -> None:
+    """What the first rank says for all."""

@@ -1,0 +1,185 @@
+"""What a training carries from batch to batch, and what it leaves behind: history, curve, progress on the screen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kitseg.errors import KitsegError
+from kitseg.patches.queue import seed_of
+from kitseg.report.pictures import learning_curve
+from kitseg.runtime import console
+from kitseg.runtime.files import write_table
+from kitseg.stages.base import of_all_ranks
+
+CURVE_EVERY = 10.0  # seconds
+NO_NUMBER = (
+    "The last checkpoint before is kept; begin again (--restart or --name) with a lower --set size.learning_rate=…, "
+    "or on a GPU with --set size.precision=32-true"
+)
+
+
+class EpochSoFar(pl.Callback):
+    """What an epoch has gathered so far: the losses of its batches, and each rank's own statistics of BatchNorm.
+
+    Travels in the checkpoint. Dropout of a batch follows from (seed, epoch, number of the batch, rank), not from the
+    batches before it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.loss, self.patches = seed, 0.0, 0
+        self.earlier: Mapping[str, Any] = {}  # what each rank had gathered in another session
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up what this rank had gathered."""
+        mine = self.earlier.get(str(trainer.global_rank))
+        if mine is not None:
+            self.loss, self.patches = mine["loss"], mine["patches"]
+            for buffer, value in zip(pl_module.buffers(), mine["buffers"], strict=True):
+                buffer.copy_(value)
+        self.module = pl_module
+        begun = any(part["patches"] for part in self.earlier.values())
+        if begun and len(self.earlier) != trainer.world_size and trainer.is_global_zero:
+            console.complain(
+                f"epoch {trainer.current_epoch} was begun by {len(self.earlier)} ranks and is ended by "
+                f"{trainer.world_size}: until then patches may be left out or taken twice; later epochs are whole"
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw from a generator of the batch's own."""
+        torch.manual_seed(seed_of(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch's loss.
+
+        Raises:
+            KitsegError: it is NaN or infinite; the batch's cases are named.
+        """
+        loss, patches = float(outputs["loss"]) * trainer.accumulate_grad_batches, len(batch["case"])
+        self.loss, self.patches = self.loss + loss * patches, self.patches + patches
+        if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
+            bad = [] if math.isfinite(loss) else list(batch["case"])
+            names = sorted({case for cases in of_all_ranks(bad) for case in cases})
+            where = f"epoch {trainer.current_epoch}, batch {batch_idx} ({', '.join(names)})"
+            raise KitsegError(f"the loss is no number any more in {where}. {NO_NUMBER}.")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the mean over the epoch's patches of all ranks as ``train/loss``."""
+        each = of_all_ranks((self.loss, self.patches))
+        pl_module.log("train/loss", math.fsum(loss for loss, _ in each) / sum(count for _, count in each))
+        self.loss, self.patches = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What each rank has gathered."""
+        mine = {"loss": self.loss, "patches": self.patches, "buffers": [b.cpu() for b in self.module.buffers()]}
+        return {str(rank): part for rank, part in enumerate(of_all_ranks(mine))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self.earlier = state_dict
+
+
+class History(pl.Callback):
+    """One row an epoch into ``history.csv`` and ``curves.png``.
+
+    Travels in the checkpoint, so that a resumed training continues it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows, self.drawn = folder, list[dict[str, float]](), time.monotonic()
+        self.validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember that this epoch has a validation score."""
+        self.validated = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the epoch's row and, now and then, redraw the curve."""
+        metrics = trainer.callback_metrics.items()
+        fresh = {key: float(value) for key, value in metrics if self.validated or not key.startswith("val/")}
+        self.rows = [*self.rows, {"epoch": trainer.current_epoch, **fresh}]
+        self.validated = False
+        if trainer.is_global_zero:
+            self._write()
+            if time.monotonic() - self.drawn > CURVE_EVERY:
+                self._draw()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the whole curve."""
+        if trainer.is_global_zero and self.rows:
+            self._draw()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the rows of an earlier session."""
+        self.rows = state_dict["rows"]
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        write_table(self.folder / "history.csv", columns, self.rows)
+
+    def _draw(self) -> None:
+        learning_curve(self.folder / "curves.png", self.rows)
+        self.drawn = time.monotonic()
+
+
+class EpochBar(pl.Callback):
+    """One bar over all epochs with the time left, the loss and the last validation Dice."""
+
+    def __init__(self, title: str) -> None:
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:.1f}/{task.total:.0f} epochs"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=console.out,
+        )
+        self.title = title
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar, at the epoch where training goes on."""
+        if trainer.is_global_zero:
+            self.bar.start()
+            done = trainer.current_epoch
+            self.task = self.bar.add_task(self.title, total=trainer.max_epochs, completed=done, state="")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Move by one batch."""
+        if trainer.is_global_zero:
+            self.bar.advance(self.task, 1 / max(1, int(trainer.num_training_batches)))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the epoch's figures."""
+        if trainer.is_global_zero:
+            values = {
+                key.partition("/")[2].removeprefix("dice_"): float(value)
+                for key, value in trainer.callback_metrics.items()
+                if key != "val/score"
+            }
+            state = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+            self.bar.update(self.task, completed=trainer.current_epoch + 1, state=state)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the screen in order."""
+        self.bar.stop()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the bar as it stands."""
+        self.bar.stop()

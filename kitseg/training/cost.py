@@ -1,0 +1,123 @@
+"""How large a training is, before it starts."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kitseg import config
+from kitseg.config import StageSpec
+from kitseg.errors import UsageError
+from kitseg.models.model import build_sight, build_stage
+from kitseg.patches.datamodule import batch_per_rank
+from kitseg.runtime.device import Machine
+from kitseg.stages.base import Stage
+from kitseg.training.plan import Plan, units
+from kitseg.types import Case, Triple
+from kitseg.volumes.nifti import canonical_geometry, read_geometry
+from kitseg.volumes.resample import grid_geometry
+
+FORWARD_AND_BACKWARD = 3
+BYTES_PER_PARAMETER = 16  # the weight, its gradient, and the two moments of Adam, in float32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one patch costs: voxels, patches a case and epoch, parameters, operations forward, memory in training."""
+
+    patch: Triple
+    per_case: float
+    parameters: int
+    flops: int
+    gigabytes: float
+
+
+def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, ...]]:
+    """A row for each training: its cases, global batch, patch, steps, parameters, about what memory and time it takes.
+
+    The time is the network's arithmetic at the speed at which this machine does a convolution now; the memory is that
+    of weights, gradients, optimizer and of what the network keeps for its backward pass.
+    """
+    speed = _flops_per_second(plan.machine)
+    costs = {spec.name: _cost(spec, example) for spec in plan.method.stages.values()}
+    rows: list[tuple[str, ...]] = []
+    for unit in units(plan.method, plan.part, stage):
+        spec, part, cost = plan.method.stages[unit.stage], unit.part(plan), costs[unit.stage]
+        batch = batch_per_rank(spec.batch, plan.machine.world) * plan.machine.world
+        steps = max(1, int(len(part.train) * cost.per_case / batch))
+        hours = spec.epochs * steps * batch * cost.flops * FORWARD_AND_BACKWARD / speed / plan.machine.world / 3600
+        later = f" + {spec.rounds.epochs} a round" if spec.rounds else ""
+        rows.append(
+            (
+                str(unit),
+                str(spec.grid),
+                f"{len(part.train)} + {len(part.val)} val",
+                str(batch),
+                " × ".join(map(str, cost.patch)),
+                f"{spec.epochs}{later} × {steps}",
+                f"{cost.parameters / 1e6:.2f} M",
+                f"{cost.gigabytes:.1f} GB",
+                _in_words(hours),
+            )
+        )
+    return rows
+
+
+def _cost(spec: StageSpec, example: Case) -> Cost:
+    grid = grid_geometry(canonical_geometry(read_geometry(example.image)), spec.grid)
+    region = config.build(spec.parts["region"]).shape(grid)
+    sampler, link = config.build(spec.parts["sampler"]), build_sight(spec).link
+    patch: Triple = sampler.size(region)
+    with torch.device("meta"):
+        module = build_stage(spec).train()
+        x = torch.empty(1, 1 if link is None else link.channels, *patch)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module.eval().logits(x)
+        kept = _kept_bytes(module.train(), x)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
+    parameters = sum(p.numel() for p in module.parameters())
+    half = 0.5 if spec.precision in ("16-mixed", "bf16-mixed") and torch.cuda.is_available() else 1.0
+    memory = parameters * BYTES_PER_PARAMETER + kept * half * min(spec.batch, spec.at_once)
+    return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)
+
+
+def _kept_bytes(module: Stage, x: torch.Tensor) -> int:
+    """What the forward pass of a patch keeps for the backward pass, each tensor once."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        heads = module.logits(x)
+    own = {id(p) for p in module.parameters()}
+    return sum(t.nbytes for key, t in kept.items() if key not in own) + sum(head.nbytes for head in heads)
+
+
+def _flops_per_second(machine: Machine) -> float:
+    """The speed of a 5³ convolution of 16 channels here, now."""
+    device = torch.device(machine.accelerator)
+    with torch.device(device), torch.inference_mode():
+        layer, x = nn.Conv3d(16, 16, 5, padding=2), torch.randn(1, 16, 48, 48, 48)
+        layer(x)
+        _wait(device)
+        begun = time.perf_counter()
+        layer(x)
+        _wait(device)
+    return 2 * 125 * 16 * 16 * 48**3 / (time.perf_counter() - begun)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _in_words(hours: float) -> str:
+    return f"about {hours:.1f} h" if hours >= 1 else f"about {max(1, round(hours * 60))} min"

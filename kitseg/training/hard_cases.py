@@ -1,0 +1,112 @@
+"""Which training cases a method finds hard: ranked by the Dice of networks that didn't learn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kitseg import config
+from kitseg.config import Method, StageSpec
+from kitseg.errors import UsageError
+from kitseg.inference.chain import run_on_grid
+from kitseg.models.model import build_stage, trained_stage
+from kitseg.models.run_folder import find_run
+from kitseg.runtime.console import bar
+from kitseg.runtime.device import Machine, torch_device
+from kitseg.runtime.files import read_json, write_json
+from kitseg.scoring.kits19 import kits19_scores
+from kitseg.splits import read_split
+from kitseg.training.plan import Plan, Unit, open_stored
+from kitseg.training.train import Say, fit_unit, train_units
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A training case's Dice on the stage's grid, by an inner fold that validated on it."""
+
+    case: str
+    kidney: float
+    tumor: float
+
+    @property
+    def dice(self) -> float:
+        """The mean of both, by which cases are ranked."""
+        return (self.kidney + self.tumor) / 2
+
+
+def ranking_stage(method: Method) -> StageSpec:
+    """The stage whose inner folds judge the training cases: the first that finds kidney and tumor on its own.
+
+    Raises:
+        UsageError: the method has none.
+    """
+    for stage in method.stages.values():
+        if not stage.inputs and {"kidney", "tumor"} <= set(stage.channels):
+            return stage
+    raise UsageError(
+        f"{method.name} has no first stage that finds kidney and tumor, so it can't rank cases; rank them with another "
+        "method, such as two-phase: the copies serve every method"
+    )
+
+
+def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
+    """A fold of a run that is there, to judge with it.
+
+    Raises:
+        UsageError: no run, no such fold, or a method that can't rank.
+    """
+    found, _ = find_run(run)
+    split = read_split(found.split)
+    if fold >= len(split.folds):
+        raise UsageError(f"there is no fold {fold}: {len(split.folds)} folds, from 0 on")
+    plan = Plan(config.read(found.config), found, split, fold, store, Machine(device))
+    if not plan.part.inner:
+        raise UsageError(f"fold {fold} has no inner folds, so no network can judge its training cases")
+    ranking_stage(plan.method)
+    return plan
+
+
+def rank_cases(plan: Plan, cases: Collection[str], path: Path, say: Say) -> list[Ranked]:
+    """The hardest training case first. Inner folds that aren't trained yet are trained now.
+
+    Args:
+        plan: the run and its fold.
+        cases: those to rank; the others of the fold, such as copies, are left out.
+        path: where the ranking is written; read again while the checkpoints and the cases are the same.
+        say: told what is trained.
+
+    Raises:
+        UsageError: no stage can rank.
+    """
+    spec = ranking_stage(plan.method)
+    wanted = [Unit(spec.name, number) for number in range(len(plan.part.inner))]
+    say(f"ranking the training cases of fold {plan.fold} by {len(wanted)} inner folds of stage {spec.name}")
+    train_units(plan, wanted, say, fit_unit)
+    judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
+    state = {"stage": spec.name, "checkpoints": judges, "cases": sorted(cases)}
+    if path.exists() and (old := read_json(path, SCHEMA)) and all(old[key] == value for key, value in state.items()):
+        return [Ranked(row["case"], row["kidney"], row["tumor"]) for row in old["ranking"]]
+    with bar("rank", len(cases)) as step:
+        ranked = [row for unit in wanted for row in _judge(plan, spec, unit, cases, step)]
+    ranked.sort(key=lambda row: (row.dice, row.case))
+    write_json(path, SCHEMA, {**state, "ranking": [{**asdict(row), "dice": row.dice} for row in ranked]})
+    return ranked
+
+
+def _judge(plan: Plan, spec: StageSpec, unit: Unit, cases: Collection[str], step: Callable[[], None]) -> list[Ranked]:
+    """The cases that one inner fold validated on."""
+    module = build_stage(spec).to(torch_device(plan.machine.device)).eval()
+    predictor = trained_stage(spec, module, unit.folder(plan))
+    found = []
+    for case in unit.part(plan).val:
+        if case in cases:
+            stored = open_stored(plan, spec, case)
+            output = run_on_grid(stored.image, stored.grid, predictor, spec.heads[-1], {})
+            found.append(Ranked(case, **kits19_scores(output.labels(), np.asarray(stored.label))))
+            step()
+    return found

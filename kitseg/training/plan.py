@@ -1,0 +1,189 @@
+"""What `kitseg train` is asked for: a configuration, a fold of a split, and the trainings that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kitseg import config
+from kitseg.config import Config, Method, StageSpec
+from kitseg.errors import UsageError
+from kitseg.models.run_folder import Run, StageFolder, moved_aside
+from kitseg.runtime.device import Machine
+from kitseg.runtime.files import write_text
+from kitseg.runtime.locks import claimed
+from kitseg.splits import Fold, Part, Split, read_split, write_split
+from kitseg.training.split import claim_split, new_split, unseen_traits
+from kitseg.types import Case
+from kitseg.volumes.store import StoredCase, open_case
+
+MOMENT = 30.0  # seconds that another fold may take to write the run's own files
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train and where.
+
+    config: resolved; run: where it goes; fold: an outer fold of ``split``; store: preprocessed cases;
+    arguments: the options of `kitseg train` that a rank of the same training needs, but for the fold.
+    """
+
+    config: Config
+    run: Run
+    split: Split
+    fold: int
+    store: Path
+    machine: Machine
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> Method:
+        """The method that the configuration describes."""
+        return config.method_of(self.config)
+
+    @property
+    def part(self) -> Fold:
+        """The outer fold."""
+        return self.split.folds[self.fold]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training: a stage on the outer fold, or on an inner one for out-of-fold predictions; or a round of it."""
+
+    stage: str
+    inner: int | None = None
+    round: int | None = None
+
+    def __str__(self) -> str:
+        inner = "" if self.inner is None else f"/inner_{self.inner}"
+        return self.stage + inner + ("" if self.round is None else f"/round_{self.round}")
+
+    @classmethod
+    def parse(cls, text: str) -> Unit:
+        """The inverse of ``str``."""
+        text, _, round_ = text.partition("/round_")
+        stage, _, inner = text.partition("/inner_")
+        return cls(stage, int(inner) if inner else None, int(round_) if round_ else None)
+
+    def folder(self, plan: Plan) -> StageFolder:
+        """Where this training lives."""
+        folder = plan.run.stage(plan.fold, self.stage)
+        folder = folder if self.inner is None else folder.inner(self.inner)
+        return folder if self.round is None else folder.round(self.round)
+
+    def part(self, plan: Plan) -> Part:
+        """The cases of this training."""
+        return plan.part if self.inner is None else plan.part.inner[self.inner]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a call of `kitseg train` asks for, before anything is prepared."""
+
+    config: Config
+    run: Run
+    fold: int
+    split: Path
+    store: Path
+    machine: Machine
+    repeat: tuple[str, ...] = ()
+
+    def claim(self, cases: Sequence[Case], jobs: int) -> Plan:
+        """The plan for these preprocessed cases; split and run are written, or checked against what is there."""
+        claim_run(self.run, self.config, claim_split(self.split, cases, self.config, jobs))
+        return self.plan()
+
+    def rehearse(self, cases: Sequence[Case]) -> Plan:
+        """The plan without writing anything, and without looking into the label maps."""
+        there = self.split.exists()
+        return self._plan(read_split(self.split) if there else new_split(unseen_traits(cases), self.config))
+
+    def plan(self) -> Plan:
+        """The plan of a run that is claimed already."""
+        return self._plan(read_split(self.run.split))
+
+    def restart(self, stage: str | None, every_fold: bool = False) -> list[Path]:
+        """Move the old run aside: the whole of it where its configuration or split differs, or for every fold.
+
+        Otherwise the fold alone, or the stage with the later ones that build on it and what cross-validation made of
+        them. Gives the new names.
+
+        Raises:
+            KitsegError: a training lives there.
+        """
+        if not self.run.config.exists():
+            return []
+        old = self.split.exists() and read_split(self.split) != read_split(self.run.split)
+        old = old or bool(config.differences(config.read(self.run.config), self.config))
+        if old or (every_fold and stage is None):
+            return _moved_aside([self.run.path])
+        folds = range(len(read_split(self.run.split).folds)) if every_fold else [self.fold]
+        scores = [self.run.scores(mirror) for mirror in (False, True)]
+        if stage is None:
+            return _moved_aside([self.run.fold(self.fold), *scores])
+        stages = [stage, *_dependent(config.method_of(self.config), stage)]
+        trained = [self.run.stage(fold, name).path for fold in folds for name in stages]
+        said = [self.run.beliefs(fold, mirror) for fold in folds for mirror in (False, True)]
+        return _moved_aside([*trained, *said, *scores])
+
+    def _plan(self, split: Split) -> Plan:
+        if self.fold >= len(split.folds):
+            raise UsageError(f"there is no fold {self.fold}: {len(split.folds)} folds, from 0 on")
+        return Plan(self.config, self.run, split, self.fold, self.store, self.machine, self.repeat)
+
+
+def _moved_aside(paths: Sequence[Path]) -> list[Path]:
+    """Rename what no living training writes to."""
+    for folder in sorted({lock.parent for path in paths for lock in path.rglob(".kitseg*.lock")}):
+        with claimed(folder, "training"):
+            pass
+    return moved_aside(paths)
+
+
+def _dependent(method: Method, stage: str) -> list[str]:
+    """The stages that build on a stage, directly or not."""
+    found = [stage]
+    for name, spec in method.stages.items():
+        if set(spec.inputs) & set(found):
+            found.append(name)
+    return found[1:]
+
+
+def claim_run(run: Run, configuration: Config, split: Split) -> None:
+    """Write what the run is, or make sure that it is the same as before; folds may start at the same moment.
+
+    Raises:
+        UsageError: the folder holds a run of another configuration or split.
+    """
+    with claimed(run.path, "configuration", wait=MOMENT):
+        _claim_run(run, configuration, split)
+
+
+def _claim_run(run: Run, configuration: Config, split: Split) -> None:
+    if run.config.exists():
+        changed = config.differences(config.read(run.config), configuration)
+        if changed:
+            remedy = "Use --restart to move the old run aside, or --name for a run of its own."
+            raise UsageError(f"{run.path} was made with another configuration. {remedy}\n  " + "\n  ".join(changed))
+        if read_split(run.split) != split:
+            raise UsageError(f"{run.path} was trained with another split: {run.split}. Use that one, or --restart.")
+        return
+    write_split(split, run.split)
+    write_text(run.config, config.dump(configuration))
+
+
+def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
+    """The trainings of a fold in order, or those of one stage."""
+    found = []
+    for name in method.stages:
+        found.append(Unit(name))
+        if any(name in later.inputs and later.guide == "inner" for later in method.stages.values()):
+            found += [Unit(name, i) for i in range(len(part.inner))]
+    return [unit for unit in found if stage in (None, unit.stage)]
+
+
+def open_stored(plan: Plan, spec: StageSpec, case: str) -> StoredCase:
+    """A preprocessed case on a stage's grid."""
+    return open_case(plan.store / str(spec.grid) / case)

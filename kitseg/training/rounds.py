@@ -1,0 +1,81 @@
+"""The progressive loop: train on, from the best weights so far, on a random part of the cases, until nothing improves.
+
+Its whole state is what the finished rounds left in their folders, so a killed loop goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from kitseg.config import StageSpec
+from kitseg.models.run_folder import SCHEMA, StageFolder
+from kitseg.runtime.files import read_json, write_json
+
+
+def next_round(folder: StageFolder, spec: StageSpec) -> int | None:
+    """The round to train now, 0 being the first training; None when the last one brought nothing or was the last."""
+    scores = _scores(folder)
+    most = 0 if spec.rounds is None else spec.rounds.most
+    stuck = len(scores) > 1 and scores[-1] <= max(scores[:-1])
+    return None if stuck or len(scores) > most else len(scores)
+
+
+def prepare_round(folder: StageFolder, spec: StageSpec, number: int, seed: int) -> int:
+    """Write where a round looks: all validation cases, and a random share of the training cases; how many these are."""
+    content, round_ = read_json(folder.places, SCHEMA), folder.round(number)
+    cases = sorted(content["train"])
+    if number and spec.rounds is not None:
+        count = max(1, round(spec.rounds.share * len(cases)))
+        cases = sorted(random.Random(f"{seed}/{number}").sample(cases, count))
+    up = os.path.relpath(folder.path, round_.path)
+    sides = {"train": {case: content["train"][case] for case in cases}, "val": content["val"]}
+    moved = {
+        side: {case: {**row, "guide": row["guide"] and f"{up}/{row['guide']}"} for case, row in rows.items()}
+        for side, rows in sides.items()
+    }
+    if not round_.places.exists():
+        write_json(round_.places, SCHEMA, moved)
+    return len(cases)
+
+
+def shortened(spec: StageSpec) -> StageSpec:
+    """The stage as a later round trains it."""
+    return spec if spec.rounds is None else replace(spec, epochs=spec.rounds.epochs)
+
+
+def best_weights(folder: StageFolder) -> Path:
+    """The best checkpoint of the finished rounds."""
+    return folder.round(_best(folder)).checkpoints()[0][0]
+
+
+def describe(folder: StageFolder) -> str:
+    """The finished rounds in words."""
+    scores = _scores(folder)
+    each = ", ".join(f"{score:.4f}" for score in scores)
+    return f"validation scores by round {each}: the best is round {_best(folder)}"
+
+
+def conclude(folder: StageFolder) -> None:
+    """Say that the loop is done: the best round's checkpoints are the stage's."""
+    best = _best(folder)
+    content = read_json(folder.round(best).done, SCHEMA)
+    rows = [{**row, "file": f"round_{best}/{row['file']}"} for row in content["checkpoints"]]
+    rounds = {"scores": _scores(folder), "best": best}
+    write_json(folder.done, SCHEMA, {"checkpoints": rows, "threshold": content["threshold"], "rounds": rounds})
+
+
+def _scores(folder: StageFolder) -> list[float]:
+    """The best validation score of each finished round."""
+    scores: list[float] = []
+    while (done := folder.round(len(scores)).done).exists():
+        scores.append(read_json(done, SCHEMA)["checkpoints"][0]["val_score"])
+    return scores
+
+
+def _best(folder: StageFolder) -> int:
+    """The earliest round with the highest score."""
+    scores = _scores(folder)
+    return scores.index(max(scores))

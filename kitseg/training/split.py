@@ -1,0 +1,108 @@
+"""The split file: made once from the cases' labels, then the same for every verb."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from joblib import delayed
+
+from kitseg.config import Config
+from kitseg.errors import KitsegError, UsageError, fault, in_words
+from kitseg.runtime.console import bar
+from kitseg.runtime.outcomes import in_parallel
+from kitseg.scoring.strata import THICKNESSES, thickness_class
+from kitseg.splits import Split, make_split, read_split, same_patient, write_split
+from kitseg.types import Case, Traits
+from kitseg.volumes.traits import read_traits, read_whole
+
+Reader = Callable[[Case, str], Traits]
+
+
+def new_split(traits: Iterable[Traits], configuration: Config) -> Split:
+    """A split as the configuration asks for."""
+    keys = ("folds", "inner_folds", "test_cases", "seed", "convention")
+    return make_split(traits, *(configuration[key] for key in keys))
+
+
+def unseen_traits(cases: Iterable[Case]) -> list[Traits]:
+    """What is known of scans without reading them: their patients."""
+    return [Traits(case.id, (case.patients or (case.id,))[0], 0, 0) for case in _scans(cases)]
+
+
+def look_at(
+    cases: Sequence[Case], convention: str, jobs: int, on_done: Callable[[], None], read: Reader = read_whole
+) -> tuple[list[Traits], list[str]]:
+    """The traits of the scans among the cases, read in parallel, and what couldn't be read, in words.
+
+    Raises:
+        KitsegError: memory, disk or the system failed, which is no fault of a case.
+    """
+    tasks = (delayed(_look)(case, convention, read) for case in _scans(cases))
+    traits, errors = [], []
+    for found in in_parallel(tasks, jobs):
+        if isinstance(found, Traits):
+            traits.append(found)
+        else:
+            errors.append(found)
+        on_done()
+    return traits, errors
+
+
+def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: int) -> Split:
+    """The split file, made now where there is none yet.
+
+    Raises:
+        KitsegError: the file is damaged, of another convention, names cases that aren't there, or has a patient on two
+            sides.
+    """
+    if not path.exists():
+        with bar("split", len(_scans(cases))) as step:
+            traits, errors = look_at(cases, configuration["convention"], jobs, step, read_traits)
+        if errors:
+            raise KitsegError(errors[0])
+        write_split(new_split(traits, configuration), path)
+    split = read_split(path)
+    if split.convention != configuration["convention"]:
+        wanted = configuration["convention"]
+        raise UsageError(f"{path} is of label convention {split.convention}, the configuration of {wanted}")
+    if missing := sorted(split.cases - {case.id for case in cases}):
+        raise KitsegError(
+            f"{path} names {', '.join(missing)}, which the data folder lacks, or which can't be preprocessed. "
+            "Add or mend them, or mend the file."
+        )
+    shown = {case.id: case.patients for case in cases if case.patients}
+    if problem := same_patient(split, {**split.patients, **shown}):
+        raise KitsegError(f"{path}: {problem}. Mend the file, or delete it and have it made again.")
+    return split
+
+
+def report_split(split: Split, traits: Iterable[Traits]) -> list[tuple[Any, ...]]:
+    """A row for each fold's validation cases and the test set: name, cases, median tumor ml, cases by thickness."""
+    by_case = {case.case: case for case in traits}
+    parts = {f"fold {i}": fold.val for i, fold in enumerate(split.folds)}
+    parts |= {"test": split.test} if split.test else {}
+    rows = []
+    for name, cases in parts.items():
+        found = [by_case[case] for case in cases]
+        classes = [thickness_class(case.thickness_mm) for case in found]
+        counts = [classes.count(i) for i in range(len(THICKNESSES))]
+        rows.append((name, len(cases), statistics.median(case.tumor_ml for case in found), *counts))
+    return rows
+
+
+def _scans(cases: Iterable[Case]) -> list[Case]:
+    """The cases that aren't registered copies of others."""
+    return [case for case in cases if not case.sources]
+
+
+def _look(case: Case, convention: str, read: Reader) -> Traits | str:
+    try:
+        return read(case, convention)
+    except Exception as error:  # whatever is wrong with a case, the others go on
+        words = in_words(case.image.parent, error)
+        if fault(error) or (error.__cause__ and fault(error.__cause__)):
+            raise KitsegError(words) from None
+        return words
