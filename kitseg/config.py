@@ -24,6 +24,13 @@ from kitseg.types import Grid
 
 Config = dict[str, Any]
 LARGEST = 1_000_000  # bytes of a configuration; kitseg's own have five thousand
+RENAMED = {
+    "at_once": "micro_batch_size",
+    "fewer_epochs": "epoch_divisor",
+    "inner_folds": "nested_folds",
+    "smaller_batches": "batch_divisor",
+    "thinner": "width_divisor",
+}
 PARTS, OPTIONAL = ("intensity", "region", "sampler", "module"), ("link", "augmentation")
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
@@ -62,10 +69,11 @@ class Rounds:
 class StageSpec:
     """One stage of a method.
 
-    inputs: earlier stages whose output says where or what this one sees; guide: ``labels`` or ``inner`` for training;
-    grid: the lattice it works on; heads, channels: what it predicts; batch: patches a step, over all ranks;
-    at_once: of them at a time on a device, whose gradients are added up to the batch; stop_after: validations without
-    improvement that end the training; rounds: trainings after the first; parts: the specifications for ``build``.
+    inputs: earlier stages that this one builds on; guide: what it learns with of their output, the true ``labels`` or
+    ``out_of_fold`` predictions; grid: the lattice it works on; heads, channels: what it predicts; batch: patches a
+    step, over all ranks; micro_batch_size: patches a rank computes at a time, whose gradients accumulate to the batch;
+    stop_after: validations without improvement that end the training; rounds: trainings after the first; parts: the
+    specifications for ``build``.
     """
 
     name: str
@@ -75,7 +83,7 @@ class StageSpec:
     heads: tuple[str, ...]
     channels: tuple[str, ...]
     batch: int
-    at_once: int
+    micro_batch_size: int
     epochs: int
     validate_every: int
     stop_after: int | None
@@ -114,7 +122,7 @@ def compose(method: str, size: str, overrides: Sequence[str] = ()) -> Config:
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own checks raise any of them
         raise UsageError(_explain(str(error), method, size, overrides)) from error
     configuration = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
-    for key, least in {"seed": 0, "folds": 2, "inner_folds": 2, "test_cases": 0, "keep_best": 1}.items():
+    for key, least in {"seed": 0, "folds": 2, "nested_folds": 2, "test_cases": 0, "keep_best": 1}.items():
         value = configuration[key]
         if not isinstance(value, int) or value < least:
             raise UsageError(f"{key} is {value!r}; it must be a whole number from {least} on")
@@ -127,7 +135,7 @@ def names(kind: str) -> list[str]:
     return sorted(Path(file.name).stem for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
-def summary(method: str) -> Config:
+def method_summary(method: str) -> Config:
     """What a method's file says in plain values, such as ``chain``, ``paper`` and ``published``; composes nothing.
 
     Raises:
@@ -154,7 +162,8 @@ def read(path: Path) -> Config:
         raise InputError(path, f"can't be read ({error})", "Train again, or restore the file.") from error
     if not isinstance(config, dict):
         raise InputError(path, "holds no configuration", "Train again, or restore the file.")
-    return config
+    current: Config = _with_current_names(config)
+    return current
 
 
 def dump(config: Config) -> str:
@@ -240,6 +249,16 @@ def build(spec: Any, **more: Any) -> Any:
         raise UsageError(" ".join(str(error).split())) from error
 
 
+def _with_current_names(value: Any) -> Any:
+    """A configuration, or a part of it, of kitseg 0.1 with the keys and values that have other names since."""
+    if isinstance(value, list):
+        return [_with_current_names(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {RENAMED.get(key, key): _with_current_names(item) for key, item in value.items()}
+    return {**renamed, "guide": "out_of_fold"} if renamed.get("guide") == "inner" else renamed
+
+
 def _explain(message: str, method: str, size: str, overrides: Sequence[str]) -> str:
     """Hydra's message in a line; where a key isn't there, with the keys that are."""
     for key in (override.partition("=")[0] for override in overrides):
@@ -269,7 +288,7 @@ def _stage(name: str, config: Config) -> StageSpec:
         heads=tuple(map(trust.name, config["heads"])),
         channels=tuple(map(trust.name, config["channels"])),
         batch=_count(config, name, "batch"),
-        at_once=_count({"at_once": config["batch"], **config}, name, "at_once"),
+        micro_batch_size=_count({"micro_batch_size": config["batch"], **config}, name, "micro_batch_size"),
         epochs=_count(config, name, "epochs"),
         validate_every=_count(config, name, "validate_every"),
         stop_after=config.get("stop_after"),
@@ -280,8 +299,8 @@ def _stage(name: str, config: Config) -> StageSpec:
 
 
 def _check_guide(stage: StageSpec, stages: Mapping[str, StageSpec]) -> None:
-    if stage.guide not in ("labels", "inner"):
-        raise UsageError(f"stages.{stage.name}.guide is {stage.guide!r}; it must be labels or inner")
+    if stage.guide not in ("labels", "out_of_fold"):
+        raise UsageError(f"stages.{stage.name}.guide is {stage.guide!r}; it must be labels or out_of_fold")
     if stage.parts["link"] and str(stage.grid) != str(stages[stage.inputs[0]].grid):
         raise UsageError(f"stage {stage.name} is guided by {stage.inputs[0]}, so both need the same grid")
 

@@ -74,7 +74,7 @@ def mean_in_slabs(members: Callable[[], Iterable[tuple[Probabilities, float]]], 
     return replace(part, array=array, box=box)
 
 
-class Votes:
+class EnsembleAgreement:
     """How far the members of a mean agree on kidney (with tumor) and tumor, counted as they come.
 
     The agreement is the Dice coefficient over all pairs of members, pooled: with n members of M at a voxel,

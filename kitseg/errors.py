@@ -79,7 +79,7 @@ def fault(error: BaseException) -> tuple[str, str] | None:
     return MEMORY if nothing_left or isinstance(error, MemoryError) else None
 
 
-def in_words(name: Path | str, error: BaseException) -> str:
+def format_error(name: Path | str, error: BaseException) -> str:
     """An error in one line: its own words, a fault's with what helps, or for one that nobody foresaw its type."""
     if isinstance(error, KitsegError):
         return str(error)

@@ -22,7 +22,7 @@ Patients = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Part:
+class FoldPart:
     """Cases to learn from and cases to be scored on."""
 
     train: tuple[str, ...]
@@ -30,10 +30,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Fold(Part):
+class Fold(FoldPart):
     """An outer fold; ``inner`` splits its training cases again, for out-of-fold predictions between stages."""
 
-    inner: tuple[Part, ...]
+    inner: tuple[FoldPart, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
         raise KitsegError(f"{len(rest)} labelled patient(s) can't be split into training and validation: add cases")
     outer = []
     for train, val in _parts(rest, folds, rng):
-        nested = [Part(_names(t), _names(v)) for t, v in _parts(train, inner, rng)] if len(train) > 1 else []
+        nested = [FoldPart(_names(t), _names(v)) for t, v in _parts(train, inner, rng)] if len(train) > 1 else []
         outer.append(Fold(_names(train), _names(val), tuple(nested)))
     known = {c.case: (c.patient,) for patient in patients for c in patient if c.patient != c.case}
     return Split(tuple(outer), _names(held), seed, convention, known)
@@ -118,7 +118,7 @@ def read_split(path: Path) -> Split:
     try:
         raw = json.loads(path.read_text())
         folds = tuple(
-            Fold(**_sides(fold), inner=tuple(Part(**_sides(part)) for part in fold.get("inner", ())))
+            Fold(**_sides(fold), inner=tuple(FoldPart(**_sides(part)) for part in fold.get("inner", ())))
             for fold in raw["folds"]
         )
         patients = {case: _cases(whom) for case, whom in raw.get("patients", {}).items()}
@@ -208,7 +208,7 @@ def _problem(split: Split) -> str | None:
     return None
 
 
-def _is_inside(part: Part, cases: Sequence[str]) -> bool:
+def _is_inside(part: FoldPart, cases: Sequence[str]) -> bool:
     """Whether both sides hold cases, none of them twice, all of them among ``cases``."""
     train, val = set(part.train), set(part.val)
     return bool(train and val) and not train & val and train | val <= set(cases)

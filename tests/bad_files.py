@@ -348,7 +348,7 @@ ELSEWHERE = [
     Bad("labels-shifted", moved(shifted), "lie", True),
     Bad("labels-mirrored", moved(column(0, -1)), "lie", True),
     Bad("labels-turned", moved(swapped), "shape|lie", True),
-    Bad("labels-thinner", annotation(lambda labels: labels[1:]), "shape|lie", True),
+    Bad("labels-width_divisor", annotation(lambda labels: labels[1:]), "shape|lie", True),
 ]
 ALONE = [*NO_NIFTI, *CUT, *FLIPPED, *TYPES, *PLACES, *VALUES, *SHAPES, *NO_FILES, *NAMES, *MENDED, *LABELS]
 ALL = [*ALONE, *ELSEWHERE]

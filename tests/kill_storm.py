@@ -30,7 +30,7 @@ TRAIN = (
     "--size=tiny", "--epochs=4", "--save-every=0", "--jobs=1", "--device=cpu", "--set=size.validate_every=2",
     "--set=size.slice_factor=4", "--set=size.inplane_factor=8", "--set=size.vnet_width=4", "--set=size.dropout=0.3",
     "--set=size.coarse_samples=4", "--set=size.fine_samples=4", "--set=size.keep_best=2", "--set=size.pixels=64",
-    "--set=size.thinner=8", "--set=size.depth=16", "--set=size.rounds=1", "--set=size.round_epochs=2",
+    "--set=size.width_divisor=8", "--set=size.depth=16", "--set=size.rounds=1", "--set=size.round_epochs=2",
 )  # fmt: skip
 VOLATILE = {"seconds", "mtime", "sha256", "path"}
 PASSING = ("tensorboard", "curves.png")  # a log, and a picture that is drawn now and then

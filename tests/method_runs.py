@@ -24,7 +24,7 @@ QUICK = (
     "--set=folds=3",
     "--set=size.validate_every=1",
     "--set=size.pixels=64",
-    "--set=size.thinner=8",
+    "--set=size.width_divisor=8",
     "--set=size.inplane_factor=16",
     "--set=size.slice_factor=4",
     "--set=size.vnet_width=4",
@@ -59,7 +59,7 @@ def train(folder: Path, method: str, *options: str) -> str:
 def untrained(folder: Path, method: str = "dual-unet") -> Path:
     """A run whose training changed no weight."""
     torch.manual_seed(0)
-    settings = config.compose(method, "tiny", ["size.thinner=16"])
+    settings = config.compose(method, "tiny", ["size.width_divisor=16"])
     write_text(folder / "config.yaml", config.dump(settings))
     write_json(folder / "run.json", 1, {"kitseg": "0.1.0", "phantom": False, "cases": ["somebody"], "experience": None})
     part = {"train": ["somebody"], "val": ["else"], "inner": []}

@@ -11,9 +11,9 @@ import pytest
 
 from kitseg import ensemble
 from kitseg.errors import InputError
-from kitseg.measure.quality import Experience
+from kitseg.measure.quality import TrainingDomain
 from kitseg.models.run_folder import Run
-from kitseg.models.training_domain import gather, model_experience, together
+from kitseg.models.training_domain import merge_domains, model_training_domain, training_facts
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.store import StoredCase
 
@@ -36,7 +36,7 @@ def masks(belief: Probabilities) -> dict[str, np.ndarray]:
 
 def test_agreement_is_dice_pooled_over_all_pairs() -> None:
     boxes = [Box((0, 0, 0), (2, 3, 4)), Box((1, 1, 1), (4, 6, 8)), Box((0, 0, 0), (0, 0, 0)), Box((0, 2, 2), (4, 4, 4))]
-    beliefs, votes = [member(seed, box) for seed, box in enumerate(boxes)], ensemble.Votes()
+    beliefs, votes = [member(seed, box) for seed, box in enumerate(boxes)], ensemble.EnsembleAgreement()
     mean = ensemble.mean(votes.watch((belief, 1.0) for belief in beliefs))
     assert np.array_equal(mean.array, ensemble.mean((belief, 1.0) for belief in beliefs).array)
     found = votes.agreement()
@@ -50,7 +50,7 @@ def test_agreement_is_dice_pooled_over_all_pairs() -> None:
 def test_a_single_member_agrees_with_nobody_and_two_empty_ones_wholly() -> None:
     nothing = Box((0, 0, 0), (0, 0, 0))
     for boxes, expected in (([nothing], None), ([nothing, nothing], {"kidney": 1.0, "tumor": 1.0})):
-        votes = ensemble.Votes()
+        votes = ensemble.EnsembleAgreement()
         ensemble.mean(votes.watch((member(0, box), 1.0) for box in boxes))
         assert votes.agreement() == expected
 
@@ -64,27 +64,30 @@ def stored(name: str, spacing: tuple[float, float, float], kidney: float | None,
 def test_a_run_says_what_it_was_trained_on(tmp_path: Path) -> None:
     a, b = stored("a", (5, 0.5, 0.75), 150, None), stored("b", (1, 0.9, 0.9), 180, 210)
     cases = [a, b, stored("c", (3, 1, 1), None, 90)]
-    expected = Experience((1, 5), (0.75, 1), (150, 180), (90, 210))
+    expected = TrainingDomain((1, 5), (0.75, 1), (150, 180), (90, 210))
     run = Run(tmp_path)
-    run.info.write_text(json.dumps({"schema": 1, **gather(iter(cases))}))
-    assert model_experience(run) == expected
-    assert gather(cases[2:])["experience"] is None
+    run.info.write_text(json.dumps({"schema": 1, **training_facts(iter(cases))}))
+    assert model_training_domain(run) == expected
+    assert training_facts(cases[2:])["experience"] is None
     assert (run.read_info()["cases"], run.read_info()["phantom"]) == (["a", "b", "c"], False)
     run.info.write_text(json.dumps({"schema": 1}))
-    assert model_experience(run) is None
+    assert model_training_domain(run) is None
     run.info.write_text(json.dumps({"schema": 1, "experience": {"slice_mm": 3}}))
     with pytest.raises(InputError, match=r"run\.json.*trained on"):
-        model_experience(run)
+        model_training_domain(run)
 
 
 def test_models_together_saw_what_any_of_them_saw() -> None:
-    a, b = Experience((1, 3), (0.5, 0.8), (150, 180), None), Experience((2, 5), (0.6, 0.7), (90, 160), (100, 200))
-    assert together([a, b]) == Experience((1, 5), (0.5, 0.8), (90, 180), (100, 200))
-    assert together([a, None]) is None
+    a, b = (
+        TrainingDomain((1, 3), (0.5, 0.8), (150, 180), None),
+        TrainingDomain((2, 5), (0.6, 0.7), (90, 160), (100, 200)),
+    )
+    assert merge_domains([a, b]) == TrainingDomain((1, 5), (0.5, 0.8), (90, 180), (100, 200))
+    assert merge_domains([a, None]) is None
 
 
 def test_a_speck_that_one_member_sees_is_no_disagreement() -> None:
-    box, votes = Box((0, 0, 0), (2, 2, 2)), ensemble.Votes()
+    box, votes = Box((0, 0, 0), (2, 2, 2)), ensemble.EnsembleAgreement()
     lattice = Geometry(LATTICE.shape, np.eye(4))
     for n in range(5):
         array = np.zeros((3, *box.size), np.float16)

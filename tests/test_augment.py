@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patients import patient
 
-from kitseg.commands.augment import DIRECTIONS, Choice, Copied, Pair, choose_pairs, make_copies, undone
+from kitseg.commands.augment import DIRECTIONS, Copied, Pair, PairSelection, choose_pairs, make_copies, undone
 from kitseg.errors import KitsegError, UsageError
 from kitseg.splits import make_split, read_split, with_copies, write_split
 from kitseg.types import Case, Traits, Volume
@@ -29,7 +29,7 @@ QUICK = (
     "--set=size.validate_every=1",
     "--set=size.coarse_samples=2",
     "--set=folds=3",
-    "--set=inner_folds=2",
+    "--set=nested_folds=2",
     "--jobs=1",
 )
 RUN = "runs/two-phase-tiny"
@@ -240,21 +240,21 @@ def some_cases(count: int) -> dict[str, Case]:
 def test_partners_are_never_hard_and_drawn_once(order: list[int], worst: int, partners: int, seed: int) -> None:
     cases = some_cases(12)
     ranked = [f"case_{i:05d}" for i in order]
-    pairs = choose_pairs(ranked, cases, Choice(worst, partners, DIRECTIONS[0], seed))
+    pairs = choose_pairs(ranked, cases, PairSelection(worst, partners, DIRECTIONS[0], seed))
     assert len({pair.name for pair in pairs}) == len(pairs) == worst * partners
     assert {pair.reference.id for pair in pairs} == set(ranked[:worst])
     assert {pair.floating.id for pair in pairs} <= set(ranked[worst:])
-    turned = choose_pairs(ranked, cases, Choice(worst, partners, DIRECTIONS[1], seed))
+    turned = choose_pairs(ranked, cases, PairSelection(worst, partners, DIRECTIONS[1], seed))
     assert [(p.reference, p.floating) for p in turned] == [(p.floating, p.reference) for p in pairs]
     shuffled = choose_pairs(
-        ranked[:worst] + sorted(ranked[worst:]), cases, Choice(worst, partners, DIRECTIONS[0], seed)
+        ranked[:worst] + sorted(ranked[worst:]), cases, PairSelection(worst, partners, DIRECTIONS[0], seed)
     )
     assert {p.name for p in shuffled} == {p.name for p in pairs}
 
 
 def test_too_few_cases_are_refused() -> None:
     with pytest.raises(UsageError, match="need 7 training cases, the fold has 6"):
-        choose_pairs(list(some_cases(6)), some_cases(6), Choice(3, 4, DIRECTIONS[0], 0))
+        choose_pairs(list(some_cases(6)), some_cases(6), PairSelection(3, 4, DIRECTIONS[0], 0))
 
 
 def copy_of(one: str, other: str, patient_of: dict[str, str]) -> Case:

@@ -29,7 +29,7 @@ from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import Bundle, bundle_of
 from kitseg.models.bundles.export import export
 from kitseg.models.ensemble_file import Member, write_ensemble
-from kitseg.models.members import describe, locate, members_of, only_member, open_ensemble
+from kitseg.models.members import describe_model, locate, members_of, only_member, open_ensemble
 from kitseg.models.model import open_model
 from kitseg.models.run_folder import Run
 from kitseg.models.weights import read_weights
@@ -135,7 +135,7 @@ def test_an_opened_bundle_is_a_run_with_the_same_weights(run: Path, tmp_path: Pa
         before, after = (read_weights(path, torch.device("cpu")) for path in (old, new))
         assert list(before) != []
         assert all(torch.equal(before[key], after[key]) for key in {*before, *after})
-    said = describe(open_model(member.run, "cpu"))
+    said = describe_model(open_model(member.run, "cpu"))
     assert file_digest(tmp_path / "x.kitseg")[:12] in said
     assert "licenses: code Apache-2.0, weights ours: not to be passed on, labels ours: not to be passed on" in said
 

@@ -24,7 +24,7 @@ from kitseg.ensemble import to_masks
 from kitseg.inference.chain import Output, to_scan
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.links.crop import paste
-from kitseg.links.regions import Known, Region
+from kitseg.links.regions import Region, RegionContext
 from kitseg.postprocess.prior import Prior
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.types import Box, Masks, Volume
@@ -86,7 +86,7 @@ def perfect_output(labels: Volume, name: str, stage: str) -> Output:
     spec = method(name).stages[stage]
     lattice = grid_geometry(labels.geometry, spec.grid)
     true = nearest(labels.array, lattice.shape)
-    near = region(name, stage)(Known(lattice, true, lattice)).clip(lattice.shape)
+    near = region(name, stage)(RegionContext(lattice, true, lattice)).clip(lattice.shape)
     found = bounding_box(true[near.slices] > 0)
     assert found is not None
     z, y, x = near.start
@@ -113,7 +113,7 @@ def through_grids(labels: Volume, box: Box, name: str) -> Masks:
 def in_lower_half(mask: NDArray[np.bool_], labels: Volume, box: Box) -> NDArray[np.bool_]:
     """The part of a mask in a box of the scan that lies in the region of dual-unet's tumor network."""
     lattice = grid_geometry(labels.geometry, method("dual-unet").stages["tumors"].grid)
-    on_scan = box_on(region("dual-unet", "tumors")(Known(lattice)), lattice.shape, labels.geometry.shape)
+    on_scan = box_on(region("dual-unet", "tumors")(RegionContext(lattice)), lattice.shape, labels.geometry.shape)
     half, part = np.zeros_like(mask), on_scan.moved(box.start).clip(box.size).slices
     half[part] = mask[part]
     return half

@@ -19,7 +19,7 @@ from kitseg.inference.chain import EMPTY, Output, run_chain, run_on_grid, to_sca
 from kitseg.links.guides import GuidedByForeground, Link, SliceGate
 from kitseg.links.intensity import ClipScale
 from kitseg.links.regions import Region, Square, WholeVolume
-from kitseg.patches.datamodule import Sight
+from kitseg.patches.datamodule import InputTransform
 from kitseg.types import Box, Geometry, Triple, Volume
 
 SOFTMAX = ("background", "kidney", "tumor")
@@ -45,8 +45,8 @@ class Stub:
     seen: list[Tensor] = field(default_factory=list)
 
     @property
-    def sight(self) -> Sight:
-        return Sight(ClipScale(-1000, 1000, 1000), self.link)
+    def input_transform(self) -> InputTransform:
+        return InputTransform(ClipScale(-1000, 1000, 1000), self.link)
 
     def predict(self, image: Tensor, head: str) -> Tensor:
         self.seen.append(image)

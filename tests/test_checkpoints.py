@@ -17,7 +17,7 @@ from kitseg.errors import KitsegError
 from kitseg.models.run_folder import Run, StageFolder
 from kitseg.runtime import locks as claim
 from kitseg.runtime.device import Machine
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.splits import Fold, Split, write_split
 from kitseg.training.callbacks import EpochSoFar
 from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
@@ -102,7 +102,7 @@ def test_a_restart_leaves_a_living_training_where_it_is(tmp_path: Path, monkeypa
     claim_run(run, made, split)
     start = Start(made, run, 0, tmp_path / "splits.json", tmp_path, Machine())
     stage = run.stage(0, "coarse").path
-    with claimed(stage, "training"):
+    with folder_lock(stage, "training"):
         for every_fold, only in ((False, None), (True, None), (False, "coarse")):
             with pytest.raises(KitsegError, match=r"coarse: process \d+ on \S+ is writing there"):
                 start.restart(only, every_fold)

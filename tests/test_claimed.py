@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kitseg.commands.preprocess import preprocess
 from kitseg.errors import KitsegError
 from kitseg.runtime import locks as claim
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.sharding import Share
 from kitseg.types import Grid
 from kitseg.volumes.kits import find_cases
@@ -56,13 +56,13 @@ def locks(folder: Path) -> list[str]:
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    with claimed(tmp_path / "new", "labels"):
+    with folder_lock(tmp_path / "new", "labels"):
         assert locks(tmp_path / "new") == [".kitseg.lock"]
     assert locks(tmp_path / "new") == []
 
 
 def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), claimed(tmp_path, "labels"):
+    with pytest.raises(KeyboardInterrupt), folder_lock(tmp_path, "labels"):
         raise KeyboardInterrupt
     assert locks(tmp_path) == []
 
@@ -70,14 +70,14 @@ def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
     with another_process(tmp_path) as process:
         begun = time.monotonic()
-        with pytest.raises(KitsegError) as error, claimed(tmp_path, "labels"):
+        with pytest.raises(KitsegError) as error, folder_lock(tmp_path, "labels"):
             pytest.fail("two at once")
         assert time.monotonic() - begun < 3 * claim.HEARTBEAT
         words = rf"{re.escape(str(tmp_path))}: process {process.pid} on \S+ is writing there, .* Wait until it ends"
         assert re.match(words, str(error.value))
         assert "delete .kitseg.lock there" in str(error.value)
         for part in ("1/1", "1/2"):
-            with pytest.raises(KitsegError, match="is writing there"), claimed(tmp_path, "labels", part):
+            with pytest.raises(KitsegError, match="is writing there"), folder_lock(tmp_path, "labels", part):
                 pytest.fail("a part of it beside the whole")
 
 
@@ -100,7 +100,7 @@ def test_a_dead_process_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
         pass
     assert locks(tmp_path) == [".kitseg.lock"], "killed, so that it could not tidy up"
     begun = time.monotonic()
-    with claimed(tmp_path, "labels"):
+    with folder_lock(tmp_path, "labels"):
         assert time.monotonic() - begun < claim.HEARTBEAT
     assert f"taken over from process {process.pid} on" in " ".join(capsys.readouterr().out.split())
     assert locks(tmp_path) == []
@@ -114,28 +114,28 @@ def test_another_host_that_fell_silent_holds_nothing(
     record = f"filelock/2\npid={os.getpid()}\nhost=elsewhere\nmode=lease\ntoken=abc\nduration=0.5\n"
     (tmp_path / ".kitseg.lock").write_text(record)
     begun = time.monotonic()
-    with claimed(tmp_path, "labels"):
+    with folder_lock(tmp_path, "labels"):
         assert time.monotonic() - begun >= 0.5, "first it is watched"
     assert "on elsewhere, which has ended" in capsys.readouterr().out
 
 
 def test_parts_of_the_same_work_go_side_by_side(tmp_path: Path) -> None:
     with another_process(tmp_path, "1/2"):
-        with claimed(tmp_path, "labels", "2/2"):
+        with folder_lock(tmp_path, "labels", "2/2"):
             assert locks(tmp_path) == [".kitseg.1-of-2.lock", ".kitseg.2-of-2.lock"]
-        with claimed(tmp_path, "labels", "4/4"):
+        with folder_lock(tmp_path, "labels", "4/4"):
             assert locks(tmp_path) == [".kitseg.1-of-2.lock", ".kitseg.4-of-4.lock"]
         for part in ("1/2", "1/3", "3/4", ""):
-            with pytest.raises(KitsegError, match="is writing there"), claimed(tmp_path, "labels", part):
+            with pytest.raises(KitsegError, match="is writing there"), folder_lock(tmp_path, "labels", part):
                 pytest.fail("the same cases twice")
-    with claimed(tmp_path, "labels"):
+    with folder_lock(tmp_path, "labels"):
         assert locks(tmp_path) == [".kitseg.lock"]
     assert locks(tmp_path) == []
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "labels").touch()
-    with pytest.raises(KitsegError, match=str(tmp_path / "labels")), claimed(tmp_path / "labels", "labels"):
+    with pytest.raises(KitsegError, match=str(tmp_path / "labels")), folder_lock(tmp_path / "labels", "labels"):
         pytest.fail("there is no folder")
 
 
@@ -186,7 +186,7 @@ def test_a_lock_that_is_handed_on_is_not_a_living_one(tmp_path: Path) -> None:
     others = threading.Thread(target=hand_on)
     others.start()
     begun.wait()
-    with claimed(tmp_path, "labels"):
+    with folder_lock(tmp_path, "labels"):
         assert not list(owners), "all had it"
     others.join()
 
@@ -195,7 +195,7 @@ def test_released_is_not_taken_over(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder = tmp_path / "odd [red] name"
     with another_process(folder) as process:
         threading.Timer(1, (folder / ".kitseg.lock").unlink).start()
-        with claimed(folder, "labels", wait=20):
+        with folder_lock(folder, "labels", wait=20):
             pass
     text = " ".join(capsys.readouterr().out.split())
     assert f"{folder}: process {process.pid} on" in text
@@ -219,7 +219,7 @@ def test_an_empty_lock_is_left_from_a_power_cut(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(claim, "HEARTBEAT", 0.1)
     (tmp_path / ".kitseg.lock").touch()
     begun = time.monotonic()
-    with claimed(tmp_path, "labels", wait=60):
+    with folder_lock(tmp_path, "labels", wait=60):
         assert (tmp_path / ".kitseg.lock").stat().st_size
     assert 0.5 <= time.monotonic() - begun < 10, "it is watched, and not for as long as a living one"
     assert locks(tmp_path) == []

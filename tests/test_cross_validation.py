@@ -257,7 +257,7 @@ def test_several_models_are_averaged_like_their_folders(validated: Path) -> None
     for number, run in enumerate(models):
         assert kitseg(validated, "infer", f"--run={run}", "--data=test", "-o", f"p/{number}").code == 0
     opened = open_ensemble([validated / run for run in models], "cpu", [2, 1])
-    found, _ = opened.believe(read_image(path, "case_00000"))
+    found, _ = opened.predict_proba(read_image(path, "case_00000"))
     wholes = []
     for block in (found, *(read_block(validated / f"p/{number}", "case_00000") for number in range(2))):
         wholes.append(np.zeros((3, *block.geometry.shape)))

@@ -12,7 +12,7 @@ from dicom_files import AXIAL, WORDS, hu, uid, write_series
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from kitseg.errors import UsageError
-from kitseg.volumes.dicom.choice import Choice, choose_series, write_series_table
+from kitseg.volumes.dicom.choice import SeriesChoice, choose_series, write_series_table
 from kitseg.volumes.dicom.series import find_series
 
 CORONAL = AXIAL[:, [1, 0, 2, 3]]
@@ -23,7 +23,7 @@ def add(folder: Path, seed: int, slices: int = 16, mm: float = 10.0, **tags: obj
     return write_series(folder / f"{seed}", hu((slices, 2, 2)), AXIAL @ np.diag([mm / 2.5, 1, 1, 1]), seed, **tags)
 
 
-def choose(folder: Path, *wanted: str) -> dict[int, Choice]:
+def choose(folder: Path, *wanted: str) -> dict[int, SeriesChoice]:
     """The choices by the seeds of their series."""
     choices = choose_series(find_series(folder), wanted)
     return {n: choice for choice in choices for n in range(1, 20) if choice.series.uid == uid(f"series {n}")}
@@ -33,7 +33,7 @@ BETTER_FIRST = {
     "contrast": ({"ContrastBolusAgent": "APPLIED"}, {}, "has contrast"),
     "a soft kernel": ({"ConvolutionKernel": "Br38f"}, {"ConvolutionKernel": ["Br64f", "3"]}, "soft-tissue kernel"),
     "a soft kernel of GE": ({"ConvolutionKernel": "STANDARD"}, {"ConvolutionKernel": "LUNG"}, "soft-tissue kernel"),
-    "thinner slices": ({"slices": 32, "mm": 5.0}, {}, "thinner slices"),
+    "width_divisor slices": ({"slices": 32, "mm": 5.0}, {}, "width_divisor slices"),
     "coverage before thinness": ({}, {"mm": 1.0}, "covers 150 mm or more"),
     "more coverage": ({"slices": 18}, {}, "covers more"),
     "original": ({}, {"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED"]}, "is original"),

@@ -17,7 +17,7 @@ import pytest
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
-from kitseg.volumes.download import KITS19, Source, download_kits19, parse_cases
+from kitseg.volumes.download import KITS19, DownloadSource, download_kits19, parse_cases
 
 REPO = KITS19.images_repo
 NATIVE = Geometry((10, 16, 16), np.diag([1.0, 1, 1, 1]))
@@ -93,9 +93,9 @@ def image_path(case: int) -> str:
     return f"/datasets/{REPO}/resolve/main/images/case_{case:05d}.nii.gz"
 
 
-def source_of(server: ThreadingHTTPServer, retries: int = 0) -> Source:
+def source_of(server: ThreadingHTTPServer, retries: int = 0) -> DownloadSource:
     url = f"http://127.0.0.1:{server.server_port}"
-    return Source(labels_url=f"{url}/data/", endpoint=url, retries=retries)
+    return DownloadSource(labels_url=f"{url}/data/", endpoint=url, retries=retries)
 
 
 def gets(server: ThreadingHTTPServer) -> list[str]:

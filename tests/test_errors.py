@@ -12,7 +12,7 @@ import torch
 import typer
 
 from kitseg.cli import app
-from kitseg.errors import InputError, fault, in_words, printable
+from kitseg.errors import InputError, fault, format_error, printable
 
 OPTION = re.compile(r"--[a-z][a-z-]*")
 
@@ -31,7 +31,7 @@ OPTION = re.compile(r"--[a-z][a-z-]*")
     ],
 )
 def test_what_the_system_says(number: int, words: str, helps: str) -> None:
-    line = in_words("case_00000", OSError(number, os.strerror(number)))
+    line = format_error("case_00000", OSError(number, os.strerror(number)))
     assert line.startswith(f"case_00000: {words}. ")
     assert helps in line
 
@@ -39,19 +39,21 @@ def test_what_the_system_says(number: int, words: str, helps: str) -> None:
 def test_numpy_out_of_memory() -> None:
     with pytest.raises(MemoryError) as caught:
         np.empty(2**60, np.uint8)
-    assert "out of memory. Free some" in in_words("a", caught.value)
+    assert "out of memory. Free some" in format_error("a", caught.value)
 
 
 def test_torch_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert "out of memory. Free some" in in_words("a", caught.value)
-    assert "out of GPU memory. End what else runs on it" in in_words("a", torch.OutOfMemoryError("CUDA out of memory."))
+    assert "out of memory. Free some" in format_error("a", caught.value)
+    assert "out of GPU memory. End what else runs on it" in format_error(
+        "a", torch.OutOfMemoryError("CUDA out of memory.")
+    )
 
 
 def test_a_killed_loader() -> None:
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert "a loader process was killed. The machine may be short of memory" in in_words("a", error)
+    assert "a loader process was killed. The machine may be short of memory" in format_error("a", error)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_what_helps_asks_of_no_command_an_option_that_it_lacks(error: Exception)
     """Every command shows these lines: an option of some is named as one of "whichever of these the command has"."""
     commands = typer.main.get_command(app).commands.values()
     options = [{name for parameter in command.params for name in parameter.opts} for command in commands]
-    asked, _, offered = in_words("a", error).partition("whichever of these the command has: ")
+    asked, _, offered = format_error("a", error).partition("whichever of these the command has: ")
     assert set(OPTION.findall(asked)) <= set.intersection(*options)
     assert set() < set(OPTION.findall(offered)) <= set.union(*options)
 
@@ -70,7 +72,7 @@ def test_what_helps_asks_of_no_command_an_option_that_it_lacks(error: Exception)
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("odd"), OSError(errno.EBADF, "bad")])
 def test_what_nobody_foresaw_keeps_its_type(error: Exception) -> None:
     assert fault(error) is None
-    assert in_words("a", error).startswith(f"a: {type(error).__name__}: ")
+    assert format_error("a", error).startswith(f"a: {type(error).__name__}: ")
 
 
 def test_a_name_stays_in_its_line_and_its_colour() -> None:

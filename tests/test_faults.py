@@ -23,7 +23,7 @@ from kill_storm import contents, differences, leftovers, storm
 from kitseg.errors import KitsegError
 from kitseg.patches import datamodule
 from kitseg.patches.queue import PatchQueue
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.training.faults import in_settings
 
 slow = pytest.mark.slow
@@ -200,7 +200,7 @@ def test_no_checkpoint_can_be_read(half: Path) -> None:
 
 @slow
 def test_two_trainings_do_not_share_a_folder(half: Path) -> None:
-    with claimed(half / COARSE, "training"):
+    with folder_lock(half / COARSE, "training"):
         result = subprocess.run(
             ["python", "-m", "kitseg", *QUICK], cwd=half, capture_output=True, text=True, check=False
         )
@@ -239,7 +239,7 @@ def test_numbers_that_are_none(folder: Path, change: str, words: str, kept: bool
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GB"),
             "out of GPU memory. Use --set",
         ),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"), "at_once=1"),
+        (RuntimeError("alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"), "micro_batch_size=1"),
         (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), "again with fewer --workers"),
         (OSError(28, "No space left on device"), "the disk is full. Free some space"),
     ],

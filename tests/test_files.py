@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kitseg.errors import InputError, KitsegError
-from kitseg.runtime.files import HOST, aside, read_json, write_json, write_text
+from kitseg.runtime.files import HOST, atomic_write, read_json, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -19,7 +19,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "a.txt"
-    with aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
         assert partial.parent == path.parent
         assert not path.exists()
@@ -28,7 +28,7 @@ def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
-    with aside(tmp_path / "case") as partial:
+    with atomic_write(tmp_path / "case") as partial:
         partial.mkdir()
         (partial / "image.npy").write_text("1")
         assert not (tmp_path / "case").exists()
@@ -38,7 +38,7 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 def fail_halfway(path: Path, error: BaseException) -> None:
     """Write a file, and stop before the block ends."""
-    with aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half")
         raise error
 
@@ -69,7 +69,7 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "case").mkdir()
     (tmp_path / "case" / "old").touch()
-    with aside(tmp_path / "case") as partial:
+    with atomic_write(tmp_path / "case") as partial:
         partial.mkdir()
         (partial / "new").touch()
         assert names(tmp_path / "case") == ["old"]
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
         replace(source, target)
 
     def write_anew() -> None:
-        with aside(tmp_path / "case") as partial:
+        with atomic_write(tmp_path / "case") as partial:
             partial.mkdir()
             (partial / "new").touch()
 
@@ -100,18 +100,18 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_file_that_cannot_be_read_is_named_instead(tmp_path: Path) -> None:
-    with pytest.raises(KitsegError) as error, aside(tmp_path / "out" / "a"):
+    with pytest.raises(KitsegError) as error, atomic_write(tmp_path / "out" / "a"):
         (tmp_path / "in.txt").read_text()
     one_line(error, f"{tmp_path / 'in.txt'}: FileNotFoundError")
     assert "can't be written" not in str(error.value)
-    with pytest.raises(KitsegError, match="a: can't be written"), aside(tmp_path / "out" / "a") as partial:
+    with pytest.raises(KitsegError, match="a: can't be written"), atomic_write(tmp_path / "out" / "a") as partial:
         (partial / "b").write_text("the folder isn't there")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_process_left_is_overwritten(tmp_path: Path, kind: str) -> None:
     """The first block is left as a killed process leaves it: its partial is put back."""
-    with aside(tmp_path / "a") as partial:
+    with atomic_write(tmp_path / "a") as partial:
         stray = partial
         partial.touch()
     (tmp_path / "a").unlink()
@@ -120,7 +120,7 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path: Path, kind: str) ->
         (stray / "junk").touch()
     else:
         stray.write_text("junk")
-    with aside(tmp_path / "a") as partial:
+    with atomic_write(tmp_path / "a") as partial:
         assert not partial.exists()
         partial.write_text("new")
     assert names(tmp_path) == ["a"]
@@ -136,7 +136,7 @@ def one_line(error: pytest.ExceptionInfo[KitsegError], *parts: str) -> None:
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
-    with pytest.raises(KitsegError) as error, aside(tmp_path / "runs" / "a.txt"):
+    with pytest.raises(KitsegError) as error, atomic_write(tmp_path / "runs" / "a.txt"):
         pytest.fail("there is nowhere to write to")
     one_line(error, str(tmp_path / "runs" / "a.txt"), "can't be written", "Choose a folder that is writable")
     assert names(tmp_path) == ["runs"]
@@ -182,7 +182,7 @@ def test_another_process_half_written_file_is_left_alone(tmp_path: Path) -> None
     others = [tmp_path / f".partial.{HOST}.{process}.a" for process in (os.getppid(), 999_999_999)]
     for other in others:
         other.touch()
-    with aside(tmp_path / "a") as partial:
+    with atomic_write(tmp_path / "a") as partial:
         partial.touch()
     assert others[0].exists()
     assert not others[1].exists()

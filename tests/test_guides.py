@@ -17,10 +17,10 @@ from kitseg.inference.windows import Slices
 from kitseg.links.guides import GuidedByForeground, SliceGate, dilate, recall_threshold
 from kitseg.links.intensity import ClipScale
 from kitseg.losses.cross_entropy import MaskedCrossEntropy
-from kitseg.patches.datamodule import Sight, WholeCases
+from kitseg.patches.datamodule import InputTransform, WholeCases
 from kitseg.patches.queue import PatchQueue
 from kitseg.patches.samplers import ForegroundSampler, SliceSampler
-from kitseg.patches.subjects import CaseSubjects, Place
+from kitseg.patches.subjects import CaseSubjects, StageInput
 from kitseg.stages.guided_unetpp import GuidedUNetPlusPlus
 from kitseg.stages.slice_classifier import SliceClassifier
 from kitseg.types import Box, Case, Geometry, Grid
@@ -222,7 +222,7 @@ def test_the_classifiers_threshold_finds_the_slices_that_it_was_chosen_for() -> 
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageInput]:
     """A stored case of 6 slices of 8 × 8 whose guide says, as its HU do, where a voxel lies."""
     root = tmp_path_factory.mktemp("told")
     native = Geometry((6, 8, 8), np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 0, 1]]))
@@ -236,14 +236,16 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Place]:
     mask = np.zeros(native.shape)
     mask[1:5] = 1
     np.save(root / "guide.npy", np.stack([numbers / 512, mask]).astype(np.float16))
-    return root / "case", Place(Box((0, 0, 0), native.shape), root / "guide.npy")
+    return root / "case", StageInput(Box((0, 0, 0), native.shape), root / "guide.npy")
 
 
 @pytest.mark.parametrize("patch_size", [(3, 4, 4), (10, 12, 12)])
-def test_a_guide_is_cropped_and_padded_like_its_image(told: tuple[Path, Place], patch_size: tuple[int, ...]) -> None:
+def test_a_guide_is_cropped_and_padded_like_its_image(
+    told: tuple[Path, StageInput], patch_size: tuple[int, ...]
+) -> None:
     folder, place = told
-    sight = Sight(HU, GuidedByForeground((1, 1, 1)))
-    queue = PatchQueue(CaseSubjects({folder: place}), ForegroundSampler(patch_size, 0.5, 5), sight.patch, 0)
+    input_transform = InputTransform(HU, GuidedByForeground((1, 1, 1)))
+    queue = PatchQueue(CaseSubjects({folder: place}), ForegroundSampler(patch_size, 0.5, 5), input_transform.patch, 0)
     for index in range(5):
         patch = queue[(0, index)]
         image, guide = patch["image"].data, patch["guide"].data
@@ -259,23 +261,27 @@ def test_a_guide_is_cropped_and_padded_like_its_image(told: tuple[Path, Place], 
         assert int(mask.sum()) == (4 * 64 if patch_size[0] == 10 else 16 * int((~outside).sum()))
 
 
-def test_a_patch_without_a_guide_is_the_image_alone(told: tuple[Path, Place]) -> None:
+def test_a_patch_without_a_guide_is_the_image_alone(told: tuple[Path, StageInput]) -> None:
     """A gated stage learns without its gate."""
     folder, place = told
-    queue = PatchQueue(CaseSubjects({folder: Place(place.box)}), SliceSampler(), Sight(HU, SliceGate()).patch, 0)
+    queue = PatchQueue(
+        CaseSubjects({folder: StageInput(place.box)}), SliceSampler(), InputTransform(HU, SliceGate()).patch, 0
+    )
     patch = queue[(0, 0)]
     assert patch["image"].data.shape == (1, 1, 8, 8)
     assert "guide" not in patch
 
 
-def test_a_region_shows_the_slices_of_its_mask(told: tuple[Path, Place]) -> None:
+def test_a_region_shows_the_slices_of_its_mask(told: tuple[Path, StageInput]) -> None:
     folder, place = told
     for region, seen in (
         (Box((0, 0, 0), (6, 8, 8)), [0, 1, 1, 1, 1, 0]),
         (Box((-2, -1, 0), (3, 9, 8)), [0, 0, 0, 1, 1]),
         (Box((4, 2, 2), (8, 6, 6)), [1, 0, 0, 0]),
     ):
-        case = WholeCases({folder: Place(region, place.guide)}, Sight(HU, GuidedByForeground((1, 1, 1))))[0]
+        case = WholeCases({folder: StageInput(region, place.guide)}, InputTransform(HU, GuidedByForeground((1, 1, 1))))[
+            0
+        ]
         assert case.seen.tolist() == [bool(s) for s in seen]
         assert case.image is not None
         assert case.image.shape == (4, sum(seen), *region.size[1:])
@@ -288,17 +294,17 @@ def test_a_region_shows_the_slices_of_its_mask(told: tuple[Path, Place]) -> None
 
 def test_a_region_without_a_guide_is_seen_whole() -> None:
     hu = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
-    image, seen = Sight(HU, None).region(hu, (0.0, 1.0), Box((-1, 0, 0), (2, 3, 4)), None)
+    image, seen = InputTransform(HU, None).region(hu, (0.0, 1.0), Box((-1, 0, 0), (2, 3, 4)), None)
     assert seen.tolist() == [True] * 3
     assert image.dtype == torch.float32
     assert image[0, 0].unique().tolist() == [-1]
     assert torch.equal(image[0, 1:], torch.arange(24).reshape(2, 3, 4) / 1000)
 
 
-def test_a_case_whose_mask_is_empty_is_not_looked_at(told: tuple[Path, Place], tmp_path: Path) -> None:
+def test_a_case_whose_mask_is_empty_is_not_looked_at(told: tuple[Path, StageInput], tmp_path: Path) -> None:
     folder, place = told
     np.save(tmp_path / "empty.npy", np.zeros((1, 6, 8, 8), np.float16))
-    case = WholeCases({folder: Place(place.box, tmp_path / "empty.npy")}, Sight(HU, SliceGate()))[0]
+    case = WholeCases({folder: StageInput(place.box, tmp_path / "empty.npy")}, InputTransform(HU, SliceGate()))[0]
     assert case.image is None
     assert case.seen.tolist() == [False] * 6
     assert case.region == place.box

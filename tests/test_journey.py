@@ -102,8 +102,8 @@ def test_restart_moves_the_old_run_aside(phantoms: Path, tmp_path: Path, monkeyp
 
 def test_out_of_fold_places_come_from_inner_folds(phantoms: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(phantoms / "data")
-    quick = (*SMALLEST, "--epochs=1", "--set=size.coarse_samples=2", "--set=size.guide=inner", "--jobs=1")
-    result = kitseg(tmp_path, "train", *quick, "--set=inner_folds=2")
+    quick = (*SMALLEST, "--epochs=1", "--set=size.coarse_samples=2", "--set=size.guide=out_of_fold", "--jobs=1")
+    result = kitseg(tmp_path, "train", *quick, "--set=nested_folds=2")
     assert result.code == 0, result.text
     coarse = tmp_path / RUN / "fold_0" / "coarse"
     split = json.loads((tmp_path / "splits.json").read_text())["folds"][0]

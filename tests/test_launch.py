@@ -14,7 +14,7 @@ from conftest import SMALLEST, kitseg
 from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime.device import Machine
 from kitseg.runtime.launcher import Launch
-from kitseg.training.ddp import Team
+from kitseg.training.ddp import RankCoordinator
 from kitseg.training.signals import call
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "5", "WORLD_SIZE": "8",
@@ -112,8 +112,8 @@ def test_nodes_without_a_launcher_in_one_line(tmp_path: Path) -> None:
 
 def follow(launch: Launch, ends: list[str]) -> None:
     try:
-        with Team(launch) as team:
-            team.follow()
+        with RankCoordinator(launch) as coordinator:
+            coordinator.follow()
             ends.append("followed")
     except KitsegError as error:
         ends.append(str(error))
@@ -127,10 +127,10 @@ def test_those_that_follow_end_as_the_first_does(free_port: int, fails: bool) ->
     for thread in others:
         thread.start()
     if fails:
-        with pytest.raises(KitsegError, match="the disk is full"), Team(launches[0]):
+        with pytest.raises(KitsegError, match="the disk is full"), RankCoordinator(launches[0]):
             raise KitsegError("the disk is full")
     else:
-        with Team(launches[0]):
+        with RankCoordinator(launches[0]):
             pass
     for thread in others:
         thread.join(20)
@@ -156,4 +156,4 @@ def test_a_place_where_nobody_can_meet() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         launch = Launch(nodes=2, address="127.0.0.1", port=taken.getsockname()[1])
         with pytest.raises(UsageError, match=r"can't meet at 127\.0\.0\.1.*MASTER_PORT to a free port"):
-            Team(launch)
+            RankCoordinator(launch)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kitseg import config
 from kitseg.links.crop import crop, paste
 from kitseg.links.intensity import AIR, ClipScale, ZScore
-from kitseg.links.regions import Body, FixedAroundForeground, Known, WholeVolume
+from kitseg.links.regions import Body, FixedAroundForeground, RegionContext, WholeVolume
 from kitseg.types import Box, Geometry, Grid, Triple
 from kitseg.volumes.nifti import read_image, read_labels
 from kitseg.volumes.resample import grid_geometry, nearest
@@ -65,35 +65,39 @@ def test_centred_on_the_middle_of_the_bounding_box() -> None:
     lattice = grid((64, 40, 40), CENTIMETRES)
     labels = guide(lattice.shape, ((20, 10, 12), (22, 14, 17)), ((22, 10, 12), (26, 11, 13)))
     labels[20, 10, 12] = 2
-    box = SIXTEEN(Known(lattice, labels, lattice))
+    box = SIXTEEN(RegionContext(lattice, labels, lattice))
     assert box == Box((15, 4, 6), (31, 20, 22))  # 14.5 - 8 = 6.5 rounds to the even voxel
 
 
 def test_shifted_inside_a_larger_volume() -> None:
     lattice = grid((64, 40, 40), CENTIMETRES)
-    box = SIXTEEN(Known(lattice, guide(lattice.shape, ((0, 36, 0), (4, 40, 40))), lattice))
+    box = SIXTEEN(RegionContext(lattice, guide(lattice.shape, ((0, 36, 0), (4, 40, 40))), lattice))
     assert box == Box((0, 24, 12), (16, 40, 28))
 
 
 def test_centred_over_a_smaller_volume() -> None:
     lattice = grid((10, 15, 16), CENTIMETRES)
-    box = SIXTEEN(Known(lattice, guide(lattice.shape, ((0, 0, 0), (4, 4, 4))), lattice))
+    box = SIXTEEN(RegionContext(lattice, guide(lattice.shape, ((0, 0, 0), (4, 4, 4))), lattice))
     assert box == Box((-3, 0, 0), (13, 16, 16))
 
 
 def test_a_guide_on_a_coarser_lattice() -> None:
     """The guide has half the voxels: its middle 7, 5, 6 is 14, 10, 12 on the region's lattice."""
     coarse = grid((20, 20, 20), (20, 20, 20))
-    box = SIXTEEN(Known(grid((40, 40, 40), CENTIMETRES), guide(coarse.shape, ((5, 4, 5), (9, 6, 7))), coarse))
+    box = SIXTEEN(RegionContext(grid((40, 40, 40), CENTIMETRES), guide(coarse.shape, ((5, 4, 5), (9, 6, 7))), coarse))
     assert box == Box((6, 2, 4), (22, 18, 20))
 
 
 def test_a_false_blob_far_away_moves_nothing() -> None:
     lattice = grid((40, 40, 40), CENTIMETRES)
     kidney = ((10, 10, 10), (15, 14, 15))
-    alone = SIXTEEN(Known(lattice, guide(lattice.shape, kidney), lattice))
-    with_blob = SIXTEEN(Known(lattice, guide(lattice.shape, kidney, ((36, 37, 37), (38, 40, 40))), lattice))  # 18 ml
-    with_second = SIXTEEN(Known(lattice, guide(lattice.shape, kidney, ((36, 36, 37), (38, 40, 40))), lattice))  # 24 ml
+    alone = SIXTEEN(RegionContext(lattice, guide(lattice.shape, kidney), lattice))
+    with_blob = SIXTEEN(
+        RegionContext(lattice, guide(lattice.shape, kidney, ((36, 37, 37), (38, 40, 40))), lattice)
+    )  # 18 ml
+    with_second = SIXTEEN(
+        RegionContext(lattice, guide(lattice.shape, kidney, ((36, 36, 37), (38, 40, 40))), lattice)
+    )  # 24 ml
     assert alone == with_blob == Box((4, 4, 4), (20, 20, 20))
     assert with_second == Box((16, 17, 17), (32, 33, 33))
 
@@ -102,25 +106,25 @@ def test_the_guides_own_voxels_say_what_is_large_enough() -> None:
     """Eight of its voxels of 8 ml can be a kidney: the middle is (5 + 17) / 2 of its slices, 22 of the region's."""
     coarse = grid((20, 20, 20), (20, 20, 20))
     labels = guide(coarse.shape, ((5, 5, 5), (8, 7, 8)), ((15, 5, 5), (17, 7, 7)))
-    box = SIXTEEN(Known(grid((40, 40, 40), CENTIMETRES), labels, coarse))
+    box = SIXTEEN(RegionContext(grid((40, 40, 40), CENTIMETRES), labels, coarse))
     assert box is not None
     assert box.start[0] == 14
 
 
 def test_no_foreground_no_region() -> None:
     lattice = grid((20, 20, 20), CENTIMETRES)
-    assert SIXTEEN(Known(lattice, guide(lattice.shape), lattice)) is None
+    assert SIXTEEN(RegionContext(lattice, guide(lattice.shape), lattice)) is None
 
 
 def test_a_region_around_nothing_that_is_known() -> None:
     lattice = grid((20, 20, 20), CENTIMETRES)
     with pytest.raises(ValueError, match="needs a guide"):
-        SIXTEEN(Known(lattice))
+        SIXTEEN(RegionContext(lattice))
 
 
 def test_the_whole_volume() -> None:
     lattice = grid((7, 8, 9), CENTIMETRES)
-    assert WholeVolume()(Known(lattice)) == Box((0, 0, 0), (7, 8, 9))
+    assert WholeVolume()(RegionContext(lattice)) == Box((0, 0, 0), (7, 8, 9))
     assert WholeVolume().shape(lattice) == (7, 8, 9)
 
 
@@ -136,7 +140,7 @@ def patient(shape: Triple, box: Box, table: int) -> NDArray[np.int16]:
 def test_the_body_without_the_table_that_it_lies_on(spacing: tuple[float, float, float]) -> None:
     lattice, body = grid((20, 90, 90), spacing), Box((0, 12, 24), (20, 60, 84))
     table = 1 if spacing[1] > 4 else 2
-    found = Body()(Known(lattice, hu=patient(lattice.shape, body, table)))
+    found = Body()(RegionContext(lattice, hu=patient(lattice.shape, body, table)))
     held = Box(body.start, (20, 60 + table, 84))  # the table right below the body counts as body
     for near, true in ((found.start, held.start), (found.stop, held.stop)):
         assert all(abs(a - b) * mm <= max(6, 2 * mm) for a, b, mm in zip(near, true, spacing, strict=True)), (
@@ -148,14 +152,14 @@ def test_the_body_without_the_table_that_it_lies_on(spacing: tuple[float, float,
 
 def test_no_body_the_whole_volume() -> None:
     lattice = grid((7, 40, 40), (3, 1.5, 1.5))
-    assert Body()(Known(lattice, hu=np.full(lattice.shape, -1000, np.int16))) == Box((0, 0, 0), lattice.shape)
+    assert Body()(RegionContext(lattice, hu=np.full(lattice.shape, -1000, np.int16))) == Box((0, 0, 0), lattice.shape)
     with pytest.raises(ValueError, match="needs the scan"):
-        Body()(Known(lattice))
+        Body()(RegionContext(lattice))
 
 
 def test_the_body_holds_the_organs_of_a_real_scan(shared: Path) -> None:
     scan, organs = read_image(shared / "body" / "ct.nii.gz", "body"), read_image(shared / "body" / "organs.nii.gz", "o")
-    found = Body()(Known(scan.geometry, hu=scan.array))
+    found = Body()(RegionContext(scan.geometry, hu=scan.array))
     inside = organs.array[found.slices]
     assert np.count_nonzero(inside) == np.count_nonzero(organs.array)
     assert inside.size < organs.array.size, "the air around it"
@@ -166,7 +170,7 @@ def cut_voxels(file: Path) -> tuple[str, Triple, int]:
     labels = read_labels(file, file.parent.name)
     lattice = grid_geometry(labels.geometry, Grid(3, 0.78162497))
     foreground = nearest(labels.array, lattice.shape) > 0
-    box = FixedAroundForeground(ROI)(Known(lattice, foreground.astype(np.uint8), lattice))
+    box = FixedAroundForeground(ROI)(RegionContext(lattice, foreground.astype(np.uint8), lattice))
     assert box is not None
     inside = np.count_nonzero(foreground[box.clip(lattice.shape).slices])
     return file.parent.name, box.size, int(np.count_nonzero(foreground)) - int(inside)

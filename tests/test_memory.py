@@ -14,7 +14,7 @@ from torch import nn
 from kitseg import config
 from kitseg.errors import UsageError
 from kitseg.inference.memory import activation_bytes
-from kitseg.models.memory import PROGRAM, Need, check, parse_size, plan, slab_within
+from kitseg.models.memory import PROGRAM, Need, check_limit, estimate_need, parse_size, slab_within
 from kitseg.models.model import build_stage, open_model
 from kitseg.models.run_folder import SCHEMA, Run
 from kitseg.runtime.files import file_digest, write_json, write_text
@@ -65,9 +65,9 @@ def test_sizes_that_are_none(text: str) -> None:
 
 def test_a_need_beyond_the_limit_is_refused() -> None:
     need = Need((("the program", 700_000_000), ("fine's network", 5_400_000_000)))
-    check(need, 6_100_000_000, "case_00000", "raise it")
+    check_limit(need, 6_100_000_000, "case_00000", "raise it")
     with pytest.raises(UsageError, match=r"case_00000 may need 6\.10 GB .* 5\.40.*more than .* 6\.00 GB"):
-        check(need, 6_000_000_000, "case_00000", "raise it")
+        check_limit(need, 6_000_000_000, "case_00000", "raise it")
 
 
 def untrained(folder: Path) -> Path:
@@ -85,12 +85,12 @@ def untrained(folder: Path) -> Path:
 
 def test_more_slices_need_more_and_so_do_more_members(tmp_path: Path) -> None:
     model = open_model(untrained(tmp_path), "cpu", engine="torch")
-    few, many = (plan([model], lattice(slices)) for slices in (100, 200))
+    few, many = (estimate_need([model], lattice(slices)) for slices in (100, 200))
     voxels = 100 * 512 * 512
     # two outputs in float32 on 96 × 96 pixels, one of them half as high; on the scan HU in int16, two channels in
     # float16, masks and labels in 5 bytes
     assert many.total - few.total == 100 * 96 * 96 * 6 + voxels * (2 + 4 + 5)
-    assert plan([replace(model, folds=(0, 0))], lattice(100)).total - few.total == voxels * 12
+    assert estimate_need([replace(model, folds=(0, 0))], lattice(100)).total - few.total == voxels * 12
 
 
 def test_slabs_of_a_mean_within_a_limit() -> None:

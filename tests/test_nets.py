@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kitseg import config
 from kitseg.config import StageSpec
-from kitseg.models.model import build_sight, build_stage
+from kitseg.models.model import build_input_transform, build_stage
 from kitseg.nets.vnet import FusedVNet, InputStage, ThinConv, VNet
 from kitseg.types import Geometry, Triple
 from kitseg.volumes.resample import grid_geometry
@@ -92,7 +92,7 @@ def test_every_network_takes_the_patches_and_regions_it_is_given(method: str, si
     lattice = Geometry(shape, np.diag([3.0, 0.8, 0.8, 1.0]))
     for spec in stages_of(method, size).values():
         region = config.build(spec.parts["region"]).shape(grid_geometry(lattice, spec.grid))
-        sampler, link = config.build(spec.parts["sampler"]), build_sight(spec).link
+        sampler, link = config.build(spec.parts["sampler"]), build_input_transform(spec).link
         patch = sampler.size(region)
         assert sampler.expected(region) >= 1
         with torch.device("meta"):

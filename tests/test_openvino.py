@@ -15,7 +15,7 @@ from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
-from kitseg.models.model import Checkpoint, build_sight, build_stage, choose_engine, empty_stage
+from kitseg.models.model import Checkpoint, build_input_transform, build_stage, choose_engine, empty_stage
 from kitseg.stages.base import Stage
 
 STAGES = [(name, stage) for name in config.names("method") for stage in config.compose(name, "tiny")["chain"]]
@@ -35,7 +35,7 @@ def stage_of(spec: StageSpec, seed: int = 0) -> Stage:
 
 def region(spec: StageSpec, *shape: int) -> Tensor:
     """Noise as a network's input; where it takes a mask as its last channel, half of it."""
-    link = build_sight(spec).link
+    link = build_input_transform(spec).link
     channels = 1 if link is None else link.channels
     x = torch.randn(2, channels, *shape, generator=torch.Generator().manual_seed(1))
     if channels > 1:

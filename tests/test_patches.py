@@ -14,15 +14,23 @@ from scipy import ndimage
 
 from kitseg.errors import KitsegError
 from kitseg.links.intensity import ClipScale
-from kitseg.patches.datamodule import Feed, Sight, StageCases, StageData, WholeCases, batch_per_rank, steps_per_batch
+from kitseg.patches.datamodule import (
+    Feed,
+    InputTransform,
+    StageCases,
+    StageData,
+    WholeCases,
+    batch_per_rank,
+    steps_per_batch,
+)
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import ForegroundSampler, PaddedSampler, RegionSampler, SliceSampler, patch_of
-from kitseg.patches.subjects import CaseSubjects, Place, subject_of
+from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of
 from kitseg.types import Box, Case, Geometry, Grid
 from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.store import CaseFiles, open_case, store_case
 
-IDENTITY = Sight(ClipScale(-1000, 1000, 1000), None)
+IDENTITY = InputTransform(ClipScale(-1000, 1000, 1000), None)
 WHOLE = Box((0, 0, 0), (12, 10, 11))
 
 
@@ -47,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def queue(folders: list[Path], sampler: PaddedSampler, seed: int = 0) -> PatchQueue:
-    return PatchQueue(CaseSubjects(dict.fromkeys(folders, Place(WHOLE))), sampler, IDENTITY.patch, seed)
+    return PatchQueue(CaseSubjects(dict.fromkeys(folders, StageInput(WHOLE))), sampler, IDENTITY.patch, seed)
 
 
 def contents(batch: dict[str, Any]) -> list[tuple[str, list[int], bytes]]:
@@ -118,7 +126,7 @@ def test_foreground_patches_hold_foreground_and_half_of_them_tumor(folders: list
 def test_a_patch_is_what_lies_there(folders: list[Path]) -> None:
     case = open_case(folders[1])
     box = Box((2, 3, 4), (6, 7, 8))
-    patch = patch_of(subject_of(case, Place(WHOLE)), box)
+    patch = patch_of(subject_of(case, StageInput(WHOLE)), box)
     assert np.array_equal(patch["image"].data[0].numpy(), case.image[2:6, 3:7, 4:8])
     assert np.array_equal(patch["label"].data[0].numpy(), case.label[2:6, 3:7, 4:8])
     assert patch["case"] == case.id
@@ -139,7 +147,7 @@ def test_a_patch_larger_than_its_volume_is_padded_with_air_and_background(folder
 
 def test_a_region_moves_by_its_jitter_at_most(folders: list[Path]) -> None:
     region = Box((2, 2, 2), (8, 8, 8))
-    subjects = CaseSubjects(dict.fromkeys(folders, Place(region)))
+    subjects = CaseSubjects(dict.fromkeys(folders, StageInput(region)))
     patches = PatchQueue(subjects, RegionSampler((2, 1, 0), 20), IDENTITY.patch, 0)
     starts = {tuple(patches[(0, i)]["location"][:3].tolist()) for i in range(len(patches))}
     assert starts <= {(z, y, 2) for z in range(0, 5) for y in range(1, 4)}
@@ -155,7 +163,7 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
 
 def test_a_whole_case_without_region_has_no_image(folders: list[Path]) -> None:
     region = Box((-2, 0, 0), (14, 10, 11))
-    cases = WholeCases({folders[0]: Place(None), folders[1]: Place(region)}, IDENTITY)
+    cases = WholeCases({folders[0]: StageInput(None), folders[1]: StageInput(region)}, IDENTITY)
     assert cases[0].image is None
     assert cases[0].region is None
     assert cases[0].label.shape == (12, 10, 11)
@@ -170,11 +178,12 @@ def test_a_whole_case_without_region_has_no_image(folders: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "at_once", "steps"), [(1, 1, 1), (8, 8, 1), (8, 9, 1), (12, 2, 6), (12, 5, 3), (7, 3, 7), (16, 1, 16)]
+    ("share", "micro_batch_size", "steps"),
+    [(1, 1, 1), (8, 8, 1), (8, 9, 1), (12, 2, 6), (12, 5, 3), (7, 3, 7), (16, 1, 16)],
 )
-def test_equal_parts_of_a_batch(share: int, at_once: int, steps: int) -> None:
+def test_equal_parts_of_a_batch(share: int, micro_batch_size: int, steps: int) -> None:
     """12 with at most 5 at once are 3 · 4; a prime number comes one by one."""
-    assert steps_per_batch(share, at_once) == steps
+    assert steps_per_batch(share, micro_batch_size) == steps
 
 
 @pytest.mark.parametrize(("batch", "ranks", "share"), [(16, 1, 16), (16, 4, 4), (1, 2, 1), (3, 2, 1)])
@@ -182,21 +191,25 @@ def test_a_ranks_share(batch: int, ranks: int, share: int) -> None:
     assert batch_per_rank(batch, ranks) == share
 
 
-def stage_data(folders: list[Path], sampler: PaddedSampler, batch: int, at_once: int, **more: Any) -> StageData:
-    settings = {"augmentation": (), "sight": IDENTITY, "seed": 0, "workers": 0, **more}
-    places = dict.fromkeys(folders, Place(WHOLE))
-    data = StageData(lambda: StageCases(places, places), Feed(sampler, batch=batch, at_once=at_once, **settings))
+def stage_data(
+    folders: list[Path], sampler: PaddedSampler, batch: int, micro_batch_size: int, **more: Any
+) -> StageData:
+    settings = {"augmentation": (), "input_transform": IDENTITY, "seed": 0, "workers": 0, **more}
+    places = dict.fromkeys(folders, StageInput(WHOLE))
+    data = StageData(
+        lambda: StageCases(places, places), Feed(sampler, batch=batch, micro_batch_size=micro_batch_size, **settings)
+    )
     data.setup("fit")
     return data
 
 
 @pytest.mark.parametrize(
-    ("batch", "at_once", "sizes"),
+    ("batch", "micro_batch_size", "sizes"),
     [(4, 4, [4, 4, 4]), (4, 2, [2] * 6), (5, 5, [5, 5]), (6, 4, [3] * 4), (16, 16, [12]), (16, 8, [8, 4])],
 )
-def test_batches_of_an_epoch(folders: list[Path], batch: int, at_once: int, sizes: list[int]) -> None:
+def test_batches_of_an_epoch(folders: list[Path], batch: int, micro_batch_size: int, sizes: list[int]) -> None:
     """12 patches; what doesn't fill a whole batch is left for another epoch, and a small epoch is a small batch."""
-    data = stage_data(folders, ForegroundSampler((4, 4, 4), 0.5, 3), batch, at_once)
+    data = stage_data(folders, ForegroundSampler((4, 4, 4), 0.5, 3), batch, micro_batch_size)
     assert [len(found["case"]) for found in data.train_dataloader()] == sizes
 
 
@@ -241,7 +254,7 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def slices_of(folders: list[Path], changes: list[tio.Transform], workers: int = 0) -> list[dict[str, Any]]:
     """The batches of an epoch of whole slices."""
-    region = Place(Box((0, -4, 0), (5, 44, 48)))
+    region = StageInput(Box((0, -4, 0), (5, 44, 48)))
     feed = Feed(SliceSampler(), changes, IDENTITY, 5, 5, 3, workers)
     data = StageData(lambda: StageCases(dict.fromkeys(folders, region), {}), feed)
     data.setup("fit")
@@ -280,7 +293,7 @@ def test_labels_move_with_their_images(square: list[Path], name: str) -> None:
 def test_a_patch_is_turned_in_its_own_plane(square: list[Path]) -> None:
     """Also in an oblique scan: no slice mixes with its neighbours."""
     case = open_case(square[0])
-    patch = patch_of(subject_of(case, Place(Box((0, 0, 0), case.grid.shape))), Box((0, 0, 0), case.grid.shape))
+    patch = patch_of(subject_of(case, StageInput(Box((0, 0, 0), case.grid.shape))), Box((0, 0, 0), case.grid.shape))
     assert np.allclose(patch["image"].spacing, (3, 1, 1))
     turned = tio.RandomAffine(scales=0, degrees=(0, 0, 0, 0, 10, 10), default_pad_value=-1000)(patch)
     before, after = patch["label"].data[0] > 0, turned["label"].data[0] > 0

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from kitseg.measure.findings import LEFT, RIGHT, Findings, Kidney, Lesion
-from kitseg.measure.quality import Experience, Flag, Quality, assess
+from kitseg.measure.quality import Flag, Quality, TrainingDomain, assess
 from kitseg.types import Box, Geometry
 from kitseg.volumes.nifti import read_labels
 
 SHAPE, SPACING = (40, 60, 80), (4.0, 2.5, 2.5)
 GEOMETRY = Geometry(SHAPE, np.diag([*SPACING, 1.0]))  # a voxel has 0.025 ml
 BOTH = Findings((Kidney(RIGHT, 150.0, 150.0), Kidney(LEFT, 150.0, 150.0)), ())
-TRAINED = Experience(slice_mm=(1.0, 5.0), pixel_mm=(0.6, 2.5), kidney_hu=(120.0, 200.0), aorta_hu=(180.0, 320.0))
+TRAINED = TrainingDomain(slice_mm=(1.0, 5.0), pixel_mm=(0.6, 2.5), kidney_hu=(120.0, 200.0), aorta_hu=(180.0, 320.0))
 
 
 def two_kidneys() -> np.ndarray:
@@ -33,9 +33,9 @@ def flags(
     findings: Findings = BOTH,
     hu: np.ndarray | None = None,
     agreement: dict[str, float] | None = None,
-    experience: Experience | None = None,
+    training_domain: TrainingDomain | None = None,
 ) -> dict[str, Flag]:
-    quality = assess(labels, hu, GEOMETRY, findings, agreement, experience)
+    quality = assess(labels, hu, GEOMETRY, findings, agreement, training_domain)
     assert len({flag.name for flag in quality.flags}) == len(quality.flags)
     return {flag.name: flag for flag in quality.flags}
 
@@ -203,7 +203,7 @@ def test_contrast_outside_training_makes_the_tumor_unreliable(hu: int, level: st
     labels = two_kidneys()
     scan = np.where(labels == 1, hu, -90).astype(np.int16)
 
-    found = flags(labels, hu=scan, experience=TRAINED)
+    found = flags(labels, hu=scan, training_domain=TRAINED)
 
     assert [flag.level for flag in found.values()] == ([level] if level else [])
     if level:
@@ -232,9 +232,9 @@ def test_an_unenhanced_scan_is_called_so() -> None:
     ],
 )
 def test_spacing_outside_training(slices: tuple[float, float], pixels: tuple[float, float], words: list[str]) -> None:
-    experience = replace(TRAINED, slice_mm=slices, pixel_mm=pixels)
+    training_domain = replace(TRAINED, slice_mm=slices, pixel_mm=pixels)
 
-    found = assess(two_kidneys(), None, GEOMETRY, BOTH, None, experience).flags
+    found = assess(two_kidneys(), None, GEOMETRY, BOTH, None, training_domain).flags
 
     assert [(flag.name, flag.level) for flag in found] == [("spacing", "amber")] * len(words)
     assert all(text in flag.reason for text, flag in zip(words, found, strict=True))

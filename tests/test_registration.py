@@ -13,7 +13,7 @@ from kitseg.patches.registration import (
     AIR,
     Copy,
     Labelled,
-    Quality,
+    RegistrationQuality,
     Settings,
     Warp,
     coarse,
@@ -28,7 +28,7 @@ from kitseg.types import Geometry
 
 FAST = Settings(spacing=SPACING)
 IDENTITY = np.zeros((3, 4, 4, 4), np.float32)
-GOOD = Quality(0.5, 0.8, 0.0, 0.1, 0.3, 0.0, 1.1, 1.2, 0.99)
+GOOD = RegistrationQuality(0.5, 0.8, 0.0, 0.1, 0.3, 0.0, 1.1, 1.2, 0.99)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,7 +11,7 @@ from kitseg import config
 from kitseg.config import Rounds, StageSpec
 from kitseg.errors import InputError
 from kitseg.models.run_folder import SCHEMA, StageFolder
-from kitseg.patches.subjects import Place
+from kitseg.patches.subjects import StageInput
 from kitseg.runtime.files import read_json, write_json
 from kitseg.training import rounds
 from kitseg.training.plan import Unit
@@ -33,7 +33,7 @@ def spec() -> StageSpec:
 def folder(tmp_path: Path) -> StageFolder:
     """A stage whose places are written."""
     found = StageFolder(tmp_path / "segment")
-    write_places(found, dict.fromkeys(TRAIN, Place(BOX)), {VAL[0]: Place(BOX), VAL[1]: Place(None)})
+    write_places(found, dict.fromkeys(TRAIN, StageInput(BOX)), {VAL[0]: StageInput(BOX), VAL[1]: StageInput(None)})
     return found
 
 
@@ -135,7 +135,9 @@ def test_the_share_follows_from_seed_and_round(tmp_path: Path, spec: StageSpec) 
     def drawn(name: str, seed: int) -> list[list[str]]:
         found = StageFolder(tmp_path / name)
         shuffled = TRAIN if name == "one" else TRAIN[::-1]
-        write_places(found, dict.fromkeys(shuffled, Place(BOX)), {VAL[0]: Place(BOX), VAL[1]: Place(None)})
+        write_places(
+            found, dict.fromkeys(shuffled, StageInput(BOX)), {VAL[0]: StageInput(BOX), VAL[1]: StageInput(None)}
+        )
         return [cases_of(found, spec, number, seed) for number in (1, 2, 3)]
 
     assert drawn("one", 5) == drawn("two", 5)
@@ -158,8 +160,8 @@ def test_a_round_that_goes_on_keeps_its_cases(folder: StageFolder, spec: StageSp
 def test_a_round_looks_where_its_stage_looks(tmp_path: Path, spec: StageSpec) -> None:
     """Boxes are the same, and guides are found from the round's own folder."""
     folder, store = StageFolder(tmp_path / "segment"), tmp_path / "store"
-    train = {case: Place(BOX, folder.guide(case)) for case in TRAIN}
-    write_places(folder, train, {VAL[0]: Place(BOX, folder.guide(VAL[0]))})
+    train = {case: StageInput(BOX, folder.guide(case)) for case in TRAIN}
+    write_places(folder, train, {VAL[0]: StageInput(BOX, folder.guide(VAL[0]))})
     rounds.prepare_round(folder, spec, 1, 0)
     whole, part = read_places(folder, store), read_places(folder.round(1), store)
     assert part.train.keys() < whole.train.keys()

@@ -32,7 +32,7 @@ def papers(method: str) -> dict[str, StageSpec]:
 )
 def test_the_papers_stages(name: str, grid: Grid, samples: int) -> None:
     spec = papers("two-phase")[name]
-    assert (spec.epochs, spec.batch, spec.at_once, spec.precision) == (600, 1, 1, "bf16-mixed")
+    assert (spec.epochs, spec.batch, spec.micro_batch_size, spec.precision) == (600, 1, 1, "bf16-mixed")
     assert spec.grid == grid
     assert (spec.rounds, spec.stop_after) == (None, None)
     assert config.build(spec.parts["sampler"]).per_case == samples
@@ -43,7 +43,7 @@ def test_the_papers_stages(name: str, grid: Grid, samples: int) -> None:
 def test_the_papers_links_between_the_stages() -> None:
     coarse, fine = papers("two-phase").values()
     assert (coarse.inputs, coarse.guide, coarse.heads) == ((), "labels", ("main",))
-    assert (fine.inputs, fine.guide, fine.heads) == (("coarse",), "inner", ("1", "2"))
+    assert (fine.inputs, fine.guide, fine.heads) == (("coarse",), "out_of_fold", ("1", "2"))
     region = config.build(fine.parts["region"])
     assert isinstance(region, FixedAroundForeground)
     assert list(region.size) == [80, 240, 384]
@@ -114,7 +114,7 @@ def test_the_intensities_of_the_slice_methods(method: str) -> None:
 
 def test_what_guides_the_second_stages() -> None:
     gated, guided = papers("two-stage")["segment"], papers("guided-unetpp")["segment"]
-    assert (gated.guide, guided.guide) == ("labels", "inner")
+    assert (gated.guide, guided.guide) == ("labels", "out_of_fold")
     assert config.build(gated.parts["link"]) == SliceGate(fill_gaps=False)
     assert config.build(guided.parts["link"]) == GuidedByForeground([10, 10, 10])
     smaller = config.method_of(config.compose("guided-unetpp", "tiny")).stages["segment"]
@@ -124,7 +124,7 @@ def test_what_guides_the_second_stages() -> None:
 
 
 def test_a_smaller_batch_by_parts() -> None:
-    change = "size.at_once=3"
+    change = "size.micro_batch_size=3"
     spec = config.method_of(config.compose("guided-unetpp", "paper", [change])).stages["foreground"]
-    assert (spec.batch, spec.at_once) == (12, 3)
-    assert papers("guided-unetpp")["segment"].at_once == 4
+    assert (spec.batch, spec.micro_batch_size) == (12, 3)
+    assert papers("guided-unetpp")["segment"].micro_batch_size == 4

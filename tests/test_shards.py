@@ -14,16 +14,13 @@ from conftest import SMALLEST, kitseg
 from nifti_files import save
 
 from kitseg.commands import evaluate, preprocess
-from kitseg.commands.evaluate import Score, find_jobs, rules, works
-from kitseg.commands.measure import Measured
-from kitseg.commands.measure import plan as plan_measure
-from kitseg.commands.measure import works as measure_works
-from kitseg.commands.report import plan as plan_report
-from kitseg.commands.report import works as report_works
+from kitseg.commands.evaluate import Score, find_jobs, rules, score_work
+from kitseg.commands.measure import Measured, measure_work, plan_measures
+from kitseg.commands.report import page_work, plan_pages
 from kitseg.report.scores import StudyScores
 from kitseg.report.study_page import CaseRow
-from kitseg.runtime.locks import claimed
-from kitseg.runtime.resume import Kept, results
+from kitseg.runtime.locks import folder_lock
+from kitseg.runtime.resume import ResultCache, results
 from kitseg.runtime.sharding import Share
 
 CASES = 5
@@ -115,20 +112,20 @@ def test_an_interrupted_evaluation_goes_on(maps: Path, monkeypatch: pytest.Monke
 
 def test_parts_that_end_at_the_same_time(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs, _ = find_jobs(maps / "pred", maps / "ref")
-    kept = Kept(maps / ".cases", Score)
-    assert results(works(jobs, rules("kits19", None)), kept, Share(0, 2), 1, lambda _: None) is None
+    kept = ResultCache(maps / ".cases", Score)
+    assert results(score_work(jobs, rules("kits19", None)), kept, Share(0, 2), 1, lambda _: None) is None
 
     def the_other_ends(score: Score) -> None:
         if score.case == "case_00003":
             kept.clear()
 
-    assert results(works(jobs, rules("kits19", None)), kept, Share(1, 2), 1, the_other_ends) is None
+    assert results(score_work(jobs, rules("kits19", None)), kept, Share(1, 2), 1, the_other_ends) is None
     assert "the output is being written by another part" in capsys.readouterr().out
 
 
 def test_other_rules_are_other_work(maps: Path) -> None:
     jobs, _ = find_jobs(maps / "pred", maps / "ref")
-    keys = {work.key for name in ("kits19", "kits21", "kits23") for work in works(jobs, rules(name, None))}
+    keys = {work.key for name in ("kits19", "kits21", "kits23") for work in score_work(jobs, rules(name, None))}
     assert len(keys) == 3 * CASES
 
 
@@ -139,8 +136,8 @@ def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
     pages = sorted(path.name for path in (maps / "report").iterdir())
     assert pages == [*(f"case_{number:05d}.html" for number in range(CASES)), "index.html"]
     assert all(page in (maps / "report" / "index.html").read_text() for page in pages[:-1])
-    (work, *_) = report_works(plan_report(maps / "pred", [], StudyScores(), maps / "report"))
-    kept = Kept(maps / ".cases", CaseRow)
+    (work, *_) = page_work(plan_pages(maps / "pred", [], StudyScores(), maps / "report"))
+    kept = ResultCache(maps / ".cases", CaseRow)
     made = kept.do(work)
     assert kept.find(work) == made
     assert work.makes is not None
@@ -151,10 +148,10 @@ def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
 def test_what_is_kept_is_what_was_found(maps: Path) -> None:
     jobs, _ = find_jobs(maps / "pred", maps / "ref")
     for kind, work in (
-        (Score, works(jobs, rules("kits23", None))[0]),
-        (Measured, measure_works(plan_measure(maps / "pred", None), "kits19")[0]),
+        (Score, score_work(jobs, rules("kits23", None))[0]),
+        (Measured, measure_work(plan_measures(maps / "pred", None), "kits19")[0]),
     ):
-        kept: Kept[Any] = Kept(maps / kind.__name__, kind)
+        kept: ResultCache[Any] = ResultCache(maps / kind.__name__, kind)
         made = kept.do(work)
         assert kept.find(work) == made
         (file,) = kept.folder.iterdir()
@@ -182,10 +179,10 @@ def test_touched_files_are_read_once(phantoms: Path, tmp_path: Path, monkeypatch
     assert kitseg(tmp_path, *command).code == 0
     label = tmp_path / "data" / "case_00000" / "segmentation.nii.gz"
     label.touch()
-    with claimed(tmp_path / "preprocessed", "cases"):
+    with folder_lock(tmp_path / "preprocessed", "cases"):
         assert "is writing there" in kitseg(tmp_path, *command).text, "it has to look at the label"
     assert "2 unchanged" in kitseg(tmp_path, *command).text
     for meta in (tmp_path / "preprocessed").rglob("meta.json"):
         assert json.loads(meta.read_text())["sources"]["label"]["mtime"] == label.stat().st_mtime_ns
-    with claimed(tmp_path / "preprocessed", "cases"):
+    with folder_lock(tmp_path / "preprocessed", "cases"):
         assert "2 unchanged" in kitseg(tmp_path, *command).text, "nothing to do needs no lock"

@@ -18,18 +18,18 @@ from kitseg import config
 from kitseg.commands.preprocess import method_grids
 from kitseg.links.crop import crop
 from kitseg.links.intensity import ClipScale
-from kitseg.links.regions import Known, Square
-from kitseg.patches.datamodule import Sight
+from kitseg.links.regions import RegionContext, Square
+from kitseg.patches.datamodule import InputTransform
 from kitseg.patches.queue import PatchQueue
 from kitseg.patches.samplers import SliceSampler
-from kitseg.patches.subjects import CaseSubjects, Place, subject_of
+from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of
 from kitseg.types import Box, Case, Geometry, Grid, Triple, Volume
 from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.resample import grid_geometry
 from kitseg.volumes.store import CaseFiles, image_on_grid, open_case, statistics, store_bytes, store_case
 
 few = settings(max_examples=30, deadline=None)
-SIGHT = Sight(ClipScale(-1000, 1000, 1000), None)
+SIGHT = InputTransform(ClipScale(-1000, 1000, 1000), None)
 
 #: What the slices of three cases hold: nothing, kidney or tumor.
 HELD = ("..kkttk...", "ktkkk.....", "..........")
@@ -61,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def epoch(folders: list[Path], sampler: SliceSampler, number: int, box: Box | None = None) -> list[tuple[int, int]]:
     """Case and slice of each patch of an epoch, in order."""
-    place = Place(box or Box((0, -1, 0), (10, 7, 8)))
+    place = StageInput(box or Box((0, -1, 0), (10, 7, 8)))
     queue = PatchQueue(CaseSubjects(dict.fromkeys(folders, place)), sampler, SIGHT.patch, 0)
     drawn = []
     for index in range(len(queue)):
@@ -101,7 +101,7 @@ def test_slices_are_looked_for_in_the_region_alone(folders: list[Path]) -> None:
 def test_a_slice_is_what_lies_there(folders: list[Path]) -> None:
     case = open_case(folders[0])
     queue = PatchQueue(
-        CaseSubjects({folders[0]: Place(Box((0, -1, 0), (10, 7, 8)))}), SliceSampler("tumor"), SIGHT.patch, 0
+        CaseSubjects({folders[0]: StageInput(Box((0, -1, 0), (10, 7, 8)))}), SliceSampler("tumor"), SIGHT.patch, 0
     )
     for index in (0, 1):
         patch = queue[(0, index)]
@@ -136,13 +136,13 @@ def test_tumor_free_slices_of_a_kidney_are_others_too(folders: list[Path]) -> No
 
 def test_no_others_where_every_slice_holds_it(folders: list[Path]) -> None:
     box = Box((2, 0, 0), (7, 6, 8))
-    subject = subject_of(open_case(folders[0]), Place(box))
+    subject = subject_of(open_case(folders[0]), StageInput(box))
     assert SliceSampler("foreground", 0.5).count(subject) == 5
     assert SliceSampler(None, 0.5).count(subject) == 5
 
 
 def test_torchios_own_queue_draws_by_the_sampler(folders: list[Path]) -> None:
-    subjects = CaseSubjects({folders[0]: Place(Box((0, 0, 0), (10, 6, 8)))})
+    subjects = CaseSubjects({folders[0]: StageInput(Box((0, 0, 0), (10, 6, 8)))})
     own = tio.Queue(subjects, 5, 5, SliceSampler("foreground"), shuffle_subjects=False)
     assert sorted(int(own[index]["location"][0]) for index in range(5)) == [2, 3, 4, 5, 6]
 
@@ -170,36 +170,36 @@ def test_a_wide_scan_lies_in_the_middle_of_its_square() -> None:
     """512 × 796 pixels are 165 × 256, with 45 rows of air above and 46 below."""
     grid = grid_geometry(lattice((5, 512, 796)), Grid(pixels=256))
     assert grid.shape == (5, 165, 256)
-    box = Square(256)(Known(grid))
+    box = Square(256)(RegionContext(grid))
     assert box == Box((0, -45, 0), (5, 211, 256))
     found = crop(np.ones(grid.shape, np.int16), box, -1000)[2]
     assert (found == 1).all(axis=1).tolist() == [False] * 45 + [True] * 165 + [False] * 46
     turned = grid_geometry(lattice((5, 796, 512)), Grid(pixels=256))
-    assert Square(256)(Known(turned)) == Box((0, 0, -45), (5, 256, 211))
+    assert Square(256)(RegionContext(turned)) == Box((0, 0, -45), (5, 256, 211))
 
 
 def test_the_lower_half() -> None:
     """Of a square scan rows 128 to 255, the posterior ones; of a wide one the rows below the same middle."""
     half = Square(256, (0.5, 1))
     square = grid_geometry(lattice((5, 512, 512)), Grid(pixels=256))
-    assert half(Known(square)) == Box((0, 128, 0), (5, 256, 256))
+    assert half(RegionContext(square)) == Box((0, 128, 0), (5, 256, 256))
     assert half.shape(square) == (5, 128, 256)
     wide = grid_geometry(lattice((5, 512, 796)), Grid(pixels=256))
-    assert half(Known(wide)) == Box((0, 83, 0), (5, 211, 256))  # 128 - 45
+    assert half(RegionContext(wide)) == Box((0, 83, 0), (5, 211, 256))  # 128 - 45
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.sampled_from([(0, 1), (0.5, 1), (0.25, 0.75)]))
 @few
 def test_a_square_of_any_size(height: int, width: int, pixels: int, rows: tuple[float, float]) -> None:
     grid, region = lattice((3, height, width)), Square(pixels, rows)
-    box = region(Known(grid))
+    box = region(RegionContext(grid))
     assert box.size == region.shape(grid)
     assert box.size[2] == pixels
-    whole = Square(pixels)(Known(grid))
+    whole = Square(pixels)(RegionContext(grid))
     assert whole.size == (3, pixels, pixels)
     for start, stop, n in zip(whole.start[1:], whole.stop[1:], (height, width), strict=True):
         assert abs((start + stop) - n) <= 1  # in the middle, but for half a pixel
-    upper, lower = (Square(pixels, half)(Known(grid)) for half in ((0, 0.5), (0.5, 1)))
+    upper, lower = (Square(pixels, half)(RegionContext(grid)) for half in ((0, 0.5), (0.5, 1)))
     assert (upper.start, upper.stop[1], lower.stop) == (whole.start, lower.start[1], whole.stop)
 
 
@@ -302,7 +302,7 @@ def test_statistics_of_a_case_are_those_of_its_image_on_the_grid(folders: list[P
         case = open_case(folder)
         expected = case.image.mean(dtype=float), case.image.std(dtype=float)
         assert case.statistics == pytest.approx(expected, rel=1e-12)
-        assert subject_of(case, Place(Box((0, 0, 0), (1, 1, 1))))["statistics"].dtype == torch.float64
+        assert subject_of(case, StageInput(Box((0, 0, 0), (1, 1, 1))))["statistics"].dtype == torch.float64
 
 
 def test_hu_by_nearest_neighbour_are_the_scans_own() -> None:
@@ -368,5 +368,5 @@ def test_a_case_that_is_stored_again_is_seen_by_its_subjects(tmp_path: Path) -> 
         write_labels(tmp_path / "label.nii.gz", np.ones(native.shape, np.uint8), native)
         case = Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz")
         assert store_case(CaseFiles(case, "kits19"), tmp_path / "case", Grid())
-        subjects = subjects or CaseSubjects({tmp_path / "case": Place(Box((0, 0, 0), native.shape))})
+        subjects = subjects or CaseSubjects({tmp_path / "case": StageInput(Box((0, 0, 0), native.shape))})
         assert subjects[0]["image"].data.unique().tolist() == [value]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kitseg.errors import InputError, KitsegError
 from kitseg.scoring.strata import thickness_class
-from kitseg.splits import Fold, Part, Split, make_split, read_split, same_patient, write_split
+from kitseg.splits import Fold, FoldPart, Split, make_split, read_split, same_patient, write_split
 from kitseg.types import Traits
 
 few = settings(max_examples=60, deadline=None)
@@ -186,7 +186,7 @@ def test_a_short_file(tmp_path: Path) -> None:
 def test_a_full_file(tmp_path: Path) -> None:
     inner = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
     split = read(tmp_path, users(fold(inner=inner), fold(train=["c"], val=["a"]), test=["d"], seed=7))
-    assert split.folds[0].inner == (Part(("a",), ("b",)), Part(("b",), ("a",)))
+    assert split.folds[0].inner == (FoldPart(("a",), ("b",)), FoldPart(("b",), ("a",)))
     assert split.folds[1] == Fold(("c",), ("a",), ())
     assert (split.test, split.seed, split.cases) == (("d",), 7, {"a", "b", "c", "d"})
 

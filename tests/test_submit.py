@@ -13,7 +13,7 @@ import pytest
 from conftest import Result, kitseg
 from nifti_files import IPL, SHAPE, save
 
-from kitseg.commands.submit import check, write
+from kitseg.commands.submit import check_submission, write_submission
 from kitseg.errors import InputError
 from kitseg.volumes.kits import case_name
 
@@ -193,10 +193,10 @@ def test_the_old_zip_stays_where_there_is_a_problem(folder: Path) -> None:
 
 
 def test_a_prediction_that_changes_meanwhile_is_refused(folder: Path) -> None:
-    submission = check(folder / "predictions", folder / "data", NUMBERS)
+    submission = check_submission(folder / "predictions", folder / "data", NUMBERS)
     save(file_of(folder, 212), labels(211))
     with pytest.raises(InputError, match="has changed since it was checked"):
-        write(folder / "kits19.zip", submission)
+        write_submission(folder / "kits19.zip", submission)
     assert {path.name for path in folder.iterdir()} == {"data", "predictions"}
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from kitseg import __version__
-from kitseg.errors import KitsegError, UsageError, fault, in_words
+from kitseg.errors import KitsegError, UsageError, fault, format_error
 from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.signals import interruptible
@@ -85,13 +85,13 @@ def main() -> None:
     except Exception as error:
         if fault(error) is None:
             raise
-        _fail(KitsegError(in_words(getattr(error, "filename", None) or "kitseg", error)), 1)
+        _fail(KitsegError(format_error(getattr(error, "filename", None) or "kitseg", error)), 1)
 
 
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
-        console.say(f"kitseg {__version__}")
+        console.print_line(f"kitseg {__version__}")
         raise typer.Exit
 
 
@@ -104,15 +104,15 @@ def preprocess_cases(
 
     grids = steps.method_grids(config.method_of(configuration))
     need = steps.disk_needed(cases, grids) / 1e9
-    console.say(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
+    console.print_line(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
     with console.bar("preprocess", len(cases) * len(grids)) as step:
         outcomes = steps.preprocess(cases, grids, to, configuration["convention"], jobs, lambda _: step(), part)
     for state in ("done", "unchanged"):
         if count := sum(outcome.state == state for outcome in outcomes):
-            console.say(f"{count} {state}")
+            console.print_line(f"{count} {state}")
     failed = {outcome.case: outcome.error for outcome in outcomes if outcome.state == "failed"}
     for error in failed.values():
-        console.complain(error)
+        console.print_error(error)
     return set(failed)
 
 
@@ -133,7 +133,7 @@ def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list
     failed = sum(bool(outcome.error) for outcome in outcomes)
     levels = Counter(outcome.quality.level for outcome in outcomes if outcome.quality)
     marked = ", ".join(f"[{COLOURS[level]}]{levels[level]} {level}[/]" for level in COLOURS if level in levels)
-    console.say(f"{count - failed} of {count} cases done" + (f": {marked}" if marked else ""))
+    console.print_line(f"{count - failed} of {count} cases done" + (f": {marked}" if marked else ""))
     exit_if(failed > 0)
 
 
@@ -146,12 +146,12 @@ def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, 
 
     share, launched = Share.asked(shard), Share.here()
     mine = deal(cases, share)
-    say = console.say_plainly if launched.index == 0 else lambda text: None
+    log = console.print_plain if launched.index == 0 else lambda text: None
 
     def run(done: Callable[[Outcome], None]) -> list[Outcome]:
         if ranks == 1 or launched.of > 1:
-            return do(mine, share, say, done)
-        return on_ranks(do, mine, share.split(ranks), say, done)
+            return do(mine, share, log, done)
+        return on_ranks(do, mine, share.split(ranks), log, done)
 
     work(title, len(mine), run)
 
@@ -187,23 +187,25 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -
     console.out.print(table)
     for score in scores:
         if score.error:
-            console.complain(score.error)
+            console.print_error(score.error)
     if (done := len(set(folds.values()))) < len(plan.split.folds):
-        console.say(f"{done} of {len(plan.split.folds)} folds are trained and validated so far")
-    console.say("No weight was learned from these cases, but they chose the checkpoints: a test set is stricter.")
-    console.say(f"out-of-fold scores: {plan.run.scores(mirror)}")
+        console.print_line(f"{done} of {len(plan.split.folds)} folds are trained and validated so far")
+    console.print_line(
+        "No weight was learned from these cases, but they chose the checkpoints: a test set is stricter."
+    )
+    console.print_line(f"out-of-fold scores: {plan.run.scores(mirror)}")
     exit_if(any(outcome.error for outcome in outcomes) or any(score.error or score.missing for score in scores))
 
 
 def _say_outcome(outcome: Outcome) -> None:
     if outcome.error:
-        return console.complain(outcome.error)
+        return console.print_error(outcome.error)
     names = {"kidney": "kidney without tumor"}
     volumes = ", ".join(f"{names.get(name, name)} {ml:.1f} ml" for name, ml in (outcome.volumes_ml or {}).items())
     facts = "; ".join(part for part in (volumes, outcome.note, f"{outcome.seconds:.1f} s") if part)
-    console.say(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
+    console.print_line(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
     for flag in outcome.quality.flags if outcome.quality else ():
-        console.say(f"  [{COLOURS[flag.level]}]{flag.level}[/] {escape(flag.reason)}")
+        console.print_line(f"  [{COLOURS[flag.level]}]{flag.level}[/] {escape(flag.reason)}")
 
 
 def known_convention(convention: str) -> None:
@@ -221,5 +223,5 @@ def exit_if(failed: bool) -> None:
 
 
 def _fail(error: KitsegError, code: int) -> None:
-    console.complain(str(error))
+    console.print_error(str(error))
     sys.exit(code)

@@ -33,5 +33,5 @@ def export(
 
     licenses = write_bundle(model, output, weights_license, labels_license)
     stated = ", ".join(f"{kind} {license}" for kind, license in licenses.items())
-    console.say(escape(f"{output}: {output.stat().st_size / 1e6:.1f} MB, licensed {stated}"))
-    console.say(f"sha256 {file_digest(output)}")
+    console.print_line(escape(f"{output}: {output.stat().st_size / 1e6:.1f} MB, licensed {stated}"))
+    console.print_line(f"sha256 {file_digest(output)}")

@@ -12,7 +12,7 @@ from kitseg.errors import UsageError
 from kitseg.runtime import console
 
 if TYPE_CHECKING:
-    from kitseg.runtime.resume import Kept, Result, Work
+    from kitseg.runtime.resume import Result, ResultCache, Work
 
 R = TypeVar("R", bound="Result")
 Cluster = Annotated[
@@ -22,7 +22,7 @@ Cluster = Annotated[
 
 
 @dataclass(frozen=True)
-class Crew:
+class ExecutionOptions:
     """Who works on the cases: ``jobs`` processes here or a cluster; with a shard, on a part of them."""
 
     jobs: int
@@ -30,7 +30,7 @@ class Crew:
     shard: str | None = None
 
 
-def gather(title: str, works: Sequence[Work[R]], kept: Kept[R] | None, crew: Crew) -> list[R]:
+def gather(title: str, works: Sequence[Work[R]], kept: ResultCache[R] | None, execution: ExecutionOptions) -> list[R]:
     """The results of all cases, with a bar; failures are said. Ends the command where the output isn't its to write.
 
     Raises:
@@ -40,18 +40,18 @@ def gather(title: str, works: Sequence[Work[R]], kept: Kept[R] | None, crew: Cre
     from kitseg.runtime.resume import results
     from kitseg.runtime.sharding import Share
 
-    share, failed = Share.asked(crew.shard), []
+    share, failed = Share.asked(execution.shard), []
     if share.of > 1 and kept is None:
         raise UsageError("the parts of the work meet in a file: name it with --json or --csv")
-    with on_cluster(crew.cluster), console.bar(title, len(share.take(works))) as step:
+    with on_cluster(execution.cluster), console.bar(title, len(share.take(works))) as step:
 
         def done(result: R) -> None:
             step()
             if result.error:
                 failed.append(result.case)
-                console.complain(result.error)
+                console.print_error(result.error)
 
-        found = results(works, kept, share, crew.jobs, done)
+        found = results(works, kept, share, execution.jobs, done)
     if found is None:
         raise typer.Exit(int(bool(failed)))
     return found

@@ -53,7 +53,7 @@ def phantom(
     with console.bar("phantoms", cases) as step:
         for _ in in_parallel(tasks, jobs, ordered=False):
             step()
-    console.say(f"{cases} phantoms in {out}")
+    console.print_line(f"{cases} phantoms in {out}")
 
 
 @app.command(epilog="Example: kitseg download kits19 --to data --cases 0-9")
@@ -71,8 +71,8 @@ def download(
     with console.bar("download", len(numbers)) as step:
         failures = download_kits19(to, numbers, lambda *_: step())
     for failure in failures:
-        console.complain(str(failure))
-    console.say(f"{len(numbers) - len(failures)} of {len(numbers)} cases in {to}; the data are CC BY-NC-SA 4.0")
+        console.print_error(str(failure))
+    console.print_line(f"{len(numbers) - len(failures)} of {len(numbers)} cases in {to}; the data are CC BY-NC-SA 4.0")
     exit_if(bool(failures))
 
 
@@ -108,7 +108,7 @@ def check(
     if report:
         write_json(report, 1, {"cases": [asdict(r) for r in reports]})
     bad = sum(not r.ok for r in reports)
-    console.say(f"{len(reports) - bad} of {len(reports)} cases are fine")
+    console.print_line(f"{len(reports) - bad} of {len(reports)} cases are fine")
     exit_if(bad > 0)
 
 
@@ -141,7 +141,7 @@ def split(
     data: Annotated[list[Path], typer.Argument(help="Folders of labelled cases.")] = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="The split file.")] = Path("splits.json"),
     folds: Annotated[int, typer.Option(min=2, help="Outer folds.")] = 5,
-    inner_folds: Annotated[int, typer.Option(min=2, help="Folds of each fold's training cases.")] = 3,
+    nested_folds: Annotated[int, typer.Option(min=2, help="Folds of each fold's training cases.")] = 3,
     test_cases: Annotated[int, typer.Option(min=0, help="Patients held out from every fold.")] = 0,
     seed: Annotated[int, typer.Option(help="Same seed and cases, same file.")] = 0,
     convention: Convention = "kits19",
@@ -163,14 +163,14 @@ def split(
     with console.bar("split", len(cases)) as step:
         traits, errors = look_at(cases, convention, jobs, step)
     for error in errors:
-        console.complain(f"{error} It is left out.")
-    made = make_split(traits, folds, inner_folds, test_cases, seed, convention)
+        console.print_error(f"{error} It is left out.")
+    made = make_split(traits, folds, nested_folds, test_cases, seed, convention)
     write_split(made, output)
     table = console.table("part", "cases", "tumor: median (ml)", *THICKNESSES)
     for row in report_split(made, traits):
         table.add_row(*map(console.cell, row))
     console.out.print(table)
-    console.say(f"{len(traits)} cases split: {output}")
+    console.print_line(f"{len(traits)} cases split: {output}")
     exit_if(bool(errors))
 
 
@@ -202,12 +202,12 @@ def augment(
     """
     from kitseg.commands import augment as copies
     from kitseg.runtime.dask import on_cluster
-    from kitseg.runtime.locks import claimed
+    from kitseg.runtime.locks import folder_lock
     from kitseg.runtime.sharding import Share
     from kitseg.training.hard_cases import fold_plan, rank_cases
     from kitseg.volumes.kits import labelled_cases
 
-    choice, share = copies.Choice(worst, partners, direction, seed), Share.asked(shard)
+    choice, share = copies.PairSelection(worst, partners, direction, seed), Share.asked(shard)
     plan = fold_plan(run or Path("runs") / f"{method}-{size}", fold, store, device)
     known = labelled_cases(data)
     cases = copies.training_scans(plan.split, fold, known)
@@ -215,8 +215,8 @@ def augment(
         failed = preprocess_cases(known, plan.config, store, jobs)
     cases = {name: case for name, case in cases.items() if name not in failed}
     copies.check_enough(len(cases), choice)
-    with claimed(output, "copies", share.part):
-        ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", console.say)
+    with folder_lock(output, "copies", share.part):
+        ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", console.print_line)
         _show_ranking(ranked[:worst])
         pairs = copies.choose_pairs([row.case for row in ranked], cases, choice)
         copies.write_request(output, fold, choice, pairs)
@@ -225,7 +225,9 @@ def augment(
             outcomes = copies.make_copies(mine, output, convention, jobs, lambda _: step())
         _report_copies(outcomes, output)
         if share.of > 1 and (left := copies.undone(pairs, output, convention)):
-            console.say(f"part {share}: {left} of {len(pairs)} pairs are still to do; who ends last writes the split")
+            console.print_line(
+                f"part {share}: {left} of {len(pairs)} pairs are still to do; who ends last writes the split"
+            )
         else:
             copies.write_augmented_split(plan.run, output)
             _say_how_to_train(plan, data, output)
@@ -241,7 +243,7 @@ def _show_ranking(ranked: Sequence[Ranked]) -> None:
 
 def _say_how_to_train(plan: Plan, data: Sequence[Path], copies: Path) -> None:
     more = "".join(f" --data {folder}" for folder in [*data, copies])
-    console.say(
+    console.print_line(
         f"To train with them, with the options of {plan.run.path}: kitseg train --method {plan.method.name} "
         f"--size {plan.config['size']['name']} --fold {plan.fold}{more} --split {copies / 'splits.json'} "
         f"--name {plan.run.path.name}-augmented"
@@ -251,12 +253,16 @@ def _say_how_to_train(plan: Plan, data: Sequence[Path], copies: Path) -> None:
 def _report_copies(outcomes: Sequence[Copied], folder: Path) -> None:
     for outcome in outcomes:
         if outcome.state == "failed":
-            console.complain(outcome.reason)
+            console.print_error(outcome.reason)
         elif outcome.state == "rejected":
-            console.say(f"{outcome.name}: no copy; {escape(outcome.reason)}")
+            console.print_line(f"{outcome.name}: no copy; {escape(outcome.reason)}")
     kept = [outcome.facts for outcome in outcomes if outcome.state == "kept" and outcome.facts]
     new = sum(outcome.new for outcome in outcomes)
-    console.say(f"{len(kept)} of {len(outcomes)} pairs gave a copy in {folder}; {new} were registered in this call")
+    console.print_line(
+        f"{len(kept)} of {len(outcomes)} pairs gave a copy in {folder}; {new} were registered in this call"
+    )
     if kept:
         before, after = (fmean(facts[key] for facts in kept) for key in ("dice_before", "dice_after"))
-        console.say(f"overlap of the kidneys: {before:.2f} before and {after:.2f} after registration (mean Dice)")
+        console.print_line(
+            f"overlap of the kidneys: {before:.2f} before and {after:.2f} after registration (mean Dice)"
+        )

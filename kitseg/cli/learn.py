@@ -29,14 +29,14 @@ from kitseg.runtime import console
 
 if TYPE_CHECKING:
     from kitseg.runtime.device import Machine
-    from kitseg.training.ddp import Team
+    from kitseg.training.ddp import RankCoordinator
     from kitseg.training.plan import Plan, Start
 
 EVERY_FOLD = "all"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TrainRequest:
     """What of a run a call of `kitseg train` wants trained, and from which cases."""
 
     data: Sequence[Path]
@@ -53,7 +53,7 @@ def methods() -> None:
 
     table = console.table("method", "stages", "paper", "published Dice")
     for name in config.names("method"):
-        about = config.summary(name)
+        about = config.method_summary(name)
         dice = ", ".join(f"{key} {value}" for key, value in about["published"].items())
         table.add_row(name, " → ".join(about["chain"]), about["paper"], dice)
     console.out.print(table)
@@ -99,7 +99,7 @@ def train(
     from kitseg.models.run_folder import Run
     from kitseg.runtime.device import Machine, be_deterministic
     from kitseg.runtime.launcher import Launch, is_started_again
-    from kitseg.training.ddp import Team, end_with_starter
+    from kitseg.training.ddp import RankCoordinator, end_with_starter
     from kitseg.training.plan import Start, Unit
     from kitseg.training.signals import stoppable
     from kitseg.training.train import fit_unit
@@ -124,15 +124,15 @@ def train(
     machine = launch.agreed(machine)
     named = {"method": method, "size": size, "store": store, "split": split, "runs": runs, "name": name}
     begin = replace(begin, machine=machine, repeat=_repeat(named, machine, deterministic, overrides))
-    wanted = Wanted(data, jobs, stage, fold == EVERY_FOLD, restart)
+    wanted = TrainRequest(data, jobs, stage, fold == EVERY_FOLD, restart)
     with stoppable():
-        with Team(launch) as team:
-            if not team.leads:
-                return team.follow()
+        with RankCoordinator(launch) as coordinator:
+            if not coordinator.leads:
+                return coordinator.follow()
             if dry_run:
                 return _rehearse(begin, wanted)
-            failed = _train_folds(begin, team, wanted)
-        console.say_plainly(f"trained: {begin.run.path}")
+            failed = _train_folds(begin, coordinator, wanted)
+        console.print_plain(f"trained: {begin.run.path}")
         if wanted.every_fold and stage is None:
             cross_validate(begin.run.path, data, device, mirror=False)
     exit_if(bool(failed))
@@ -146,7 +146,7 @@ def demo(
     """The whole tool on phantoms, in minutes: every command it stands for is printed."""
     from kitseg.commands.demo import run_demo
 
-    run_demo(out or Path("demo-quick" if quick else "demo"), quick, console.say)
+    run_demo(out or Path("demo-quick" if quick else "demo"), quick, console.print_line)
 
 
 def _fold(text: str) -> int:
@@ -155,7 +155,7 @@ def _fold(text: str) -> int:
     return int(text)
 
 
-def _rehearse(begin: Start, wanted: Wanted) -> None:
+def _rehearse(begin: Start, wanted: TrainRequest) -> None:
     """Say what `kitseg train` would do."""
     from kitseg.volumes.kits import labelled_cases
 
@@ -163,10 +163,10 @@ def _rehearse(begin: Start, wanted: Wanted) -> None:
     plan = begin.rehearse(cases)
     _show_plan(plan, cases, wanted.stage)
     if wanted.every_fold:
-        console.say(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
+        console.print_line(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
 
 
-def _train_folds(begin: Start, team: Team, wanted: Wanted) -> set[str]:
+def _train_folds(begin: Start, coordinator: RankCoordinator, wanted: TrainRequest) -> set[str]:
     """Prepare the cases, then train the fold, or every fold one after another; the cases that failed."""
     from kitseg.training.train import fit_unit, on_all_ranks
     from kitseg.training.train import train as train_fold
@@ -174,7 +174,7 @@ def _train_folds(begin: Start, team: Team, wanted: Wanted) -> set[str]:
 
     cases = labelled_cases(wanted.data)
     for old in begin.restart(wanted.stage, wanted.every_fold) if wanted.restart else ():
-        console.say_plainly(f"the old training is now {old}")
+        console.print_plain(f"the old training is now {old}")
     failed = preprocess_cases(cases, begin.config, begin.store, wanted.jobs)
     good = [case for case in cases if case.id not in failed]
     if not good:
@@ -184,9 +184,9 @@ def _train_folds(begin: Start, team: Team, wanted: Wanted) -> set[str]:
     folds = range(len(plan.split.folds)) if wanted.every_fold else [plan.fold]
     for fold in folds:
         if len(folds) > 1:
-            console.say(f"[bold]fold {fold} of {len(folds)}[/]")
-        run = fit_unit if begin.machine.world == 1 else on_all_ranks(team)
-        train_fold(replace(plan, fold=fold), wanted.stage, console.say_plainly, run)
+            console.print_line(f"[bold]fold {fold} of {len(folds)}[/]")
+        run = fit_unit if begin.machine.world == 1 else on_all_ranks(coordinator)
+        train_fold(replace(plan, fold=fold), wanted.stage, console.print_plain, run)
     return failed
 
 
@@ -210,5 +210,5 @@ def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:
     table = console.table("training", "grid", *columns)
     for row in estimates(plan, cases[0], stage):
         table.add_row(*row)
-    console.say(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {plan.machine.describe()}")
+    console.print_line(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {plan.machine.describe()}")
     console.out.print(table)

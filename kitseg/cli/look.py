@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from kitseg.cli.app import COLOURS, PREDICTIONS, Convention, Jobs, Shard, app, exit_if, known_convention
-from kitseg.cli.cases import Cluster, Crew, gather
+from kitseg.cli.cases import Cluster, ExecutionOptions, gather
 from kitseg.runtime import console
 
 if TYPE_CHECKING:
@@ -37,17 +37,17 @@ def measure(
     The diameters, and what else is measured, are defined in docs/measure.md.
     """
     from kitseg.commands import measure as steps
-    from kitseg.runtime.resume import Kept
+    from kitseg.runtime.resume import ResultCache
 
     known_convention(convention)
-    tasks = steps.plan(labels, ct)
+    tasks = steps.plan_measures(labels, ct)
     output = report or table
-    kept = Kept.beside(output, steps.Measured) if output else None
-    results = gather("measure", steps.works(tasks, convention), kept, Crew(jobs, cluster, shard))
+    kept = ResultCache.beside(output, steps.Measured) if output else None
+    results = gather("measure", steps.measure_work(tasks, convention), kept, ExecutionOptions(jobs, cluster, shard))
     if report:
         steps.write_findings(report, results, convention)
     if table:
-        steps.write_table(table, results)
+        steps.write_lesion_table(table, results)
     if kept:
         kept.clear()
     _show_findings(results)
@@ -66,7 +66,7 @@ def mesh(
 
     known_convention(convention)
     made = write_mesh(labels, output, of, convention)
-    console.say(escape(f"{made.triangles} triangles, {made.ml:.1f} ml → {output}"))
+    console.print_line(escape(f"{made.triangles} triangles, {made.ml:.1f} ml → {output}"))
 
 
 @app.command(epilog="Example: kitseg report predictions data --scores scores.json")
@@ -87,22 +87,22 @@ def report(
     from kitseg.report.html import INDEX
     from kitseg.report.scores import StudyScores, study_scores
     from kitseg.report.study_page import CaseRow
-    from kitseg.runtime.locks import claimed
-    from kitseg.runtime.resume import Kept
+    from kitseg.runtime.locks import folder_lock
+    from kitseg.runtime.resume import ResultCache
     from kitseg.runtime.sharding import Share
 
     known = read_scores(scores, study_scores) if scores else StudyScores()
-    tasks = pages.plan(predictions, data, known, output)
-    kept, part = Kept(output.absolute() / ".cases", CaseRow), Share.asked(shard).part
-    with claimed(output, "pages", part):
-        rows = gather("report", pages.works(tasks), kept, Crew(jobs, cluster, shard))
+    tasks = pages.plan_pages(predictions, data, known, output)
+    kept, part = ResultCache(output.absolute() / ".cases", CaseRow), Share.asked(shard).part
+    with folder_lock(output, "pages", part):
+        rows = gather("report", pages.page_work(tasks), kept, ExecutionOptions(jobs, cluster, shard))
         pages.write_index(output, rows, known)
         kept.clear()
     for row in rows:
         for flag in row.quality.flags if row.quality else ():
-            console.say(f"[{COLOURS[flag.level]}]{flag.level}[/] {escape(f'{row.case}: {flag.reason}')}")
+            console.print_line(f"[{COLOURS[flag.level]}]{flag.level}[/] {escape(f'{row.case}: {flag.reason}')}")
     count = sum(not row.error for row in rows)
-    console.say(escape(f"{count} of {len(rows)} cases → {output / INDEX}"))
+    console.print_line(escape(f"{count} of {len(rows)} cases → {output / INDEX}"))
     exit_if(count < len(rows))
 
 

@@ -156,7 +156,7 @@ def predict(
 
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
-    from kitseg.commands.predict import SERIES_TABLE, Prediction, Wanted, choose_scans
+    from kitseg.commands.predict import SERIES_TABLE, Prediction, PredictOptions, choose_scans
     from kitseg.models.members import choose_run, locate, open_ensemble
     from kitseg.models.memory import parse_size
     from kitseg.runtime.device import deterministically
@@ -167,8 +167,10 @@ def predict(
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision)
     opened = partial(deterministically, opened) if deterministic else opened
     if found.choices:
-        console.say(f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why")
-    wanted = Wanted(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))
+        console.print_line(
+            f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why"
+        )
+    wanted = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))
     shared_work("predict", found.cases, Prediction(opened, output, wanted), shard, ranks)
 
 

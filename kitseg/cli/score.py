@@ -23,7 +23,7 @@ from kitseg.cli.app import (
     exit_if,
     known_convention,
 )
-from kitseg.cli.cases import Cluster, Crew, gather
+from kitseg.cli.cases import Cluster, ExecutionOptions, gather
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 
@@ -55,7 +55,7 @@ def fit_priors(
         def done(finding: priors.Finding) -> None:
             step()
             if finding.error:
-                console.complain(finding.error)
+                console.print_error(finding.error)
 
         fit = priors.fit_priors(maps, convention, jobs, done)
     if report:
@@ -89,23 +89,23 @@ def evaluate(
     surface Dice.
     """
     from kitseg.commands import evaluate as scoring
-    from kitseg.commands.score_files import write_scores, write_table
-    from kitseg.runtime.resume import Kept
+    from kitseg.commands.score_files import write_score_table, write_scores
+    from kitseg.runtime.resume import ResultCache
 
     if convention:
         known_convention(convention)
     rules = scoring.rules(protocol, convention)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
     output = report or table
-    kept = Kept.beside(output, scoring.Score) if output else None
-    scores = gather("evaluate", scoring.works(found, rules), kept, Crew(jobs, cluster, shard))
+    kept = ResultCache.beside(output, scoring.Score) if output else None
+    scores = gather("evaluate", scoring.score_work(found, rules), kept, ExecutionOptions(jobs, cluster, shard))
     _show_scores(scores, rules)
     for note in scoring.notes(scores, rules, unscored):
-        console.say(f"[yellow]{escape(note)}[/]")
+        console.print_line(f"[yellow]{escape(note)}[/]")
     if report:
         write_scores(report, scores, rules, unscored=unscored)
     if table:
-        write_table(table, scores)
+        write_score_table(table, scores)
     if kept:
         kept.clear()
     exit_if(any(score.missing or score.error for score in scores))
@@ -155,12 +155,14 @@ def choose(
     table = console.table("runs", "post-processing", "kidney", "tumor", "mean")
     for tried in steps.ranked(search)[:SHOWN]:
         dice = (console.cell(tried.dice[name]) for name in ("kidney", "tumor"))
-        table.add_row(*map(escape, steps.describe(search, tried.recipe)), *dice, console.cell(tried.score))
+        table.add_row(*map(escape, steps.describe_recipe(search, tried.recipe)), *dice, console.cell(tried.score))
     console.out.print(table)
     steps.write_choice(output, search)
-    console.say(f"{len(search.tried)} combinations tried on {len(search.cases)} cases; all of them are in {output}")
-    console.say("The best of many looks a little better than it is: try it on cases that had no part in this.")
-    console.say(f"kitseg predict SCAN --model {output}")
+    console.print_line(
+        f"{len(search.tried)} combinations tried on {len(search.cases)} cases; all of them are in {output}"
+    )
+    console.print_line("The best of many looks a little better than it is: try it on cases that had no part in this.")
+    console.print_line(f"kitseg predict SCAN --model {output}")
 
 
 @app.command(epilog="Example: kitseg compare two-phase.json two-stage.json")
@@ -179,13 +181,13 @@ def compare(
 
     comparison = pairs.compare(a, b)
     for name, file in (("A", comparison.a), ("B", comparison.b)):
-        console.say(escape(f"{name}: {file.path}, {len(file.cases)} cases"))
+        console.print_line(escape(f"{name}: {file.path}, {len(file.cases)} cases"))
     for note in comparison.notes():
-        console.say(escape(note))
+        console.print_line(escape(note))
     _show_comparison(comparison)
     comparison_picture(output / pairs.PICTURE, comparison.groups, str(comparison.a.path), str(comparison.b.path))
     pairs.write_figures(output / pairs.FIGURES, comparison)
-    console.say(escape(f"→ {output / pairs.PICTURE}, {output / pairs.FIGURES}"))
+    console.print_line(escape(f"→ {output / pairs.PICTURE}, {output / pairs.FIGURES}"))
 
 
 @app.command(epilog="Example: kitseg submit predictions -o kits19.zip")
@@ -202,25 +204,27 @@ def submit(
     packing.check_output(output)
     numbers = parse_cases(cases)
     with console.bar("check", len(numbers)) as step:
-        submission = packing.check(predictions, data, numbers, step)
+        submission = packing.check_submission(predictions, data, numbers, step)
     for problem in submission.problems:
-        console.complain(problem)
+        console.print_error(problem)
     if submission.extra:
-        console.say(escape(f"left out, not among the cases {cases}: {', '.join(submission.extra)}"))
+        console.print_line(escape(f"left out, not among the cases {cases}: {', '.join(submission.extra)}"))
     if submission.empty:
         names = ", ".join(submission.empty)
-        console.say(f"[yellow]{len(submission.empty)} of {len(numbers)} predictions are all background:[/] {names}")
+        console.print_line(
+            f"[yellow]{len(submission.empty)} of {len(numbers)} predictions are all background:[/] {names}"
+        )
     if submission.problems:
-        console.say(escape(f"{submission.sound} of {len(numbers)} cases are fine; {output} is not written"))
+        console.print_line(escape(f"{submission.sound} of {len(numbers)} cases are fine; {output} is not written"))
         exit_if(True)
     with console.bar("write", len(numbers)) as step:
-        packing.write(output, submission, step)
-    console.say(escape(f"{len(numbers)} cases, {output.stat().st_size / 1e6:.2f} MB → {output}"))
+        packing.write_submission(output, submission, step)
+    console.print_line(escape(f"{len(numbers)} cases, {output.stat().st_size / 1e6:.2f} MB → {output}"))
 
 
 def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
     """The challenge's figures of each case, all figures over the cases, and the tumors found."""
-    from kitseg.commands.score_files import challenge_score, summary
+    from kitseg.commands.score_files import challenge_score, score_summary
     from kitseg.scoring.protocols import FIGURES
 
     shown = [
@@ -234,11 +238,11 @@ def _show_scores(scores: Sequence[Score], rules: Rules) -> None:
         figures = (console.cell(score.classes.get(name, {}).get(figure)) for name, figure in shown)
         table.add_row(score.case, *figures, f"[red]{note}[/]")
     console.out.print(table)
-    summaries = summary(scores)
+    summaries = score_summary(scores)
     _show_summary(summaries)
     _show_detection(scores)
     for figure, value in challenge_score(summaries).items():
-        console.say(f"{rules.protocol.name}, mean {FIGURES[figure]} over the classes: {value:.4f}")
+        console.print_line(f"{rules.protocol.name}, mean {FIGURES[figure]} over the classes: {value:.4f}")
 
 
 def _show_summary(summaries: Mapping[str, Mapping[str, Summary]]) -> None:
@@ -286,10 +290,10 @@ def _show_comparison(comparison: Comparison) -> None:
     console.out.print(table)
     for group in comparison.groups:
         if not group.kind:
-            console.say(escape(sentence(group)))
-    console.say("95 % CI: BCa bootstrap of the mean; p: Wilcoxon signed-rank test, two-sided, not corrected")
+            console.print_line(escape(sentence(group)))
+    console.print_line("95 % CI: BCa bootstrap of the mean; p: Wilcoxon signed-rank test, two-sided, not corrected")
     if comparison.tests:
-        console.say(f"p of the groups of cases: corrected for their {comparison.tests} tests by Holm's method")
+        console.print_line(f"p of the groups of cases: corrected for their {comparison.tests} tests by Holm's method")
 
 
 def _show_fit(fit: Fit) -> None:
@@ -301,8 +305,8 @@ def _show_fit(fit: Fit) -> None:
         table.add_row(cost.prior, settings, tumors, f"{cost.lost_ml:.1f} of {cost.ml:.1f}", cases)
     console.out.print(table)
     failed = sum(bool(finding.error) for finding in fit.findings)
-    console.say(f"{len(fit.findings) - failed} of {len(fit.findings)} cases read")
+    console.print_line(f"{len(fit.findings) - failed} of {len(fit.findings)} cases read")
     if not any(cost.prior == "dark" for cost in fit.costs):
-        console.say("dark: not tried, since no CT (imaging.nii.gz) lies beside the labels")
-    console.say(f"λ1/λ2 of {fit.tumors} tumors of 10 voxels or more, 5-95 %: {fit.low:.3f}-{fit.high:.3f}")
-    console.say(f"--set postprocess.shape.low={fit.low:.3f} --set postprocess.shape.high={fit.high:.3f}")
+        console.print_line("dark: not tried, since no CT (imaging.nii.gz) lies beside the labels")
+    console.print_line(f"λ1/λ2 of {fit.tumors} tumors of 10 voxels or more, 5-95 %: {fit.low:.3f}-{fit.high:.3f}")
+    console.print_line(f"--set postprocess.shape.low={fit.low:.3f} --set postprocess.shape.high={fit.high:.3f}")

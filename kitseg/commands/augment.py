@@ -20,10 +20,10 @@ import SimpleITK as sitk
 from joblib import delayed
 
 from kitseg import __version__
-from kitseg.errors import InputError, KitsegError, UsageError, in_words
+from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.models.run_folder import Run
 from kitseg.patches.registration import Labelled, Settings, problem, register_copy
-from kitseg.runtime.files import aside, file_digest, read_json, write_json
+from kitseg.runtime.files import atomic_write, file_digest, read_json, write_json
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.splits import Split, read_split, with_copies, write_split
 from kitseg.types import Case
@@ -42,7 +42,7 @@ DIRECTIONS = ("partner-to-hard", "hard-to-partner")
 
 
 @dataclass(frozen=True)
-class Choice:
+class PairSelection:
     """Which pairs: the ``worst`` cases, each with ``partners`` others drawn at random, and who takes whose shape."""
 
     worst: int
@@ -94,7 +94,7 @@ def training_scans(split: Split, fold: int, cases: Iterable[Case]) -> dict[str, 
     return {name: by_id[name] for name in split.folds[fold].train if not by_id[name].sources}
 
 
-def check_enough(count: int, choice: Choice) -> None:
+def check_enough(count: int, choice: PairSelection) -> None:
     """Refuse a choice for which there are too few training cases.
 
     Raises:
@@ -105,7 +105,7 @@ def check_enough(count: int, choice: Choice) -> None:
         raise UsageError(f"{asked} need {choice.worst + choice.partners} training cases, the fold has {count}")
 
 
-def choose_pairs(ranked: Sequence[str], cases: Mapping[str, Case], choice: Choice) -> list[Pair]:
+def choose_pairs(ranked: Sequence[str], cases: Mapping[str, Case], choice: PairSelection) -> list[Pair]:
     """Each hard case with its partners, none of which is hard; the draw depends on the seed and the hard case alone.
 
     Args:
@@ -150,7 +150,7 @@ def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
     return sum(not _is_done(pair, to, convention) for pair in pairs)
 
 
-def write_request(to: Path, fold: int, choice: Choice, pairs: Sequence[Pair]) -> None:
+def write_request(to: Path, fold: int, choice: PairSelection, pairs: Sequence[Pair]) -> None:
     """Write which pairs a fold asks for."""
     write_json(to / f"fold_{fold}.json", SCHEMA, {"fold": fold, **asdict(choice), "pairs": [p.name for p in pairs]})
 
@@ -180,7 +180,7 @@ def _make(pair: Pair, to: Path, convention: str) -> Copied:
         wanted = _wanted(pair, convention)
         return _done(pair, to, wanted) or _copy(pair, to, wanted)
     except Exception as error:  # whatever it is, the other pairs go on
-        return Copied(pair.name, "failed", True, in_words(pair.name, error))
+        return Copied(pair.name, "failed", True, format_error(pair.name, error))
 
 
 def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
         shutil.rmtree(to / name, ignore_errors=True)
         write_json(rejected, SCHEMA, facts)
         return Copied(name, "rejected", True, reason, facts)
-    with aside(to / name) as partial:
+    with atomic_write(to / name) as partial:
         partial.mkdir()
         mark = PHANTOM_MARK if any(is_phantom(case.image) for case in (pair.reference, pair.floating)) else ""
         write_image(partial / IMAGE, copy.image, reference.image.native, mark)

@@ -11,7 +11,7 @@ from typing import Any
 from joblib import delayed
 
 from kitseg import config, ensemble
-from kitseg.errors import KitsegError, UsageError, in_words
+from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import to_kits19
 from kitseg.models.ensemble_file import Member, write_ensemble
 from kitseg.models.model import run_digest
@@ -22,7 +22,7 @@ from kitseg.runtime.outcomes import in_parallel
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.splits import read_split
 from kitseg.types import Case, Probabilities
-from kitseg.volumes.blocks import MANIFEST, read_block, read_manifest, scan_digest
+from kitseg.volumes.blocks import MANIFEST, read_block, read_manifest, recorded_scan_digest
 from kitseg.volumes.nifti import read_image, read_labels
 
 ALL_SUBSETS_UP_TO = 5  # members; of more, sets of up to three and the whole
@@ -175,7 +175,7 @@ def ranked(search: Search) -> list[Tried]:
     return sorted(search.tried.values(), key=_order, reverse=True)
 
 
-def describe(search: Search, recipe: Recipe) -> tuple[str, str]:
+def describe_recipe(search: Search, recipe: Recipe) -> tuple[str, str]:
     """The members and the priors of a recipe."""
     return " + ".join(search.members[i].name for i in recipe.members), ", ".join(recipe.steps) or "none"
 
@@ -189,7 +189,7 @@ def _figures(tried: Tried) -> dict[str, float]:
 
 
 def _row(search: Search, tried: Tried) -> dict[str, Any]:
-    runs, steps = describe(search, tried.recipe)
+    runs, steps = describe_recipe(search, tried.recipe)
     return {"runs": runs, "postprocess": steps, **_figures(tried)}
 
 
@@ -205,7 +205,7 @@ def _validated(run: Run, fold: int | None, mirror: bool) -> Validated | None:
         made_by = read_manifest(folder).get("model", {}).get("sha256")
         if made_by != run_digest(run, [number], method.stages):
             return None
-    if not all(scan_digest(folder, case) for case, folder in folders.items()):
+    if not all(recorded_scan_digest(folder, case) for case, folder in folders.items()):
         return None
     steps = {name: spec for name, spec in method.postprocess.items() if spec is not None}
     return Validated(Member(run.path if fold is None else run.fold(fold), mirror=mirror), folders, steps)
@@ -247,7 +247,7 @@ def _try_case(
     try:
         return _dice_of(case, members, priors, convention, recipes)
     except Exception as error:  # it may come from a worker process, where a traceback says little
-        return in_words(case.id, error)
+        return format_error(case.id, error)
 
 
 def _dice_of(
@@ -257,7 +257,7 @@ def _dice_of(
         raise UsageError(f"{case.id} has no label to compare with")
     truth = to_kits19(read_labels(case.label, case.id, convention).array)
     digest = file_digest(case.image)
-    if old := [member.name for member in members if scan_digest(member.folders[case.id], case.id) != digest]:
+    if old := [member.name for member in members if recorded_scan_digest(member.folders[case.id], case.id) != digest]:
         raise UsageError(f"{case.image} is not what {', '.join(old)} predicted. Call `kitseg validate` for them again.")
     scan = read_image(case.image, case.id)
     found: list[dict[str, float]] = []

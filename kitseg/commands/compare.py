@@ -11,7 +11,7 @@ from typing import Any
 from kitseg.commands.score_files import read_scores
 from kitseg.errors import InputError, UsageError
 from kitseg.runtime.files import write_json
-from kitseg.scoring.compare import FEWEST, Group, Paired, compare_cases
+from kitseg.scoring.compare import FEWEST, Paired, PairedGroup, compare_cases
 
 SCHEMA = 1
 FIGURES, PICTURE = "comparison.json", "comparison.png"
@@ -39,7 +39,7 @@ class Comparison:
 
     a: Side
     b: Side
-    groups: list[Group]
+    groups: list[PairedGroup]
 
     @property
     def tests(self) -> int:
@@ -89,7 +89,7 @@ def write_figures(path: Path, comparison: Comparison) -> None:
     write_json(path, SCHEMA, content)
 
 
-def sentence(group: Group) -> str:
+def sentence(group: PairedGroup) -> str:
     """The outcome for a group in plain words."""
     name, paired, verdict = f"{group.name} {group.stratum}".strip(), group.paired, group.verdict
     mean = signed(paired.mean)
@@ -168,7 +168,7 @@ def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:
     return both
 
 
-def _figures(group: Group) -> dict[str, Any]:
+def _figures(group: PairedGroup) -> dict[str, Any]:
     paired = group.paired
     interval = None if paired.low is None else [paired.low, paired.high]
     return {

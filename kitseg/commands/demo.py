@@ -16,10 +16,10 @@ from kitseg.errors import KitsegError
 from kitseg.report.page import write_study_page
 from kitseg.report.pictures import case_picture
 from kitseg.runtime.device import versions
-from kitseg.runtime.files import aside, read_json
+from kitseg.runtime.files import atomic_write, read_json
 from kitseg.volumes.nifti import read_image, read_labels
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 METHOD, SIZE = "two-phase", "tiny"
 RESEARCH_USE = "Phantoms, not patients, and a network trained for minutes: this shows the tool, not a method's worth."
 
@@ -38,7 +38,7 @@ FULL = Scale(12, 3, 128, ())
 QUICK = Scale(3, 1, 64, ("--epochs=1", "--set=size.vnet_width=4", "--set=size.validate_every=1"))
 
 
-def run_demo(out: Path, quick: bool, say: Say) -> None:
+def run_demo(out: Path, quick: bool, log: Log) -> None:
     """Phantoms → check → preprocess → train → infer → ensemble → postprocess → evaluate → pages to look at.
 
     Raises:
@@ -48,12 +48,12 @@ def run_demo(out: Path, quick: bool, say: Say) -> None:
     out.mkdir(parents=True, exist_ok=True)
     commands = demo_commands(scale)
     for command in commands:
-        say(f"\n[bold cyan]$ {shlex.join(['kitseg', *command])}[/]")
+        log(f"\n[bold cyan]$ {shlex.join(['kitseg', *command])}[/]")
         code = subprocess.run([sys.executable, "-m", "kitseg", *command], cwd=out, check=False).returncode
         if code:
             raise KitsegError(f"the demo stopped: `kitseg {command[0]}` ended with exit code {code}. See above.")
     write_report(out, [shlex.join(["kitseg", *command]) for command in commands], time.perf_counter() - begun)
-    say(f"\nLook at [bold]{out / 'report.html'}[/] and [bold]{out / 'pages' / 'index.html'}[/]. {RESEARCH_USE}")
+    log(f"\nLook at [bold]{out / 'report.html'}[/] and [bold]{out / 'pages' / 'index.html'}[/]. {RESEARCH_USE}")
 
 
 def demo_commands(scale: Scale) -> list[list[str]]:
@@ -87,7 +87,7 @@ def write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
         truth = read_labels(out / "test" / case / "segmentation.nii.gz", case)
         found = read_labels(out / "predictions" / f"{case}.nii.gz", case)
         case_picture(pictures[case], ct, found.array, truth.array, title=f"{case}: reference and prediction")
-    with aside(out / "report.png") as partial:
+    with atomic_write(out / "report.png") as partial:
         shutil.copyfile(next(iter(pictures.values())), partial)
     pictures |= {
         f"Training: {stage}": out / "runs" / f"{METHOD}-{SIZE}" / "fold_0" / stage / "curves.png"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError, KitsegError, UsageError, in_words
+from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, to_kits19
 from kitseg.runtime.resume import Work, results
 from kitseg.runtime.sharding import Share
@@ -64,7 +64,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Group:
+class ScoreGroup:
     """Cases that are scored apart: all of them, a fold's, or a stratum's; mean Dice per class."""
 
     kind: str
@@ -113,14 +113,14 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
     return jobs, [] if required else sorted(truth.keys() - found.keys())
 
 
-def works(jobs: Sequence[Job], rules: Rules) -> list[Work[Score]]:
+def score_work(jobs: Sequence[Job], rules: Rules) -> list[Work[Score]]:
     """The work on each case; one that fails doesn't stop the others."""
     return [Work(job.case, (job.prediction, job.reference), partial(_safely, job, rules)) for job in jobs]
 
 
 def evaluate(jobs: Sequence[Job], rules: Rules, workers: int, on_done: Callable[[], None]) -> list[Score]:
     """Score cases, several at a time; one that fails doesn't stop the others."""
-    return results(works(jobs, rules), None, Share(), workers, lambda _: on_done()) or []
+    return results(score_work(jobs, rules), None, Share(), workers, lambda _: on_done()) or []
 
 
 def score_case(case: str, prediction: Path | None, reference: Path, rules: Rules, clinical: Mapping[str, str]) -> Score:
@@ -150,15 +150,15 @@ def mean_dice(scores: Sequence[Score]) -> dict[str, float]:
     return mean_scores(scored) if scored else {}
 
 
-def groups(scores: Sequence[Score], folds: Mapping[str, int]) -> list[Group]:
+def groups(scores: Sequence[Score], folds: Mapping[str, int]) -> list[ScoreGroup]:
     """The scores of all cases, of each fold's, and of each stratum's, strata of a kind in their natural order."""
     belongs = {s.case: {**({"fold": f"{folds[s.case]}"} if s.case in folds else {}), **s.strata} for s in scores}
     kinds = dict.fromkeys(kind for groups in belongs.values() for kind in groups)
-    found = [Group("all", "all", len(scores), mean_dice(scores))]
+    found = [ScoreGroup("all", "all", len(scores), mean_dice(scores))]
     for kind in kinds:
         for name in sorted({groups[kind] for groups in belongs.values() if kind in groups}, key=in_order):
             members = [score for score in scores if belongs[score.case].get(kind) == name]
-            found.append(Group(kind, name, len(members), mean_dice(members)))
+            found.append(ScoreGroup(kind, name, len(members), mean_dice(members)))
     return found
 
 
@@ -200,7 +200,7 @@ def _safely(job: Job, rules: Rules) -> Score:
     try:
         return score_case(job.case, job.prediction, job.reference, rules, job.clinical)
     except Exception as error:  # whatever it is, the other cases go on
-        return Score(job.case, {}, error=in_words(job.case, error))
+        return Score(job.case, {}, error=format_error(job.case, error))
 
 
 def _on_grid(prediction: Path, case: str, reference: Path, truth: Volume) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ from joblib import delayed
 from numpy.typing import NDArray
 
 from kitseg.components import Components, bounding_box
-from kitseg.errors import InputError, KitsegError, UsageError, in_words
+from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.labels import BACKGROUND, to_kits19
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.intensity import RemoveLowHuTumors
@@ -35,7 +35,7 @@ NEED_CT: dict[str, Prior] = {"dark": RemoveLowHuTumors()}
 
 
 @dataclass(frozen=True)
-class Tumor:
+class TrueTumor:
     """A tumor component of a true label map; ratio: λ₁/λ₂; stays: whether it outlives each prior tried on it."""
 
     case: str
@@ -50,12 +50,12 @@ class Finding:
     """A case's tumors; ``error`` says why where its files can't be used."""
 
     case: str
-    tumors: Sequence[Tumor] = ()
+    tumors: Sequence[TrueTumor] = ()
     error: str = ""
 
 
 @dataclass(frozen=True)
-class Cost:
+class PriorCost:
     """What a prior takes from the tumor components, ml and cases with tumor that it was tried on.
 
     lost_cases: those that lose all their tumor.
@@ -78,7 +78,7 @@ class Fit:
     low: float
     high: float
     tumors: int
-    costs: Sequence[Cost]
+    costs: Sequence[PriorCost]
     findings: Sequence[Finding]
 
 
@@ -136,7 +136,7 @@ def find_tumors(case: str, path: Path, convention: str) -> Finding:
         masks = Masks.from_labels(to_kits19(array) if convention == "kits23" else array)
         return Finding(case, _tumors(case, masks, _ct_beside(path, labels.geometry, box), labels.geometry))
     except Exception as error:  # whatever it is, the other cases go on
-        return Finding(case, error=in_words(path, error))
+        return Finding(case, error=format_error(path, error))
 
 
 def write_fit(path: Path, fit: Fit) -> None:
@@ -159,14 +159,14 @@ def _ct_beside(path: Path, geometry: Geometry, box: Box) -> NDArray[Any] | None:
     return scan.array[box.slices]
 
 
-def _tumors(case: str, masks: Masks, hu: NDArray[Any] | None, geometry: Geometry) -> list[Tumor]:
+def _tumors(case: str, masks: Masks, hu: NDArray[Any] | None, geometry: Geometry) -> list[TrueTumor]:
     found = Components.of(masks.tumor)
     ratios = eigenvalue_ratios(found)
     priors = PRIORS if hu is None else {**PRIORS, **NEED_CT}
     values = np.zeros(masks.tumor.shape, np.int16) if hu is None else hu
     left = {name: found.total(prior(masks, values, geometry.spacing).tumor) for name, prior in priors.items()}
     return [
-        Tumor(
+        TrueTumor(
             case,
             int(found.sizes[number]),
             float(found.sizes[number] * geometry.voxel_ml),
@@ -177,7 +177,7 @@ def _tumors(case: str, masks: Masks, hu: NDArray[Any] | None, geometry: Geometry
     ]
 
 
-def _costs(tumors: Sequence[Tumor], fitted: KeepTumorShape) -> list[Cost]:
+def _costs(tumors: Sequence[TrueTumor], fitted: KeepTumorShape) -> list[PriorCost]:
     ratios, voxels = np.array([t.ratio for t in tumors]), np.array([t.voxels for t in tumors])
     costs = [
         _cost(name, shape, tumors, shape.keeps(ratios, voxels))
@@ -190,11 +190,11 @@ def _costs(tumors: Sequence[Tumor], fitted: KeepTumorShape) -> list[Cost]:
     return costs
 
 
-def _cost(name: str, prior: Any, tumors: Sequence[Tumor], stays: Sequence[bool] | NDArray[np.bool_]) -> Cost:
+def _cost(name: str, prior: Any, tumors: Sequence[TrueTumor], stays: Sequence[bool] | NDArray[np.bool_]) -> PriorCost:
     kept = [tumor for tumor, stay in zip(tumors, stays, strict=True) if stay]
     lost = [tumor for tumor, stay in zip(tumors, stays, strict=True) if not stay]
     cases = {tumor.case for tumor in tumors}
-    return Cost(
+    return PriorCost(
         prior=name,
         setting=asdict(prior),
         tumors=len(tumors),

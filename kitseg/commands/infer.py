@@ -11,16 +11,16 @@ from kitseg import config, ensemble
 from kitseg.commands.postprocess import nothing_found
 from kitseg.config import Method, Source
 from kitseg.errors import KitsegError, UsageError
-from kitseg.models.members import describe, origin
+from kitseg.models.members import describe_model, origin
 from kitseg.models.memory import Limit, slab_within
 from kitseg.models.model import Model
 from kitseg.runtime.device import versions
 from kitseg.runtime.files import file_digest
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import spare_foreign
+from kitseg.runtime.provenance import refuse_overwrite
 from kitseg.runtime.sharding import Share
-from kitseg.runtime.workers import Say
+from kitseg.runtime.workers import Log
 from kitseg.types import Case, Probabilities
 from kitseg.volumes.blocks import (
     BLOCK,
@@ -53,7 +53,7 @@ class Inference:
     max_memory: int | None = None
     postprocess: Mapping[str, Any] | None = None
 
-    def __call__(self, scans: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
+    def __call__(self, scans: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
         """Infer these scans, which are a share of all; what is done and unchanged stays.
 
         Raises:
@@ -63,10 +63,10 @@ class Inference:
         if taken := next((scan for scan in scans if f"{scan.id}.json" == MANIFEST), None):
             raise UsageError(f"{taken.image}: {MANIFEST} beside the probabilities is not a scan's. Rename the scan")
         for scan in scans:
-            spare_foreign(self.to / f"{scan.id}.json", BLOCK)
+            refuse_overwrite(self.to / f"{scan.id}.json", BLOCK)
         model = self.open_model()
-        say(describe(model))
-        with claimed(self.to, "probabilities", share.part):
+        log(describe_model(model))
+        with folder_lock(self.to, "probabilities", share.part):
             return self._infer(model, scans, on_done)
 
     def _infer(self, model: Model, scans: Sequence[Case], on_done: OnDone) -> list[Outcome]:
@@ -105,7 +105,7 @@ def average(
         if odd := sorted(set(cases) ^ set(block_cases(folder))):
             raise UsageError(f"{folders[0]} and {folder} don't hold the same cases: {', '.join(odd)}")
     for case in cases:
-        spare_foreign(to / f"{case}.json", BLOCK)
+        refuse_overwrite(to / f"{case}.json", BLOCK)
     manifests = [read_manifest(folder) for folder in folders]
     try:
         channels = ensemble.common_channels([tuple(manifest["channels"]) for manifest in manifests])
@@ -133,7 +133,7 @@ def average(
         write_block(to, mean, scan, digest, made_from)
         return Outcome(case, result=result)
 
-    with claimed(to, "probabilities"):
+    with folder_lock(to, "probabilities"):
         claim_manifest(to, manifest)
         return each(cases, work, on_done)
 

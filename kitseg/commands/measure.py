@@ -30,7 +30,7 @@ PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUM
 
 
 @dataclass(frozen=True)
-class Task:
+class MeasureTask:
     """A label map to measure, with its CT where there is one."""
 
     case: str
@@ -61,7 +61,7 @@ class Mesh:
     ml: float
 
 
-def plan(labels: Path, ct: Path | None) -> list[Task]:
+def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     """A label map, or those in a folder, each with the scan of the same name.
 
     With one label map and one NIfTI scan, names don't matter.
@@ -76,10 +76,10 @@ def plan(labels: Path, ct: Path | None) -> list[Task]:
         scans = dict(zip(maps, scans.values(), strict=True))
     if ct and (missing := sorted(maps.keys() - scans.keys())):
         raise UsageError(f"{ct} holds no scan of {', '.join(missing[:5])}: add it, or measure without --ct")
-    return [Task(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
+    return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
-def works(tasks: Sequence[Task], convention: str) -> list[Work[Measured]]:
+def measure_work(tasks: Sequence[MeasureTask], convention: str) -> list[Work[Measured]]:
     """What there is to do of each case; a failed one is an error."""
     return [
         Work(task.case, (task.labels, *(task.scan.files if task.scan else ())), partial(measure_case, task, convention))
@@ -87,7 +87,7 @@ def works(tasks: Sequence[Task], convention: str) -> list[Work[Measured]]:
     ]
 
 
-def measure_case(task: Task, convention: str) -> Measured:
+def measure_case(task: MeasureTask, convention: str) -> Measured:
     """Measure a case; never raises for a file that can't be used."""
     try:
         labels = read_labels(task.labels, task.case, convention)
@@ -107,7 +107,7 @@ def write_findings(path: Path, results: Sequence[Measured], convention: str) -> 
     files.write_json(path, SCHEMA, {"convention": convention, "cases": cases, "failed": failed})
 
 
-def write_table(path: Path, results: Sequence[Measured]) -> None:
+def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
     """Write a CSV row for each kidney and each lesion of every case; ``kind`` says which.
 
     A case without any has a row whose note says so, or why it can't be measured.
@@ -137,7 +137,7 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
         )
         raise InputError(labels, what, "There is nothing to make a mesh of")
     vertices, faces = surface(mask, segmentation.geometry)
-    with files.aside(to) as partial:
+    with files.atomic_write(to) as partial:
         partial.write_bytes(stl(vertices, faces))
     return Mesh(len(faces), volume(vertices, faces) / 1000)
 

@@ -14,9 +14,9 @@ from kitseg.errors import UsageError
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.runtime.device import versions
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import forget, read_record, recipe, spare_foreign, write_record
+from kitseg.runtime.provenance import forget, read_record, recipe, refuse_overwrite, write_record
 from kitseg.types import Probabilities
 from kitseg.volumes.blocks import block_cases, block_digest, read_block, read_manifest, scan_of
 from kitseg.volumes.nifti import read_image, write_labels
@@ -35,11 +35,11 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
     steps, facts = build_steps(manifest["postprocess"], without), facts_of(manifest, without)
     cases = block_cases(folder)
     for case in cases:
-        spare_foreign(to / f"{case}.json")
+        refuse_overwrite(to / f"{case}.json")
 
     def work(case: str) -> Outcome:
         (path, digest), result, record = scan_of(folder, case), to / f"{case}.nii.gz", to / f"{case}.json"
-        spare_scan(path, result)
+        refuse_scan_overwrite(path, result)
         made = {"recipe": recipe(**facts, block=block_digest(folder, case)), "scan_sha256": digest}
         if before := read_record(record, made):
             return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.get("volumes_ml"))
@@ -51,7 +51,7 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
         write_record(record, {**told, **facts}, made, [result])
         return outcome
 
-    with claimed(to, "labels"):
+    with folder_lock(to, "labels"):
         return each(cases, work, on_done)
 
 
@@ -76,7 +76,7 @@ def save_labels(to: Path, case: str, labels: NDArray[np.uint8], probabilities: P
     return Outcome(case, note=nothing_found(probabilities), result=path, volumes_ml=volumes)
 
 
-def spare_scan(scan: Path, target: Path) -> None:
+def refuse_scan_overwrite(scan: Path, target: Path) -> None:
     """Never write over the scan itself."""
     if os.path.realpath(target) == os.path.realpath(scan):  # unlike Path.resolve, not put off by links in a circle
         raise UsageError(f"{target} is the scan itself; choose another folder with --output")

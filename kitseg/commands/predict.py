@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.commands.postprocess import save_labels, spare_scan
+from kitseg.commands.postprocess import refuse_scan_overwrite, save_labels
 from kitseg.errors import KitsegError, UsageError
 from kitseg.measure.measure import measure
 from kitseg.measure.quality import Flag, Quality, assess
@@ -21,26 +21,26 @@ from kitseg.models.members import Ensemble, choose_run, open_ensemble
 from kitseg.models.memory import Limit
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.report.pictures import case_picture
-from kitseg.runtime.console import say_plainly
+from kitseg.runtime.console import print_plain
 from kitseg.runtime.device import versions
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import forget, read_record, recipe, spare_foreign, write_record
+from kitseg.runtime.provenance import forget, read_record, recipe, refuse_overwrite, write_record
 from kitseg.runtime.sharding import Share
-from kitseg.runtime.workers import Say
+from kitseg.runtime.workers import Log
 from kitseg.splits import held_out
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
 from kitseg.volumes.scan import Scans, find_scans, knows_its_place, read_scan, scan_digest, scan_geometry
 
 if TYPE_CHECKING:
-    from kitseg.volumes.dicom.choice import Choice
+    from kitseg.volumes.dicom.choice import SeriesChoice
 
 SERIES_TABLE = "series.csv"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PredictOptions:
     """What `predict` writes beside labels, figures and a picture.
 
     dicom_seg: a DICOM segmentation of each DICOM series; keep_identifiers: who the patient is, into that and the table
@@ -49,7 +49,7 @@ class Wanted:
 
     dicom_seg: bool = False
     keep_identifiers: bool = False
-    choices: Sequence[Choice] = ()
+    choices: Sequence[SeriesChoice] = ()
     max_memory: int | None = None
 
 
@@ -62,9 +62,9 @@ class Prediction:
 
     open_ensemble: Callable[[], Ensemble]
     to: Path
-    wanted: Wanted = Wanted()
+    wanted: PredictOptions = PredictOptions()
 
-    def __call__(self, scans: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
+    def __call__(self, scans: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
         """Predict these scans, which are a share of all; what is done and unchanged stays.
 
         Raises:
@@ -72,25 +72,25 @@ class Prediction:
                 series. KitsegError: somebody writes there.
         """
         for scan in scans:
-            spare_scan(scan.image, self.to / f"{scan.id}.nii.gz")
-            spare_foreign(self.to / f"{scan.id}.json")
+            refuse_scan_overwrite(scan.image, self.to / f"{scan.id}.nii.gz")
+            refuse_overwrite(self.to / f"{scan.id}.json")
             if self.wanted.dicom_seg and not scan.slices:
                 raise UsageError(f"{scan.image} is no DICOM series, so that there is nothing for a DICOM segmentation")
         model = self.open_ensemble()
-        say(model.describe())
-        with claimed(self.to, "labels", share.part):
+        log(model.describe())
+        with folder_lock(self.to, "labels", share.part):
             write_choices(self.to, self.wanted.choices, self.wanted.keep_identifiers)
-            desk = _Desk(model, self.to, self.wanted)
+            desk = CasePredictor(model, self.to, self.wanted)
             by_id = {scan.id: scan for scan in scans}
             return each(list(by_id), lambda case: desk.predict(by_id[case]), on_done)
 
 
-class _Desk:
+class CasePredictor:
     """Where scans become labels, with what is the same for all of them."""
 
-    def __init__(self, model: Ensemble, to: Path, wanted: Wanted) -> None:
+    def __init__(self, model: Ensemble, to: Path, wanted: PredictOptions) -> None:
         self.model, self.to, self.wanted = model, to, wanted
-        self.steps, self.experience = build_steps(model.postprocess), model.experience()
+        self.steps, self.training_domain = build_steps(model.postprocess), model.training_domain()
         self.limit = Limit(wanted.max_memory, model.models)
         self.facts = {"models": model.origin(), "postprocess": model.postprocess, "versions": versions()}
         outputs = (wanted.dicom_seg, wanted.dicom_seg and wanted.keep_identifiers)
@@ -104,10 +104,10 @@ class _Desk:
             return _as_before(before, record)
         self.limit.check(scan_geometry(source), source.id)
         scan = read_scan(source)
-        probabilities, agreement = self.model.believe(scan)
+        probabilities, agreement = self.model.predict_proba(scan)
         labels = clean(probabilities, scan, self.steps)
         findings = measure(labels, scan.geometry, scan.array)
-        quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.experience)
+        quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.training_domain)
         files = [self.to / f"{source.id}{end}" for end in (".nii.gz", ".png", *[".dcm"] * self.wanted.dicom_seg)]
         forget(record, files)
         written = save_labels(self.to, source.id, labels, probabilities)
@@ -166,8 +166,8 @@ def predict(
     """
     opened = partial(open_ensemble, _models(model) if model else [choose_run(Path("runs")).path], device)
     found = find_scans(_paths(scans))
-    work = Prediction(opened, Path(output), Wanted(choices=found.choices))
-    return work(found.cases, Share(), say_plainly, lambda _: None)
+    work = Prediction(opened, Path(output), PredictOptions(choices=found.choices))
+    return work(found.cases, Share(), print_plain, lambda _: None)
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:
@@ -182,7 +182,7 @@ def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, se
     return replace(found, cases=tuple(case for case in found.cases if not wanted or case.id in wanted))
 
 
-def write_choices(to: Path, choices: Sequence[Choice], keep_identifiers: bool) -> None:
+def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: bool) -> None:
     """Write which DICOM series were chosen and why, where there are any.
 
     Raises:

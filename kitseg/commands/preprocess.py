@@ -11,9 +11,9 @@ from pathlib import Path
 from joblib import delayed
 
 from kitseg.config import Method
-from kitseg.errors import KitsegError, in_words
+from kitseg.errors import KitsegError, format_error
 from kitseg.measure.phase import contrast
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.types import Case, Grid
 from kitseg.volumes.store import CaseFiles, is_fresh, store_bytes, store_case
@@ -65,7 +65,7 @@ def preprocess(
         on_done(outcome)
     if stale:
         tasks = (delayed(_store)(case, grids, to, convention) for case in stale)
-        with claimed(to, "preprocessed cases", part, wait=HOURS):
+        with folder_lock(to, "preprocessed cases", part, wait=HOURS):
             _check_disk(stale, grids, to)
             for outcome in chain.from_iterable(in_parallel(tasks, jobs, ordered=False)):
                 outcomes.append(outcome)
@@ -100,5 +100,5 @@ def _store(case: Case, grids: Sequence[Grid], to: Path, convention: str) -> list
             state = "done" if store_case(files, to / str(grid) / case.id, grid) else "unchanged"
             outcomes.append(Stored(case.id, str(grid), state))
         except Exception as error:  # whatever it is, the other cases go on
-            outcomes.append(Stored(case.id, str(grid), "failed", in_words(case.image, error)))
+            outcomes.append(Stored(case.id, str(grid), "failed", format_error(case.image, error)))
     return outcomes

@@ -19,7 +19,7 @@ from kitseg.errors import UsageError
 from kitseg.measure.measure import measure
 from kitseg.measure.quality import LEVELS, Flag, Quality, assess
 from kitseg.report.case_page import CaseContent, write_case_page
-from kitseg.report.html import INDEX, page_name, spare_foreign
+from kitseg.report.html import INDEX, page_name, refuse_overwrite
 from kitseg.report.scores import ScoreTable, StudyScores
 from kitseg.report.slices import Scene
 from kitseg.report.study_page import CaseRow, thumbnail, write_study
@@ -35,7 +35,7 @@ _CONVENTION = "kits23"  # cysts may be there or not
 
 
 @dataclass(frozen=True)
-class Task:
+class PageTask:
     """A case to make a page of: its labels, its scan where there is one, its scores."""
 
     case: str
@@ -50,7 +50,7 @@ class Task:
         return self.labels.with_name(self.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
-def plan(predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path) -> list[Task]:
+def plan_pages(predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path) -> list[PageTask]:
     """The cases that there are label maps of, each with the scan of the same name.
 
     Raises:
@@ -62,16 +62,16 @@ def plan(predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path)
         raise UsageError(f"{', '.join(map(str, data))} holds no scan of {', '.join(sorted(labels)[:3])}")
     if scores.cases and not labels.keys() & scores.cases.keys():
         raise UsageError(f"the scores are of other cases ({', '.join(sorted(scores.cases)[:3])}) than {predictions}")
-    spare_foreign(to / INDEX)
+    refuse_overwrite(to / INDEX)
     for case in labels:
-        spare_foreign(to / page_name(case))
+        refuse_overwrite(to / page_name(case))
     return [
-        Task(case, path.absolute(), scans.get(case), scores.cases.get(case, {}), to.absolute())
+        PageTask(case, path.absolute(), scans.get(case), scores.cases.get(case, {}), to.absolute())
         for case, path in sorted(labels.items())
     ]
 
 
-def works(tasks: Sequence[Task]) -> list[Work[CaseRow]]:
+def page_work(tasks: Sequence[PageTask]) -> list[Work[CaseRow]]:
     """The work of making each case's page; one that fails is a row with an error."""
     return [
         Work(
@@ -90,7 +90,7 @@ def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores) -> None:
     write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, facts)
 
 
-def make_page(task: Task) -> CaseRow:
+def make_page(task: PageTask) -> CaseRow:
     """Write a case's page; its row of the study."""
     try:
         return _make_page(task)
@@ -99,7 +99,7 @@ def make_page(task: Task) -> CaseRow:
         return CaseRow(task.case, error=without_paths(task.case, error, paths, task.scan), scores=task.scores)
 
 
-def _make_page(task: Task) -> CaseRow:
+def _make_page(task: PageTask) -> CaseRow:
     labels = read_labels(task.labels, task.case, _CONVENTION)
     scan = read_scan(task.scan) if task.scan else None
     if scan:
@@ -114,7 +114,7 @@ def _make_page(task: Task) -> CaseRow:
     return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
 
 
-def _reference(task: Task, labels: Volume) -> NDArray[np.uint8] | None:
+def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
     """The case's reference label map, unless it is the very file that the page is about."""
     path = task.scan.label if task.scan else None
     if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
@@ -133,7 +133,7 @@ class _Told:
     notes: Sequence[str]
 
 
-def _told(task: Task, geometry: Geometry) -> _Told:
+def _told(task: PageTask, geometry: Geometry) -> _Told:
     """What is told by the file beside a label map, where there is one."""
     path = task.told
     digest, scan = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
@@ -169,7 +169,9 @@ def _notes(origin: Mapping[str, Any], digest: str, scan: str | None) -> list[str
     return notes
 
 
-def _facts(task: Task, geometry: Geometry, origin: Mapping[str, Any], digest: str, scan: str | None) -> dict[str, str]:
+def _facts(
+    task: PageTask, geometry: Geometry, origin: Mapping[str, Any], digest: str, scan: str | None
+) -> dict[str, str]:
     """How the labels came about, by name."""
     facts = {}
     scan = scan or origin.get("scan_sha256")

@@ -19,7 +19,7 @@ _REMEDY = "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`.
 View = TypeVar("View")
 
 
-def summary(scores: Sequence[Score]) -> dict[str, dict[str, Summary]]:
+def score_summary(scores: Sequence[Score]) -> dict[str, dict[str, Summary]]:
     """Each class's figures over the scored cases."""
     return summarize([score.classes for score in scores if score.classes])
 
@@ -43,7 +43,7 @@ def write_scores(
     unscored: Sequence[str] = (),
 ) -> None:
     """Write the scores as JSON; ``folds``: in which fold each case was validated; ``unscored``: see ``find_jobs``."""
-    summaries = summary(scores)
+    summaries = score_summary(scores)
     content: dict[str, Any] = {"protocol": rules.protocol.name, "convention": rules.convention}
     content["cases"] = {score.case: score.classes for score in scores if score.classes}
     content["mean"] = _each(summaries, lambda s: s.mean)
@@ -73,7 +73,7 @@ def read_scores(path: Path, view: Callable[[Mapping[str, Any]], View]) -> View:
         raise InputError(path, f"is no score file ({type(error).__name__}: {error})", _REMEDY) from error
 
 
-def write_table(path: Path, scores: Sequence[Score]) -> None:
+def write_score_table(path: Path, scores: Sequence[Score]) -> None:
     """Write the scores as CSV: a row for each case and class; a figure that isn't defined is empty."""
     rows = [
         {"case": score.case, "class": name, **figures, "note": score.error or ("missing" if score.missing else "")}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CONVENTIONS, CYST
-from kitseg.runtime.files import aside, file_digest
+from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.types import Geometry, Volume
 from kitseg.volumes import nifti
 from kitseg.volumes.kits import IMAGE, case_name, case_number, find_cases, find_labels
@@ -77,7 +77,9 @@ def check_output(output: Path) -> None:
         raise UsageError(f"{output}: the submission is one zip file; give a name such as kits19.zip")
 
 
-def check(predictions: Path, data: Path, numbers: Sequence[int], done: Callable[[], None] | None = None) -> Submission:
+def check_submission(
+    predictions: Path, data: Path, numbers: Sequence[int], done: Callable[[], None] | None = None
+) -> Submission:
     """Check the prediction of every required case, by KiTS number, against its scan; ``done`` is called after each.
 
     Reads one label map at a time, and of the scans the headers alone.
@@ -96,7 +98,7 @@ def check(predictions: Path, data: Path, numbers: Sequence[int], done: Callable[
     return Submission(entries, sorted(labels.keys() - wanted))
 
 
-def write(output: Path, submission: Submission, done: Callable[[], None] | None = None) -> None:
+def write_submission(output: Path, submission: Submission, done: Callable[[], None] | None = None) -> None:
     """Write the zip, whole or not at all; ``done`` is called after each case.
 
     A prediction that is right as it is goes in byte by byte; another one as uint8 on the scan's own lattice.
@@ -109,7 +111,7 @@ def write(output: Path, submission: Submission, done: Callable[[], None] | None 
     check_output(output)
     if submission.problems:
         raise ValueError(f"{len(submission.problems)} problems are in the way")
-    with aside(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_write(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for entry in submission.entries:
             info = zipfile.ZipInfo(entry.name, _EPOCH)
             info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every system

@@ -16,9 +16,9 @@ from kitseg.errors import KitsegError, UsageError
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import SCHEMA, Run, find_run, move_aside
-from kitseg.runtime.console import say_plainly
+from kitseg.runtime.console import print_plain
 from kitseg.runtime.files import file_digest, identity, read_json
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
 from kitseg.runtime.provenance import forget, read_record, write_record
 from kitseg.scoring.protocols import PROTOCOLS
@@ -119,7 +119,7 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validatio
 def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[Outcome]:
     """Probabilities and label maps of every validation case by the fold that never saw it; what is done is kept."""
     outcomes = []
-    with claimed(validation.run.validation(validation.mirror), "out-of-fold predictions"):
+    with folder_lock(validation.run.validation(validation.mirror), "out-of-fold predictions"):
         for fold in validation.asked:
             model = open_model(validation.run.fold(fold), device, mirror=validation.mirror)
             outcomes += _predict_fold(validation, fold, model, on_done)
@@ -173,7 +173,7 @@ def _goes_on(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> 
         validation.is_done(fold, case) for case in validation.cases[fold]
     )
     if kept:
-        say_plainly(f"{to}: another machine or version has computed it, and it is kept")
+        print_plain(f"{to}: another machine or version has computed it, and it is kept")
     return kept
 
 
@@ -196,7 +196,7 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
     steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None, model.method.outputs)
     if to.exists() and not _goes_on(validation, fold, manifest):
         why = "not finished on this machine and version, or of other weights"
-        say_plainly(f"{to}: {why}; it is now {move_aside(to)}")
+        print_plain(f"{to}: {why}; it is now {move_aside(to)}")
     if not (to / MANIFEST).exists():
         claim_manifest(to, manifest)
 
@@ -205,7 +205,7 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         if validation.is_done(fold, case):
             return Outcome(name, note=UNCHANGED, result=validation.label(case))
         scan = read_image(case.image, name)
-        found = model.believe(scan)
+        found = model.predict_proba(scan)
         forget(validation.record(case), [validation.label(case)])
         write_block(to, found, case.image, validation.hash_of(case))
         outcome = save_labels(validation.labels, name, clean(found, scan, steps), found)

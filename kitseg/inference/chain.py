@@ -17,8 +17,8 @@ from kitseg.config import Source, StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
-from kitseg.links.regions import Known, Region
-from kitseg.patches.datamodule import Sight
+from kitseg.links.regions import Region, RegionContext
+from kitseg.patches.datamodule import InputTransform
 from kitseg.types import Box, Geometry, Probabilities, Volume
 from kitseg.volumes.resample import box_on, from_grid
 from kitseg.volumes.store import image_on_grid, statistics
@@ -36,7 +36,7 @@ class Predictor(Protocol):
         ...
 
     @property
-    def sight(self) -> Sight:
+    def input_transform(self) -> InputTransform:
         """From HU and an earlier stage's output to what its network sees."""
         ...
 
@@ -96,7 +96,7 @@ def run_on_grid(
     region = region_for(stage, grid, hu, earlier)
     if region is None:
         return nothing
-    image, seen = stage.sight.region(hu, statistics(hu), region, guide_for(stage, grid, earlier))
+    image, seen = stage.input_transform.region(hu, statistics(hu), region, guide_for(stage, grid, earlier))
     if not seen.any():
         return nothing
     values = spread(stage.predict(image, head), seen, channels)
@@ -109,7 +109,7 @@ def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -
     Raises:
         UsageError: the two stages work on different grids.
     """
-    link = stage.sight.link
+    link = stage.input_transform.link
     if link is None:
         return None
     told = earlier[stage.spec.inputs[0]]
@@ -121,9 +121,9 @@ def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -
 def region_for(stage: Predictor, grid: Geometry, hu: NDArray[np.int16], earlier: Mapping[str, Output]) -> Box | None:
     """The box of ``grid`` that a stage sees, given the scan and what the earlier stages believe."""
     if not stage.spec.inputs:
-        return stage.region(Known(grid, hu=hu))
+        return stage.region(RegionContext(grid, hu=hu))
     guide = earlier[stage.spec.inputs[0]]
-    return stage.region(Known(grid, guide.labels(), guide.grid, hu))
+    return stage.region(RegionContext(grid, guide.labels(), guide.grid, hu))
 
 
 def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:

@@ -19,7 +19,7 @@ TABLE, LOOK_EVERY = 9.0, 3.5  # mm: thicker than a table's shell; how often the 
 
 
 @dataclass(frozen=True)
-class Known:
+class RegionContext:
     """What is known of a case before a stage looks at it.
 
     grid: the stage's lattice; hu: the scan on it, (D, H, W); guide: labels (D, H, W) that an earlier stage found (in
@@ -39,7 +39,7 @@ class Region(Protocol):
         """The box in voxels of ``grid``."""
         ...
 
-    def __call__(self, known: Known) -> Box | None:
+    def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid; it may reach outside. None where there is nothing to see."""
         ...
 
@@ -52,7 +52,7 @@ class WholeVolume:
         """All of its voxels."""
         return grid.shape
 
-    def __call__(self, known: Known) -> Box:
+    def __call__(self, known: RegionContext) -> Box:
         """The box from the first voxel to the last."""
         return Box((0, 0, 0), known.grid.shape)
 
@@ -68,7 +68,7 @@ class Body:
         """All of the grid's voxels: a patient may fill them."""
         return grid.shape
 
-    def __call__(self, known: Known) -> Box:
+    def __call__(self, known: RegionContext) -> Box:
         """The box on the stage's grid; all of it where there is no body."""
         grid, hu = known.grid, known.hu
         if hu is None:
@@ -96,7 +96,7 @@ class Square:
     pixels: int
     rows: Sequence[float] = (0.0, 1.0)
 
-    def __call__(self, known: Known) -> Box:
+    def __call__(self, known: RegionContext) -> Box:
         """The box on the stage's grid; the guide makes no difference."""
         (depth, height, width), (_, rows, columns) = known.grid.shape, self.shape(known.grid)
         top = -((self.pixels - height) // 2) + round(self.pixels * self.rows[0])
@@ -121,7 +121,7 @@ class FixedAroundForeground:
 
     size: Sequence[int]
 
-    def __call__(self, known: Known) -> Box | None:
+    def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid, None where the guide holds no foreground."""
         grid, guide_grid = known.grid, known.guide_grid
         if known.guide is None or guide_grid is None:

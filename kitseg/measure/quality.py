@@ -54,7 +54,7 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Experience:
+class TrainingDomain:
     """What a model saw in training, each a range (lowest, highest) over its cases.
 
     slice_mm: distance of slices; pixel_mm: distance of pixels; kidney_hu: median HU of the parenchyma;
@@ -73,7 +73,7 @@ def assess(
     geometry: Geometry,
     findings: Findings,
     agreement: Mapping[str, float] | None,
-    experience: Experience | None,
+    training_domain: TrainingDomain | None,
 ) -> Quality:
     """The flags of a case, and its contrast phase; docs/quality.md has every rule with its threshold.
 
@@ -84,7 +84,7 @@ def assess(
         findings: what was measured in the label map.
         agreement: Dice of an ensemble's members, pooled over their pairs, 0 to 1, for ``kidney`` and ``tumor``;
             None for a single member.
-        experience: what the model was trained with; None leaves out the flags about it.
+        training_domain: what the model was trained with; None leaves out the flags about it.
     """
     parts = Parts.of(labels, geometry)
     kidney = aorta = None
@@ -98,8 +98,8 @@ def assess(
         *volume_flags(findings),
         *agreement_flags(agreement or {}),
     ]
-    if experience is not None:
-        flags += [*phase_flags(kidney, aorta, phase, experience), *spacing_flags(geometry, experience)]
+    if training_domain is not None:
+        flags += [*phase_flags(kidney, aorta, phase, training_domain), *spacing_flags(geometry, training_domain)]
     return Quality(tuple(flags), phase)
 
 
@@ -187,9 +187,11 @@ def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:
             yield Flag(f"{name}-agreement", RED if dice < red else AMBER, reason)
 
 
-def phase_flags(kidney: float | None, aorta: float | None, phase: str | None, experience: Experience) -> Iterator[Flag]:
+def phase_flags(
+    kidney: float | None, aorta: float | None, phase: str | None, training_domain: TrainingDomain
+) -> Iterator[Flag]:
     """Contrast that the model was not trained with; on that the tumor labels can't be relied."""
-    pairs = (("kidney", kidney, experience.kidney_hu), ("aorta", aorta, experience.aorta_hu))
+    pairs = (("kidney", kidney, training_domain.kidney_hu), ("aorta", aorta, training_domain.aorta_hu))
     outside = {name: (hu, span) for name, hu, span in pairs if hu is not None and span and _beyond(hu, span) > NEAR_HU}
     if outside:
         worst = max(_beyond(hu, span) for hu, span in outside.values())
@@ -202,10 +204,10 @@ def phase_flags(kidney: float | None, aorta: float | None, phase: str | None, ex
         yield Flag("phase", RED if worst > FAR_HU else AMBER, reason)
 
 
-def spacing_flags(geometry: Geometry, experience: Experience) -> Iterator[Flag]:
+def spacing_flags(geometry: Geometry, training_domain: TrainingDomain) -> Iterator[Flag]:
     """Voxels of a size that the model was not trained with."""
     slices, *pixels = geometry.spacing
-    spans = (("slices", (slices,), experience.slice_mm), ("pixels", pixels, experience.pixel_mm))
+    spans = (("slices", (slices,), training_domain.slice_mm), ("pixels", pixels, training_domain.pixel_mm))
     for name, values, (low, high) in spans:
         smallest, largest = low * (1 - SPACING_TOLERANCE), high * (1 + SPACING_TOLERANCE)
         strange = [value for value in values if not smallest <= value <= largest]

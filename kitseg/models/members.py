@@ -12,14 +12,14 @@ import torch
 
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
-from kitseg.measure.quality import Experience
+from kitseg.measure.quality import TrainingDomain
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import SUFFIX, Bundle, bundle_of, open_bundle
 from kitseg.models.ensemble_file import Member, read_ensemble
 from kitseg.models.model import Model, open_model
 from kitseg.models.run_folder import Run
-from kitseg.models.training_domain import model_experience, together
+from kitseg.models.training_domain import merge_domains, model_training_domain
 from kitseg.types import Probabilities, Volume
 
 
@@ -31,12 +31,12 @@ class Ensemble:
     weights: tuple[float, ...]
     postprocess: Mapping[str, Any]
 
-    def believe(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
+    def predict_proba(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
         """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
 
-        And how far they agree by class (see ``ensemble.Votes``), None where there is but one.
+        And how far they agree by class (see ``ensemble.EnsembleAgreement``), None where there is but one.
         """
-        votes = ensemble.Votes()
+        votes = ensemble.EnsembleAgreement()
         channels = ensemble.common_channels([tuple(model.method.outputs) for model in self.models])
         most = max(len(model.folds) for model in self.models)
         members = (
@@ -46,9 +46,9 @@ class Ensemble:
         )
         return ensemble.mean(votes.watch(members)), votes.agreement()
 
-    def experience(self) -> Experience | None:
+    def training_domain(self) -> TrainingDomain | None:
         """What the models saw in training, taken together; None where one of them doesn't say."""
-        return together([model_experience(model.run) for model in self.models])
+        return merge_domains([model_training_domain(model.run) for model in self.models])
 
     def origin(self) -> list[dict[str, Any]]:
         """Which models made a result."""
@@ -58,7 +58,7 @@ class Ensemble:
     def describe(self) -> str:
         """The models, a line each, and what can't be checked."""
         unchecked = "contrast phase and spacing are not checked: the model doesn't say what it was trained with"
-        return "\n".join([*map(describe, self.models), *([] if self.experience() else [unchecked])])
+        return "\n".join([*map(describe_model, self.models), *([] if self.training_domain() else [unchecked])])
 
 
 def open_ensemble(
@@ -127,7 +127,7 @@ def only_member(model: Path | str) -> tuple[Member, Mapping[str, Any] | None]:
     return members[0], steps
 
 
-def describe(model: Model) -> str:
+def describe_model(model: Model) -> str:
     """The model in a line, with a word where it learned from phantoms, and a bundle's licenses."""
     phantoms = "; it learned from phantoms, not from patients" if model_facts(model)["phantom"] else ""
     mirrored = "; each scan also mirrored" if model.mirror else ""

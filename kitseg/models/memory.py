@@ -16,7 +16,7 @@ from kitseg.ensemble import SLAB
 from kitseg.errors import UsageError
 from kitseg.inference.engines import OpenVino, Torch
 from kitseg.inference.memory import activation_bytes
-from kitseg.models.model import Model, build_sight, build_stage
+from kitseg.models.model import Model, build_input_transform, build_stage
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes.resample import grid_geometry
 
@@ -56,7 +56,7 @@ class Limit:
         """
         if self.size is not None:
             remedy = "raise it, cut the scan, or take a smaller model (a network needs less with --precision bf16, too)"
-            check(plan(self.models, scan), self.size, case, remedy)
+            check_limit(estimate_need(self.models, scan), self.size, case, remedy)
 
 
 def parse_size(text: str | None) -> int | None:
@@ -77,7 +77,7 @@ def parse_size(text: str | None) -> int | None:
     return size
 
 
-def plan(models: Sequence[Model], scan: Geometry) -> Need:
+def estimate_need(models: Sequence[Model], scan: Geometry) -> Need:
     """What a scan needs at most in main memory, where foreground is found all over; one model at a time in memory."""
     openvino = any(isinstance(engine, OpenVino) for model in models for engine in model.engines.values())
     program = [("the program", PROGRAM + openvino * WITH_OPENVINO), ("the scan", 2 * _voxels(scan.shape))]
@@ -86,7 +86,7 @@ def plan(models: Sequence[Model], scan: Geometry) -> Need:
     return max(needs, key=lambda need: need.total)
 
 
-def check(need: Need, limit: int, what: str, remedy: str) -> None:
+def check_limit(need: Need, limit: int, what: str, remedy: str) -> None:
     """Refuse what needs more than ``limit`` bytes.
 
     Raises:
@@ -110,7 +110,7 @@ def slab_within(limit: int | None, members: Sequence[Probabilities], case: str) 
     need = Need((("the program", PROGRAM), ("the mean", mean), ("a slice of the members", slice_)))
     if limit is None or not slice_:
         return SLAB
-    check(need, limit, case, "raise it")
+    check_limit(need, limit, case, "raise it")
     return min(SLAB, 1 + (limit - need.total) // slice_)
 
 
@@ -157,7 +157,7 @@ def _weights(spec: StageSpec) -> int:
 
 
 def _channels(spec: StageSpec) -> int:
-    link = build_sight(spec).link
+    link = build_input_transform(spec).link
     return 1 if link is None else link.channels
 
 

@@ -20,7 +20,7 @@ from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
 from kitseg.links.regions import Region
 from kitseg.models.run_folder import Run, StageFolder, find_run
 from kitseg.models.weights import read_weights, sound_checkpoints
-from kitseg.patches.datamodule import Sight
+from kitseg.patches.datamodule import InputTransform
 from kitseg.runtime.device import torch_device
 from kitseg.stages.base import Stage
 from kitseg.types import Probabilities, Volume
@@ -53,7 +53,7 @@ class TrainedStage:
 
     spec: StageSpec
     module: Stage
-    sight: Sight
+    input_transform: InputTransform
     region: Region
     checkpoints: tuple[Path, ...]
     threshold: float | None = None
@@ -106,7 +106,7 @@ class Model:
         for fold in self.folds:
             yield to_scan(run_chain(scan, self.stages(fold), wanted), channels, scan)
 
-    def believe(self, scan: Volume) -> Probabilities:
+    def predict_proba(self, scan: Volume) -> Probabilities:
         """The method's output on the scan's own grid, the mean over the folds."""
         return ensemble.mean((member, 1.0) for member in self.predict(scan, self.method.outputs))
 
@@ -208,17 +208,17 @@ def empty_stage(spec: StageSpec, device: torch.device) -> Stage:
     return module.to_empty(device=device).to(device).eval()
 
 
-def build_sight(spec: StageSpec) -> Sight:
+def build_input_transform(spec: StageSpec) -> InputTransform:
     """What the network of a stage sees."""
     link = spec.parts["link"]
-    return Sight(config.build(spec.parts["intensity"]), None if link is None else config.build(link))
+    return InputTransform(config.build(spec.parts["intensity"]), None if link is None else config.build(link))
 
 
 def trained_stage(spec: StageSpec, module: Stage, folder: StageFolder, mirror: bool = False) -> TrainedStage:
     """A stage with a finished training's checkpoints."""
     paths = tuple(path for path, _ in folder.checkpoints())
     return TrainedStage(
-        spec, module, build_sight(spec), config.build(spec.parts["region"]), paths, folder.threshold(), mirror
+        spec, module, build_input_transform(spec), config.build(spec.parts["region"]), paths, folder.threshold(), mirror
     )
 
 

@@ -22,12 +22,12 @@ from kitseg.links.guides import Link
 from kitseg.links.intensity import AIR, Intensity
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import PaddedSampler
-from kitseg.patches.subjects import CaseSubjects, Place
-from kitseg.runtime.console import complain
+from kitseg.patches.subjects import CaseSubjects, StageInput
+from kitseg.runtime.console import print_error
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
-FolderPlaces = Mapping[Path, Place]
+FolderPlaces = Mapping[Path, StageInput]
 SHARED_MEMORY = Path("/dev/shm")  # where loader processes leave what they load
 AHEAD = 2  # batches that each of them loads ahead
 
@@ -48,7 +48,7 @@ class WholeCase:
 
 
 @dataclass(frozen=True)
-class Sight:
+class InputTransform:
     """What makes a network's input: HU, and perhaps what the earlier stage knows."""
 
     intensity: Intensity
@@ -83,8 +83,8 @@ class Sight:
 class WholeCases(Dataset[WholeCase]):
     """Validation cases, one whole region each."""
 
-    def __init__(self, places: FolderPlaces, sight: Sight) -> None:
-        self.places, self.sight = list(places.items()), sight
+    def __init__(self, places: FolderPlaces, input_transform: InputTransform) -> None:
+        self.places, self.input_transform = list(places.items()), input_transform
 
     def __len__(self) -> int:
         """The number of cases."""
@@ -98,13 +98,13 @@ class WholeCases(Dataset[WholeCase]):
             raise ValueError(f"{case.id} has no label to be scored against")
         if place.box is None:
             return WholeCase(case.id, None, np.zeros(0, np.bool_), None, np.asarray(case.label))
-        image, seen = self.sight.region(case.image, case.statistics, place.box, place.read_guide())
+        image, seen = self.input_transform.region(case.image, case.statistics, place.box, place.read_guide())
         return WholeCase(case.id, image if seen.any() else None, seen, place.box, np.asarray(case.label))
 
 
-def steps_per_batch(share: int, at_once: int) -> int:
-    """In how many equal parts a rank takes its share of a batch, each of at most ``at_once`` patches."""
-    return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= at_once)
+def steps_per_batch(share: int, micro_batch_size: int) -> int:
+    """In how many equal parts a rank takes its share of a batch, each of at most ``micro_batch_size`` patches."""
+    return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= micro_batch_size)
 
 
 def batch_per_rank(batch: int, ranks: int) -> int:
@@ -124,16 +124,16 @@ class StageCases:
 class Feed:
     """How a stage is fed.
 
-    sampler: where patches lie; augmentation: TorchIO's transforms of a patch in HU; sight: what the network sees of it;
-    batch: global batch size, over all ranks; at_once: of them at a time; seed: of everything random; workers: loader
-    processes per rank.
+    sampler: where patches lie; augmentation: TorchIO's transforms of a patch in HU; input_transform: what the network
+    sees of it; batch: global batch size, over all ranks; micro_batch_size: patches a rank computes at a time; seed:
+    random seed; workers: loader processes per rank.
     """
 
     sampler: PaddedSampler
     augmentation: Sequence[tio.Transform]
-    sight: Sight
+    input_transform: InputTransform
     batch: int
-    at_once: int
+    micro_batch_size: int
     seed: int
     workers: int
 
@@ -143,7 +143,7 @@ class Feed:
             patch = change(patch)
         label = patch.get_image("label")
         label.set_data(label.data.to(torch.uint8))  # float32 where a transform has resampled it, and batches mix both
-        return self.sight.patch(patch)
+        return self.input_transform.patch(patch)
 
 
 class StageData(pl.LightningDataModule):
@@ -163,7 +163,7 @@ class StageData(pl.LightningDataModule):
         """Open the cases."""
         cases, feed = self.find(), self.feed
         self.queue = PatchQueue(CaseSubjects(cases.train), feed.sampler, feed.transform, feed.seed)
-        self.cases = WholeCases(cases.val, feed.sight)
+        self.cases = WholeCases(cases.val, feed.input_transform)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of patches for this rank."""
@@ -172,7 +172,7 @@ class StageData(pl.LightningDataModule):
         there = min(share, len(self.queue) // ranks)  # an epoch may hold less than a batch
         if not there:
             raise KitsegError(f"{len(self.queue)} patches an epoch are too few for {ranks} ranks: add labelled cases")
-        size = min(there, share // steps_per_batch(share, self.feed.at_once))
+        size = min(there, share // steps_per_batch(share, self.feed.micro_batch_size))
         start = (self.trainer.current_epoch if self.trainer else 0, self.given * size)
         workers = self._workers(size)
         return tio.SubjectsLoader(
@@ -218,7 +218,7 @@ class StageData(pl.LightningDataModule):
             return asked
         short = f"{asked} loader processes may need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
         remedy = "Make it larger (docker run --shm-size=8g) or use fewer --workers"
-        complain(f"{SHARED_MEMORY}: {short}; training goes on with --workers 0, which is slower. {remedy}.")
+        print_error(f"{SHARED_MEMORY}: {short}; training goes on with --workers 0, which is slower. {remedy}.")
         return 0
 
     def _share(self) -> tuple[int, int]:

@@ -96,7 +96,7 @@ class Warp:
 
 
 @dataclass(frozen=True)
-class Quality:
+class RegistrationQuality:
     """What a registered copy is worth; volumes are ratios to those of the floating scan.
 
     dice_before, dice_after: overlap of the foreground with the reference's, when the middles lie on each other and
@@ -122,7 +122,7 @@ class Copy:
 
     image: NDArray[np.int16]
     label: NDArray[np.uint8]
-    quality: Quality
+    quality: RegistrationQuality
 
 
 def register_copy(reference: Labelled, floating: Labelled, settings: Settings) -> Copy:
@@ -211,7 +211,7 @@ def jacobian(field: NDArray[Any], spacing: Point) -> Field:
 
 def judge(
     warp: Warp, copies: tuple[NDArray[np.uint8], NDArray[np.uint8]], reference: Volume, floating: Volume
-) -> Quality:
+) -> RegistrationQuality:
     """How good a copy is: its labels ``copies`` before and after registration against those of the two scans."""
     before, after = copies
     squeezed = warp.jacobian
@@ -221,13 +221,13 @@ def judge(
     truth = _masks(reference.array)
     dice_before, tumor_before = (_dice(a, b) for a, b in zip(_masks(before), truth, strict=True))
     dice_after, tumor_after = (_dice(a, b) for a, b in zip(_masks(after), truth, strict=True))
-    return Quality(
+    return RegistrationQuality(
         dice_before, dice_after, tumor_before, tumor_after, float(squeezed.min()), float((squeezed <= 0).mean()),
         volumes[0] / foreground, volumes[1] / tumor if tumor else None, counted / foreground,
     )  # fmt: skip
 
 
-def problem(quality: Quality) -> str | None:
+def problem(quality: RegistrationQuality) -> str | None:
     """Why a copy isn't fit to learn from, in words; None where it is.
 
     A fold shows anatomy twice, mirrored. A kidney that half or double its volume is too much for two adults. A copy

@@ -18,7 +18,7 @@ from kitseg.volumes.store import StoredCase, open_case, open_guide
 
 
 @dataclass(frozen=True)
-class Place:
+class StageInput:
     """Where on its grid a stage looks at a case, and the file with what it is told there (see ``links.guides``).
 
     ``box`` is None where the earlier stage found nothing.
@@ -39,7 +39,7 @@ class CaseSubjects(tio.SubjectsDataset):
         places: where the stage looks at each case, by the case's folder; each has a box.
     """
 
-    def __init__(self, places: Mapping[Path, Place]) -> None:
+    def __init__(self, places: Mapping[Path, StageInput]) -> None:
         self.folders, self.places = list(places), list(places.values())
         super().__init__(self.folders, load_getitem=False)  # type: ignore[arg-type]
 
@@ -53,7 +53,7 @@ class CaseSubjects(tio.SubjectsDataset):
         """Folders stand for subjects here, which ``__getitem__`` opens."""
 
 
-def subject_of(case: StoredCase, place: Place) -> tio.Subject:
+def subject_of(case: StoredCase, place: StageInput) -> tio.Subject:
     """A TorchIO subject over the memory-mapped arrays of ``case``.
 
     It holds ``image`` (HU), ``label``, perhaps ``guide``, and of the case ``foreground``, ``slices``, ``statistics``

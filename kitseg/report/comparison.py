@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kitseg.runtime.files import aside
-from kitseg.scoring.compare import Group, Paired
+from kitseg.runtime.files import atomic_write
+from kitseg.scoring.compare import Paired, PairedGroup
 
 _BETTER_A, _SAME, _BETTER_B = "#c8641e", "#8a8a8a", "#1f6fb4"
 _GOLDEN = 0.6180339887  # its multiples fill an interval evenly
@@ -31,7 +31,7 @@ _LEGEND = (
 _Row = tuple[str, str]  # kind and stratum
 
 
-def comparison_picture(path: Path, groups: Sequence[Group], a: str, b: str) -> None:
+def comparison_picture(path: Path, groups: Sequence[PairedGroup], a: str, b: str) -> None:
     """Draws B - A of each case, a panel a class and a row a group, and writes it as PNG, whole or not at all.
 
     Above each row's cases lie their mean difference (diamond) and its 95 % interval (bar). Cases beyond the axis are
@@ -67,7 +67,7 @@ def comparison_picture(path: Path, groups: Sequence[Group], a: str, b: str) -> N
     figure.supxlabel(_LEGEND, fontsize=9, color="#444444")
     figure.suptitle(f"A: {a}\nB: {b}", fontsize=11, parse_math=False)
     FigureCanvasAgg(figure)
-    with aside(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
 
 
@@ -128,7 +128,7 @@ def _write_row(axes: Axes, place: float, texts: Sequence[str], **style: Any) -> 
         axes.text(x, place, text, transform=axes.get_yaxis_transform(), fontsize=9, va="center", **style)
 
 
-def _figures(group: Group) -> tuple[str, str, str, str]:
+def _figures(group: PairedGroup) -> tuple[str, str, str, str]:
     paired, p = group.paired, group.p
     if paired.low is None or paired.high is None or p is None:
         return _signed(paired.mean), "too few", "–", str(paired.n)

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from kitseg import __version__
 from kitseg.errors import UsageError
 from kitseg.report import RESEARCH_USE
-from kitseg.runtime.files import aside
+from kitseg.runtime.files import atomic_write
 
 INDEX = "index.html"
 GENERATOR = '<meta name="generator" content="kitseg'
@@ -27,7 +27,7 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     )
     pages.filters |= {"score": _score, "number": number, "href": quote}
     html = pages.get_template(template).render(research_use=RESEARCH_USE, version=__version__, **content)
-    with aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(html, encoding="utf-8")
 
 
@@ -36,7 +36,7 @@ def page_name(case: str) -> str:
     return f"{case}_.html" if re.fullmatch(r"index_*", case, re.IGNORECASE) else f"{case}.html"
 
 
-def spare_foreign(path: Path) -> None:
+def refuse_overwrite(path: Path) -> None:
     """Never write over a page that kitseg didn't make.
 
     Raises:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kitseg.components import keep_kidneys
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
-from kitseg.runtime.files import aside
+from kitseg.runtime.files import atomic_write
 from kitseg.types import Triple, Volume
 
 #: How each label is drawn.
@@ -182,6 +182,6 @@ def _curve(axes: Axes, history: Sequence[Mapping[str, float]], key: str, name: s
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with aside(path) as partial:
+    with atomic_write(path) as partial:
         FigureCanvasAgg(figure)  # becomes the figure's canvas, without pyplot's global state
         figure.savefig(partial)

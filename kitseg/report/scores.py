@@ -65,7 +65,7 @@ def _strata(strata: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return {case: {kind: str(name) for kind, name in kinds.items()} for case, kinds in strata.items()}
 
 
-def in_words(name: str) -> str:
+def display_name(name: str) -> str:
     """A class or a figure for a reader: ``kidney_and_mass`` is ``kidney and mass``."""
     return FIGURES.get(name, name.replace("_", " "))
 
@@ -78,7 +78,13 @@ def _summary(content: Mapping[str, Any]) -> Table:
             content.get(part, {}).get(name, {}).get(figure) for part in ("median", "ci95", "undefined")
         )
         between = " to ".join(number(bound, 3) for bound in interval) if interval else "–"
-        return f"{in_words(name)}: {in_words(figure)}", number(mean, 3), between, number(median, 3), str(undefined or 0)
+        return (
+            f"{display_name(name)}: {display_name(figure)}",
+            number(mean, 3),
+            between,
+            number(median, 3),
+            str(undefined or 0),
+        )
 
     rows = tuple(row(name, figure, mean) for name, found in content["mean"].items() for figure, mean in found.items())
     return Table("Over all cases", ("", "mean", "95 % CI", "median", "cases undefined"), rows)
@@ -95,7 +101,7 @@ def _groups(groups: list[dict[str, Any]]) -> Table:
         )
         for group in groups
     )
-    return Table("Mean Dice by group", ("", "cases", *map(in_words, names)), rows)
+    return Table("Mean Dice by group", ("", "cases", *map(display_name, names)), rows)
 
 
 def _detection(detection: Mapping[str, Any]) -> Table:
@@ -103,7 +109,7 @@ def _detection(detection: Mapping[str, Any]) -> Table:
     sizes = detection.get("sizes", {})
     columns = tuple(dict.fromkeys(key for found in sizes.values() for key in found))
     rows = tuple((size, *(_figure(found.get(key)) for key in columns)) for size, found in sizes.items())
-    return Table("Tumors found", ("", *map(in_words, columns)), rows)
+    return Table("Tumors found", ("", *map(display_name, columns)), rows)
 
 
 def _figure(value: float | None) -> str:

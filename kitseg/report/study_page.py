@@ -13,7 +13,7 @@ from kitseg.measure.findings import Findings, Lesion
 from kitseg.measure.quality import LEVELS, Quality
 from kitseg.report.case_page import middle_of
 from kitseg.report.html import page_name, write_page
-from kitseg.report.scores import ScoreTable, StudyScores, in_words
+from kitseg.report.scores import ScoreTable, StudyScores, display_name
 from kitseg.report.slices import COLOURS, UNIT, Cut, Scene, body_box, cut
 from kitseg.report.strip import Dot, Strip, strip
 
@@ -117,7 +117,7 @@ def _strips(rows: Sequence[CaseRow], scores: StudyScores) -> list[Strip]:
             if classes
         }
         if len(names) > 1:
-            drawn.append(strip(f"Dice of {in_words(classes[-1])} by {kind}", groups, 1.0))
+            drawn.append(strip(f"Dice of {display_name(classes[-1])} by {kind}", groups, 1.0))
     lesions = [(row, lesion) for row in rows for lesion in row.findings.lesions]
     kinds = list(dict.fromkeys(lesion.kind for _, lesion in lesions))
     for name, what in (("Largest 3D diameter of a lesion, mm", "diameter_mm"), ("Volume of a lesion, ml", "volume_ml")):

@@ -30,17 +30,17 @@ out = SafeConsole(width=None if Console().is_terminal else WIDTH_IN_A_FILE)
 err = SafeConsole(stderr=True)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """One line."""
     out.print(text, soft_wrap=True, highlight=False)
 
 
-def say_plainly(text: str) -> None:
+def print_plain(text: str) -> None:
     """Text as it stands: square brackets in it, such as in a path, mean nothing."""
-    say(escape(text))
+    print_line(escape(text))
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """One line on the error stream, whatever is in the text."""
     err.print(f"[red]✗[/] {escape(printable(text))}", soft_wrap=True, highlight=False)
 

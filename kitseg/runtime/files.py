@@ -17,14 +17,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kitseg.errors import InputError, KitsegError, fault, in_words
+from kitseg.errors import InputError, KitsegError, fault, format_error
 
 HOST = re.sub(r"[^\w-]", "-", platform.node())[:30]  # on a shared disk, two machines have processes of one id
 A_DAY = 86_400  # seconds
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A hidden sibling of ``path`` to write a file or a folder to; it becomes ``path`` when the block ends well.
 
     Its bytes are on the disk before it gets its name, so that not even a power cut leaves half a file. Otherwise it is
@@ -46,7 +46,7 @@ def aside(path: Path) -> Iterator[Path]:
         if not isinstance(error, OSError) and fault(error) is None:
             raise
         if (other := _other_file(error, partial, path)) is not None:
-            raise KitsegError(in_words(other, error)) from error
+            raise KitsegError(format_error(other, error)) from error
         reason, helps = fault(error) or (getattr(error, "strerror", None) or error, "Choose a folder that is writable")
         raise KitsegError(f"{path}: can't be written ({reason}). {helps}.") from error
     finally:
@@ -105,13 +105,13 @@ def total_bytes(paths: Iterable[Path]) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file."""
-    with aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a CSV table; what a row lacks stays empty, what has no column is an error."""
-    with aside(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(columns))
         table.writeheader()
         table.writerows(rows)

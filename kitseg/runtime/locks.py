@@ -13,15 +13,15 @@ from pathlib import Path
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
-from kitseg.errors import KitsegError, in_words
-from kitseg.runtime.console import say_plainly
+from kitseg.errors import KitsegError, format_error
+from kitseg.runtime.console import print_plain
 
 HEARTBEAT, LEASE = 2.0, 60.0  # seconds: how often a lock is refreshed, and after how long without that it is dead
 FOREVER = 1e9  # seconds: the watch decides; with no limit at all filelock speaks of a deadlock within one thread
 
 
 @contextmanager
-def claimed(folder: Path, what: str, part: str = "", wait: float = 0.0) -> Iterator[None]:
+def folder_lock(folder: Path, what: str, part: str = "", wait: float = 0.0) -> Iterator[None]:
     """Keep a folder to this process while it writes there; ``what`` it writes is for the error.
 
     A hidden lock file in the folder names the process and its host, and is refreshed while that lives. The lock of a
@@ -35,7 +35,7 @@ def claimed(folder: Path, what: str, part: str = "", wait: float = 0.0) -> Itera
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise KitsegError(in_words(folder, error)) from error
+        raise KitsegError(format_error(folder, error)) from error
     with _locked(own, what, wait):
         for other in sorted(set(folder.glob(".kitseg*.lock")) - {own}):
             if _overlap(own.name, other.name):
@@ -66,9 +66,9 @@ def _locked(path: Path, what: str, wait: float) -> Iterator[None]:
             f"{path.parent}: {watch.holder} is writing there, so no {what} can be written. {remedy}"
         ) from error
     except OSError as error:
-        raise KitsegError(in_words(path.parent, error)) from error
+        raise KitsegError(format_error(path.parent, error)) from error
     if watch.owner and watch.ended:
-        say_plainly(f"{path.parent}: taken over from {watch.holder}, which has ended")
+        print_plain(f"{path.parent}: taken over from {watch.holder}, which has ended")
     try:
         yield
     finally:
@@ -122,7 +122,7 @@ class _Watch:
         if self.since > self.patience:
             return True
         if not self.said:
-            say_plainly(f"{self.path.parent}: {self.holder} is writing there; this waits until it has finished")
+            print_plain(f"{self.path.parent}: {self.holder} is writing there; this waits until it has finished")
         self.said = True
         return False
 
@@ -138,6 +138,6 @@ def _changed(path: Path) -> int | None:
 def _give_way(loss: LeaseCompromise) -> None:
     """End where the lock is gone or another's, as after this process was suspended; one out of reach is only told."""
     if loss.reason == "refresh-failed":
-        return say_plainly(f"{loss.lock_file} can't be refreshed ({loss.error}): let no other command write there")
+        return print_plain(f"{loss.lock_file} can't be refreshed ({loss.error}): let no other command write there")
     os.kill(os.getpid(), signal.SIGTERM)
-    say_plainly(f"{loss.lock_file} is gone or taken over: another process may write there, so this one ends")
+    print_plain(f"{loss.lock_file} is gone or taken over: another process may write there, so this one ends")

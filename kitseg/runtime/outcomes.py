@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from joblib import Parallel
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from kitseg.errors import InputError, KitsegError, in_words
+from kitseg.errors import InputError, KitsegError, format_error
 from kitseg.runtime.signals import obey
 from kitseg.types import Case
 
@@ -44,7 +44,7 @@ def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) 
             outcome = work(case)
         except Exception as error:  # whatever it is, the other cases go on
             obey()
-            outcome = Outcome(case, error=in_words(case, error))
+            outcome = Outcome(case, error=format_error(case, error))
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes
@@ -54,7 +54,7 @@ def without_paths(name: str, error: Exception, paths: Sequence[Path], scan: Case
     """An error in words that may be written down: without these paths' folders, of DICOM without any file's name."""
     if isinstance(error, InputError) and scan and scan.slices:
         return f"{name}: {error.problem}. {error.remedy}"
-    text = in_words(name, error)
+    text = format_error(name, error)
     for folder in sorted({parent for path in paths for parent in path.parents}, key=lambda p: -len(str(p))):
         if folder != folder.parent:
             text = text.replace(f"{folder}/", "")

@@ -51,7 +51,7 @@ def forget(path: Path, files: Sequence[Path]) -> None:
     path.unlink(missing_ok=True)
 
 
-def spare_foreign(path: Path, mark: Sequence[str] = RECORD) -> None:
+def refuse_overwrite(path: Path, mark: Sequence[str] = RECORD) -> None:
     """Never write over a file of another origin, which is one without the part that JSON of this kind has.
 
     Raises:

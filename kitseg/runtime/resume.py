@@ -20,7 +20,7 @@ from joblib import delayed
 
 from kitseg import __version__
 from kitseg.errors import KitsegError
-from kitseg.runtime.console import say
+from kitseg.runtime.console import print_line
 from kitseg.runtime.files import read_json, write_json
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.sharding import Share
@@ -61,14 +61,14 @@ class Work(Generic[R]):
 
 
 @dataclass(frozen=True)
-class Kept(Generic[R]):
+class ResultCache(Generic[R]):
     """Finished cases, a file each in a hidden folder. kind: the dataclass of a result."""
 
     folder: Path
     kind: type[R]
 
     @classmethod
-    def beside(cls, output: Path, kind: type[R]) -> Kept[R]:
+    def beside(cls, output: Path, kind: type[R]) -> ResultCache[R]:
         """The folder that belongs to an output file."""
         return cls(output.absolute().with_name(f".{output.name}.cases"), kind)
 
@@ -105,7 +105,7 @@ class Kept(Generic[R]):
 
 
 def results(
-    works: Sequence[Work[R]], kept: Kept[R] | None, share: Share, jobs: int, on_done: Callable[[R], None]
+    works: Sequence[Work[R]], kept: ResultCache[R] | None, share: Share, jobs: int, on_done: Callable[[R], None]
 ) -> list[R] | None:
     """Do a share of the work, ``jobs`` at a time; the results of all of them in their order.
 
@@ -122,15 +122,17 @@ def results(
     if not undone:
         return [result for result in there.values() if result]
     if any(result.case in undone for result in found if not result.error):
-        say(f"part {share}: the output is being written by another part, which ended at the same time")
+        print_line(f"part {share}: the output is being written by another part, which ended at the same time")
     elif mine:
-        say(f"part {share}: {len(undone)} of {len(works)} cases are still to do; who ends last writes the output")
+        print_line(
+            f"part {share}: {len(undone)} of {len(works)} cases are still to do; who ends last writes the output"
+        )
     else:
-        say(f"part {share} holds none of the {len(works)} cases")
+        print_line(f"part {share} holds none of the {len(works)} cases")
     return None
 
 
-def _do(work: Work[R], kept: Kept[R] | None) -> R:
+def _do(work: Work[R], kept: ResultCache[R] | None) -> R:
     return kept.do(work) if kept else work.do()
 
 

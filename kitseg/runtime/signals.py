@@ -12,7 +12,7 @@ from multiprocessing import active_children
 from types import FrameType
 from typing import NoReturn
 
-from kitseg.runtime.console import complain
+from kitseg.runtime.console import print_error
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 PATIENCE = 3.0  # seconds that a command has to end in order
@@ -83,6 +83,6 @@ def _end(code: int) -> NoReturn:
     """End at once: libraries take seconds to say goodbye."""
     for child in active_children():
         child.kill()
-    complain(LAST_WORDS)
+    print_error(LAST_WORDS)
     sys.stdout.flush()
     os._exit(code)

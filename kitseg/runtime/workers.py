@@ -25,9 +25,9 @@ from kitseg.runtime.sharding import Share
 from kitseg.runtime.signals import obey, stop
 from kitseg.types import Case
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 #: A verb's work on the cases of a share; it says what it begins with, and what became of each case.
-Verb = Callable[[Sequence[Case], Share, Say, OnDone], list[Outcome]]
+Verb = Callable[[Sequence[Case], Share, Log, OnDone], list[Outcome]]
 PATIENCE = 2.0  # seconds that ranks have to end in order
 
 
@@ -58,7 +58,7 @@ def deal(cases: Sequence[Case], share: Share) -> list[Case]:
     return share.take(cases, lambda case: total_bytes(case.slices or (case.image,)))
 
 
-def on_ranks(work: Verb, cases: Sequence[Case], shares: Sequence[Share], say: Say, on_done: OnDone) -> list[Outcome]:
+def on_ranks(work: Verb, cases: Sequence[Case], shares: Sequence[Share], log: Log, on_done: OnDone) -> list[Outcome]:
     """Have the work on these cases done by a process for each of the shares; ``work`` can be pickled.
 
     Where one is killed the others go on, and its cases without an outcome have failed.
@@ -75,7 +75,7 @@ def on_ranks(work: Verb, cases: Sequence[Case], shares: Sequence[Share], say: Sa
                     if isinstance(message, KitsegError):
                         raise message
                     if isinstance(message, str):
-                        say(message)
+                        log(message)
                     else:
                         outcomes.append(message)
                         on_done(message)

@@ -64,7 +64,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Group:
+class PairedGroup:
     """A class over all cases (``kind`` and ``stratum`` are empty), or over those of one stratum of a kind.
 
     cases: in the order of ``paired.differences``; holm: the p value of a stratum, corrected for all strata's tests.
@@ -122,7 +122,7 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
     return replace(paired, low=low, high=high, p=_signed_rank(differences))
 
 
-def compare_cases(a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[Group]:
+def compare_cases(a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[PairedGroup]:
     """Each class over the cases that both have, followed by the class in each stratum of each kind.
 
     a, b: scores by case and class; strata: stratum by case and kind. The p values of the strata, of all classes and
@@ -165,7 +165,7 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[Group]:
+def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[PairedGroup]:
     cases = [case for case in sorted(a.keys() & b.keys()) if name in a[case] and name in b[case]]
     members: dict[tuple[str, str], list[str]] = {("", ""): cases}
     for kind in dict.fromkeys(kind for case in cases for kind in strata.get(case, {})):
@@ -175,7 +175,7 @@ def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, s
             if len(part) < len(cases):
                 members[kind, stratum] = part
     return [
-        Group(name, kind, stratum, tuple(m), compare([a[c][name] for c in m], [b[c][name] for c in m]))
+        PairedGroup(name, kind, stratum, tuple(m), compare([a[c][name] for c in m], [b[c][name] for c in m]))
         for (kind, stratum), m in members.items()
     ]
 

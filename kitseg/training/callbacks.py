@@ -47,7 +47,7 @@ class EpochSoFar(pl.Callback):
         self.module = pl_module
         begun = any(part["patches"] for part in self.earlier.values())
         if begun and len(self.earlier) != trainer.world_size and trainer.is_global_zero:
-            console.complain(
+            console.print_error(
                 f"epoch {trainer.current_epoch} was begun by {len(self.earlier)} ranks and is ended by "
                 f"{trainer.world_size}: until then patches may be left out or taken twice; later epochs are whole"
             )

@@ -25,7 +25,7 @@ from kitseg.errors import InputError, KitsegError, fault
 from kitseg.models.run_folder import StageFolder
 from kitseg.runtime import console
 from kitseg.runtime.device import rank
-from kitseg.runtime.files import aside
+from kitseg.runtime.files import atomic_write
 from kitseg.training.callbacks import NO_NUMBER
 from kitseg.training.signals import listener
 
@@ -35,7 +35,7 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write aside, then rename; ``storage_options``: the name that the file's predecessor gets, if any."""
-        with aside(Path(path)) as partial:
+        with atomic_write(Path(path)) as partial:
             torch.save(checkpoint, partial)
             if storage_options is not None and Path(path).exists():
                 os.replace(path, storage_options)
@@ -136,7 +136,9 @@ def start_of(folder: StageFolder) -> Path | None:
         remedy = "Begin this stage again with --restart --stage, or restore the file."
         raise InputError(found[0], f"can't be loaded ({problems[found[0]]})", remedy)
     if good and good[0] != found[0] and rank() == 0:
-        console.complain(f"{found[0]}: can't be loaded ({problems[found[0]]}); training goes on from the one before it")
+        console.print_error(
+            f"{found[0]}: can't be loaded ({problems[found[0]]}); training goes on from the one before it"
+        )
     return good[0] if good else None
 
 

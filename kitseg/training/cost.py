@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
-from kitseg.models.model import build_sight, build_stage
+from kitseg.models.model import build_input_transform, build_stage
 from kitseg.patches.datamodule import batch_per_rank
 from kitseg.runtime.device import Machine
 from kitseg.stages.base import Stage
@@ -61,7 +61,7 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, .
                 f"{spec.epochs}{later} × {steps}",
                 f"{cost.parameters / 1e6:.2f} M",
                 f"{cost.gigabytes:.1f} GB",
-                _in_words(hours),
+                _duration(hours),
             )
         )
     return rows
@@ -70,7 +70,7 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, .
 def _cost(spec: StageSpec, example: Case) -> Cost:
     grid = grid_geometry(canonical_geometry(read_geometry(example.image)), spec.grid)
     region = config.build(spec.parts["region"]).shape(grid)
-    sampler, link = config.build(spec.parts["sampler"]), build_sight(spec).link
+    sampler, link = config.build(spec.parts["sampler"]), build_input_transform(spec).link
     patch: Triple = sampler.size(region)
     with torch.device("meta"):
         module = build_stage(spec).train()
@@ -83,7 +83,7 @@ def _cost(spec: StageSpec, example: Case) -> Cost:
         raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
     parameters = sum(p.numel() for p in module.parameters())
     half = 0.5 if spec.precision in ("16-mixed", "bf16-mixed") and torch.cuda.is_available() else 1.0
-    memory = parameters * BYTES_PER_PARAMETER + kept * half * min(spec.batch, spec.at_once)
+    memory = parameters * BYTES_PER_PARAMETER + kept * half * min(spec.batch, spec.micro_batch_size)
     return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)
 
 
@@ -119,5 +119,5 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _in_words(hours: float) -> str:
+def _duration(hours: float) -> str:
     return f"about {hours:.1f} h" if hours >= 1 else f"about {max(1, round(hours * 60))} min"

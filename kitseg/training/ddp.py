@@ -28,7 +28,7 @@ ARRIVAL = 600.0  # seconds within which all processes must have come
 FAILED, CAME, GONE = "failed", "came", "gone"
 
 
-class Team:
+class RankCoordinator:
     """The processes of a launch, as a context: where one of them fails, none is left waiting.
 
     Raises:
@@ -40,7 +40,7 @@ class Team:
         self.board = _board(launch)
         self.board.add(CAME, 1)
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> RankCoordinator:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

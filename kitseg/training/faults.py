@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault
 
-_LESS = "--set stages.STAGE.at_once=1 (fewer patches at a time, in batches of the same size) or a smaller --size"
+_LESS = "--set stages.STAGE.micro_batch_size=1 (fewer patches at a time, the same batch) or a smaller --size"
 #: What befell, and what helps a training.
 SETTINGS = {
     MEMORY: f"Use fewer --workers, {_LESS}, then call again: it goes on",

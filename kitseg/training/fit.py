@@ -23,7 +23,7 @@ from kitseg.config import StageSpec
 from kitseg.errors import KitsegError
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
-from kitseg.models.model import TrainedStage, build_sight, build_stage, load_weights
+from kitseg.models.model import TrainedStage, build_input_transform, build_stage, load_weights
 from kitseg.models.run_folder import SCHEMA, StageFolder
 from kitseg.patches.datamodule import Feed, StageData, batch_per_rank, steps_per_batch
 from kitseg.runtime.device import Machine, torch_device
@@ -95,7 +95,7 @@ def _trainer(training: Training, machine: Machine, best: BestCheckpoints, start:
         precision=spec.precision if accelerator == "cuda" else "32-true",  # type: ignore[arg-type]
         max_epochs=spec.epochs,
         default_root_dir=folder.path,  # or Lightning would look for SLURM's checkpoints where it was started
-        accumulate_grad_batches=steps_per_batch(batch_per_rank(spec.batch, machine.world), spec.at_once),
+        accumulate_grad_batches=steps_per_batch(batch_per_rank(spec.batch, machine.world), spec.micro_batch_size),
         check_val_every_n_epoch=_validate_every(spec),  # so that the last epoch is validated
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -124,9 +124,9 @@ def _data(training: Training, machine: Machine) -> StageData:
     feed = Feed(
         sampler=config.build(spec.parts["sampler"]),
         augmentation=[config.build(change) for change in spec.parts["augmentation"] or ()],
-        sight=build_sight(spec),
+        input_transform=build_input_transform(spec),
         batch=spec.batch,
-        at_once=spec.at_once,
+        micro_batch_size=spec.micro_batch_size,
         seed=training.seed,
         workers=machine.workers,
     )
@@ -147,7 +147,7 @@ def _finish(training: Training, best: BestCheckpoints, module: Stage, data: Stag
         for path, (_, score) in zip(kept, ranked, strict=True)
     ]
     predictor = TrainedStage(
-        training.spec, module, data.feed.sight, config.build(training.spec.parts["region"]), tuple(kept)
+        training.spec, module, data.feed.input_transform, config.build(training.spec.parts["region"]), tuple(kept)
     )
     threshold = module.threshold(_validation(predictor, data))
     write_json(folder.done, SCHEMA, {"checkpoints": rows, "threshold": threshold})

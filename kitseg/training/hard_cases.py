@@ -20,7 +20,7 @@ from kitseg.runtime.files import read_json, write_json
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.splits import read_split
 from kitseg.training.plan import Plan, Unit, open_stored
-from kitseg.training.train import Say, fit_unit, train_units
+from kitseg.training.train import Log, fit_unit, train_units
 
 SCHEMA = 1
 
@@ -71,22 +71,22 @@ def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
     return plan
 
 
-def rank_cases(plan: Plan, cases: Collection[str], path: Path, say: Say) -> list[Ranked]:
+def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list[Ranked]:
     """The hardest training case first. Inner folds that aren't trained yet are trained now.
 
     Args:
         plan: the run and its fold.
         cases: those to rank; the others of the fold, such as copies, are left out.
         path: where the ranking is written; read again while the checkpoints and the cases are the same.
-        say: told what is trained.
+        log: receives a line on what is trained.
 
     Raises:
         UsageError: no stage can rank.
     """
     spec = ranking_stage(plan.method)
     wanted = [Unit(spec.name, number) for number in range(len(plan.part.inner))]
-    say(f"ranking the training cases of fold {plan.fold} by {len(wanted)} inner folds of stage {spec.name}")
-    train_units(plan, wanted, say, fit_unit)
+    log(f"ranking the training cases of fold {plan.fold} by {len(wanted)} inner folds of stage {spec.name}")
+    train_units(plan, wanted, log, fit_unit)
     judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
     state = {"stage": spec.name, "checkpoints": judges, "cases": sorted(cases)}
     if path.exists() and (old := read_json(path, SCHEMA)) and all(old[key] == value for key, value in state.items()):

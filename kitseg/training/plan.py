@@ -12,8 +12,8 @@ from kitseg.errors import UsageError
 from kitseg.models.run_folder import Run, StageFolder, moved_aside
 from kitseg.runtime.device import Machine
 from kitseg.runtime.files import write_text
-from kitseg.runtime.locks import claimed
-from kitseg.splits import Fold, Part, Split, read_split, write_split
+from kitseg.runtime.locks import folder_lock
+from kitseg.splits import Fold, FoldPart, Split, read_split, write_split
 from kitseg.training.split import claim_split, new_split, unseen_traits
 from kitseg.types import Case
 from kitseg.volumes.store import StoredCase, open_case
@@ -73,7 +73,7 @@ class Unit:
         folder = folder if self.inner is None else folder.inner(self.inner)
         return folder if self.round is None else folder.round(self.round)
 
-    def part(self, plan: Plan) -> Part:
+    def part(self, plan: Plan) -> FoldPart:
         """The cases of this training."""
         return plan.part if self.inner is None else plan.part.inner[self.inner]
 
@@ -137,7 +137,7 @@ class Start:
 def _moved_aside(paths: Sequence[Path]) -> list[Path]:
     """Rename what no living training writes to."""
     for folder in sorted({lock.parent for path in paths for lock in path.rglob(".kitseg*.lock")}):
-        with claimed(folder, "training"):
+        with folder_lock(folder, "training"):
             pass
     return moved_aside(paths)
 
@@ -157,7 +157,7 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
     Raises:
         UsageError: the folder holds a run of another configuration or split.
     """
-    with claimed(run.path, "configuration", wait=MOMENT):
+    with folder_lock(run.path, "configuration", wait=MOMENT):
         _claim_run(run, configuration, split)
 
 
@@ -179,7 +179,7 @@ def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
     found = []
     for name in method.stages:
         found.append(Unit(name))
-        if any(name in later.inputs and later.guide == "inner" for later in method.stages.values()):
+        if any(name in later.inputs and later.guide == "out_of_fold" for later in method.stages.values()):
             found += [Unit(name, i) for i in range(len(part.inner))]
     return [unit for unit in found if stage in (None, unit.stage)]
 

@@ -51,7 +51,7 @@ def best_weights(folder: StageFolder) -> Path:
     return folder.round(_best(folder)).checkpoints()[0][0]
 
 
-def describe(folder: StageFolder) -> str:
+def describe_rounds(folder: StageFolder) -> str:
     """The finished rounds in words."""
     scores = _scores(folder)
     each = ", ".join(f"{score:.4f}" for score in scores)

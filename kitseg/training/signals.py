@@ -140,8 +140,8 @@ def _part(asked: signal.Signals) -> None:
     if asked == signal.SIGUSR1 and re.fullmatch(r"\d+(_\d+)?", name):
         try:
             subprocess.run(["scontrol", "requeue", name], check=True)
-            console.say(f"ended by {asked.name}: SLURM queues job {name} again, which goes on")
+            console.print_line(f"ended by {asked.name}: SLURM queues job {name} again, which goes on")
             return
         except (OSError, subprocess.CalledProcessError) as error:
-            console.complain(f"job {name} could not be queued again: {error}")
-    console.say(f"ended by {asked.name}: the same command goes on, without --restart")
+            console.print_error(f"job {name} could not be queued again: {error}")
+    console.print_line(f"ended by {asked.name}: the same command goes on, without --restart")

@@ -10,7 +10,7 @@ from typing import Any
 from joblib import delayed
 
 from kitseg.config import Config
-from kitseg.errors import KitsegError, UsageError, fault, in_words
+from kitseg.errors import KitsegError, UsageError, fault, format_error
 from kitseg.runtime.console import bar
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.scoring.strata import THICKNESSES, thickness_class
@@ -23,7 +23,7 @@ Reader = Callable[[Case, str], Traits]
 
 def new_split(traits: Iterable[Traits], configuration: Config) -> Split:
     """A split as the configuration asks for."""
-    keys = ("folds", "inner_folds", "test_cases", "seed", "convention")
+    keys = ("folds", "nested_folds", "test_cases", "seed", "convention")
     return make_split(traits, *(configuration[key] for key in keys))
 
 
@@ -102,7 +102,7 @@ def _look(case: Case, convention: str, read: Reader) -> Traits | str:
     try:
         return read(case, convention)
     except Exception as error:  # whatever is wrong with a case, the others go on
-        words = in_words(case.image.parent, error)
+        words = format_error(case.image.parent, error)
         if fault(error) or (error.__cause__ and fault(error.__cause__)):
             raise KitsegError(words) from None
         return words

@@ -12,19 +12,19 @@ import numpy as np
 from kitseg import __version__, config
 from kitseg.config import StageSpec
 from kitseg.inference.chain import Output, Predictor, run_on_grid
-from kitseg.links.regions import Known
-from kitseg.models.model import build_sight, build_stage, trained_stage
+from kitseg.links.regions import RegionContext
+from kitseg.models.model import build_input_transform, build_stage, trained_stage
 from kitseg.models.run_folder import SCHEMA, StageFolder
-from kitseg.models.training_domain import gather
+from kitseg.models.training_domain import training_facts
 from kitseg.patches.datamodule import StageCases
-from kitseg.patches.subjects import Place
+from kitseg.patches.subjects import StageInput
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import torch_device
-from kitseg.runtime.files import aside, read_json, write_json
+from kitseg.runtime.files import atomic_write, read_json, write_json
 from kitseg.training.plan import Plan, Unit, open_stored
 from kitseg.types import Box
 
-Places = Mapping[str, Place]
+Places = Mapping[str, StageInput]
 
 
 def prepare(plan: Plan, unit: Unit) -> None:
@@ -36,7 +36,7 @@ def prepare(plan: Plan, unit: Unit) -> None:
         write_places(folder, train, _find(plan, unit, part.val, "val"))
     if not plan.run.info.exists():
         cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
-        write_json(plan.run.info, SCHEMA, {"kitseg": __version__, **gather(cases)})
+        write_json(plan.run.info, SCHEMA, {"kitseg": __version__, **training_facts(cases)})
 
 
 def write_places(folder: StageFolder, train: Places, val: Places) -> None:
@@ -57,7 +57,7 @@ def read_places(folder: StageFolder, store: Path) -> StageCases:
     return StageCases(train, val)
 
 
-def _plain(place: Place, folder: StageFolder) -> dict[str, Any]:
+def _plain(place: StageInput, folder: StageFolder) -> dict[str, Any]:
     box, guide = place.box, place.guide
     return {
         "box": None if box is None else [*box.start, *box.stop],
@@ -65,9 +65,9 @@ def _plain(place: Place, folder: StageFolder) -> dict[str, Any]:
     }
 
 
-def _place(row: Mapping[str, Any], folder: StageFolder) -> Place:
+def _place(row: Mapping[str, Any], folder: StageFolder) -> StageInput:
     guide = None if row["guide"] is None else folder.path / row["guide"]
-    return Place(None if row["box"] is None else _box(row["box"]), guide)
+    return StageInput(None if row["box"] is None else _box(row["box"]), guide)
 
 
 def _box(numbers: Sequence[int]) -> Box:
@@ -75,7 +75,7 @@ def _box(numbers: Sequence[int]) -> Box:
     return Box((z0, y0, x0), (z1, y1, x1))
 
 
-def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, Place]:
+def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, StageInput]:
     """The places of a stage's cases.
 
     For validation from the earlier stage's own predictions; for training from predictions of its inner folds, or from
@@ -86,20 +86,20 @@ def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, 
     region = config.build(spec.parts["region"])
     if not spec.inputs:
         scans = ((case, open_stored(plan, spec, case)) for case in cases)  # one at a time: each keeps files open
-        return {case: Place(region(Known(scan.grid, hu=scan.image))) for case, scan in scans}
+        return {case: StageInput(region(RegionContext(scan.grid, hu=scan.image))) for case, scan in scans}
     earlier = plan.method.stages[spec.inputs[0]]
-    guided = side == "val" or spec.guide == "inner"
+    guided = side == "val" or spec.guide == "out_of_fold"
     predictors = _predictors(plan, earlier, cases, side == "train") if guided else {}
-    found: dict[str, Place] = {}
+    found: dict[str, StageInput] = {}
     with bar(f"{spec.name}: where to look ({side})", len(cases)) as step:
         for case in cases:
             output = _output(plan, earlier, case, predictors.get(case))
             scan = open_stored(plan, spec, case)
-            box = None if output is None else region(Known(scan.grid, output.labels(), output.grid, scan.image))
+            box = None if output is None else region(RegionContext(scan.grid, output.labels(), output.grid, scan.image))
             if box is None and side == "train":
-                box = region(Known(scan.grid, np.asarray(scan.label), scan.grid, scan.image))
+                box = region(RegionContext(scan.grid, np.asarray(scan.label), scan.grid, scan.image))
             if box is not None or side == "val":
-                found[case] = Place(box, _guide(plan, unit, case, output, side == "train"))
+                found[case] = StageInput(box, _guide(plan, unit, case, output, side == "train"))
             step()
     return found
 
@@ -115,14 +115,14 @@ def _output(plan: Plan, earlier: StageSpec, case: str, predictor: Predictor | No
 def _guide(plan: Plan, unit: Unit, case: str, output: Output | None, training: bool) -> Path | None:
     """Write what a stage with a link is told about a case; in training its mask comes from the label."""
     spec = plan.method.stages[unit.stage]
-    link = build_sight(spec).link
+    link = build_input_transform(spec).link
     if link is None or (training and not link.in_training):
         return None
     label = np.asarray(open_stored(plan, spec, case).label)
     probability = (label > 0).astype(np.float32) if output is None else output.foreground()
     foreground = label > 0 if training or output is None else output.labels() > 0
     path = unit.folder(plan).guide(case)
-    with aside(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, link.guide(probability, foreground))
     return path
 

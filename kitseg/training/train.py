@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kitseg.errors import UsageError
-from kitseg.runtime.locks import claimed
+from kitseg.runtime.locks import folder_lock
 from kitseg.training import rounds
-from kitseg.training.ddp import Team
+from kitseg.training.ddp import RankCoordinator
 from kitseg.training.fit import Training, fit
 from kitseg.training.plan import Plan, Unit, units
 from kitseg.training.stage_inputs import prepare
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 RunUnit = Callable[[Plan, Unit], None]
 
 
-def train(plan: Plan, stage: str | None, say: Say, run: RunUnit) -> None:
+def train(plan: Plan, stage: str | None, log: Log, run: RunUnit) -> None:
     """Train a fold's stages in order, or one of them.
 
     Raises:
@@ -26,23 +26,23 @@ def train(plan: Plan, stage: str | None, say: Say, run: RunUnit) -> None:
     method = plan.method
     if stage is not None and stage not in method.stages:
         raise UsageError(f"{method.name} has no stage '{stage}'; it has {', '.join(method.stages)}")
-    train_units(plan, units(method, plan.part, stage), say, run)
+    train_units(plan, units(method, plan.part, stage), log, run)
 
 
-def train_units(plan: Plan, wanted: Sequence[Unit], say: Say, run: RunUnit) -> None:
+def train_units(plan: Plan, wanted: Sequence[Unit], log: Log, run: RunUnit) -> None:
     """Train these in order, each as ``run`` does; what is trained already is left as it is."""
     for unit in wanted:
         folder = unit.folder(plan)
         if folder.done.exists():
-            say(f"{unit}: trained already")
+            log(f"{unit}: trained already")
             continue
         _check_earlier(plan, unit)
-        with claimed(folder.path, "training"):
+        with folder_lock(folder.path, "training"):
             prepare(plan, unit)
             if plan.method.stages[unit.stage].rounds is None:
-                _train_one(plan, unit, say, run)
+                _train_one(plan, unit, log, run)
             else:
-                _train_rounds(plan, unit, say, run)
+                _train_rounds(plan, unit, log, run)
 
 
 def fit_unit(plan: Plan, unit: Unit) -> None:
@@ -57,31 +57,31 @@ def fit_unit(plan: Plan, unit: Unit) -> None:
     fit(Training(spec, unit.folder(plan), store, seed, plan.config["keep_best"], start), plan.machine)
 
 
-def on_all_ranks(team: Team) -> RunUnit:
+def on_all_ranks(coordinator: RankCoordinator) -> RunUnit:
     """A way to train a unit: one rank each on the machine's devices, and on those of the other nodes."""
 
     def run(plan: Plan, unit: Unit) -> None:
-        team.train([*plan.arguments, f"--fold={plan.fold}", f"--only={unit}"])
+        coordinator.train([*plan.arguments, f"--fold={plan.fold}", f"--only={unit}"])
 
     return run
 
 
-def _train_one(plan: Plan, unit: Unit, say: Say, run: RunUnit) -> None:
+def _train_one(plan: Plan, unit: Unit, log: Log, run: RunUnit) -> None:
     folder = unit.folder(plan)
-    say(f"{unit}: {'goes on' if folder.begun else 'starts'} in {folder.path}")
+    log(f"{unit}: {'goes on' if folder.begun else 'starts'} in {folder.path}")
     run(plan, unit)
 
 
-def _train_rounds(plan: Plan, unit: Unit, say: Say, run: RunUnit) -> None:
+def _train_rounds(plan: Plan, unit: Unit, log: Log, run: RunUnit) -> None:
     """Fits that each start from the best weights so far, until one brings nothing."""
     folder, spec = unit.folder(plan), plan.method.stages[unit.stage]
     most = 0 if spec.rounds is None else spec.rounds.most
     while (number := rounds.next_round(folder, spec)) is not None:
         cases = rounds.prepare_round(folder, spec, number, plan.config["seed"] + plan.fold)
         if number:
-            say(f"{unit}: {rounds.describe(folder)}; round {number} of at most {most}, on {cases} cases")
-        _train_one(plan, replace(unit, round=number), say, run)
-    say(f"{unit}: {rounds.describe(folder)}, which is kept")
+            log(f"{unit}: {rounds.describe_rounds(folder)}; round {number} of at most {most}, on {cases} cases")
+        _train_one(plan, replace(unit, round=number), log, run)
+    log(f"{unit}: {rounds.describe_rounds(folder)}, which is kept")
     rounds.conclude(folder)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kitseg.errors import InputError, UsageError
-from kitseg.runtime.files import aside, file_digest, identity, read_json, write_json
+from kitseg.runtime.files import atomic_write, file_digest, identity, read_json, write_json
 from kitseg.types import Box, Geometry, Probabilities
 
 SCHEMA = 1
@@ -31,7 +31,7 @@ def write_block(
     """
     block, about = folder / f"{probabilities.case_id}.npy", folder / f"{probabilities.case_id}.json"
     about.unlink(missing_ok=True)
-    with aside(block) as partial:
+    with atomic_write(block) as partial:
         np.save(partial, probabilities.array)
     content = {
         "case": probabilities.case_id,
@@ -100,7 +100,7 @@ def scan_of(folder: Path, case_id: str) -> tuple[Path, str]:
     return path, scan["sha256"]
 
 
-def scan_digest(folder: Path, case_id: str) -> str | None:
+def recorded_scan_digest(folder: Path, case_id: str) -> str | None:
     """The hash of the scan that a case's probabilities were made from; None where there are none.
 
     Raises:

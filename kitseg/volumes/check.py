@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError, in_words
+from kitseg.errors import InputError, format_error
 from kitseg.labels import TUMOR
 from kitseg.types import Case, Geometry, Triple, Volume
 from kitseg.volumes import nifti
@@ -52,7 +52,7 @@ def check_case(case: Case, convention: str = "kits19") -> CaseReport:
     try:
         return _check(case, convention)
     except Exception as error:
-        return CaseReport(case.id, [f"it can't be checked: {in_words(case.image.name, error)}"])
+        return CaseReport(case.id, [f"it can't be checked: {format_error(case.image.name, error)}"])
 
 
 def looks_like_hu(array: NDArray[np.generic]) -> bool:

@@ -25,7 +25,7 @@ _STAGING = ".download"
 
 
 @dataclass(frozen=True)
-class Source:
+class DownloadSource:
     """Where the files are.
 
     labels_url: folder of ``case_00000/segmentation.nii.gz``; images_repo: Hugging Face data set with
@@ -38,7 +38,7 @@ class Source:
     retries: int = 3
 
 
-KITS19 = Source()
+KITS19 = DownloadSource()
 
 
 def parse_cases(text: str) -> list[int]:
@@ -60,7 +60,7 @@ def parse_cases(text: str) -> list[int]:
 
 
 def download_kits19(
-    to: Path, cases: list[int], progress: Callable[[str], None] | None = None, source: Source = KITS19
+    to: Path, cases: list[int], progress: Callable[[str], None] | None = None, source: DownloadSource = KITS19
 ) -> list[KitsegError]:
     """Fetch cases into ``to`` in the KiTS layout, with ``kits.json``; returns one error for each that failed.
 
@@ -103,12 +103,12 @@ def _attempt(name: str, fetch: Callable[[], None]) -> list[KitsegError]:
     return []
 
 
-def _fetch_clinical(to: Path, source: Source) -> None:
+def _fetch_clinical(to: Path, source: DownloadSource) -> None:
     if not (to / CLINICAL).exists():
         _place(_staged_from_github(to, CLINICAL, source), to / CLINICAL, _read_json)
 
 
-def _fetch_case(to: Path, number: int, source: Source) -> None:
+def _fetch_case(to: Path, number: int, source: DownloadSource) -> None:
     name = case_name(number)
     image, label = to / name / IMAGE, to / name / LABEL
     if number < LABELLED_CASES and not label.exists():
@@ -117,7 +117,7 @@ def _fetch_case(to: Path, number: int, source: Source) -> None:
         _place(_staged_from_hugging_face(to, f"images/{name}.nii.gz", source), image, nifti.read_geometry)
 
 
-def _staged_from_github(to: Path, file: str, source: Source) -> Path:
+def _staged_from_github(to: Path, file: str, source: DownloadSource) -> Path:
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
@@ -127,7 +127,7 @@ def _staged_from_github(to: Path, file: str, source: Source) -> Path:
     return Path(fetcher.fetch(file))
 
 
-def _staged_from_hugging_face(to: Path, file: str, source: Source) -> Path:
+def _staged_from_hugging_face(to: Path, file: str, source: DownloadSource) -> Path:
     from huggingface_hub import hf_hub_download
 
     staging = to / _STAGING

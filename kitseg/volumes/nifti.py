@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kitseg.errors import InputError
 from kitseg.labels import CONVENTIONS
-from kitseg.runtime.files import aside
+from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_errors, open_voxels, read_header
 
@@ -230,7 +230,7 @@ def _write(path: Path, array: NDArray[Any], dtype: np.dtype[Any], native: Geomet
     header.set_slope_inter(1, 0)
     view = turn_to_native(array, native)
     step = max(1, _CHUNK // (view.shape[0] * view.shape[1] * view.itemsize))
-    with aside(path) as partial, _writing(partial) as stream:
+    with atomic_write(path) as partial, _writing(partial) as stream:
         header.write_to(stream)
         for first in range(0, view.shape[2], step):
             stream.write(_in_file_order(view[..., first : first + step]).data)

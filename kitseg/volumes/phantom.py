@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from kitseg.errors import InputError
 from kitseg.labels import KIDNEY, TUMOR
-from kitseg.runtime.files import aside
+from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
 from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
 from kitseg.volumes.phantom_canvas import (
@@ -63,7 +63,7 @@ SINGLE_KIDNEY, CYSTIC = 0.08, 0.4
 
 
 @dataclass(frozen=True)
-class Kidney:
+class KidneyShape:
     """A bean in its own axes (long, lateral, dorsal): ``frame`` rows are those axes in (z, y, x)."""
 
     center: Point
@@ -74,7 +74,7 @@ class Kidney:
     side: int
 
     @classmethod
-    def draw(cls, who: Subject, rng: Generator, side: int, growth: float) -> Kidney:
+    def draw(cls, who: Subject, rng: Generator, side: int, growth: float) -> KidneyShape:
         """A kidney of about 100-200 ml on the left (side 1) or right (-1)."""
         size = growth * rng.uniform(0.84, 1.04)
         radii = (56 * size * rng.uniform(0.93, 1.07), 30 * size, 25 * size * rng.uniform(0.93, 1.07))
@@ -111,7 +111,7 @@ class Kidney:
 
 
 @dataclass(frozen=True)
-class Lesion:
+class LesionShape:
     """A tumor or cyst: a bumpy ball at a kidney's surface."""
 
     center: Point
@@ -120,7 +120,7 @@ class Lesion:
     side: int
 
     @classmethod
-    def draw(cls, kidney: Kidney, rng: Generator, diameter: float) -> Lesion:
+    def draw(cls, kidney: KidneyShape, rng: Generator, diameter: float) -> LesionShape:
         """A ball that bulges from the kidney but reaches into it, away from the hilum and the spine."""
         radius = diameter / 2
         direction = rng.normal(0, (1, 0.7, 0.8))
@@ -138,7 +138,7 @@ class Lesion:
         return index, grid, np.maximum(ball, room)
 
 
-def _perirenal_fat(canvas: Canvas, kidney: Kidney, lesions: list[Lesion], rng: Generator) -> None:
+def _perirenal_fat(canvas: Canvas, kidney: KidneyShape, lesions: list[LesionShape], rng: Generator) -> None:
     """The fat capsule around a kidney and its lesions."""
     strands, thickness = SmoothField(rng, 6), rng.uniform(4, 14)
     index, grid = canvas.around(kidney.center, 85)
@@ -149,7 +149,7 @@ def _perirenal_fat(canvas: Canvas, kidney: Kidney, lesions: list[Lesion], rng: G
         canvas.paint(index, distance - 3, FAT + 8 * strands(grid))
 
 
-def _hilum(canvas: Canvas, who: Subject, kidney: Kidney, rng: Generator) -> None:
+def _hilum(canvas: Canvas, who: Subject, kidney: KidneyShape, rng: Generator) -> None:
     """Renal artery, vein and pelvis: from the great vessels into the sinus."""
     front = who.spine_y - 27
     gate = kidney.surface_point(np.array([0, -1, 0]), 4)
@@ -166,7 +166,7 @@ def _hilum(canvas: Canvas, who: Subject, kidney: Kidney, rng: Generator) -> None
     canvas.tube(artery, rng.uniform(2.5, 3.2), who.enhanced(290, 165))
 
 
-def _parenchyma(canvas: Canvas, who: Subject, kidney: Kidney, rng: Generator) -> None:
+def _parenchyma(canvas: Canvas, who: Subject, kidney: KidneyShape, rng: Generator) -> None:
     """Cortex and pyramids around the sinus."""
     cortex, medulla = who.enhanced(205, 178) + rng.normal(0, 8), who.enhanced(110, 165)
     pitch, grain = rng.uniform(15, 20), SmoothField(rng, 4)
@@ -178,13 +178,13 @@ def _parenchyma(canvas: Canvas, who: Subject, kidney: Kidney, rng: Generator) ->
     canvas.paint(index, distance, cortex + pyramid * (medulla - cortex) + 4 * grain(grid), KIDNEY)
 
 
-def _cyst(canvas: Canvas, lesion: Lesion, rng: Generator) -> None:
+def _cyst(canvas: Canvas, lesion: LesionShape, rng: Generator) -> None:
     """Water in a thin wall; KiTS19 counts it as kidney."""
     index, _, distance = lesion.window(canvas)
     canvas.paint(index, distance, float(rng.uniform(0, 15)), KIDNEY)
 
 
-def _tumor(canvas: Canvas, lesion: Lesion, rng: Generator) -> None:
+def _tumor(canvas: Canvas, lesion: LesionShape, rng: Generator) -> None:
     """An uneven solid mass, larger ones often with a necrotic core."""
     mean, texture = rng.uniform(45, 145), SmoothField(rng, float(np.clip(lesion.radius / 3, 2.5, 9)))
     necrotic, share = lesion.radius > 12 and rng.uniform() < 0.55, rng.uniform(0.25, 0.6)
@@ -199,12 +199,12 @@ def _tumor(canvas: Canvas, lesion: Lesion, rng: Generator) -> None:
 def _kidneys(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """One or two kidneys with at least one tumor between them."""
     sides = [int(rng.choice((-1, 1)))] if rng.uniform() < SINGLE_KIDNEY else [-1, 1]
-    kidneys = [Kidney.draw(who, rng, side, 1.0 if len(sides) == 2 else 1.12) for side in sides]
+    kidneys = [KidneyShape.draw(who, rng, side, 1.0 if len(sides) == 2 else 1.12) for side in sides]
     cysts = rng.integers(1, 4) if rng.uniform() < CYSTIC else 0
     tumors = rng.choice((1, 2, 3), p=(0.82, 0.14, 0.04))
     hosts = rng.integers(len(kidneys), size=cysts + tumors)
     sizes = [*rng.uniform(8, 38, cysts), *np.clip(rng.lognormal(np.log(34), 0.55, tumors), 10, 80)]
-    lesions = [Lesion.draw(kidneys[host], rng, float(size)) for host, size in zip(hosts, sizes, strict=True)]
+    lesions = [LesionShape.draw(kidneys[host], rng, float(size)) for host, size in zip(hosts, sizes, strict=True)]
     for side, kidney in enumerate(kidneys):
         own = [lesion for host, lesion in zip(hosts, lesions, strict=True) if host == side]
         _perirenal_fat(canvas, kidney, own, rng)
@@ -284,6 +284,6 @@ def write_case(folder: Path, seed: int, index: int, matrix: int) -> None:
         raise InputError(target, "is there already and is no phantom", "Choose another folder")
     ct, label, affine = make_case(seed, index, matrix)
     native = Geometry((ct.shape[0], ct.shape[1], ct.shape[2]), affine)
-    with aside(target) as partial:
+    with atomic_write(target) as partial:
         write_image(partial / "imaging.nii.gz", ct, native, PHANTOM_MARK)
         write_labels(partial / "segmentation.nii.gz", label, native, PHANTOM_MARK)

@@ -15,7 +15,7 @@ from kitseg.volumes.kits import collect_scans, distinct, holds_scans, label_id
 from kitseg.volumes.nifti import canonical_geometry, knows_orientation, read_geometry, read_image
 
 if TYPE_CHECKING:
-    from kitseg.volumes.dicom.choice import Choice
+    from kitseg.volumes.dicom.choice import SeriesChoice
 
 TOLERANCE = 0.1  # mm between the grids of a label map and its scan: other tools round affines
 
@@ -25,7 +25,7 @@ class Scans:
     """The scans that were asked for; choices: every DICOM series that was looked at, and why it is one of them."""
 
     cases: tuple[Case, ...]
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[SeriesChoice, ...] = ()
 
 
 def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
@@ -121,7 +121,7 @@ def _holds_dicom(folder: Path) -> bool:
     return holds_dicom(folder)
 
 
-def _choose(archives: Sequence[Path], wanted: Sequence[str]) -> list[Choice]:
+def _choose(archives: Sequence[Path], wanted: Sequence[str]) -> list[SeriesChoice]:
     if not archives:
         return []
     from kitseg.volumes.dicom.choice import choose_series
@@ -130,6 +130,6 @@ def _choose(archives: Sequence[Path], wanted: Sequence[str]) -> list[Choice]:
     return choose_series(find_series(*archives), wanted)
 
 
-def _case(choice: Choice) -> Case:
+def _case(choice: SeriesChoice) -> Case:
     series = choice.series
     return Case(series.case_id, series.folder, slices=series.files, note=series.note)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError, KitsegError, fault, in_words
+from kitseg.errors import InputError, KitsegError, fault, format_error
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
-from kitseg.runtime.files import aside, file_digest, write_text
+from kitseg.runtime.files import atomic_write, file_digest, write_text
 from kitseg.types import Case, Geometry, Grid, Volume, triple
 from kitseg.volumes.nifti import (
     canonical_geometry,
@@ -202,7 +202,7 @@ def store_bytes(case: Case, grid: Grid) -> int:
 
 def _unreadable(path: Path, error: Exception, problem: str, remedy: str) -> KitsegError:
     """A fault of the machine as what it is; any other error is one of what is stored."""
-    return KitsegError(in_words(path, error)) if fault(error) else InputError(path, f"{problem} ({error})", remedy)
+    return KitsegError(format_error(path, error)) if fault(error) else InputError(path, f"{problem} ({error})", remedy)
 
 
 def _label_arrays(label: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -283,7 +283,7 @@ def _is_same(files: CaseFiles, folder: Path, grid: Grid) -> bool:
 
 
 def _write(folder: Path, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
-    with aside(folder) as partial:
+    with atomic_write(folder) as partial:
         partial.mkdir()
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)

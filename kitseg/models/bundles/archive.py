@@ -20,7 +20,7 @@ from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from kitseg.errors import InputError
-from kitseg.runtime.files import aside, file_digest
+from kitseg.runtime.files import atomic_write, file_digest
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
@@ -34,7 +34,7 @@ _WRONG = (BadZipFile, EOFError, OSError, ValueError, KeyError, TypeError, Attrib
 def write_archive(path: Path, facts: Mapping[str, Any], files: Iterable[tuple[str, bytes]]) -> None:
     """Write files, one at a time in memory, and the facts with their hashes; the same content gives the same bytes."""
     rows = {}
-    with aside(path) as partial, ZipFile(partial, "w", ZIP_STORED) as archive:
+    with atomic_write(path) as partial, ZipFile(partial, "w", ZIP_STORED) as archive:
         for name, content in files:
             archive.writestr(_entry(name), content)
             rows[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -63,7 +63,7 @@ class Archive:
             ValueError: one is not what the manifest states. KitsegError: ``to`` can't be written to.
         """
         for name, row in self.manifest["files"].items():
-            with aside(to / name) as partial:
+            with atomic_write(to / name) as partial:
                 with self._archive.open(name) as source, partial.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
                 if file_digest(partial) != row["sha256"]:

@@ -25,7 +25,7 @@ from kitseg.models.ensemble_file import Member, parse_members
 from kitseg.models.model import build_stage, trained_stage
 from kitseg.models.postprocessing import build_steps
 from kitseg.models.run_folder import Run, StageFolder
-from kitseg.models.training_domain import model_experience
+from kitseg.models.training_domain import model_training_domain
 from kitseg.models.weights import shapes
 from kitseg.runtime.files import file_digest, read_json, write_text
 
@@ -148,7 +148,7 @@ def _check_run(run: Run) -> None:
     method, info = config.method_of(config.read(run.config)), run.read_info()
     if not isinstance(info["phantom"], bool) or not re.fullmatch(r"[\w.+]{1,40}", info["kitseg"]):
         raise ValueError("run.json doesn't say what it was trained with")
-    model_experience(run)
+    model_training_domain(run)
     folds = run.folds(list(method.stages)[-1])
     if not folds:
         raise ValueError("a run in it has no trained fold")

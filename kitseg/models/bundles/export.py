@@ -29,7 +29,7 @@ Files = Iterator[tuple[str, bytes]]
 
 
 @dataclass(frozen=True)
-class Part:
+class ExportedMember:
     """A member of what is exported: its run, the folds of it, its method, and its folder in the bundle."""
 
     member: Member
@@ -55,7 +55,7 @@ def export(model: Path, to: Path, weights: str | None = None, labels: str | None
     if to.suffix != SUFFIX:
         raise UsageError(f"{to}: a bundle's name ends in {SUFFIX}")
     members, steps = members_of(model)
-    parts = [_part(member, f"runs/{number}") for number, member in enumerate(members)]
+    parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
     usual = CODE_LICENSE if all(part.run.read_info()["phantom"] for part in parts) else KITS19_LICENSE
     labels = labels or usual
     if not all(map(trust.is_line, (weights or labels, labels))):
@@ -72,16 +72,16 @@ def export(model: Path, to: Path, weights: str | None = None, labels: str | None
     return licenses
 
 
-def _part(member: Member, name: str) -> Part:
+def _exported_member(member: Member, name: str) -> ExportedMember:
     run, fold = find_run(member.run)
     method = config.method_of(config.read(run.config))
     folds = (fold,) if fold is not None else tuple(run.folds(list(method.stages)[-1]))
     if not folds:
         raise UsageError(f"{run.path} has no trained fold; `kitseg train` goes on")
-    return Part(member, run, folds, method, name)
+    return ExportedMember(member, run, folds, method, name)
 
 
-def _facts(part: Part) -> dict[str, Any]:
+def _facts(part: ExportedMember) -> dict[str, Any]:
     """What a reader of the bundle wants to know of a member before opening it."""
     info, split = part.run.read_info(), read_split(part.run.split)
     stages = {
@@ -108,7 +108,7 @@ def _facts(part: Part) -> dict[str, Any]:
     }
 
 
-def _files(part: Part) -> Files:
+def _files(part: ExportedMember) -> Files:
     yield f"{part.name}/config.yaml", part.run.config.read_bytes()
     info = part.run.read_info()
     seen = {key: info.get(key) for key in ("kitseg", "phantom", "experience")}  # and no case by its name

@@ -16,7 +16,7 @@ from kitseg.volumes.dicom.stack import is_scout, orientation
 
 FEWEST_SLICES = 10
 WHOLE_KIDNEYS = 150.0  # mm along the body: a kidney is 100 to 120 long, and the two lie at different heights
-FINE_ENOUGH = 1.0  # mm between slices; thinner ones only add noise and time
+FINE_ENOUGH = 1.0  # mm between slices; width_divisor ones only add noise and time
 SHARP_SIEMENS = 50  # the number in a kernel's name, such as B60f or Br64d
 _CT = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 _MADE_OF_OTHERS = {
@@ -40,7 +40,7 @@ _PHASES = (  # the challenge's scans are late arterial; the later, the further f
 
 
 @dataclass(frozen=True)
-class Choice:
+class SeriesChoice:
     """A series, whether it is segmented, and the reason in words (which name no patient and no file)."""
 
     series: Series
@@ -56,7 +56,7 @@ class _Wish:
     words: str
 
 
-def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[Choice]:
+def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[SeriesChoice]:
     """One CT of each study, or those that are wanted; every series has its reason, study by study.
 
     Never taken by rule: what is no CT, scouts, projections (MIP) and renderings, coronal and sagittal slices, and fewer
@@ -74,7 +74,7 @@ def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[C
     return [choice for study in _studies(found) for choice in _of_study(study)]
 
 
-def write_series_table(path: Path, choices: Sequence[Choice], keep_identifiers: bool = False) -> None:
+def write_series_table(path: Path, choices: Sequence[SeriesChoice], keep_identifiers: bool = False) -> None:
     """A CSV file with a row a series: whether it was chosen, why, and what is known of it.
 
     Without ``keep_identifiers`` no UID, path, date or free text of the files gets in.
@@ -95,7 +95,7 @@ def _studies(found: Sequence[Series]) -> list[list[Series]]:
     return list(studies.values())
 
 
-def _named(found: Sequence[Series], wanted: Sequence[str]) -> list[Choice]:
+def _named(found: Sequence[Series], wanted: Sequence[str]) -> list[SeriesChoice]:
     """The largest stack of each wanted series; patients who share its UID have one each."""
     chosen: set[Series] = set()
     for name in wanted:
@@ -104,26 +104,28 @@ def _named(found: Sequence[Series], wanted: Sequence[str]) -> list[Choice]:
             known = ", ".join(f"{s.case_id} ({_what(s)})" for s in found[:20]) or "none"
             raise UsageError(f"--series {name}: there is no such series. There are: {known}")
         chosen |= {max(study, key=lambda series: len(series.headers)) for study in _studies(mine)}
-    return [Choice(s, s in chosen, f"{'' if s in chosen else 'not '}asked for by --series") for s in found]
+    return [SeriesChoice(s, s in chosen, f"{'' if s in chosen else 'not '}asked for by --series") for s in found]
 
 
-def _of_study(study: Sequence[Series]) -> list[Choice]:
+def _of_study(study: Sequence[Series]) -> list[SeriesChoice]:
     barred = {series: _bar(series) for series in study}
     fit = [series for series in study if not barred[series]]
     best = min(fit, key=lambda series: ([-wish.value(series) for wish in WISHES], series.case_id)) if fit else None
     return [_judge(series, best, barred[series], len(fit)) for series in study]
 
 
-def _judge(series: Series, best: Series | None, barred: str, fit: int) -> Choice:
+def _judge(series: Series, best: Series | None, barred: str, fit: int) -> SeriesChoice:
     if barred or best is None:
-        return Choice(series, False, barred)
+        return SeriesChoice(series, False, barred)
     if series is not best:
         lost = next(
             (wish.words for wish in WISHES if wish.value(series) < wish.value(best)), "is as good, and first by name"
         )
-        return Choice(series, False, series.problem or f"{best.case_id} {lost}")
+        return SeriesChoice(series, False, series.problem or f"{best.case_id} {lost}")
     reason = "the only CT of its study that fits" if fit == 1 else f"the best of {fit} CT series of its study"
-    return Choice(series, True, "; ".join(filter(None, [f"{reason}: {_what(series)}", series.problem, series.note])))
+    return SeriesChoice(
+        series, True, "; ".join(filter(None, [f"{reason}: {_what(series)}", series.problem, series.note]))
+    )
 
 
 def _bar(series: Series) -> str:
@@ -188,7 +190,7 @@ WISHES = (
     _Wish(_contrast, "has contrast, as far as the files say"),
     _Wish(_earliness, "is of an earlier contrast phase"),
     _Wish(lambda s: not _sharp(s), "has a soft-tissue kernel"),
-    _Wish(lambda s: -round(max(_spacing(s), FINE_ENOUGH), 2), "has thinner slices"),
+    _Wish(lambda s: -round(max(_spacing(s), FINE_ENOUGH), 2), "has width_divisor slices"),
     _Wish(lambda s: round(coverage(s), -1), "covers more"),
 )
 
@@ -202,7 +204,7 @@ def _what(series: Series) -> str:
     ).rstrip(", ")
 
 
-def _facts(choice: Choice) -> dict[str, object]:
+def _facts(choice: SeriesChoice) -> dict[str, object]:
     series, first = choice.series, choice.series.headers[0]
     made = series.stack
     plain = re.compile(r"[A-Za-z0-9_+.-]{1,8}")

@@ -112,7 +112,7 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def read_header(path: Path) -> Header | None:
+def read_dicom_header(path: Path) -> Header | None:
     """The header of a DICOM file; None for a DICOMDIR, which only lists other files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom complains of values that kitseg checks itself or doesn't use

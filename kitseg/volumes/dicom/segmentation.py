@@ -21,7 +21,7 @@ from pydicom.valuerep import DSfloat
 
 from kitseg.errors import InputError
 from kitseg.labels import CONVENTIONS, CYST, KIDNEY, TUMOR
-from kitseg.runtime.files import aside
+from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
 from kitseg.volumes.dicom.headers import Header, made_up_uid
 from kitseg.volumes.dicom.series import Series
@@ -73,7 +73,7 @@ def write_segmentation(
     frames = np.ascontiguousarray(planes[list(series.stack.slots)])
     sources = [_source(header, series, native, keep_identifiers) for header in series.stack.headers]
     segments = [KIDNEY, TUMOR] + [CYST] * bool((frames == CYST).any())
-    with warnings.catch_warnings(), aside(path) as partial:
+    with warnings.catch_warnings(), atomic_write(path) as partial:
         warnings.simplefilter("ignore")
         logging.getLogger("highdicom").setLevel(logging.ERROR)
         segmentation = Segmentation(

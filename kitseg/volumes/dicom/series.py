@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError
 from kitseg.runtime.files import file_digest
 from kitseg.types import Volume
-from kitseg.volumes.dicom.headers import Header, is_dicom, made_up_uid, read_header, walk
-from kitseg.volumes.dicom.stack import Stack, Unstackable, split, stack
+from kitseg.volumes.dicom.headers import Header, is_dicom, made_up_uid, read_dicom_header, walk
+from kitseg.volumes.dicom.stack import Stack, Unstackable, split_stacks, stack
 from kitseg.volumes.header import MAX_VOXELS
 from kitseg.volumes.kits import SUFFIXES
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
@@ -114,7 +114,7 @@ def find_series(*folders: Path) -> list[Series]:
 
 def open_series(files: Sequence[Path], case_id: str) -> Series:
     """The series of these files, such as ``Series.files`` of one that was found before."""
-    return _series([read_header(path) or Header(path, broken=True) for path in files], case_id)
+    return _series([read_dicom_header(path) or Header(path, broken=True) for path in files], case_id)
 
 
 def read_series(series: Series) -> Volume:
@@ -168,7 +168,7 @@ def pseudonym(kind: str, uid: str) -> str:
 def _header(path: Path) -> Header | None:
     """The header of a DICOM file; None for any other, but a broken one for a file that may not be read."""
     try:
-        return read_header(path) if is_dicom(path) else None
+        return read_dicom_header(path) if is_dicom(path) else None
     except PermissionError:
         return Header(path, broken=True)
 
@@ -186,7 +186,7 @@ def _by_study(headers: Sequence[Header]) -> list[list[Header]]:
 def _stacks(headers: Sequence[Header], uid: str, shared: bool) -> list[Series]:
     """A series' stacks; all but the largest are numbered."""
     name = pseudonym("series", uid + (_content(headers) if shared else ""))
-    parts = enumerate(split(headers), start=1)
+    parts = enumerate(split_stacks(headers), start=1)
     return [replace(_series(part, f"{name}_{n}" if n > 1 else name), shared=shared) for n, part in parts]
 
 

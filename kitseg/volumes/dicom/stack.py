@@ -44,7 +44,7 @@ class Unstackable(Exception):
     """Slices that make no volume; says why."""
 
 
-def split(headers: Sequence[Header]) -> list[list[Header]]:
+def split_stacks(headers: Sequence[Header]) -> list[list[Header]]:
     """A series' slices in groups of one orientation, size and pixel spacing, the largest first; scouts go apart.
 
     A group with several slices at one place is split on by acquisition, time, or image type where that parts them.

@@ -10,15 +10,15 @@ import torchio as tio
 from side import rate, say
 
 from kitseg.links.intensity import ClipScale
-from kitseg.patches.datamodule import Feed, Sight, StageCases, StageData
+from kitseg.patches.datamodule import Feed, InputTransform, StageCases, StageData
 from kitseg.patches.samplers import ForegroundSampler
-from kitseg.patches.subjects import Place
+from kitseg.patches.subjects import StageInput
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
 torch.set_num_threads(1)
 stored = sorted((Path(sys.argv[1]) / "preprocessed" / "3mm-0.7816mm").iterdir())
-places = {folder: Place(Box((0, 0, 0), open_case(folder).grid.shape)) for folder in stored}
+places = {folder: StageInput(Box((0, 0, 0), open_case(folder).grid.shape)) for folder in stored}
 # what the configurations of guided-unetpp, dual-unet and progressive ask for
 changes = (
     tio.RandomFlip(axes=[2], flip_probability=0.5),
@@ -27,9 +27,9 @@ changes = (
 feed = Feed(
     ForegroundSampler((64, 192, 192), 0.33, 10_000),
     changes if "--augment" in sys.argv else (),
-    Sight(ClipScale(-250, 250, 250), None),
+    InputTransform(ClipScale(-250, 250, 250), None),
     batch=2,
-    at_once=2,
+    micro_batch_size=2,
     seed=0,
     workers=0,
 )

@@ -14,9 +14,9 @@ from side import say
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
-from kitseg.models.model import build_sight, build_stage
+from kitseg.models.model import build_input_transform, build_stage
 from kitseg.patches.datamodule import Feed, StageCases, StageData
-from kitseg.patches.subjects import Place
+from kitseg.patches.subjects import StageInput
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
@@ -26,13 +26,13 @@ STEPS = 30
 def main(work: Path, device: torch.device, size: str) -> None:
     spec = config.method_of(config.compose("two-phase", size)).stages["coarse"]
     stored = sorted((work / "preprocessed" / str(spec.grid)).iterdir())
-    places = {folder: Place(Box((0, 0, 0), open_case(folder).grid.shape)) for folder in stored}
+    places = {folder: StageInput(Box((0, 0, 0), open_case(folder).grid.shape)) for folder in stored}
     feed = Feed(
         config.build({**spec.parts["sampler"], "per_case": 10_000}),
         (),
-        build_sight(spec),
+        build_input_transform(spec),
         batch=2,
-        at_once=2,
+        micro_batch_size=2,
         seed=0,
         workers=4 if device.type == "cuda" else 0,
     )
