@@ -77,7 +77,7 @@ def notebooks(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure kitseg beside its peers and write docs/benchmarks.md; arguments after ``--`` name rows."""
+    """Measure kitseg beside its peers and write docs/explanation/benchmarks.md; arguments after ``--`` name rows."""
     install(session, "-e", ".", group="bench")
     peers = [f"--python={peer}={_peer(session, peer)}" for peer in PEERS]
     session.run("python", str(ROOT / "tests" / "bench" / "run.py"), *peers, *session.posargs)

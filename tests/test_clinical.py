@@ -1,4 +1,4 @@
-"""Real label maps measured, against what the hospital recorded of the same patients: docs/measure.md has the figures.
+"""Measures of real label maps against the clinical records of the same patients (docs/explanation/measure.md).
 
 By default on five small cases; on all 210 where KITSEG_ALL=1 (several minutes of one core), in KITSEG_JOBS processes.
 ``pytest -s`` prints the agreement.

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-import tomllib
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,9 +10,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_package_is_shipped() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    found = {".".join(init.parent.relative_to(ROOT).parts) for init in (ROOT / "kitseg").rglob("__init__.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == found | {"kitseg.conf"}
+    modules = (ROOT / "kitseg").rglob("*.py")
+    assert {module.parent for module in modules if not (module.parent / "__init__.py").is_file()} == set()
+
+
+def test_pages_that_the_sources_name_exist() -> None:
+    sources = [*(ROOT / "kitseg").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "noxfile.py", *ROOT.glob("*.md")]
+    named = {(source.name, page) for source in sources for page in re.findall(r"docs/[\w./-]+\.md", source.read_text())}
+    assert len(named) > 10
+    assert {(source, page) for source, page in named if not (ROOT / page).is_file()} == set()
 
 
 def test_configuration_and_types_are_found_in_the_installed_package() -> None:

@@ -70,7 +70,7 @@ def train(
     gpus: Gpus = 0,
     device: Device = "auto",
     processes: Processes = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines; start the command on each (docs/distributed.md).")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines; run it on each (docs/how-to/distributed.md).")] = 1,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that load patches, for each GPU; 0: none of their own.")
     ] = 0,

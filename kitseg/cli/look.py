@@ -34,7 +34,7 @@ def measure(
 ) -> None:
     """Kidneys and lesions: side, volume, diameters, size class, HU, share outside the kidney, contact surface.
 
-    The diameters, and what else is measured, are defined in docs/measure.md.
+    The diameters, and what else is measured, are defined in docs/explanation/measure.md.
     """
     from kitseg.commands import measure as steps
     from kitseg.runtime.resume import ResultCache

@@ -49,7 +49,7 @@ class _Scene:
 
 
 def measure(labels: NDArray[np.uint8], geometry: Geometry, hu: NDArray[Any] | None = None) -> Findings:
-    """What is in a label map: its kidneys, right before left, and its lesions. docs/measure.md defines every figure.
+    """Kidneys (right before left) and lesions of a label map. docs/explanation/measure.md defines every figure.
 
     A lesion is a 26-connected component of tumor or of cyst of at least 0.05 ml.
 

@@ -80,7 +80,7 @@ def contrast_phase(kidney: float | None, aorta: float | None) -> str | None:
 
     Contrast reaches the aorta first, then cortex and medulla, and then both wash out: an aorta well above the
     parenchyma is arterial, a bright one that is not is nephrographic, a faint one beside an enhanced kidney is later.
-    Without an aorta only an unenhanced kidney can be told. docs/quality.md has the sources and what it can't tell.
+    Without an aorta only the unenhanced phase is recognized. docs/explanation/quality.md has sources and limits.
     """
     if kidney is None:
         return None

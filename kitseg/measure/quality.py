@@ -75,7 +75,7 @@ def assess(
     agreement: Mapping[str, float] | None,
     training_domain: TrainingDomain | None,
 ) -> Quality:
-    """The flags of a case, and its contrast phase; docs/quality.md has every rule with its threshold.
+    """The flags of a case, and its contrast phase; docs/explanation/quality.md has every rule with its threshold.
 
     Args:
         labels: (D, H, W), the case's label map in orientation (I, P, L).

@@ -1,4 +1,4 @@
-"""Runs the benchmark and writes docs/benchmarks.md: ``nox -s bench`` or ``nox -s bench -- ROW ...``.
+"""Runs the benchmark and writes docs/explanation/benchmarks.md: ``nox -s bench`` or ``nox -s bench -- ROW ...``.
 
 KITSEG_BENCH_CASES: a folder of labelled cases in the KiTS layout to use instead of phantoms. KITSEG_BENCH_RUNS: a
 folder of runs named METHOD-CHECKPOINTS, such as two-phase-1, to predict with instead of untrained networks.
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help="names of rows, or how they begin")
     parser.add_argument("--python", action="append", default=[], help="ENVIRONMENT=PYTHON")
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "explanation" / "benchmarks.md")
     given = parser.parse_args()
     work = Path(os.environ.get("KITSEG_BENCH_WORK", ROOT / ".nox" / "bench-work")).resolve()
     work.mkdir(parents=True, exist_ok=True)

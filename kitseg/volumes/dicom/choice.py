@@ -60,7 +60,7 @@ def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[S
     """One CT of each study, or those that are wanted; every series has its reason, study by study.
 
     Never taken by rule: what is no CT, scouts, projections (MIP) and renderings, coronal and sagittal slices, and fewer
-    than ``FEWEST_SLICES``. Among the others ``docs/dicom.md`` tells what is preferred.
+    than ``FEWEST_SLICES``. Among the others ``docs/how-to/dicom.md`` lists the preferences.
 
     Args:
         found: what ``find_series`` found.
