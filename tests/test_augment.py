@@ -189,7 +189,7 @@ def test_a_broken_case_in_the_data_is_left_out(augmented: Path, tmp_path: Path) 
     again = kitseg(folder, *ASK)
     assert again.code == 1
     assert "case_00099" in again.text
-    assert "2 of 2 pairs gave a copy" in again.text
+    assert "2 of 2 pairs gave a new case" in again.text
 
 
 def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def good_and_bad(folder: Path, patient: Patient) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (("check", "data"), "15 of 20 cases are fine"),
+        (("check", "data"), "15 of 20 cases are valid"),
         (("preprocess", "data", *SMALLEST), "30 done"),  # on two grids
         (("measure", "labels", "--json=found.json"), ""),
         (("evaluate", "labels", "truth"), ""),
@@ -318,7 +318,7 @@ def test_a_label_on_another_grid_is_reported_and_the_others_are_done(phantoms: P
     assert "4 done" in result.text
     checked = kitseg(tmp_path, "check", "--jobs=1")
     assert checked.code == 1
-    assert "2 of 3 cases are fine" in checked.text
+    assert "2 of 3 cases are valid" in checked.text
 
 
 def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_folder_with_broken_cases(case: Case, tmp_path: Path) -> None:
     shutil.copy(case.label, data / "case_00001")
     (data / "case_00002" / "imaging.nii.gz").write_bytes(b"")
     done = kitseg(tmp_path, "check", "--jobs=1", "--json=check.json")
-    assert (done.code, "1 of 3 cases are fine" in done.text) == (1, True)
+    assert (done.code, "1 of 3 cases are valid" in done.text) == (1, True)
     reports = json.loads((tmp_path / "check.json").read_text())["cases"]
     assert [report["id"] for report in reports] == ["case_00000", "case_00001", "case_00002"]
     problems = [" ".join(report["problems"]) for report in reports]

@@ -149,7 +149,7 @@ def test_torchrun_gives_the_same_files(trained: Path, alone: dict[str, bytes], t
     ("options", "words"),
     [
         (("--gpus=2", "--device=cpu"), "exclude each other"),
-        (("--processes=2",), "--processes is for --device cpu"),
+        (("--processes=2",), "--processes needs --device cpu"),
         (("--shard=3/2",), "--shard 3/2"),
     ],
 )

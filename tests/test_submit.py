@@ -61,7 +61,7 @@ def test_a_good_submission(folder: Path) -> None:
     save(folder / "predictions" / "case_00007.nii.gz", labels(210))
     result = submit(folder)
     assert result.code == 0, result.text
-    assert "left out, not among the cases 210-213: case_00007" in result.text
+    assert "left out, not among cases 210-213: case_00007" in result.text
     with zipfile.ZipFile(folder / "kits19.zip") as archive:
         assert archive.testzip() is None
         assert archive.namelist() == [f"prediction_{number:05d}.nii.gz" for number in NUMBERS]
@@ -88,7 +88,7 @@ def test_every_problem_is_named_in_one_call(folder: Path) -> None:
     assert "case_00211: predictions has no prediction of it" in missing
     assert "case_00212: predictions/case_00212.nii.gz: it holds the label 3." in cyst
     assert "a cyst (3 in KiTS23) is kidney there: make it 1" in cyst
-    assert "1 of 4 cases are fine; kits19.zip is not written" in result.text
+    assert "1 of 4 cases are valid; kits19.zip was not written" in result.text
     assert {path.name for path in folder.iterdir()} == {"data", "predictions"}
 
 
@@ -172,14 +172,14 @@ def test_all_background_is_allowed_and_counted(folder: Path) -> None:
         save(file_of(folder, number), np.zeros(SHAPE, np.uint8))
     result = submit(folder)
     assert result.code == 0
-    assert "2 of 4 predictions are all background: case_00211, case_00213" in result.text
+    assert "2 of 4 predictions contain only background: case_00211, case_00213" in result.text
     assert not unpacked(folder, "prediction_00213.nii.gz").get_fdata().any()
 
 
 def test_by_default_all_ninety_cases_must_be_there(folder: Path) -> None:
     result = kitseg(folder, "submit")
     assert result.code == 1
-    assert "4 of 90 cases are fine" in result.text
+    assert "4 of 90 cases are valid" in result.text
     named = {line.split()[1] for line in complaints(result)}
     assert named == {f"{case_name(number)}:" for number in range(214, 300)}
 

@@ -1,8 +1,34 @@
-"""The command line. Heavy modules are imported by the command that needs them, so that ``--help`` answers at once."""
+"""The command line. Each command imports its heavy modules when it runs, so that ``--help`` stays fast."""
 
 from __future__ import annotations
 
-from kitseg.cli import data, learn, bundle, predict, look, score  # isort: skip  # in the order of `kitseg --help`
+import inspect
+
+from kitseg.cli import bundle, data, learn, look, predict, score
 from kitseg.cli.app import app, main
 
 __all__ = ["app", "bundle", "data", "learn", "look", "main", "predict", "score"]
+
+#: The panels of ``kitseg --help``, in the order of the work.
+PANELS = {
+    "Data": ("download", "phantom", "check", "split", "preprocess", "augment", "fit-priors"),
+    "Training": ("train", "validate", "compare", "choose"),
+    "Prediction": ("predict", "infer", "ensemble", "postprocess"),
+    "Results": ("evaluate", "measure", "report", "mesh", "submit"),
+    "Sharing": ("export",),
+    "About": ("methods", "demo"),
+}
+
+
+def _group_commands() -> None:
+    """Sort the commands into their panels, and let the terminal wrap the paragraphs of their help."""
+    commands = {info.callback.__name__.replace("_", "-"): info for info in app.registered_commands if info.callback}
+    panels = {name: panel for panel, names in PANELS.items() for name in names}
+    for name, info in commands.items():
+        info.rich_help_panel = panels[name]
+        paragraphs = (inspect.getdoc(info.callback) or "").split("\n\n")
+        info.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.registered_commands = [commands[name] for name in panels]
+
+
+_group_commands()

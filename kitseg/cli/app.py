@@ -1,4 +1,4 @@
-"""The application, and what its commands share: options, bars, exit codes."""
+"""The application, and what its commands share: options, progress bars, exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="kitseg",
-    help="Finds kidneys and kidney tumors in CT. Research use only: not a medical device.",
+    help="Segment kidneys, kidney tumors and cysts in CT. For research use only: not a medical device.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -43,38 +43,35 @@ Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Chan
 
 def _check_jobs(jobs: int) -> int:
     if jobs == 0:
-        raise UsageError("--jobs 0: it takes 1 or more, or -1 for as many as there are cores")
+        raise UsageError("--jobs 0: give 1 or more, or -1 for the number of cores")
     return jobs
 
 
-Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases worked on at a time; -1: one a core.")]
+Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases processed in parallel; -1: one per core.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs on this machine, one process each; 0: one, where there is one.")]
 Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU, with --device cpu.")]
 Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="The same result bit for bit each time, on a GPU too; slower there.")
+    bool, typer.Option("--deterministic", help="Bit-identical results in every run; slower on a GPU.")
 ]
-Shard = Annotated[str | None, typer.Option(metavar="K/N", help="Only this part of the cases (2/8: the second of 8).")]
-Split = Annotated[Path | None, typer.Option(help="A split file: only its test cases, or a fold's with --fold.")]
-Fold = Annotated[int | None, typer.Option(help="With --split: the validation cases of this fold.")]
-Mirror = Annotated[bool, typer.Option("--mirror", help="See each scan a second time with left and right exchanged.")]
-Engine = Annotated[str, typer.Option(help="auto (openvino on a CPU where it is installed), torch or openvino.")]
-Precision = Annotated[str, typer.Option(help="auto (the training's on a GPU, f32 on a CPU), f32 or bf16.")]
+Shard = Annotated[str | None, typer.Option(metavar="K/N", help="Process only part K of N of the cases, such as 2/8.")]
+Split = Annotated[Path | None, typer.Option(help="Split file: only its test cases, or the cases of --fold.")]
+Fold = Annotated[int | None, typer.Option(help="With --split: only the validation cases of this fold.")]
+Mirror = Annotated[bool, typer.Option("--mirror", help="Test-time augmentation: left-right flip.")]
+Engine = Annotated[str, typer.Option(help="auto (openvino on a CPU if installed, else torch), torch or openvino.")]
+Precision = Annotated[str, typer.Option(help="auto (as in training on a GPU, f32 on a CPU), f32 or bf16.")]
 MaxMemory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Main memory, such as 6GB; a scan that may need more is refused.")
+    str | None, typer.Option(metavar="SIZE", help="Memory limit, such as 6GB; scans that may need more are refused.")
 ]
-Convention = Annotated[
-    str, typer.Option(help="What label ids mean: kits19 (cysts are kidney) or kits23 (cysts are 3).")
-]
+Convention = Annotated[str, typer.Option(help="Label convention: kits19 (cysts are kidney) or kits23 (cysts are 3).")]
 
 
 def main() -> None:
-    """Run the command line: errors in one line.
+    """Run the command line, and print errors in one line.
 
-    Exit code 1 where something failed, 2 where the call can't be meant; 130 after Ctrl-C, 138 after SIGUSR1, 143 after
-    SIGTERM.
+    Exit codes: 1 if something failed, 2 for invalid usage, 130 after Ctrl-C, 138 after SIGUSR1, 143 after SIGTERM.
     """
-    atexit.register(gc.freeze)  # else Python's end walks PyTorch's modules several times, which takes a second
+    atexit.register(gc.freeze)  # otherwise garbage collection of PyTorch's modules at exit takes a second
     try:
         with interruptible():
             app()
@@ -98,7 +95,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
 def preprocess_cases(
     cases: Sequence[Any], configuration: dict[str, Any], to: Path, jobs: int, part: str = ""
 ) -> set[str]:
-    """Preprocess with a bar; the ids of the cases that failed. part: of the work, such as ``2/8``."""
+    """Preprocess with a progress bar; returns the ids of the cases that failed. part: the shard, such as ``2/8``."""
     from kitseg import config
     from kitseg.commands import preprocess as steps
 
@@ -117,18 +114,18 @@ def preprocess_cases(
 
 
 def bar_over(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> list[Outcome]:
-    """Run a verb over cases with a bar; say what became of each."""
+    """Run a command over cases with a progress bar and print the outcome of each."""
     with console.bar(title, count, shown=Share.here().of == 1) as step:
 
         def done(outcome: Outcome) -> None:
             step()
-            _say_outcome(outcome)
+            _print_outcome(outcome)
 
         return run(done)
 
 
 def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> None:
-    """Run a verb over cases with a bar; say what failed; exit code 1 where something did."""
+    """Run a command over cases with a progress bar and print the outcomes; exit code 1 if a case failed."""
     outcomes = bar_over(title, count, run)
     failed = sum(bool(outcome.error) for outcome in outcomes)
     levels = Counter(outcome.quality.level for outcome in outcomes if outcome.quality)
@@ -138,9 +135,9 @@ def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list
 
 
 def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, ranks: int) -> None:
-    """Have a verb's work on cases, or on a shard of them, done by so many processes, or by those of a launcher.
+    """Run a command over the cases of a shard in ``ranks`` processes, or in those of a launcher.
 
-    Exit code 1 where a case failed.
+    Exit code 1 if a case failed.
     """
     from kitseg.runtime.workers import deal, on_ranks
 
@@ -157,7 +154,7 @@ def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, 
 
 
 def choose_ranks(gpus: int, processes: int, device: str) -> tuple[str, int]:
-    """The device and the number of processes that options ask for.
+    """The device and the number of processes from the options.
 
     Raises:
         UsageError: they contradict each other.
@@ -165,12 +162,12 @@ def choose_ranks(gpus: int, processes: int, device: str) -> tuple[str, int]:
     if gpus and device == "cpu":
         raise UsageError("--gpus and --device cpu exclude each other")
     if processes > 1 and device != "cpu":
-        raise UsageError("--processes is for --device cpu; on GPUs the ranks are --gpus")
+        raise UsageError("--processes needs --device cpu. On GPUs, set the number of processes with --gpus")
     return "cuda" if gpus else device, gpus or processes
 
 
 def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -> None:
-    """Predict and score the validation cases of a run's finished folds; exit code 1 where a case failed."""
+    """Predict and score the validation cases of a run's finished folds; exit code 1 if a case failed."""
     from kitseg.commands import validate as steps
     from kitseg.commands.evaluate import groups
 
@@ -191,13 +188,13 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -
     if (done := len(set(folds.values()))) < len(plan.split.folds):
         console.print_line(f"{done} of {len(plan.split.folds)} folds are trained and validated so far")
     console.print_line(
-        "No weight was learned from these cases, but they chose the checkpoints: a test set is stricter."
+        "These cases were not trained on, but they selected the checkpoints: a test set gives a stricter estimate."
     )
     console.print_line(f"out-of-fold scores: {plan.run.scores(mirror)}")
     exit_if(any(outcome.error for outcome in outcomes) or any(score.error or score.missing for score in scores))
 
 
-def _say_outcome(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     if outcome.error:
         return console.print_error(outcome.error)
     names = {"kidney": "kidney without tumor"}
@@ -209,15 +206,15 @@ def _say_outcome(outcome: Outcome) -> None:
 
 
 def known_convention(convention: str) -> None:
-    """Refuse a label convention that isn't there."""
+    """Refuse an unknown label convention."""
     from kitseg.labels import CONVENTIONS
 
     if convention not in CONVENTIONS:
-        raise UsageError(f"there is no label convention '{convention}'; there are {', '.join(CONVENTIONS)}")
+        raise UsageError(f"unknown label convention '{convention}'. Choose {' or '.join(CONVENTIONS)}")
 
 
 def exit_if(failed: bool) -> None:
-    """Exit code 1 where something failed."""
+    """End with exit code 1 if something failed."""
     if failed:
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""What commands share that work case by case towards one output: here or on a cluster, all cases or a part of them."""
+"""Shared by commands that gather results over cases into one output: local processes, dask clusters and shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound="Result")
 Cluster = Annotated[
     str | None,
-    typer.Option(metavar="dask://HOST:PORT", help="Let the workers of a dask cluster work on the cases."),
+    typer.Option(metavar="dask://HOST:PORT", help="Process the cases on the workers of a dask cluster."),
 ]
 
 

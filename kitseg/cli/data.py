@@ -1,4 +1,4 @@
-"""Commands for cases: make them, get them, check them, put them on a grid."""
+"""Commands for cases: phantom, download, check, preprocess, split, augment."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder for the cases, in the KiTS layout.")] = Path("data"),
-    cases: Annotated[int, typer.Option(min=1, help="How many cases.")] = 12,
-    seed: Annotated[int, typer.Option(help="Same seed, same cases.")] = 0,
+    cases: Annotated[int, typer.Option(min=1, help="Number of cases.")] = 12,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same cases.")] = 0,
     matrix: Annotated[int, typer.Option(min=64, max=512, help="Pixels along rows and columns.")] = 512,
     jobs: Jobs = -1,
 ) -> None:
-    """Make procedural contrast CT cases with labels, to learn and to test with."""
+    """Generate synthetic contrast CT cases with labels, for training and testing without patient data."""
     from joblib import delayed
 
     from kitseg.runtime.outcomes import in_parallel
@@ -58,15 +58,17 @@ def phantom(
 
 @app.command(epilog="Example: kitseg download kits19 --to data --cases 0-9")
 def download(
-    dataset: Annotated[str, typer.Argument(help="kits19.")],
+    dataset: Annotated[str, typer.Argument(help="The data set: kits19.")],
     to: Annotated[Path, typer.Option(help="Folder for the cases.")] = Path("data"),
-    cases: Annotated[str, typer.Option(help="Which cases: 0-9, or 3,17,20-29; 210-299 have no labels.")] = "0-209",
+    cases: Annotated[
+        str, typer.Option(help="Cases to download, such as 0-9 or 3,17,20-29; 210-299 have no labels.")
+    ] = "0-209",
 ) -> None:
-    """Download the challenge's images and labels from their official places; goes on when called again."""
+    """Download the challenge's images and labels from their official sources. Running it again resumes."""
     from kitseg.volumes.download import download_kits19, parse_cases
 
     if dataset != "kits19":
-        raise UsageError(f"there is no data set '{dataset}'; there is kits19")
+        raise UsageError(f"unknown data set '{dataset}'. Choose kits19")
     numbers = parse_cases(cases)
     with console.bar("download", len(numbers)) as step:
         failures = download_kits19(to, numbers, lambda *_: step())
@@ -83,7 +85,7 @@ def check(
     jobs: Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
 ) -> None:
-    """Look for what is wrong with each case: unreadable, other grid, odd labels, not HU, a second series."""
+    """Check each case: readable files, labels on the scan's grid, valid label values, HU, a single series."""
     from dataclasses import asdict
 
     from joblib import delayed
@@ -108,7 +110,7 @@ def check(
     if report:
         write_json(report, 1, {"cases": [asdict(r) for r in reports]})
     bad = sum(not r.ok for r in reports)
-    console.print_line(f"{len(reports) - bad} of {len(reports)} cases are fine")
+    console.print_line(f"{len(reports) - bad} of {len(reports)} cases are valid")
     exit_if(bad > 0)
 
 
@@ -123,7 +125,7 @@ def preprocess(
     shard: Shard = None,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Resample every case onto the grids of a method; what is done and unchanged is skipped."""
+    """Resample every case to the grids of a method. Cases that are done and unchanged are skipped."""
     from kitseg import config
     from kitseg.runtime.dask import on_cluster
     from kitseg.runtime.sharding import Share
@@ -140,17 +142,17 @@ def preprocess(
 def split(
     data: Annotated[list[Path], typer.Argument(help="Folders of labelled cases.")] = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="The split file.")] = Path("splits.json"),
-    folds: Annotated[int, typer.Option(min=2, help="Outer folds.")] = 5,
-    nested_folds: Annotated[int, typer.Option(min=2, help="Folds of each fold's training cases.")] = 3,
-    test_cases: Annotated[int, typer.Option(min=0, help="Patients held out from every fold.")] = 0,
-    seed: Annotated[int, typer.Option(help="Same seed and cases, same file.")] = 0,
+    folds: Annotated[int, typer.Option(min=2, help="Number of cross-validation folds.")] = 5,
+    nested_folds: Annotated[int, typer.Option(min=2, help="Nested folds within each fold's training cases.")] = 3,
+    test_cases: Annotated[int, typer.Option(min=0, help="Number of patients held out from every fold.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed and cases give the same split.")] = 0,
     convention: Convention = "kits19",
     jobs: Jobs = -1,
 ) -> None:
-    """Split cases by patient, each fold with the same mix of tumor volumes and slice thickness.
+    """Split cases by patient into cross-validation folds with similar tumor volumes and slice thicknesses.
 
-    `kitseg train` does the same where there is no split file. A patients.csv (columns case, patient) beside the cases
-    says which of them show the same patient.
+    `kitseg train` does the same if there is no split file. A file patients.csv (columns case, patient) next to the
+    cases lists which of them belong to the same patient.
     """
     from kitseg.splits import make_split, write_split
     from kitseg.training.split import look_at, report_split
@@ -158,12 +160,12 @@ def split(
 
     known_convention(convention)
     if output.exists():
-        raise UsageError(f"{output} is there already; give another name with --output, or delete it")
+        raise UsageError(f"{output} already exists. Choose another name with --output, or delete it")
     cases = labelled_cases(data)
     with console.bar("split", len(cases)) as step:
         traits, errors = look_at(cases, convention, jobs, step)
     for error in errors:
-        console.print_error(f"{error} It is left out.")
+        console.print_error(f"{error} The case is left out.")
     made = make_split(traits, folds, nested_folds, test_cases, seed, convention)
     write_split(made, output)
     table = console.table("part", "cases", "tumor: median (ml)", *THICKNESSES)
@@ -178,27 +180,31 @@ def split(
 def augment(
     method: Method = "two-phase",
     size: Size = "paper",
-    run: Annotated[Path | None, typer.Option(help="The run that says which cases are hard; runs/METHOD-SIZE.")] = None,
-    fold: Annotated[int, typer.Option(min=0, help="The outer fold whose training cases are copied.")] = 0,
-    worst: Annotated[int, typer.Option(min=1, help="Hard cases: those of the lowest Dice.")] = 20,
-    partners: Annotated[int, typer.Option(min=1, help="Other cases that each hard one is paired with.")] = 10,
+    run: Annotated[
+        Path | None, typer.Option(help="The run whose predictions rank the cases. Default: runs/METHOD-SIZE.")
+    ] = None,
+    fold: Annotated[int, typer.Option(min=0, help="The fold whose training cases are registered.")] = 0,
+    worst: Annotated[int, typer.Option(min=1, help="Number of hard cases: those with the lowest Dice.")] = 20,
+    partners: Annotated[int, typer.Option(min=1, help="Number of other cases paired with each hard case.")] = 10,
     direction: Annotated[
-        str, typer.Option(help="partner-to-hard: a partner in the hard case's shape; or hard-to-partner.")
+        str,
+        typer.Option(help="partner-to-hard (warp the partner to the hard case's anatomy) or hard-to-partner."),
     ] = "partner-to-hard",
-    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; several times for several.")] = [  # noqa: B006
+    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; may be repeated.")] = [  # noqa: B006
         Path("data")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the copies.")] = Path("augmented"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the new cases.")] = Path("augmented"),
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
-    seed: Annotated[int, typer.Option(help="Of the draw of the partners.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the choice of partners.")] = 0,
     device: Device = "auto",
     jobs: Jobs = -1,
     cluster: Cluster = None,
     shard: Shard = None,
 ) -> None:
-    """Register other training cases to a fold's hard ones, as more cases to learn from; goes on when called again.
+    """Augment a fold's training set by registration of hard cases with other cases. Running it again resumes.
 
-    Hard are those that the run's inner folds predict worst; inner folds that aren't trained yet are trained first.
+    Hard cases are those that the networks of the run's nested folds predict worst; nested folds that are not trained
+    yet are trained first.
     """
     from kitseg.commands import augment as copies
     from kitseg.runtime.dask import on_cluster
@@ -226,11 +232,11 @@ def augment(
         _report_copies(outcomes, output)
         if share.of > 1 and (left := copies.undone(pairs, output, convention)):
             console.print_line(
-                f"part {share}: {left} of {len(pairs)} pairs are still to do; who ends last writes the split"
+                f"part {share}: {left} of {len(pairs)} pairs are still to do; the part that ends last writes the split"
             )
         else:
             copies.write_augmented_split(plan.run, output)
-            _say_how_to_train(plan, data, output)
+            _print_next_command(plan, data, output)
     exit_if(bool(failed) or any(outcome.state == "failed" for outcome in outcomes))
 
 
@@ -241,10 +247,10 @@ def _show_ranking(ranked: Sequence[Ranked]) -> None:
     console.out.print(table)
 
 
-def _say_how_to_train(plan: Plan, data: Sequence[Path], copies: Path) -> None:
+def _print_next_command(plan: Plan, data: Sequence[Path], copies: Path) -> None:
     more = "".join(f" --data {folder}" for folder in [*data, copies])
     console.print_line(
-        f"To train with them, with the options of {plan.run.path}: kitseg train --method {plan.method.name} "
+        f"To train with the new cases and the options of {plan.run.path}: kitseg train --method {plan.method.name} "
         f"--size {plan.config['size']['name']} --fold {plan.fold}{more} --split {copies / 'splits.json'} "
         f"--name {plan.run.path.name}-augmented"
     )
@@ -255,14 +261,12 @@ def _report_copies(outcomes: Sequence[Copied], folder: Path) -> None:
         if outcome.state == "failed":
             console.print_error(outcome.reason)
         elif outcome.state == "rejected":
-            console.print_line(f"{outcome.name}: no copy; {escape(outcome.reason)}")
+            console.print_line(f"{outcome.name}: rejected, {escape(outcome.reason)}")
     kept = [outcome.facts for outcome in outcomes if outcome.state == "kept" and outcome.facts]
     new = sum(outcome.new for outcome in outcomes)
     console.print_line(
-        f"{len(kept)} of {len(outcomes)} pairs gave a copy in {folder}; {new} were registered in this call"
+        f"{len(kept)} of {len(outcomes)} pairs gave a new case in {folder}; {new} were registered in this call"
     )
     if kept:
         before, after = (fmean(facts[key] for facts in kept) for key in ("dice_before", "dice_after"))
-        console.print_line(
-            f"overlap of the kidneys: {before:.2f} before and {after:.2f} after registration (mean Dice)"
-        )
+        console.print_line(f"mean Dice of the kidneys: {before:.2f} before registration, {after:.2f} after")

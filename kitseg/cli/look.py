@@ -1,4 +1,4 @@
-"""Commands that look at label maps: what they measure, and pages of them."""
+"""Commands for the results in label maps: measure, mesh, report."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ def measure(
     labels: Annotated[Path, typer.Argument(metavar="SEG", help="A label map, or a folder of them.")],
     ct: Annotated[
         Path | None,
-        typer.Option(help="Its scan, or the folder of theirs: adds HU, and helps to tell a single kidney's side."),
+        typer.Option(help="The scan, or the folder of scans: adds HU, and helps to find the side of a single kidney."),
     ] = None,
     convention: Convention = "kits19",
     jobs: Jobs = -1,
     cluster: Cluster = None,
     shard: Shard = None,
-    table: Annotated[Path | None, typer.Option("--csv", help="Write a row for each kidney and lesion.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--csv", help="Write one row per kidney and lesion to this file.")
+    ] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write all findings to this file.")] = None,
 ) -> None:
-    """Kidneys and lesions: side, volume, diameters, size class, HU, share outside the kidney, contact surface.
+    """Measure kidneys and lesions: side, volume, diameters, size class, HU, exophytic share, contact surface.
 
-    The diameters, and what else is measured, are defined in docs/explanation/measure.md.
+    docs/explanation/measure.md defines every measurement.
     """
     from kitseg.commands import measure as steps
     from kitseg.runtime.resume import ResultCache
@@ -61,7 +63,7 @@ def mesh(
     of: Annotated[str, typer.Option(help="kidney (both, with lesions), parenchyma, tumor or cyst.")] = "kidney",
     convention: Convention = "kits19",
 ) -> None:
-    """The surface of a label map as an STL file, in millimetres in the patient's space (RAS+)."""
+    """Write the surface of a label map as an STL file, in mm in the patient's space (RAS+)."""
     from kitseg.commands.measure import write_mesh
 
     known_convention(convention)
@@ -73,15 +75,15 @@ def mesh(
 def report(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps, or one of them.")] = PREDICTIONS,
     data: Annotated[
-        list[Path], typer.Argument(help="Their scans, and references where there are: files and folders.")
+        list[Path], typer.Argument(help="Files or folders of the scans and, if available, the references.")
     ] = [],  # noqa: B006
-    scores: Annotated[Path | None, typer.Option(help="A file of `kitseg evaluate --json`.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="A file from `kitseg evaluate --json`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
     jobs: Jobs = -1,
     cluster: Cluster = None,
     shard: Shard = None,
 ) -> None:
-    """Pages to look at: one a case, and one about all of them; each a single HTML file that needs no network."""
+    """Write HTML pages: one per case and one for the study, each a self-contained file that works offline."""
     from kitseg.commands import report as pages
     from kitseg.commands.score_files import read_scores
     from kitseg.report.html import INDEX

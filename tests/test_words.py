@@ -1,0 +1,35 @@
+"""What a user reads: the panels of the help."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import kitseg
+
+
+def test_the_help_shows_the_commands_in_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = kitseg(tmp_path, "--help").text.splitlines()
+    starts = [re.match(r"╭─ (\w+) ─|│ ([a-z]\S*)", line) for line in lines]
+    found = [match[1] or match[2] for match in starts if match]
+    assert " ".join(found) == (
+        "Options Data download phantom check split preprocess augment fit-priors Training train validate compare "
+        "choose Prediction predict infer ensemble postprocess Results evaluate measure report mesh submit "
+        "Sharing export About methods demo"
+    )
+
+
+@pytest.mark.parametrize("command", ["split", "predict"])
+def test_the_paragraphs_of_a_command_fill_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """In a paragraph, no line ends where the next word would still fit."""
+    monkeypatch.setenv("COLUMNS", "60")
+    text = kitseg(tmp_path, command, "--help").text.partition("╭")[0].partition("Usage")[2]
+    for paragraph in re.split(r"\n\s*\n", text)[1:]:
+        lines = [line.rstrip() for line in paragraph.strip("\n").splitlines()]
+        for line, following in pairwise(lines):
+            assert len(line) + 1 + len(following.split()[0]) > 58, line
