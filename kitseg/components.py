@@ -1,4 +1,4 @@
-"""Connected components of kidneys and tumors. All components are 26-connected: voxels touch by a corner too."""
+"""Connected components of masks, always 26-connected: voxels that share a corner are connected."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from scipy import ndimage
 
 from kitseg.types import Box, Triple
 
-SPECK_ML = 0.1  # a component below this is not a finding
-TILE = 8  # voxels along each axis: as many as a 64-bit word holds
+SPECK_ML = 0.1  # smaller components are not kidneys
+TILE = 8  # voxels along each axis; as bytes, 8 of them are a 64-bit word
 
 
 def bounding_box(mask: NDArray[np.bool_]) -> Box | None:
-    """The smallest box that holds every True voxel of a (D, H, W) mask; None for an empty mask."""
+    """The bounding box of a (D, H, W) mask; None for an empty mask."""
     start, stop = [0, 0, 0], list(mask.shape)
     for axis in range(3):
         inside = mask[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
@@ -30,16 +30,16 @@ def bounding_box(mask: NDArray[np.bool_]) -> Box | None:
 
 
 def clusters(mask: NDArray[np.bool_]) -> list[Box]:
-    """Disjoint boxes that hold every True voxel of a (D, H, W) mask, in no order: work on a sparse mask stays in them.
+    """Disjoint boxes, in no order, that contain every True voxel of a (D, H, W) mask, to speed up work on sparse masks.
 
-    Two voxels at most ``TILE`` apart along each axis lie in the same box, and so does everything that they touch.
+    Two True voxels at most ``TILE`` apart along each axis lie in the same box, together with all that they touch.
     """
     numbers = cc3d.connected_components(_tiles(mask).view(np.uint8), connectivity=26)
     parts = (part for part in ndimage.find_objects(numbers) if part is not None)
     boxes: list[Box] = []
     for z, y, x in parts:
         box, apart = Box((z.start, y.start, x.start), (z.stop, y.stop, x.stop)), False
-        while not apart:  # a union may touch boxes that its parts don't
+        while not apart:  # a union may touch boxes that its parts do not touch
             near = [other for other in boxes if _overlap(box, other)]
             boxes = [other for other in boxes if other not in near]
             box, apart = reduce(Box.union, near, box), not near
@@ -49,10 +49,10 @@ def clusters(mask: NDArray[np.bool_]) -> list[Box]:
 
 @dataclass(frozen=True)
 class Components:
-    """The components of a (D, H, W) mask, numbered from 1 by their first voxel in array order; 0 is no component.
+    """The components of a (D, H, W) mask, numbered from 1 by their first voxel in array order; 0 is background.
 
-    shape: of the mask; box: where its True voxels are; numbers: of each voxel in the box; sizes: voxels by number,
-    0 for number 0; parts: boxes outside which ``numbers`` is 0, in coordinates of the box.
+    shape: of the mask; box: its bounding box; numbers: component number of each voxel in the box; sizes: voxels by
+    number, 0 for number 0; parts: boxes outside which ``numbers`` is 0, relative to ``box``.
     """
 
     shape: Triple
@@ -85,7 +85,7 @@ class Components:
         return cls(shape, box, numbers, sizes, tuple(parts))
 
     def total(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """The sum by number of what an array of the mask's shape holds there."""
+        """The sum of an array of the mask's shape over each component, by number."""
         sums, held = np.zeros(self.sizes.size), values[self.box.slices]
         for part in self.parts:
             numbers = self.numbers[part.slices]
@@ -94,7 +94,7 @@ class Components:
         return sums
 
     def chosen(self, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The mask of the components whose numbers are True in ``which``."""
+        """The mask of the components whose number is True in ``which``."""
         mask, there = np.zeros(self.shape, np.bool_), which & (self.sizes > 0)
         inside = mask[self.box.slices]
         for part in self.parts:
@@ -105,17 +105,17 @@ class Components:
 def kidneys_among(
     sizes: NDArray[np.int64], voxel_ml: float, most: int = 2, min_ratio: float = 0.05, min_ml: float = 20.0
 ) -> NDArray[np.bool_]:
-    """Which foreground components are kidneys: the largest one and those that can be another kidney.
+    """Which foreground components are kidneys: the largest one, and others that are large enough.
 
-    Two-phase paper, section 5.2; the paper is silent on when one kidney is all there is. Here each component after the
-    first needs at least ``min_ratio`` of the first one's volume and at least ``min_ml``; at most ``most`` are kept.
-    Of equally large components the one that comes first in the array goes first.
+    Two-phase paper, section 5.2, which doesn't specify the case of a single kidney. Here each component after the first
+    needs at least ``min_ratio`` of the first one's volume and at least ``min_ml``; at most ``most`` are kept. Among
+    components of equal size the first one in array order takes precedence.
 
     Args:
         sizes: voxels by component number, 0 for number 0.
         voxel_ml: volume of a voxel in millilitres.
-        most: how many components to keep at most.
-        min_ratio: smallest volume of a further component, as a part of the first.
+        most: maximum number of components to keep.
+        min_ratio: smallest volume of a further component, relative to the first.
         min_ml: smallest volume of a further component in millilitres.
     """
     order = np.argsort(-sizes[1:], kind="stable")[:most] + 1
@@ -129,7 +129,7 @@ def kidneys_among(
 def keep_kidneys(
     mask: NDArray[np.bool_], voxel_ml: float, most: int = 2, min_ratio: float = 0.05, min_ml: float = 20.0
 ) -> NDArray[np.bool_]:
-    """The kidneys (with their tumors) of a foreground mask (D, H, W); ``kidneys_among`` says which those are."""
+    """The kidneys (with their tumors) of a foreground mask (D, H, W), as ``kidneys_among`` selects them."""
     found = Components.of(mask)
     return found.chosen(kidneys_among(found.sizes, voxel_ml, most, min_ratio, min_ml))
 
@@ -141,19 +141,19 @@ def _numbered(mask: NDArray[np.bool_]) -> tuple[NDArray[np.unsignedinteger[Any]]
     numbers, count = cc3d.connected_components(bytes_, connectivity=26, return_N=True)
     voxels = np.flatnonzero(bytes_)
     first = np.empty(count + 1, np.int64)
-    first[numbers.reshape(-1)[voxels[::-1]]] = voxels[::-1]  # the last one written is the first in the array
+    first[numbers.reshape(-1)[voxels[::-1]]] = voxels[::-1]  # the last value written is the first in array order
     return numbers, first[1:]
 
 
 def _moved(voxels: NDArray[np.int64], part: Box, box: Box) -> NDArray[np.int64]:
-    """Flat indices in a part of a box as flat indices in the box."""
+    """Convert flat indices in a part of a box to flat indices in the box."""
     z, y, x = np.unravel_index(voxels, part.size)
     index = (z + part.start[0], y + part.start[1], x + part.start[2])
     return np.ravel_multi_index(index, box.size)
 
 
 def _tiles(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which cubes of ``TILE`` voxels hold a True voxel."""
+    """Which cubes of ``TILE``³ voxels contain a True voxel."""
     depth, height, width = mask.shape
     rows, words = range(0, height, TILE), -(-width // TILE)
     tiles = np.zeros((-(-depth // TILE), len(rows), words), np.bool_)

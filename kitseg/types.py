@@ -1,4 +1,4 @@
-"""The few central things, as frozen dataclasses.
+"""The central data types, as frozen dataclasses.
 
 Arrays are (D, H, W): slices, rows, columns in KiTS orientation (I, P, L).
 """
@@ -19,7 +19,7 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """A voxel lattice in the patient.
+    """A voxel grid in the patient's space.
 
     shape: voxels per axis; affine: (4, 4), voxel index to millimetres in RAS+.
     """
@@ -45,10 +45,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Grid:
-    """The lattice a stage works on, whatever the scan: how far apart its voxels are, and how values get there and back.
+    """The resampling grid of a stage: its spacing, and the interpolation to it and back.
 
-    slices: mm between slices, None for the scan's own; inplane: mm between pixels; pixels: of the longer side instead;
-    image: how HU get onto the grid, back: how probabilities return, each ``linear`` or ``nearest``.
+    slices: mm between slices, None for the scan's own; inplane: mm between pixels; pixels: of the longer side, instead
+    of ``inplane``; image: interpolation of HU to the grid, back: of probabilities from it, ``linear`` or ``nearest``.
     """
 
     slices: float | None = None
@@ -59,11 +59,11 @@ class Grid:
 
     def __post_init__(self) -> None:
         if any(value is not None and value <= 0 for value in (self.slices, self.inplane, self.pixels)):
-            raise ValueError("a grid's slices, inplane and pixels are positive")
+            raise ValueError("a grid's slices, inplane and pixels must be positive")
         if self.inplane is not None and self.pixels is not None:
             raise ValueError("a grid takes inplane or pixels, not both")
         if not {self.image, self.back} <= {"linear", "nearest"}:
-            raise ValueError("a grid's image and back are linear or nearest")
+            raise ValueError("a grid's image and back must be linear or nearest")
 
     def __str__(self) -> str:
         across = "native" if self.inplane is None else f"{self.inplane:.4g}mm"
@@ -76,8 +76,8 @@ class Grid:
 class Volume:
     """One scan or label map.
 
-    array: (D, H, W) in orientation (I, P, L); geometry: of that array; native: of the file as it lies on disk,
-    the return ticket for everything that is written beside it.
+    array: (D, H, W) in orientation (I, P, L); geometry: of that array; native: of the file on disk, on whose grid
+    results are written.
     """
 
     array: NDArray[Any]
@@ -88,11 +88,11 @@ class Volume:
 
 @dataclass(frozen=True)
 class Case:
-    """Where a case's files are, and whose images they show.
+    """A case's files and patients.
 
     image: a file, or the folder of a DICOM series, whose files are its ``slices``; label: None for a scan without
-    reference; patients: the case is a patient of its own where there are none; sources: the cases that a registered
-    copy was made from, none for a scan; note: what a reader should know of how its volume comes about.
+    reference; patients: empty if the case is a patient of its own; sources: the cases that an augmented case was
+    registered from, empty for a scan; note: a remark for the user on how the volume was built.
     """
 
     id: str
@@ -105,13 +105,13 @@ class Case:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All that it is read from."""
+        """All files of the case."""
         return (*(self.slices or (self.image,)), *((self.label,) if self.label else ()))
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a split balances: the patient, the tumor's volume in ml, the distance of the slices in mm."""
+    """What a split balances: the patient, the tumor's volume in ml, the slice thickness in mm."""
 
     case: str
     patient: str
@@ -121,7 +121,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Box:
-    """A box of voxels on a grid, start inclusive, stop exclusive; it may reach outside the grid (then it is padded)."""
+    """A box of voxels, start inclusive, stop exclusive; it may reach outside the grid, where patches are padded."""
 
     start: Triple
     stop: Triple
@@ -134,32 +134,32 @@ class Box:
 
     @property
     def slices(self) -> tuple[slice, slice, slice]:
-        """The box as an index; only for a box inside its grid."""
+        """The box as an array index; only for a box inside its grid."""
         z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
         return z, y, x
 
     def moved(self, origin: Triple) -> Box:
-        """The same box in coordinates that begin at ``origin``."""
+        """The same box in coordinates relative to ``origin``."""
         start, stop = (triple(a - o for a, o in zip(side, origin, strict=True)) for side in (self.start, self.stop))
         return Box(start, stop)
 
     def placed(self, origin: Triple) -> Box:
-        """The box given in coordinates that begin at ``origin``, in those around them: the inverse of ``moved``."""
+        """The inverse of ``moved``: from coordinates relative to ``origin`` to absolute ones."""
         start, stop = (triple(a + o for a, o in zip(side, origin, strict=True)) for side in (self.start, self.stop))
         return Box(start, stop)
 
     def grown(self, by: int) -> Box:
-        """The box with ``by`` more voxels on every side."""
+        """The box enlarged by ``by`` voxels on every side."""
         return Box(triple(a - by for a in self.start), triple(b + by for b in self.stop))
 
     def union(self, other: Box) -> Box:
-        """The smallest box that holds both; an empty one adds nothing."""
+        """The smallest box that contains both; an empty one adds nothing."""
         if 0 in self.size or 0 in other.size:
             return other if 0 in self.size else self
         return Box(triple(map(min, self.start, other.start)), triple(map(max, self.stop, other.stop)))
 
     def clip(self, shape: Triple) -> Box:
-        """The part inside a grid of ``shape`` voxels (empty axes where there is none)."""
+        """The part inside a grid of ``shape`` voxels; axes without overlap have size 0."""
         start = triple(min(max(a, 0), n) for a, n in zip(self.start, shape, strict=True))
         stop = triple(min(max(b, a), n) for a, b, n in zip(start, self.stop, shape, strict=True))
         return Box(start, stop)
@@ -167,7 +167,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """What a model believes about a scan, on the scan's own lattice.
+    """The class probabilities that a model predicts for a scan, on the scan's own grid.
 
     array: (K, D, H, W) float16 inside ``box``; outside it the background has probability 1.
     channels: the K names; geometry: the whole scan in (I, P, L); native: the scan's file on disk.
@@ -183,10 +183,10 @@ class Probabilities:
 
 @dataclass(frozen=True)
 class Masks:
-    """Which voxels hold kidney or tumor, and which hold tumor: what post-processing cleans.
+    """The masks that post-processing cleans.
 
-    foreground: (D, H, W), kidney ∪ tumor as far as the method says so; tumor: (D, H, W), which may reach outside the
-    foreground where two networks found them.
+    foreground: (D, H, W), kidney ∪ tumor as the method predicts it; tumor: (D, H, W), which may reach outside the
+    foreground if two networks predict them.
     """
 
     foreground: NDArray[np.bool_]
@@ -198,7 +198,7 @@ class Masks:
 
     @classmethod
     def from_labels(cls, labels: NDArray[np.uint8]) -> Masks:
-        """The masks of a label map (D, H, W), whose tumors all lie in the foreground."""
+        """The masks of a label map (D, H, W); all tumors lie in the foreground."""
         return cls(labels != BACKGROUND, labels == TUMOR)
 
     @property
@@ -210,18 +210,18 @@ class Masks:
         """The part of both masks in a box."""
         return Masks(self.foreground[box.slices], self.tumor[box.slices])
 
-    def without(self, gone: NDArray[np.bool_]) -> Masks:
+    def without(self, removed: NDArray[np.bool_]) -> Masks:
         """Both masks without the voxels of a third one."""
-        return Masks(self.foreground & ~gone, self.tumor & ~gone)
+        return Masks(self.foreground & ~removed, self.tumor & ~removed)
 
     def labels(self) -> NDArray[np.uint8]:
-        """The label map: foreground is kidney, and then tumor is tumor."""
+        """The label map: tumor where the tumor mask is set, kidney in the rest of the foreground."""
         labels = self.foreground.astype(np.uint8) * np.uint8(KIDNEY)
         labels[self.tumor] = TUMOR
         return labels
 
 
 def triple(values: Any) -> Triple:
-    """Three numbers as whole ones, such as a row of ``np.argwhere``."""
+    """Three numbers as integers, such as a row of ``np.argwhere``."""
     z, y, x = (int(v) for v in values)
     return z, y, x

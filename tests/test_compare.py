@@ -185,7 +185,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "kidney: no difference shown" in result.text
     assert "tumor: B is better by 0.124 (95 % CI 0.1" in result.text
     assert "p < 0.001, 20 of 20 cases)" in result.text
-    assert "corrected for their 2 tests by Holm's method" in result.text
+    assert "corrected for 2 tests" in result.text
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (content["only_a"], content["only_b"]) == (["case_00099"], [])
     rows = {(group["class"], group["stratum"]): group for group in content["groups"]}

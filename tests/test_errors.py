@@ -1,4 +1,4 @@
-"""Faults of the machine in one line each, with what helps."""
+"""Failures of the machine in one line each, with a remedy."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ OPTION = re.compile(r"--[a-z][a-z-]*")
 
 
 @pytest.mark.parametrize(
-    ("number", "words", "helps"),
+    ("number", "problem", "remedy"),
     [
         (errno.ENOSPC, "the disk is full", "Free some space"),
         (errno.EDQUOT, "the disk quota is used up", "Free some space"),
-        (errno.EROFS, "the file system is read-only", "Choose a folder that is writable"),
+        (errno.EROFS, "the file system is read-only", "writable"),
         (errno.EACCES, "permission denied", "that you may read and write"),
         (errno.EMFILE, "too many files are open", "--jobs"),
         (errno.ENOMEM, "out of memory", "--max-memory"),
-        (errno.ETIMEDOUT, "the network or a network folder does not answer", "Call again"),
-        (errno.ENOTCONN, "the network or a network folder was lost", "Call again"),
+        (errno.ETIMEDOUT, "the network or a network folder does not respond", "again"),
+        (errno.ENOTCONN, "the network or a network folder was lost", "again"),
     ],
 )
-def test_what_the_system_says(number: int, words: str, helps: str) -> None:
+def test_system_errors(number: int, problem: str, remedy: str) -> None:
     line = format_error("case_00000", OSError(number, os.strerror(number)))
-    assert line.startswith(f"case_00000: {words}. ")
-    assert helps in line
+    assert line.startswith(f"case_00000: {problem}. ")
+    assert remedy in line
 
 
 def test_numpy_out_of_memory() -> None:
@@ -46,35 +46,33 @@ def test_torch_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert "out of memory. Free some" in format_error("a", caught.value)
-    assert "out of GPU memory. End what else runs on it" in format_error(
-        "a", torch.OutOfMemoryError("CUDA out of memory.")
-    )
+    assert "out of GPU memory" in format_error("a", torch.OutOfMemoryError("CUDA out of memory."))
 
 
 def test_a_killed_loader() -> None:
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert "a loader process was killed. The machine may be short of memory" in format_error("a", error)
+    assert "loader process was killed. The machine may be short of memory" in format_error("a", error)
 
 
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), *(OSError(number, "") for number in (errno.EMFILE, errno.ENFILE)), torch.OutOfMemoryError("")],
 )
-def test_what_helps_asks_of_no_command_an_option_that_it_lacks(error: Exception) -> None:
-    """Every command shows these lines: an option of some is named as one of "whichever of these the command has"."""
+def test_remedies_name_only_options_that_commands_have(error: Exception) -> None:
+    """Options of only some commands follow "with one of these options, if it has them"."""
     commands = typer.main.get_command(app).commands.values()
     options = [{name for parameter in command.params for name in parameter.opts} for command in commands]
-    asked, _, offered = format_error("a", error).partition("whichever of these the command has: ")
+    asked, _, offered = format_error("a", error).partition("with one of these options, if it has them: ")
     assert set(OPTION.findall(asked)) <= set.intersection(*options)
     assert set() < set(OPTION.findall(offered)) <= set.union(*options)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("shape"), OSError("odd"), OSError(errno.EBADF, "bad")])
-def test_what_nobody_foresaw_keeps_its_type(error: Exception) -> None:
+def test_unexpected_errors_show_their_type(error: Exception) -> None:
     assert fault(error) is None
     assert format_error("a", error).startswith(f"a: {type(error).__name__}: ")
 
 
-def test_a_name_stays_in_its_line_and_its_colour() -> None:
+def test_control_characters_are_escaped() -> None:
     assert printable("a\nb\x1b[31mc\u2028\udc80 \u3000é") == "a\\nb\\x1b[31mc\\u2028\\udc80 \u3000é"
     assert str(InputError("a\nb", "is odd", "Rename it.")) == "a\\nb: is odd. Rename it."

@@ -273,7 +273,7 @@ def test_a_killed_loader_process(folder: Path, whole: Path) -> None:
         patched.setattr(PatchQueue, "__getitem__", killed)
         result = kitseg(folder, *QUICK, "--workers=1")
     assert result.code == 1, result.text
-    assert "a loader process was killed" in result.text
+    assert "loader process was killed" in result.text
     assert "fewer --workers" in result.text
     check_goes_on(folder, whole, "--workers=1")
 

@@ -205,7 +205,7 @@ def test_labels_alone_have_a_page(reported: Path) -> None:
     done = kitseg(reported, "report", "predictions/case_00000.nii.gz", "-o", "alone", "--jobs=1")
     assert done.code == 0, done.text
     found = Page(reported / "alone" / "case_00000.html")
-    assert "No scan was given." in found.text
+    assert "No scan is available." in found.text
     assert "Scores" not in found.text
 
 

@@ -1,1 +1,1 @@
-"""What training minimizes: logits and class ids in, one number out."""
+"""Loss functions: logits and class ids in, a scalar out."""

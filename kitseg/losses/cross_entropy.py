@@ -11,8 +11,8 @@ from kitseg.losses.one_hot import one_hot
 class CrossEntropy(nn.Module):
     """Cross-entropy, the mean over all pixels of the batch.
 
-    L = −mean_n log p of the true class, p = softmax of the logits: ``nn.CrossEntropyLoss``, whose own mean over pixels
-    adds up in any order on a GPU and is refused where the same bits are asked for.
+    L = −mean_n log p of the true class, p = softmax of the logits. Equal to ``nn.CrossEntropyLoss``, whose reduction is
+    not deterministic on a GPU.
     """
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -21,12 +21,12 @@ class CrossEntropy(nn.Module):
 
 
 class MaskedCrossEntropy(nn.Module):
-    """Cross-entropy that sees only what the mask lets through.
+    """Cross-entropy inside a mask.
 
     L = −mean(mask · g · log p), p = softmax of the logits, g the reference as 0 and 1; the mean is over all pixels of
-    the batch, masked out or not, and over the K channels.
+    the batch, inside and outside the mask, and over the K channels.
 
-    Guided-unetpp paper, section 2, its second equation, which lacks the minus sign.
+    Guided-unetpp paper, section 2, second equation, in which the minus sign is missing.
     """
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -38,9 +38,9 @@ class MaskedCrossEntropy(nn.Module):
             mask: (N, 1, *spatial), 0 or 1.
 
         Raises:
-            ValueError: the shapes don't belong together.
+            ValueError: the shapes don't match.
         """
         if mask.shape != target.unsqueeze(1).shape:
-            raise ValueError(f"a mask of shape {tuple(mask.shape)} doesn't fit class ids of {tuple(target.shape)}")
+            raise ValueError(f"mask of shape {tuple(mask.shape)} doesn't match class ids of {tuple(target.shape)}")
         log_p = logits.float().log_softmax(dim=1)
         return -(mask * one_hot(target, log_p) * log_p).mean()

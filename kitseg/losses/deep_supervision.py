@@ -1,4 +1,4 @@
-"""One loss for several heads."""
+"""Deep supervision: one loss over several heads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class DeepSupervision(nn.Module):
-    """Σ_i w_i · loss(head i, target at the size of head i); sizes are matched by nearest neighbour.
+    """Σ_i w_i · loss(head i, target resampled to the size of head i by nearest neighbour).
 
     Progressive paper, section 1: weights 0.2, 0.2, 0.2, 0.4 from the coarsest head to the finest. Guided-unetpp paper,
-    section 2: the heads of UNet++, all of the target's size, averaged.
+    section 2: the mean over the heads of UNet++, which all have the target's size.
 
     Args:
         loss: (logits, target, ...) -> scalar.
@@ -27,12 +27,12 @@ class DeepSupervision(nn.Module):
         """The loss, a scalar.
 
         Args:
-            heads: logits (N, K, *spatial), each of a size of its own.
+            heads: logits (N, K, *spatial), of different sizes.
             target: (N, *spatial) int64 class ids at full size.
-            more: what else the loss takes, (N, 1, *spatial) at full size.
+            more: further inputs of the loss, (N, 1, *spatial) at full size.
 
         Raises:
-            ValueError: there aren't as many heads as weights.
+            ValueError: the numbers of heads and weights differ.
         """
         if len(heads) != len(self.weights):
             raise ValueError(f"{len(heads)} heads, but {len(self.weights)} weights")
@@ -41,7 +41,7 @@ class DeepSupervision(nn.Module):
 
 
 def _nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """``x`` with the last axes sampled at ``size`` points: every k-th where ``size`` is a k-th of them."""
+    """``x`` with its last axes sampled at ``size`` points (every k-th point for an integer ratio k)."""
     for axis, (wanted, given) in enumerate(zip(size, x.shape[-len(size) :], strict=True), start=-len(size)):
         if wanted != given:
             x = x.index_select(axis, torch.arange(wanted, device=x.device) * given // wanted)

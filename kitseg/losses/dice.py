@@ -1,4 +1,4 @@
-"""Losses from the Dice coefficient. p: probabilities, g: the reference as 0 and 1; all sums in float32."""
+"""Dice losses. p: probabilities, g: the reference as 0 and 1; all sums in float32."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from kitseg.losses.one_hot import one_hot
 
 
 class SoftDice(nn.Module):
-    """Soft Dice with squared denominator over all classes, for each sample on its own.
+    """Soft Dice loss with squared denominator over all classes, computed per sample.
 
     L = 1 − (1/(N·K)) Σ_{n,c} 2 Σ p·g / (Σ p² + Σ g² + epsilon), p = softmax of the logits, inner sums over pixels.
 
-    Two-stage paper, section 2.2, which names no loss; this is the one of its authors' code. A class that a sample's
-    reference lacks adds 1/(N·K) whatever is predicted, and no gradient.
+    Two-stage paper, section 2.2, which doesn't specify the loss; this is the one in its authors' code. A class that is
+    missing in a sample's reference adds the constant 1/(N·K), without gradient.
 
     Args:
-        epsilon: keeps the quotient finite where p and g are 0.
+        epsilon: avoids division by zero if p and g are 0.
     """
 
     def __init__(self, epsilon: float = 1e-10) -> None:
@@ -32,7 +32,7 @@ class SoftDice(nn.Module):
             target: (N, *spatial) int64 class ids.
 
         Raises:
-            ValueError: the shapes don't belong together.
+            ValueError: the shapes don't match.
         """
         p = logits.float().softmax(dim=1)
         p, g = p.flatten(2), one_hot(target, p).flatten(2)
@@ -41,17 +41,17 @@ class SoftDice(nn.Module):
 
 
 class BCEDice(nn.Module):
-    """Binary cross-entropy and soft Dice of one foreground channel, weighted.
+    """Weighted sum of binary cross-entropy and soft Dice loss of one foreground channel.
 
     L = bce · mean BCE(p, g) + dice · (1 − (2 Σ p·g + smooth) / (Σ p + Σ g + smooth)), p = sigmoid of the logits; mean
     and sums over all pixels of the batch.
 
-    Dual-unet paper, section 2.1.1, equation 1 (there λ = dice = 1 − bce); the paper is silent on the sums and
+    Dual-unet paper, section 2.1.1, equation 1 (with λ = dice = 1 − bce); the paper doesn't specify the sums and
     ``smooth``.
 
     Args:
         bce: weight of the cross-entropy. dice: weight of the Dice term.
-        smooth: added to numerator and denominator, so that an empty prediction of an empty reference is perfect.
+        smooth: added to numerator and denominator, so that the loss is 0 if prediction and reference are empty.
     """
 
     def __init__(self, bce: float = 0.5, dice: float = 0.5, smooth: float = 1.0) -> None:
@@ -66,7 +66,7 @@ class BCEDice(nn.Module):
             target: (N, *spatial) int64, 0 or 1.
 
         Raises:
-            ValueError: the shapes don't belong together.
+            ValueError: the shapes don't match.
         """
         x, g = logits.float(), target.unsqueeze(1).float()
         bce = F.binary_cross_entropy_with_logits(x, g)

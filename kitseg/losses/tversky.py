@@ -10,20 +10,20 @@ from kitseg.losses.one_hot import one_hot
 
 
 class FocalTversky(nn.Module):
-    """Focal Tversky loss, the sum over some classes.
+    """Focal Tversky loss, summed over the given classes.
 
     L = Σ_c max(1 − TI_c, floor)^power with
     TI_c = (TP + smooth) / (TP + fn_weight · FN + fp_weight · FP + smooth); TP = Σ p·g, FN = Σ (1 − p)·g,
     FP = Σ p·(1 − g), p = softmax of the logits, g the reference as 0 and 1, sums over all pixels of the batch.
 
-    Progressive paper, section 1, after its reference [1] (power = 1/γ, γ = 4/3).
+    Progressive paper, section 1, following its reference [1] (power = 1/γ, γ = 4/3).
 
     Args:
         fn_weight: of false negatives. fp_weight: of false positives.
-        power: of 1 − TI; below 1 it is steepest where little is wrong.
+        power: exponent of 1 − TI; below 1 the gradient is largest for small errors.
         smooth: added to numerator and denominator of TI.
-        classes: ids that count.
-        floor: least 1 − TI, below which there is no gradient (it would grow without bound towards 0).
+        classes: ids of the classes in the sum.
+        floor: lower limit of 1 − TI; below it there is no gradient, which would be unbounded near 0.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FocalTversky(nn.Module):
             target: (N, *spatial) int64 class ids.
 
         Raises:
-            ValueError: the shapes don't belong together.
+            ValueError: the shapes don't match.
         """
         p = logits.float().softmax(dim=1)
         g = one_hot(target, p)

@@ -1,1 +1,1 @@
-"""Lesions and kidneys in millimetres, and how far a case can be trusted: arrays in, numbers out."""
+"""Measurements of lesions and kidneys, and quality control of a case: arrays in, numbers out."""

@@ -1,11 +1,11 @@
 """The largest diameter of a mask, within a slice and in 3D.
 
-From the outermost voxels' centres a digital shape is measured too short by up to a voxel, from their outer faces (the
-maximum 3D diameter of the Image Biomarker Standardisation Initiative; Zwanenburg et al., Radiology 2020) too long by up
-to a voxel, a whole slice distance where slices are thick. So the ends are set halfway between: a quarter of a voxel
-beyond the centres, which on ellipsoids errs by half a voxel as a rule, and by less than one always.
+Distances between the centres of the outermost voxels are too short by up to a voxel; distances between their outer
+faces (the maximum 3D diameter of the Image Biomarker Standardisation Initiative; Zwanenburg et al., Radiology 2020) are
+too long by up to a voxel, which is a whole slice distance for thick slices. Therefore each end is set a quarter of a
+voxel beyond the centre. On ellipsoids the error is typically half a voxel and always less than one.
 
-Within a slice this is the longest diameter in the plane of acquisition that RECIST 1.1 asks for (Eisenhauer et al.,
+Within a slice this is the longest diameter in the plane of acquisition, as defined by RECIST 1.1 (Eisenhauer et al.,
 European Journal of Cancer 2009).
 """
 
@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
-_BEYOND = 0.25  # of a voxel, from its centre to where the shape is taken to end
-_ROWS = 1024  # of the table of distances at a time
+_BEYOND = 0.25  # voxels from the last centre to the assumed end of the shape
+_ROWS = 1024  # of the distance matrix computed at a time
 
 
 def axial_diameter(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> float:
-    """The largest diameter in mm within any one slice of a (D, H, W) mask; 0 for an empty one.
+    """The largest diameter in mm within a single slice of a (D, H, W) mask; 0 for an empty mask.
 
-    Slices are those of the array, also where the scan is tilted. Parts of a slice that don't touch count as one.
+    Slices are those of the array, also in a tilted scan. Separate parts within a slice are measured as one.
     """
     return max((_longest(plane, spacing[1:]) for plane in mask if plane.any()), default=0.0)
 
 
 def diameter(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> float:
-    """The largest distance in mm between two ends of a (D, H, W) mask, in any direction; 0 for an empty one."""
+    """The largest diameter in mm of a (D, H, W) mask in any direction; 0 for an empty mask."""
     return _longest(mask, spacing) if mask.any() else 0.0
 
 
 def _longest(mask: NDArray[np.bool_], spacing: tuple[float, ...]) -> float:
-    """The largest distance between the ends of the lines of a mask of two or three axes."""
+    """The largest distance between the ``line_ends`` of a mask with two or three axes."""
     ends = np.concatenate([line_ends(mask, axis, _BEYOND) for axis in range(mask.ndim)]) * spacing
     corners = ends[ConvexHull(ends).vertices]
     parts = (corners[start : start + _ROWS] for start in range(0, len(corners), _ROWS))
@@ -44,7 +44,7 @@ def _longest(mask: NDArray[np.bool_], spacing: tuple[float, ...]) -> float:
 def line_ends(mask: NDArray[np.bool_], axis: int, beyond: float) -> NDArray[np.float64]:
     """Both ends (N, axes), in voxels, of each line of a mask along an axis, ``beyond`` voxels past the last centres.
 
-    The convex hull of the ends along all axes is that of the mask, its voxels taken as octahedra.
+    The convex hull of the ends along all axes is that of the mask with its voxels as octahedra.
     """
     hit = np.asarray(mask.any(axis=axis))
     first = mask.argmax(axis=axis)[hit] - beyond

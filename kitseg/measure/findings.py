@@ -1,4 +1,4 @@
-"""What is measured in a label map: its kidneys and its lesions."""
+"""The measurements of a label map: its kidneys and its lesions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RIGHT, LEFT = "right", "left"
 class Kidney:
     """One of the patient's kidneys; volumes in ml.
 
-    side: the patient's, ``right`` or ``left``; volume_ml: with its lesions; parenchyma_ml: label kidney alone.
+    side: the patient's, ``right`` or ``left``; volume_ml: including lesions; parenchyma_ml: label kidney only.
     """
 
     side: str
@@ -25,11 +25,12 @@ class Kidney:
 class Lesion:
     """One connected tumor or cyst.
 
-    number: from 1, the largest volume first; kind: ``tumor`` or ``cyst``; side: of the kidney that it belongs to;
-    axial_mm: largest diameter within one slice; diameter_mm: largest diameter in 3D; size_class: T1a, T1b, T2a or T2b,
-    for a tumor; exophytic: share of its volume outside the kidney's outline, 0 to 1; contact_mm2: its surface that
-    touches parenchyma; hu_mean, hu_sd: of its voxels in a CT; centre: a voxel (slice, row, column) of the lesion, in
-    its middle; box: its voxels. None where it can't be measured (no CT, no kidney on that side, a ragged surface).
+    number: from 1, the largest volume first; kind: ``tumor`` or ``cyst``; side: of the kidney it belongs to; axial_mm:
+    largest diameter within one slice; diameter_mm: largest diameter in 3D; size_class: T1a, T1b, T2a or T2b for a
+    tumor, else None; exophytic: share of its volume outside the kidney's outline, 0 to 1; contact_mm2: area of its
+    surface that touches parenchyma; hu_mean, hu_sd: of its voxels in a CT; centre: the lesion's voxel (slice, row,
+    column) nearest to its centre of mass; box: its bounding box. Values that can't be measured are None (no CT, no
+    kidney on that side, a ragged surface).
     """
 
     number: int
@@ -49,7 +50,7 @@ class Lesion:
 
 @dataclass(frozen=True)
 class Findings:
-    """A case's kidneys (right before left) and lesions (largest first, tumors before cysts)."""
+    """A case's kidneys (right before left) and lesions (tumors before cysts, the largest first)."""
 
     kidneys: tuple[Kidney, ...]
     lesions: tuple[Lesion, ...]

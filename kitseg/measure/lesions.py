@@ -1,4 +1,4 @@
-"""What is measured of one lesion against its kidney: size class, share outside the outline, contact surface."""
+"""Measurements of a lesion in relation to its kidney: size class, exophytic share, contact surface area."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from kitseg.measure.diameters import line_ends
 from kitseg.measure.mesh import normals, surface, voxel_faces
 from kitseg.types import Geometry
 
-#: Largest diameter in mm of each class; above the last one it is T2b.
+#: Largest diameter in mm of each class; larger tumors are T2b.
 T_CLASSES = {"T1a": 40.0, "T1b": 70.0, "T2a": 100.0}
 LARGEST = "T2b"
 
-_PIECE = 0.05  # of the largest piece: smaller ones don't shape a kidney's outline
-_SAMPLES = 20_000  # voxels of a lesion at most that are sought in the outline
-_AT_ONCE = 512  # of them
-_OUTWARD = 0.75  # voxels from the surface to where its neighbour is looked up
-#: Faces of voxels: a ball of 25 cm in voxels of 0.5 mm has 1.2 million, noise all through a scan ten times as many.
+_PIECE = 0.05  # of the largest piece; smaller ones are ignored in a kidney's outline
+_SAMPLES = 20_000  # most voxels of a lesion that are compared with the outline
+_AT_ONCE = 512  # of these voxels
+_OUTWARD = 0.75  # voxels from the surface to the neighbour that is looked up
+#: Voxel faces: a ball of 25 cm in voxels of 0.5 mm has 1.2 million, noise throughout a scan ten times as many.
 _MOST_FACES = 2_000_000
 
 
@@ -31,10 +31,10 @@ def size_class(diameter_mm: float) -> str:
 
 
 def outline(parenchyma: NDArray[np.bool_], spacing: tuple[float, float, float]) -> NDArray[np.float64] | None:
-    """A kidney's outline: the planes (N, 4) of the convex hull of its parenchyma (D, H, W), in mm; None without any.
+    """A kidney's outline: the planes (N, 4) of the convex hull of its parenchyma (D, H, W) in mm; None without any.
 
-    A plane is a normal outward and an offset: a point p lies inside where ``normal @ p + offset <= 0`` for all of them.
-    Voxels count with their whole width; pieces below 5 % of the largest one don't count.
+    A plane is an outward normal and an offset: a point p lies inside if ``normal @ p + offset <= 0`` for all planes.
+    Voxels extend to their faces; pieces smaller than 5 % of the largest one are ignored.
     """
     pieces = Components.of(parenchyma)
     kidney = pieces.chosen(pieces.sizes >= _PIECE * pieces.sizes.max())
@@ -48,15 +48,15 @@ def outline(parenchyma: NDArray[np.bool_], spacing: tuple[float, float, float]) 
 def share_outside(
     lesion: NDArray[np.bool_], start: tuple[int, int, int], spacing: tuple[float, float, float], planes: NDArray[Any]
 ) -> float:
-    """The share of a lesion's volume that lies outside a kidney's ``outline``, 0 to 1: how exophytic it is.
+    """The exophytic share of a lesion: the part of its volume outside a kidney's ``outline``, 0 to 1.
 
-    The notion is the E of the R.E.N.A.L. nephrometry score (Kutikov and Uzzo, Journal of Urology 2009), which asks
-    whether 50 % or more of a tumor is outside. Lesions above 20,000 voxels are sampled evenly.
+    It corresponds to the E of the R.E.N.A.L. nephrometry score (Kutikov and Uzzo, Journal of Urology 2009), which
+    distinguishes tumors with at least 50 % outside. Lesions above 20,000 voxels are sampled evenly.
 
     Args:
-        lesion: its voxels (D, H, W) in a box.
-        start: the box's first voxel, where ``planes`` count from.
-        spacing: mm between voxels.
+        lesion: mask of the lesion (D, H, W) in a box.
+        start: the box's first voxel in the coordinates of ``planes``.
+        spacing: mm per voxel along each axis.
         planes: from ``outline``.
     """
     voxels = np.flatnonzero(lesion)
@@ -70,12 +70,12 @@ def share_outside(
 def contact_area(lesion: NDArray[np.bool_], parenchyma: NDArray[np.bool_], geometry: Geometry) -> float | None:
     """The area in mm² of a lesion's surface that touches parenchyma; both masks (D, H, W).
 
-    None for what is too ragged to be a lesion, such as the noise of a network that has learned nothing: its surface
-    would take more memory than the scan.
+    None for a mask too ragged to be a lesion, such as the noise of an untrained network, whose surface would take more
+    memory than the scan.
 
     The contact surface area of Leslie et al. (European Urology 2014), here of the smooth surface of the mask
-    (``mesh.surface``): a triangle touches where the next voxel outward is parenchyma. Counting the faces of voxels
-    instead would make a ball's surface half as large again.
+    (``mesh.surface``): a triangle is in contact if the next voxel outward is parenchyma. Counting voxel faces instead
+    would overestimate a ball's surface by half.
     """
     if sum(voxel_faces(lesion)) > _MOST_FACES:
         return None

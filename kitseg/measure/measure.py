@@ -1,4 +1,4 @@
-"""A label map's kidneys and lesions in millimetres and millilitres."""
+"""Measure the kidneys and lesions of a label map in millimetres and millilitres."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kitseg.measure.lesions import contact_area, outline, share_outside, size_cl
 from kitseg.measure.sides import CODES, NAMES, body_midline, frame_midline, side_map
 from kitseg.types import Box, Geometry, Triple, triple
 
-#: A smaller component isn't listed: it is a speck, less than a ball of 4.6 mm. Its kidney's volume holds it.
+#: Smaller components (below a ball of 4.6 mm) are not listed as lesions, but count in their kidney's volume.
 MIN_LESION_ML = 0.05
 KINDS = {"tumor": TUMOR, "cyst": CYST}
 _MARGIN = 3  # voxels around a lesion in which parenchyma may touch it
@@ -35,7 +35,7 @@ class _Component:
 
 @dataclass(frozen=True)
 class _Scene:
-    """What lesions are measured against, all in the box of the foreground.
+    """The context in which lesions are measured, cropped to the bounding box of the foreground.
 
     origin: the box's first voxel; sides: see ``sides.side_map``; outlines: by side, see ``lesions.outline``.
     """
@@ -49,14 +49,14 @@ class _Scene:
 
 
 def measure(labels: NDArray[np.uint8], geometry: Geometry, hu: NDArray[Any] | None = None) -> Findings:
-    """Kidneys (right before left) and lesions of a label map. docs/explanation/measure.md defines every figure.
+    """Kidneys (right before left) and lesions of a label map. docs/explanation/measure.md defines every measurement.
 
     A lesion is a 26-connected component of tumor or of cyst of at least 0.05 ml.
 
     Args:
         labels: (D, H, W) in orientation (I, P, L): 0 background, 1 kidney, 2 tumor, 3 cyst.
-        geometry: of the labels; sides follow from its affine.
-        hu: the CT on the same grid, for the lesions' HU; it also shows where the body's midline is.
+        geometry: of the labels; its affine determines left and right.
+        hu: the CT on the same grid, for the lesions' HU and the body's midline.
     """
     box = bounding_box(labels != BACKGROUND)
     if box is None:
@@ -74,7 +74,7 @@ def measure(labels: NDArray[np.uint8], geometry: Geometry, hu: NDArray[Any] | No
 
 
 def _components(labels: NDArray[np.uint8], voxel_ml: float) -> list[_Component]:
-    """The lesions worth listing: tumors before cysts, the largest first."""
+    """The lesions of at least ``MIN_LESION_ML``: tumors before cysts, the largest first."""
     components = []
     for kind, value in KINDS.items():
         found = Components.of(labels == value)
@@ -88,7 +88,7 @@ def _components(labels: NDArray[np.uint8], voxel_ml: float) -> list[_Component]:
 
 
 def _give_one_side(component: _Component, labels: NDArray[np.uint8], sides: NDArray[np.uint8]) -> None:
-    """Give a lesion that lies on both sides to the kidney that it touches more, else to where most of it is."""
+    """Assign a lesion on both sides to the kidney with more contact, or else to the side with most of its voxels."""
     part = sides[component.box.slices]
     own = np.bincount(part[component.mask], minlength=max(NAMES) + 1)
     if np.count_nonzero(own) == 1:
@@ -133,7 +133,7 @@ def _contact(component: _Component, scene: _Scene) -> float | None:
 
 
 def _middle_voxel(component: _Component, spacing: tuple[float, float, float], origin: Triple) -> Triple:
-    """The lesion's voxel that is nearest to its centre of mass, in the whole scan."""
+    """The lesion's voxel nearest to its centre of mass, in coordinates of the scan."""
     mask = component.mask
     counts = (mask.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
     middle = np.array([np.average(np.arange(len(count)), weights=count) for count in counts])
@@ -144,7 +144,7 @@ def _middle_voxel(component: _Component, spacing: tuple[float, float, float], or
 def _nearest(
     plane: NDArray[np.bool_], z: int, point: NDArray[np.float64], spacing: tuple[float, float, float]
 ) -> tuple[float, int, int, int]:
-    """How many mm the nearest voxel of a slice is from a point, and which one it is."""
+    """The distance in mm from a point to the nearest voxel of a slice, and that voxel."""
     y, x = np.nonzero(plane)
     distances = np.linalg.norm((np.stack([np.full_like(y, z), y, x], axis=1) - point) * spacing, axis=1)
     first = int(distances.argmin())
@@ -152,7 +152,7 @@ def _nearest(
 
 
 def _kidneys(scene: _Scene) -> tuple[Kidney, ...]:
-    """The sides that hold parenchyma, with their volumes."""
+    """The kidneys with parenchyma, and their volumes."""
     kidneys = []
     for side in (RIGHT, LEFT):
         here = scene.sides == CODES[side]
@@ -164,7 +164,7 @@ def _kidneys(scene: _Scene) -> tuple[Kidney, ...]:
 
 
 def _part(geometry: Geometry, box: Box) -> Geometry:
-    """The lattice of a box of a scan."""
+    """The geometry of a box of a scan."""
     affine = geometry.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ box.start
     return Geometry(box.size, affine)

@@ -1,4 +1,4 @@
-"""The surface of a mask as triangles, in the patient's millimetres."""
+"""The surface of a mask as a triangle mesh, in mm in the patient's space."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from skimage.measure import marching_cubes
 from kitseg.components import bounding_box
 from kitseg.types import Geometry
 
-_MARGIN = 2  # voxels around the mask, so that its surface closes at the edge of the scan
+_MARGIN = 2  # voxels around the mask, so that its surface is closed at the edge of the scan
 _SMOOTHINGS = 10
-_LEAST_KEPT = 0.3  # of the volume, by the smoothing
+_LEAST_KEPT = 0.3  # of the volume, after smoothing
 _STEPS = 5
 
 Vertices = NDArray[np.float32]
@@ -24,14 +24,14 @@ Faces = NDArray[np.int32]
 
 
 def surface(mask: NDArray[np.bool_], geometry: Geometry, coarse: float | None = None) -> tuple[Vertices, Faces]:
-    """The closed surface of a mask (D, H, W), its triangles' normals outward.
+    """The closed surface of a mask (D, H, W), with outward normals.
 
-    Marching cubes on the signed distance to the mask's edge, which puts the surface between thick slices where it
-    belongs, then 10 rounds of Taubin's smoothing (Taubin, SIGGRAPH 1995), which hardly shrinks; last, the surface moves
-    along its normals by the fraction of a millimetre that gives it the mask's volume back.
+    Marching cubes on the signed distance to the mask's boundary, which interpolates well between thick slices, then 10
+    iterations of Taubin smoothing (Taubin, SIGGRAPH 1995), which hardly shrinks the surface; finally the surface is
+    moved along its normals by the fraction of a millimetre that restores the mask's volume.
 
     Args:
-        mask: what the surface encloses.
+        mask: the region to enclose.
         geometry: of the mask.
         coarse: mm between samples in every direction, for a small mesh; None for the mask's own voxels.
 
@@ -47,7 +47,7 @@ def surface(mask: NDArray[np.bool_], geometry: Geometry, coarse: float | None = 
     step = np.ones(3)
     if coarse is not None and (coarse > spacing).any():
         field, step = _sampled(field, np.maximum(coarse / spacing, 1))
-    if not field.min() < 0 < field.max():  # too small to be seen in coarse samples
+    if not field.min() < 0 < field.max():  # too small for the coarse sampling
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)
     vertices, faces, _, _ = marching_cubes(field, 0, spacing=tuple(step * spacing), gradient_direction="descent")
     points = _with_volume(_smooth(vertices, faces), faces, int(inside.sum()) * geometry.voxel_ml * 1000)
@@ -58,12 +58,12 @@ def surface(mask: NDArray[np.bool_], geometry: Geometry, coarse: float | None = 
 
 
 def voxel_faces(mask: NDArray[np.bool_]) -> tuple[int, ...]:
-    """How many faces of voxels, across each axis, lie between a mask and the rest of its array."""
+    """The number of voxel faces across each axis between a mask and the rest of its array."""
     return tuple(int(np.count_nonzero(np.diff(mask, axis=axis))) for axis in range(mask.ndim))
 
 
 def to_world(voxels: NDArray[Any], geometry: Geometry) -> NDArray[np.float64]:
-    """Voxel positions (N, 3), which may lie between voxels, in mm, RAS+."""
+    """Convert voxel positions (N, 3), which may be fractional, to mm, RAS+."""
     world: NDArray[np.float64] = voxels @ geometry.affine[:3, :3].T + geometry.affine[:3, 3]
     return world
 
@@ -75,13 +75,13 @@ def normals(vertices: NDArray[Any], faces: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def volume(vertices: NDArray[Any], faces: NDArray[Any]) -> float:
-    """The volume that a closed surface encloses, in the cube of its unit; negative where its normals point inward."""
+    """The volume inside a closed surface, in cubed units of its vertices; negative if its normals point inward."""
     centres = vertices[faces].astype(np.float64).mean(axis=1)
     return float((centres * normals(vertices, faces)).sum() / 6)
 
 
 def stl(vertices: Vertices, faces: Faces) -> bytes:
-    """A surface as a binary STL file; ``SPACE=RAS`` in its header tells 3D Slicer where it lies in the patient."""
+    """A surface as a binary STL file; 3D Slicer reads the coordinate system ``SPACE=RAS`` from its header."""
     triangle = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
     triangles = np.zeros(len(faces), triangle)
     across = normals(vertices, faces)
@@ -93,13 +93,13 @@ def stl(vertices: Vertices, faces: Faces) -> bytes:
 
 
 def _signed_distance(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> NDArray[np.float32]:
-    """How many mm it is from each voxel's centre to the nearest one on the mask's other side, negative inside."""
+    """The distance in mm from each voxel's centre to the nearest one across the mask's boundary, negative inside."""
     signed: NDArray[np.float32] = -edt.sdf(np.ascontiguousarray(mask), anisotropy=spacing, parallel=1)
     return signed
 
 
 def _sampled(field: NDArray[np.float32], step: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """A field at every ``step``-th voxel, averaged over a step; and the step that keeps both its ends."""
+    """A field at every ``step``-th voxel, averaged over a step; and the step adjusted to include both ends."""
     shape = np.maximum(np.ceil((np.array(field.shape) - 1) / step).astype(int) + 1, 2)
     step = (np.array(field.shape) - 1) / (shape - 1)
     for axis, width in enumerate(step):
@@ -110,7 +110,7 @@ def _sampled(field: NDArray[np.float32], step: NDArray[np.float64]) -> tuple[NDA
 
 
 def _smooth(vertices: NDArray[Any], faces: Faces) -> NDArray[np.float64]:
-    """The vertices after Taubin's smoothing, or as they are where it would leave next to nothing of a tiny mask."""
+    """The vertices after Taubin smoothing, or unchanged if it would leave almost nothing of a tiny mask."""
     smooth = trimesh.Trimesh(vertices, faces, process=False)
     trimesh.smoothing.filter_taubin(smooth, iterations=_SMOOTHINGS)
     points: NDArray[np.float64] = np.asarray(smooth.vertices, np.float64)
@@ -119,7 +119,7 @@ def _smooth(vertices: NDArray[Any], faces: Faces) -> NDArray[np.float64]:
 
 
 def _with_volume(vertices: NDArray[np.float64], faces: Faces, mm3: float) -> NDArray[np.float64]:
-    """The vertices moved along their normals, all by the same length, so that they enclose ``mm3`` (by Newton)."""
+    """The vertices moved along their normals by one length so that they enclose ``mm3`` (Newton's method)."""
     for _ in range(_STEPS):
         vertices = _moved(vertices, faces, mm3)
     return vertices

@@ -1,4 +1,4 @@
-"""The contrast phase of a scan, from the HU of its kidneys and of an aorta that is found without a network."""
+"""The contrast phase of a scan, from the HU of its kidneys and of its aorta, which is detected without a network."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ UNENHANCED, ARTERIAL = "unenhanced", "arterial (corticomedullary)"
 NEPHROGRAPHIC, LATE = "nephrographic (portal venous)", "excretory (delayed)"
 ENHANCED, LATE_AORTA, ARTERIAL_LEAD = 65.0, 110.0, 20.0  # HU
 
-PIXEL, SLICE = 1.5, 3.0  # mm, of the grid that the aorta is sought on
+PIXEL, SLICE = 1.5, 3.0  # mm, of the grid for the search of the aorta
 RADII = (6.0, 7.5, 9.0, 11.0, 13.0, 15.0, 17.0)  # mm
-TO_LEFT, TO_RIGHT = 40.0, 20.0  # mm that its middle may lie beside the spine's
-ABOVE, BELOW = 75.0, 30.0  # mm in front of and behind the kidneys' middle
-MARGIN = 24.0  # mm around where its middle may lie
+TO_LEFT, TO_RIGHT = 40.0, 20.0  # mm from the spine's centre, allowed for the aorta's centre
+ABOVE, BELOW = 75.0, 30.0  # mm in front of and behind the kidneys' centre
+MARGIN = 24.0  # mm around the allowed positions of its centre
 FAT, BONE, EDGE = -90.0, 180.0, 30.0  # HU
 DIRECTIONS = 16
 MIN_SCORE, MIN_MEAN, MIN_LENGTH = 0.35, 0.54, 20.0  # of a disc; of the chain; mm along the body
@@ -30,9 +30,9 @@ Floats = NDArray[np.float32]
 
 
 def kidney_hu(hu: NDArray[Any], labels: NDArray[np.uint8]) -> float | None:
-    """The median HU of the parenchyma: label kidney without its rim of one voxel in the plane of the slice.
+    """The median HU of the parenchyma: label kidney eroded by one voxel within each slice.
 
-    The whole label is taken where the rim is nearly all of it. hu, labels: (D, H, W). None without a kidney.
+    The whole label is used if erosion would leave almost nothing. hu, labels: (D, H, W). None without a kidney.
     """
     kidney = labels == KIDNEY
     box = bounding_box(kidney)
@@ -51,14 +51,14 @@ def contrast(scan: Volume, labels: NDArray[np.uint8]) -> dict[str, float | None]
 
 
 def aorta_hu(hu: NDArray[Any], labels: NDArray[np.uint8], geometry: Geometry) -> float | None:
-    """The HU of the vessel that looks most like the aorta, at the level of the kidneys; None where none does.
+    """The HU of the aorta at the level of the kidneys; None if no vessel resembles it.
 
-    A disc of 12 to 34 mm is sought in each slice that shows a kidney: even inside, with edges all round, in front of
-    bone and not far from the spine's middle. The best chain of discs along the body, each near the one before, is
-    the aorta (dynamic programming); the result is the median of the inner halves of its discs.
+    Each slice with a kidney is searched for discs of 12 to 34 mm that are homogeneous, have edges on all sides, and lie
+    in front of bone and near the spine's centre. The best chain of neighboring discs along the body is the aorta
+    (dynamic programming); the result is the median over the inner halves of its discs.
 
     hu, labels: (D, H, W) in orientation (I, P, L); geometry: of both. In an unenhanced scan the vena cava has the same
-    HU and may be taken for the aorta.
+    HU and may be found instead of the aorta.
     """
     level = bounding_box(labels != 0)
     if level is None or (level.size[0] * geometry.spacing[0]) < MIN_LENGTH:
@@ -76,11 +76,12 @@ def aorta_hu(hu: NDArray[Any], labels: NDArray[np.uint8], geometry: Geometry) ->
 
 
 def contrast_phase(kidney: float | None, aorta: float | None) -> str | None:
-    """The phase in words from the two HU; None where they don't tell it.
+    """The name of the contrast phase from the two HU; None if they don't determine it.
 
-    Contrast reaches the aorta first, then cortex and medulla, and then both wash out: an aorta well above the
-    parenchyma is arterial, a bright one that is not is nephrographic, a faint one beside an enhanced kidney is later.
-    Without an aorta only the unenhanced phase is recognized. docs/explanation/quality.md has sources and limits.
+    Contrast reaches the aorta first, then cortex and medulla, and then washes out of both: an aorta well above the
+    parenchyma means arterial, otherwise a bright aorta means nephrographic, and a faint aorta with an enhanced kidney
+    means a later phase. Without an aorta only the unenhanced phase is recognized. docs/explanation/quality.md has
+    sources and limits.
     """
     if kidney is None:
         return None
@@ -94,7 +95,7 @@ def contrast_phase(kidney: float | None, aorta: float | None) -> str | None:
 
 
 def _around_the_spine(hu: NDArray[Any], labels: NDArray[np.uint8], geometry: Geometry, level: Box) -> Floats | None:
-    """The scan around where the aorta can be, on a grid of SLICE x PIXEL mm; kidneys and tumors are fat there."""
+    """The search region of the aorta on a grid of SLICE x PIXEL mm; kidneys and tumors are replaced by fat."""
     dz, dy, dx = geometry.spacing
     middle_row = int(np.flatnonzero((labels[level.slices] != 0).any(axis=(0, 2))).mean()) + level.start[1]
     step = max(1, round(SLICE / dz))
@@ -120,7 +121,7 @@ def _around_the_spine(hu: NDArray[Any], labels: NDArray[np.uint8], geometry: Geo
 
 
 def _spine_column(hu: NDArray[Any], labels: NDArray[np.uint8], dx: float) -> int | None:
-    """The column with the most bone around it; None where there is no bone."""
+    """The column with the most bone around it; None without bone."""
     bone = np.count_nonzero((hu > BONE) & (labels == 0), axis=(0, 1)).astype(np.float64)
     if not bone.any():
         return None
@@ -128,7 +129,7 @@ def _spine_column(hu: NDArray[Any], labels: NDArray[np.uint8], dx: float) -> int
 
 
 def _discs(scan: Floats) -> tuple[Floats, Floats]:
-    """How much each disc looks like an aorta, and the mean HU of its inner half: (slices, radii, rows, columns)."""
+    """How well each disc matches an aorta, and the mean HU of its inner half: (slices, radii, rows, columns)."""
     pairs = [_disc(scan, radius) for radius in RADII]
     score, inner = (np.stack(part, axis=1) for part in zip(*pairs, strict=True))
     return score, inner
@@ -151,7 +152,7 @@ def _disc(scan: Floats, radius: float) -> tuple[Floats, Floats]:
 
 
 def _disc_mean(scan: Floats, radius: float) -> Floats:
-    """The mean over a disc around each pixel but those of the margin."""
+    """The mean over a disc around each pixel inside the margin."""
     reach = int(radius / PIXEL)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1] * PIXEL
     kernel = (y**2 + x**2 <= radius**2).astype(np.float32)
@@ -160,14 +161,14 @@ def _disc_mean(scan: Floats, radius: float) -> Floats:
 
 
 def _shifted(scan: Floats, down: float, right: float) -> Floats:
-    """What lies so many mm behind and to the left of the patient, for each pixel but those of the margin."""
+    """The values at an offset in mm to posterior and to the patient's left, for each pixel inside the margin."""
     margin = round(MARGIN / PIXEL)
     y, x = margin + round(down / PIXEL), margin + round(right / PIXEL)
     return scan[:, y : y + scan.shape[1] - 2 * margin, x : x + scan.shape[2] - 2 * margin]
 
 
 def _bone_behind(scan: Floats, radius: float) -> Floats:
-    """The share of bone in a box of 15 by 18 mm behind the disc, the largest within 12 mm along the body."""
+    """The share of bone in a box of 15 by 18 mm behind the disc; the maximum within 12 mm along the body."""
     size = (1, round(15 / PIXEL), round(18 / PIXEL))
     share = ndimage.uniform_filter((scan > BONE).astype(np.float32), size)
     share = ndimage.maximum_filter(share, (round(24 / SLICE) + 1, 1, 1))
@@ -176,7 +177,10 @@ def _bone_behind(scan: Floats, radius: float) -> Floats:
 
 
 def _best_chain(score: Floats) -> NDArray[np.intp]:
-    """For each slice the disc (radius, row, column) of the chain with the best sum; a step moves by at most one."""
+    """The disc (radius, row, column) of each slice in the chain with the best sum.
+
+    From slice to slice the radius changes by at most one step and the position by at most two pixels per axis.
+    """
     total = np.empty_like(score)
     total[0] = score[0]
     for z in range(1, len(score)):

@@ -1,4 +1,4 @@
-"""How far a case can be trusted: flags in green, amber and red, each with its reason."""
+"""Quality control of a case: green, or amber and red flags with their reasons."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from kitseg.types import Geometry
 LEVELS = ("green", "amber", "red")
 GREEN, AMBER, RED = LEVELS
 
-KIDNEY_ML = 20.0  # the least that counts as a kidney
+KIDNEY_ML = 20.0  # smallest volume of a kidney
 PARENCHYMA_ML = (50.0, 450.0)  # of one kidney
 TUMOR_ML = 2000.0  # of all tumors
 FAR_MM = 10.0
-AGREEMENT = {"kidney": (0.90, 0.80), "tumor": (0.70, 0.40)}  # Dice over all pairs: amber, red below
-NEAR_HU, FAR_HU = 20.0, 60.0  # beyond the range of training: amber, red
+AGREEMENT = {
+    "kidney": (0.90, 0.80),
+    "tumor": (0.70, 0.40),
+}  # Dice over all pairs: amber below the first, red below the second
+NEAR_HU, FAR_HU = 20.0, 60.0  # outside the range in training: amber, red
 SPACING_TOLERANCE = 0.1
 BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One doubt. name: such as ``no-kidney``; level: amber or red; reason: a sentence for the reader."""
+    """A warning. name: such as ``no-kidney``; level: amber or red; reason: a sentence for the user."""
 
     name: str
     level: str
@@ -42,23 +45,23 @@ class Flag:
 
 @dataclass(frozen=True)
 class Quality:
-    """A case's flags; phase: the contrast phase in words, None where it can't be told."""
+    """A case's flags; phase: name of the contrast phase, None if unknown."""
 
     flags: tuple[Flag, ...]
     phase: str | None = None
 
     @property
     def level(self) -> str:
-        """The worst of the flags, green where there is none."""
+        """The most severe level of the flags; green without flags."""
         return LEVELS[max((LEVELS.index(flag.level) for flag in self.flags), default=0)]
 
 
 @dataclass(frozen=True)
 class TrainingDomain:
-    """What a model saw in training, each a range (lowest, highest) over its cases.
+    """The ranges (lowest, highest) of a model's training cases.
 
-    slice_mm: distance of slices; pixel_mm: distance of pixels; kidney_hu: median HU of the parenchyma;
-    aorta_hu: HU of the aorta-like vessel, None where it wasn't found.
+    slice_mm: slice spacing; pixel_mm: pixel spacing; kidney_hu: median HU of the parenchyma; aorta_hu: HU of the
+    detected aorta, None if it was not found.
     """
 
     slice_mm: tuple[float, float]
@@ -79,12 +82,12 @@ def assess(
 
     Args:
         labels: (D, H, W), the case's label map in orientation (I, P, L).
-        hu: the CT on the same grid; None for no CT (then nothing is said about the contrast).
+        hu: the CT on the same grid; None without a CT, which leaves out the flags about contrast.
         geometry: of both.
-        findings: what was measured in the label map.
+        findings: the measurements of the label map.
         agreement: Dice of an ensemble's members, pooled over their pairs, 0 to 1, for ``kidney`` and ``tumor``;
             None for a single member.
-        training_domain: what the model was trained with; None leaves out the flags about it.
+        training_domain: the ranges of the model's training cases; None leaves out the flags about them.
     """
     parts = Parts.of(labels, geometry)
     kidney = aorta = None
@@ -105,7 +108,7 @@ def assess(
 
 @dataclass(frozen=True)
 class Parts:
-    """The components of the foreground, with their volume and the parenchyma in it, in ml by number."""
+    """The components of the foreground, with their volume and parenchyma in ml by number."""
 
     components: Components
     ml: NDArray[np.floating[Any]]
@@ -113,13 +116,13 @@ class Parts:
 
     @classmethod
     def of(cls, labels: NDArray[np.uint8], geometry: Geometry) -> Parts:
-        """Find them in a label map (D, H, W)."""
+        """Find the components of a label map (D, H, W)."""
         found = Components.of(labels != BACKGROUND)
         return cls(found, found.sizes * geometry.voxel_ml, found.total(labels == KIDNEY) * geometry.voxel_ml)
 
 
 def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
-    """No kidney, a single one, or more than two components that are as large as a kidney."""
+    """No kidney, a single kidney, or more than two components of a kidney's size."""
     kidneys = _kidneys(findings)
     large = parts.ml[(parts.ml >= KIDNEY_ML) & (parts.parenchyma_ml >= HOLD_ML)]
     if not kidneys:
@@ -136,7 +139,7 @@ def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
 
 
 def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, findings: Findings) -> Iterator[Flag]:
-    """Tumors that hang on no kidney; without a kidney that is what ``no-kidney`` says."""
+    """Tumors that don't touch a kidney; without a kidney, ``no-kidney`` covers them."""
     holds = parts.parenchyma_ml >= HOLD_ML
     tumor_ml = parts.components.total(labels == TUMOR) * geometry.voxel_ml
     alone = ~holds & (tumor_ml >= SPECK_ML)
@@ -144,7 +147,7 @@ def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, fin
         return
     gap = distances_mm(parts.components, holds, geometry.spacing)[alone].max()
     reason = (
-        f"{tumor_ml[alone].sum():.1f} ml of tumor touches no kidney; it lies up to {gap:.0f} mm from the nearest one."
+        f"{tumor_ml[alone].sum():.1f} ml of tumor are separate from the kidneys, up to {gap:.0f} mm from the nearest."
     )
     yield Flag("tumor-far", RED if gap > FAR_MM else AMBER, reason)
 
@@ -161,12 +164,12 @@ def border_flags(parts: Parts) -> Iterator[Flag]:
                 cut.append(name)
     if cut:
         edges = f"the {' and the '.join(cut)} edge{'s' if len(cut) > 1 else ''}"
-        reason = f"Kidney or tumor reaches {edges} of the scan and may go on outside: sizes are lower bounds."
+        reason = f"Kidney or tumor reaches {edges} of the scan and may be cut off: sizes are lower bounds."
         yield Flag("cut-off", AMBER, reason)
 
 
 def volume_flags(findings: Findings) -> Iterator[Flag]:
-    """Kidneys whose parenchyma is smaller or larger than kidneys are, and tumors larger than tumors are."""
+    """Kidneys with an implausible volume of parenchyma, and tumors with an implausibly large volume."""
     low, high = PARENCHYMA_ML
     for kidney in _kidneys(findings):
         if not low <= kidney.parenchyma_ml <= high:
@@ -178,10 +181,10 @@ def volume_flags(findings: Findings) -> Iterator[Flag]:
 
 
 def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:
-    """Classes that an ensemble's members draw differently."""
+    """Classes on which an ensemble's members disagree."""
     for name, (amber, red) in AGREEMENT.items():
         dice = agreement.get(name, math.nan)
-        if dice < amber:  # never for NaN
+        if dice < amber:  # False for NaN
             least = red if dice < red else amber
             reason = f"The ensemble's members agree on the {name} with a Dice of only {dice:.2f}, below {least:.2f}."
             yield Flag(f"{name}-agreement", RED if dice < red else AMBER, reason)
@@ -190,7 +193,7 @@ def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:
 def phase_flags(
     kidney: float | None, aorta: float | None, phase: str | None, training_domain: TrainingDomain
 ) -> Iterator[Flag]:
-    """Contrast that the model was not trained with; on that the tumor labels can't be relied."""
+    """Contrast outside the range of the training cases, which makes the tumor labels unreliable."""
     pairs = (("kidney", kidney, training_domain.kidney_hu), ("aorta", aorta, training_domain.aorta_hu))
     outside = {name: (hu, span) for name, hu, span in pairs if hu is not None and span and _beyond(hu, span) > NEAR_HU}
     if outside:
@@ -199,28 +202,30 @@ def phase_flags(
             f"{name} at {hu:.0f} HU, {low:.0f} to {high:.0f} HU in training"
             for name, (hu, (low, high)) in outside.items()
         )
-        seen = f"phase looks {phase}" if phase else "is not like that in training"
+        seen = f"phase appears to be {phase}" if phase else "differs from training"
         reason = f"The contrast {seen} ({figures}): the tumor labels are unreliable."
         yield Flag("phase", RED if worst > FAR_HU else AMBER, reason)
 
 
 def spacing_flags(geometry: Geometry, training_domain: TrainingDomain) -> Iterator[Flag]:
-    """Voxels of a size that the model was not trained with."""
+    """Voxel sizes outside the range of the training cases."""
     slices, *pixels = geometry.spacing
     spans = (("slices", (slices,), training_domain.slice_mm), ("pixels", pixels, training_domain.pixel_mm))
     for name, values, (low, high) in spans:
         smallest, largest = low * (1 - SPACING_TOLERANCE), high * (1 + SPACING_TOLERANCE)
         strange = [value for value in values if not smallest <= value <= largest]
         if strange:
-            reason = f"The {name} lie {strange[0]:.2f} mm apart; in training it was {low:.2f} to {high:.2f} mm."
+            reason = (
+                f"The {name} are {strange[0]:.2f} mm apart; in training they were {low:.2f} to {high:.2f} mm apart."
+            )
             yield Flag("spacing", AMBER, reason)
 
 
 def _kidneys(findings: Findings) -> list[Kidney]:
-    """The kidneys that are as large as a kidney can be."""
+    """The kidneys of plausible size."""
     return [kidney for kidney in findings.kidneys if kidney.volume_ml >= KIDNEY_ML]
 
 
 def _beyond(value: float, span: tuple[float, float]) -> float:
-    """How far a value lies outside a range; 0 inside it."""
+    """The distance of a value to a range; 0 inside it."""
     return max(span[0] - value, value - span[1], 0.0)

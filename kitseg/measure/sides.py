@@ -1,4 +1,4 @@
-"""Which kidney is the patient's right one and which the left one, and whose a lesion is.
+"""Assign kidneys and lesions to the patient's right and left side.
 
 Sides follow from the affine (x of RAS+ grows to the patient's right), never from the order of the array's axes.
 """
@@ -21,8 +21,8 @@ from kitseg.types import Box, Geometry
 CODES = {RIGHT: 1, LEFT: 2}
 NAMES = {code: name for name, code in CODES.items()}
 
-HOLD_ML = 1.0  # parenchyma that makes a component more than a lesion by itself
-MIN_APART_MM = 50.0  # across the body, between the middles of two kidneys
+HOLD_ML = 1.0  # parenchyma of a component that is more than a lesion alone
+MIN_APART_MM = 50.0  # from right to left, between the centres of two kidneys
 BODY_HU = -200
 _BIN_MM = 2.0
 
@@ -30,17 +30,17 @@ _BIN_MM = 2.0
 def side_map(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> NDArray[np.uint8]:
     """The side of every voxel of a label map (D, H, W): 0 background, 1 right, 2 left (``CODES``).
 
-    Kidneys are the 26-connected components of the foreground that can be one (``components.kidneys_among``) and hold
-    parenchyma. Two of them, far enough apart across the body, are right and left by their position to each other, and
-    smaller components belong to the nearer one. A single kidney is on its side of the midline, and so is the rest of
-    the foreground but for what lies on the other side of the midline and as far from it as another kidney would. One
-    that reaches to both sides (a horseshoe kidney, or both joined by a tumor) is cut where its parenchyma is thinnest
-    between its two halves.
+    Kidneys are the 26-connected components of the foreground that are large enough (``components.kidneys_among``) and
+    contain parenchyma. Two kidneys that are far enough apart from right to left get their sides from their relative
+    position, and smaller components belong to the nearer kidney. A single kidney lies on its side of the midline; the
+    rest of the foreground belongs to the same side, except for components as far away on the other side of the midline
+    as a second kidney would be. A kidney that extends to both sides (a horseshoe kidney, or two kidneys joined by a
+    tumor) is cut where the parenchyma between its two halves is thinnest.
 
     Args:
-        labels: any label but 0 is foreground.
+        labels: every label except 0 is foreground.
         geometry: of the labels.
-        midline: x in mm (RAS+) of the patient's middle.
+        midline: x in mm (RAS+) of the patient's midline.
     """
     foreground = labels != BACKGROUND
     found = Components.of(foreground)
@@ -71,15 +71,15 @@ def side_map(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> N
 
 
 def frame_midline(geometry: Geometry) -> float:
-    """Where the scan's middle is, x in mm (RAS+): patients are laid with theirs there."""
+    """The x in mm (RAS+) of the scan's centre, where patients are usually positioned."""
     return float(_world_x(np.array([[(n - 1) / 2 for n in geometry.shape]]), geometry)[0])
 
 
 def body_midline(hu: NDArray[Any], geometry: Geometry, box: Box) -> float:
-    """Where the middle of the body is in a CT (D, H, W), x in mm (RAS+), in the slices of a box.
+    """The x in mm (RAS+) of the body's midline in a CT (D, H, W), in the slices of a box.
 
-    The mean of all voxels that aren't air, every fourth of them across the slice; the table lies in the same middle.
-    The frame's middle where there is only air.
+    It is the mean over all voxels that are not air, subsampled by four in the plane; the table is centred too. If there
+    is only air, it is the centre of the scan.
     """
     step = 4
     start, stop = box.start[0], box.stop[0]
@@ -90,7 +90,7 @@ def body_midline(hu: NDArray[Any], geometry: Geometry, box: Box) -> float:
 
 
 def _kidneys(labels: NDArray[np.uint8], found: Components, voxel_ml: float) -> list[int]:
-    """The one or two components that are kidneys, the larger first; without any parenchyma, the largest can be."""
+    """The one or two components that are kidneys, the larger first; without parenchyma, the largest component."""
     parenchyma = np.bincount(found.numbers[labels[found.box.slices] == KIDNEY], minlength=found.sizes.size)
     holding = np.where(parenchyma * voxel_ml >= HOLD_ML, found.sizes, 0)
     sizes = holding if holding.any() else found.sizes
@@ -99,7 +99,7 @@ def _kidneys(labels: NDArray[np.uint8], found: Components, voxel_ml: float) -> l
 
 
 def _give_to_nearer(by_number: NDArray[np.uint8], found: Components, spacing: tuple[float, float, float]) -> None:
-    """Give every component without a side that of the kidney whose surface is nearer."""
+    """Assign every component without a side to the kidney with the nearer surface."""
     if by_number[1:].all():
         return
     by_voxel = by_number[found.numbers]
@@ -117,10 +117,10 @@ def _give_to_nearer(by_number: NDArray[np.uint8], found: Components, spacing: tu
 
 
 def _cut(parenchyma: NDArray[np.bool_], box: Box, geometry: Geometry, midline: float) -> float | None:
-    """The x at which parenchyma that lies on both sides of the midline falls into two kidneys; None for one kidney.
+    """The x that separates parenchyma on both sides of the midline into two kidneys; None for one kidney.
 
-    The best two groups along x (Otsu's threshold) must both be able to be a kidney, lie far enough apart, and have the
-    midline between them; the cut is where the least parenchyma is, between their middles.
+    The best two groups along x (Otsu's threshold) must both have a kidney's volume, be far enough apart, and have the
+    midline between them; the cut is at the least parenchyma between their centres.
     """
     if not parenchyma.any():
         return None
@@ -144,7 +144,7 @@ def _cut(parenchyma: NDArray[np.bool_], box: Box, geometry: Geometry, midline: f
 
 
 def _areas(mask: NDArray[np.bool_], x: Iterable[NDArray[np.float64]], low: float) -> NDArray[np.float64]:
-    """How many voxels of a mask lie in each bin along x, from ``low`` mm on."""
+    """The number of voxels of a mask in each bin along x, starting at ``low`` mm."""
     slices = [np.bincount(((across[plane] - low) / _BIN_MM).astype(int)) for plane, across in zip(mask, x, strict=True)]
     areas = np.zeros(max(len(counts) for counts in slices))
     for counts in slices:
@@ -153,7 +153,7 @@ def _areas(mask: NDArray[np.bool_], x: Iterable[NDArray[np.float64]], low: float
 
 
 def _middles(found: Components, geometry: Geometry) -> NDArray[np.float64]:
-    """The x in mm (RAS+) of the centre of mass of each component, by number; that of number 0 means nothing."""
+    """The x in mm (RAS+) of the centre of mass of each component, by number; the value of number 0 is meaningless."""
     total = np.zeros(found.sizes.size)
     for numbers, x in zip(found.numbers, _x(found.box, geometry), strict=True):
         total += np.bincount(numbers.ravel(), weights=x.ravel(), minlength=total.size)
@@ -162,7 +162,7 @@ def _middles(found: Components, geometry: Geometry) -> NDArray[np.float64]:
 
 
 def _x(box: Box, geometry: Geometry) -> Iterator[NDArray[np.float64]]:
-    """The x in mm (RAS+) of each voxel of a box, slice by slice, (h, w) each: of all at once there may be gigabytes."""
+    """The x in mm (RAS+) of each voxel of a box, yielded slice by slice, (h, w) each, to save memory."""
     rows, columns = np.indices(box.size[1:], sparse=True)
     for z in range(box.size[0]):
         down, back, left = (axis + first for axis, first in zip((z, rows, columns), box.start, strict=True))

@@ -14,14 +14,14 @@ from kitseg.nets.unet import DoubleConv
 
 
 class AttentionGate(nn.Module):
-    """Weighs each 2×2 cell of the skip by what the level below sees there.
+    """Attention gate: weighs each 2×2 cell of the skip by the features of the level below.
 
     skip (N, C, H, W) and below (N, B, H/2, W/2) -> (N, C, H, W).
 
     Args:
         channels: channels of the skip, C.
         below: channels of the level below, B.
-        width: channels in which the two are compared.
+        width: channels of the space in which the two are compared.
     """
 
     def __init__(self, channels: int, below: int, width: int) -> None:
@@ -46,7 +46,7 @@ class AttentionGate(nn.Module):
 
 
 class InputStage(nn.Module):
-    """Joins a coarser input with the pooled features: (N, channels_in, H, W) and (N, C, 2H, 2W) -> (N, 2C, H, W)."""
+    """Concatenates a coarser input with pooled features: (N, channels_in, H, W) and (N, C, 2H, 2W) -> (N, 2C, H, W)."""
 
     def __init__(self, channels_in: int, features: int) -> None:
         super().__init__()
@@ -56,13 +56,13 @@ class InputStage(nn.Module):
         self.convs = DoubleConv(width + features, width)
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        """Return convs(scale(x) beside the pooled features)."""
+        """Return convs(scale(x) concatenated with the pooled features)."""
         out: Tensor = self.convs(torch.cat([self.scale(x), self.pool(features)], dim=1))
         return out
 
 
 class UpStage(nn.Module):
-    """Upsampled features beside the gated skip: (N, B, H/2, W/2) and (N, C, H, W) -> (N, up + C, H, W)."""
+    """Concatenates upsampled features and the gated skip: (N, B, H/2, W/2) and (N, C, H, W) -> (N, up + C, H, W)."""
 
     def __init__(self, below: int, channels: int, up: int, gate: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class UpStage(nn.Module):
         )
 
     def forward(self, below: Tensor, skip: Tensor) -> Tensor:
-        """Return up(below) beside gate(skip, below)."""
+        """Return up(below) concatenated with gate(skip, below)."""
         return torch.cat([self.up(below), self.gate(skip, below)], dim=1)
 
 

@@ -1,8 +1,8 @@
-"""The network that finds the foreground, kidney and tumor as one class (guided UNet++ paper, section 2, Figure 1).
+"""The foreground network for kidney and tumor as one class (guided UNet++ paper, section 2, Figure 1).
 
-2D at half resolution, 3D at a quarter and below, 2D on the way back. The paper shows it in a figure only; layers are
-those of the authors' code, but for InstanceNorm: the code's BatchNorm kept using each window's own statistics at
-inference, and at batch 1 those are the same.
+2D at half resolution, 3D at a quarter and below, 2D in the upper decoder. The paper only has a figure; the layers are
+those of the authors' code, except for InstanceNorm: the code's BatchNorm uses each window's own statistics also at
+inference, which is equivalent at batch size 1.
 
 Tensors are (N, C, D, H, W); D is a multiple of 4, H and W are multiples of 16, and the window is larger than 4×16×16
 voxels: InstanceNorm needs more than one voxel at the deepest stage.
@@ -20,17 +20,17 @@ VOLUME: Kernel = (3, 3, 3)  #: a 3D convolution, padded by replication
 
 
 def padding(kernel: Kernel) -> Kernel:
-    """The padding that keeps the grid."""
+    """The padding that preserves the grid size."""
     return kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
 
 
 def stride(kernel: Kernel) -> Kernel:
-    """The stride that halves (or, transposed, doubles) each axis along which the kernel reaches."""
+    """The stride that halves (or, transposed, doubles) each axis along which the kernel is larger than 1."""
     return 1 + kernel[0] // 2, 1 + kernel[1] // 2, 1 + kernel[2] // 2
 
 
 def convolution(channels_in: int, channels_out: int, kernel: Kernel, halve: bool = False) -> nn.Conv3d:
-    """A convolution without bias that keeps the grid, or halves it along the kernel's axes."""
+    """A convolution without bias that preserves the grid size, or halves it along the kernel's axes."""
     return nn.Conv3d(
         channels_in,
         channels_out,
@@ -43,7 +43,7 @@ def convolution(channels_in: int, channels_out: int, kernel: Kernel, halve: bool
 
 
 def transposed(channels_in: int, channels_out: int, kernel: Kernel, bias: bool = False) -> nn.ConvTranspose3d:
-    """A transposed convolution that doubles the grid along the kernel's axes."""
+    """A transposed convolution that doubles the grid size along the kernel's axes."""
     pad = padding(kernel)
     return nn.ConvTranspose3d(channels_in, channels_out, kernel, stride(kernel), pad, output_padding=pad, bias=bias)
 
@@ -56,12 +56,12 @@ class NormReLU(nn.Sequential):
 
 
 def block(conv: nn.Conv3d | nn.ConvTranspose3d) -> nn.Sequential:
-    """The convolution, InstanceNorm, ReLU."""
+    """Convolution, InstanceNorm, ReLU."""
     return nn.Sequential(conv, NormReLU(conv.out_channels))
 
 
 def space_to_depth(x: Tensor) -> Tensor:
-    """Each slice's 2×2 cells as channels: (N, 1, D, H, W) -> (N, 4, D, H/2, W/2).
+    """Space-to-depth of each slice's 2×2 cells: (N, 1, D, H, W) -> (N, 4, D, H/2, W/2).
 
     The channels are the cell's upper left, upper right, lower left and lower right pixel.
     """
@@ -69,9 +69,9 @@ def space_to_depth(x: Tensor) -> Tensor:
 
 
 class DownStage(nn.Module):
-    """``entry`` changes grid and channels, then comes a residual: ReLU(norm(entry + convs(entry))).
+    """``entry`` changes grid and channels, followed by a residual block: ReLU(norm(entry + convs(entry))).
 
-    The last of the ``convs`` convolutions has no norm or ReLU of its own.
+    The last of the ``convs`` convolutions has no norm and no ReLU.
     """
 
     def __init__(self, entry: nn.Module, channels: int, kernel: Kernel, convs: int) -> None:
@@ -91,9 +91,9 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Double the grid, halve the channels and join the skip, with a residual from the transposed convolution.
+    """Double the grid, halve the channels and concatenate the skip, with a residual from the transposed convolution.
 
-    (N, 2C, D, H, W) and (N, C, 2D, 2H, 2W) -> (N, C, 2D, 2H, 2W); with a 2D kernel, D stays.
+    (N, 2C, D, H, W) and (N, C, 2D, 2H, 2W) -> (N, C, 2D, 2H, 2W); a 2D kernel preserves D.
     """
 
     def __init__(self, channels_out: int, kernel: Kernel) -> None:
@@ -106,7 +106,7 @@ class UpStage(nn.Module):
         self.act = NormReLU(channels_out)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """Return act(up + convs(up beside skip))."""
+        """Return act(up + convs(up concatenated with skip))."""
         up = self.up(x)
         out: Tensor = self.act(up + self.convs(torch.cat([up, skip], dim=1)))
         return out

@@ -1,4 +1,4 @@
-"""ResNet (He et al. 2015), which tells slices with foreground from slices without (two-stage paper, section 2.1)."""
+"""ResNet (He et al. 2015) as the classifier of slices with and without foreground (two-stage paper, section 2.1)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
 def conv_norm(channels_in: int, channels_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias, then BatchNorm; padded, so that only the stride shrinks the grid."""
+    """Convolution without bias, then BatchNorm; padded, so that only the stride reduces the grid."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -21,7 +21,7 @@ def conv_norm(channels_in: int, channels_out: int, kernel: int, stride: int = 1)
 class ResidualBlock(nn.Module):
     """ReLU(body(x) + x): (N, in, H, W) -> (N, out, H/stride, W/stride).
 
-    Where the shape changes, x goes through a 1×1 convolution and BatchNorm.
+    If the shape changes, the shortcut is a 1×1 convolution with BatchNorm.
     """
 
     def __init__(self, body: nn.Sequential, channels_in: int, channels_out: int, stride: int) -> None:
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3×3 convolutions; ``width`` channels come out."""
+    """Basic block: two 3×3 convolutions with ``width`` output channels."""
 
     expansion = 1
 
@@ -52,9 +52,9 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1×1, 3×3 and 1×1 convolutions; 4·``width`` channels come out.
+    """Bottleneck block: 1×1, 3×3 and 1×1 convolutions with 4·``width`` output channels.
 
-    The stride is in the 3×3 convolution, as in today's implementations; He et al. have it in the first 1×1.
+    The stride is in the 3×3 convolution, as in current implementations; in He et al. it is in the first 1×1.
     """
 
     expansion = 4
@@ -71,9 +71,9 @@ class Bottleneck(ResidualBlock):
 
 
 class ResNet(nn.Module):
-    """ResNet-18, -34 or -50 for slices of any size; features are 1/4 to 1/32 of it.
+    """ResNet-18, -34 or -50 for slices of any size, with features at 1/4 to 1/32 of it.
 
-    The paper is silent on the depth.
+    The paper doesn't specify the depth.
 
     Args:
         depth: 18 or 34 (basic blocks), 50 (bottlenecks).
@@ -83,13 +83,13 @@ class ResNet(nn.Module):
             bottleneck).
 
     Raises:
-        ValueError: if there is no ResNet of that depth here.
+        ValueError: unknown depth.
     """
 
     def __init__(self, depth: int = 18, channels_in: int = 1, classes: int = 2, width: int = 64) -> None:
         super().__init__()
         if depth not in BLOCKS:
-            raise ValueError(f"a ResNet's depth is 18, 34 or 50, not {depth}")
+            raise ValueError(f"a ResNet's depth must be 18, 34 or 50, not {depth}")
         block = Bottleneck if depth == 50 else BasicBlock
         self.stem = nn.Sequential(
             conv_norm(channels_in, width, 7, stride=2),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def he_normal(net: nn.Module) -> None:
-    """Draw the weights of every 2D convolution, transposed ones too, He-normal (fan-in), and set its biases to zero."""
+    """Initialize all 2D convolutions, also transposed ones, with He-normal weights (fan-in) and zero biases."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -19,7 +19,7 @@ def he_normal(net: nn.Module) -> None:
 
 
 class DoubleConv(nn.Sequential):
-    """Conv 3², BatchNorm, ReLU, twice; padded, so H and W are kept. No bias: BatchNorm's shift stands for it."""
+    """Two blocks of conv 3², BatchNorm and ReLU; padded to preserve H and W. No bias, because BatchNorm has a shift."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(
@@ -33,7 +33,7 @@ class DoubleConv(nn.Sequential):
 
 
 class UpStage(nn.Module):
-    """Double the grid, halve the channels, join the skip: (N, 2C, H, W) and (N, C, 2H, 2W) -> (N, C, 2H, 2W)."""
+    """Double the grid, halve the channels, concatenate the skip: (N, 2C, H, W) and (N, C, 2H, 2W) -> (N, C, 2H, 2W)."""
 
     def __init__(self, channels_out: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class UpStage(nn.Module):
         self.convs = DoubleConv(2 * channels_out, channels_out)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """Return convs(skip beside the upsampled input)."""
+        """Return convs(skip concatenated with the upsampled input)."""
         out: Tensor = self.convs(torch.cat([skip, self.up(x)], dim=1))
         return out
 

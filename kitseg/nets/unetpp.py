@@ -14,7 +14,7 @@ LEVELS = 5
 
 
 class ConvBlock(nn.Sequential):
-    """Conv 3², ReLU, dropout, twice; padded, so H and W are kept. No norm, as in the authors' code."""
+    """Two blocks of conv 3², ReLU and dropout; padded to preserve H and W. No norm, as in the authors' code."""
 
     def __init__(self, channels_in: int, channels_out: int, dropout: float) -> None:
         super().__init__(
@@ -28,7 +28,7 @@ class ConvBlock(nn.Sequential):
 
 
 class NestedNode(nn.Module):
-    """Node X(i, j), j ≥ 1: joins the j earlier nodes of its level with the upsampled node X(i + 1, j − 1).
+    """Node X(i, j), j ≥ 1: concatenates the j earlier nodes of its level and the upsampled node X(i + 1, j − 1).
 
     j times (N, C, H, W) and (N, 2C, H/2, W/2) -> (N, C, H, W).
     """
@@ -39,7 +39,7 @@ class NestedNode(nn.Module):
         self.convs = ConvBlock((skips + 1) * channels, channels, dropout)
 
     def forward(self, skips: list[Tensor], below: Tensor) -> Tensor:
-        """Return convs(skips beside the upsampled node below)."""
+        """Return convs(skips concatenated with the upsampled node below)."""
         out: Tensor = self.convs(torch.cat([*skips, self.up(below)], dim=1))
         return out
 
@@ -51,7 +51,7 @@ class UNetPlusPlus(nn.Module):
         channels_in: channels of the input.
         classes: channels of each head's logits.
         width: channels at full resolution (32 in the paper; then 64-128-256-512).
-        dropout: part of the values that each convolution loses in training.
+        dropout: dropout probability after each convolution.
     """
 
     def __init__(self, channels_in: int = 3, classes: int = 3, width: int = 32, dropout: float = 0.5) -> None:
@@ -67,7 +67,7 @@ class UNetPlusPlus(nn.Module):
         he_normal(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Logits of the slices ``x`` (N, channels_in, H, W), four times (N, classes, H, W).
+        """Logits of the slices ``x`` (N, channels_in, H, W): four tensors (N, classes, H, W).
 
         Returns:
             The logits of L1 to L4: of the nodes X(0, 1) to X(0, 4). Inference uses the last.

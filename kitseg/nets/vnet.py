@@ -1,4 +1,4 @@
-"""V-Net (Milletari et al. 2016) as the two-phase paper uses it, and the fused pair of its second phase.
+"""V-Net (Milletari et al. 2016) as in the two-phase paper, and the fused V-Nets of its second phase.
 
 Tensors are (N, C, D, H, W); D, H and W are multiples of 16 (four down stages).
 """
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class ConvBlock(nn.Sequential):
-    """Conv 5³, InstanceNorm, PReLU; shape kept. InstanceNorm because the batch is 1 (deviation from BatchNorm)."""
+    """Conv 5³, InstanceNorm, PReLU; preserves the shape. The paper's BatchNorm is replaced because the batch is 1."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(
@@ -25,17 +25,17 @@ class ConvBlock(nn.Sequential):
 
 
 class ThinConv(nn.Conv3d):
-    """A convolution to few channels: (N, C, D, H, W) -> (N, out, D, H, W), shape kept.
+    """A convolution with few output channels: (N, C, D, H, W) -> (N, out, D, H, W), preserves the shape.
 
-    CPUs compute 16 channels where 3 are asked for. Here the taps along the rows become channels, which are then added
-    up, each shifted: 5 x 3 channels of 25 taps instead of 3 (16) of 125, and the same numbers but for rounding.
+    CPUs compute 16 output channels even for 3. Here the taps along the rows become channels, which are shifted and
+    summed: 5 x 3 channels of 25 taps instead of 3 (16) of 125, with equal results except for rounding.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int = 5) -> None:
         super().__init__(channels_in, channels_out, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve; a GPU and a training do it as ever."""
+        """Convolve; on a GPU and in training by the standard implementation."""
         if self.training or x.is_cuda or self.bias is None:
             return super().forward(x)
         taps = self.weight.movedim(4, 0).flatten(0, 1)[..., None]
@@ -47,12 +47,12 @@ class ThinConv(nn.Conv3d):
 
 
 class InputStage(nn.Module):
-    """Conv 5³ to ``width`` channels plus the input tiled to as many: (N, C, ...) -> (N, width, ...)."""
+    """Conv 5³ to ``width`` channels plus the input tiled to ``width`` channels: (N, C, ...) -> (N, width, ...)."""
 
     def __init__(self, channels_in: int, width: int) -> None:
         super().__init__()
         if width % channels_in:
-            raise ValueError(f"the input's {channels_in} channels can't be tiled to {width}")
+            raise ValueError(f"{channels_in} input channels can't be tiled to a width of {width}")
         self.copies = width // channels_in
         self.conv = nn.Conv3d(channels_in, width, kernel_size=5, padding=2)
         self.norm = nn.InstanceNorm3d(width, affine=True)
@@ -90,7 +90,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Double the grid and join the skip: (N, C, D, H, W) and (N, out/2, 2D, 2H, 2W) -> (N, out, 2D, 2H, 2W)."""
+    """Double the grid and concatenate the skip: (N, C, D, H, W) and (N, out/2, 2D, 2H, 2W) -> (N, out, 2D, 2H, 2W)."""
 
     def __init__(self, channels_in: int, channels_out: int, convs: int, dropout: float) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class UpStage(nn.Module):
         self.act = nn.PReLU(channels_out)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """Return act(convs(joined) + joined), joined being the upsampled input beside the skip."""
+        """Return act(convs(joined) + joined), where joined is the upsampled input concatenated with the skip."""
         joined = torch.cat([self.up(self.dropout(x)), skip], dim=1)
         out: Tensor = self.act(self.convs(joined) + joined)
         return out
@@ -118,9 +118,9 @@ class VNet(nn.Module):
         channels_in: channels of the input; ``width`` is a multiple of it.
         classes: channels of the logits.
         width: channels at full resolution (16 in the paper; then 32-64-128-256).
-        down, up: convolutions per stage, from the input on; 2,3,3,3 and 3,3,2,1 as in the V-Net paper's figure.
+        down, up: convolutions per stage, in the order of the data flow; as in the V-Net paper's figure.
         dropout: channel dropout at the two deepest down and up stages.
-        checkpointing: recompute activations in the backward pass instead of keeping them.
+        checkpointing: recompute activations in the backward pass to save memory.
     """
 
     def __init__(
@@ -180,9 +180,10 @@ class VNet(nn.Module):
 
 
 class FusedVNet(nn.Module):
-    """Two V-Nets in a row (two-phase paper, section 3.3 and Fig. 4).
+    """Two V-Nets in sequence (two-phase paper, section 3.3 and Fig. 4).
 
-    V-Net₁ sees the ROI. V-Net₂ sees the ROI beside V-Net₁'s softmax, and V-Net₁'s decoder maps are added to its own.
+    V-Net₁ takes the ROI. V-Net₂ takes the ROI concatenated with V-Net₁'s softmax, and V-Net₁'s decoder maps are added
+    to its own.
 
     Args:
         first: takes (N, 1, D, H, W). second: takes (N, 1 + classes, D, H, W).

@@ -1,11 +1,11 @@
-"""Masks of kidneys and tumors are cleaned by priors, what medicine knows of them; a file each.
+"""Post-processing of kidney and tumor masks by anatomical priors, one file each.
 
-``kidneys``    at most two kidneys, neither of them a speck
+``kidneys``    at most two kidneys of sufficient size
 ``holes``      kidneys and tumors have no holes
-``shape``      tumors are neither rods nor balls
+``shape``      tumors are neither elongated nor perfectly round
 ``overlap``    tumors lie in kidneys
 ``intensity``  tumors are not as dark as fluid
 ``distance``   nothing lies far from the kidneys
 
-``prior`` says what they have in common, ``components`` finds connected components for all of them.
+``prior`` defines their interface; ``kitseg.components`` finds the connected components.
 """

@@ -1,4 +1,4 @@
-"""Nothing that belongs to the kidneys lies far from them."""
+"""Remove components far from the kidneys."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from kitseg.types import Masks
 
 @dataclass(frozen=True)
 class RemoveDistant:
-    """Removes what is farther than ``max_mm`` from the kidneys, from one voxel's centre to another's.
+    """Removes components farther than ``max_mm`` from the kidneys, between voxel centres.
 
-    Progressive paper: the two kidneys are found by volume, and objects farther than a threshold go; it doesn't say
-    which threshold. Here components are those of foreground ∪ tumor, and the second largest is a kidney only where it
-    can be one (``components.kidneys_among``), so that a speck beside a single kidney isn't taken for the other.
+    Progressive paper: the two kidneys are found by volume, and objects beyond a threshold are removed; the threshold is
+    not specified. Here components are those of foreground ∪ tumor, and the second largest is a kidney only if it is
+    large enough (``components.kidneys_among``), so that a speck next to a single kidney does not count as one.
     """
 
     max_mm: float = 10.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
-        """``masks`` without distant components; doesn't look at ``hu``."""
+        """``masks`` without distant components; ``hu`` is not used."""
         found = Components.of(masks.either)
         kidneys = kidneys_among(found.sizes, math.prod(spacing) / 1000)
         if kidneys[1:].all():
@@ -41,7 +41,7 @@ def distances_mm(
 ) -> NDArray[np.float64]:
     """The smallest distance in mm from each component to those in ``targets``, by number; infinite for the targets.
 
-    Of two components the nearest voxels lie on their surfaces, so that only these are looked at.
+    The nearest voxels of two components lie on their surfaces, so only surface voxels are compared.
     """
     inside = components.numbers > 0
     surface = inside & ~ndimage.binary_erosion(inside)

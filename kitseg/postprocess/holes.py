@@ -1,4 +1,4 @@
-"""Kidneys and tumors have no holes."""
+"""Fill holes in kidneys and tumors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from kitseg.types import Masks
 
 @dataclass(frozen=True)
 class FillHoles:
-    """Closes both masks with a ball of radius 1 (a voxel and its six neighbors), then fills what each slice encloses.
+    """Closes both masks with a ball of radius 1 (a voxel and its six neighbors), then fills the holes of each slice.
 
-    Dual-unet paper, section 2.2, which says no more than that holes are filled using morphological operators.
+    Dual-unet paper, section 2.2, which only states that holes are filled using morphological operators.
     """
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
-        """``masks`` and their holes; looks neither at ``hu`` nor at ``spacing``."""
+        """``masks`` with filled holes; ``hu`` and ``spacing`` are not used."""
         return Masks(fill_holes(masks.foreground), fill_holes(masks.tumor))
 
 
 def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A (D, H, W) mask, closed in 3D and then without holes in any slice; no voxel gets lost at the array's borders."""
+    """A (D, H, W) mask, closed in 3D and then filled slice by slice; no voxel is lost at the array's borders."""
     filled = mask.copy()
     for box in clusters(mask):
         inside = filled[box.slices]
@@ -39,7 +39,7 @@ def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """A mask with the six neighbors of its voxels; ten times as fast as scipy's."""
+    """A mask dilated by the six neighbors of each voxel; ten times as fast as SciPy's."""
     grown = mask.copy()
     for axis in range(3):
         before, after = np.moveaxis(mask, axis, 0), np.moveaxis(grown, axis, 0)

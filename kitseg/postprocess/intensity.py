@@ -1,4 +1,4 @@
-"""A tumor as dark as fluid is most likely a cyst."""
+"""Remove tumors as dark as fluid, which are most likely cysts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kitseg.types import Masks
 class RemoveLowHuTumors:
     """Removes tumor components with a mean below ``threshold`` HU. Two-phase paper, section 5.2.
 
-    The foreground stays where such a component touches kidney (foreground without tumor; by a corner is enough), so
-    that it becomes kidney there; else it goes too.
+    If such a component touches kidney (foreground without tumor; a shared corner is enough), its foreground remains, so
+    that it becomes kidney; otherwise its foreground is removed too.
     """
 
     threshold: float = 10.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
-        """``masks`` without tumors as dark as fluid; ``spacing`` makes no difference.
+        """``masks`` without tumors as dark as fluid; ``spacing`` is not used.
 
         Raises:
             ValueError: the shapes of masks and CT differ.
@@ -39,7 +39,7 @@ class RemoveLowHuTumors:
 
 
 def _near_kidney(masks: Masks, tumors: Components) -> NDArray[np.bool_]:
-    """Where kidney is at most a corner away; looked for around the tumors only."""
+    """The voxels within a corner of kidney; computed around the tumors only."""
     near = np.zeros(tumors.shape, np.bool_)
     box = tumors.box.grown(1).clip(tumors.shape)
     kidney = masks.foreground[box.slices] & ~masks.tumor[box.slices]

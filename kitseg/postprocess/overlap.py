@@ -1,4 +1,4 @@
-"""Tumors of the kidney lie in the kidney."""
+"""Keep tumors that overlap the kidney."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kitseg.types import Masks
 class KeepTumorInKidney:
     """Keeps tumor components T with |T ∩ foreground| / |T| of at least ``min_overlap``. Dual-unet paper, section 2.2.
 
-    It means something where foreground and tumor come from two networks; the tumors of a label map all overlap fully.
+    It has an effect only if foreground and tumor come from two networks; the tumors of a label map overlap fully.
     """
 
     min_overlap: float = 0.95
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
-        """``masks`` without tumors elsewhere; looks neither at ``hu`` nor at ``spacing``."""
+        """``masks`` without tumors outside the foreground; ``hu`` and ``spacing`` are not used."""
         tumors = Components.of(masks.tumor)
         overlap = tumors.total(masks.foreground) / np.maximum(tumors.sizes, 1)
         return Masks(masks.foreground, tumors.chosen(overlap >= self.min_overlap))

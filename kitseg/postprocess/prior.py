@@ -1,4 +1,4 @@
-"""What every prior does."""
+"""The interface of a prior."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kitseg.types import Masks
 
 
 class Prior(Protocol):
-    """One cleaning of masks: a setting plus a pure function. A method's configuration chains them by name."""
+    """One cleaning step: settings and a pure function. A method's configuration chains priors by name."""
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
-        """The cleaned masks of ``masks`` (D, H, W).
+        """Clean ``masks`` (D, H, W).
 
         ``hu`` is the CT of the same shape in Hounsfield units, ``spacing`` the millimetres per voxel along each axis.
-        How much background lies around the masks makes no difference.
+        The result does not depend on how much background surrounds the masks.
         """
         ...

@@ -1,4 +1,4 @@
-"""Tumors are neither rods nor balls: the ratio between the two largest eigenvalues of their voxels says which."""
+"""Keep tumors of plausible shape, by the ratio of the two largest eigenvalues of their voxel covariance."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kitseg.components import Components
 from kitseg.types import Masks
 
 MIN_VOXELS = 10
-FLAT = 1e-9  # a second eigenvalue below this part of the first is rounding
+FLAT = 1e-9  # a second eigenvalue below this fraction of the first is a rounding error
 
 
 @dataclass(frozen=True)
 class KeepTumorShape:
-    """Keeps tumor components whose eigenvalue ratio is that of tumors, ``low`` to ``high``. Dual-unet paper, 2.2.
+    """Keeps tumor components with an eigenvalue ratio of ``low`` to ``high``. Dual-unet paper, section 2.2.
 
-    The range is the 5th to 95th percentile of true tumors: one in ten of them goes; ``kitseg fit-priors`` finds the
-    range of given cases. Components of fewer than ``min_voxels`` have no shape to speak of: the range was measured
-    without them, and here they go.
+    The range is the 5th to 95th percentile of true tumors, so one in ten of them is removed; ``kitseg fit-priors``
+    measures the range of given cases. Components of fewer than ``min_voxels`` have no meaningful shape: they are not
+    included in the range, and are removed.
     """
 
     low: float = 1.07
@@ -30,12 +30,12 @@ class KeepTumorShape:
     min_voxels: int = MIN_VOXELS
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
-        """``masks`` without tumors of another shape; looks neither at ``hu`` nor at ``spacing``."""
+        """``masks`` without tumors of other shapes; ``hu`` and ``spacing`` are not used."""
         tumors = Components.of(masks.tumor)
         return Masks(masks.foreground, tumors.chosen(self.keeps(eigenvalue_ratios(tumors), tumors.sizes)))
 
     def keeps(self, ratios: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which components of these ratios and sizes (in voxels) stay."""
+        """Which components are kept, by their ratios and sizes (in voxels)."""
         return (self.low <= ratios) & (ratios <= self.high) & (sizes >= self.min_voxels)
 
 

@@ -1,4 +1,4 @@
-"""What a person looks at: ``pictures`` draws cases and training curves, ``page`` collects them in one HTML file."""
+"""Reports: PNG pictures of cases and training curves, and self-contained HTML pages."""
 
 RESEARCH_USE = (
     "For research use only. kitseg is not a medical device: "

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a case: flag, measures, planes through each lesion, slices, 3D, origin."""
+"""The self-contained HTML page of a case: quality flags, measurements, slices, lesion views, 3D view, provenance."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from kitseg.report.slices import COLOURS, LEVEL, UNIT, WIDTH, Scene, around, as_
 from kitseg.report.view3d import plotly_script, title, view
 from kitseg.types import Triple
 
-_MOST_LESIONS = 12  # with pictures of their own
-_SCROLL_BYTES = 4_500_000  # of a page that stays below 10 MB
-_VIEW_MM = 140.0  # a lesion's pictures show at least this
-_VIEW_DIAMETERS = 2.5  # and as many of the lesion's diameters
+_MOST_LESIONS = 12  # with their own pictures
+_SCROLL_BYTES = 4_500_000  # for the axial slices of a page below 10 MB
+_VIEW_MM = 140.0  # smallest width of a lesion's pictures
+_VIEW_DIAMETERS = 2.5  # smallest width in diameters of the lesion
 _AXES = ("slice", "row", "column")
 _ALONE, _COMPARED = {"prediction": "Labels"}, {"prediction": "Prediction", "reference": "Reference"}
 _TEXTS = {"kidney": "kidney with lesions", "tumor": "tumor", "cyst": "cyst"}
@@ -28,9 +28,9 @@ _TEXTS = {"kidney": "kidney with lesions", "tumor": "tumor", "cyst": "cyst"}
 
 @dataclass(frozen=True)
 class CaseContent:
-    """What a case's page shows.
+    """The content of a case's page.
 
-    scene: labels, scan and reference; scores: metric by class; facts: how this came about, by name; notes: paragraphs.
+    scene: labels, scan and reference; scores: metrics by class; facts: provenance by name; notes: paragraphs.
     """
 
     case: str
@@ -43,7 +43,7 @@ class CaseContent:
 
 
 def write_case_page(path: Path, content: CaseContent) -> None:
-    """Writes the page as one HTML file below 10 MB that needs no network and no other file, whole or not at all."""
+    """Writes the page as one self-contained HTML file below 10 MB, complete or not at all."""
     scene, findings = content.scene, content.findings
     found = scroll(scene, _SCROLL_BYTES)
     drawn = view(scene.labels, scene.geometry, findings)
@@ -62,7 +62,7 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         colours=COLOURS,
         outlines=_outlines(scene),
         origins=_ALONE if scene.reference is None else _COMPARED,
-        window="No scan was given." if scene.hu is None else f"Window: level {LEVEL}, width {WIDTH} HU.",
+        window="No scan is available." if scene.hu is None else f"Window: level {LEVEL}, width {WIDTH} HU.",
         unit=UNIT,
         slices=as_data(found),
         first=found.cuts[0],
@@ -70,7 +70,7 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         count=len(found.cuts),
         depth=scene.geometry.shape[0],
         every=found.every,
-        sights=_sights(scene, findings),
+        lesion_views=_lesion_views(scene, findings),
         left_out=max(len(findings.lesions) - _MOST_LESIONS, 0),
         has_view=drawn is not None,
         view=drawn,
@@ -79,28 +79,30 @@ def write_case_page(path: Path, content: CaseContent) -> None:
 
 
 def _outlines(scene: Scene) -> dict[str, str]:
-    """Names and texts of the outlines that can be seen; cysts only where there are any."""
+    """Names and texts of the visible outlines; cysts only if there are any."""
     maps = [scene.labels] if scene.reference is None else [scene.labels, scene.reference]
     cysts = any((labels == CYST).any() for labels in maps)
     return {name: text for name, text in _TEXTS.items() if cysts or name != "cyst"}
 
 
 def middle_of(scene: Scene, findings: Findings) -> Triple:
-    """The middle of the largest lesion, or of what is labelled."""
+    """The centre of the largest lesion, or else of the labelled voxels."""
     if findings.lesions:
         return findings.lesions[0].centre
     return centre([scene.labels] if scene.reference is None else [scene.labels, scene.reference], scene.labels.shape)
 
 
-def _sights(scene: Scene, findings: Findings) -> list[dict[str, Any]]:
-    """The three planes through each lesion; without one, those through the middle of what is labelled."""
+def _lesion_views(scene: Scene, findings: Findings) -> list[dict[str, Any]]:
+    """The three planes through each lesion; without lesions, through the centre of the labelled voxels."""
     if not findings.lesions:
         at = middle_of(scene, findings)
-        return [{"name": "No lesion", "facts": ["through the middle"], "planes": _planes(scene, at, 1000.0)}]
-    return [_sight(scene, lesion) for lesion in findings.lesions[:_MOST_LESIONS]]
+        return [
+            {"name": "No lesion", "facts": ["through the centre of the labels"], "planes": _planes(scene, at, 1000.0)}
+        ]
+    return [_lesion_view(scene, lesion) for lesion in findings.lesions[:_MOST_LESIONS]]
 
 
-def _sight(scene: Scene, lesion: Lesion) -> dict[str, Any]:
+def _lesion_view(scene: Scene, lesion: Lesion) -> dict[str, Any]:
     facts = [f"{number(lesion.volume_ml)} ml", *([lesion.size_class] if lesion.size_class else [])]
     planes = _planes(scene, lesion.centre, max(_VIEW_MM, _VIEW_DIAMETERS * lesion.diameter_mm))
     return {"name": title(lesion).capitalize(), "facts": facts, "planes": planes}

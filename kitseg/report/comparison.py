@@ -1,4 +1,4 @@
-"""A PNG picture of two methods' paired differences: every case, the mean of each group and its interval."""
+"""A PNG plot of two methods' paired differences: every case, the mean of each group and its interval."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from kitseg.runtime.files import atomic_write
 from kitseg.scoring.compare import Paired, PairedGroup
 
 _BETTER_A, _SAME, _BETTER_B = "#c8641e", "#8a8a8a", "#1f6fb4"
-_GOLDEN = 0.6180339887  # its multiples fill an interval evenly
-_SPREAD = 0.5  # of a row's height, for its cases
-_BULK = 95  # percent of the cases decide about the axis; what lies farther out is drawn at its edge
+_GOLDEN = 0.6180339887  # multiples modulo 1 fill the interval evenly
+_SPREAD = 0.5  # of a row's height, used for its cases
+_BULK = 95  # percent of the cases that the axis covers; the others are drawn at its edge
 
-_COLUMNS = (0.0, 0.2, 0.66, 0.9)  # of the figures beside a panel
-_TOP = -0.9  # of the panels, a row's height being 1
+_COLUMNS = (0.0, 0.2, 0.66, 0.9)  # x positions of the numbers next to a panel
+_TOP = -0.9  # of the panels, in row heights
 
 _LEGEND = (
     "dot: a case; triangle: a case beyond the axis; diamond and bar: mean and its 95 % bootstrap interval; "
-    "p: signed-rank test, of groups after Holm"
+    "p: signed-rank test, for groups Holm-corrected"
 )
 
 _Row = tuple[str, str]  # kind and stratum
 
 
 def comparison_picture(path: Path, groups: Sequence[PairedGroup], a: str, b: str) -> None:
-    """Draws B - A of each case, a panel a class and a row a group, and writes it as PNG, whole or not at all.
+    """Draws B - A of each case, one panel per class and one row per group, and writes a PNG file.
 
-    Above each row's cases lie their mean difference (diamond) and its 95 % interval (bar). Cases beyond the axis are
-    triangles at its edge. Figures beside the row: mean, interval, p (of strata after Holm), cases.
+    Each row's cases are drawn below their mean difference (diamond) and its 95 % interval (bar). Cases beyond the axis
+    are triangles at its edge. Next to the row: mean, interval, p (Holm-corrected for strata), number of cases.
 
     Args:
         path: the PNG to write.
         groups: each class over all cases, and its strata.
-        a: what A is, for the title.
-        b: what B is.
+        a: name of A, for the title.
+        b: name of B.
 
     Raises:
         ValueError: no groups.
     """
     if not groups:
-        raise ValueError("there is nothing to draw")
+        raise ValueError("no groups to draw")
     names = list(dict.fromkeys(group.name for group in groups))
     places = _places(list(dict.fromkeys((group.kind, group.stratum) for group in groups)))
     bottom = max(places.values()) + 0.6
@@ -72,7 +72,7 @@ def comparison_picture(path: Path, groups: Sequence[PairedGroup], a: str, b: str
 
 
 def _places(rows: Sequence[_Row]) -> dict[_Row, float]:
-    """Each row's height in the picture, downward from 0; a new kind leaves room for its heading."""
+    """The vertical position of each row, downward from 0; each new kind has space for its heading."""
     places: dict[_Row, float] = {}
     at, last = -1.0, ""
     for kind, stratum in rows:
@@ -83,7 +83,7 @@ def _places(rows: Sequence[_Row]) -> dict[_Row, float]:
 
 
 def _reach(found: Sequence[Paired]) -> float:
-    """How far the axis goes to either side: as far as the means' intervals and most cases do."""
+    """The limit of the axis on either side, which covers the means' intervals and most cases."""
     sizes = np.abs(np.concatenate([paired.differences for paired in found]))
     bounds = [abs(x) for paired in found for x in (paired.mean, paired.low, paired.high) if x is not None]
     reach = max(1.3 * float(np.percentile(sizes, _BULK)), 1.15 * max(bounds))
@@ -144,7 +144,7 @@ def _short(p: float) -> str:
 
 
 def _label_rows(axes: Axes, places: dict[_Row, float]) -> None:
-    """Names of the groups, and above the first of each kind the kind."""
+    """Label the groups, with a heading above the first of each kind."""
     headings = {kind: place - 0.75 for (kind, _), place in reversed(places.items()) if kind}
     rows = [(place, stratum or "all cases") for (_, stratum), place in places.items()]
     rows += [(place, kind) for kind, place in headings.items()]

@@ -1,4 +1,4 @@
-"""How a page is made of a template: escaped, self-contained, whole or not at all."""
+"""Render HTML pages from templates: escaped, self-contained, written atomically."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from kitseg.runtime.files import atomic_write
 
 INDEX = "index.html"
 GENERATOR = '<meta name="generator" content="kitseg'
-_HEAD = 2048  # bytes of a page within which its generator stands
+_HEAD = 2048  # bytes at the start of a page that contain its generator
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
-    """Writes a template with its content as one HTML file that needs no network and no other file."""
+    """Renders a template as one self-contained HTML file."""
     pages = Environment(
         loader=PackageLoader("kitseg.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -32,15 +32,15 @@ def write_page(path: Path, template: str, **content: Any) -> None:
 
 
 def page_name(case: str) -> str:
-    """The file name of a case's page, never that of the study's."""
+    """The file name of a case's page, which always differs from the study's."""
     return f"{case}_.html" if re.fullmatch(r"index_*", case, re.IGNORECASE) else f"{case}.html"
 
 
 def refuse_overwrite(path: Path) -> None:
-    """Never write over a page that kitseg didn't make.
+    """Refuse to overwrite a file that kitseg did not write.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a file.
     """
     try:
         with path.open("rb") as file:
@@ -50,21 +50,21 @@ def refuse_overwrite(path: Path) -> None:
     except OSError:
         ours = False
     if not ours:
-        raise UsageError(f"{path} was not written by kitseg; choose another folder with --output")
+        raise UsageError(f"{path} was not written by kitseg. Choose another folder with --output")
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """Bytes as an address that holds them; kind: their media type."""
+    """Bytes as a data URI; kind: their media type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def number(value: float | str | None, digits: int = 1) -> str:
-    """A number for a reader, a dash where there is none."""
+    """A number as text, a dash for None."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _score(value: str | float | None) -> str:
-    """A table cell: numbers with three decimals, a dash for what is missing."""
+    """A table cell: numbers with three decimals, a dash for None."""
     return number(value, 3) if value is None or isinstance(value, float) else str(value)

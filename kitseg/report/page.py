@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a demo: scores, pictures and how they came about."""
+"""The self-contained HTML page of the demo: scores, pictures and provenance."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def write_study_page(
     facts: Mapping[str, str],
     notes: Sequence[str],
 ) -> None:
-    """Writes the page as one HTML file that needs no network and no other file, whole or not at all.
+    """Writes the page as one self-contained HTML file, complete or not at all.
 
     Args:
         path: the HTML file to write.
         title: the page's heading.
-        rows: a row of the Dice table per case: ``case`` (its id) and the scores by name, in the order of the columns.
-        mean: the table's last row, by the same score names.
-        pictures: a PNG per case id, in the order of the page; they are embedded.
-        facts: what was done, by name: commands, seconds, versions.
-        notes: paragraphs for the reader, above the table.
+        rows: one row of the Dice table per case: ``case`` (its id) and the scores by name, in the order of the columns.
+        mean: the table's last row, with the same score names.
+        pictures: one PNG per case id, in the order of the page; they are embedded.
+        facts: provenance by name: commands, seconds, versions.
+        notes: paragraphs above the table.
 
     Raises:
         FileNotFoundError: a picture doesn't exist.
@@ -54,5 +54,5 @@ def write_study_page(
 
 
 def _row_of(case: str, rows: Sequence[Row]) -> Row:
-    """The case's row of the table, an empty one where it has none."""
+    """The case's row of the table; empty if there is none."""
     return next((row for row in rows if row["case"] == case), {})

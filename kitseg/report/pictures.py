@@ -1,4 +1,4 @@
-"""PNG pictures: a case in three planes, and the curves of a training."""
+"""PNG pictures: a case in three planes, and training curves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _INCHES = 12.0  # width of a case's picture
 
 @dataclass(frozen=True)
 class _Plane:
-    """A cut through a scan: which array axis stands still, and what lies at the picture's left and top edge."""
+    """A plane through a scan: the array axis normal to it, and the orientation letters at the left and top edge."""
 
     name: str
     axis: int
@@ -39,12 +39,12 @@ class _Plane:
     top: str
 
     def cut(self, array: NDArray[Any], at: Triple) -> NDArray[Any]:
-        """The 2D image: in orientation (I, P, L) every cut is the right way up as it lies."""
+        """The 2D image; in orientation (I, P, L) every plane is displayed upright without flips."""
         cut: NDArray[Any] = array.take(at[self.axis], axis=self.axis)
         return cut
 
     def lengths(self, of_axes: Sequence[float]) -> tuple[float, float]:
-        """Of three numbers, one an array axis, those of the picture's rows and columns."""
+        """From three values, one per array axis, those of the picture's rows and columns."""
         rows, columns = (v for axis, v in enumerate(of_axes) if axis != self.axis)
         return rows, columns
 
@@ -59,21 +59,22 @@ def case_picture(
     reference: NDArray[np.uint8] | None = None,
     title: str = "",
 ) -> None:
-    """Draws a case in three planes and writes it as PNG, whole or not at all.
+    """Draws a case in three planes and writes a PNG file, complete or not at all.
 
     The planes go through the largest tumor (the reference's, else the prediction's), else through the largest kidney,
-    else through the middle. Patient's right, or anterior in the sagittal plane, is at the picture's left; lengths are
-    true; the window is level 40, width 400 HU. Rows of the picture: CT, the reference where there is one, prediction.
+    else through the centre. The patient's right, or anterior in the sagittal plane, is on the picture's left; lengths
+    are to scale; the window is level 40, width 400 HU. Rows of the picture: CT, the reference if there is one,
+    prediction.
 
     Args:
         path: the PNG to write.
         ct: scan with array (D, H, W) in orientation (I, P, L), in HU.
         labels: (D, H, W) predicted label map.
         reference: (D, H, W) reference label map.
-        title: a line above the picture.
+        title: heading of the picture.
 
     Raises:
-        ValueError: a label map hasn't the CT's shape.
+        ValueError: a label map and the CT differ in shape.
     """
     maps = {"Reference": reference, "Prediction": labels} if reference is not None else {"Prediction": labels}
     for name, array in maps.items():
@@ -94,10 +95,10 @@ def case_picture(
 
 
 def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Draws training loss and validation scores over the epochs and writes them as PNG, whole or not at all.
+    """Draws training loss and validation scores over the epochs and writes a PNG file, complete or not at all.
 
-    Each row of ``history`` has ``epoch`` and any of ``train/loss`` and ``val/<score>``; epochs without validation leave
-    no point. Loss has a logarithmic axis where it is positive throughout.
+    Each row of ``history`` has ``epoch`` and any of ``train/loss`` and ``val/<score>``; epochs without validation have
+    no point. The loss axis is logarithmic if all losses are positive.
     """
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     loss, scores = figure.subplots(1, 2)
@@ -120,8 +121,8 @@ def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
-    """A voxel in the middle of what is worth seeing in label maps of ``shape``."""
-    for mask in _sights(maps):
+    """The centre voxel of the largest tumor, else of the largest kidney, in label maps of ``shape``."""
+    for mask in _masks_by_interest(maps):
         if mask.any():
             where = np.argwhere(keep_kidneys(mask, voxel_ml=1.0, most=1))
             nearest = where[np.argmin(((where - where.mean(0)) ** 2).sum(1))]
@@ -130,13 +131,13 @@ def centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
     return z, y, x
 
 
-def _sights(maps: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.bool_]]:
+def _masks_by_interest(maps: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.bool_]]:
     yield from (labels == TUMOR for labels in maps)
     yield from (labels != BACKGROUND for labels in maps)
 
 
 def _canvas(ct: Volume, rows: int, title: str) -> tuple[Figure, NDArray[Any]]:
-    """A figure with (rows, 3) axes, each as large as its plane in millimetres, and a legend."""
+    """A figure with (rows, 3) axes, each scaled to its plane in millimetres, and a legend."""
     extent = [n * mm for n, mm in zip(ct.array.shape, ct.geometry.spacing, strict=True)]
     sizes = [plane.lengths(extent) for plane in PLANES]
     widths, height = [width for _, width in sizes], max(height for height, _ in sizes)
@@ -163,7 +164,7 @@ def _draw_ct(axes: Axes, plane: _Plane, ct: Volume, at: Triple) -> None:
 
 
 def _draw_labels(axes: Axes, labels: NDArray[np.uint8], aspect: Any) -> None:
-    """Each label as a transparent area with an outline."""
+    """Draw each label as a transparent area with an outline."""
     for label, (_, colour) in COLOURS.items():
         mask = labels == label
         if not mask.any():

@@ -1,4 +1,4 @@
-"""A file of ``kitseg evaluate --json`` as tables for a page."""
+"""Tables for a page from a file of ``kitseg evaluate --json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ScoreTable = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; the first column names the rows."""
+    """A table of text cells; the first column names the rows."""
 
     title: str
     columns: tuple[str, ...]
@@ -23,10 +23,10 @@ class Table:
 
 @dataclass(frozen=True)
 class StudyScores:
-    """What a study's page shows of its scores: those of cases (figure by class), and of all of them together.
+    """The scores on a study's page: of each case (metrics by class), and tables over all cases.
 
-    strata: of each case, by kind; order: the names of each kind in their natural order; notes: paragraphs, about cases
-    that are missing and the like.
+    strata: of each case, by kind; order: the strata of each kind in their natural order; notes: paragraphs, for example
+    on missing cases.
     """
 
     cases: Mapping[str, ScoreTable] = field(default_factory=dict)
@@ -37,10 +37,10 @@ class StudyScores:
 
 
 def study_scores(content: Mapping[str, Any]) -> StudyScores:
-    """What to show of a file of ``kitseg evaluate --json``.
+    """Convert the content of a file of ``kitseg evaluate --json``.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it holds no scores.
+        KeyError, TypeError, ValueError, AttributeError: it contains no scores.
     """
     groups = content["groups"]
     kinds = dict.fromkeys(group["kind"] for group in groups)
@@ -51,7 +51,7 @@ def study_scores(content: Mapping[str, Any]) -> StudyScores:
 
 
 def _cases(cases: Mapping[str, Any]) -> dict[str, ScoreTable]:
-    """The figures of each case by class, numbers or nothing."""
+    """The metrics of each case by class, numbers or None."""
     return {
         case: {
             name: {figure: None if value is None else float(value) for figure, value in figures.items()}
@@ -66,12 +66,12 @@ def _strata(strata: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def display_name(name: str) -> str:
-    """A class or a figure for a reader: ``kidney_and_mass`` is ``kidney and mass``."""
+    """The display name of a class or metric: ``kidney_and_mass`` is ``kidney and mass``."""
     return FIGURES.get(name, name.replace("_", " "))
 
 
 def _summary(content: Mapping[str, Any]) -> Table:
-    """Each figure over all cases."""
+    """The summary of each metric over all cases."""
 
     def row(name: str, figure: str, mean: float | None) -> tuple[str, ...]:
         median, interval, undefined = (
@@ -105,11 +105,11 @@ def _groups(groups: list[dict[str, Any]]) -> Table:
 
 
 def _detection(detection: Mapping[str, Any]) -> Table:
-    """Tumors found, by size."""
+    """Tumor detection by size."""
     sizes = detection.get("sizes", {})
     columns = tuple(dict.fromkeys(key for found in sizes.values() for key in found))
     rows = tuple((size, *(_figure(found.get(key)) for key in columns)) for size, found in sizes.items())
-    return Table("Tumors found", ("", *map(display_name, columns)), rows)
+    return Table("Tumor detection", ("", *map(display_name, columns)), rows)
 
 
 def _figure(value: float | None) -> str:
@@ -117,9 +117,9 @@ def _figure(value: float | None) -> str:
 
 
 def _notes(content: Mapping[str, Any]) -> tuple[str, ...]:
-    notes = [f"Scored by the rules of {content['protocol']}.", *content.get("notes", [])]
+    notes = [f"Scored with the protocol of {content['protocol']}.", *content.get("notes", [])]
     if content.get("missing"):
-        notes.append(f"No prediction, which counts as background: {', '.join(content['missing'])}.")
+        notes.append(f"Missing predictions, scored as background: {', '.join(content['missing'])}.")
     if content.get("failed"):
         notes.append(f"Could not be scored: {', '.join(content['failed'])}.")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""Cuts through a scan for a page: small pictures of the CT, and outlines of its labels as SVG paths on top."""
+"""Slices of a scan for a page: small pictures of the CT, with the outlines of its labels as SVG paths."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ COLOURS = {"kidney": "#2ecc40", "tumor": "#ff2d2d", "cyst": "#39a9ff"}
 UNIT = 10  # steps of a path per voxel
 _QUALITY, _EFFORT = 58, 2  # of WebP
 _BODY_HU = -300
-_AROUND_MM = 30.0  # above and below the kidneys, where every slice matters
-_MOST_EDGES = 4000  # between pixels of a plane; more are speckles, outlined on a coarser grid
-_SAMPLE = 8  # slices that tell how large all will be
+_AROUND_MM = 30.0  # above and below the kidneys, with denser slices
+_MOST_EDGES = 4000  # between pixels of a plane; noise with more edges is outlined on a coarser grid
+_SAMPLE = 8  # slices from which the size of all is estimated
 
-#: Pixels of the longer side, and every how many slices near the kidneys and elsewhere: from the best to the smallest.
+#: Pixels of the longer side, and slice steps near the kidneys and elsewhere: from the best quality to the smallest.
 LADDER = (
     (512, 1, 1),
     (448, 1, 1),
@@ -43,12 +43,12 @@ LADDER = (
 )
 
 Outlines = dict[str, str]
-_find_contours: Any = find_contours  # it carries no types
+_find_contours: Any = find_contours  # untyped
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to draw: labels (D, H, W) in orientation (I, P, L), the CT of that shape and a reference."""
+    """The arrays to draw: labels (D, H, W) in orientation (I, P, L), and optionally CT and reference of that shape."""
 
     labels: NDArray[np.uint8]
     geometry: Geometry
@@ -60,9 +60,9 @@ class Scene:
 class Cut:
     """A picture with the outlines of its labels.
 
-    image: a data URI; rows, columns: of the cut in voxels, an outline's coordinates are ``UNIT`` times those;
-    ratio: width by height in mm; prediction, reference: an SVG path for ``kidney`` (with what is in it), ``tumor`` and
-    ``cyst``, as far as they are there.
+    image: a data URI; rows, columns: size in voxels (outlines have ``UNIT`` steps per voxel); ratio: width divided by
+    height in mm; prediction, reference: SVG paths for ``kidney`` (with its lesions), ``tumor`` and ``cyst``, without
+    empty ones.
     """
 
     image: str
@@ -74,7 +74,7 @@ class Cut:
 
     @property
     def size(self) -> int:
-        """Bytes in a page."""
+        """Size in a page in bytes."""
         return len(self.image) + sum(map(len, [*self.prediction.values(), *self.reference.values()]))
 
 
@@ -82,7 +82,7 @@ class Cut:
 class Scroll:
     """Axial slices to scroll through.
 
-    indices: their places along the first axis; mm: the same in the patient, RAS; every: True where none is left out.
+    indices: along the first axis; mm: positions in the patient, RAS; every: whether no slice is left out.
     """
 
     cuts: tuple[Cut, ...]
@@ -92,7 +92,7 @@ class Scroll:
 
 
 def cut(scene: Scene, axis: int, at: int, box: Box, pixels: int = 512) -> Cut:
-    """The plane ``at`` of an axis, as far as it lies in ``box``; ``pixels``: the most that its longer side gets."""
+    """The part in ``box`` of the plane ``at`` of an axis; ``pixels``: maximum of the longer side."""
     where: list[Any] = list(box.slices)
     where[axis] = at
     index = tuple(where)
@@ -110,7 +110,7 @@ def cut(scene: Scene, axis: int, at: int, box: Box, pixels: int = 512) -> Cut:
 
 
 def outlines(labels: NDArray[np.uint8]) -> Outlines:
-    """SVG paths around the labels of a plane (H, W); empty ones are left out."""
+    """SVG paths around the labels of a plane (H, W), without empty ones."""
     if not labels.any():
         return {}
     masks = {"kidney": labels != BACKGROUND, "tumor": labels == TUMOR, "cyst": labels == CYST}
@@ -118,7 +118,7 @@ def outlines(labels: NDArray[np.uint8]) -> Outlines:
 
 
 def body_box(hu: NDArray[Any] | None, shape: Triple) -> Box:
-    """The part of a scan that isn't air around the patient, all slices of it."""
+    """The bounding box of the patient's body without the surrounding air, over all slices."""
     depth, height, width = shape
     if hu is None:
         return Box((0, 0, 0), shape)
@@ -131,7 +131,7 @@ def body_box(hu: NDArray[Any] | None, shape: Triple) -> Box:
 
 
 def around(centre: Triple, mm: float, geometry: Geometry) -> Box:
-    """A cube of ``mm`` around a voxel, moved and cut so that it lies in the scan."""
+    """A cube of ``mm`` around a voxel, moved and clipped to lie in the scan."""
     start, stop = [], []
     for middle, step, count in zip(centre, geometry.spacing, geometry.shape, strict=True):
         size = min(max(round(mm / step), 1), count)
@@ -142,7 +142,7 @@ def around(centre: Triple, mm: float, geometry: Geometry) -> Box:
 
 
 def scroll(scene: Scene, budget: int) -> Scroll:
-    """The axial slices in the largest form whose bytes stay within ``budget``: see ``LADDER``."""
+    """The axial slices in the best quality of ``LADDER`` whose size is within ``budget`` bytes."""
     box = body_box(scene.hu, scene.geometry.shape)
 
     def draw(index: int, pixels: int) -> Cut:
@@ -168,7 +168,7 @@ def _estimate(chosen: Sequence[int], pixels: int, draw: Callable[[int, int], Cut
 
 
 def _chosen(labels: NDArray[np.uint8], geometry: Geometry, near: int, far: int) -> list[int]:
-    """Every ``near``-th slice around what is labelled, every ``far``-th elsewhere."""
+    """Every ``near``-th slice around the labels, every ``far``-th elsewhere."""
     depth, box = geometry.shape[0], bounding_box(labels != BACKGROUND)
     margin = round(_AROUND_MM / geometry.spacing[0])
     first, last = (box.start[0] - margin, box.stop[0] + margin) if box else (0, 0)
@@ -176,13 +176,13 @@ def _chosen(labels: NDArray[np.uint8], geometry: Geometry, near: int, far: int) 
 
 
 def _height(geometry: Geometry, index: int) -> float:
-    """The place of a slice's middle along the patient's axis in mm."""
+    """The position of a slice's centre along the patient's axis in mm."""
     _, height, width = geometry.shape
     return float((geometry.affine @ [index, (height - 1) / 2, (width - 1) / 2, 1])[2])
 
 
 def _encode(hu: NDArray[Any] | None, shape: tuple[int, int], pixels: int) -> str:
-    """A plane in grey as a WebP picture; black where there is no scan."""
+    """A plane as a grayscale WebP picture; black without a scan."""
     if hu is None:
         grey = np.zeros(shape, np.uint8)
     else:
@@ -197,12 +197,12 @@ def _encode(hu: NDArray[Any] | None, shape: tuple[int, int], pixels: int) -> str
 
 
 def _path(mask: NDArray[np.bool_], unit: int = UNIT) -> str:
-    """A mask's outline as closed SVG paths of relative steps between its corners, ``unit`` a voxel."""
+    """A mask's outline as closed SVG paths of relative steps, ``unit`` per voxel."""
     box = bounding_box(mask[None])
     if box is None:
         return ""
     inside = np.pad(mask[box.slices[1:]], 1)
-    corner = np.array(box.start[1:]) - 1 + 0.5  # a voxel's middle lies half a voxel from its edge
+    corner = np.array(box.start[1:]) - 1 + 0.5  # voxel centres are half a voxel from the edge
     if np.count_nonzero(np.diff(inside, axis=0)) + np.count_nonzero(np.diff(inside, axis=1)) > _MOST_EDGES:
         return _path(mask[::2, ::2], 2 * unit)
     pieces = []
@@ -216,7 +216,7 @@ def _path(mask: NDArray[np.bool_], unit: int = UNIT) -> str:
 
 
 def as_data(found: Scroll) -> dict[str, Any]:
-    """The slices as the page's script reads them."""
+    """The slices in the form that the page's script reads."""
     return {
         "unit": UNIT,
         "every": found.every,

@@ -1,4 +1,4 @@
-"""Distributions as strips of dots, one a case or a lesion: where each lies in an SVG picture."""
+"""Strip plots of distributions: the layout in an SVG picture, one dot per case or lesion."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEFT, RIGHT, ROW = 170.0, 880.0, 46.0  # of the drawn area, and the height of a row
-_GOLDEN = 0.6180339887  # its multiples fill an interval evenly
-_SPREAD = 24.0  # of a row's height, for its dots
+LEFT, RIGHT, ROW = 170.0, 880.0, 46.0  # edges of the plot area, and the height of a row
+_GOLDEN = 0.6180339887  # multiples modulo 1 fill the interval evenly
+_SPREAD = 24.0  # of a row's height, used for its dots
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A value to draw; level: of its case; href: its case's page."""
+    """A value to draw; level: quality level of its case; href: page of its case."""
 
     value: float
     text: str
@@ -25,7 +25,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Placed:
-    """A dot's place in the picture."""
+    """A dot's position in the picture."""
 
     x: float
     y: float
@@ -34,7 +34,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class StripRow:
-    """A row of dots with their quartiles' places."""
+    """A row of dots with the positions of their quartiles."""
 
     name: str
     y: float
@@ -44,7 +44,7 @@ class StripRow:
 
 @dataclass(frozen=True)
 class Strip:
-    """A picture: rows of dots above one axis; ticks: places and texts."""
+    """A plot: rows of dots above one axis; ticks: positions and texts."""
 
     title: str
     rows: tuple[StripRow, ...]
@@ -54,12 +54,12 @@ class Strip:
 
     @property
     def height(self) -> float:
-        """Of the rows."""
+        """Height of all rows."""
         return ROW * len(self.rows)
 
 
 def strip(title: str, groups: Mapping[str, Sequence[Dot]], top: float | None = None) -> Strip | None:
-    """Lay out groups of dots on an axis from 0 to ``top``, or as far as the values go; None where there are no dots."""
+    """Lay out groups of dots on an axis from 0 to ``top``, by default the largest value; None without dots."""
     filled = {name: dots for name, dots in groups.items() if dots}
     if not filled:
         return None

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a study: how far its cases can be trusted, scores, distributions, worst first."""
+"""The self-contained HTML page of a study: quality flags, scores and distributions, the worst cases first."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kitseg.report.strip import Dot, Strip, strip
 FAILED = "failed"
 _NOTHING = Findings((), ())
 _THUMBNAIL_PIXELS = 256
-_PICTURES_BYTES = 6_000_000  # of a page that stays below 10 MB
+_PICTURES_BYTES = 6_000_000  # for the pictures of a page below 10 MB
 
 
 @dataclass(frozen=True)
 class CaseRow:
-    """A case in the study; error: why there is no page of it, and then the rest is empty."""
+    """A case of the study; error: why it has no page, in which case the other fields are empty."""
 
     case: str
     error: str = ""
@@ -62,9 +62,9 @@ class CaseRow:
 
 
 def write_study(path: Path, title: str, rows: Sequence[CaseRow], scores: StudyScores, facts: Mapping[str, str]) -> None:
-    """Writes the page as one HTML file below 10 MB that needs no network; its links lead to the cases' pages beside it.
+    """Writes the page as one self-contained HTML file below 10 MB with links to the cases' pages in the same folder.
 
-    Pictures go to the worst cases first, for as long as there is room.
+    The worst cases get pictures first, up to a size limit.
     """
     ordered = sorted(rows, key=_badness)
     write_page(
@@ -85,13 +85,13 @@ def write_study(path: Path, title: str, rows: Sequence[CaseRow], scores: StudySc
 
 
 def thumbnail(scene: Scene, findings: Findings) -> Cut:
-    """The axial slice through the middle of the largest lesion, or of what is labelled."""
+    """The axial slice through the centre of the largest lesion, or else of the labelled voxels."""
     at = middle_of(scene, findings)[0]
     return cut(scene, 0, at, body_box(scene.hu, scene.geometry.shape), _THUMBNAIL_PIXELS)
 
 
 def _badness(row: CaseRow) -> tuple[int, float, int, str]:
-    """Failed, then red, amber, green; among those the lowest mean Dice first, then the most flags."""
+    """A sorting key: failed, red, amber, green; within a level the lowest mean Dice, then the most flags first."""
     order = (FAILED, *reversed(LEVELS))
     dice = float(np.mean(list(row.dice.values()))) if row.dice else 1.0
     return order.index(row.level), dice, -len(row.quality.flags if row.quality else ()), row.case
@@ -107,7 +107,7 @@ def _pictured(rows: Sequence[CaseRow]) -> list[CaseRow]:
 
 
 def _strips(rows: Sequence[CaseRow], scores: StudyScores) -> list[Strip]:
-    """Dice by class, the tumor's by stratum, and what was measured."""
+    """Strip plots of Dice by class, tumor Dice by stratum, and the measurements."""
     classes = list(dict.fromkeys(name for row in rows for name in row.dice))
     drawn = [strip("Dice", {name: _dice_dots(rows, name) for name in classes}, 1.0)]
     for kind, names in scores.order.items():

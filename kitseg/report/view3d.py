@@ -1,4 +1,4 @@
-"""Kidneys and lesions in 3D, for plotly to draw in a page."""
+"""The 3D view of kidneys and lesions, drawn by Plotly in a page."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from kitseg.report.slices import COLOURS
 from kitseg.types import Box, Geometry
 
 _MOST_TRIANGLES = 60_000  # of all surfaces of a page together
-_MOST_LESIONS = 40  # with a surface of their own
+_MOST_LESIONS = 40  # with their own surface
 _FINEST_MM = 1.0
-_MOST_AT_ONCE = 2_000_000  # triangles while a coarser step is sought
+_MOST_AT_ONCE = 2_000_000  # triangles during the search for a coarser step
 _LIGHT = {"ambient": 0.45, "diffuse": 0.7, "specular": 0.15, "roughness": 0.6}
 _KIDNEY_OPACITY = 0.35
 _LABELS = {"tumor": TUMOR, "cyst": CYST}
@@ -50,9 +50,9 @@ def plotly_script() -> str:
 
 
 def view(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> dict[str, Any] | None:
-    """What plotly draws (data, layout and config): kidneys to look through, each lesion in its colour.
+    """The Plotly figure (data, layout and config): transparent kidneys, and each lesion in its colour.
 
-    Patient's right is at the left, as one looks at the patient. None where nothing is labelled.
+    Seen from the front, with the patient's right on the left. None if nothing is labelled.
     """
     whole = bounding_box(labels != BACKGROUND)
     if whole is None:
@@ -72,12 +72,12 @@ def view(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> d
 
 
 def title(lesion: Lesion) -> str:
-    """A lesion's name for a reader."""
+    """The display name of a lesion."""
     return f"{lesion.kind} {lesion.number}, {lesion.side}, {lesion.axial_mm:.0f} mm"
 
 
 def lesion_mask(labels: NDArray[np.uint8], lesion: Lesion) -> NDArray[np.bool_]:
-    """The lesion's voxels within its box."""
+    """The lesion's mask in its box."""
     mask = labels[lesion.box.slices] == _LABELS[lesion.kind]
     found = Components.of(mask)
     inside = np.zeros(mask.shape, bool)
@@ -87,7 +87,7 @@ def lesion_mask(labels: NDArray[np.uint8], lesion: Lesion) -> NDArray[np.bool_]:
 
 
 def _first_step(masks: list[NDArray[np.bool_]], spacing: tuple[float, float, float]) -> float:
-    """The finest mm between samples at which noise, too, has no more triangles than fit into memory."""
+    """The finest sampling in mm at which even noise has no more triangles than fit into memory."""
     face = np.prod(spacing) / np.array(spacing)
     area = sum(float(np.dot(voxel_faces(mask), face)) for mask in masks)
     return max(_FINEST_MM, float(np.sqrt(2 * area / _MOST_AT_ONCE)))
@@ -113,20 +113,20 @@ def _trace(name: str, kind: str, mask: NDArray[np.bool_], geometry: Geometry, st
 
 
 def _packed(values: NDArray[Any]) -> dict[str, str]:
-    """Numbers as plotly reads them, in base64."""
+    """An array in Plotly's base64 encoding."""
     kinds = {"float32": "f4", "uint16": "u2", "uint32": "u4"}
     return {"dtype": kinds[values.dtype.name], "bdata": base64.b64encode(values.tobytes()).decode("ascii")}
 
 
 def _moved(geometry: Geometry, box: Box) -> Geometry:
-    """The lattice of a box of voxels."""
+    """The geometry of a box of voxels."""
     affine = geometry.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ box.start
     return Geometry(box.size, affine)
 
 
 def _marks(geometry: Geometry, box: Box) -> dict[str, Any]:
-    """The letters of the patient's right, left, head and feet beside what is seen."""
+    """The orientation letters for the patient's right, left, head and feet."""
     corners = np.stack([geometry.affine @ [*box.start, 1], geometry.affine @ [*(n - 1 for n in box.stop), 1]])[:, :3]
     low, high = corners.min(0), corners.max(0)
     (x, y, z), (dx, _, dz) = (low + high) / 2, (high - low) / 2 + 12

@@ -1,4 +1,4 @@
-"""All figures of a case by one protocol: official scores, distances of the surfaces, errors of volume, tumors found."""
+"""All metrics of a case under a protocol: official scores, surface distances, volume errors and tumor detection."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kitseg.scoring.protocols import Protocol, Target
 from kitseg.scoring.surface import surfaces
 from kitseg.types import Box
 
-#: The figures of a class by name; None where one can't be told, such as a distance to nothing.
+#: The metrics of a class by name; None if undefined, such as the distance to an empty mask.
 Figures = dict[str, float | None]
 PERCENT = 95
 
 
 @dataclass(frozen=True)
 class CaseScore:
-    """A case's figures by class, and its tumors one by one."""
+    """A case's metrics by class, and the detection of each tumor."""
 
     figures: dict[str, Figures]
     detection: Detection
@@ -35,11 +35,11 @@ def score(
     protocol: Protocol,
     convention: str,
 ) -> CaseScore:
-    """Score a case's label maps (D, H, W) of a label convention by a protocol; spacing in mm, as the axes.
+    """Score a case's label maps (D, H, W) of a label convention by a protocol; spacing in mm along each axis.
 
-    Figures of a class: ``dice``; ``surface_dice`` where the protocol has it; ``hd95_mm`` and ``assd_mm``, None where
-    a mask is empty; ``volume_error_ml``, prediction - reference; ``volume_error_relative``, that over the reference's
-    volume, None where it is empty. Beside the maps, time and memory depend on the box around both foregrounds.
+    Metrics of a class: ``dice``; ``surface_dice`` if the protocol defines it; ``hd95_mm`` and ``assd_mm``, None if a
+    mask is empty; ``volume_error_ml``, prediction - reference; ``volume_error_relative``, divided by the reference's
+    volume, None if that is 0. Apart from the maps, time and memory depend on the bounding box of both foregrounds.
 
     Raises:
         ValueError: the shapes differ.

@@ -1,4 +1,4 @@
-"""Two methods on the same cases: paired differences of a score, their mean, its interval and a test."""
+"""Compare two methods on the same cases: paired score differences, their mean, its confidence interval and a test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kitseg.scoring.strata import in_order
 FEWEST = 6  # cases: with fewer, no two-sided signed-rank test can reach p < 0.05
 LEVEL = 0.05
 RESAMPLES = 9999
-_DECIMALS = 12  # differences that agree so far are the same: 0.8 - 0.7 and 0.9 - 0.8
+_DECIMALS = 12  # differences are rounded, so that 0.8 - 0.7 and 0.9 - 0.8 are equal
 
 Scores = Mapping[str, Mapping[str, float]]
 Verdict = Literal["A", "B", "mixed", "none", "too few"]
@@ -24,10 +24,10 @@ Verdict = Literal["A", "B", "mixed", "none", "too few"]
 
 @dataclass(frozen=True)
 class Paired:
-    """Scores of B against those of A on the same cases.
+    """The comparison of the scores of B and A on the same cases.
 
-    differences: (n,) B - A; low, high: 95 % interval of their mean; p: two-sided. The last three are None for fewer
-    than ``FEWEST`` cases.
+    differences: (n,) B - A; low, high: 95 % confidence interval of their mean; p: two-sided. The last three are None
+    for fewer than ``FEWEST`` cases.
     """
 
     mean_a: float
@@ -49,17 +49,17 @@ class Paired:
 
     @property
     def wins(self) -> int:
-        """Cases where B is better."""
+        """Number of cases where B is better."""
         return int(np.count_nonzero(self.differences > 0))
 
     @property
     def losses(self) -> int:
-        """Cases where A is better."""
+        """Number of cases where A is better."""
         return int(np.count_nonzero(self.differences < 0))
 
     @property
     def ties(self) -> int:
-        """Cases where both are the same."""
+        """Number of cases with equal scores."""
         return self.n - self.wins - self.losses
 
 
@@ -79,14 +79,14 @@ class PairedGroup:
 
     @property
     def p(self) -> float | None:
-        """The p value to show: a stratum's is corrected, a whole class's isn't."""
+        """The p value to report: corrected for a stratum, uncorrected for a whole class."""
         return self.holm if self.kind else self.paired.p
 
     @property
     def verdict(self) -> Verdict:
-        """Which one is better: where the interval, ``p`` and the count of cases all say so.
+        """The better method, if the interval, ``p`` and the number of better cases all agree.
 
-        ``none`` where neither interval nor test shows a difference, ``mixed`` where they contradict each other.
+        ``none`` if neither interval nor test shows a difference, ``mixed`` if they disagree.
         """
         paired, p = self.paired, self.p
         if paired.low is None or paired.high is None or p is None:
@@ -102,12 +102,12 @@ class PairedGroup:
 def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
     """Compare the scores of A and B, (n,) each, case by case.
 
-    The interval of the mean difference is a BCa bootstrap (Efron 1987; percentiles where BCa has no answer) with a
-    fixed seed. The test is Wilcoxon's signed-rank test with the zeros ranked as Pratt (1959) does, because two methods
-    often score a case exactly the same; p is 1 where they do on every case.
+    The interval of the mean difference is a BCa bootstrap (Efron 1987; percentiles if BCa is undefined) with a fixed
+    seed. The test is Wilcoxon's signed-rank test with Pratt's (1959) treatment of zeros, because two methods often have
+    equal scores on a case; p is 1 if all cases are equal.
 
     Raises:
-        ValueError: no scores, not the same number of them, or one that isn't finite.
+        ValueError: no scores, different numbers of scores, or one that isn't finite.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
@@ -123,10 +123,10 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
 
 
 def compare_cases(a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[PairedGroup]:
-    """Each class over the cases that both have, followed by the class in each stratum of each kind.
+    """Compare each class over the common cases, and in each stratum of each kind.
 
-    a, b: scores by case and class; strata: stratum by case and kind. The p values of the strata, of all classes and
-    kinds together, are corrected by Holm's method. Empty where there is no class that both have in some case.
+    a, b: scores by case and class; strata: stratum by case and kind. The p values of all strata, over all classes and
+    kinds, are corrected together by Holm's method. Empty if A and B have no class of a case in common.
     """
     names = dict.fromkeys(name for case in sorted(a.keys() & b.keys()) for name in a[case] if name in b[case])
     groups = [group for name in names for group in _groups(name, a, b, strata)]
@@ -135,7 +135,7 @@ def compare_cases(a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]])
 
 
 def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of (n,) values: BCa (Efron 1987), or percentiles where that has no answer."""
+    """95 % bootstrap interval of the mean of (n,) values: BCa (Efron 1987), or percentiles if BCa is undefined."""
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
@@ -152,9 +152,9 @@ def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """P values corrected for their number, step down (Holm 1979); None, where nothing was tested, stays and counts not.
+    """Holm's step-down correction (1979) of p values; None (not tested) remains None and is not counted.
 
-    They hold whatever the dependence between the tests.
+    Valid for any dependence between the tests.
     """
     tested = sorted((p, index) for index, p in enumerate(ps) if p is not None)
     corrected: list[float | None] = [None] * len(ps)

@@ -1,4 +1,4 @@
-"""Tumors one by one: which of the reference were found, and which of the prediction are there."""
+"""Tumor detection: which reference tumors were found, and which predicted tumors are true."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Tumor:
-    """A tumor of a prediction or reference. diameter_mm: its largest one within a slice; matched: has a counterpart."""
+    """A tumor of a prediction or reference. diameter_mm: largest within a slice; matched: whether it has a match."""
 
     diameter_mm: float
     volume_ml: float
@@ -29,7 +29,7 @@ class Tumor:
 
 @dataclass(frozen=True)
 class Detection:
-    """A case's tumors, in array order."""
+    """A case's reference and predicted tumors, in array order."""
 
     reference: tuple[Tumor, ...]
     predicted: tuple[Tumor, ...]
@@ -37,7 +37,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Tally:
-    """Tumors of many cases. reference: how many there are, found: of them; predicted: how many, true: of them."""
+    """Tumor counts over many cases. reference: in the references; found: of these; predicted; true: of these."""
 
     reference: int
     found: int
@@ -46,21 +46,21 @@ class Tally:
 
     @property
     def recall(self) -> float | None:
-        """Part of the reference's tumors that was found; None where there is none."""
+        """Fraction of the reference tumors that were found; None without reference tumors."""
         return self.found / self.reference if self.reference else None
 
     @property
     def precision(self) -> float | None:
-        """Part of the predicted tumors that are there; None where none was predicted."""
+        """Fraction of the predicted tumors that are true; None without predicted tumors."""
         return self.true / self.predicted if self.predicted else None
 
 
 def detect(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: tuple[float, float, float]) -> Detection:
     """Match the tumors (26-connected components) of two masks (D, H, W).
 
-    A tumor is found where one that is predicted has an intersection over union of at least 0.1 with it, as in PI-CAI
-    (Saha et al., Lancet Oncology 2024). The matching is one to one: as many pairs as possible, then as much overlap as
-    possible. What is left over is missed or false, so of a tumor found in two pieces one piece is false.
+    A tumor is found if a predicted tumor has an intersection over union of at least 0.1 with it, as in PI-CAI (Saha et
+    al., Lancet Oncology 2024). The matching is one to one, with the maximum number of pairs and then the maximum
+    overlap. Unmatched tumors are missed or false; of a tumor predicted in two pieces, one piece is false.
 
     Raises:
         ValueError: the shapes differ.
@@ -75,7 +75,7 @@ def detect(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: tuple[float
 
 
 def tally(detections: Iterable[Detection]) -> dict[str, Tally]:
-    """Count the tumors of all cases: all of them, and by the diameter of each (a predicted one by its own)."""
+    """Count the tumors of all cases, in total and by diameter (of predicted tumors, their own diameter)."""
     cases = list(detections)
     truth = [tumor for case in cases for tumor in case.reference]
     found = [tumor for case in cases for tumor in case.predicted]
@@ -91,7 +91,7 @@ def _count(truth: list[Tumor], found: list[Tumor]) -> Tally:
 
 
 def _overlaps(found: Components, truth: Components) -> NDArray[np.float64]:
-    """Intersection over union of each predicted (rows) with each true component (columns)."""
+    """Intersection over union of each predicted (rows) with each reference component (columns)."""
     sizes, others = found.sizes[1:, None], truth.sizes[None, 1:]
     here, there = (np.zeros(c.shape, c.numbers.dtype) for c in (found, truth))
     here[found.box.slices], there[truth.box.slices] = found.numbers, truth.numbers

@@ -1,4 +1,4 @@
-"""The KiTS19 challenge's score: kidney Dice and tumor Dice of each case, and their means over the cases."""
+"""The KiTS19 challenge's metrics: kidney Dice and tumor Dice of each case, and their means over the cases."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from kitseg.labels import KIDNEY, TUMOR
 
-_SLAB = 64  # slices: thick enough to be quick where they lie scattered in memory (Fortran order, as in a NIfTI file)
+_SLAB = 64  # slices at a time: enough to be fast in Fortran order, as in a NIfTI file
 
 
 def dice(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> float:
-    """Dice coefficient 2 |P ∩ R| / (|P| + |R|) of two masks of one shape; 1 where both are empty.
+    """Dice coefficient 2 |P ∩ R| / (|P| + |R|) of two masks of one shape; 1 if both are empty.
 
     Raises:
         ValueError: the shapes differ.
@@ -23,10 +23,10 @@ def dice(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> float:
 
 
 def kits19_scores(pred: NDArray[np.uint8], ref: NDArray[np.uint8]) -> dict[str, float]:
-    """Dice of a case's label maps (D, H, W) as the KiTS19 server counts them.
+    """Dice of a case's label maps (D, H, W) as the KiTS19 server computes it.
 
-    ``kidney`` is Dice of labels 1 ∪ 2, ``tumor`` of label 2. Any other value is background, 3 too: a kits23 label map
-    must be converted first (``kitseg.labels.to_kits19``). Works in slabs, so it needs little memory beside the maps.
+    ``kidney`` is the Dice of labels 1 ∪ 2, ``tumor`` of label 2. Any other value is background, including 3: convert a
+    kits23 label map first (``kitseg.labels.to_kits19``). Works in slabs, so it needs little memory besides the maps.
 
     Raises:
         ValueError: the shapes differ.
@@ -41,14 +41,14 @@ def kits19_scores(pred: NDArray[np.uint8], ref: NDArray[np.uint8]) -> dict[str, 
 
 
 def mean_scores(cases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean over the cases of each score; ``cases`` maps a case id to its scores by name, the same names in each.
+    """Mean of each score over the cases; ``cases`` maps a case id to its scores by name, the same names in each.
 
     Raises:
-        ValueError: there is no case, or the cases hold different scores.
+        ValueError: no cases, or cases with different scores.
     """
     scores = list(cases.values())
     if not scores or any(s.keys() != scores[0].keys() for s in scores):
-        raise ValueError("a mean needs at least one case, and the same scores in every case")
+        raise ValueError("the mean needs at least one case, and the same scores in every case")
     return {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
 
 

@@ -1,4 +1,4 @@
-"""How the KiTS challenges score, as data: their classes, tolerances and label conventions."""
+"""The scoring protocols of the KiTS challenges: classes, tolerances and label conventions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR, to_kits19
 
-#: The figures of a class in words, by their key.
+#: The display names of the metrics, by their key.
 FIGURES = {
     "dice": "Dice",
     "surface_dice": "surface Dice",
@@ -23,13 +23,13 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What is scored as one class: a union of labels; tolerance_mm: of its surface Dice, None where there is none."""
+    """A scored class: a union of labels; tolerance_mm: of its surface Dice, None if it has none."""
 
     labels: tuple[int, ...]
     tolerance_mm: float | None = None
 
     def mask(self, labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Where a label map (any shape) holds the class; values that no class has are background."""
+        """The mask of the class in a label map (any shape); unknown label values are background."""
         known = np.zeros(256, np.bool_)
         known[list(self.labels)] = True
         return known[labels]
@@ -37,9 +37,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A challenge's rules. targets: the classes by name; convention: what label ids mean in its references.
+    """A challenge's scoring rules. targets: the classes by name; convention: label convention of its references.
 
-    Where prediction and reference of a class are both empty, Dice and surface Dice are 1; where one is, they are 0.
+    If prediction and reference of a class are both empty, Dice and surface Dice are 1; if only one is, they are 0.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Protocol:
     convention: str
 
     def adopt(self, labels: NDArray[np.uint8], convention: str) -> NDArray[np.uint8]:
-        """A label map (any shape) of a convention in the protocol's own.
+        """Convert a label map (any shape) of a convention to the protocol's own.
 
-        kits23 in kits19: cysts become kidney. kits19 in kits23: cysts stay kidney, and 3 is a strange value, as in
-        every kits19 label map, so it is background.
+        From kits23 to kits19: cysts become kidney. From kits19 to kits23: cysts remain kidney; 3 is not a label of
+        kits19, so it becomes background.
         """
         if convention == self.convention:
             return labels
@@ -66,7 +66,7 @@ _NESTED = {
 }
 
 #: KiTS19 (Heller et al., Medical Image Analysis 2021): Dice of kidney with tumor, and of tumor. KiTS21 and KiTS23
-#: (Heller et al., arXiv 2307.01984): three nested classes, and their surface Dice at the annotators' own tolerances.
+#: (Heller et al., arXiv 2307.01984): three nested classes, and their surface Dice at the challenges' tolerances.
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (

@@ -1,4 +1,4 @@
-"""Groups of cases that are scored apart: what is easy for a method and what is hard."""
+"""Strata: groups of cases by slice thickness and tumor size that are scored separately."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ SIZES = ("no tumor", "up to 4 cm", "4 to 7 cm", "over 7 cm")
 
 
 def thickness_class(millimetres: float) -> int:
-    """Which of ``THICKNESSES`` the distance of a scan's slices belongs to; a third of KiTS19's cases lies in each."""
+    """The index in ``THICKNESSES`` of a slice thickness; each has about a third of KiTS19's cases."""
     return int(millimetres > 1.01) + int(millimetres > 3.01)
 
 
 def size_class(ml: float) -> int:
-    """Which of ``SIZES`` a tumor of this volume belongs to: the diameter of a ball of that volume.
+    """The index in ``SIZES`` of a tumor volume, by the diameter of a ball of that volume.
 
-    4 and 7 cm part the stages T1a, T1b and T2 (TNM classification of renal tumors).
+    4 and 7 cm separate the stages T1a, T1b and T2 (TNM classification of renal tumors).
     """
     return 0 if ml <= 0 else SIZES.index(size_of(10 * (6 * ml / math.pi) ** (1 / 3)))
 
 
 def size_of(diameter_mm: float) -> str:
-    """Which of ``SIZES`` a tumor of this diameter belongs to."""
+    """The entry of ``SIZES`` for a tumor of this diameter."""
     return SIZES[1 + int(diameter_mm > 40) + int(diameter_mm > 70)]
 
 
 def in_order(stratum: str) -> tuple[int, str]:
-    """A key that sorts thicknesses and sizes as they grow, anything else by the alphabet."""
+    """A sorting key: thicknesses and sizes ascending, anything else alphabetically."""
     known = (*THICKNESSES, *SIZES)
     return known.index(stratum) if stratum in known else len(known), stratum

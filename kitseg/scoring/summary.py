@@ -1,4 +1,4 @@
-"""Many cases in a few numbers: mean, median and the mean's confidence interval."""
+"""Summary statistics over cases: mean, median and the mean's confidence interval."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kitseg.scoring.compare import FEWEST, mean_interval
 
 @dataclass(frozen=True)
 class Summary:
-    """A figure over the cases that have it.
+    """The summary of a metric over the cases where it is defined.
 
-    cases: how many do; undefined: how many don't; low, high: 95 % interval of the mean, None for fewer than ``FEWEST``
-    cases.
+    cases: their number; undefined: number of the other cases; low, high: 95 % confidence interval of the mean, None for
+    fewer than ``FEWEST`` cases.
     """
 
     cases: int
@@ -27,7 +27,7 @@ class Summary:
 
 
 def summarize(cases: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, dict[str, Summary]]:
-    """Each class's figures over the cases, which hold the same figures by class and name; empty for no case."""
+    """Summarize the metrics of each class over the cases, which all have the same classes and metrics."""
     if not cases:
         return {}
     return {
@@ -37,7 +37,7 @@ def summarize(cases: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict
 
 
 def _summary(figures: Sequence[float | None]) -> Summary:
-    """The interval is the BCa bootstrap of ``kitseg.scoring.compare``, with its fixed seed."""
+    """Summarize one metric; the interval is the BCa bootstrap of ``kitseg.scoring.compare``, with its fixed seed."""
     values = np.array([figure for figure in figures if figure is not None], np.float64)
     undefined = len(figures) - values.size
     if not values.size:

@@ -1,4 +1,4 @@
-"""Distances between the surfaces of two masks, weighted by area: surface Dice, robust Hausdorff, average distance."""
+"""Area-weighted distances between the surfaces of two masks: surface Dice, robust Hausdorff, average distance."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from scipy.spatial import cKDTree
 
 from kitseg.components import bounding_box
 
-_SLAB = 16  # slices of neighbour codes at a time
+_SLAB = 16  # slices at a time
 _NEAR_MM = 20.0
 _BITS = np.array([[[128, 64], [32, 16]], [[8, 4], [2, 1]]], np.uint8)  # of a cell's eight corners
 _INSIDE = 255
 
-# The classes of marching cubes (Lorensen and Cline 1987) by a code of each: the triangles of the surface in the cell,
-# each by its normal, whose length is the area in eighths of a cubic cell of edge 1. Mirrored, turned or with inside and
-# outside exchanged, a cell has the same surface.
+# The classes of marching cubes (Lorensen and Cline 1987) by one neighbour code of each: the triangles of the surface in
+# the cell, given by their normals, whose length is the area in eighths of a unit cell's face. Mirrored, rotated and
+# inverted cells have the same surface.
 _CLASSES = {
     1: [(1, 1, 1)],
     3: [(2, 2, 0), (2, 2, 0)],
@@ -40,16 +40,16 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class Surfels:
-    """Elements of a surface, nearest to the other surface first.
+    """Surface elements, sorted by distance to the other surface.
 
-    distances: (n,) mm to the other surface, infinite where there is none; areas: (n,) mm².
+    distances: (n,) mm to the other surface, infinite without one; areas: (n,) mm².
     """
 
     distances: NDArray[np.float64]
     areas: NDArray[np.float64]
 
     def within(self, tolerance_mm: float) -> float:
-        """The area that is at most so far from the other surface, mm²."""
+        """The area in mm² within the tolerance of the other surface."""
         return float(self.areas[self.distances <= tolerance_mm].sum())
 
     def mean(self) -> float:
@@ -57,32 +57,32 @@ class Surfels:
         return float((self.distances * self.areas).sum() / self.areas.sum())
 
     def percentile(self, percent: float) -> float:
-        """The distance in mm within which so much of the area lies."""
+        """The area-weighted percentile of the distance in mm."""
         part = np.cumsum(self.areas) / self.areas.sum()
         return float(self.distances[min(int(np.searchsorted(part, percent / 100)), len(part) - 1)])
 
 
 @dataclass(frozen=True)
 class Surfaces:
-    """The surfaces of a prediction and of its reference, each with its distances to the other.
+    """The surfaces of a prediction and its reference, each with its distances to the other.
 
-    The measures are those of DeepMind's ``surface-distance`` (Nikolov et al. 2021, J Med Internet Res 23:e26151).
+    The metrics are those of DeepMind's ``surface-distance`` (Nikolov et al. 2021, J Med Internet Res 23:e26151).
     """
 
     pred: Surfels
     ref: Surfels
 
     def dice(self, tolerance_mm: float) -> float:
-        """Surface Dice: the part of both surfaces that lies within the tolerance; 1 for two empty masks, 0 for one."""
+        """Surface Dice: the fraction of both surfaces within the tolerance; 1 for two empty masks, 0 for one."""
         total = self.pred.areas.sum() + self.ref.areas.sum()
         return (self.pred.within(tolerance_mm) + self.ref.within(tolerance_mm)) / float(total) if total else 1.0
 
     def hausdorff_mm(self, percent: float) -> float | None:
-        """Robust Hausdorff distance: the larger of both directions' percentiles; None where a mask is empty."""
+        """Robust Hausdorff distance: the larger of both directions' percentiles; None if a mask is empty."""
         return max(side.percentile(percent) for side in (self.pred, self.ref)) if self._defined else None
 
     def average_mm(self) -> float | None:
-        """Average symmetric surface distance: the mean of both directions' means; None where a mask is empty."""
+        """Average symmetric surface distance: the mean of both directions' means; None if a mask is empty."""
         return (self.pred.mean() + self.ref.mean()) / 2 if self._defined else None
 
     @property
@@ -91,11 +91,11 @@ class Surfaces:
 
 
 def surfaces(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: Sequence[float]) -> Surfaces:
-    """Find the surface elements of two masks (D, H, W) and how far each is from the other surface.
+    """Find the surface elements of two masks (D, H, W) and their distances to the other surface.
 
-    spacing: mm per voxel along each axis. An element lies in a cell between eight voxels of which some are inside and
-    some outside; its area is that of marching cubes' triangles, its place the cell's middle, and its distance the one
-    to the nearest such cell of the other mask. Time and memory depend on the box around both masks.
+    spacing: mm per voxel along each axis. An element lies in a cell between eight voxels, some inside and some outside;
+    its area is that of marching cubes' triangles, its position the cell's centre, and its distance that to the nearest
+    such cell of the other mask. Time and memory depend on the bounding box of both masks.
 
     Raises:
         ValueError: the shapes differ.
@@ -116,7 +116,7 @@ def surfaces(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: Sequence[
 def surfel_areas(spacing: Sequence[float]) -> NDArray[np.float64]:
     """The area in mm² of the surface in a cell, by the neighbour code of its corners (256,).
 
-    A corner that is inside adds its bit: 128 for (0, 0, 0), 64 for (0, 0, 1), … 1 for (1, 1, 1).
+    Each corner inside the mask adds its bit: 128 for (0, 0, 0), 64 for (0, 0, 1), … 1 for (1, 1, 1).
     """
     z, y, x = spacing
     table = np.zeros(256)
@@ -133,7 +133,7 @@ def surfel_areas(spacing: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _cells(mask: NDArray[np.bool_], areas: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The cells that hold a surface, by their number in array order, and the area in each."""
+    """The flat indices of the cells with a surface, and the area in each."""
     padded = np.pad(mask.view(np.uint8), 1)
     plane = (padded.shape[1] - 1) * (padded.shape[2] - 1)
     where, area = [], []
@@ -146,7 +146,7 @@ def _cells(mask: NDArray[np.bool_], areas: NDArray[np.float64]) -> tuple[NDArray
 
 
 def _neighbour_codes(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Which corners of each cell are inside, as ``_BITS`` has it: (D, H, W) voxels, (D - 1, H - 1, W - 1) cells."""
+    """The neighbour code (``_BITS``) of each cell: (D, H, W) voxels, (D - 1, H - 1, W - 1) cells."""
     one, two, four = np.uint8(1), np.uint8(2), np.uint8(4)
     pairs = mask[..., :-1] << one | mask[..., 1:]
     squares = pairs[:, :-1] << two | pairs[:, 1:]
@@ -156,9 +156,9 @@ def _neighbour_codes(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _distances(
     cells: NDArray[np.int64], others: NDArray[np.int64], shape: Sequence[int], spacing: Sequence[float]
 ) -> NDArray[np.float64]:
-    """The distance in mm of each cell to the nearest of the others; both in rising order.
+    """The distance in mm of each cell to the nearest of the others; both in ascending order.
 
-    A k-d tree is fast for near ones and slow for far ones.
+    Uses a k-d tree, which is fast for small distances, and distance transforms for large ones.
     """
     if not others.size:
         return np.full(cells.size, np.inf)
@@ -176,7 +176,7 @@ def _distances(
 def _far_distances(
     cells: NDArray[np.int64], others: NDArray[np.int64], shape: Sequence[int], spacing: Sequence[float]
 ) -> NDArray[np.float64]:
-    """The same for rows of (slice, row, column), by exact distance transforms of the slices that hold others."""
+    """The same for rows of (slice, row, column), by exact distance transforms of the slices that contain others."""
     best = np.full(len(cells), np.inf)
     rows, columns = np.ogrid[: shape[1], : shape[2]]
     for number in np.unique(others[:, 0]) if best.size else ():
