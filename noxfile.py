@@ -1,4 +1,4 @@
-"""The checks. ``nox`` runs lint, types, tests and wheel with the Python that called it (3.11 to 3.13)."""
+"""The checks. ``nox`` runs lint, types, tests and wheel with the Python that called it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nox
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "tests", "wheel"]
 nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = False
 
 ROOT = Path(__file__).resolve().parent
 PEERS = ("nnunetv2", "monai", "torchio")
+FAST = (
+    *("agreement", "components", "config", "detection", "files", "kits", "links", "losses", "measure", "nifti"),
+    *("postprocess", "project", "resample", "scoring", "splits", "surface", "windows"),
+)
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
 
@@ -44,6 +50,50 @@ def tests(session: nox.Session) -> None:
     """Pytest in two processes; arguments after ``--`` go to pytest."""
     install(session, "-e", ".", group="tests")
     session.run("pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
+
+
+@nox.session(python=nox.project.python_versions(PYPROJECT))
+def versions(session: nox.Session) -> None:
+    """The tests on every supported Python that is installed; arguments after ``--`` go to pytest."""
+    tests(session)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The fast tests with the oldest supported versions of the direct dependencies (torch: the tested one)."""
+    groups = [*nox.project.dependency_groups(PYPROJECT, "tests"), *PYPROJECT["project"]["dependencies"]]
+    oldest = Path(session.create_tmp(), "lowest.txt")
+    oldest.write_text("".join(map(_oldest, groups)), encoding="utf-8")
+    torch = next(line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith("torch=="))
+    session.install("-c", str(oldest), torch, "-e", ".", *nox.project.dependency_groups(PYPROJECT, "tests"))
+    _fast_tests(session)
+
+
+def _fast_tests(session: nox.Session) -> None:
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in FAST]
+    session.run("pytest", "-n", "2", "-m", "not slow", *files, *session.posargs)
+
+
+def _oldest(requirement: str) -> str:
+    parsed = Requirement(requirement)
+    least = [bound.version for bound in parsed.specifier if bound.operator == ">="]
+    return "" if parsed.name == "torch" or not least else f"{parsed.name}=={least[0]}\n"
+
+
+@nox.session
+def quick(session: nox.Session) -> None:
+    """Style, imports and the fast tests: under 90 seconds once its environment is there."""
+    lint(session)
+    install(session, "-e", ".", group="tests")
+    _fast_tests(session)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site in site/; a broken link or an undocumented name is an error."""
+    install(session, "-e", ".", group="docs")
+    session.run("python", "docs/commands_page.py")
+    session.run("mkdocs", "build", "--strict")
 
 
 @nox.session
