@@ -1,4 +1,4 @@
-"""Where it is computed, and with what."""
+"""Devices, determinism, and the versions of the libraries that compute."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from kitseg import __version__
 from kitseg.errors import UsageError
+from kitseg.runtime import launcher
 
 T = TypeVar("T")
 
@@ -23,14 +24,17 @@ T = TypeVar("T")
 class Machine:
     """Where to compute: ``device`` auto, cpu or cuda; ``ranks`` on each of ``nodes``; loader ``workers`` per rank.
 
-    save_every: minutes between two checkpoints within an epoch; after an epoch there always is one.
+    workers: None chooses by the device. save_every: minutes between two checkpoints within an epoch; after an epoch
+    there always is one. node, local: this process's machine, and its number there.
     """
 
     device: str = "auto"
     ranks: int = 1
     nodes: int = 1
-    workers: int = 0
+    workers: int | None = None
     save_every: float = 10.0
+    node: int = 0
+    local: int = 0
 
     @property
     def accelerator(self) -> str:
@@ -43,12 +47,24 @@ class Machine:
         if self.device == "cuda" and self.ranks > gpus:
             raise UsageError(f"{self.ranks} GPU(s) asked for, torch finds {gpus} here")
         torch_device(self.device)
-        return "cuda" if gpus and self.device != "cpu" else "cpu"
+        return self.kind
+
+    @property
+    def kind(self) -> str:
+        """``cuda`` or ``cpu``, whether or not there are as many GPUs here."""
+        return "cuda" if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()) else "cpu"
+
+    @property
+    def loaders(self) -> int:
+        """The loader processes of a rank: those asked for; else, on a GPU, its share of the cores, 8 at most."""
+        if self.workers is not None:
+            return self.workers
+        return min(8, len(os.sched_getaffinity(0)) // self.ranks) if self.kind == "cuda" else 0
 
     def describe(self) -> str:
-        """The machine in words."""
+        """Its ranks and nodes, as a text."""
         where = f" on {self.nodes} nodes" if self.nodes > 1 else ""
-        return f"{self.world} × {'GPU' if self.accelerator == 'cuda' else 'CPU'}{where}"
+        return f"{self.world} × {'GPU' if self.kind == 'cuda' else 'CPU'}{where}"
 
     @property
     def world(self) -> int:
@@ -66,20 +82,9 @@ def torch_device(name: str) -> torch.device:
         raise UsageError(f"there is no device '{name}'; there are auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
-    return _own_gpu() if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
-
-
-def _own_gpu() -> torch.device:
-    """This process's GPU, where there is one process a GPU; srun may show each of them its own only.
-
-    Raises:
-        UsageError: there are fewer.
-    """
-    count = torch.cuda.device_count()
-    index = int(os.environ.get("LOCAL_RANK", int(os.environ.get("SLURM_LOCALID", 0)) % count))
-    if index >= count:
-        raise UsageError(f"{index + 1} GPU(s) asked for, torch finds {count} here")
-    return torch.device("cuda", index)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", launcher.gpu_index(torch.cuda.device_count()))
 
 
 def be_deterministic() -> None:
@@ -96,12 +101,6 @@ def deterministically(do: Callable[[], T]) -> T:
     """What ``do`` gives, and all that follows in this process, with the same bits each time."""
     be_deterministic()
     return do()
-
-
-def rank() -> int:
-    """This process's global rank, before Lightning has started."""
-    keys = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((int(os.environ[key]) for key in keys if key in os.environ), 0)
 
 
 def versions() -> dict[str, str]:

@@ -1,20 +1,21 @@
-"""How a training was started, once or several times, and which of these processes this is."""
+"""How this process was started: alone, or with others by torchrun, srun or by hand. The only reader of what they set."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-
-from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from typing import TYPE_CHECKING
 
 from kitseg.errors import UsageError
-from kitseg.runtime.device import Machine
+
+if TYPE_CHECKING:
+    from kitseg.runtime.device import Machine
 
 STARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")  # how often it was queued or started again
-OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+LAUNCHERS = (  # srun's second is not SLURM_NTASKS, which a batch script has, too, that runs on its own
+    ("RANK", "WORLD_SIZE"),  # torchrun
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun
+)
 
 
 def is_started_again() -> bool:
@@ -22,12 +23,51 @@ def is_started_again() -> bool:
     return any(os.environ.get(name, "0") not in ("", "0") for name in STARTS)
 
 
+def position() -> tuple[int, int]:
+    """This process's number and the number of processes under torchrun or srun; (0, 1) elsewhere.
+
+    Raises:
+        UsageError: their environment variables contradict each other.
+    """
+    for names in LAUNCHERS:
+        if all(name in os.environ for name in names):
+            index, of = (os.environ[name].strip() for name in names)
+            if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+                values = " and ".join(f"{name}={os.environ[name]!r}" for name in names)
+                raise UsageError(f"{values} in the environment are not a rank and a number of ranks: unset or fix them")
+            return int(index), int(of)
+    return 0, 1
+
+
+def rank() -> int:
+    """This process's number among all that the launcher started."""
+    return position()[0]
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine."""
+    return _number("LOCAL_RANK", _number("SLURM_LOCALID", 0))
+
+
+def gpu_index(count: int) -> int:
+    """Which of the GPUs that this process sees is its own; srun may show each process its own only.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    index = local_rank() if "LOCAL_RANK" in os.environ else local_rank() % count
+    if index >= count:
+        raise UsageError(f"{index + 1} GPU(s) asked for, torch finds {count} here")
+    return index
+
+
 @dataclass(frozen=True)
 class Launch:
-    """One of the processes that torchrun, srun or the user started for the same training.
+    """One of the processes that train together.
 
     node, local: the machine's number and the process's on it; nodes, per_node: how many there are of each; address,
-    port: where all of them meet; agent: whether torchrun keeps that place open.
+    port: where all of them meet; agent: whether torchrun keeps that place open; started: whether the other processes
+    of this machine are there already, or this one starts them.
     """
 
     node: int = 0
@@ -37,6 +77,7 @@ class Launch:
     address: str = "127.0.0.1"
     port: int = 0
     agent: bool = False
+    started: bool = True
 
     @property
     def index(self) -> int:
@@ -50,32 +91,32 @@ class Launch:
 
     @classmethod
     def here(cls, nodes: int) -> Launch:
-        """What the environment says: torchrun's, srun's, or NODE_RANK and MASTER_ADDR set by hand for several nodes.
+        """What the environment states: torchrun's, srun's, or NODE_RANK and MASTER_ADDR set by hand for several nodes.
 
         Raises:
-            UsageError: it lacks something, or says what can't be.
+            UsageError: a variable is missing, or they contradict each other.
         """
         try:
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-                return replace(cls._read(TorchElasticEnvironment(), "LOCAL_WORLD_SIZE", "WORLD_SIZE"), agent=agent)
-            if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun alone; SLURM_NTASKS by sbatch, too
+                place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                return cls._of(("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"), *place, agent)
+            if _number("SLURM_STEP_NUM_TASKS", 1) > 1:  # set by srun alone; SLURM_NTASKS by sbatch, too
                 if "SLURM_NTASKS_PER_NODE" not in os.environ:
                     raise UsageError("srun needs --ntasks-per-node (a task a GPU, or one a machine)")
-                return cls._read(SLURMEnvironment(auto_requeue=False), "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
+                names = ("SLURM_NODEID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
+                return cls._of(names, *_first_node_of_slurm())
             return cls() if nodes == 1 else cls._by_hand(nodes)
         except (KeyError, ValueError, RuntimeError) as error:
-            problem = "don't fit together, or one is missing"
+            problem = "contradict each other, or one is missing"
             raise UsageError(f"the launcher's environment variables {problem}: {error}") from error
 
     @classmethod
-    def _read(cls, cluster: ClusterEnvironment, per_node: str, of: str) -> Launch:
-        here, all_ = int(os.environ[per_node]), int(os.environ[of])
+    def _of(cls, names: tuple[str, str, str, str], address: str, port: int, agent: bool = False) -> Launch:
+        node, local, here, all_ = (int(os.environ[name]) for name in names)
         if all_ % here:
             raise ValueError(f"{all_} processes, {here} on each machine")
-        return cls(
-            cluster.node_rank(), cluster.local_rank(), all_ // here, here, cluster.main_address, cluster.main_port
-        )
+        return cls(node, local, all_ // here, here, address, port, agent)
 
     @classmethod
     def _by_hand(cls, nodes: int) -> Launch:
@@ -85,16 +126,18 @@ class Launch:
                 f"--nodes {nodes} needs torchrun, srun, or in the environment NODE_RANK (0 to {nodes - 1}), "
                 f"MASTER_ADDR and MASTER_PORT (where machine 0 can be reached); {' and '.join(missing)} not set"
             )
-        cluster = LightningEnvironment()
-        if not 0 <= cluster.node_rank() < nodes:
-            raise ValueError(f"NODE_RANK {cluster.node_rank()} of {nodes} nodes")
-        return cls(cluster.node_rank(), 0, nodes, 1, cluster.main_address, cluster.main_port)
+        node = int(os.environ["NODE_RANK"])
+        if not 0 <= node < nodes:
+            raise ValueError(f"NODE_RANK {node} of {nodes} nodes")
+        return cls(node, 0, nodes, 1, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
-    def agreed(self, asked: Machine) -> Machine:
-        """The machine asked for, with as many ranks and nodes as were started; one process a node starts its own ranks.
+    def agreed(self, asked: Machine) -> tuple[Launch, Machine]:
+        """The processes that train, and the machine asked for with as many ranks and nodes.
+
+        Where one process a node was started, it starts the other ranks of its node.
 
         Raises:
-            UsageError: the two contradict each other.
+            UsageError: launch and machine contradict each other.
         """
         ranks = asked.ranks if self.per_node == 1 else self.per_node
         for what, wanted, there in (("ranks", asked.ranks, ranks), ("nodes", asked.nodes, self.nodes)):
@@ -103,17 +146,26 @@ class Launch:
                     f"{wanted} {what} asked for, the launcher started {self.per_node} process(es) on each of "
                     f"{self.nodes} node(s): make them agree, or leave --gpus, --processes and --nodes to the launcher"
                 )
-        return replace(asked, ranks=ranks, nodes=self.nodes)
+        launch = replace(self, per_node=ranks, started=self.per_node == ranks)
+        return launch, replace(asked, ranks=ranks, nodes=self.nodes, node=self.node, local=self.local)
 
-    def environment(self, port: int) -> dict[str, str]:
-        """What the ranks of one fit are told, all of which meet at ``port``.
+    def environment(self, local: int, port: int) -> dict[str, str]:
+        """What a process that this one starts on its machine finds in its environment: torchrun's variables."""
+        numbers = {"RANK": self.node * self.per_node + local, "LOCAL_RANK": local, "GROUP_RANK": self.node}
+        sizes = {"WORLD_SIZE": self.of, "LOCAL_WORLD_SIZE": self.per_node, "MASTER_PORT": port}
+        texts = {"MASTER_ADDR": self.address, "TORCHELASTIC_RUN_ID": "kitseg", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        return {**os.environ, **{key: str(value) for key, value in {**numbers, **sizes, **texts}.items()}}
 
-        Without LOCAL_RANK Lightning starts the ranks of the machine, and chooses a port where there is one machine.
-        """
-        told = {key: value for key, value in os.environ.items() if key not in OF_A_RANK}
-        if self.of > 1:
-            told |= {"NODE_RANK": str(self.node), "MASTER_ADDR": self.address, "MASTER_PORT": str(port)}
-            told["TORCHELASTIC_USE_AGENT_STORE"] = str(False)
-        if self.per_node > 1:
-            told |= {"RANK": str(self.index), "LOCAL_RANK": str(self.local)}
-        return told
+
+def _first_node_of_slurm() -> tuple[str, int]:
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+    cluster = SLURMEnvironment(auto_requeue=False)
+    return cluster.main_address, cluster.main_port
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal():
+        raise UsageError(f"{name}={text!r} in the environment is not a number: unset or fix it")
+    return int(text)

@@ -12,7 +12,7 @@ from joblib import Parallel
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.errors import InputError, KitsegError, format_error
-from kitseg.runtime.signals import obey
+from kitseg.runtime.signals import raise_again
 from kitseg.types import Case
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) 
         try:
             outcome = work(case)
         except Exception as error:  # whatever it is, the other cases go on
-            obey()
+            raise_again()
             outcome = Outcome(case, error=format_error(case, error))
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kitseg.errors import UsageError
+from kitseg.runtime import launcher
 
 T = TypeVar("T")
-LAUNCHERS = (  # srun's second is not SLURM_NTASKS, which a batch script has, too, that runs on its own
-    ("RANK", "WORLD_SIZE"),  # torchrun
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun
-)
 
 
 @dataclass(frozen=True)
@@ -49,16 +45,9 @@ class Share:
         """This process's part under torchrun or srun; all of it elsewhere.
 
         Raises:
-            UsageError: their environment variables name no part.
+            UsageError: see ``launcher.position``.
         """
-        for names in LAUNCHERS:
-            if all(name in os.environ for name in names):
-                index, of = (os.environ[name].strip() for name in names)
-                if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
-                    said = " and ".join(f"{name}={os.environ[name]!r}" for name in names)
-                    raise UsageError(f"{said} in the environment name no part of the work: unset them, or mend them")
-                return cls(int(index), int(of))
-        return cls()
+        return cls(*launcher.position())
 
     @classmethod
     def asked(cls, shard: str | None) -> Share:
@@ -75,7 +64,7 @@ class Share:
         return [Share(self.index + self.of * index, self.of * parts) for index in range(parts)]
 
     def take(self, items: Sequence[T], size: Callable[[T], float] | None = None) -> list[T]:
-        """This part of the items, the same whoever asks: dealt in turn, the largest first where ``size`` tells them.
+        """This part of the items, the same whoever asks: dealt in turn, the largest first where ``size`` gives their sizes.
 
         Every item is in exactly one part, and parts differ by one item at most. The whole keeps its order.
         """

@@ -1,9 +1,14 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 end a command within seconds, whatever it is doing."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a command within seconds, whatever it is doing; a training saves its state first.
+
+A cluster sends SIGTERM, or SIGUSR1 some time before a job's limit (``#SBATCH --signal=USR1@120``).
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,26 +17,48 @@ from multiprocessing import active_children
 from types import FrameType
 from typing import NoReturn
 
+from kitseg.runtime import launcher
 from kitseg.runtime.console import print_error
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 PATIENCE = 3.0  # seconds that a command has to end in order
-LAST_WORDS = "stopped: what is written is whole, and the same command goes on"
-
-
-_asked: list[int] = []
 
 
 class Stopped(SystemExit):
-    """A signal has asked the command to end; the code is 128 + its number, as a shell has it."""
+    """A signal has asked the command to end; the code is 128 + its number, as in a shell."""
 
     code: int
 
 
-def obey() -> None:
+class _Request:
+    """The signal that came, and whether its answer waits for the end of a training step."""
+
+    number: int | None = None
+    deferred = False
+
+
+def interrupted() -> bool:
+    """Whether a signal has asked this process to end."""
+    return _Request.number is not None
+
+
+def defer(on: bool) -> None:
+    """From now on SIGTERM and SIGUSR1 are only remembered, until ``end_training``; or no longer."""
+    _Request.deferred = on
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, handle)  # Lightning has set handlers of its own
+
+
+def raise_again() -> None:
     """Raise ``Stopped`` again where a library has made an error of its own of it."""
-    if _asked:
-        raise Stopped(128 + _asked[0])
+    if _Request.number is not None:
+        raise Stopped(128 + _Request.number)
+
+
+def end_training() -> NoReturn:
+    """End after the state is saved; the signal may have reached another rank only."""
+    raise Stopped(128 + (_Request.number or signal.SIGTERM))
 
 
 @contextmanager
@@ -39,50 +66,87 @@ def interruptible() -> Iterator[None]:
     """Inside, a signal raises ``Stopped``, so that what was begun is cleaned up on the way out.
 
     Where that takes too long, as in a long computation outside of Python, the process ends all the same: files have
-    their names only when they are whole. Who handles a signal on its own inside, as a training does, has its time.
+    their names only when they are whole.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    wakeup, over = signal.set_wakeup_fd(told, warn_on_full_buffer=False), threading.Event()
-    threading.Thread(target=_watch, args=(heard, over), daemon=True).start()
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    wakeup, over = signal.set_wakeup_fd(sender, warn_on_full_buffer=False), threading.Event()
+    threading.Thread(target=_watch, args=(receiver, over), daemon=True).start()
     try:
         yield
     except Stopped as stopped:
-        _end(stopped.code)
+        if any(signal.getsignal(number) is signal.SIG_IGN for number in SIGNALS):
+            end_now(stopped.code)  # libraries take seconds to clean up at exit
+        _report(stopped.code)
+        raise
     finally:
         over.set()
-        _asked.clear()
+        _Request.number, _Request.deferred = None, False
         signal.set_wakeup_fd(wakeup)
-        os.close(told)
+        os.close(sender)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def stop(number: int, frame: FrameType | None) -> None:
-    """Handle a signal: raise ``Stopped``, once."""
+@contextmanager
+def requeued() -> Iterator[None]:
+    """The SLURM job that this process is, if it is one, is queued again when SIGUSR1 ends it inside."""
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped.code == 128 + signal.SIGUSR1 and launcher.rank() == 0:
+            _requeue()
+        raise
+
+
+def handle(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: raise ``Stopped``, once, or remember it for the end of a training step."""
+    _Request.number = number
+    if _Request.deferred and number != signal.SIGINT:
+        return
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)  # cleaning up is not interrupted
-    _asked.append(number)
-    obey()
+    raise Stopped(128 + number)
 
 
-def _watch(heard: int, over: threading.Event) -> None:
-    """End the process where the main thread doesn't; the interpreter tells of signals at once through ``heard``."""
-    while byte := os.read(heard, 1):
-        asked = byte[0] in SIGNALS and signal.getsignal(byte[0]) in (stop, signal.SIG_IGN)
-        if asked and not over.wait(PATIENCE):
-            _end(128 + byte[0])
-    os.close(heard)
-
-
-def _end(code: int) -> NoReturn:
-    """End at once: libraries take seconds to say goodbye."""
+def end_now(code: int, reason: str | None = None) -> NoReturn:
+    """End this process and those that it started with multiprocessing, without any cleaning up."""
     for child in active_children():
         child.kill()
-    print_error(LAST_WORDS)
+    _report(code, reason)
     sys.stdout.flush()
     os._exit(code)
+
+
+def _watch(receiver: int, over: threading.Event) -> None:
+    """End the process where the main thread doesn't; the interpreter writes each signal to ``receiver`` at once."""
+    while byte := os.read(receiver, 1):
+        number = byte[0]
+        ours = number in SIGNALS and signal.getsignal(number) in (handle, signal.SIG_IGN)
+        deferred = _Request.deferred and number != signal.SIGINT
+        if ours and not deferred and not over.wait(PATIENCE):
+            end_now(128 + number)
+    os.close(receiver)
+
+
+def _report(code: int, reason: str | None = None) -> None:
+    """One line for all ranks of a machine."""
+    if launcher.local_rank() == 0:
+        name = signal.Signals(code - 128).name if reason is None else ""
+        print_error(reason or f"stopped by {name}: written files are whole; run the same command again to resume")
+
+
+def _requeue() -> None:
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID", ""))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{job}_{task}" if task else job
+    if re.fullmatch(r"\d+(_\d+)?", name):
+        try:
+            subprocess.run(["scontrol", "requeue", name], check=True)
+            print_error(f"SLURM queues job {name} again, which resumes the training")
+        except (OSError, subprocess.CalledProcessError) as error:
+            print_error(f"job {name} could not be queued again: {error}")

@@ -22,7 +22,7 @@ from kitseg.errors import KitsegError
 from kitseg.runtime.files import total_bytes
 from kitseg.runtime.outcomes import OnDone, Outcome
 from kitseg.runtime.sharding import Share
-from kitseg.runtime.signals import obey, stop
+from kitseg.runtime.signals import handle, raise_again
 from kitseg.types import Case
 
 Log = Callable[[str], None]
@@ -118,7 +118,7 @@ def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
 
 def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int], told: Connection) -> None:
     """A rank's life: its part of the work, as long as the process that started it lives."""
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, handle)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     number, of = rank
     os.environ["LOCAL_RANK"] = str(number)
@@ -130,7 +130,7 @@ def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int],
     except KitsegError as error:
         told.send(error)
     except Exception:
-        obey()
+        raise_again()
         raise
 
 

@@ -1,151 +1,210 @@
-"""The processes of one training keep together: the first says what is trained next, the others follow.
+"""One training on several ranks: every process runs the same command, and loops over the same trainings.
 
-Only the first looks at what is on disk, so that they need not agree about it. Each fit takes place in processes of its
-own, because a process can open Lightning's process group once.
+Only the first process looks at what is on disk and decides what is trained next; the others receive each training
+through a TCPStore, and wait for it there without using a GPU. PyTorch's process group is opened once, with the first
+training. Where one process fails, a thread in each of the others ends it: a collective operation would wait for hours.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_fabric.plugins.environments.lightning import find_free_network_port
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime.launcher import Launch
-from kitseg.training.signals import call
+from kitseg.runtime.signals import PATIENCE, Stopped, end_now
 
-PAUSE, FAREWELL = 0.1, 8.0  # seconds: between two looks; for the others to hear the last word
-ARRIVAL = 600.0  # seconds within which all processes must have come
+T = TypeVar("T")
+PAUSE, PARTING = 0.1, 8.0  # seconds: between two looks; for the others to read the last message
+ARRIVAL = timedelta(minutes=10)  # within which all processes must have come
+COLLECTIVE = timedelta(hours=6)  # ranks validate cases of different sizes
 FAILED, CAME, GONE = "failed", "came", "gone"
 
 
 class RankCoordinator:
-    """The processes of a launch, as a context: where one of them fails, none is left waiting.
+    """The processes that train together, as a context: where one of them fails, all end.
+
+    Args:
+        launch: which of them this is. backend: of PyTorch's process group.
+        arguments: of kitseg, for the processes that this one starts.
 
     Raises:
-        UsageError: they don't find each other.
+        UsageError: they don't find each other. KitsegError: another process has failed.
     """
 
-    def __init__(self, launch: Launch) -> None:
-        self.launch, self.calls = launch, 0
-        self.board = _board(launch)
-        self.board.add(CAME, 1)
+    def __init__(self, launch: Launch, backend: str, arguments: Sequence[str]) -> None:
+        self.launch, self.backend, self.arguments = launch, backend, arguments
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.over, self.failed, self.problem = threading.Event(), threading.Event(), ""
+        if launch.of > 1:
+            self.place, self.store = _open_store(launch)
+            self.parent = os.getppid() if launch.local else None
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def __enter__(self) -> RankCoordinator:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        with suppress(RuntimeError):  # the first may be gone, and the board with it
-            if error is not None:
-                self.board.set(FAILED, str(error))
-            elif self.leads:
-                self._say([])
-            if self.board.add(GONE, 1) < self.launch.of and self.leads:
-                self._wait_for(GONE, FAREWELL)
+        if self.launch.of == 1:
+            return
+        lost = isinstance(error, RuntimeError) and self.failed.wait(PATIENCE)  # a connection, to one that has failed
+        self.over.set()
+        with suppress(RuntimeError):  # the first process may be gone, and the store with it
+            if error is not None and not self.failed.is_set():
+                self.store.set(FAILED, _as_message(self.launch.index, error))
+            self.store.add(GONE, 1)
+            if self.launch.index == 0:
+                self._wait_for(GONE, PARTING)
+        self._end_children()
+        if error is None and dist.is_initialized():
+            dist.destroy_process_group()
+        if lost:
+            raise self._failure() from None
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is the process that decides."""
-        return self.launch.index == 0
+    def share(self, trainings: Callable[[], Iterable[T]]) -> Iterator[T]:
+        """The first process's trainings, in every process; only the first calls ``trainings``."""
+        if self.launch.of == 1:
+            yield from trainings()
+        elif self.launch.index == 0:
+            for number, training in enumerate(trainings()):
+                self._send(number, training)
+                self._join()
+                yield training
+            self._send(-1, None)
+        else:
+            number = 0
+            while (training := self._receive(number)) is not None:
+                self._join()
+                yield training
+                number += 1
 
-    def train(self, arguments: Sequence[str]) -> None:
-        """`kitseg train ARGUMENTS` on all ranks, those of the other processes too. For the first process.
+    def _send(self, number: int, training: Any) -> None:
+        """Hand on a training by its number; the last message has the number -1."""
+        self.store.set("last" if number < 0 else f"training {number}", pickle.dumps(training))
 
-        Raises:
-            KitsegError: a rank has failed. UsageError: not all processes have come.
-        """
-        if not self._wait_for(CAME, ARRIVAL):
+    def _receive(self, number: int) -> Any:
+        """The training of this number; None after the last."""
+        while not self.store.check([f"training {number}"]):
+            if self.store.check(["last"]):
+                return None
+            if self.failed.wait(PAUSE):
+                raise self._failure()
+        return pickle.loads(self.store.get(f"training {number}"))
+
+    def _join(self) -> None:
+        """Start the other processes of this machine, and open the process group; once."""
+        if dist.is_initialized():
+            return
+        if not self.launch.started:
+            command = [sys.executable, "-m", "kitseg", *self.arguments]
+            for local in range(1, self.launch.per_node):
+                environment = self.launch.environment(local, self.place)
+                self.children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+        self.store.add(CAME, 1)
+        if not self._wait_for(CAME, ARRIVAL.total_seconds()):
             raise UsageError(
-                f"{self.board.add(CAME, 0)} of {self.launch.of} processes have come to {self.launch.address}:"
-                f"{self.launch.port}: start kitseg on every node, or leave --nodes away"
+                f"{self.store.add(CAME, 0)} of {self.launch.of} processes have come to {self.launch.address}:"
+                f"{self.place}: start kitseg on every node, or leave --nodes away"
             )
-        port = find_free_network_port()
-        self._say([str(port), *arguments])
-        self._run(port, arguments)
-
-    def follow(self) -> None:
-        """Run what the first process calls for, until it is done. For the others.
-
-        Raises:
-            KitsegError: a rank has failed.
-        """
-        while words := self._heard():
-            port, *arguments = words
-            self._run(int(port), arguments)
-
-    def _say(self, words: Sequence[str]) -> None:
-        self.board.set(f"call {self.calls}", json.dumps(words))
-        self.calls += 1
-
-    def _heard(self) -> list[str]:
-        while not self.board.check([f"call {self.calls}"]):
-            time.sleep(PAUSE)
-            self._check()
-        words: list[str] = json.loads(self.board.get(f"call {self.calls}"))
-        self.calls += 1
-        return words
-
-    def _run(self, port: int, arguments: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "kitseg", "train", *arguments]
-        code = call(command, self.launch.environment(port), self._check)
-        if code:
-            what = arguments[-1].removeprefix("--only=")
-            raise KitsegError(f"{what}: a rank ended with exit code {code}; its own message stands above")
-
-    def _check(self) -> None:
-        try:
-            failed = self.board.check([FAILED])
-        except RuntimeError as error:
-            raise KitsegError("the training's first process has ended; its own message says why") from error
-        if failed:
-            raise KitsegError("another process of the training has failed; its own message says why")
+        store = PrefixStore("group", self.store)
+        dist.init_process_group(
+            self.backend, store=store, rank=self.launch.index, world_size=self.launch.of, timeout=COLLECTIVE
+        )
 
     def _wait_for(self, event: str, seconds: float) -> bool:
         """Whether it has happened to all processes within this time."""
         end = time.monotonic() + seconds
-        while int(self.board.add(event, 0)) < self.launch.of:
+        while int(self.store.add(event, 0)) < self.launch.of:
             if time.monotonic() > end:
                 return False
-            time.sleep(PAUSE)
+            if self.failed.wait(PAUSE):
+                raise self._failure()
         return True
 
+    def _failure(self) -> BaseException:
+        """What this process ends with where another has failed; one line for all ranks of a machine."""
+        if self.launch.local:
+            return SystemExit(1)
+        return KitsegError(f"another process of the training has ended: {self.problem}")
 
-def end_with_starter() -> None:
-    """End this process, whatever it does, when the one that started it and holds the end of its stdin is gone."""
+    def _end_children(self) -> None:
+        end = time.monotonic() + PATIENCE
+        for child in self.children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(0, end - time.monotonic()))
+            child.kill()
+            child.wait()
 
-    def watch() -> None:
-        os.read(0, 1)
-        os._exit(1)
+    def _watch(self) -> None:
+        """End this process where another has ended, unless it ends by itself then: it knows better why."""
+        store = _connect(self.launch, self.place, is_master=False)
+        while not self.over.wait(PAUSE):
+            content = self._look(store)
+            if content is None:
+                continue
+            self.problem, number = content["problem"], content["signal"]
+            self.failed.set()
+            if number:
+                return os.kill(os.getpid(), number)
+            if not self.over.wait(PATIENCE):
+                end_now(1, str(self._failure()))
+            return
 
-    threading.Thread(target=watch, daemon=True).start()
+    def _look(self, store: Store) -> dict[str, Any] | None:
+        """What another process has ended with, if one has."""
+        problem = ""
+        for local, child in enumerate(self.children, start=1):
+            if child.poll():
+                how = f"was killed by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "failed"
+                problem = f"rank {local} of machine {self.launch.node} {how}"
+        if self.parent is not None and os.getppid() != self.parent:
+            problem = "the process that started this one is gone"
+        try:
+            if store.check([FAILED]):
+                found: dict[str, Any] = json.loads(store.get(FAILED))
+                return found
+            if problem:
+                store.set(FAILED, json.dumps({"problem": problem, "signal": 0}))
+        except RuntimeError:
+            problem = problem or "the first process is gone; its own message states why"
+        return {"problem": problem, "signal": 0} if problem else None
 
 
-def _board(launch: Launch) -> Store:
-    """What all processes read and write."""
-    if launch.of == 1:
-        return HashStore()
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+def _as_message(index: int, error: BaseException) -> str:
+    number = error.code - 128 if isinstance(error, Stopped) else 0
+    text = str(error) if isinstance(error, KitsegError) else f"{type(error).__name__}: {error}"
+    return json.dumps({"problem": f"rank {index}: {text}", "signal": number})
+
+
+def _open_store(launch: Launch) -> tuple[int, Store]:
+    """What all processes read and write, and its port."""
     try:
-        store = TCPStore(
-            launch.address,
-            launch.port,
-            is_master=launch.index == 0 and not launch.agent,
-            timeout=timedelta(seconds=ARRIVAL),
-            wait_for_workers=False,
-        )
+        store = _connect(launch, launch.port, is_master=launch.index == 0 and not launch.agent)
     except RuntimeError as error:
         place, reason = f"{launch.address}:{launch.port}", str(error).splitlines()[0]
         raise UsageError(
             f"the training's processes can't meet at {place} ({reason}): set MASTER_ADDR to an address of machine 0 "
             "that all can reach, and MASTER_PORT to a free port there"
         ) from error
+    port: int = store.underlying_store.port  # type: ignore[attr-defined]
+    return port, store
+
+
+def _connect(launch: Launch, port: int, is_master: bool) -> Store:
+    """A connection of its own: one that waits keeps other threads waiting."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = TCPStore(launch.address, port, is_master=is_master, timeout=ARRIVAL, wait_for_workers=False)
     return PrefixStore(f"kitseg {attempt}", store)
