@@ -1,7 +1,8 @@
-"""Checkpoints that can't be read, restarts beside a living training, signals and ranks between two sessions."""
+"""Checkpoints that can't be read, restarts beside a running training, signals and ranks between two sessions."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import warnings
@@ -16,13 +17,13 @@ from kitseg import config
 from kitseg.errors import KitsegError
 from kitseg.models.run_folder import Run, StageFolder
 from kitseg.runtime import locks as claim
+from kitseg.runtime import signals
 from kitseg.runtime.device import Machine
 from kitseg.runtime.locks import folder_lock
 from kitseg.splits import Fold, Split, write_split
 from kitseg.training.callbacks import EpochSoFar
 from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
 from kitseg.training.plan import Start, claim_run
-from kitseg.training.signals import listener
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_whatever_a_damaged_checkpoint_raises_the_one_before_is_taken(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert start_of(folder) == folder.previous
-    assert "training goes on from the one before it" in " ".join(capsys.readouterr().err.split())
+    assert "training resumes from the one before it" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_part_is_not_loaded(folder: StageFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,24 +75,24 @@ def trainer() -> pl.Trainer:
     return pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
 
 
-def test_a_signal_after_the_last_epoch_is_obeyed(folder: StageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_after_the_last_epoch_ends_the_training(folder: StageFolder) -> None:
     last = LastCheckpoint(folder, BestCheckpoints(folder.best), 60, None)
-    last.on_train_end(trainer(), pl.LightningModule())
-    monkeypatch.setattr(listener, "asked", signal.SIGUSR1)
-    with pytest.raises(SystemExit) as end:
-        last.on_train_end(trainer(), pl.LightningModule())
-    assert end.value.code == 128 + signal.SIGUSR1
-    assert not listener.waits
+    with signals.interruptible():
+        signals.defer(True)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(SystemExit) as end:
+            last.on_train_end(trainer(), pl.LightningModule())
+        assert end.value.code == 128 + signal.SIGUSR1
 
 
-@pytest.mark.parametrize(("ranks", "patches", "said"), [(2, 3, True), (1, 3, False), (2, 0, False)])
+@pytest.mark.parametrize(("ranks", "patches", "warned"), [(2, 3, True), (1, 3, False), (2, 0, False)])
 def test_other_ranks_in_the_middle_of_an_epoch(
-    ranks: int, patches: int, said: bool, capsys: pytest.CaptureFixture[str]
+    ranks: int, patches: int, warned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     so_far = EpochSoFar(seed=0)
     so_far.load_state_dict({str(rank): {"loss": 1.0, "patches": patches, "buffers": []} for rank in range(ranks)})
     so_far.on_train_start(trainer(), pl.LightningModule())
-    assert ("epoch 0 was begun by 2 ranks and is ended by 1" in capsys.readouterr().err) == said
+    assert ("epoch 0 was begun by 2 ranks and is ended by 1" in capsys.readouterr().err) == warned
 
 
 def test_a_restart_leaves_a_living_training_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

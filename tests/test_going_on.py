@@ -1,4 +1,4 @@
-"""A killed command goes on where it stood."""
+"""A killed command resumes where it stood."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_a_killed_training_ends_with_the_same_weights(phantoms: Path, tmp_path: 
     assert not (killed / stage / "done.json").exists()
     assert torch.load(killed / stage / "last.ckpt", weights_only=True)["epoch"] < 5
 
-    killed = killed.rename(tmp_path / "moved")  # a run goes on also where its folder has moved
+    killed = killed.rename(tmp_path / "moved")  # a run is resumed also where its folder has moved
     again = kitseg(killed, "train", *COARSE)
     assert again.code == 0, again.text
-    assert "coarse: goes on" in again.text
+    assert "coarse: resumes" in again.text
     one, other = weights(whole / stage), weights(killed / stage)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -69,7 +69,7 @@ def test_a_killed_training_ends_with_the_same_weights(phantoms: Path, tmp_path: 
     assert not list(killed.rglob(".partial*"))
 
 
-def test_a_killed_preprocessing_goes_on(phantoms: Path, tmp_path: Path) -> None:
+def test_a_killed_preprocessing_resumes(phantoms: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(phantoms / "data")
     options = ("preprocess", "--size=small", "--jobs=1")
     process = kitseg_process(tmp_path, *options)

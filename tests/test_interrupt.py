@@ -1,4 +1,4 @@
-"""Signals end any command with their exit code and a word."""
+"""Signals end any command with their exit code and a message."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ def test_a_signal_ends_a_command_in_order(number: signal.Signals) -> None:
         process.send_signal(number)
         printed = process.communicate(timeout=10)[1]
     assert process.returncode == 128 + number
-    assert "stopped: what is written is whole" in printed
+    assert f"stopped by {number.name}" in printed

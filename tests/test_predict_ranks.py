@@ -15,7 +15,7 @@ from conftest import kitseg
 from kitseg.errors import UsageError
 from kitseg.runtime.outcomes import OnDone, Outcome
 from kitseg.runtime.sharding import Share
-from kitseg.runtime.workers import Say, deal, on_ranks
+from kitseg.runtime.workers import Log, deal, on_ranks
 from kitseg.types import Case
 
 ALL = os.environ.get("KITSEG_ALL") == "1"
@@ -31,15 +31,15 @@ def scans(folder: Path, sizes: Sequence[int]) -> list[Case]:
     return cases
 
 
-def tells(cases: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
-    """Work that says who did it."""
-    say(f"begins with {len(cases)}")
+def reports(cases: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
+    """Work that reports who did it."""
+    log(f"begins with {len(cases)}")
     for case in cases:
         on_done(Outcome(case.id, note=f"{share} in {os.getpid()}"))
     return []
 
 
-def dies(cases: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
+def dies(cases: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
     """The second rank is killed after its first case."""
     for number, case in enumerate(cases):
         if share.index == 1 and number:
@@ -48,16 +48,16 @@ def dies(cases: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list
     return []
 
 
-def refuses(cases: Sequence[Case], share: Share, say: Say, on_done: OnDone) -> list[Outcome]:
+def refuses(cases: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
     """Work that can't be begun."""
     raise UsageError("there is no such model")
 
 
 def test_each_case_once_by_a_process_of_its_own(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     done: list[Outcome] = []
-    outcomes = on_ranks(tells, scans(tmp_path, [5, 1, 9]), Share(1, 4).split(2), said.append, done.append)
-    assert said == ["begins with 2"], "the first rank speaks for all"
+    outcomes = on_ranks(reports, scans(tmp_path, [5, 1, 9]), Share(1, 4).split(2), lines.append, done.append)
+    assert lines == ["begins with 2"], "the first rank speaks for all"
     assert done == outcomes
     assert {one.case: one.note.partition(" ")[0] for one in outcomes} == {
         "case_2": "2/8",  # the largest, then the next one for the other rank
@@ -82,7 +82,7 @@ def test_where_one_is_killed_the_others_finish(tmp_path: Path) -> None:
     lost = [one.error for one in outcomes if one.error]
     assert len(lost) == 2
     for case, error in zip(("case_3", "case_5"), lost, strict=True):
-        assert error.startswith(f"{case}: not done, its process was killed by SIGKILL. The same command goes on")
+        assert error.startswith(f"{case}: not done, its process was killed by SIGKILL")
 
 
 def test_what_no_process_can_begin_is_one_error(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def finish(folder: StageFolder, *scores: float) -> None:
         ([0.5], 1),
         ([0.5, 0.6], 2),
         ([0.5, 0.6, 0.7], 3),
-        ([0.5, 0.4], None),  # the round brought nothing
+        ([0.5, 0.4], None),  # the round improved nothing
         ([0.5, 0.5], None),
         ([0.5, 0.6, 0.55], None),
         ([0.5, 0.6, 0.6], None),
@@ -70,7 +70,7 @@ def test_the_next_round(folder: StageFolder, spec: StageSpec, scores: list[float
     assert rounds.next_round(folder, spec) == following
 
 
-def test_a_round_that_is_not_finished_goes_on(folder: StageFolder, spec: StageSpec) -> None:
+def test_an_unfinished_round_is_resumed(folder: StageFolder, spec: StageSpec) -> None:
     finish(folder, 0.5)
     rounds.prepare_round(folder, spec, 1, 0)
     (folder.round(1).path / "last.ckpt").touch()
@@ -150,7 +150,7 @@ def test_how_many_cases(folder: StageFolder, spec: StageSpec, share: float, coun
     assert len(cases_of(folder, other, 1, 0)) == count
 
 
-def test_a_round_that_goes_on_keeps_its_cases(folder: StageFolder, spec: StageSpec) -> None:
+def test_a_resumed_round_keeps_its_cases(folder: StageFolder, spec: StageSpec) -> None:
     first = cases_of(folder, spec, 1, 0)
     written = folder.round(1).places.stat().st_mtime_ns
     assert cases_of(folder, spec, 1, 0) == first
@@ -186,16 +186,9 @@ def test_the_best_rounds_checkpoints_are_the_stages(folder: StageFolder) -> None
     assert done["checkpoints"][0]["val_score"] == 0.7
 
 
-def test_the_rounds_in_words(folder: StageFolder) -> None:
+def test_the_rounds_as_a_text(folder: StageFolder) -> None:
     finish(folder, 0.5, 0.7)
-    assert rounds.describe(folder) == "validation scores by round 0.5000, 0.7000: the best is round 1"
-
-
-@pytest.mark.parametrize(
-    "unit", [Unit("segment"), Unit("segment", 2), Unit("segment", None, 0), Unit("segment", 1, 12)]
-)
-def test_a_training_by_its_name(unit: Unit) -> None:
-    assert Unit.parse(str(unit)) == unit
+    assert rounds.describe_rounds(folder) == "validation scores by round 0.5000, 0.7000: the best is round 1"
 
 
 def test_the_name_of_a_round() -> None:

@@ -50,10 +50,10 @@ def test_from_a_launcher(names: tuple[str, str], alone: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("index", "of"), [("", "2"), ("0", ""), ("5", "2"), ("-1", "2"), ("0", "0"), ("a", "b")])
-def test_a_launcher_that_says_nonsense(index: str, of: str, alone: pytest.MonkeyPatch) -> None:
+def test_a_launcher_with_nonsense(index: str, of: str, alone: pytest.MonkeyPatch) -> None:
     alone.setenv("RANK", index)
     alone.setenv("WORLD_SIZE", of)
-    with pytest.raises(UsageError, match=f"RANK='{index}' and WORLD_SIZE='{of}' in the environment name no part"):
+    with pytest.raises(UsageError, match=f"RANK='{index}' and WORLD_SIZE='{of}' in the environment are not a rank"):
         Share.here()
 
 

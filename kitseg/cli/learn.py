@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,8 +31,7 @@ from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime import console
 
 if TYPE_CHECKING:
-    from kitseg.runtime.device import Machine
-    from kitseg.training.ddp import RankCoordinator
+    from kitseg.training.fit import Training
     from kitseg.training.plan import Plan, Start
 
 EVERY_FOLD = "all"
@@ -37,7 +39,7 @@ EVERY_FOLD = "all"
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What of a run a call of `kitseg train` wants trained, and from which cases."""
+    """What of a run a call of `kitseg train` trains, and from which cases."""
 
     data: Sequence[Path]
     jobs: int
@@ -66,7 +68,7 @@ def train(
     fold: Annotated[str, typer.Option(help="The outer fold, or all: each in turn, then cross-validation.")] = "0",
     stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per stage.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     gpus: Gpus = 0,
     device: Device = "auto",
     processes: Processes = 1,
@@ -90,22 +92,21 @@ def train(
     jobs: Jobs = -1,
     deterministic: Deterministic = False,
     restart: Annotated[bool, typer.Option("--restart", help="Move an earlier training aside and begin again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")] = False,
     set_: Set = [],  # noqa: B006
-    only: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Train a method's stages in order; the same command goes on where an earlier one stopped."""
+    """Train a method's stages in order; the same command resumes where an earlier one stopped."""
     from kitseg import config
     from kitseg.models.run_folder import Run
     from kitseg.runtime.device import Machine, be_deterministic
     from kitseg.runtime.launcher import Launch, is_started_again
-    from kitseg.training.ddp import RankCoordinator, end_with_starter
-    from kitseg.training.plan import Start, Unit
-    from kitseg.training.signals import stoppable
-    from kitseg.training.train import fit_unit
+    from kitseg.runtime.signals import requeued
+    from kitseg.training.ddp import RankCoordinator
+    from kitseg.training.fit import fit
+    from kitseg.training.plan import Start
 
     if restart and is_started_again():
-        remedy = "leave --restart out, and it goes on"
+        remedy = "leave --restart out to resume it"
         raise UsageError(
             f"SLURM or torchrun has started this job again: --restart would undo what it has trained; {remedy}"
         )
@@ -117,24 +118,21 @@ def train(
     first = 0 if fold == EVERY_FOLD else _fold(fold)
     machine = Machine(device, ranks, nodes, workers, save_every)
     begin = Start(configuration, Run(runs / (name or f"{method}-{size}")), first, split, store, machine)
-    if only:
-        end_with_starter()
-        return fit_unit(begin.plan(), Unit.parse(only))
-    launch = Launch.here(nodes)
-    machine = launch.agreed(machine)
-    named = {"method": method, "size": size, "store": store, "split": split, "runs": runs, "name": name}
-    begin = replace(begin, machine=machine, repeat=_repeat(named, machine, deterministic, overrides))
-    wanted = TrainRequest(data, jobs, stage, fold == EVERY_FOLD, restart)
-    with stoppable():
-        with RankCoordinator(launch) as coordinator:
-            if not coordinator.leads:
-                return coordinator.follow()
-            if dry_run:
-                return _rehearse(begin, wanted)
-            failed = _train_folds(begin, coordinator, wanted)
-        console.print_plain(f"trained: {begin.run.path}")
-        if wanted.every_fold and stage is None:
-            cross_validate(begin.run.path, data, device, mirror=False)
+    wanted, failed = TrainRequest(data, jobs, stage, fold == EVERY_FOLD, restart), set[str]()
+    if dry_run:
+        return _rehearse(begin, wanted)
+    launch, machine = Launch.here(nodes).agreed(machine)
+    backend, begin = "nccl" if machine.accelerator == "cuda" else "gloo", replace(begin, machine=machine)
+    coordinator = RankCoordinator(launch, backend, sys.argv[1:])
+    mine = coordinator.share(partial(_trainings, begin, wanted, failed))
+    with requeued(), coordinator, closing(mine) as trainings:
+        for training in trainings:
+            fit(training, machine)
+    if launch.index:
+        return
+    console.print_plain(f"trained: {begin.run.path}")
+    if wanted.every_fold and stage is None:
+        cross_validate(begin.run.path, data, device, mirror=False)
     exit_if(bool(failed))
 
 
@@ -156,7 +154,7 @@ def _fold(text: str) -> int:
 
 
 def _rehearse(begin: Start, wanted: TrainRequest) -> None:
-    """Say what `kitseg train` would do."""
+    """Show what `kitseg train` would do."""
     from kitseg.volumes.kits import labelled_cases
 
     cases = labelled_cases(wanted.data)
@@ -166,16 +164,15 @@ def _rehearse(begin: Start, wanted: TrainRequest) -> None:
         console.print_line(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
 
 
-def _train_folds(begin: Start, coordinator: RankCoordinator, wanted: TrainRequest) -> set[str]:
-    """Prepare the cases, then train the fold, or every fold one after another; the cases that failed."""
-    from kitseg.training.train import fit_unit, on_all_ranks
-    from kitseg.training.train import train as train_fold
+def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator[Training]:
+    """Prepare the cases, then give the trainings of the fold, or of every fold; ``failed`` gets the cases that did."""
+    from kitseg.training.train import trainings_of_fold
     from kitseg.volumes.kits import labelled_cases
 
     cases = labelled_cases(wanted.data)
     for old in begin.restart(wanted.stage, wanted.every_fold) if wanted.restart else ():
         console.print_plain(f"the old training is now {old}")
-    failed = preprocess_cases(cases, begin.config, begin.store, wanted.jobs)
+    failed |= preprocess_cases(cases, begin.config, begin.store, wanted.jobs)
     good = [case for case in cases if case.id not in failed]
     if not good:
         raise KitsegError(f"{wanted.data[0]}: no case could be preprocessed; see above")
@@ -185,21 +182,7 @@ def _train_folds(begin: Start, coordinator: RankCoordinator, wanted: TrainReques
     for fold in folds:
         if len(folds) > 1:
             console.print_line(f"[bold]fold {fold} of {len(folds)}[/]")
-        run = fit_unit if begin.machine.world == 1 else on_all_ranks(coordinator)
-        train_fold(replace(plan, fold=fold), wanted.stage, console.print_plain, run)
-    return failed
-
-
-def _repeat(
-    named: Mapping[str, object], machine: Machine, deterministic: bool, overrides: Sequence[str]
-) -> tuple[str, ...]:
-    """The options of `kitseg train` that a rank of the same training needs, but for the fold."""
-    options = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    options += [f"--workers={machine.workers}", f"--save-every={machine.save_every}", f"--nodes={machine.nodes}"]
-    on_gpus = machine.accelerator == "cuda"
-    options += [f"--gpus={machine.ranks}"] if on_gpus else ["--device=cpu", f"--processes={machine.ranks}"]
-    options += ["--deterministic"] if deterministic else []
-    return (*options, *(f"--set={override}" for override in overrides))
+        yield from trainings_of_fold(replace(plan, fold=fold), wanted.stage, console.print_plain)
 
 
 def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:

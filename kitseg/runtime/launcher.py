@@ -1,4 +1,4 @@
-"""How this process was started: alone, or with others by torchrun, srun or by hand. The only reader of what they set."""
+"""How this process was started: alone, or with others by torchrun, srun or by hand."""
 
 from __future__ import annotations
 
@@ -154,6 +154,7 @@ class Launch:
         numbers = {"RANK": self.node * self.per_node + local, "LOCAL_RANK": local, "GROUP_RANK": self.node}
         sizes = {"WORLD_SIZE": self.of, "LOCAL_WORLD_SIZE": self.per_node, "MASTER_PORT": port}
         texts = {"MASTER_ADDR": self.address, "TORCHELASTIC_RUN_ID": "kitseg", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        texts["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # or PyTorch prints a C++ stack where the first process is killed
         return {**os.environ, **{key: str(value) for key, value in {**numbers, **sizes, **texts}.items()}}
 
 

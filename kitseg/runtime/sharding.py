@@ -64,7 +64,7 @@ class Share:
         return [Share(self.index + self.of * index, self.of * parts) for index in range(parts)]
 
     def take(self, items: Sequence[T], size: Callable[[T], float] | None = None) -> list[T]:
-        """This part of the items, the same whoever asks: dealt in turn, the largest first where ``size`` gives their sizes.
+        """This part of the items, the same whoever asks: dealt in turn, the largest first by ``size``.
 
         Every item is in exactly one part, and parts differ by one item at most. The whole keeps its order.
         """

@@ -26,17 +26,17 @@ from kitseg.runtime.signals import handle, raise_again
 from kitseg.types import Case
 
 Log = Callable[[str], None]
-#: A verb's work on the cases of a share; it says what it begins with, and what became of each case.
+#: A verb's work on the cases of a share; it reports what it begins with, and each case's outcome.
 Verb = Callable[[Sequence[Case], Share, Log, OnDone], list[Outcome]]
 PATIENCE = 2.0  # seconds that ranks have to end in order
 
 
 @dataclass(frozen=True)
 class _Rank:
-    """A process, what it is heard by, and its cases."""
+    """A process, the connection on which it reports, and its cases."""
 
     process: SpawnProcess
-    heard: Connection
+    receiver: Connection
     cases: Sequence[Case]
 
     def lost(self, done: Sequence[Outcome]) -> list[Outcome]:
@@ -44,7 +44,7 @@ class _Rank:
         self.process.join()
         code = self.process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        remedy = "The same command goes on; where memory was short, with fewer processes."
+        remedy = "Run the same command again to resume; where memory was short, with fewer processes."
         known = {outcome.case for outcome in done}
         return [
             Outcome(case.id, error=f"{case.id}: not done, its process {how}. {remedy}")
@@ -61,17 +61,17 @@ def deal(cases: Sequence[Case], share: Share) -> list[Case]:
 def on_ranks(work: Verb, cases: Sequence[Case], shares: Sequence[Share], log: Log, on_done: OnDone) -> list[Outcome]:
     """Have the work on these cases done by a process for each of the shares; ``work`` can be pickled.
 
-    Where one is killed the others go on, and its cases without an outcome have failed.
+    Where one is killed the others continue, and its cases without an outcome have failed.
 
     Raises:
         KitsegError: what a process could not begin with; the others end, too.
     """
     outcomes: list[Outcome] = []
     with _started(work, cases, shares) as ranks:
-        running = {rank.heard: rank for rank in ranks}
+        running = {rank.receiver: rank for rank in ranks}
         while running:
-            for heard in wait(list(running)):
-                for message in _messages(running, heard, outcomes):  # type: ignore[arg-type]
+            for receiver in wait(list(running)):
+                for message in _messages(running, receiver, outcomes):  # type: ignore[arg-type]
                     if isinstance(message, KitsegError):
                         raise message
                     if isinstance(message, str):
@@ -82,12 +82,12 @@ def on_ranks(work: Verb, cases: Sequence[Case], shares: Sequence[Share], log: Lo
     return outcomes
 
 
-def _messages(running: dict[Connection, _Rank], heard: Connection, done: Sequence[Outcome]) -> list[Any]:
-    """What a rank says; where it has ended, what became of the rest of its cases."""
+def _messages(running: dict[Connection, _Rank], receiver: Connection, done: Sequence[Outcome]) -> list[Any]:
+    """What a rank reports; where it has ended, the outcomes of the rest of its cases."""
     try:
-        return [heard.recv()]
+        return [receiver.recv()]
     except (EOFError, OSError):
-        return list(running.pop(heard).lost(done))
+        return list(running.pop(receiver).lost(done))
 
 
 @contextmanager
@@ -96,15 +96,17 @@ def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
     context, ranks = get_context("spawn"), []
     try:
         for number, share in enumerate(shares):
-            heard, told = context.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             mine = deal(cases, Share(number, len(shares)))
-            arguments = (work, mine, share, (number, len(shares)), told)
+            arguments = (work, mine, share, (number, len(shares)), sender)
             process = context.Process(target=_run, args=arguments, daemon=True)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal sends it to all; this one tells when
+            signal.pthread_sigmask(
+                signal.SIG_BLOCK, {signal.SIGINT}
+            )  # a terminal sends it to all; this process decides when
             process.start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            told.close()
-            ranks.append(_Rank(process, heard, mine))
+            sender.close()
+            ranks.append(_Rank(process, receiver, mine))
         yield ranks
     finally:
         end = time.monotonic() + PATIENCE
@@ -116,8 +118,8 @@ def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
             rank.process.join()
 
 
-def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int], told: Connection) -> None:
-    """A rank's life: its part of the work, as long as the process that started it lives."""
+def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int], sender: Connection) -> None:
+    """Do a rank's part of the work, as long as the process that started it lives."""
     signal.signal(signal.SIGTERM, handle)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     number, of = rank
@@ -126,9 +128,9 @@ def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int],
         import torch
 
         torch.set_num_threads(max(1, torch.get_num_threads() // of))
-        work(cases, share, told.send if number == 0 else _unsaid, told.send)
+        work(cases, share, sender.send if number == 0 else _silent, sender.send)
     except KitsegError as error:
-        told.send(error)
+        sender.send(error)
     except Exception:
         raise_again()
         raise
@@ -140,5 +142,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _unsaid(text: str) -> None:
-    """What the first rank says for all."""
+def _silent(text: str) -> None:
+    """Drop a line that the first rank reports for all."""

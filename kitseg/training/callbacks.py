@@ -1,4 +1,4 @@
-"""What a training carries from batch to batch, and what it leaves behind: history, curve, progress on the screen."""
+"""The state of an epoch between two batches, and a training's history, learning curve and progress bar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kitseg.runtime.files import write_table
 from kitseg.stages.base import of_all_ranks
 
 CURVE_EVERY = 10.0  # seconds
-NO_NUMBER = (
+NOT_FINITE = (
     "The last checkpoint before is kept; begin again (--restart or --name) with a lower --set size.learning_rate=…, "
     "or on a GPU with --set size.precision=32-true"
 )
@@ -38,7 +38,7 @@ class EpochSoFar(pl.Callback):
         self.earlier: Mapping[str, Any] = {}  # what each rank had gathered in another session
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up what this rank had gathered."""
+        """Restore what this rank had gathered."""
         mine = self.earlier.get(str(trainer.global_rank))
         if mine is not None:
             self.loss, self.patches = mine["loss"], mine["patches"]
@@ -49,7 +49,7 @@ class EpochSoFar(pl.Callback):
         if begun and len(self.earlier) != trainer.world_size and trainer.is_global_zero:
             console.print_error(
                 f"epoch {trainer.current_epoch} was begun by {len(self.earlier)} ranks and is ended by "
-                f"{trainer.world_size}: until then patches may be left out or taken twice; later epochs are whole"
+                f"{trainer.world_size}: in the rest of it, patches may be left out or taken twice"
             )
 
     def on_train_batch_start(
@@ -72,7 +72,7 @@ class EpochSoFar(pl.Callback):
             bad = [] if math.isfinite(loss) else list(batch["case"])
             names = sorted({case for cases in of_all_ranks(bad) for case in cases})
             where = f"epoch {trainer.current_epoch}, batch {batch_idx} ({', '.join(names)})"
-            raise KitsegError(f"the loss is no number any more in {where}. {NO_NUMBER}.")
+            raise KitsegError(f"the loss became NaN or infinite in {where}. {NOT_FINITE}.")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the mean over the epoch's patches of all ranks as ``train/loss``."""
@@ -154,7 +154,7 @@ class EpochBar(pl.Callback):
         self.title = title
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bar, at the epoch where training goes on."""
+        """Show the bar, at the epoch where training resumes."""
         if trainer.is_global_zero:
             self.bar.start()
             done = trainer.current_epoch

@@ -1,8 +1,8 @@
-"""The checkpoints of a training: the best ones' weights, and the whole state to go on from.
+"""The checkpoints of a training: the best ones' weights, and the whole state to resume from.
 
 ``last.ckpt`` is written after every epoch, within a long epoch every so many minutes, and when a signal asks the
 process to end. The one before it stays as ``previous.ckpt`` until the training is done: where the last can't be read,
-training goes on from there. Either gives the same weights as an undisturbed training, because what happens in a batch
+training resumes from there. Either gives the same weights as an undisturbed training, because what happens in a batch
 follows from (seed, epoch, number of the batch, rank), and what an epoch has gathered so far travels in the checkpoint.
 """
 
@@ -23,18 +23,16 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from kitseg.errors import InputError, KitsegError, fault
 from kitseg.models.run_folder import StageFolder
-from kitseg.runtime import console
-from kitseg.runtime.device import rank
+from kitseg.runtime import console, launcher, signals
 from kitseg.runtime.files import atomic_write
-from kitseg.training.callbacks import NO_NUMBER
-from kitseg.training.signals import listener
+from kitseg.training.callbacks import NOT_FINITE
 
 
 class WholeFiles(TorchCheckpointIO):
     """Checkpoints appear under their name whole or not at all, also where the folder is on another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write aside, then rename; ``storage_options``: the name that the file's predecessor gets, if any."""
+        """Write under another name, then rename; ``storage_options``: the name that the file before it gets, if any."""
         with atomic_write(Path(path)) as partial:
             torch.save(checkpoint, partial)
             if storage_options is not None and Path(path).exists():
@@ -42,7 +40,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class BestCheckpoints(ModelCheckpoint):
-    """The best checkpoints by validation Dice; a run whose folder has moved still knows its own."""
+    """The best checkpoints by validation Dice, found also after the run's folder has moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the earlier session's checkpoints, wherever they lay then."""
@@ -58,16 +56,16 @@ class BestCheckpoints(ModelCheckpoint):
         return {Path(path).name for path in self.best_k_models}
 
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
-        """No: a checkpoint to go on from may still count it among the best; see ``LastCheckpoint``."""
+        """No: a checkpoint to resume from may still count it among the best; see ``LastCheckpoint``."""
         return False
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes the state to go on from, and ends the training where a signal asks for it.
+    """Writes the state to resume from, and ends the training where a signal asks for it.
 
     Args:
         folder: where. best: its best checkpoints, of which those are removed that no state counts any more.
-        every: seconds between two within an epoch. start: what this training goes on from.
+        every: seconds between two within an epoch. start: what this training resumes from.
     """
 
     def __init__(self, folder: StageFolder, best: BestCheckpoints, every: float, start: Path | None) -> None:
@@ -77,8 +75,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on a signal waits for the end of a step."""
         self.saved, self.counted = time.monotonic(), self.best.names()
-        listener.listen()
-        listener.waits = True
+        signals.defer(True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,7 +84,7 @@ class LastCheckpoint(Checkpoint):
         done = batch_idx + 1
         if done % trainer.accumulate_grad_batches or done >= trainer.num_training_batches:
             return
-        due = listener.asked is not None or time.monotonic() - self.saved >= self.every
+        due = signals.interrupted() or time.monotonic() - self.saved >= self.every
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._save(trainer, pl_module)
 
@@ -96,17 +93,17 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on nothing has to be saved; a signal that came after the last epoch is obeyed."""
-        listener.waits = False
-        self._obey(trainer)
+        """From here on nothing has to be saved; a signal that came after the last epoch ends the training."""
+        signals.defer(False)
+        self._end_if_asked(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """From here on nothing can be saved."""
-        listener.waits = False
+        signals.defer(False)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not all(bool(weight.isfinite().all()) for weight in pl_module.parameters()):
-            raise KitsegError(f"the weights are no numbers any more in epoch {trainer.current_epoch}. {NO_NUMBER}.")
+            raise KitsegError(f"the weights became NaN or infinite in epoch {trainer.current_epoch}. {NOT_FINITE}.")
         before = self.folder.previous if self.whole else None
         trainer.save_checkpoint(self.folder.last, storage_options=before)
         self.whole, self.saved = True, time.monotonic()
@@ -115,16 +112,16 @@ class LastCheckpoint(Checkpoint):
                 if path.name not in self.counted | self.best.names():
                     path.unlink()
         self.counted = self.best.names()
-        self._obey(trainer)
+        self._end_if_asked(trainer)
 
-    def _obey(self, trainer: pl.Trainer) -> None:
+    def _end_if_asked(self, trainer: pl.Trainer) -> None:
         """End on all ranks where a signal has reached one of them."""
-        if trainer.strategy.reduce_boolean_decision(listener.asked is not None, all=False):
-            listener.obey()
+        if trainer.strategy.reduce_boolean_decision(signals.interrupted(), all=False):
+            signals.end_training()
 
 
 def start_of(folder: StageFolder) -> Path | None:
-    """The checkpoint that a training goes on from; None where it starts.
+    """The checkpoint that a training resumes from; None where it starts.
 
     Raises:
         InputError: there is one, but none can be read.
@@ -135,9 +132,9 @@ def start_of(folder: StageFolder) -> Path | None:
     if found and not good:
         remedy = "Begin this stage again with --restart --stage, or restore the file."
         raise InputError(found[0], f"can't be loaded ({problems[found[0]]})", remedy)
-    if good and good[0] != found[0] and rank() == 0:
+    if good and good[0] != found[0] and launcher.rank() == 0:
         console.print_error(
-            f"{found[0]}: can't be loaded ({problems[found[0]]}); training goes on from the one before it"
+            f"{found[0]}: can't be loaded ({problems[found[0]]}); training resumes from the one before it"
         )
     return good[0] if good else None
 
@@ -148,7 +145,7 @@ def _damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 return f"its part {damaged} is damaged"
-        with warnings.catch_warnings(action="ignore"):  # about a version of PyTorch that damaged bytes seem to tell
+        with warnings.catch_warnings(action="ignore"):  # damaged bytes may look like another version of PyTorch
             torch.load(path, map_location="meta", weights_only=True)
     except UnpicklingError:
         return "it holds more than a training's state or is damaged, and nothing in it was run"

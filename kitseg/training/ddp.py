@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -48,7 +48,8 @@ class RankCoordinator:
     def __init__(self, launch: Launch, backend: str, arguments: Sequence[str]) -> None:
         self.launch, self.backend, self.arguments = launch, backend, arguments
         self.children: list[subprocess.Popen[bytes]] = []
-        self.over, self.failed, self.problem = threading.Event(), threading.Event(), ""
+        self.over, self.failed = threading.Event(), threading.Event()
+        self.problem = "it was killed, or can't be reached any more"
         if launch.of > 1:
             self.place, self.store = _open_store(launch)
             self.parent = os.getppid() if launch.local else None
@@ -60,9 +61,9 @@ class RankCoordinator:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self.launch.of == 1:
             return
-        lost = isinstance(error, RuntimeError) and self.failed.wait(PATIENCE)  # a connection, to one that has failed
+        lost = isinstance(error, RuntimeError) and (self.failed.wait(PATIENCE) or _is_broken(error))
         self.over.set()
-        with suppress(RuntimeError):  # the first process may be gone, and the store with it
+        with suppress(RuntimeError, KitsegError):  # the first process may be gone, and the store with it
             if error is not None and not self.failed.is_set():
                 self.store.set(FAILED, _as_message(self.launch.index, error))
             self.store.add(GONE, 1)
@@ -74,7 +75,7 @@ class RankCoordinator:
         if lost:
             raise self._failure() from None
 
-    def share(self, trainings: Callable[[], Iterable[T]]) -> Iterator[T]:
+    def share(self, trainings: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
         """The first process's trainings, in every process; only the first calls ``trainings``."""
         if self.launch.of == 1:
             yield from trainings()
@@ -93,7 +94,8 @@ class RankCoordinator:
 
     def _send(self, number: int, training: Any) -> None:
         """Hand on a training by its number; the last message has the number -1."""
-        self.store.set("last" if number < 0 else f"training {number}", pickle.dumps(training))
+        key = "last" if number < 0 else f"training {number}"
+        self.store.set(key, pickle.dumps(training))  # type: ignore[arg-type]  # which takes bytes, too
 
     def _receive(self, number: int) -> Any:
         """The training of this number; None after the last."""
@@ -181,6 +183,11 @@ class RankCoordinator:
         except RuntimeError:
             problem = problem or "the first process is gone; its own message states why"
         return {"problem": problem, "signal": 0} if problem else None
+
+
+def _is_broken(error: RuntimeError) -> bool:
+    """Whether the connection to another rank has broken: gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _as_message(index: int, error: BaseException) -> str:

@@ -9,17 +9,17 @@ from pathlib import Path
 from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault
 
 _LESS = "--set stages.STAGE.micro_batch_size=1 (fewer patches at a time, the same batch) or a smaller --size"
-#: What befell, and what helps a training.
+#: What happened, and what helps a training.
 SETTINGS = {
-    MEMORY: f"Use fewer --workers, {_LESS}, then call again: it goes on",
+    MEMORY: f"Use fewer --workers, {_LESS}, then call again to resume",
     GPU: f"Use {_LESS}",
-    LOADER: "The machine may be short of memory: call again with fewer --workers, and it goes on; 0 does without",
+    LOADER: "The machine may be short of memory: resume with fewer --workers; 0 needs no loader processes",
 }
 
 
 @contextmanager
 def in_settings(folder: Path) -> Iterator[None]:
-    """Tell a fault of the machine inside as an error in one line.
+    """Report a fault of the machine inside as an error in one line.
 
     Raises:
         KitsegError: memory, disk or a loader process failed.

@@ -1,4 +1,4 @@
-"""One training of one stage: Lightning's part. One ``fit`` a process where there are several ranks."""
+"""One training of one stage: Lightning's part."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,23 @@ from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, WholeFi
 from kitseg.training.faults import in_settings
 from kitseg.training.stage_inputs import read_places
 
-RENDEZVOUS = timedelta(hours=6)
+
+class _Started(LightningEnvironment):
+    """The ranks of a training, which have been started before Lightning."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine = machine
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def local_rank(self) -> int:
+        return self.machine.local
+
+    def node_rank(self) -> int:
+        return self.machine.node
 
 
 @dataclass(frozen=True)
@@ -54,10 +69,10 @@ class Training:
 
 
 def fit(training: Training, machine: Machine) -> None:
-    """Train one stage into its folder, or go on where an earlier call stopped.
+    """Train one stage into its folder, or resume where an earlier call stopped.
 
     Raises:
-        KitsegError: the loss is no number any more, a checkpoint can't be read, memory or disk are short.
+        KitsegError: the loss became NaN or infinite, a checkpoint can't be read, memory or disk are short.
         SystemExit: a signal asked this process to end; the state is saved.
     """
     _quiet()
@@ -76,13 +91,10 @@ def fit(training: Training, machine: Machine) -> None:
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
         if trainer.is_global_zero:
             _finish(training, best, module.to(torch_device(machine.device)).eval(), data)
-    trainer.strategy.barrier()
 
 
 def _trainer(training: Training, machine: Machine, best: BestCheckpoints, start: Path | None) -> pl.Trainer:
     spec, folder, accelerator = training.spec, training.folder, machine.accelerator
-    backend = "gloo" if accelerator == "cpu" else "nccl"
-    ddp = DDPStrategy(process_group_backend=backend, timeout=RENDEZVOUS, broadcast_buffers=False)
     last = LastCheckpoint(folder, best, 60 * machine.save_every, start)
     callbacks = [EpochSoFar(training.seed), History(folder.path), EpochBar(_title(folder)), best, last]
     if spec.stop_after is not None:
@@ -91,7 +103,7 @@ def _trainer(training: Training, machine: Machine, best: BestCheckpoints, start:
         accelerator=accelerator,
         devices=machine.ranks,
         num_nodes=machine.nodes,
-        strategy=ddp if machine.world > 1 else "auto",
+        strategy=DDPStrategy(broadcast_buffers=False) if machine.world > 1 else "auto",
         precision=spec.precision if accelerator == "cuda" else "32-true",  # type: ignore[arg-type]
         max_epochs=spec.epochs,
         default_root_dir=folder.path,  # or Lightning would look for SLURM's checkpoints where it was started
@@ -100,7 +112,7 @@ def _trainer(training: Training, machine: Machine, best: BestCheckpoints, start:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
-        plugins=[WholeFiles(), LightningEnvironment()],
+        plugins=[WholeFiles(), _Started(machine)],
         callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -128,13 +140,13 @@ def _data(training: Training, machine: Machine) -> StageData:
         batch=spec.batch,
         micro_batch_size=spec.micro_batch_size,
         seed=training.seed,
-        workers=machine.workers,
+        workers=machine.loaders,
     )
     return StageData(lambda: read_places(training.folder, training.store), feed)
 
 
 def _finish(training: Training, best: BestCheckpoints, module: Stage, data: StageData) -> None:
-    """Keep the best checkpoints only, choose a threshold where the stage has one, and say that the training is done."""
+    """Keep the best checkpoints only, choose a threshold where the stage has one, and write ``done.json``."""
     folder = training.folder
     if not best.best_k_models:
         raise KitsegError(f"{folder.path}: the training ended without a validated checkpoint")
@@ -164,7 +176,7 @@ def _validation(predictor: TrainedStage, data: StageData) -> Iterator[tuple[Tens
 
 
 def _quiet() -> None:
-    """Lightning's advice for other programs isn't the user's business here."""
+    """Silence Lightning's advice that doesn't apply here."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Which training cases a method finds hard: ranked by the Dice of networks that didn't learn from them."""
+"""Which training cases a method finds hard: ranked by the Dice of networks that were not trained on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kitseg.runtime.files import read_json, write_json
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.splits import read_split
 from kitseg.training.plan import Plan, Unit, open_stored
-from kitseg.training.train import Log, fit_unit, train_units
+from kitseg.training.train import Log, train_units
 
 SCHEMA = 1
 
@@ -55,7 +55,7 @@ def ranking_stage(method: Method) -> StageSpec:
 
 
 def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
-    """A fold of a run that is there, to judge with it.
+    """A fold of an existing run, to rank with it.
 
     Raises:
         UsageError: no run, no such fold, or a method that can't rank.
@@ -64,7 +64,8 @@ def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
     split = read_split(found.split)
     if fold >= len(split.folds):
         raise UsageError(f"there is no fold {fold}: {len(split.folds)} folds, from 0 on")
-    plan = Plan(config.read(found.config), found, split, fold, store, Machine(device))
+    settings = config.read(found.config)
+    plan = Plan(settings, config.method_of(settings), found, split, fold, store, Machine(device))
     if not plan.part.inner:
         raise UsageError(f"fold {fold} has no inner folds, so no network can judge its training cases")
     ranking_stage(plan.method)
@@ -86,7 +87,7 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
     spec = ranking_stage(plan.method)
     wanted = [Unit(spec.name, number) for number in range(len(plan.part.inner))]
     log(f"ranking the training cases of fold {plan.fold} by {len(wanted)} inner folds of stage {spec.name}")
-    train_units(plan, wanted, log, fit_unit)
+    train_units(plan, wanted, log)
     judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
     state = {"stage": spec.name, "checkpoints": judges, "cases": sorted(cases)}
     if path.exists() and (old := read_json(path, SCHEMA)) and all(old[key] == value for key, value in state.items()):

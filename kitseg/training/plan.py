@@ -1,9 +1,10 @@
-"""What `kitseg train` is asked for: a configuration, a fold of a split, and the trainings that follow from them."""
+"""What to train: a configuration, a fold of a split, and the trainings that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from kitseg import config
@@ -25,22 +26,17 @@ MOMENT = 30.0  # seconds that another fold may take to write the run's own files
 class Plan:
     """What to train and where.
 
-    config: resolved; run: where it goes; fold: an outer fold of ``split``; store: preprocessed cases;
-    arguments: the options of `kitseg train` that a rank of the same training needs, but for the fold.
+    config: resolved; method: as the configuration describes it; run: where it goes; fold: an outer fold of ``split``;
+    store: preprocessed cases.
     """
 
     config: Config
+    method: Method
     run: Run
     split: Split
     fold: int
     store: Path
     machine: Machine
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def method(self) -> Method:
-        """The method that the configuration describes."""
-        return config.method_of(self.config)
 
     @property
     def part(self) -> Fold:
@@ -59,13 +55,6 @@ class Unit:
     def __str__(self) -> str:
         inner = "" if self.inner is None else f"/inner_{self.inner}"
         return self.stage + inner + ("" if self.round is None else f"/round_{self.round}")
-
-    @classmethod
-    def parse(cls, text: str) -> Unit:
-        """The inverse of ``str``."""
-        text, _, round_ = text.partition("/round_")
-        stage, _, inner = text.partition("/inner_")
-        return cls(stage, int(inner) if inner else None, int(round_) if round_ else None)
 
     def folder(self, plan: Plan) -> StageFolder:
         """Where this training lives."""
@@ -88,21 +77,21 @@ class Start:
     split: Path
     store: Path
     machine: Machine
-    repeat: tuple[str, ...] = ()
+
+    @cached_property
+    def method(self) -> Method:
+        """The method that the configuration describes."""
+        return config.method_of(self.config)
 
     def claim(self, cases: Sequence[Case], jobs: int) -> Plan:
         """The plan for these preprocessed cases; split and run are written, or checked against what is there."""
         claim_run(self.run, self.config, claim_split(self.split, cases, self.config, jobs))
-        return self.plan()
+        return self._plan(read_split(self.run.split))
 
     def rehearse(self, cases: Sequence[Case]) -> Plan:
         """The plan without writing anything, and without looking into the label maps."""
         there = self.split.exists()
         return self._plan(read_split(self.split) if there else new_split(unseen_traits(cases), self.config))
-
-    def plan(self) -> Plan:
-        """The plan of a run that is claimed already."""
-        return self._plan(read_split(self.run.split))
 
     def restart(self, stage: str | None, every_fold: bool = False) -> list[Path]:
         """Move the old run aside: the whole of it where its configuration or split differs, or for every fold.
@@ -123,15 +112,15 @@ class Start:
         scores = [self.run.scores(mirror) for mirror in (False, True)]
         if stage is None:
             return _moved_aside([self.run.fold(self.fold), *scores])
-        stages = [stage, *_dependent(config.method_of(self.config), stage)]
+        stages = [stage, *_dependent(self.method, stage)]
         trained = [self.run.stage(fold, name).path for fold in folds for name in stages]
-        said = [self.run.beliefs(fold, mirror) for fold in folds for mirror in (False, True)]
-        return _moved_aside([*trained, *said, *scores])
+        predicted = [self.run.beliefs(fold, mirror) for fold in folds for mirror in (False, True)]
+        return _moved_aside([*trained, *predicted, *scores])
 
     def _plan(self, split: Split) -> Plan:
         if self.fold >= len(split.folds):
             raise UsageError(f"there is no fold {self.fold}: {len(split.folds)} folds, from 0 on")
-        return Plan(self.config, self.run, split, self.fold, self.store, self.machine, self.repeat)
+        return Plan(self.config, self.method, self.run, split, self.fold, self.store, self.machine)
 
 
 def _moved_aside(paths: Sequence[Path]) -> list[Path]:
@@ -158,20 +147,14 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
         UsageError: the folder holds a run of another configuration or split.
     """
     with folder_lock(run.path, "configuration", wait=MOMENT):
-        _claim_run(run, configuration, split)
-
-
-def _claim_run(run: Run, configuration: Config, split: Split) -> None:
-    if run.config.exists():
-        changed = config.differences(config.read(run.config), configuration)
-        if changed:
+        if not run.config.exists():
+            write_split(split, run.split)
+            return write_text(run.config, config.dump(configuration))
+        if changed := config.differences(config.read(run.config), configuration):
             remedy = "Use --restart to move the old run aside, or --name for a run of its own."
             raise UsageError(f"{run.path} was made with another configuration. {remedy}\n  " + "\n  ".join(changed))
         if read_split(run.split) != split:
             raise UsageError(f"{run.path} was trained with another split: {run.split}. Use that one, or --restart.")
-        return
-    write_split(split, run.split)
-    write_text(run.config, config.dump(configuration))
 
 
 def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:

@@ -1,6 +1,6 @@
 """The progressive loop: train on, from the best weights so far, on a random part of the cases, until nothing improves.
 
-Its whole state is what the finished rounds left in their folders, so a killed loop goes on where it stood.
+Its whole state is what the finished rounds left in their folders, so a killed loop resumes with the unfinished round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kitseg.runtime.files import read_json, write_json
 
 
 def next_round(folder: StageFolder, spec: StageSpec) -> int | None:
-    """The round to train now, 0 being the first training; None when the last one brought nothing or was the last."""
+    """The round to train now, 0 being the first training; None when the last one improved nothing or was the last."""
     scores = _scores(folder)
     most = 0 if spec.rounds is None else spec.rounds.most
     stuck = len(scores) > 1 and scores[-1] <= max(scores[:-1])
@@ -52,14 +52,14 @@ def best_weights(folder: StageFolder) -> Path:
 
 
 def describe_rounds(folder: StageFolder) -> str:
-    """The finished rounds in words."""
+    """The finished rounds, as a text."""
     scores = _scores(folder)
     each = ", ".join(f"{score:.4f}" for score in scores)
     return f"validation scores by round {each}: the best is round {_best(folder)}"
 
 
 def conclude(folder: StageFolder) -> None:
-    """Say that the loop is done: the best round's checkpoints are the stage's."""
+    """Record that the loop is done: the best round's checkpoints are the stage's."""
     best = _best(folder)
     content = read_json(folder.round(best).done, SCHEMA)
     rows = [{**row, "file": f"round_{best}/{row['file']}"} for row in content["checkpoints"]]

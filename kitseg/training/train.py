@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kitseg.errors import UsageError
 from kitseg.runtime.locks import folder_lock
 from kitseg.training import rounds
-from kitseg.training.ddp import RankCoordinator
 from kitseg.training.fit import Training, fit
 from kitseg.training.plan import Plan, Unit, units
 from kitseg.training.stage_inputs import prepare
 
 Log = Callable[[str], None]
-RunUnit = Callable[[Plan, Unit], None]
 
 
-def train(plan: Plan, stage: str | None, log: Log, run: RunUnit) -> None:
-    """Train a fold's stages in order, or one of them.
+def train_units(plan: Plan, wanted: Sequence[Unit], log: Log) -> None:
+    """Train these in order, in this process; what is trained already is left as it is."""
+    for training in trainings(plan, wanted, log):
+        fit(training, plan.machine)
+
+
+def trainings_of_fold(plan: Plan, stage: str | None, log: Log) -> Iterator[Training]:
+    """The trainings of a fold's stages in order, or of one of them; see ``trainings``.
 
     Raises:
         UsageError: a stage that isn't there, or whose earlier stage isn't trained yet.
@@ -26,11 +30,14 @@ def train(plan: Plan, stage: str | None, log: Log, run: RunUnit) -> None:
     method = plan.method
     if stage is not None and stage not in method.stages:
         raise UsageError(f"{method.name} has no stage '{stage}'; it has {', '.join(method.stages)}")
-    train_units(plan, units(method, plan.part, stage), log, run)
+    return trainings(plan, units(method, plan.part, stage), log)
 
 
-def train_units(plan: Plan, wanted: Sequence[Unit], log: Log, run: RunUnit) -> None:
-    """Train these in order, each as ``run`` does; what is trained already is left as it is."""
+def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training]:
+    """What is left to train, in order; whoever asks for the next has finished the one before.
+
+    The folder of a training is locked, and its inputs are prepared, before it is given.
+    """
     for unit in wanted:
         folder = unit.folder(plan)
         if folder.done.exists():
@@ -40,47 +47,32 @@ def train_units(plan: Plan, wanted: Sequence[Unit], log: Log, run: RunUnit) -> N
         with folder_lock(folder.path, "training"):
             prepare(plan, unit)
             if plan.method.stages[unit.stage].rounds is None:
-                _train_one(plan, unit, log, run)
+                yield _training(plan, unit, log)
             else:
-                _train_rounds(plan, unit, log, run)
+                yield from _rounds(plan, unit, log)
 
 
-def fit_unit(plan: Plan, unit: Unit) -> None:
-    """Train one unit whose places are prepared."""
-    spec = plan.method.stages[unit.stage]
+def _training(plan: Plan, unit: Unit, log: Log) -> Training:
+    """The training of a unit whose inputs are prepared."""
+    spec, folder = plan.method.stages[unit.stage], unit.folder(plan)
     seed = plan.config["seed"] + 1000 * plan.fold + 100 * (0 if unit.inner is None else unit.inner + 1)
     start = None
     if unit.round:
         spec, seed = rounds.shortened(spec), seed + unit.round
         start = rounds.best_weights(replace(unit, round=None).folder(plan))
-    store = plan.store / str(spec.grid)
-    fit(Training(spec, unit.folder(plan), store, seed, plan.config["keep_best"], start), plan.machine)
+    log(f"{unit}: {'resumes' if folder.begun else 'starts'} in {folder.path}")
+    return Training(spec, folder, plan.store / str(spec.grid), seed, plan.config["keep_best"], start)
 
 
-def on_all_ranks(coordinator: RankCoordinator) -> RunUnit:
-    """A way to train a unit: one rank each on the machine's devices, and on those of the other nodes."""
-
-    def run(plan: Plan, unit: Unit) -> None:
-        coordinator.train([*plan.arguments, f"--fold={plan.fold}", f"--only={unit}"])
-
-    return run
-
-
-def _train_one(plan: Plan, unit: Unit, log: Log, run: RunUnit) -> None:
-    folder = unit.folder(plan)
-    log(f"{unit}: {'goes on' if folder.begun else 'starts'} in {folder.path}")
-    run(plan, unit)
-
-
-def _train_rounds(plan: Plan, unit: Unit, log: Log, run: RunUnit) -> None:
-    """Fits that each start from the best weights so far, until one brings nothing."""
+def _rounds(plan: Plan, unit: Unit, log: Log) -> Iterator[Training]:
+    """Trainings that each start from the best weights so far, until one improves nothing."""
     folder, spec = unit.folder(plan), plan.method.stages[unit.stage]
     most = 0 if spec.rounds is None else spec.rounds.most
     while (number := rounds.next_round(folder, spec)) is not None:
         cases = rounds.prepare_round(folder, spec, number, plan.config["seed"] + plan.fold)
         if number:
             log(f"{unit}: {rounds.describe_rounds(folder)}; round {number} of at most {most}, on {cases} cases")
-        _train_one(plan, replace(unit, round=number), log, run)
+        yield _training(plan, replace(unit, round=number), log)
     log(f"{unit}: {rounds.describe_rounds(folder)}, which is kept")
     rounds.conclude(folder)
 
