@@ -100,9 +100,7 @@ def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
             mine = deal(cases, Share(number, len(shares)))
             arguments = (work, mine, share, (number, len(shares)), sender)
             process = context.Process(target=_run, args=arguments, daemon=True)
-            signal.pthread_sigmask(
-                signal.SIG_BLOCK, {signal.SIGINT}
-            )  # a terminal sends it to all; this process decides when
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal sends it to all ranks
             process.start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             sender.close()
