@@ -1,4 +1,4 @@
-"""Files that can't be used, or that look as if they couldn't: made of a label map, a hundred kinds of them."""
+"""A hundred kinds of bad files, and unusual files that are valid, made from a label map."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ Write = Callable[[Path, Patient], None]
 
 @dataclass(frozen=True)
 class Bad:
-    """A kind of file; words: what its error says, None where kitseg mends it; labels: whether it is a label map."""
+    """A kind of file; problem: part of its error, None if kitseg accepts it; labels: for a label map."""
 
     name: str
     write: Write
-    words: str | None
+    problem: str | None
     labels: bool = False
     suffix: str = ".nii.gz"
 
@@ -65,7 +65,7 @@ class Bad:
 
 
 def save(path: Path, array: NDArray[Any], affine: NDArray[np.float64], **fields: Any) -> None:
-    """A NIfTI file with its header's fields set afterwards, whatever they say."""
+    """A NIfTI file with header fields set afterwards, valid or not."""
     kind = nib.Nifti2Header if "nifti2" in fields else nib.Nifti1Header
     header: Any = kind()
     header.set_data_dtype(array.dtype)
@@ -212,7 +212,7 @@ def zipped_text(path: Path, patient: Patient) -> None:
     path.write_bytes(gzip.compress(b"Dear colleague, here is the scan.\n" * 100))
 
 
-BROKEN = "broken or no NIfTI"
+BROKEN = "broken or not a NIfTI"
 PAGE = b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>" * 20
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 NIL = np.zeros((4, 4))
@@ -237,49 +237,49 @@ NO_NIFTI = [
     Bad("gzip-start", content(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03"), BROKEN),
 ]
 CUT = [
-    *(Bad(f"cut-{share:g}", cut(share), f"{BROKEN}|cut short") for share in (0.005, 0.1, 0.5, 0.95)),
-    *(Bad(f"cut-plain-{share:g}", cut(share), "cut short|broken", suffix=".nii") for share in (0.001, 0.02, 0.5, 0.95)),
+    *(Bad(f"cut-{share:g}", cut(share), f"{BROKEN}|truncated") for share in (0.005, 0.1, 0.5, 0.95)),
+    *(Bad(f"cut-plain-{share:g}", cut(share), "truncated|broken", suffix=".nii") for share in (0.001, 0.02, 0.5, 0.95)),
     Bad("cut-checksum", damaged(lambda whole: whole[:-3]), BROKEN),
-    Bad("cut-voxel", damaged(lambda whole: whole[:-1]), "cut short", suffix=".nii"),
+    Bad("cut-voxel", damaged(lambda whole: whole[:-1]), "truncated", suffix=".nii"),
 ]
 FLIPPED = [
-    *(Bad(f"flip-{share:g}", flip(share), f"{BROKEN}|cut short") for share in (0.2, 0.4, 0.6, 0.8, -5, -2)),
+    *(Bad(f"flip-{share:g}", flip(share), f"{BROKEN}|truncated") for share in (0.2, 0.4, 0.6, 0.8, -5, -2)),
     Bad("magic", scan(magic=b"xyz"), BROKEN),
-    Bad("pair", scan(magic=b"ni1"), "one half of a pair"),
+    Bad("pair", scan(magic=b"ni1"), "half of a file pair"),
     Bad("no-axes", scan(dim=[0, 1, 1, 1, 1, 1, 1, 1]), "1 dimensions"),
     Bad("negative-axis", scan(dim=[3, -5, 4, 4, 1, 1, 1, 1]), "it is empty"),
     Bad("too-many-axes", scan(dim=[99, 5, 4, 4, 2, 2, 2, 2]), BROKEN),
-    Bad("offset-0", scan(vox_offset=0), "inside of its header"),
-    Bad("offset-far", scan(vox_offset=1e9), "cut short"),
+    Bad("offset-0", scan(vox_offset=0), "inside its header"),
+    Bad("offset-far", scan(vox_offset=1e9), "truncated"),
     Bad("offset-nan", scan(vox_offset=np.nan), BROKEN),
     Bad("intercept-inf", scan(scl_inter=np.inf), BROKEN),
     Bad("type-unknown", scan(datatype=77), BROKEN),
 ]
 TYPES = [
-    Bad("complex64", voxels(lambda ct: ct.astype(np.complex64)), "not numbers of HU"),
-    Bad("complex128", voxels(lambda ct: ct.astype(np.complex128)), "not numbers of HU"),
-    Bad("rgb", voxels(lambda ct: np.zeros(ct.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])), "not numbers of HU"),
-    Bad("bits", scan(datatype=1, bitpix=1), f"{BROKEN}|not numbers of HU"),
+    Bad("complex64", voxels(lambda ct: ct.astype(np.complex64)), "not integer or float"),
+    Bad("complex128", voxels(lambda ct: ct.astype(np.complex128)), "not integer or float"),
+    Bad("rgb", voxels(lambda ct: np.zeros(ct.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])), "not integer or float"),
+    Bad("bits", scan(datatype=1, bitpix=1), f"{BROKEN}|not integer or float"),
 ]
 PLACES = [
     Bad("affine-zero", lattice(lambda _: NIL), "singular"),
-    Bad("affine-nan", lattice(lambda _: NIL * np.nan), "not finite"),
-    Bad("affine-inf", lattice(lambda _: NIL + np.inf), "not finite"),
+    Bad("affine-nan", lattice(lambda _: NIL * np.nan), "NaN or infinite"),
+    Bad("affine-inf", lattice(lambda _: NIL + np.inf), "NaN or infinite"),
     Bad("affine-huge", lattice(column(0, 1e30)), "its spacing is|singular"),
     Bad("singular", lattice(doubled), "singular"),
-    Bad("sheared", lattice(sheared), "sheared"),
+    Bad("sheared", lattice(sheared), "right angles"),
     Bad("tiny-voxels", lattice(column(2, 1e-6)), "its spacing is"),
     Bad("huge-voxels", lattice(column(2, 1e3)), "its spacing is"),
     Bad("quaternion", scan(sform_code=0, qform_code=1, quatern_b=3, quatern_c=4), BROKEN),
-    Bad("qform-zooms", scan(sform_code=0, qform_code=1, pixdim=[1, 0, 0, 0, 0, 0, 0, 0]), "doesn't say its spacing"),
+    Bad("qform-zooms", scan(sform_code=0, qform_code=1, pixdim=[1, 0, 0, 0, 0, 0, 0, 0]), "header has no spacing"),
 ]
 VALUES = [
-    Bad("nan", voxels(with_voxel(np.nan, np.float32)), "not finite"),
-    Bad("inf", voxels(with_voxel(np.inf, np.float32)), "not finite"),
-    Bad("minus-inf", voxels(with_voxel(-np.inf, np.float64)), "not finite"),
-    Bad("all-nan", voxels(lambda ct: np.full(ct.shape, np.nan, np.float32)), "not finite"),
-    Bad("beyond-float", voxels(with_voxel(1e300, np.float64)), "not finite"),
-    Bad("slope-huge", scan(scl_slope=1e38), "not finite"),
+    Bad("nan", voxels(with_voxel(np.nan, np.float32)), "NaN or infinite"),
+    Bad("inf", voxels(with_voxel(np.inf, np.float32)), "NaN or infinite"),
+    Bad("minus-inf", voxels(with_voxel(-np.inf, np.float64)), "NaN or infinite"),
+    Bad("all-nan", voxels(lambda ct: np.full(ct.shape, np.nan, np.float32)), "NaN or infinite"),
+    Bad("beyond-float", voxels(with_voxel(1e300, np.float64)), "NaN or infinite"),
+    Bad("slope-huge", scan(scl_slope=1e38), "NaN or infinite"),
 ]
 SHAPES = [
     Bad("one-d", voxels(lambda ct: ct[:, 0, 0]), "1 dimensions"),
@@ -287,13 +287,13 @@ SHAPES = [
     Bad("four-d", voxels(lambda ct: np.stack([ct] * 3, -1)), "4 dimensions"),
     Bad("five-d", voxels(lambda ct: np.stack([ct[..., None]] * 3, -1)), "5 dimensions"),
     Bad("no-voxels", voxels(lambda ct: ct[:, :0]), "it is empty"),
-    Bad("promise-tb", promise(32767, 32767, 32767), "its header claims"),
-    Bad("promise-16gb", promise(2000, 2000, 2000), "its header claims"),
-    Bad("promise-1gb", promise(1000, 1000, 1000), "cut short"),
-    Bad("promise-plain", promise(900, 900, 900), "cut short", suffix=".nii"),
-    Bad("promise-nifti2", promise(2**40, 2**40, 2**40, nifti2=True), "its header claims"),
+    Bad("promise-tb", promise(32767, 32767, 32767), "the header claims"),
+    Bad("promise-16gb", promise(2000, 2000, 2000), "the header claims"),
+    Bad("promise-1gb", promise(1000, 1000, 1000), "truncated"),
+    Bad("promise-plain", promise(900, 900, 900), "truncated", suffix=".nii"),
+    Bad("promise-nifti2", promise(2**40, 2**40, 2**40, nifti2=True), "the header claims"),
     Bad("promise-time", promise(30, 30, 30, 30000), "4 dimensions"),
-    Bad("bomb", bomb, "goes on long after its last voxel"),
+    Bad("bomb", bomb, "many bytes after the last voxel"),
 ]
 NO_FILES = [
     Bad("folder", lambda path, _: path.mkdir(), "it is a folder"),
@@ -310,7 +310,7 @@ NAMES = [
     Bad("--help", cut(0.5), BROKEN),
     Bad("ü" * 90, cut(0.5), BROKEN),
 ]
-MENDED = [
+VALID = [
     Bad("one-volume", voxels(lambda ct: ct[..., None]), None),
     Bad("int64", voxels(lambda ct: ct.astype(np.int64)), None),
     Bad("big-endian", scan(big=True), None),
@@ -330,12 +330,12 @@ LABELS = [
     Bad("labels-int64", annotation(with_voxel(2**40, np.int64)), "label values 1.0", True),
     Bad("labels-nan", annotation(with_voxel(np.nan, np.float32)), "label values nan", True),
     Bad("labels-scaled", annotation(lambda labels: labels | 1, scl_slope=0.5), "label values 0.5", True),
-    Bad("labels-complex", annotation(lambda labels: labels.astype(np.complex64)), "not numbers of HU or labels", True),
+    Bad("labels-complex", annotation(lambda labels: labels.astype(np.complex64)), "not integer or float", True),
     Bad("labels-two-d", annotation(lambda labels: labels[0]), "2 dimensions", True),
     Bad("labels-four-d", annotation(lambda labels: np.stack([labels] * 2, -1)), "4 dimensions", True),
     Bad("labels-text", content(b"0 1 2" * 100), BROKEN, True),
     Bad("labels-empty", content(b""), "the file is empty", True),
-    Bad("labels-cut", lambda path, patient: cut(0.6)(path, patient), f"{BROKEN}|cut short", True),
+    Bad("labels-cut", lambda path, patient: cut(0.6)(path, patient), f"{BROKEN}|truncated", True),
     Bad("labels-folder", lambda path, _: path.mkdir(), "it is a folder", True),
     Bad("labels-pipe", lambda path, _: os.mkfifo(path), "a pipe or a device", True),
     Bad("labels-dangling", lambda path, _: path.symlink_to("nowhere"), "a link to a file that isn't there", True),
@@ -345,10 +345,10 @@ LABELS = [
 ]
 #: Good label maps by themselves, which don't belong to their CT.
 ELSEWHERE = [
-    Bad("labels-shifted", moved(shifted), "lie", True),
-    Bad("labels-mirrored", moved(column(0, -1)), "lie", True),
-    Bad("labels-turned", moved(swapped), "shape|lie", True),
-    Bad("labels-width_divisor", annotation(lambda labels: labels[1:]), "shape|lie", True),
+    Bad("labels-shifted", moved(shifted), "affine", True),
+    Bad("labels-mirrored", moved(column(0, -1)), "affine", True),
+    Bad("labels-turned", moved(swapped), "shape|affine", True),
+    Bad("labels-thinner", annotation(lambda labels: labels[1:]), "shape|affine", True),
 ]
-ALONE = [*NO_NIFTI, *CUT, *FLIPPED, *TYPES, *PLACES, *VALUES, *SHAPES, *NO_FILES, *NAMES, *MENDED, *LABELS]
+ALONE = [*NO_NIFTI, *CUT, *FLIPPED, *TYPES, *PLACES, *VALUES, *SHAPES, *NO_FILES, *NAMES, *VALID, *LABELS]
 ALL = [*ALONE, *ELSEWHERE]

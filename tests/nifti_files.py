@@ -24,10 +24,10 @@ def count(shape: tuple[int, ...] = SHAPE, dtype: type = np.int16) -> np.ndarray:
     return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
 
 
-def refused(path: Path, words: str, read=nifti.read_image) -> None:
-    """Reading fails in one line that names the file and holds the words."""
+def refused(path: Path, fact: str, read=nifti.read_image) -> None:
+    """Reading fails in one line that names the file and contains the fact."""
     arguments = () if read is nifti.read_geometry else ("a",)
-    with pytest.raises(InputError, match=words) as caught:
+    with pytest.raises(InputError, match=fact) as caught:
         read(path, *arguments)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)

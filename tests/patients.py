@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from kitseg.patches.registration import AIR, Labelled
+from kitseg.patches.registration import Labelled
+from kitseg.patches.warp import AIR
 from kitseg.types import Geometry, Volume
 
 SHAPE, SPACING = (30, 44, 52), 5.0

@@ -1,4 +1,4 @@
-"""DICOM out: a segmentation lies voxel for voxel on its series, for two readers, and tells nothing of the patient."""
+"""DICOM output: a segmentation matches the voxels of its series in two readers, and contains no patient data."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_files_without_uids(tmp_path: Path) -> None:
 
 def test_a_series_that_makes_no_volume(tmp_path: Path) -> None:
     write_series(tmp_path / "in", hu((2, 4, 4)))
-    with pytest.raises(InputError, match="2 of the at least 3 slices"):
+    with pytest.raises(InputError, match="2 slices, fewer than the 3"):
         write_segmentation(tmp_path / "out.dcm", np.zeros((2, 4, 4), np.uint8), only(tmp_path / "in"), BY)
     assert not list(tmp_path.glob("*.dcm"))
 

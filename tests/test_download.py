@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start:])
 
     def log_message(self, *_: object) -> None:
-        """Be quiet."""
+        """Print nothing."""
 
 
 @pytest.fixture
@@ -121,9 +121,9 @@ def test_parse_cases_refuses(text: str) -> None:
 
 
 def test_a_download_has_the_kits_layout(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    to, heard = tmp_path / "new" / "data", []
-    assert download_kits19(to, [0, 210], heard.append, source_of(server)) == []
-    assert heard == ["case_00000", "case_00210"]
+    to, done = tmp_path / "new" / "data", []
+    assert download_kits19(to, [0, 210], done.append, source_of(server)) == []
+    assert done == ["case_00000", "case_00210"]
     assert tree(to) == [
         "case_00000/imaging.nii.gz",
         "case_00000/segmentation.nii.gz",
@@ -149,16 +149,16 @@ def test_a_missing_case_does_not_stop_the_others(server: ThreadingHTTPServer, tm
     del server.files[image_path(0)]
     failures = download_kits19(tmp_path / "data", [0, 1, 2], source=source_of(server))
     assert [type(failure) for failure in failures] == [KitsegError, KitsegError]
-    assert str(failures[0]).startswith("case_00000 couldn't be downloaded")
-    assert str(failures[1]).startswith("case_00002 couldn't be downloaded")
-    assert all("Call again to go on" in str(f) and "\n" not in str(f) for f in failures)
+    assert str(failures[0]).startswith("case_00000: download failed")
+    assert str(failures[1]).startswith("case_00002: download failed")
+    assert all("again" in str(f) and "\n" not in str(f) for f in failures)
     assert (tmp_path / "data" / "case_00001" / "imaging.nii.gz").exists()
     assert not (tmp_path / "data" / "case_00000" / "imaging.nii.gz").exists()
 
 
 def test_three_failures_in_a_row_end_it(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     cases = [2, 0, 3, 4, 5, 1]
-    with pytest.raises(KitsegError, match=r"3 cases in a row failed.*case_00005 couldn't.*Call again to go on"):
+    with pytest.raises(KitsegError, match=r"3 cases in a row failed.*case_00005: download failed.*again"):
         download_kits19(tmp_path / "data", cases, source=source_of(server))
     assert label_path(1) not in gets(server)
     assert (tmp_path / "data" / "case_00000" / "imaging.nii.gz").exists()
@@ -211,5 +211,5 @@ def test_a_login_page_is_no_scan_and_is_fetched_anew(server: ThreadingHTTPServer
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
-    with pytest.raises(InputError, match="the folder can't be made"):
+    with pytest.raises(InputError, match="the folder can't be created"):
         download_kits19(tmp_path / "data", [0])

@@ -75,4 +75,4 @@ def test_unexpected_errors_show_their_type(error: Exception) -> None:
 
 def test_control_characters_are_escaped() -> None:
     assert printable("a\nb\x1b[31mc\u2028\udc80 \u3000é") == "a\\nb\\x1b[31mc\\u2028\\udc80 \u3000é"
-    assert str(InputError("a\nb", "is odd", "Rename it.")) == "a\\nb: is odd. Rename it."
+    assert str(InputError("a\nb", "is invalid", "Rename it.")) == "a\\nb: is invalid. Rename it."

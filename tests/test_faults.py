@@ -1,5 +1,5 @@
-"""What befalls a training: signals, damaged checkpoints, a loss that is no number, memory, a full disk. It is told in
-words, and the same command ends as if nothing had happened.
+"""Failures of a training: signals, damaged checkpoints, NaN losses, out of memory, a full disk. The error is clear, and
+running the same command again gives the result of an undisturbed training.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def untrained(whole: Path, to: Path) -> Path:
 
 
 def when(ready: Callable[[], object], act: Callable[[], object]) -> None:
-    """Act once, as soon as something is so."""
+    """Act once, as soon as a condition holds."""
 
     def watch() -> None:
         end = time.monotonic() + 120
@@ -91,13 +91,13 @@ def when(ready: Callable[[], object], act: Callable[[], object]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def tell(number: signal.Signals) -> Callable[[], None]:
+def send(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
 def end_in_an_epoch(folder: Path, number: signal.Signals = signal.SIGTERM) -> Result:
     """Train until two checkpoints are there, and send a signal."""
-    when((folder / COARSE / "previous.ckpt").exists, tell(number))
+    when((folder / COARSE / "previous.ckpt").exists, send(number))
     result = kitseg(folder, *QUICK)
     assert result.code == 128 + number, result.text
     state = torch.load(folder / COARSE / "last.ckpt", weights_only=True)
@@ -107,7 +107,7 @@ def end_in_an_epoch(folder: Path, number: signal.Signals = signal.SIGTERM) -> Re
     return result
 
 
-def check_goes_on(folder: Path, whole: Path, *options: str) -> Result:
+def check_resumes(folder: Path, whole: Path, *options: str) -> Result:
     """The same command ends with the same weights, scores and history, and leaves nothing behind."""
     again = kitseg(folder, *QUICK, *options)
     assert again.code == 0, again.text
@@ -125,7 +125,7 @@ def test_a_signal_saves_and_ends(folder: Path, whole: Path, number: signal.Signa
     before = signal.getsignal(number)
     assert f"stopped by {number.name}" in end_in_an_epoch(folder, number).text
     assert signal.getsignal(number) is before
-    assert "coarse: resumes" in check_goes_on(folder, whole).text
+    assert "coarse: resumes" in check_resumes(folder, whole).text
 
 
 @slow
@@ -157,6 +157,7 @@ def test_ctrl_c_ends_at_once(folder: Path) -> None:
         process.kill()
     assert process.returncode == 130, printed
     assert "stopped by SIGINT" in printed
+    assert not (folder / COARSE / "done.json").exists(), "it ended before the stage was trained"
     assert "Traceback" not in printed
     assert not [*folder.rglob(".partial*"), *folder.rglob(".kitseg*.lock")]
 
@@ -180,7 +181,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     half: Path, whole: Path, damage: Callable[[Path], None]
 ) -> None:
     damage(half / COARSE / "last.ckpt")
-    text = " ".join(check_goes_on(half, whole).text.split())
+    text = " ".join(check_resumes(half, whole).text.split())
     assert f"{COARSE}/last.ckpt: can't be loaded" in text
     assert "training resumes from the one before it" in text
 
@@ -218,7 +219,7 @@ def test_two_trainings_do_not_share_a_folder(half: Path) -> None:
         ("stages.coarse.module.optimizer.eps=0", "the weights became NaN or infinite in epoch 0", False),  # 0 / 0
     ],
 )
-def test_numbers_that_are_none(folder: Path, change: str, words: str, kept: bool) -> None:
+def test_nan_losses_and_weights(folder: Path, change: str, words: str, kept: bool) -> None:
     """The batch's cases are named, and the last checkpoint is a good one."""
     result = kitseg(folder, *QUICK, f"--set={change}")
     assert result.code == 1, result.text
@@ -243,7 +244,7 @@ def test_numbers_that_are_none(folder: Path, change: str, words: str, kept: bool
         (OSError(28, "No space left on device"), "the disk is full. Free some space"),
     ],
 )
-def test_a_fault_names_the_setting_that_helps(tmp_path: Path, error: Exception, words: str) -> None:
+def test_an_error_names_the_setting_that_helps(tmp_path: Path, error: Exception, words: str) -> None:
     with pytest.raises(KitsegError) as found, in_settings(tmp_path):
         raise error
     assert words in str(found.value)
@@ -274,14 +275,14 @@ def test_a_killed_loader_process(folder: Path, whole: Path) -> None:
     assert result.code == 1, result.text
     assert "loader process was killed" in result.text
     assert "fewer --workers" in result.text
-    check_goes_on(folder, whole, "--workers=1")
+    check_resumes(folder, whole, "--workers=1")
 
 
 @slow
 def test_too_little_shared_memory(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     little = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda path: little)
-    text = " ".join(check_goes_on(folder, whole, "--workers=1").text.split())
+    text = " ".join(check_resumes(folder, whole, "--workers=1").text.split())
     assert "goes on with --workers 0" in text
     assert "0 MB are free" in text
 
@@ -324,7 +325,7 @@ def test_a_full_disk_ends_a_training(folder: Path, whole: Path, small_disk: Path
     ballast.unlink()
     (folder / "runs").unlink()
     shutil.copytree(small_disk, folder / "runs")
-    check_goes_on(folder, whole)
+    check_resumes(folder, whole)
 
 
 @slow

@@ -55,7 +55,7 @@ def random_pair(shape: Sequence[int], channels: int, batch: int = 2, seed: int =
 
 
 def certain(ids_: Tensor, channels: int, size: float = 30.0) -> Tensor:
-    """Logits that say these class ids with all but certainty."""
+    """Logits that predict these class ids almost with certainty."""
     ones = F.one_hot(ids_, max(channels, 2)).movedim(-1, 1)[:, -channels:]
     return (2.0 * ones - 1) * size
 

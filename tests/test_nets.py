@@ -88,7 +88,7 @@ def test_parameters_as_in_the_paper(method: str, stage: str) -> None:
 @pytest.mark.parametrize(("method", "size"), [(m, s) for m in PARAMETERS for s in config.names("size")])
 @pytest.mark.parametrize("shape", [(60, 512, 512), (48, 512, 796)])
 def test_every_network_takes_the_patches_and_regions_it_is_given(method: str, size: str, shape: Triple) -> None:
-    """On a common scan and on the odd one of KiTS19; without memory."""
+    """On a typical scan and on the unusual one of KiTS19; without memory."""
     lattice = Geometry(shape, np.diag([3.0, 0.8, 0.8, 1.0]))
     for spec in stages_of(method, size).values():
         region = config.build(spec.parts["region"]).shape(grid_geometry(lattice, spec.grid))
@@ -168,7 +168,7 @@ def test_dropout_takes_whole_channels() -> None:
 # --- the input -------------------------------------------------------------------------------------------------------
 
 
-def silent(stage: InputStage) -> InputStage:
+def zeroed(stage: InputStage) -> InputStage:
     """The stage with a convolution of zero weights, so that only the tiled input comes through."""
     for parameter in stage.conv.parameters():
         nn.init.zeros_(parameter)
@@ -176,13 +176,13 @@ def silent(stage: InputStage) -> InputStage:
 
 
 def test_four_input_channels_are_tiled_four_times() -> None:
-    stage = silent(InputStage(4, 16))
+    stage = zeroed(InputStage(4, 16))
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1, 1).expand(1, 4, 2, 2, 2)
     assert stage(x)[0, :, 0, 0, 0].tolist() == [1.0, 2.0, 3.0, 4.0] * 4
 
 
 def test_one_input_channel_is_tiled_sixteen_times() -> None:
-    assert silent(InputStage(1, 16))(torch.full((1, 1, 2, 2, 2), 7.0)).unique().tolist() == [7.0]
+    assert zeroed(InputStage(1, 16))(torch.full((1, 1, 2, 2, 2), 7.0)).unique().tolist() == [7.0]
 
 
 @pytest.mark.parametrize(("channels_in", "width"), [(3, 16), (4, 6), (5, 4)])

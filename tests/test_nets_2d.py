@@ -321,7 +321,7 @@ def test_each_gate_sees_its_skip_and_the_level_below() -> None:
 
 
 def plain_gate() -> AttentionGate:
-    """A gate of one channel without a 1×1 convolution and BatchNorm at its end, and with a silent level below."""
+    """A gate of one channel without a 1×1 convolution and BatchNorm at its end, and with zeros in the level below."""
     gate = AttentionGate(1, 1, 1).eval()
     gate.out = nn.Sequential()
     fill(gate.theta, 1, 0)
@@ -342,7 +342,7 @@ def test_the_level_below_opens_and_closes_a_gate() -> None:
     gate = plain_gate()
     fill(gate.signal[0], 1)
     fill(gate.theta, 0, 0)
-    fill(gate.psi[1], 1, -50)  # closed unless the level below says 100
+    fill(gate.psi[1], 1, -50)  # closed unless the level below is 100
     gate.phi[1].weight.data[0, 0, 1, 1] = 1  # looks at its own cell only
     skip = torch.arange(1.0, 9.0).view(1, 1, 2, 4)
     out = gate(skip, torch.tensor([0.0, 100.0]).view(1, 1, 1, 2))

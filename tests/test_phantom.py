@@ -150,7 +150,7 @@ def test_a_patients_case_is_never_replaced(tmp_path: Path) -> None:
     scan.header["descrip"] = "a patient"
     nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), scan.affine, scan.header), image)
     before = image.read_bytes()
-    with pytest.raises(InputError, match="is no phantom"):
+    with pytest.raises(InputError, match="not a phantom"):
         write_case(tmp_path, 0, 2, 48)
     assert image.read_bytes() == before
 

@@ -232,7 +232,7 @@ def test_nifti_and_dicom_in_one_folder_are_not_guessed_apart(trained: Path, arch
     shutil.copy(trained / "test" / "case_00000" / "imaging.nii.gz", tmp_path / "in" / "scan.nii.gz")
     done = predict(trained, tmp_path / "in", tmp_path / "out")
     assert done.code == 1
-    assert "holds NIfTI scans and DICOM files" in done.text
+    assert "NIfTI scans and DICOM files" in done.text
 
 
 def test_two_patients_whose_series_were_given_one_uid_both_get_labels(

@@ -9,21 +9,8 @@ import pytest
 import SimpleITK as sitk
 from patients import SHAPE, SPACING, patient, volume
 
-from kitseg.patches.registration import (
-    AIR,
-    Copy,
-    Labelled,
-    RegistrationQuality,
-    Settings,
-    Warp,
-    coarse,
-    jacobian,
-    judge,
-    problem,
-    register,
-    register_copy,
-    warped,
-)
+from kitseg.patches.registration import Copy, Labelled, Settings, coarse, register, register_copy
+from kitseg.patches.warp import AIR, RegistrationQuality, Warp, jacobian, judge, problem, warped
 from kitseg.types import Geometry
 
 FAST = Settings(spacing=SPACING)
@@ -155,7 +142,7 @@ def test_a_fold_is_seen_and_refused() -> None:
     quality = judge(folding, (label, label), scan.label, scan.label)
     assert quality.least <= -1
     assert 0 < quality.folded < 0.2
-    assert "folds" in str(problem(quality))
+    assert "folding" in str(problem(quality))
 
 
 def test_a_kidney_that_is_cut_off_is_seen() -> None:
@@ -172,7 +159,7 @@ def test_a_kidney_that_is_cut_off_is_seen() -> None:
 @pytest.mark.parametrize(
     ("flaw", "word"),
     [
-        ({"least": 0.0}, "folds"),
+        ({"least": 0.0}, "folding"),
         ({"volume": 0.49}, "volume"),
         ({"volume": 2.01}, "volume"),
         ({"covered": 0.89}, "89%"),

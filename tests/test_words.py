@@ -33,3 +33,29 @@ def test_the_paragraphs_of_a_command_fill_the_terminal(
         lines = [line.rstrip() for line in paragraph.strip("\n").splitlines()]
         for line, following in pairwise(lines):
             assert len(line) + 1 + len(following.split()[0]) > 58, line
+
+
+#: Words and turns of phrase that are not plain technical English, and what stands for them:
+#: states or reports, resumes, is not, fix, predicts, problem.
+COLLOQUIAL = re.compile(
+    r"\b(told|tells?|said|heard|goes on|go on|mend(s|ed|ing)?|belie(f|ve[sd]?)|befell|befalls?|sights?|obey(s|ed)?"
+    r"|is no number|no number any more|what became of|in words)\b",
+    re.IGNORECASE,
+)
+ROOT = Path(__file__).parents[1]
+PLAIN = ("cli/data.py", "cli/look.py", "cli/score.py", "measure", "postprocess", "scoring", "report", "losses", "nets",
+         "volumes/dicom", "volumes/nifti.py", "components.py", "errors.py", "types.py", "labels.py")  # fmt: skip
+
+
+def test_the_words_are_plain_technical_english() -> None:
+    files = [
+        file for place in PLAIN for file in sorted([ROOT / "kitseg" / place, *(ROOT / "kitseg" / place).rglob("*")])
+    ]
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {match[0]}"
+        for file in files
+        if file.suffix in (".py", ".j2", ".yaml", ".md")
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if (match := COLLOQUIAL.search(line))
+    ]
+    assert found == []

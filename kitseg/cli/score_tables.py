@@ -19,32 +19,32 @@ if TYPE_CHECKING:
 def show_scores(scores: Sequence[Score], rules: Rules) -> None:
     """Print the challenge's metrics of each case, all metrics over the cases, and the tumor detection."""
     from kitseg.commands.score_files import challenge_score, score_summary
-    from kitseg.scoring.protocols import FIGURES
+    from kitseg.scoring.protocols import METRICS
 
     shown = [
-        (name, figure)
+        (name, metric)
         for name, target in rules.protocol.targets.items()
-        for figure in (("dice",) if target.tolerance_mm is None else ("dice", "surface_dice"))
+        for metric in (("dice",) if target.tolerance_mm is None else ("dice", "surface_dice"))
     ]
-    table = console.table("case", *(f"{name} {FIGURES[figure]}" for name, figure in shown), "")
+    table = console.table("case", *(f"{name} {METRICS[metric]}" for name, metric in shown), "")
     for score in scores:
         note = "missing: scored as background" if score.missing else escape(score.error)
-        figures = (console.cell(score.classes.get(name, {}).get(figure)) for name, figure in shown)
-        table.add_row(score.case, *figures, f"[red]{note}[/]")
+        metrics = (console.cell(score.classes.get(name, {}).get(metric)) for name, metric in shown)
+        table.add_row(score.case, *metrics, f"[red]{note}[/]")
     console.out.print(table)
     summaries = score_summary(scores)
     _show_summary(summaries)
     _show_detection(scores)
-    for figure, value in challenge_score(summaries).items():
-        console.print_line(f"{rules.protocol.name}, mean {FIGURES[figure]} over the classes: {value:.4f}")
+    for metric, value in challenge_score(summaries).items():
+        console.print_line(f"{rules.protocol.name}, mean {METRICS[metric]} over the classes: {value:.4f}")
 
 
 def _show_summary(summaries: Mapping[str, Mapping[str, Summary]]) -> None:
-    from kitseg.scoring.protocols import FIGURES
+    from kitseg.scoring.protocols import METRICS
 
     table = console.table("class", "", "mean", "95 % CI", "median", "cases", "undefined")
-    for name, figures in summaries.items():
-        for number, (figure, value) in enumerate(figures.items(), 1):
+    for name, metrics in summaries.items():
+        for number, (metric, value) in enumerate(metrics.items(), 1):
             low, high = console.cell(value.low), console.cell(value.high)
             interval = console.cell(None) if value.low is None else f"{low} to {high}"
             row = (
@@ -54,7 +54,7 @@ def _show_summary(summaries: Mapping[str, Mapping[str, Summary]]) -> None:
                 str(value.cases),
                 str(value.undefined),
             )
-            table.add_row(name if number == 1 else "", FIGURES[figure], *row, end_section=number == len(figures))
+            table.add_row(name if number == 1 else "", METRICS[metric], *row, end_section=number == len(metrics))
     console.out.print(table)
 
 

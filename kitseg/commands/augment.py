@@ -22,7 +22,8 @@ from joblib import delayed
 from kitseg import __version__
 from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.models.run_folder import Run
-from kitseg.patches.registration import Labelled, Settings, problem, register_copy
+from kitseg.patches.registration import Labelled, Settings, register_copy
+from kitseg.patches.warp import problem
 from kitseg.runtime.files import atomic_write, file_digest, read_json, write_json
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.splits import Split, read_split, with_copies, write_split

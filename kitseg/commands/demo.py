@@ -1,4 +1,4 @@
-"""The whole tool on phantoms, told command by command."""
+"""The demo: all steps of the workflow on phantoms."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from kitseg.volumes.nifti import read_image, read_labels
 
 Log = Callable[[str], None]
 METHOD, SIZE = "two-phase", "tiny"
-RESEARCH_USE = "Phantoms, not patients, and a network trained for minutes: this shows the tool, not a method's worth."
+RESEARCH_USE = "Phantoms, not patients, and networks trained for minutes: the scores do not reflect a method's quality."
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a demo is."""
+    """The size of a demo."""
 
     training: int
     held_out: int
@@ -39,10 +39,10 @@ QUICK = Scale(3, 1, 64, ("--epochs=1", "--set=size.vnet_width=4", "--set=size.va
 
 
 def run_demo(out: Path, quick: bool, log: Log) -> None:
-    """Phantoms → check → preprocess → train → infer → ensemble → postprocess → evaluate → pages to look at.
+    """Run the demo: phantom → check → preprocess → train → infer → ensemble → postprocess → evaluate → report.
 
     Raises:
-        KitsegError: a step failed; its own message stands above.
+        KitsegError: a step failed; its own message has been printed before.
     """
     begun, scale = time.perf_counter(), QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)
@@ -51,13 +51,13 @@ def run_demo(out: Path, quick: bool, log: Log) -> None:
         log(f"\n[bold cyan]$ {shlex.join(['kitseg', *command])}[/]")
         code = subprocess.run([sys.executable, "-m", "kitseg", *command], cwd=out, check=False).returncode
         if code:
-            raise KitsegError(f"the demo stopped: `kitseg {command[0]}` ended with exit code {code}. See above.")
+            raise KitsegError(f"the demo failed: `kitseg {command[0]}` ended with exit code {code}. See above.")
     write_report(out, [shlex.join(["kitseg", *command]) for command in commands], time.perf_counter() - begun)
-    log(f"\nLook at [bold]{out / 'report.html'}[/] and [bold]{out / 'pages' / 'index.html'}[/]. {RESEARCH_USE}")
+    log(f"\nOpen [bold]{out / 'report.html'}[/] and [bold]{out / 'pages' / 'index.html'}[/]. {RESEARCH_USE}")
 
 
 def demo_commands(scale: Scale) -> list[list[str]]:
-    """The commands of the demo, run inside its folder."""
+    """The commands of the demo, which run in its folder."""
     run = f"runs/{METHOD}-{SIZE}"
     which = ["--method", METHOD, "--size", SIZE]
     phantoms = ["--matrix", str(scale.matrix)]
@@ -77,7 +77,7 @@ def demo_commands(scale: Scale) -> list[list[str]]:
 
 
 def write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
-    """Write ``report.png``, a first look, and ``report.html`` of a demo whose commands took so many seconds."""
+    """Write ``report.png`` and ``report.html`` of a demo; seconds: duration of its commands."""
     scores = read_json(out / "scores.json", SCHEMA)
     rows, pictures = [], {}
     for case, classes in scores["cases"].items():

@@ -14,7 +14,7 @@ from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, to_kits19
 from kitseg.runtime.resume import Work, results
 from kitseg.runtime.sharding import Share
-from kitseg.scoring.case import Figures, score
+from kitseg.scoring.case import Metrics, score
 from kitseg.scoring.detection import Detection
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.scoring.protocols import PROTOCOLS, Protocol
@@ -50,7 +50,7 @@ class Score:
     """
 
     case: str
-    classes: Mapping[str, Figures]
+    classes: Mapping[str, Metrics]
     missing: bool = False
     error: str = ""
     strata: Mapping[str, str] = field(default_factory=dict)
@@ -219,7 +219,7 @@ def _on_grid(prediction: Path, case: str, reference: Path, truth: Volume) -> NDA
 def _score(found: NDArray[np.uint8], truth: Volume, rules: Rules) -> Score:
     if rules.distances:
         scored = score(found, truth.array, truth.geometry.spacing, rules.protocol, rules.convention)
-        return Score(truth.case_id, scored.figures, detection=scored.detection)
+        return Score(truth.case_id, scored.metrics, detection=scored.detection)
     own, true = (rules.protocol.adopt(labels, rules.convention) for labels in (found, truth.array))
     return Score(truth.case_id, {name: {"dice": dice} for name, dice in kits19_scores(own, true).items()})
 

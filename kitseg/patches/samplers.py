@@ -1,4 +1,4 @@
-"""TorchIO samplers whose patches may reach outside the volume, where they are padded with air and background."""
+"""TorchIO samplers whose patches may reach outside the volume and are padded with air and background."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ SHARES = {None: 1.0, "foreground": 0.36, "tumor": 0.126}  # of the slices of the
 
 
 class PaddedSampler(RandomSampler):
-    """Draws boxes with TorchIO's generator; subclasses say where."""
+    """Base class of samplers that draw boxes with TorchIO's random generator."""
 
     def size(self, region: Triple) -> Triple:
-        """Voxels of a patch from a region of this many voxels."""
+        """The patch size for a region of this size, in voxels."""
         raise NotImplementedError
 
     def expected(self, region: Triple) -> float:
-        """About how many patches a case with a region of this many voxels gives in an epoch."""
+        """The approximate number of patches per epoch of a case with a region of this size in voxels."""
         raise NotImplementedError
 
     def count(self, subject: tio.Subject) -> int:
-        """How many patches the subject gives in an epoch."""
+        """The number of patches per epoch of the subject."""
         raise NotImplementedError
 
     def draw(self, subject: tio.Subject, number: int) -> Box:
-        """A box on the subject's grid for the epoch's patch of this number."""
+        """The box on the subject's grid of the epoch's patch with this number."""
         raise NotImplementedError
 
     def __call__(self, subject: tio.Subject, num_patches: int | None = None) -> Generator[tio.Subject, None, None]:
-        """TorchIO's interface of a sampler: yield ``num_patches`` patches, an epoch's where it is None."""
+        """TorchIO's sampler interface: yield ``num_patches`` patches, or those of an epoch if it is None."""
         for number in range(self.count(subject) if num_patches is None else num_patches):
             yield patch_of(subject, self.draw(subject, number))
 
 
 class PatchSampler(PaddedSampler):
-    """As many patches of each case; subclasses say where.
+    """Base class of samplers with a fixed number of patches per case.
 
     Args:
         per_case: patches per case and epoch.
@@ -65,11 +65,11 @@ class PatchSampler(PaddedSampler):
 
 
 class ForegroundSampler(PatchSampler):
-    """Patches inside the subject's region: some centred on a foreground voxel, the others anywhere.
+    """Patches inside the subject's region: some centred on a foreground voxel, the others at random positions.
 
     Args:
         patch_size: voxels (slices, rows, columns).
-        foreground: the share of patches centred on kidney or tumor, half of them on tumor where there is one.
+        foreground: the fraction of patches centred on kidney or tumor, half of these on tumor if there is one.
         per_case: patches per case and epoch.
     """
 
@@ -79,12 +79,12 @@ class ForegroundSampler(PatchSampler):
         self.foreground = foreground
 
     def size(self, region: Triple) -> Triple:
-        """The patch size, whatever the region."""
+        """The patch size, which does not depend on the region."""
         z, y, x = self.patch_size.tolist()
         return z, y, x
 
     def draw(self, subject: tio.Subject, number: int) -> Box:
-        """A box of the patch size, inside the region where the region is large enough, else centred over it."""
+        """A box of the patch size, inside the region if that is large enough, else centred on it."""
         region = region_of(subject)
         centre = self._foreground_voxel(subject) if _uniform() < self.foreground else None
         start = []
@@ -109,7 +109,7 @@ class ForegroundSampler(PatchSampler):
 
 
 class RegionSampler(PatchSampler):
-    """The subject's region itself, moved by up to ``jitter`` voxels (slices, rows, columns)."""
+    """The subject's whole region, shifted randomly by up to ``jitter`` voxels (slices, rows, columns)."""
 
     def __init__(self, jitter: Sequence[int], per_case: int) -> None:
         super().__init__(1, per_case)
@@ -120,26 +120,26 @@ class RegionSampler(PatchSampler):
         return region
 
     def draw(self, subject: tio.Subject, number: int) -> Box:
-        """The moved region."""
+        """The shifted region."""
         region = region_of(subject)
         start = [a + _integer(2 * j + 1) - j for a, j in zip(region.start, self.jitter, strict=True)]
         return _box(start, region.size)
 
 
 class SliceSampler(PaddedSampler):
-    """Every slice of the subject's region that holds what is looked for, once an epoch, and some of the others.
+    """Once per epoch every slice of the subject's region that contains a class, and random slices without it.
 
     Args:
-        holding: ``foreground``, ``tumor``, or None for every slice.
-        negatives: the share of an epoch's slices that don't hold it, drawn anew each time.
+        holding: the class, ``foreground`` or ``tumor``, or None for every slice.
+        negatives: the fraction of an epoch's slices without the class, drawn anew in each epoch.
     """
 
     def __init__(self, holding: str | None = None, negatives: float = 0.0) -> None:
         super().__init__(1)
         if holding not in SHARES:
-            raise ValueError(f"slices can hold foreground or tumor, not {holding}")
+            raise ValueError(f"holding must be foreground, tumor or None, not {holding}")
         if not 0 <= negatives < 1:
-            raise ValueError(f"the share of negative slices is {negatives}; it must be in [0, 1)")
+            raise ValueError(f"negatives is {negatives}; it must be in [0, 1)")
         self.holding, self.negatives = holding, negatives
 
     def size(self, region: Triple) -> Triple:
@@ -148,17 +148,17 @@ class SliceSampler(PaddedSampler):
         return 1, rows, columns
 
     def expected(self, region: Triple) -> float:
-        """As many as such a region of a KiTS19 scan would give."""
+        """The number for such a region of a typical KiTS19 scan."""
         return region[0] * SHARES[self.holding] / (1 - self.negatives)
 
     def count(self, subject: tio.Subject) -> int:
-        """The slices that hold it, and the share of others."""
+        """The slices with the class, and the fraction of others."""
         positive = self._positive(subject)
         found = int(positive.sum())
         return found + (round(found * self.negatives / (1 - self.negatives)) if found < len(positive) else 0)
 
     def draw(self, subject: tio.Subject, number: int) -> Box:
-        """The slice that holds it of this number; a random one without it after these."""
+        """The slice with the class of this number; after these, a random slice without it."""
         region, positive = region_of(subject), self._positive(subject)
         found = positive.nonzero()[:, 0]
         if number >= len(found):
@@ -168,7 +168,7 @@ class SliceSampler(PaddedSampler):
         return Box((z, *region.start[1:]), (z + 1, *region.stop[1:]))
 
     def _positive(self, subject: tio.Subject) -> Tensor:
-        """Which slices of the region hold what is looked for."""
+        """Which slices of the region contain the class."""
         region, slices = region_of(subject), torch.as_tensor(subject["slices"])
         inside = slices[region.start[0] : region.stop[0]]
         if self.holding is None:
@@ -177,9 +177,10 @@ class SliceSampler(PaddedSampler):
 
 
 def patch_of(subject: tio.Subject, box: Box) -> tio.Subject:
-    """The contents of ``box``: ``image`` in HU (float32) padded with air, ``label`` and ``guide`` padded with 0.
+    """The patch in ``box``: ``image`` in HU (float32) padded with air, ``label`` and ``guide`` padded with 0.
 
-    TorchIO rotates and bends along the axes of the world, so a patch's world is its own axes, also in an oblique scan.
+    TorchIO transforms along the axes of world space, so a patch's world axes are its array axes, also in an oblique
+    scan.
     """
     images: dict[str, tio.Image] = {}
     z, y, x = subject.get_image("image").spacing

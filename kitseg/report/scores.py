@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kitseg.report.html import number
-from kitseg.scoring.protocols import FIGURES
+from kitseg.scoring.protocols import METRICS
 
 ScoreTable = Mapping[str, Mapping[str, float | None]]
 
@@ -54,8 +54,8 @@ def _cases(cases: Mapping[str, Any]) -> dict[str, ScoreTable]:
     """The metrics of each case by class, numbers or None."""
     return {
         case: {
-            name: {figure: None if value is None else float(value) for figure, value in figures.items()}
-            for name, figures in classes.items()
+            name: {metric: None if value is None else float(value) for metric, value in metrics.items()}
+            for name, metrics in classes.items()
         }
         for case, classes in cases.items()
     }
@@ -67,26 +67,26 @@ def _strata(strata: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 def display_name(name: str) -> str:
     """The display name of a class or metric: ``kidney_and_mass`` is ``kidney and mass``."""
-    return FIGURES.get(name, name.replace("_", " "))
+    return METRICS.get(name, name.replace("_", " "))
 
 
 def _summary(content: Mapping[str, Any]) -> Table:
     """The summary of each metric over all cases."""
 
-    def row(name: str, figure: str, mean: float | None) -> tuple[str, ...]:
+    def row(name: str, metric: str, mean: float | None) -> tuple[str, ...]:
         median, interval, undefined = (
-            content.get(part, {}).get(name, {}).get(figure) for part in ("median", "ci95", "undefined")
+            content.get(part, {}).get(name, {}).get(metric) for part in ("median", "ci95", "undefined")
         )
         between = " to ".join(number(bound, 3) for bound in interval) if interval else "–"
         return (
-            f"{display_name(name)}: {display_name(figure)}",
+            f"{display_name(name)}: {display_name(metric)}",
             number(mean, 3),
             between,
             number(median, 3),
             str(undefined or 0),
         )
 
-    rows = tuple(row(name, figure, mean) for name, found in content["mean"].items() for figure, mean in found.items())
+    rows = tuple(row(name, metric, mean) for name, found in content["mean"].items() for metric, mean in found.items())
     return Table("Over all cases", ("", "mean", "95 % CI", "median", "cases undefined"), rows)
 
 
@@ -108,11 +108,11 @@ def _detection(detection: Mapping[str, Any]) -> Table:
     """Tumor detection by size."""
     sizes = detection.get("sizes", {})
     columns = tuple(dict.fromkeys(key for found in sizes.values() for key in found))
-    rows = tuple((size, *(_figure(found.get(key)) for key in columns)) for size, found in sizes.items())
+    rows = tuple((size, *(_cell(found.get(key)) for key in columns)) for size, found in sizes.items())
     return Table("Tumor detection", ("", *map(display_name, columns)), rows)
 
 
-def _figure(value: float | None) -> str:
+def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else number(value, 3)
 
 

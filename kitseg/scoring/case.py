@@ -16,7 +16,7 @@ from kitseg.scoring.surface import surfaces
 from kitseg.types import Box
 
 #: The metrics of a class by name; None if undefined, such as the distance to an empty mask.
-Figures = dict[str, float | None]
+Metrics = dict[str, float | None]
 PERCENT = 95
 
 
@@ -24,7 +24,7 @@ PERCENT = 95
 class CaseScore:
     """A case's metrics by class, and the detection of each tumor."""
 
-    figures: dict[str, Figures]
+    metrics: dict[str, Metrics]
     detection: Detection
 
 
@@ -48,24 +48,24 @@ def score(
         raise ValueError(f"prediction and reference differ in shape: {pred.shape} and {ref.shape}")
     box = _foreground(pred).union(_foreground(ref))
     pred, ref = (protocol.adopt(labels[box.slices], convention) for labels in (pred, ref))
-    figures = {name: _figures(pred, ref, spacing, target) for name, target in protocol.targets.items()}
-    return CaseScore(figures, detect(pred == TUMOR, ref == TUMOR, spacing))
+    metrics = {name: _metrics(pred, ref, spacing, target) for name, target in protocol.targets.items()}
+    return CaseScore(metrics, detect(pred == TUMOR, ref == TUMOR, spacing))
 
 
 def _foreground(labels: NDArray[np.uint8]) -> Box:
     return bounding_box(labels != 0) or Box((0, 0, 0), (0, 0, 0))
 
 
-def _figures(
+def _metrics(
     pred: NDArray[np.uint8], ref: NDArray[np.uint8], spacing: tuple[float, float, float], target: Target
-) -> Figures:
+) -> Metrics:
     found, truth = target.mask(pred), target.mask(ref)
-    figures: Figures = {"dice": dice(found, truth)}
+    metrics: Metrics = {"dice": dice(found, truth)}
     between = surfaces(found, truth, spacing)
     if target.tolerance_mm is not None:
-        figures["surface_dice"] = between.dice(target.tolerance_mm)
-    figures["hd95_mm"], figures["assd_mm"] = between.hausdorff_mm(PERCENT), between.average_mm()
+        metrics["surface_dice"] = between.dice(target.tolerance_mm)
+    metrics["hd95_mm"], metrics["assd_mm"] = between.hausdorff_mm(PERCENT), between.average_mm()
     there, error = np.count_nonzero(truth), np.count_nonzero(found) - np.count_nonzero(truth)
-    figures["volume_error_ml"] = error * float(np.prod(spacing)) / 1000
-    figures["volume_error_relative"] = error / there if there else None
-    return figures
+    metrics["volume_error_ml"] = error * float(np.prod(spacing)) / 1000
+    metrics["volume_error_relative"] = error / there if there else None
+    return metrics

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR, to_kits19
 
 #: The display names of the metrics, by their key.
-FIGURES = {
+METRICS = {
     "dice": "Dice",
     "surface_dice": "surface Dice",
     "hd95_mm": "HD95 (mm)",

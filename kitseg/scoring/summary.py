@@ -31,15 +31,15 @@ def summarize(cases: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict
     if not cases:
         return {}
     return {
-        name: {figure: _summary([case[name][figure] for case in cases]) for figure in figures}
-        for name, figures in cases[0].items()
+        name: {metric: _summary([case[name][metric] for case in cases]) for metric in metrics}
+        for name, metrics in cases[0].items()
     }
 
 
-def _summary(figures: Sequence[float | None]) -> Summary:
+def _summary(scores: Sequence[float | None]) -> Summary:
     """Summarize one metric; the interval is the BCa bootstrap of ``kitseg.scoring.compare``, with its fixed seed."""
-    values = np.array([figure for figure in figures if figure is not None], np.float64)
-    undefined = len(figures) - values.size
+    values = np.array([score for score in scores if score is not None], np.float64)
+    undefined = len(scores) - values.size
     if not values.size:
         return Summary(0, undefined)
     low, high = mean_interval(values) if values.size >= FEWEST else (None, None)

@@ -1,1 +1,1 @@
-"""A CT file becomes a volume on a grid, and labels find their way back to the file's own grid."""
+"""Volumes: read CT files, resample to a stage's grid, and write labels on the file's own grid."""

@@ -1,4 +1,4 @@
-"""Is the data what it should be? One report per case; a broken case is a row in a table, never a crash."""
+"""Data checks: one report per case; a broken case is reported, and never stops the others."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from kitseg.types import Case, Geometry, Triple, Volume
 from kitseg.volumes import nifti
 
 LOWEST_HU, HIGHEST_HU = -4096, 32767
-AIR_HU, SOFT_TISSUE_HU = -200, 30  # a CT's darkest percent is below, its brightest above
+AIR_HU, SOFT_TISSUE_HU = -200, 30  # above a CT's 1st percentile, below its 99th
 SLICE_MM, PIXEL_MM = (0.3, 10.0), (0.2, 8.0)
 SAMPLES = 1_000_000
 
-SERIES_SLICES = 8  # on either side of the jump to a second series
-SERIES_JUMP = 2.5  # times the largest change nearby and the median one
+SERIES_SLICES = 8  # on each side of the jump to a second series
+SERIES_JUMP = 2.5  # times the largest change nearby and the median change
 PROFILE_PIXELS = 64
 
 
 @dataclass(frozen=True)
 class CaseReport:
-    """What was found out about a case; what couldn't be read is None.
+    """The results of a case's checks; None for what could not be read.
 
     shape, spacing (mm): (D, H, W) in orientation (I, P, L); orientation: the file's own axes;
     kidney_ml: kidney with cysts, without tumor.
@@ -43,31 +43,31 @@ class CaseReport:
 
     @property
     def ok(self) -> bool:
-        """Whether there is nothing to complain about."""
+        """Whether the case has no problems."""
         return not self.problems
 
 
 def check_case(case: Case, convention: str = "kits19") -> CaseReport:
-    """Read a case and judge its lattice, values, slices and labels; never raises for bad files."""
+    """Read a case and check its geometry, values, slices and labels; never raises for bad files."""
     try:
         return _check(case, convention)
     except Exception as error:
-        return CaseReport(case.id, [f"it can't be checked: {format_error(case.image.name, error)}"])
+        return CaseReport(case.id, [f"can't be checked: {format_error(case.image.name, error)}"])
 
 
 def looks_like_hu(array: NDArray[np.generic]) -> bool:
-    """Whether a CT's values can be Hounsfield units: air or fat at the dark end, soft tissue at the bright one."""
+    """Whether a CT's values can be Hounsfield units: air or fat at the dark end, soft tissue at the bright end."""
     samples = array.ravel()[:: max(1, array.size // SAMPLES)]
     dark, bright = np.percentile(samples.astype(np.float32), (1, 99))
     return bool(dark <= AIR_HU and bright >= SOFT_TISSUE_HU)
 
 
 def second_series(array: NDArray[np.generic]) -> int | None:
-    """The slice where a second series seems to start, or None.
+    """The slice at which a second series seems to start, or None.
 
-    array: (D, H, W) HU. Neighboring slices differ little; where a series ends and the next begins, the mean absolute
-    difference between two slices (averaged over blocks of pixels against noise, in -1000..300 HU) is far above the
-    scan's median and above the largest of the 8 differences before and after. A gap of many slices looks the same.
+    array: (D, H, W) HU. Neighboring slices are similar; between two series the mean absolute difference of slices
+    (averaged over blocks of pixels to suppress noise, in -1000..300 HU) is far above the scan's median and above the
+    largest of the 8 differences before and after. A gap of many missing slices gives the same result.
     """
     change = _changes(array)
     near = SERIES_SLICES
@@ -95,7 +95,7 @@ def _check(case: Case, convention: str) -> CaseReport:
         return CaseReport(case.id, problems)
     low, high = float(image.array.min()), float(image.array.max())
     if not nifti.knows_orientation(case.image):
-        problems.append(f"{case.image.name}: its header doesn't say how the scan lies in the patient")
+        problems.append(f"{case.image.name}: the header has no orientation (no qform and no sform)")
     problems += _lattice_problems(image.geometry) + _hu_problems(image.array, low, high)
     kidney_ml, tumor_ml = None, None
     if case.label is not None:
@@ -127,24 +127,24 @@ def _lattice_problems(geometry: Geometry) -> list[str]:
     z, y, x = geometry.spacing
     problems = []
     if not SLICE_MM[0] <= z <= SLICE_MM[1]:
-        problems.append(f"its slices are {z:.3g} mm apart, not {SLICE_MM[0]:g}-{SLICE_MM[1]:g} mm")
+        problems.append(f"the slice spacing is {z:.3g} mm, not {SLICE_MM[0]:g}-{SLICE_MM[1]:g} mm")
     if not PIXEL_MM[0] <= min(y, x) <= max(y, x) <= PIXEL_MM[1]:
-        problems.append(f"its pixels are {y:.3g} x {x:.3g} mm, not {PIXEL_MM[0]:g}-{PIXEL_MM[1]:g} mm")
+        problems.append(f"the pixel spacing is {y:.3g} x {x:.3g} mm, not {PIXEL_MM[0]:g}-{PIXEL_MM[1]:g} mm")
     return problems
 
 
 def _hu_problems(array: NDArray[np.generic], low: float, high: float) -> list[str]:
     problems = []
     if low < LOWEST_HU or high > HIGHEST_HU or not looks_like_hu(array):
-        problems.append(f"its values {low:g} to {high:g} don't look like Hounsfield units")
+        problems.append(f"the values {low:g} to {high:g} don't look like Hounsfield units")
     start = second_series(array)
     if start is not None:
-        problems.append(f"the picture jumps before slice {start} of {len(array)}: a second series, or missing slices")
+        problems.append(f"discontinuity before slice {start} of {len(array)}: a second series, or missing slices")
     return problems
 
 
 def _volumes(labels: Volume) -> tuple[float, float]:
-    """Millilitres of kidney (with cysts) and of tumor."""
+    """Volumes of kidney (with cysts) and of tumor in ml."""
     foreground, tumor = int(np.count_nonzero(labels.array)), int(np.count_nonzero(labels.array == TUMOR))
     return (foreground - tumor) * labels.geometry.voxel_ml, tumor * labels.geometry.voxel_ml
 
@@ -154,7 +154,7 @@ def _label_problems(labels: Volume, geometry: Geometry) -> list[str]:
     if labels.geometry.shape != geometry.shape:
         problems.append(f"the labels have shape {labels.geometry.shape}, the image {geometry.shape}")
     elif not labels.geometry.same_as(geometry):
-        problems.append("the labels lie elsewhere than the image (their affines differ)")
+        problems.append("the labels and the image have different affines")
     if not labels.array.any():
-        problems.append("nothing is labelled")
+        problems.append("the label map is empty")
     return problems

@@ -1,6 +1,6 @@
-"""KiTS19 from where its organizers keep it: labels and clinical data on GitHub, images on Hugging Face.
+"""Download KiTS19 from its official sources: labels and clinical data from GitHub, images from Hugging Face.
 
-What is there already is skipped, so that a broken download goes on where it stopped: at the unfinished file.
+Existing files are skipped, so that an interrupted download resumes at the unfinished file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from kitseg.volumes.kits import IMAGE, LABEL, case_name
 
 CASES, LABELLED_CASES = 300, 210
 CLINICAL = "kits.json"
-GIVE_UP = 3  # cases in a row that fail: the network is gone
+GIVE_UP = 3  # failed cases in a row, after which the network is assumed to be down
 _STAGING = ".download"
 
 
 @dataclass(frozen=True)
 class DownloadSource:
-    """Where the files are.
+    """The locations of the files.
 
     labels_url: folder of ``case_00000/segmentation.nii.gz``; images_repo: Hugging Face data set with
     ``images/case_00000.nii.gz``; endpoint: its server, None for the public one; retries: per label.
@@ -42,19 +42,19 @@ KITS19 = DownloadSource()
 
 
 def parse_cases(text: str) -> list[int]:
-    """The case numbers in ``0-9,15``, sorted, each once.
+    """Parse case numbers such as ``0-9,15``; returns them sorted, each once.
 
     Raises:
-        UsageError: the text means something else, or a case that KiTS19 doesn't have.
+        UsageError: invalid text, or a case that KiTS19 doesn't have.
     """
     numbers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
         if not match:
-            raise UsageError(f"'{text}' doesn't name cases. Write numbers and ranges, such as 0-9,15")
+            raise UsageError(f"invalid case numbers '{text}'. Give numbers and ranges, such as 0-9,15")
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < CASES:
-            raise UsageError(f"KiTS19 has no cases {part.strip()}. They are 0 to {CASES - 1}, ranges go upward")
+            raise UsageError(f"KiTS19 has no cases {part.strip()}. Give ascending ranges within 0-{CASES - 1}")
         numbers.update(range(first, last + 1))
     return sorted(numbers)
 
@@ -62,21 +62,20 @@ def parse_cases(text: str) -> list[int]:
 def download_kits19(
     to: Path, cases: list[int], progress: Callable[[str], None] | None = None, source: DownloadSource = KITS19
 ) -> list[KitsegError]:
-    """Fetch cases into ``to`` in the KiTS layout, with ``kits.json``; returns one error for each that failed.
+    """Download cases into ``to`` in the KiTS layout, with ``kits.json``; returns one error per failed case.
 
-    A case that fails doesn't stop the others, three in a row do. Files are written aside and then renamed; those that
-    are there are skipped. Cases from 210 on have no labels. ``progress`` hears the name of each case that was dealt
-    with.
+    A failed case doesn't stop the others; three in a row do. Files are staged and then renamed; existing files are
+    skipped. Cases from 210 on have no labels. ``progress`` is called with the name of each processed case.
 
     Raises:
-        InputError: the folder can't be made.
+        InputError: the folder can't be created.
         KitsegError: three cases in a row failed.
     """
     staging = to / _STAGING
     try:
         staging.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(to, f"the folder can't be made ({error.strerror})", "Choose another one") from error
+        raise InputError(to, f"the folder can't be created ({error.strerror})", "Choose another folder") from error
     failures = _attempt(CLINICAL, partial(_fetch_clinical, to, source))
     in_a_row = 0
     for number in cases:
@@ -85,7 +84,7 @@ def download_kits19(
         failures += failed
         in_a_row = in_a_row + 1 if failed else 0
         if in_a_row == GIVE_UP:
-            raise KitsegError(f"{GIVE_UP} cases in a row failed, so the rest wasn't tried. The last: {failed[0]}")
+            raise KitsegError(f"{GIVE_UP} cases in a row failed, the download was stopped. The last error: {failed[0]}")
         if progress:
             progress(name)
     if not failures:
@@ -94,12 +93,13 @@ def download_kits19(
 
 
 def _attempt(name: str, fetch: Callable[[], None]) -> list[KitsegError]:
-    """Whatever the network, the server or the disk does, in one line."""
+    """Run a download; any failure of network, server or disk becomes an error in one line."""
     try:
         fetch()
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        return [KitsegError(f"{name} couldn't be downloaded ({type(error).__name__}: {reason}). Call again to go on")]
+        problem = f"{name}: download failed ({type(error).__name__}: {reason})"
+        return [KitsegError(f"{problem}. Run the command again to resume")]
     return []
 
 
@@ -137,14 +137,14 @@ def _staged_from_hugging_face(to: Path, file: str, source: DownloadSource) -> Pa
 
 
 def _place(staged: Path, target: Path, read: Callable[[Path], object]) -> None:
-    """Move a staged file that can be read to where it belongs; remove one that can't, so that it is fetched anew."""
+    """Move a readable staged file to its target; delete an unreadable one, so that it is downloaded again."""
     try:
         read(staged)
     except (InputError, ValueError):
         staged.unlink()
         raise
     target.parent.mkdir(exist_ok=True)
-    staged.chmod(target.parent.stat().st_mode & 0o666)  # pooch's files are the downloader's alone
+    staged.chmod(target.parent.stat().st_mode & 0o666)  # pooch's files are readable by their owner only
     os.replace(staged, target)
 
 

@@ -1,6 +1,6 @@
-"""What a NIfTI file says of itself, validated before any voxel is read.
+"""NIfTI headers, validated before any voxel is read.
 
-Nothing is believed: a header may be broken or hostile, and whatever it says, reading it takes a kilobyte.
+A header may be broken or hostile, so nothing in it is trusted; reading it takes a kilobyte of memory in any case.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ MAX_COSINE = 1e-3  # between two voxel axes
 COPY_AGAIN = "Copy or download the file again"
 _CONVERT = "Convert the scan to a 3D NIfTI file (.nii or .nii.gz)"
 _CONVERT_AGAIN = "Convert the scan again, with its position and spacing"
-_DEFLATE_RATIO = 1032  # the most that deflate can shrink data
-_SNIFF = 1024  # bytes; the larger of the two kinds of header takes 540
-_igzip: Any = igzip  # it carries no types, nor does nibabel
+_DEFLATE_RATIO = 1032  # the maximum compression ratio of deflate
+_SNIFF = 1024  # bytes; the larger of the two header types has 540
+_igzip: Any = igzip  # untyped, as is nibabel
 _isal: Any = isal_zlib
 _nib: Any = nibabel
 _HEADERS = (ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError)
@@ -44,30 +44,30 @@ _quiet.disabled = True
 
 @contextmanager
 def open_errors(path: Path) -> Iterator[None]:
-    """Turn the errors that nibabel, gzip and the file system raise into an InputError."""
+    """Convert errors of nibabel, gzip and the file system to an InputError."""
     try:
         with read_errors(path):
             yield
     except _BROKEN as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(path, f"it is broken or no NIfTI file ({reason})", COPY_AGAIN) from error
+        raise InputError(path, f"broken or not a NIfTI file ({reason})", COPY_AGAIN) from error
 
 
 def open_voxels(path: Path) -> Any:
-    """The file as a stream of its bytes, unzipped where its name says that it is zipped."""
+    """Open the file as a byte stream, decompressed if its name ends in .gz."""
     return _igzip.open(path) if _is_zipped(path) else path.open("rb")
 
 
 def read_header(path: Path) -> Any:
-    """The file's header, as nibabel's class of it.
+    """Read the file's header as nibabel's header class.
 
     Raises:
-        InputError: the file is missing, may not be read, or is no NIfTI file.
+        InputError: the file is missing, unreadable or not a NIfTI file.
     """
     with open_errors(path):
         size = check_regular(path)
         if not path.name.lower().endswith((".nii", ".nii.gz")):
-            raise InputError(path, "it is no NIfTI file (.nii or .nii.gz)", _CONVERT)
+            raise InputError(path, "not a NIfTI file (.nii or .nii.gz)", _CONVERT)
         if size == 0:
             raise InputError(path, "the file is empty", COPY_AGAIN)
         with open_voxels(path) as stream:
@@ -75,22 +75,22 @@ def read_header(path: Path) -> Any:
         kinds = (_nib.Nifti1Header, _nib.Nifti2Header)
         kind = next((kind for kind in kinds if kind.may_contain_header(start)), None)
         if kind is None:
-            raise ImageFileError("it doesn't begin as one")
+            raise ImageFileError("no NIfTI header")
         header = kind.from_fileobj(BytesIO(start[: kind.sizeof_hdr]), check=False)
         spaced = header["sform_code"] > 0 or (header["pixdim"][1:4] != 0).all()
         header.check_fix(logger=_quiet, error_level=40)
     if not spaced:
-        raise InputError(path, "its header doesn't say its spacing", _CONVERT_AGAIN)
+        raise InputError(path, "the header has no spacing", _CONVERT_AGAIN)
     if header["magic"].item() != kind.single_magic:
-        raise InputError(path, "it is one half of a pair of files (.hdr and .img)", _CONVERT)
+        raise InputError(path, "it is half of a file pair (.hdr and .img)", _CONVERT)
     return header
 
 
 def geometry_of(path: Path, header: Any) -> Geometry:
-    """The lattice that a header describes.
+    """The geometry that a header describes.
 
     Raises:
-        InputError: it is no plausible CT's, or the file can't hold its voxels.
+        InputError: it is not plausible for a CT, or the file is too small for its voxels.
     """
     with open_errors(path), np.errstate(all="ignore"):
         shape = tuple(int(n) for n in header.get_data_shape())
@@ -104,27 +104,27 @@ def geometry_of(path: Path, header: Any) -> Geometry:
         raise InputError(path, f"it is empty: its shape is {shape}", COPY_AGAIN)
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise InputError(path, f"its voxels are {dtype}, not numbers of HU or labels", _CONVERT)
+        raise InputError(path, f"the voxel type is {dtype}, not integer or float", _CONVERT)
     voxels = int(np.prod(shape, dtype=object))
     if voxels > MAX_VOXELS:
-        raise InputError(path, f"its header claims {voxels} voxels {shape}, more than {MAX_VOXELS}", COPY_AGAIN)
+        raise InputError(path, f"the header claims {voxels} voxels {shape}, more than {MAX_VOXELS}", COPY_AGAIN)
     _check_affine(path, affine)
     return Geometry(triple(shape), affine)
 
 
 def check_size(path: Path, header: Any, native: Geometry) -> None:
-    """Whether the file can hold what its header promises, which spares reserving memory for a false promise.
+    """Check that the file is large enough for its header, before memory is reserved.
 
     Raises:
-        InputError: it can't, or its voxels begin inside of its header.
+        InputError: it is too small, or its voxels begin inside its header.
     """
     with open_errors(path):
         size, offset = check_regular(path), header.get_data_offset()
     needed = offset + int(np.prod(native.shape, dtype=object)) * header.get_data_dtype().itemsize
     if needed > size * (_DEFLATE_RATIO if _is_zipped(path) else 1):
-        raise InputError(path, f"it is cut short: its header promises {needed} bytes", COPY_AGAIN)
+        raise InputError(path, f"the file is truncated: its header requires {needed} bytes", COPY_AGAIN)
     if offset < header.single_vox_offset:
-        raise InputError(path, f"its voxels begin at byte {offset}, inside of its header", COPY_AGAIN)
+        raise InputError(path, f"its voxels begin at byte {offset}, inside its header", COPY_AGAIN)
 
 
 def _is_zipped(path: Path) -> bool:
@@ -133,7 +133,7 @@ def _is_zipped(path: Path) -> bool:
 
 def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
     if not np.isfinite(affine).all():
-        raise InputError(path, "its affine holds values that are not finite", _CONVERT_AGAIN)
+        raise InputError(path, "its affine contains NaN or infinite values", _CONVERT_AGAIN)
     axes = affine[:3, :3]
     with np.errstate(over="ignore"):
         spacing = np.linalg.norm(axes, axis=0)
@@ -141,7 +141,7 @@ def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
         raise InputError(path, "its affine is singular", _CONVERT_AGAIN)
     cosines = (axes / spacing).T @ (axes / spacing) - np.eye(3)
     if np.abs(cosines).max() > MAX_COSINE:
-        raise InputError(path, "its voxel axes are sheared, not at right angles", "Resample the scan to a regular grid")
+        raise InputError(path, "its voxel axes are not at right angles", "Resample the scan to a regular grid")
     if spacing.min() < MIN_SPACING or spacing.max() > MAX_SPACING:
-        words = " x ".join(f"{s:.3g}" for s in spacing)
-        raise InputError(path, f"its spacing is {words} mm, not in {MIN_SPACING}-{MAX_SPACING} mm", _CONVERT_AGAIN)
+        found = " x ".join(f"{s:.3g}" for s in spacing)
+        raise InputError(path, f"its spacing is {found} mm, not in {MIN_SPACING}-{MAX_SPACING} mm", _CONVERT_AGAIN)

@@ -1,6 +1,6 @@
-"""NIfTI files: CT and label maps in orientation (I, P, L), and back onto exactly the file's own grid.
+"""Read and write NIfTI files: CT and label maps in orientation (I, P, L), written on exactly the file's own grid.
 
-Every file is validated on the way in; one that can't be used is an InputError with the problem and the remedy.
+Every file is validated; a file that can't be used raises an InputError with the problem and the remedy.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_errors, open_voxels, read_header
 
-#: The header's ``descrip`` of a synthetic scan.
+#: ``descrip`` in the header of a synthetic scan.
 PHANTOM_MARK = "kitseg phantom"
 
-LABEL_TOLERANCE = 0.01  # a scaled label map may miss its integers by rounding
-_CHUNK = 1 << 23  # bytes that are read or written at a time
-_ROWS = 16  # of them that are turned at a time on the way out
-_nib: Any = nibabel  # its functions carry no types, nor do isal's
+LABEL_TOLERANCE = 0.01  # rounding error of integers in a scaled label map
+_CHUNK = 1 << 23  # bytes read or written at a time
+_ROWS = 16  # reoriented at a time when writing
+_nib: Any = nibabel  # untyped, as is isal
 _igzip: Any = igzip
 _orientations: Any = nibabel.orientations
 
 
 def read_geometry(path: Path) -> Geometry:
-    """The file's own lattice (native shape and affine), from the header alone.
+    """The file's native geometry (shape and affine), from the header alone.
 
     Raises:
-        InputError: the file is missing, broken, not a 3D NIfTI file, or its lattice is not a plausible CT's.
+        InputError: the file is missing, broken or not a 3D NIfTI file, or its geometry is not plausible for a CT.
     """
     return geometry_of(Path(path), read_header(Path(path)))
 
 
 def canonical_geometry(native: Geometry) -> Geometry:
-    """The same lattice with its axes turned to (I, P, L) by flips and permutations; an oblique one stays oblique."""
+    """The same grid with its axes reoriented to (I, P, L) by flips and permutations; oblique grids remain oblique."""
     turn = _turn(native)
     shape = np.empty(3, int)
     shape[turn[:, 0].astype(int)] = native.shape
@@ -51,25 +51,25 @@ def canonical_geometry(native: Geometry) -> Geometry:
 
 
 def turn_to_canonical(array: NDArray[Any], native: Geometry) -> NDArray[Any]:
-    """An array on the native lattice, as a view with axes (I, P, L)."""
+    """A view with axes (I, P, L) of an array on the native grid."""
     if array.shape != native.shape:
-        raise ValueError(f"array of shape {array.shape} on a native lattice of {native.shape}")
+        raise ValueError(f"array of shape {array.shape} on a native grid of {native.shape}")
     return cast("NDArray[Any]", _orientations.apply_orientation(array, _turn(native)))
 
 
 def turn_to_native(array: NDArray[Any], native: Geometry) -> NDArray[Any]:
-    """An (I, P, L) array, as a view with the axes of the native lattice."""
+    """A view with the axes of the native grid of an (I, P, L) array."""
     canonical = canonical_geometry(native)
     if array.shape != canonical.shape:
-        raise ValueError(f"array of shape {array.shape} on an (I, P, L) lattice of {canonical.shape}")
+        raise ValueError(f"array of shape {array.shape} on an (I, P, L) grid of {canonical.shape}")
     back = _orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), _turn(native))
     return cast("NDArray[Any]", _orientations.apply_orientation(array, back))
 
 
 def read_image(path: Path, case_id: str) -> Volume:
-    """A CT as (D, H, W) in orientation (I, P, L), in Hounsfield units.
+    """Read a CT as (D, H, W) in orientation (I, P, L), in Hounsfield units.
 
-    int16 when the file stores integers that fit it and doesn't scale them, else float32.
+    int16 if the file stores unscaled integers in its range, else float32.
 
     Raises:
         InputError: see ``read_geometry``; also for truncated data and values that are not finite.
@@ -80,24 +80,24 @@ def read_image(path: Path, case_id: str) -> Volume:
     stored, slope, offset = _stored(path, header, native)
     array = _as_ct(stored, slope, offset)
     if array.dtype.kind == "f" and not (np.isfinite(array.min()) and np.isfinite(array.max())):
-        raise InputError(path, "it holds values that are not finite (NaN or infinity)", "Export the scan again")
+        raise InputError(path, "it contains NaN or infinite values", "Export the scan again")
     return Volume(array, canonical_geometry(native), native, case_id)
 
 
 def read_labels(path: Path, case_id: str, convention: str | None = "kits19", strict: bool = True) -> Volume:
-    """A label map as (D, H, W) uint8 in orientation (I, P, L).
+    """Read a label map as (D, H, W) uint8 in orientation (I, P, L).
 
-    Integers that are stored as floats are accepted. With no convention, any of 0 to 255 is.
+    Integers stored as floats are accepted. Without a convention, all values from 0 to 255 are.
 
     Raises:
-        InputError: see ``read_image``; also for values that the convention doesn't know, which are background where
-            ``strict`` is False.
+        InputError: see ``read_image``; also for values outside the convention, which become background if ``strict`` is
+            False.
     """
     path = Path(path)
     header = read_header(path)
     native = geometry_of(path, header)
     stored, slope, offset = _stored(path, header, native)
-    known = np.array(list(CONVENTIONS[convention]) if convention else range(256), np.uint8)  # from 0, without gaps
+    known = np.array(list(CONVENTIONS[convention]) if convention else range(256), np.uint8)  # consecutive from 0
     if stored.dtype == np.uint8 and (slope, offset) == (1, 0) and stored.max() <= known.max():
         return Volume(stored, canonical_geometry(native), native, case_id)
     labels = np.empty(stored.shape, np.uint8)
@@ -115,7 +115,7 @@ def read_labels(path: Path, case_id: str, convention: str | None = "kits19", str
 
 
 def write_labels(path: Path, labels: NDArray[np.uint8], native: Geometry, description: str = "") -> None:
-    """Write (D, H, W) labels in orientation (I, P, L) as uint8 on the native lattice; never half a file.
+    """Write (D, H, W) labels in orientation (I, P, L) as uint8 on the native grid, atomically.
 
     Raises:
         InputError: the file can't be written.
@@ -124,7 +124,7 @@ def write_labels(path: Path, labels: NDArray[np.uint8], native: Geometry, descri
 
 
 def write_image(path: Path, array: NDArray[np.int16], native: Geometry, description: str = "") -> None:
-    """Write a (D, H, W) CT in orientation (I, P, L) as int16 on the native lattice; never half a file.
+    """Write a (D, H, W) CT in orientation (I, P, L) as int16 on the native grid, atomically.
 
     Raises:
         InputError: the file can't be written.
@@ -133,7 +133,7 @@ def write_image(path: Path, array: NDArray[np.int16], native: Geometry, descript
 
 
 def stores_plain_integers(path: Path) -> bool:
-    """Whether a file holds three axes of integers without a scale."""
+    """Whether a file contains unscaled integers on three axes."""
     header = read_header(path)
     scale = header.get_slope_inter()
     return bool(
@@ -142,43 +142,43 @@ def stores_plain_integers(path: Path) -> bool:
 
 
 def is_phantom(path: Path) -> bool:
-    """Whether a scan is synthetic: its header says ``PHANTOM_MARK``."""
+    """Whether a scan is synthetic, which ``PHANTOM_MARK`` in its header shows."""
     return bool(read_header(Path(path))["descrip"].item() == PHANTOM_MARK.encode())
 
 
 def knows_orientation(path: Path) -> bool:
-    """Whether the header says how the scan lies in the patient (a qform or an sform is set)."""
+    """Whether the header has the scan's orientation (a qform or an sform is set)."""
     header = read_header(Path(path))
     return bool(header["qform_code"] > 0 or header["sform_code"] > 0)
 
 
 def axis_codes(geometry: Geometry) -> str:
-    """Where the three axes point in the patient, such as ``IPL``."""
+    """The orientation of the three axes in the patient, such as ``IPL``."""
     return "".join(_orientations.aff2axcodes(geometry.affine))
 
 
 def _stored(path: Path, header: Any, native: Geometry) -> tuple[NDArray[Any], float, float]:
-    """The values as they lie in the file, with axes (I, P, L), and the slope and offset that make HU of them.
+    """The stored values with axes (I, P, L), and the slope and offset that convert them to HU.
 
-    Reads to the end of the file, because gzip's checksum stands there.
+    Reads to the end of the file, where gzip's checksum is.
     """
     check_size(path, header, native)
     array = np.empty(canonical_geometry(native).shape, header.get_data_dtype())
     with open_errors(path), open_voxels(path) as stream:
         stream.seek(header.get_data_offset())
         if not _fill(turn_to_native(array, native), stream):
-            raise InputError(path, "it is cut short: it ends before its last voxel", COPY_AGAIN)
+            raise InputError(path, "the file is truncated: it ends before its last voxel", COPY_AGAIN)
         if len(stream.read(_CHUNK)) == _CHUNK:
-            problem = "it goes on long after its last voxel: its header and its voxels don't belong together"
+            problem = "there are many bytes after the last voxel: header and voxels don't match"
             raise InputError(path, problem, COPY_AGAIN)
     slope, offset = header.get_slope_inter()
     return array, 1.0 if slope is None else slope, 0.0 if offset is None else offset
 
 
 def _fill(view: NDArray[Any], stream: IO[bytes]) -> bool:
-    """Fill a view on the native lattice from a stream, some planes at a time; whether the stream held them all.
+    """Fill a view on the native grid from a stream, some planes at a time; returns whether the stream was complete.
 
-    Each chunk is turned while it is in the processor's cache, and no second copy of the scan is held.
+    Each chunk is reoriented while it is in the processor's cache, without a second copy of the scan.
     """
     rows, columns, planes = view.shape
     step = max(1, _CHUNK // (rows * columns * view.itemsize))
@@ -209,15 +209,15 @@ def _as_ct(stored: NDArray[Any], slope: float, offset: float) -> NDArray[Any]:
 def _strange_labels(strange: set[float], convention: str) -> tuple[str, str]:
     known = ", ".join(f"{value} {name}" for value, name in CONVENTIONS[convention].items())
     found = ", ".join(f"{value:g}" for value in sorted(strange)[:5])
-    remedy = f"Keep to the labels of {convention}: {known}"
+    remedy = f"Use the labels of {convention}: {known}"
     if convention == "kits19" and strange == {3}:
-        remedy += "; for labels with cysts choose the convention kits23"
-    return f"it holds the label values {found}", remedy
+        remedy += "; for labels with cysts, choose the convention kits23"
+    return f"it contains the label values {found}", remedy
 
 
 def _write(path: Path, array: NDArray[Any], dtype: np.dtype[Any], native: Geometry, description: str) -> None:
     if array.dtype != dtype:
-        raise ValueError(f"{dtype} is written, not {array.dtype}")
+        raise ValueError(f"the array must be {dtype}, not {array.dtype}")
     header = _nib.Nifti1Header()
     header.set_data_dtype(dtype)
     header.set_data_shape(native.shape)
@@ -237,7 +237,7 @@ def _write(path: Path, array: NDArray[Any], dtype: np.dtype[Any], native: Geomet
 
 
 def _in_file_order(view: NDArray[Any]) -> NDArray[Any]:
-    """The values one after another with the first axis fastest; turned in parts that fit a processor's cache."""
+    """The values in Fortran order, reoriented in parts that fit a processor's cache."""
     turned = np.empty(view.shape, view.dtype, order="F")
     for row in range(0, view.shape[1], _ROWS):
         turned[:, row : row + _ROWS] = view[:, row : row + _ROWS]
@@ -246,7 +246,7 @@ def _in_file_order(view: NDArray[Any]) -> NDArray[Any]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file, zipped where its name says so, without time or name in it: the same content gives the same bytes."""
+    """A new file, compressed if its name ends in .gz, without time stamp and name: equal content gives equal bytes."""
     with path.open("wb") as file:
         if not path.name.lower().endswith(".gz"):
             yield file

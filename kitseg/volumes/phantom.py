@@ -1,8 +1,8 @@
-"""Procedural contrast CT of an abdomen with kidneys, kidney tumors and their labels, in the KiTS layout.
+"""Phantoms: procedural contrast CT of an abdomen with kidneys, kidney tumors and their labels, in the KiTS layout.
 
-Synthetic from end to end: no patient data goes in. Every length is in millimetres and every random draw is made
-before or apart from the voxel grid, so that a case keeps its anatomy at any matrix size.
-Axes are (z, y, x) = (caudal, posterior, to the patient's left); the origin is the middle of the abdomen at L2.
+Phantoms contain no patient data. All lengths are in millimetres and random draws don't depend on the voxel grid, so
+that a case has the same anatomy at any matrix size.
+Axes are (z, y, x) = (caudal, posterior, to the patient's left); the origin is the centre of the abdomen at L2.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from kitseg.volumes.phantom_organs import (
 
 __all__ = ["PHANTOM_MARK", "make_case", "write_case"]
 
-_nib: Any = nibabel  # its functions carry no types
+_nib: Any = nibabel  # untyped
 
 THICKNESSES = (0.5, 0.75, 1.0, 1.25, 2.0, 2.5, 3.0, 4.0, 5.0)
 THICKNESS_WEIGHTS = (0.04, 0.04, 0.08, 0.08, 0.08, 0.12, 0.26, 0.1, 0.2)
@@ -64,7 +64,7 @@ SINGLE_KIDNEY, CYSTIC = 0.08, 0.4
 
 @dataclass(frozen=True)
 class KidneyShape:
-    """A bean in its own axes (long, lateral, dorsal): ``frame`` rows are those axes in (z, y, x)."""
+    """A kidney's shape: a bean in its own axes (long, lateral, dorsal); ``frame`` has them as rows in (z, y, x)."""
 
     center: Point
     frame: NDArray[np.float64]
@@ -75,7 +75,7 @@ class KidneyShape:
 
     @classmethod
     def draw(cls, who: Subject, rng: Generator, side: int, growth: float) -> KidneyShape:
-        """A kidney of about 100-200 ml on the left (side 1) or right (-1)."""
+        """Draw a kidney of about 100-200 ml on the left (side 1) or right (-1)."""
         size = growth * rng.uniform(0.84, 1.04)
         radii = (56 * size * rng.uniform(0.93, 1.07), 30 * size, 25 * size * rng.uniform(0.93, 1.07))
         z, y, x = who.at(rng.uniform(-12, 16) - 7 * side, 14 + rng.uniform(-4, 6), rng.uniform(64, 74))
@@ -88,13 +88,13 @@ class KidneyShape:
         return cls((z, y, side * x), frame, radii, rng.uniform(6, 12), SmoothField(rng, 22), side)
 
     def local(self, grid: Grid) -> list[Array]:
-        """Coordinates in the kidney's own axes, the bean straightened."""
+        """Coordinates in the kidney's own axes, in which the bean is straight."""
         z, y, x = offset(grid, self.center)
         long, lateral, dorsal = (a * z + b * y + c * x for a, b, c in self.frame.tolist())
         return [long, lateral + self.bend * (long / self.radii[0]) ** 2, dorsal]
 
     def surface_point(self, direction: NDArray[np.float64], beyond: float) -> Point:
-        """The point so many mm beyond the surface in a direction (own axes)."""
+        """The point ``beyond`` mm outside the surface in a direction (own axes)."""
         direction = direction / np.linalg.norm(direction)
         own = direction * (beyond + 1 / np.linalg.norm(direction / self.radii))
         own[1] -= self.bend * (own[0] / self.radii[0]) ** 2
@@ -112,7 +112,7 @@ class KidneyShape:
 
 @dataclass(frozen=True)
 class LesionShape:
-    """A tumor or cyst: a bumpy ball at a kidney's surface."""
+    """The shape of a tumor or cyst: a ball with bumps at a kidney's surface."""
 
     center: Point
     radius: float
@@ -121,7 +121,7 @@ class LesionShape:
 
     @classmethod
     def draw(cls, kidney: KidneyShape, rng: Generator, diameter: float) -> LesionShape:
-        """A ball that bulges from the kidney but reaches into it, away from the hilum and the spine."""
+        """Draw a ball that is partly inside the kidney, away from the hilum and the spine."""
         radius = diameter / 2
         direction = rng.normal(0, (1, 0.7, 0.8))
         direction[1] = abs(direction[1]) + 0.2
@@ -131,7 +131,7 @@ class LesionShape:
         return cls(center, radius, SmoothField(rng, max(0.7 * radius, 5)), kidney.side)
 
     def window(self, canvas: Canvas) -> tuple[Index, Grid, Array]:
-        """Where the lesion is, and the signed distance to it inside the retroperitoneum."""
+        """The window around the lesion, and the signed distance to it inside the retroperitoneum."""
         index, grid = canvas.around(self.center, 1.5 * self.radius + 8)
         ball = ellipsoid(offset(grid, self.center), (self.radius,) * 3) + 0.1 * self.radius * self.bumps(grid)
         room = np.maximum(canvas.cavity[index] + 2, 25 - self.side * grid[2])
@@ -139,7 +139,7 @@ class LesionShape:
 
 
 def _perirenal_fat(canvas: Canvas, kidney: KidneyShape, lesions: list[LesionShape], rng: Generator) -> None:
-    """The fat capsule around a kidney and its lesions."""
+    """Paint the fat capsule around a kidney and its lesions."""
     strands, thickness = SmoothField(rng, 6), rng.uniform(4, 14)
     index, grid = canvas.around(kidney.center, 85)
     distance = np.maximum(kidney.distances(grid)[0] - thickness, canvas.cavity[index])
@@ -150,7 +150,7 @@ def _perirenal_fat(canvas: Canvas, kidney: KidneyShape, lesions: list[LesionShap
 
 
 def _hilum(canvas: Canvas, who: Subject, kidney: KidneyShape, rng: Generator) -> None:
-    """Renal artery, vein and pelvis: from the great vessels into the sinus."""
+    """Paint renal artery, vein and pelvis from the great vessels into the sinus."""
     front = who.spine_y - 27
     gate = kidney.surface_point(np.array([0, -1, 0]), 4)
     deep = kidney.surface_point(np.array([0, -1, 0]), -0.6 * kidney.radii[1])
@@ -167,7 +167,7 @@ def _hilum(canvas: Canvas, who: Subject, kidney: KidneyShape, rng: Generator) ->
 
 
 def _parenchyma(canvas: Canvas, who: Subject, kidney: KidneyShape, rng: Generator) -> None:
-    """Cortex and pyramids around the sinus."""
+    """Paint cortex and pyramids around the sinus."""
     cortex, medulla = who.enhanced(205, 178) + rng.normal(0, 8), who.enhanced(110, 165)
     pitch, grain = rng.uniform(15, 20), SmoothField(rng, 4)
     index, grid = canvas.around(kidney.center, 85)
@@ -179,13 +179,13 @@ def _parenchyma(canvas: Canvas, who: Subject, kidney: KidneyShape, rng: Generato
 
 
 def _cyst(canvas: Canvas, lesion: LesionShape, rng: Generator) -> None:
-    """Water in a thin wall; KiTS19 counts it as kidney."""
+    """Paint a cyst of water with the label kidney, as in KiTS19."""
     index, _, distance = lesion.window(canvas)
     canvas.paint(index, distance, float(rng.uniform(0, 15)), KIDNEY)
 
 
 def _tumor(canvas: Canvas, lesion: LesionShape, rng: Generator) -> None:
-    """An uneven solid mass, larger ones often with a necrotic core."""
+    """Paint a heterogeneous solid tumor; larger ones often have a necrotic core."""
     mean, texture = rng.uniform(45, 145), SmoothField(rng, float(np.clip(lesion.radius / 3, 2.5, 9)))
     necrotic, share = lesion.radius > 12 and rng.uniform() < 0.55, rng.uniform(0.25, 0.6)
     index, grid, distance = lesion.window(canvas)
@@ -197,7 +197,7 @@ def _tumor(canvas: Canvas, lesion: LesionShape, rng: Generator) -> None:
 
 
 def _kidneys(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """One or two kidneys with at least one tumor between them."""
+    """Paint one or two kidneys with at least one tumor in total."""
     sides = [int(rng.choice((-1, 1)))] if rng.uniform() < SINGLE_KIDNEY else [-1, 1]
     kidneys = [KidneyShape.draw(who, rng, side, 1.0 if len(sides) == 2 else 1.12) for side in sides]
     cysts = rng.integers(1, 4) if rng.uniform() < CYSTIC else 0
@@ -233,7 +233,7 @@ def _lattice(who: Subject, rng: Generator, matrix: int) -> tuple[Grid, Point]:
 
 
 def _acquire(canvas: Canvas, spacing: Point, rng: Generator) -> NDArray[np.int16]:
-    """The scanner's blur, shading and correlated noise."""
+    """Add the scanner's blur, shading and correlated noise."""
     hu = canvas.hu
     sigma = (0.35, max(0.8 / spacing[1], 0.35), max(0.8 / spacing[2], 0.35))
     ndimage.gaussian_filter(hu, sigma, output=hu, truncate=3)
@@ -248,11 +248,11 @@ def _acquire(canvas: Canvas, spacing: Point, rng: Generator) -> NDArray[np.int16
 def make_case(
     seed: int, index: int, matrix: int = 512
 ) -> tuple[NDArray[np.int16], NDArray[np.uint8], NDArray[np.float64]]:
-    """One synthetic contrast CT case, the same at every call with the same seed and index.
+    """Generate a synthetic contrast CT case, which is determined by seed and index.
 
     Args:
-        seed: of the collection.
-        index: of the case in it.
+        seed: random seed of the data set.
+        index: of the case in the data set.
         matrix: pixels along rows and columns; the field of view in mm and the anatomy don't depend on it.
 
     Returns:
@@ -274,14 +274,14 @@ def make_case(
 def write_case(folder: Path, seed: int, index: int, matrix: int) -> None:
     """Write ``folder/case_{index:05d}`` with imaging.nii.gz and segmentation.nii.gz, both marked as phantom.
 
-    The case appears complete or not at all; an earlier phantom of that name is replaced.
+    The case is written atomically; an earlier phantom of that name is replaced.
 
     Raises:
-        InputError: a case of that name is there that isn't a phantom. KitsegError: the folder can't be written.
+        InputError: a case of that name exists that isn't a phantom. KitsegError: the folder can't be written.
     """
     target = folder / f"case_{index:05d}"
     if target.exists() and not (target.is_dir() and is_phantom(target / "imaging.nii.gz")):
-        raise InputError(target, "is there already and is no phantom", "Choose another folder")
+        raise InputError(target, "already exists and is not a phantom", "Choose another folder")
     ct, label, affine = make_case(seed, index, matrix)
     native = Geometry((ct.shape[0], ct.shape[1], ct.shape[2]), affine)
     with atomic_write(target) as partial:

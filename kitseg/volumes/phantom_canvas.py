@@ -1,4 +1,4 @@
-"""A scan while it is painted: the subject, the canvas in mm, smooth random fields and the shapes of organs."""
+"""The tools of the phantom: the subject, the canvas in mm, smooth random fields and the shapes of organs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AIR, GAS, LUNG, FAT, SKIN, FLUID, MUSCLE, BOWEL_WALL = -1000.0, -900.0, -830.0, 
 
 
 class SmoothField:
-    """A smooth random function of position with unit variance: cubic B-splines on a periodic lattice of normals."""
+    """A smooth random field of unit variance: cubic B-splines on a periodic lattice of normal random values."""
 
     def __init__(self, rng: Generator, mm: float) -> None:
         self.lattice = (3 * rng.standard_normal((16, 16, 16))).astype(np.float32)
@@ -48,7 +48,7 @@ class SmoothField:
 
 @dataclass(frozen=True)
 class Subject:
-    """Who lies in the scanner: cavity half sizes, wall and fat in mm; phase from 0, arterial, to 1, nephrographic."""
+    """The simulated patient: cavity half sizes, wall and fat in mm; phase from 0, arterial, to 1, nephrographic."""
 
     half_depth: float
     half_width: float
@@ -59,13 +59,13 @@ class Subject:
 
     @classmethod
     def draw(cls, rng: Generator) -> Subject:
-        """A random adult."""
+        """Draw a random adult."""
         half_depth, half_width = rng.uniform(80, 100), rng.uniform(112, 138)
         wall, fat = rng.uniform(8, 14), 6 + 32 * rng.beta(1.5, 2.5)
         return cls(half_depth, half_width, wall, fat, rng.uniform(), 0.36 * half_depth)
 
     def at(self, z: float, y: float, x: float) -> Point:
-        """A landmark of a cavity of 90 x 125 mm half size, in this one."""
+        """Scale a landmark of a cavity of 90 x 125 mm half size to this subject."""
         return z, y * self.half_depth / 90, x * self.half_width / 125
 
     def enhanced(self, arterial: float, nephrographic: float) -> float:
@@ -74,7 +74,7 @@ class Subject:
 
 
 class Canvas:
-    """The scan while it is painted: HU, labels and ``cavity``, the distance to the abdominal cavity's lining."""
+    """The scan being painted: HU, labels and ``cavity``, the signed distance to the abdominal cavity's surface."""
 
     def __init__(self, axes: Grid, edge: float) -> None:
         shape = tuple(len(axis) for axis in axes)
@@ -91,17 +91,17 @@ class Canvas:
         return (z, y, x), _open_grid(self.axes[0][z], self.axes[1][y], self.axes[2][x])
 
     def around(self, center: Point, reach: float) -> tuple[Index, Grid]:
-        """The window that reaches so many mm from a centre."""
+        """The window within a distance in mm of a centre."""
         return self.window(np.subtract(center, reach), np.add(center, reach))
 
     def slabs(self) -> Iterator[tuple[Index, Grid]]:
-        """The whole scan in runs of slices, which keeps temporaries small."""
+        """The whole scan in slabs, to keep temporary arrays small."""
         for start in range(0, len(self.axes[0]), 16):
             z = slice(start, start + 16)
             yield (z, slice(None), slice(None)), _open_grid(self.axes[0][z], self.axes[1], self.axes[2])
 
     def paint(self, index: Index, distance: Array, value: float | Array, label: int | None = None) -> None:
-        """Fill where the signed distance is negative, with a soft edge as partial volume makes it."""
+        """Fill where the signed distance is negative, with a soft edge as from the partial volume effect."""
         cover = np.clip(0.5 - distance / self.edge, 0, 1)
         self.hu[index] += cover * (value - self.hu[index])
         if label is not None:
@@ -132,7 +132,7 @@ def capsule(grid: Grid, a: Point, b: Point) -> Array:
 
 
 def finer(points: Sequence[Point], pieces: int) -> list[Point]:
-    """A path with each of its segments cut into pieces."""
+    """A path with each of its segments divided into pieces."""
     return [tuple(p) for a, b in pairwise(points) for p in np.linspace(a, b, pieces, endpoint=False).tolist()]
 
 
@@ -144,12 +144,12 @@ def ellipsoid(offset: Sequence[Array], radii: Point) -> Array:
 
 
 def offset(grid: Grid, center: Point) -> list[Array]:
-    """Coordinates from a centre."""
+    """Coordinates relative to a centre."""
     return [axis - np.float32(c) for axis, c in zip(grid, center, strict=True)]
 
 
 def blob(canvas: Canvas, center: Point, radii: Point, value: float, bump: SmoothField | None = None) -> None:
-    """Paint an ellipsoid inside the cavity, 3 mm of bumps on its surface if a field is given."""
+    """Paint an ellipsoid inside the cavity, with bumps of 3 mm if a field is given."""
     index, grid = canvas.around(center, max(radii) + 8)
     distance = ellipsoid(offset(grid, center), radii)
     if bump is not None:

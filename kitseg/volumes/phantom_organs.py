@@ -1,4 +1,4 @@
-"""The phantom's abdomen around the kidneys: each organ is a function that draws its traits and paints itself."""
+"""The phantom's organs around the kidneys: one function per organ draws its parameters and paints it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ORAL_CONTRAST = 0.4
 
 
 def trunk(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """Skin, subcutaneous fat, muscle wall and the fat that fills the cavity."""
+    """Paint skin, subcutaneous fat, muscle wall and the fat of the cavity."""
     outline, strands, depot = SmoothField(rng, 70), SmoothField(rng, 7), SmoothField(rng, 60)
     waist = 1 + rng.uniform(-0.04, 0.04) * np.sin(canvas.axes[0] / 90)[:, None, None]
     for index, grid in canvas.slabs():
@@ -56,7 +56,7 @@ def trunk(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def table(canvas: Canvas, who: Subject) -> None:
-    """The scanner's couch: a thin curved shell behind the back."""
+    """Paint the scanner's table: a thin curved shell behind the back."""
     top = who.half_depth + 1.4 * who.wall + 1.5 * who.fat
     for index, grid in canvas.slabs():
         _, y, x = grid
@@ -66,7 +66,7 @@ def table(canvas: Canvas, who: Subject) -> None:
 
 
 def lungs(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """Lung bases: what the diaphragm's dome leaves of the cavity above the kidneys."""
+    """Paint the lung bases: the part of the cavity above the diaphragm's dome."""
     dome = (rng.uniform(125, 150), who.half_depth * 1.02, who.half_width * 1.02)
     vessels = SmoothField(rng, 5)
     index, grid = canvas.window((-400, -400, -400), (-20, 400, 400))
@@ -76,7 +76,7 @@ def lungs(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def spine(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """Vertebrae with cortical shell, discs, canal and processes."""
+    """Paint vertebrae with cortical shell, discs, canal and processes."""
     center = who.spine_y
     cortex, marrow, shift = rng.uniform(320, 480), rng.uniform(130, 210), rng.uniform(0, VERTEBRA_PITCH)
     trabeculae = SmoothField(rng, 3)
@@ -100,7 +100,7 @@ def spine(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def muscles(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """Psoas, quadratus lumborum and erector spinae of both sides."""
+    """Paint psoas, quadratus lumborum and erector spinae of both sides."""
     bulk, marbling = rng.uniform(0.85, 1.15), SmoothField(rng, 5)
     index, grid = canvas.window((-400, -30, -100), (400, 130, 100))
     z, y, x = grid
@@ -115,7 +115,7 @@ def muscles(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def ribs(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """The last ribs, falling from the spine to the flank, and the iliac crests."""
+    """Paint the last ribs from the spine to the flank, and the iliac crests."""
     low = rng.uniform(-70, -45)
     crest = rng.uniform(85, 110)
     for side in (-1, 1):
@@ -141,7 +141,7 @@ def ribs(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def liver(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """Right and left lobe, portal and hepatic veins, gallbladder."""
+    """Paint right and left lobe, portal and hepatic veins, gallbladder."""
     value, low = who.enhanced(85, 112) + rng.normal(0, 7), rng.uniform(-85, -65)
     bump, grain = SmoothField(rng, 45), SmoothField(rng, 6)
     right, left = who.at(low, -5, -68), who.at(low - 25, -48, 5)
@@ -165,7 +165,7 @@ def liver(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def spleen(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """A crescent under the left diaphragm."""
+    """Paint a crescent under the left diaphragm."""
     value, center = who.enhanced(125, 118) + rng.normal(0, 6), who.at(rng.uniform(-85, -65), 22, 100)
     bump = SmoothField(rng, 35)
     index, grid = canvas.around(center, 85)
@@ -176,7 +176,7 @@ def spleen(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def stomach(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """Stomach with wall, content and an air bubble in front; the pancreas behind it."""
+    """Paint the stomach with wall, content and an air bubble in front, and the pancreas behind it."""
     course = [(-95, -5, 62), (-70, -35, 62), (-45, -52, 45), (-32, -52, 12), (-30, -42, -18)]
     path = [who.at(*p) for p in course]
     radii = [1, 30, 27, 21, 14]
@@ -191,19 +191,19 @@ def stomach(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def _fluid_level(grid: Grid, level: float, content: float) -> Array:
-    """Gas in front of a level, content behind it."""
+    """Gas anterior to a level, content posterior to it."""
     z, y, x = grid
     return np.where(y + 0 * z + 0 * x < level, np.float32(GAS), np.float32(content))
 
 
 def _stool(grid: Grid, texture: SmoothField) -> Array:
-    """Stool riddled with gas."""
+    """Stool with gas bubbles."""
     uneven = texture(grid)
     return np.where(uneven > 0.7, np.float32(-500), -20 + 50 * uneven)
 
 
 def bowel(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """Colon with haustra, gas and stool, and loops of small bowel with fluid or oral contrast."""
+    """Paint the colon with haustra, gas and stool, and loops of small bowel with fluid or oral contrast."""
     right = [(135, 12, -98), (20, 8, -100), (5, -55, -75)]
     frame = [*right, (25, -72, 0), (0, -55, 75), (-45, 0, 103), (20, 28, 106), (135, 20, 98)]
     knots = np.array([who.at(*p) for p in frame]) + rng.normal(0, 7, (len(frame), 3))
@@ -222,7 +222,7 @@ def bowel(canvas: Canvas, who: Subject, rng: Generator) -> None:
 
 
 def great_vessels(canvas: Canvas, who: Subject, rng: Generator) -> None:
-    """Aorta, vena cava, iliac and mesenteric vessels, and a few lymph nodes beside them."""
+    """Paint aorta, vena cava, iliac and mesenteric vessels, and a few lymph nodes next to them."""
     aorta, cava = who.enhanced(290, 165) + rng.normal(0, 15), who.enhanced(115, 160)
     front = who.spine_y - 27
     fork = float(rng.uniform(75, 100))

@@ -1,7 +1,7 @@
-"""Between a scan's own lattice and a grid of another spacing, with an exact way back.
+"""Resample between a scan's own grid and a stage's grid, with exact alignment in both directions.
 
-Both lattices cover the same block of space: voxel i of n covers the share [i/n, (i+1)/n] of the extent on each axis.
-A grid's spacing is therefore the extent divided by a whole number of voxels, the nearest to the spacing asked for.
+Both grids cover the same extent: voxel i of n covers the fraction [i/n, (i+1)/n] of the extent on each axis. A grid's
+spacing is therefore the extent divided by an integer number of voxels, as close as possible to the requested spacing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Coordinates = NDArray[np.float64]
 
 
 def grid_geometry(scan: Geometry, grid: Grid) -> Geometry:
-    """The lattice over ``scan``'s extent whose voxels come nearest to what ``grid`` asks for."""
+    """The geometry over ``scan``'s extent whose spacing is closest to ``grid``'s."""
     (depth, height, width), (z, y, x) = scan.shape, scan.spacing
     if grid.slices is not None:
         depth = round(depth * z / grid.slices)
@@ -30,7 +30,7 @@ def grid_geometry(scan: Geometry, grid: Grid) -> Geometry:
 
 
 def over(scan: Geometry, shape: Triple) -> Geometry:
-    """The lattice of ``shape`` voxels over ``scan``'s extent."""
+    """The geometry of ``shape`` voxels over ``scan``'s extent."""
     ratio = np.array(scan.shape) / shape
     affine = scan.affine.copy()
     affine[:3, :3] *= ratio
@@ -39,7 +39,7 @@ def over(scan: Geometry, shape: Triple) -> Geometry:
 
 
 def to_grid(image: NDArray[Any], shape: Triple, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
-    """A scan (D, H, W) resampled trilinearly to ``shape``, both covering the same extent; edges are held.
+    """Resample a scan (D, H, W) trilinearly to ``shape`` over the same extent, with edge padding.
 
     Values of an integer ``dtype`` are rounded.
     """
@@ -48,7 +48,7 @@ def to_grid(image: NDArray[Any], shape: Triple, dtype: type[np.generic] = np.flo
 
 
 def nearest(array: NDArray[Any], shape: Triple) -> NDArray[Any]:
-    """Labels or HU (D, H, W) on a lattice of ``shape`` over the same extent, by nearest neighbour."""
+    """Resample labels or HU (D, H, W) by nearest neighbour to ``shape`` over the same extent."""
     z, y, x = (_nearest(range(m), m, n) for m, n in zip(shape, array.shape, strict=True))
     out = np.empty(shape, array.dtype)
     for target, index in zip(out, z, strict=True):
@@ -57,23 +57,23 @@ def nearest(array: NDArray[Any], shape: Triple) -> NDArray[Any]:
 
 
 def box_on(box: Box, source: Triple, target: Triple) -> Box:
-    """The voxels of lattice ``target`` whose centres lie in ``box`` of lattice ``source``; both cover the same extent.
+    """The voxels of grid ``target`` whose centres lie in ``box`` of grid ``source``; both cover the same extent.
 
-    A voxel whose centre lies on the border between two boxes belongs to the later one.
+    A voxel whose centre lies on the border between two boxes belongs to the later box.
     """
     return Box(_first_centres(box.start, source, target), _first_centres(box.stop, source, target)).clip(target)
 
 
 def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: str, out: NDArray[np.float16]) -> None:
-    """Probabilities in a box of a grid, returned to the scan's own lattice; slab by slab, so only ``out`` is large.
+    """Resample probabilities in a box of a grid to the scan's own grid, slab by slab, so that only ``out`` is large.
 
     Args:
-        values: (d, h, w), the contents of ``box``.
+        values: (d, h, w), the values in ``box``.
         box: a box on the grid; it may reach outside.
         grid: the shape of the grid.
-        scan: the shape of the scan's lattice, over the same extent.
-        how: ``linear`` (edges are held) or ``nearest``.
-        out: where to write: the voxels of the scan whose centres lie in ``box``, see ``box_on``.
+        scan: the shape of the scan's grid, over the same extent.
+        how: ``linear`` (with edge padding) or ``nearest``.
+        out: the output array: the voxels of the scan whose centres lie in ``box``, see ``box_on``.
     """
     target = box_on(box, grid, scan)
     axes = list(zip(target.start, target.stop, scan, grid, box.start, values.shape, strict=True))
@@ -89,10 +89,10 @@ def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: s
 def sample_linear(
     array: NDArray[Any], z: Coordinates, y: Coordinates, x: Coordinates, out: NDArray[Any] | None = None
 ) -> NDArray[Any]:
-    """Linear interpolation of ``array`` (D, H, W) on the lattice of voxel coordinates ``z`` × ``y`` × ``x``.
+    """Linear interpolation of ``array`` (D, H, W) at the voxel coordinates ``z`` × ``y`` × ``x``.
 
-    Coordinates outside are held at the edge. Works slice by slice, so that only ``out`` (float32 where none is given)
-    has the size of the result; where that holds integers, the values are rounded and held at its limits.
+    Coordinates outside are clipped to the edge. Works slice by slice, so that only ``out`` (by default float32) has the
+    size of the result; for an integer ``out`` the values are rounded and clipped to its range.
     """
     if out is None:
         out = np.empty((len(z), len(y), len(x)), np.float32)
@@ -107,13 +107,13 @@ def sample_linear(
 
 
 def _first_centres(border: Triple, source: Triple, target: Triple) -> Triple:
-    """On each axis, the first voxel of ``target`` whose centre isn't before a border given in voxels of ``source``."""
+    """On each axis, the first voxel of ``target`` whose centre is at or after a border in voxels of ``source``."""
     z, y, x = (int(np.ceil(p * m / n - 0.5)) for p, n, m in zip(border, source, target, strict=True))
     return z, y, x
 
 
 def _centres(voxels: range, there: int, here: int) -> Coordinates:
-    """Centres of ``voxels`` of an axis with ``there`` voxels, in voxel coordinates of one with ``here``."""
+    """Centres of ``voxels`` of an axis with ``there`` voxels, in voxel coordinates of an axis with ``here`` voxels."""
     return (np.array(voxels) + 0.5) * here / there - 0.5
 
 
@@ -122,7 +122,7 @@ def _nearest(voxels: range, there: int, here: int) -> NDArray[np.int64]:
 
 
 def _neighbours(coordinates: Coordinates, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """The voxels below and above each coordinate on an axis of n voxels, and how far it is from the lower one."""
+    """The voxels below and above each coordinate on an axis of n voxels, and the distance to the lower one."""
     held = np.clip(coordinates, 0, n - 1)
     low = np.floor(held).astype(np.int64)
     return low, np.minimum(low + 1, n - 1), (held - low).astype(np.float32)
@@ -131,7 +131,7 @@ def _neighbours(coordinates: Coordinates, n: int) -> tuple[NDArray[np.int64], ND
 def _between(
     low: NDArray[np.float32], high: NDArray[Any], share: NDArray[np.float32] | np.float32
 ) -> NDArray[np.float32]:
-    """``low`` + ``share`` (``high`` - ``low``), in ``low``'s memory."""
+    """``low`` + ``share`` (``high`` - ``low``), computed in ``low``'s memory."""
     step: NDArray[np.float32] = high - low
     step *= share
     low += step

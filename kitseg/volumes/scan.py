@@ -1,4 +1,4 @@
-"""A scan, whatever it lies in: a NIfTI file, or a DICOM series."""
+"""Find and read scans from NIfTI files and DICOM series."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ TOLERANCE = 0.1  # mm between the grids of a label map and its scan: other tools
 
 @dataclass(frozen=True)
 class Scans:
-    """The scans that were asked for; choices: every DICOM series that was looked at, and why it is one of them."""
+    """The selected scans; choices: every DICOM series found, with the reason why it was selected or not."""
 
     cases: tuple[Case, ...]
     choices: tuple[SeriesChoice, ...] = ()
 
 
 def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
-    """The scans in files and folders: NIfTI files, or where a folder holds none the CT of each DICOM study in it.
+    """The scans in files and folders: NIfTI files, or if a folder has none, the CT of each DICOM study in it.
 
-    series: DICOM series to take instead, by UID or by the name that kitseg gives them.
+    series: DICOM series to select instead, by UID or by kitseg's name of the series.
 
     Raises:
-        InputError: a path is missing, or a folder holds no scan, or both NIfTI scans and DICOM files.
-        UsageError: two scans of one name, or no such series.
+        InputError: a path is missing, or a folder contains no scan, or both NIfTI scans and DICOM files.
+        UsageError: two scans with the same name, or an unknown series.
     """
-    paths = [path.absolute() for path in paths]  # worker processes may stand in another folder
+    paths = [path.absolute() for path in paths]  # worker processes may have another working directory
     archives = [path for path in paths if path.is_dir() and _holds_dicom(path)]
     if mixed := next((path for path in archives if holds_scans(path)), None):
-        raise InputError(mixed, "holds NIfTI scans and DICOM files", "Name the files or the folder that you mean.")
+        raise InputError(mixed, "contains NIfTI scans and DICOM files", "Give the files or the subfolder to use.")
     files = [path for path in paths if path not in archives]
     if series and not archives:
-        raise UsageError("--series picks a DICOM series, but no DICOM files were found")
+        raise UsageError("--series needs DICOM files, but none were found")
     cases, choices = collect_scans(files) if files else [], _choose(archives, series)
     cases += [_case(choice) for choice in choices if choice.chosen]
     return Scans(tuple(distinct(cases)), tuple(choices))
 
 
 def scans_of_labels(paths: Sequence[Path]) -> dict[str, Case]:
-    """The scans in files and folders by the id that their label maps have, which ``kits.find_labels`` gives.
+    """The scans in files and folders by the id of their label maps, as in ``kits.find_labels``.
 
-    Of DICOM, every series that makes a volume: which of them the labels belong to, their name says.
+    Includes every DICOM series that forms a volume; label maps are matched to series by name.
 
     Raises:
-        InputError: a path is missing or a folder holds no scan. UsageError: two scans of one id.
+        InputError: a path is missing or a folder contains no scan. UsageError: two scans with the same id.
     """
     found: dict[str, Case] = {}
     scans = find_scans(paths) if paths else Scans(())
     others = [_case(choice) for choice in scans.choices if choice.series.stack and not choice.chosen]
     for case in (*scans.cases, *others):
         if (other := found.setdefault(label_id(case.id), case)) is not case:
-            raise UsageError(f"{other.image} and {case.image} are both scans of {label_id(case.id)}. Remove one")
+            raise UsageError(f"{other.image} and {case.image} have the same id {label_id(case.id)}. Remove one of them")
     return found
 
 
 def check_grid(path: Path, labels: Geometry, scan: Geometry) -> None:
-    """Whether a label map lies on its scan's grid.
+    """Check that a label map is on its scan's grid.
 
     Raises:
-        InputError: it doesn't.
+        InputError: it isn't.
     """
     if not labels.same_as(scan, TOLERANCE):
         problem = f"lies on another grid than its scan (shape {labels.shape} and {scan.shape}, or affine)"
@@ -78,7 +78,7 @@ def check_grid(path: Path, labels: Geometry, scan: Geometry) -> None:
 
 
 def read_scan(case: Case) -> Volume:
-    """A case's CT as (D, H, W) HU in orientation (I, P, L).
+    """Read a case's CT as (D, H, W) HU in orientation (I, P, L).
 
     Raises:
         InputError: it can't be used; see ``nifti.read_image`` and ``dicom.read_slices``.
@@ -91,7 +91,7 @@ def read_scan(case: Case) -> Volume:
 
 
 def scan_geometry(case: Case) -> Geometry:
-    """The lattice of a case's CT in orientation (I, P, L), from headers alone.
+    """The geometry of a case's CT in orientation (I, P, L), from headers alone.
 
     Raises:
         InputError: it can't be used.
@@ -104,14 +104,14 @@ def scan_geometry(case: Case) -> Geometry:
 
 
 def scan_digest(case: Case) -> str:
-    """The sha256 of a scan's file, or of its slices' hashes in their order."""
+    """The SHA-256 of a scan's file, or of the hashes of its slices in order."""
     if not case.slices:
         return file_digest(case.image)
     return hashlib.sha256("".join(map(file_digest, case.slices)).encode()).hexdigest()
 
 
 def knows_its_place(case: Case) -> bool:
-    """Whether a scan says how it lies in the patient; a DICOM series always does."""
+    """Whether the orientation of a scan is known; it always is for a DICOM series."""
     return bool(case.slices) or knows_orientation(case.image)
 
 

@@ -1,1 +1,1 @@
-"""DICOM in and out: a file's header, slices on a lattice, series as volumes, the CT of a study, segmentations."""
+"""DICOM input and output: headers, stacks of slices, series as volumes, choice of a study's CT, segmentations."""

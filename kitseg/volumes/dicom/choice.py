@@ -1,4 +1,4 @@
-"""Which CT of a study is segmented, by rule, and why not the others."""
+"""Rules that choose the CT of a study to segment, with a reason for every series."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kitseg.volumes.dicom.series import Series, pseudonym
 from kitseg.volumes.dicom.stack import is_scout, orientation
 
 FEWEST_SLICES = 10
-WHOLE_KIDNEYS = 150.0  # mm along the body: a kidney is 100 to 120 long, and the two lie at different heights
-FINE_ENOUGH = 1.0  # mm between slices; width_divisor ones only add noise and time
+WHOLE_KIDNEYS = 150.0  # mm along the body: a kidney is 100 to 120 mm long, and the two are at different heights
+FINE_ENOUGH = 1.0  # mm between slices; thinner slices only add noise and computing time
 SHARP_SIEMENS = 50  # the number in a kernel's name, such as B60f or Br64d
 _CT = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 _MADE_OF_OTHERS = {
@@ -32,7 +32,7 @@ _SHARP = re.compile(r"LUNG|BONE|EDGE|DETAIL|SHARP|^Y[A-D]$|^FC(3|5|8)\d|^[DEL]$"
 _UNENHANCED = re.compile(
     r"\bnativ|\bnat\b|non.?con|\bno con|without|ohne|\bsans|unenh|plain|\bw/?o\b|\bNC\b|\bNCCT", re.IGNORECASE
 )
-_PHASES = (  # the challenge's scans are late arterial; the later, the further from them
+_PHASES = (  # the challenge's scans are late arterial, so earlier phases are preferred
     re.compile(r"\bart(er|\b)|cortico", re.IGNORECASE),
     re.compile(r"nephrog|\bpv\b|portal|\bven(\b|ou?s|ö)", re.IGNORECASE),
     re.compile(r"delay|excret|urogr|\blate\b|sp[aä]t", re.IGNORECASE),
@@ -41,7 +41,7 @@ _PHASES = (  # the challenge's scans are late arterial; the later, the further f
 
 @dataclass(frozen=True)
 class SeriesChoice:
-    """A series, whether it is segmented, and the reason in words (which name no patient and no file)."""
+    """A series, whether it is segmented, and the reason, which contains no patient data and no file name."""
 
     series: Series
     chosen: bool
@@ -49,25 +49,25 @@ class SeriesChoice:
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """What is preferred in a series: the higher, the better; words: what the better series has."""
+class _Preference:
+    """A criterion for series, of which the highest value is preferred; words: the advantage of the better series."""
 
     value: Callable[[Series], float]
     words: str
 
 
 def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[SeriesChoice]:
-    """One CT of each study, or those that are wanted; every series has its reason, study by study.
+    """Choose one CT of each study, or the wanted series; returns all series with a reason, grouped by study.
 
-    Never taken by rule: what is no CT, scouts, projections (MIP) and renderings, coronal and sagittal slices, and fewer
-    than ``FEWEST_SLICES``. Among the others ``docs/how-to/dicom.md`` lists the preferences.
+    The rules exclude other modalities than CT, scouts, projections (MIP) and renderings, coronal and sagittal slices,
+    and series with fewer than ``FEWEST_SLICES``. ``docs/how-to/dicom.md`` lists the preferences among the others.
 
     Args:
-        found: what ``find_series`` found.
-        wanted: SeriesInstanceUIDs or kitseg's own names of series; they override the rule.
+        found: the result of ``find_series``.
+        wanted: SeriesInstanceUIDs or kitseg's own names of series, which override the rules.
 
     Raises:
-        UsageError: a wanted series that isn't there.
+        UsageError: a wanted series does not exist.
     """
     if wanted:
         return _named(found, wanted)
@@ -75,16 +75,16 @@ def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[S
 
 
 def write_series_table(path: Path, choices: Sequence[SeriesChoice], keep_identifiers: bool = False) -> None:
-    """A CSV file with a row a series: whether it was chosen, why, and what is known of it.
+    """Write a CSV file with one row per series: whether it was chosen, the reason, and its properties.
 
-    Without ``keep_identifiers`` no UID, path, date or free text of the files gets in.
+    Without ``keep_identifiers`` it contains no UID, path, date or free text of the files.
     """
     rows = [{**_facts(choice), **(_identifiers(choice.series) if keep_identifiers else {})} for choice in choices]
     write_table(path, rows[0] if rows else ["case"], rows)
 
 
 def coverage(series: Series) -> float:
-    """Millimetres from the first slice to the last, with their thickness; 0 for slices that make no volume."""
+    """Extent in mm from the first to the last slice, including their thickness; 0 if the slices form no volume."""
     return series.stack.native.shape[2] * series.stack.native.spacing[2] if series.stack else 0.0
 
 
@@ -96,49 +96,54 @@ def _studies(found: Sequence[Series]) -> list[list[Series]]:
 
 
 def _named(found: Sequence[Series], wanted: Sequence[str]) -> list[SeriesChoice]:
-    """The largest stack of each wanted series; patients who share its UID have one each."""
+    """The largest stack of each wanted series; one per patient if several patients share its UID."""
     chosen: set[Series] = set()
     for name in wanted:
         mine = [series for series in found if name in (series.case_id, series.uid)]
         if not mine:
             known = ", ".join(f"{s.case_id} ({_what(s)})" for s in found[:20]) or "none"
-            raise UsageError(f"--series {name}: there is no such series. There are: {known}")
+            raise UsageError(f"--series {name}: no such series. Available: {known}")
         chosen |= {max(study, key=lambda series: len(series.headers)) for study in _studies(mine)}
-    return [SeriesChoice(s, s in chosen, f"{'' if s in chosen else 'not '}asked for by --series") for s in found]
+    return [SeriesChoice(s, s in chosen, f"{'' if s in chosen else 'not '}selected with --series") for s in found]
 
 
 def _of_study(study: Sequence[Series]) -> list[SeriesChoice]:
-    barred = {series: _bar(series) for series in study}
-    fit = [series for series in study if not barred[series]]
-    best = min(fit, key=lambda series: ([-wish.value(series) for wish in WISHES], series.case_id)) if fit else None
-    return [_judge(series, best, barred[series], len(fit)) for series in study]
+    excluded = {series: _exclusion(series) for series in study}
+    fit = [series for series in study if not excluded[series]]
+    best = (
+        min(fit, key=lambda series: ([-preference.value(series) for preference in PREFERENCES], series.case_id))
+        if fit
+        else None
+    )
+    return [_decide(series, best, excluded[series], len(fit)) for series in study]
 
 
-def _judge(series: Series, best: Series | None, barred: str, fit: int) -> SeriesChoice:
-    if barred or best is None:
-        return SeriesChoice(series, False, barred)
+def _decide(series: Series, best: Series | None, excluded: str, fit: int) -> SeriesChoice:
+    if excluded or best is None:
+        return SeriesChoice(series, False, excluded)
     if series is not best:
         lost = next(
-            (wish.words for wish in WISHES if wish.value(series) < wish.value(best)), "is as good, and first by name"
+            (preference.words for preference in PREFERENCES if preference.value(series) < preference.value(best)),
+            "is equivalent, and first by name",
         )
         return SeriesChoice(series, False, series.problem or f"{best.case_id} {lost}")
-    reason = "the only CT of its study that fits" if fit == 1 else f"the best of {fit} CT series of its study"
+    reason = "the only suitable CT of its study" if fit == 1 else f"the best of {fit} suitable CT series of its study"
     return SeriesChoice(
         series, True, "; ".join(filter(None, [f"{reason}: {_what(series)}", series.problem, series.note]))
     )
 
 
-def _bar(series: Series) -> str:
-    """Why a series is never taken by rule; empty if it may be. Broken geometry is no bar: it is told when read."""
+def _exclusion(series: Series) -> str:
+    """Why the rules exclude a series; empty if they don't. Invalid geometry is reported when the series is read."""
     first = series.headers[0]
     if first.broken:
         return series.problem
     if first.modality != "CT":
-        return "no CT" + (f" ({first.modality})" if first.modality in _MODALITIES else "")
+        return "not a CT" + (f" ({first.modality})" if first.modality in _MODALITIES else "")
     if first.sop_class not in _CT or first.samples != 1:
-        return "no CT images (a screenshot or a report)"
+        return "not CT images (a screenshot or a report)"
     if first.unit not in ("", "HU", "HU_MOD", "US"):
-        return f"its values are no HU ({first.unit[:16]})"
+        return f"the values are not HU ({first.unit[:16]})"
     if is_scout(first):
         return "a scout"
     if made := _MADE_OF_OTHERS & set(first.image_type):
@@ -156,14 +161,14 @@ def _is_elsewhere(series: Series) -> bool:
 
 
 def _phase(series: Series) -> int | None:
-    """The place in ``_PHASES`` that the description names; its words are read, but never written."""
+    """The index in ``_PHASES`` of the phase in the description, whose text is never written anywhere."""
     text = series.headers[0].description
     return next((n for n, words in enumerate(_PHASES) if words.search(text)), None)
 
 
 def _earliness(series: Series) -> int:
     phase = _phase(series)
-    return -1 if phase is None else -phase  # unnamed is mostly venous
+    return -1 if phase is None else -phase  # unknown phases are mostly venous
 
 
 def _contrast(series: Series) -> bool:
@@ -181,17 +186,17 @@ def _spacing(series: Series) -> float:
     return series.stack.native.spacing[2] if series.stack else 99.0
 
 
-#: In this order; the first in which two series differ decides.
-WISHES = (
-    _Wish(lambda s: s.stack is not None, "can be read as a volume"),
-    _Wish(lambda s: not _is_elsewhere(s), "does not show another part of the body"),
-    _Wish(lambda s: "ORIGINAL" in s.headers[0].image_type, "is original, not derived"),
-    _Wish(lambda s: coverage(s) >= WHOLE_KIDNEYS, f"covers {WHOLE_KIDNEYS:.0f} mm or more"),
-    _Wish(_contrast, "has contrast, as far as the files say"),
-    _Wish(_earliness, "is of an earlier contrast phase"),
-    _Wish(lambda s: not _sharp(s), "has a soft-tissue kernel"),
-    _Wish(lambda s: -round(max(_spacing(s), FINE_ENOUGH), 2), "has width_divisor slices"),
-    _Wish(lambda s: round(coverage(s), -1), "covers more"),
+#: In order of priority: the first in which two series differ decides.
+PREFERENCES = (
+    _Preference(lambda s: s.stack is not None, "can be read as a volume"),
+    _Preference(lambda s: not _is_elsewhere(s), "does not show another part of the body"),
+    _Preference(lambda s: "ORIGINAL" in s.headers[0].image_type, "is original, not derived"),
+    _Preference(lambda s: coverage(s) >= WHOLE_KIDNEYS, f"covers {WHOLE_KIDNEYS:.0f} mm or more"),
+    _Preference(_contrast, "has contrast according to its headers"),
+    _Preference(_earliness, "is of an earlier contrast phase"),
+    _Preference(lambda s: not _sharp(s), "has a soft-tissue kernel"),
+    _Preference(lambda s: -round(max(_spacing(s), FINE_ENOUGH), 2), "has thinner slices"),
+    _Preference(lambda s: round(coverage(s), -1), "covers more"),
 )
 
 
@@ -200,7 +205,7 @@ def _what(series: Series) -> str:
         return f"{len(series.headers)} files"
     words = [f"{len(series.headers)} slices {_spacing(series):.3g} mm apart"]
     return ", ".join(
-        [*words, "with contrast" if _contrast(series) else "no contrast told", "sharp kernel" * _sharp(series)]
+        [*words, "with contrast" if _contrast(series) else "contrast unknown", "sharp kernel" * _sharp(series)]
     ).rstrip(", ")
 
 
@@ -221,7 +226,7 @@ def _facts(choice: SeriesChoice) -> dict[str, object]:
         "columns": first.size[1],
         "coverage_mm": f"{coverage(series):.0f}" if made else "",
         "orientation": orientation(first),
-        "contrast": "yes" if _contrast(series) else "not told",
+        "contrast": "yes" if _contrast(series) else "unknown",
         "kernel": first.kernel if plain.fullmatch(first.kernel) else "",
         "original": "yes" if "ORIGINAL" in first.image_type else "no",
     }

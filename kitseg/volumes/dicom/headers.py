@@ -1,4 +1,4 @@
-"""What one DICOM file says about its slice, without its pixels."""
+"""The header of a DICOM file, without its pixels."""
 
 from __future__ import annotations
 
@@ -45,12 +45,11 @@ _TAGS = [
 
 @dataclass(frozen=True)
 class Header:
-    """One file's header; what it doesn't say is empty or None.
+    """The header of a file; missing values are empty or None.
 
-    position, row_axis, column_axis: in mm and
-    as unit vectors in DICOM's LPS, along a row and along a column; spacing: mm between rows and between columns;
-    acquisition, time: which of several passes; unit: of its values, ``HU`` or not told; broken: the header
-    can't be read.
+    position: mm in DICOM's LPS; row_axis, column_axis: unit vectors along a row and along a column; spacing: mm between
+    rows and between columns; acquisition, time: identify one of several passes; unit: of the values, empty if not
+    given; broken: the header can't be read.
     """
 
     path: Path
@@ -81,14 +80,14 @@ class Header:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, hidden ones left out, in the order of their paths.
+    """All files below a folder except hidden ones, sorted by path.
 
     Raises:
         InputError: a folder that can't be read.
     """
 
     def refuse(error: OSError) -> None:
-        raise InputError(error.filename, f"it can't be read ({error.strerror})", "Name a folder that you may read")
+        raise InputError(error.filename, f"can't be read ({error.strerror})", "Choose a folder that you may read")
 
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -96,10 +95,10 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file starts as DICOM files do (128 bytes, then ``DICM``).
+    """Whether a file has DICOM's preamble (128 bytes, then ``DICM``).
 
     Raises:
-        PermissionError: it may not be read.
+        PermissionError: no permission to read it.
     """
     try:
         if not path.is_file():
@@ -113,9 +112,9 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_dicom_header(path: Path) -> Header | None:
-    """The header of a DICOM file; None for a DICOMDIR, which only lists other files."""
+    """Read the header of a DICOM file; None for a DICOMDIR, which only lists other files."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom complains of values that kitseg checks itself or doesn't use
+        warnings.simplefilter("ignore")  # pydicom warns about values that kitseg checks itself or doesn't use
         try:
             found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[Tag(name) for name in _TAGS])
             sop_class = _text(found, "SOPClassUID") or str(found.file_meta.get("MediaStorageSOPClassUID", ""))
@@ -123,12 +122,12 @@ def read_dicom_header(path: Path) -> Header | None:
                 return None
             header = _header(path, found, sop_class)
             return header if sop_class or header.modality else Header(path, broken=True)
-        except Exception:  # whatever pydicom meets in a broken file; its words may quote what the file says
+        except Exception:  # any error of pydicom in a broken file; its message may quote patient data
             return Header(path, broken=True)
 
 
 def made_up_uid(*words: str) -> str:
-    """A UID that is always the same for the same words, for files that have none."""
+    """A reproducible UID derived from texts, for files without one."""
     number = int.from_bytes(hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).digest()[:15], "big")
     return str(UID(f"2.25.{number}"))
 
@@ -171,7 +170,7 @@ def _text(found: pydicom.Dataset, name: str) -> str:
 
 
 def _numbers(found: pydicom.Dataset, name: str, count: int) -> tuple[float, ...]:
-    """That many finite numbers, or none."""
+    """The given number of finite values, or an empty tuple."""
     try:
         numbers = tuple(float(part) for part in _text(found, name).split("\\"))
     except ValueError:

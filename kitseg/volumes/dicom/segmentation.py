@@ -1,4 +1,4 @@
-"""DICOM out: labels as a DICOM segmentation object that lies voxel for voxel on the series they were found in."""
+"""DICOM output: labels as a DICOM segmentation object on the voxels of the source series."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kitseg.volumes.nifti import turn_to_native
 #: Written into every segmentation object; at most 64 characters.
 NOTICE = "For research use only. kitseg is not a medical device."
 
-SERIES_NUMBER = 900  # far from those of scanners
+SERIES_NUMBER = 900  # beyond the numbers that scanners use
 _codes: Any = codes
 _WHO = [
     "PatientName",
@@ -48,7 +48,7 @@ _COLORS = {KIDNEY: (200, 110, 90), TUMOR: (250, 220, 60), CYST: (90, 160, 240)} 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What found the labels: its name and version."""
+    """Name and version of the model that predicted the labels."""
 
     name: str
     version: str
@@ -57,17 +57,17 @@ class Algorithm:
 def write_segmentation(
     path: Path, labels: NDArray[np.uint8], series: Series, algorithm: Algorithm, keep_identifiers: bool = False
 ) -> None:
-    """Write (D, H, W) labels in orientation (I, P, L) as a binary DICOM SEG on a series; never half a file.
+    """Write (D, H, W) labels in orientation (I, P, L) as a binary DICOM SEG of a series, atomically.
 
-    Its segments are kidney (1), tumor (2) and, where there are any, cyst (3). Frames without any label are left out,
-    but an empty segmentation keeps all of them. The patient's and the study's attributes are empty without
-    ``keep_identifiers``; the UIDs of study, series, frame of reference and slices stay, since it refers to them.
+    The segments are kidney (1), tumor (2) and, if there are any, cyst (3). Frames without labels are omitted, except in
+    an empty segmentation. Without ``keep_identifiers``, the attributes of patient and study are empty; the UIDs of
+    study, series, frame of reference and slices remain, because the segmentation refers to them.
 
     Raises:
-        InputError: the series makes no volume, or a header can't be read any more.
+        InputError: the series forms no volume, or a header can no longer be read.
     """
     if series.stack is None:
-        raise InputError(series.folder, f"{series.case_id}: {series.problem}", "Write NIfTI instead")
+        raise InputError(series.folder, f"{series.case_id}: {series.problem}", "Use --format nifti")
     native = series.stack.native
     planes = turn_to_native(labels, native).transpose(2, 1, 0)
     frames = np.ascontiguousarray(planes[list(series.stack.slots)])
@@ -98,7 +98,7 @@ def write_segmentation(
 
 
 def _source(header: Header, series: Series, native: Geometry, keep_identifiers: bool) -> pydicom.Dataset:
-    """What highdicom needs to know of a slice, and nothing else."""
+    """The attributes of a slice that highdicom needs, and no others."""
     first = series.headers[0]
     source = _who(header) if keep_identifiers else pydicom.Dataset()
     for name in _WHO:
@@ -117,7 +117,7 @@ def _source(header: Header, series: Series, native: Geometry, keep_identifiers: 
 
 
 def _valid(kind: str, uid: str) -> str:
-    """A UID as it is; one that is no UID, and so may be anything else, made up anew."""
+    """A valid UID unchanged; a derived UID for an invalid value, which could contain anything."""
     return uid if UID(uid).is_valid else made_up_uid(kind, uid)
 
 
@@ -134,7 +134,7 @@ def _who(header: Header) -> pydicom.Dataset:
 
 
 def _decimals(*numbers: float) -> list[DSfloat]:
-    """Numbers as DICOM writes them, in at most 16 characters."""
+    """Numbers as DICOM decimal strings of at most 16 characters."""
     return [DSfloat(number, auto_format=True) for number in numbers]
 
 

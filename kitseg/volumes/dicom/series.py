@@ -1,7 +1,7 @@
-"""DICOM in: the CT series in a folder tree as hospitals export it, and each of them as a volume.
+"""DICOM input: find the CT series in a folder tree, and read them as volumes.
 
-Nothing is told from a file's name or its place in the folder: a file is DICOM by its content, belongs to the series
-that its header names, and lies where its header says.
+File names and folders are ignored: a file is recognized as DICOM by its content, and its header determines its series
+and position.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from kitseg.volumes.header import MAX_VOXELS
 from kitseg.volumes.kits import SUFFIXES
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
 
-AIR = -1024  # HU of what lies outside the reconstructed circle; no scanner's air is below
-TISSUE = (-500, 1500)  # HU; a padding value in this range can't be told from the patient
+AIR = -1024  # HU outside the reconstructed circle; air is never lower
+TISSUE = (-500, 1500)  # HU; a padding value in this range can't be distinguished from the patient
 _REMEDY = "Export the series again, or choose another one with --series"
 _INT16 = np.iinfo(np.int16)
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """One CT (or other) series, or one stack of slices where a series has several.
+    """A series, or one of its stacks if it has several.
 
-    case_id: what kitseg calls it, told by a hash from the SeriesInstanceUID, and from a slice, too, where others have
-    the same UID; headers: its slices, in order of position along their normal where they make a volume; stack: None
-    where they make none, and then ``problem`` says why; shared: others have the same UID.
+    case_id: kitseg's name, a hash of the SeriesInstanceUID, and of a slice if several series share the UID; headers: of
+    its slices, sorted by position along their normal if they form a volume; stack: None if they don't, for the reason
+    in ``problem``; shared: whether other series have the same UID.
     """
 
     case_id: str
@@ -53,12 +53,12 @@ class Series:
 
     @property
     def uid(self) -> str:
-        """The SeriesInstanceUID; for files without, one made from their instances."""
+        """The SeriesInstanceUID; derived from the instances if the files have none."""
         return _uid(self.headers)
 
     @property
     def study(self) -> str:
-        """The StudyInstanceUID; for files without, one made from what they share with others of their study."""
+        """The StudyInstanceUID; derived from attributes that a study shares if the files have none."""
         named = next((header.study for header in self.headers if header.study), "")
         return named or made_up_uid("study", self.headers[0].frame_of_reference or self.uid)
 
@@ -69,13 +69,13 @@ class Series:
 
     @property
     def folder(self) -> Path:
-        """Where its first slice lies."""
+        """The folder of its first slice."""
         return self.headers[0].path.parent
 
     @property
     def note(self) -> str:
-        """What a reader should know of how the volume was made; empty if nothing."""
-        notes = ["its UID also stands in another study or patient"] if self.shared else []
+        """Remarks for the user on how the volume was built; may be empty."""
+        notes = ["another study or patient has the same series UID"] if self.shared else []
         if missing := self.stack.missing if self.stack else ():
             words = "1 slice is missing" if len(missing) == 1 else f"{len(missing)} slices are missing"
             places = ", ".join(str(slot + 1) for slot in missing)
@@ -84,7 +84,7 @@ class Series:
 
 
 def holds_dicom(folder: Path) -> bool:
-    """Whether any file below a folder is DICOM; stops at the first. What is called a NIfTI file is taken for one."""
+    """Whether any file below a folder is DICOM, except files named as NIfTI; stops at the first."""
     for path in walk(folder):
         with suppress(PermissionError):
             if not path.name.lower().endswith(SUFFIXES) and is_dicom(path):
@@ -93,10 +93,10 @@ def holds_dicom(folder: Path) -> bool:
 
 
 def find_series(*folders: Path) -> list[Series]:
-    """Every series below the folders, from the headers alone, in the order of their names.
+    """Find all series below the folders from their headers, sorted by name.
 
-    Files that are not DICOM are passed over; the same instance twice counts once; a file that can't be read is a series
-    of its own, with its problem. Slices of two patients or studies are two series, whatever their UIDs.
+    Files that are not DICOM are ignored; duplicates of an instance count once; an unreadable file is a separate series
+    with a problem. Slices of two patients or studies are two series, even if they share a UID.
 
     Raises:
         InputError: a folder that can't be read.
@@ -113,27 +113,27 @@ def find_series(*folders: Path) -> list[Series]:
 
 
 def open_series(files: Sequence[Path], case_id: str) -> Series:
-    """The series of these files, such as ``Series.files`` of one that was found before."""
+    """Open the series of these files, such as ``Series.files``."""
     return _series([read_dicom_header(path) or Header(path, broken=True) for path in files], case_id)
 
 
 def read_series(series: Series) -> Volume:
-    """A series as (D, H, W) int16 in orientation (I, P, L), in Hounsfield units.
+    """Read a series as (D, H, W) int16 in orientation (I, P, L), in Hounsfield units.
 
-    Each slice is rescaled by its own slope and intercept and rounded; padding and all that is below air is
-    ``AIR``; a missing slice is the mean of its neighbours. ``native`` has the axes (columns, rows, slices).
+    Each slice is rescaled by its own slope and intercept and rounded; padding and values below air become ``AIR``; a
+    missing slice is the mean of its neighbours. ``native`` has the axes (columns, rows, slices).
 
     Raises:
-        InputError: the slices make no CT volume, or one of them can't be read.
+        InputError: the slices form no CT volume, or one of them can't be read.
     """
     first, made = series.headers[0], stack_of(series)
     if first.modality != "CT" or first.samples != 1:
         raise InputError(
-            series.folder, f"{series.case_id}: its modality is {first.modality or 'unknown'}, not CT", _REMEDY
+            series.folder, f"{series.case_id}: the modality is {first.modality or 'unknown'}, not CT", _REMEDY
         )
     native = made.native
     if int(np.prod(native.shape, dtype=object)) > MAX_VOXELS:
-        raise InputError(series.folder, f"{series.case_id}: it has more than {MAX_VOXELS} voxels", _REMEDY)
+        raise InputError(series.folder, f"{series.case_id}: more than {MAX_VOXELS} voxels", _REMEDY)
     planes = np.empty(native.shape[::-1], np.int16)
     for header, slot in zip(made.headers, made.slots, strict=True):
         planes[slot] = _read_slice(header)
@@ -144,10 +144,10 @@ def read_series(series: Series) -> Volume:
 
 
 def stack_of(series: Series) -> Stack:
-    """A series' slices in order on their lattice.
+    """The stack of a series' slices.
 
     Raises:
-        InputError: they make no volume.
+        InputError: they form no volume.
     """
     if series.stack is None:
         raise InputError(series.folder, f"{series.case_id}: {series.problem}", _REMEDY)
@@ -155,18 +155,18 @@ def stack_of(series: Series) -> Stack:
 
 
 def read_slices(files: Sequence[Path], case_id: str) -> Volume:
-    """The same for the files of a series; see ``read_series``."""
+    """Read the series of these files; see ``read_series``."""
     return read_series(open_series(files, case_id))
 
 
 def pseudonym(kind: str, uid: str) -> str:
-    """A name that is the same for the same UID and doesn't show it: ``kind``, and 10 hex digits of its sha256."""
+    """A reproducible pseudonym of a UID: ``kind`` and 10 hex digits of its SHA-256."""
     digest = hashlib.sha256(uid.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{kind}_{digest[:10]}"
 
 
 def _header(path: Path) -> Header | None:
-    """The header of a DICOM file; None for any other, but a broken one for a file that may not be read."""
+    """The header of a DICOM file; None for other files, a broken header for a file without read permission."""
     try:
         return read_dicom_header(path) if is_dicom(path) else None
     except PermissionError:
@@ -174,7 +174,7 @@ def _header(path: Path) -> Header | None:
 
 
 def _by_study(headers: Sequence[Header]) -> list[list[Header]]:
-    """Slices of one UID and patient by study, each instance once; what names no study goes with the first that does."""
+    """Slices of one UID and patient by study, without duplicates; slices without a study join the first study."""
     first = next((header.study for header in headers if header.study), "")
     studies: dict[str, dict[tuple[Any, ...], Header]] = {}
     for header in headers:
@@ -184,14 +184,14 @@ def _by_study(headers: Sequence[Header]) -> list[list[Header]]:
 
 
 def _stacks(headers: Sequence[Header], uid: str, shared: bool) -> list[Series]:
-    """A series' stacks; all but the largest are numbered."""
+    """The stacks of a series; all except the largest get a number."""
     name = pseudonym("series", uid + (_content(headers) if shared else ""))
     parts = enumerate(split_stacks(headers), start=1)
     return [replace(_series(part, f"{name}_{n}" if n > 1 else name), shared=shared) for n, part in parts]
 
 
 def _content(headers: Sequence[Header]) -> str:
-    """The hash of a slice's file, to tell series of one UID apart; who knows the UID could guess a patient's ID."""
+    """The hash of a slice's file, which distinguishes series of one UID without revealing a patient's ID."""
     return file_digest(min(headers, key=lambda header: (header.instance, header.position)).path)
 
 
@@ -219,18 +219,18 @@ def _read_slice(header: Header) -> NDArray[np.int16]:
             found = pydicom.dcmread(header.path)
             stored = found.pixel_array
             hu = _hounsfield(found, stored)
-        except Exception as error:  # each decoder has its own way to fail
-            reason = type(error).__name__  # its words may quote what the file says of the patient
-            raise InputError(header.path, f"its pixels can't be read ({reason})", "Export the series again") from error
+        except Exception as error:  # decoders raise many types
+            reason = type(error).__name__  # the message may quote patient data
+            raise InputError(header.path, f"the pixels can't be read ({reason})", "Export the series again") from error
     if hu.shape != header.size:
-        raise InputError(header.path, f"its slice is {hu.shape}, its header says {header.size}", "Export it again")
+        raise InputError(header.path, f"the slice is {hu.shape}, but its header has {header.size}", "Export it again")
     return hu
 
 
 def _hounsfield(found: pydicom.Dataset, stored: NDArray[Any]) -> NDArray[np.int16]:
     slope, intercept = (_number(found.get(f"Rescale{name}"), default) for name, default in _RESCALE)
     if slope == 0 or not math.isfinite(slope + intercept):
-        raise ValueError("a rescale slope of 0, or one or an intercept that is not finite")
+        raise ValueError("rescale slope is 0, or slope or intercept is not finite")
     hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
     if (padding := _padding(found)) is not None:
         low, high = padding
@@ -249,7 +249,7 @@ def _number(value: Any, default: float) -> float:
 
 
 def _padding(found: pydicom.Dataset) -> tuple[int, int] | None:
-    """The lowest and highest stored value that mean no data, whatever sign the file gives them."""
+    """The lowest and highest stored padding value, converted to the sign of the pixels."""
     values = [found.get("PixelPaddingValue"), found.get("PixelPaddingRangeLimit")]
     bits, signed = int(found.BitsAllocated), bool(found.PixelRepresentation)
     plain = [int(v) % 2**bits for v in values if v is not None and v != ""]

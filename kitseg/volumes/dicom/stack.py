@@ -1,4 +1,4 @@
-"""How slices lie in the patient: sorted by position into stacks on a regular lattice, or refused in words. Pure."""
+"""Sort slices by position into stacks on a regular grid, or refuse them with a reason (pure functions)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from kitseg.volumes.header import MAX_SPACING, MIN_SPACING
 
 FEWEST = 3  # slices
 SAME_PLACE = 0.01  # mm
-UNEVEN = 0.1  # of the spacing, that a slice may lie beside its place
-ROUNDED = 0.1  # mm, that it may always do: many files round their positions to that
-WIDEST_GAP = 10.0  # mm, between two slices with one missing between them
+UNEVEN = 0.1  # of the spacing, tolerated deviation of a slice's position
+ROUNDED = 0.1  # mm, always tolerated, because many files round positions to it
+WIDEST_GAP = 10.0  # mm between two slices with a missing slice between them
 MOST_MISSING = 0.05  # of the slices
-DRIFT = 0.5  # pixels, that the stack may lean to a side
+DRIFT = 0.5  # pixels, tolerated lateral shift over the stack
 SAME_AXES = 1e-3
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Slices in order of position on a regular lattice.
+    """Slices sorted by position on a regular grid.
 
-    slots: each slice's place on the lattice, which has more where slices are missing; native: that lattice with axes
+    slots: each slice's index on the grid, which has further slots for missing slices; native: that grid with axes
     (columns, rows, slices), in RAS+.
     """
 
@@ -36,18 +36,18 @@ class Stack:
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """The places on the lattice without a slice; each has a slice on both sides."""
+        """The slots without a slice; each has slices on both sides."""
         return tuple(sorted(set(range(self.native.shape[2])) - set(self.slots)))
 
 
 class Unstackable(Exception):
-    """Slices that make no volume; says why."""
+    """Slices that form no volume; the message states the reason."""
 
 
 def split_stacks(headers: Sequence[Header]) -> list[list[Header]]:
-    """A series' slices in groups of one orientation, size and pixel spacing, the largest first; scouts go apart.
+    """Group slices by orientation, size and pixel spacing, the largest group first; scouts are separate.
 
-    A group with several slices at one place is split on by acquisition, time, or image type where that parts them.
+    A group with several slices at one position is split further by acquisition, time or image type if possible.
     """
     groups: list[list[Header]] = []
     for header in headers:
@@ -60,20 +60,20 @@ def split_stacks(headers: Sequence[Header]) -> list[list[Header]]:
 
 
 def stack(headers: Sequence[Header]) -> Stack:
-    """The slices in order of position along their normal.
+    """Sort slices by position along their normal.
 
     Raises:
-        Unstackable: they make no regular lattice; the words name no file.
+        Unstackable: they form no regular grid; the message contains no file name.
     """
     first = headers[0]
     if first.frames > 1:
         raise Unstackable("it is an enhanced multi-frame CT, several slices in one file")
     if not first.position or not first.row_axis or not first.spacing:
-        raise Unstackable("its slices don't say where they lie in the patient")
+        raise Unstackable("its slices have no position in the patient")
     if not all(MIN_SPACING <= mm <= MAX_SPACING for mm in first.spacing):
         raise Unstackable(f"its pixels are not {MIN_SPACING:g} to {MAX_SPACING:g} mm wide")
     if len(headers) < FEWEST:
-        raise Unstackable(f"it has {len(headers)} of the at least {FEWEST} slices that make a volume")
+        raise Unstackable(f"it has {len(headers)} slices, fewer than the {FEWEST} of a volume")
     row, column = np.array(first.row_axis), np.array(first.column_axis)
     if np.abs([row @ column, row @ row - 1, column @ column - 1]).max() > SAME_AXES:
         raise Unstackable("its rows and columns are not at right angles")
@@ -91,7 +91,7 @@ def stack(headers: Sequence[Header]) -> Stack:
 
 
 def orientation(header: Header) -> str:
-    """How a slice cuts the patient: axial, coronal, sagittal, oblique (over 30° off the axis), or unknown."""
+    """The plane of a slice: axial, coronal, sagittal, oblique (over 30° off the axis), or unknown."""
     if not header.row_axis:
         return "unknown"
     normal = np.abs(np.cross(header.row_axis, header.column_axis))
@@ -100,15 +100,15 @@ def orientation(header: Header) -> str:
 
 
 def is_scout(header: Header) -> bool:
-    """Whether it is an overview that the scan was planned on."""
+    """Whether the slice is a scout (overview image)."""
     return bool({"LOCALIZER", "SCOUT", "TOPOGRAM"} & set(header.image_type))
 
 
 def _slots(along: NDArray[np.float64]) -> tuple[NDArray[np.int64], float]:
-    """Each slice's place on a regular lattice, and the lattice's spacing in mm."""
+    """Each slice's index on a regular grid, and the grid's spacing in mm."""
     gaps = np.diff(along)
     if same := int((gaps < SAME_PLACE).sum()):
-        raise Unstackable(f"{same} of its slices lie at the same place as another (several passes in one series?)")
+        raise Unstackable(f"{same} of its slices have the same position as another (several passes in one series?)")
     usual = float(np.median(gaps))
     steps = np.rint(gaps / usual).astype(np.int64)
     slots = np.concatenate([[0], np.cumsum(steps)])
@@ -121,25 +121,25 @@ def _slots(along: NDArray[np.float64]) -> tuple[NDArray[np.int64], float]:
 
 
 def _check_gaps(steps: NDArray[np.int64], gaps: NDArray[np.float64], spacing: float) -> None:
-    """A slice may be missing here and there; not two in a row, not over a wide gap, and not many."""
+    """Accept a few missing slices, but not two in a row, not over a wide gap, and not many."""
     wide, missing = int(steps.argmax()), int((steps - 1).sum())
     bridged = steps[wide] <= 2 and gaps[wide] <= WIDEST_GAP + SAME_PLACE and missing <= max(1, MOST_MISSING * len(gaps))
     if missing and not bridged:
         words = "1 slice is missing" if missing == 1 else f"{missing} slices are missing"
-        where = f"after slice {wide + 1} of {len(gaps) + 1} the next one comes {gaps[wide]:.4g} mm on"
-        raise Unstackable(f"{words}: {where}, elsewhere {spacing:.4g} mm")
+        where = f"the gap after slice {wide + 1} of {len(gaps) + 1} is {gaps[wide]:.4g} mm"
+        raise Unstackable(f"{words}: {where}, the spacing elsewhere {spacing:.4g} mm")
 
 
 def _check_upright(headers: tuple[Header, ...], normal: NDArray[np.float64]) -> None:
-    """Each slice lies straight behind the one before, not shifted sideways as a tilted gantry does it."""
+    """Check that the slices are not shifted laterally, as by a tilted gantry."""
     places = np.array([h.position for h in headers])
     shifts = places - places[0]
-    aside = np.linalg.norm(shifts - np.outer(shifts @ normal, normal), axis=1)
-    if aside.max() > DRIFT * min(headers[0].spacing):
-        worst = int(aside.argmax())
-        degrees = np.rad2deg(np.arctan2(aside[worst], shifts[worst] @ normal))
+    lateral = np.linalg.norm(shifts - np.outer(shifts @ normal, normal), axis=1)
+    if lateral.max() > DRIFT * min(headers[0].spacing):
+        worst = int(lateral.argmax())
+        degrees = np.rad2deg(np.arctan2(lateral[worst], shifts[worst] @ normal))
         raise Unstackable(
-            f"its slices are shifted against each other by {aside[worst]:.3g} mm (a gantry tilt of {degrees:.2g}°?)"
+            f"its slices are shifted against each other by {lateral[worst]:.3g} mm (a gantry tilt of {degrees:.2g}°?)"
         )
 
 
@@ -151,7 +151,7 @@ def _same_frame(one: Header, other: Header) -> bool:
 
 
 def _by_pass(group: list[Header]) -> list[list[Header]]:
-    """Parts with one slice at each place, if the headers tell the passes apart; else the group as it is."""
+    """Parts with one slice at each position, if the headers distinguish the passes; else the group unchanged."""
     if not group[0].position or not _repeats(group):
         return [group]
     keys: tuple[Callable[[Header], object], ...] = (
