@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nox
-from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "tests", "wheel"]
@@ -61,23 +61,16 @@ def versions(session: nox.Session) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """The fast tests with the oldest supported versions of the direct dependencies (torch: the tested one)."""
-    groups = [*nox.project.dependency_groups(PYPROJECT, "tests"), *PYPROJECT["project"]["dependencies"]]
-    oldest = Path(session.create_tmp(), "lowest.txt")
-    oldest.write_text("".join(map(_oldest, groups)), encoding="utf-8")
-    torch = next(line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith("torch=="))
-    session.install("-c", str(oldest), torch, "-e", ".", *nox.project.dependency_groups(PYPROJECT, "tests"))
+    install(session, "uv")
+    torch = re.search(r"^torch==.*$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE).group()
+    tools = nox.project.dependency_groups(PYPROJECT, "tests")
+    session.run_install("uv", "pip", "install", "--resolution", "lowest-direct", torch, "-e", ".", *tools)
     _fast_tests(session)
 
 
 def _fast_tests(session: nox.Session) -> None:
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in FAST]
     session.run("pytest", "-n", "2", "-m", "not slow", *files, *session.posargs)
-
-
-def _oldest(requirement: str) -> str:
-    parsed = Requirement(requirement)
-    least = [bound.version for bound in parsed.specifier if bound.operator == ">="]
-    return "" if parsed.name == "torch" or not least else f"{parsed.name}=={least[0]}\n"
 
 
 @nox.session
@@ -90,7 +83,7 @@ def quick(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation site in site/; a broken link or an undocumented name is an error."""
+    """The documentation site in site/: warnings, such as broken links, are errors."""
     install(session, "-e", ".", group="docs")
     session.run("python", "docs/commands_page.py")
     session.run("mkdocs", "build", "--strict")
