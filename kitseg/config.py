@@ -31,6 +31,11 @@ RENAMED = {
     "smaller_batches": "batch_divisor",
     "thinner": "width_divisor",
 }
+TARGETS = {  # classes that were dropped, whose parts the general ones take
+    "kitseg.stages.foreground_net.ForegroundStage": "kitseg.stages.model.StageModel",
+    "kitseg.stages.fused_vnet.FusedVNet": "kitseg.stages.model.StageModel",
+    "kitseg.stages.slice_unet.SliceUNet": "kitseg.stages.model.SliceModel",
+}
 PARTS, OPTIONAL = ("intensity", "region", "sampler", "module"), ("link", "augmentation")
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
@@ -236,6 +241,12 @@ def head_of(text: str, stages: Mapping[str, StageSpec]) -> tuple[StageSpec, str]
     return spec, head or spec.heads[-1]
 
 
+def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
+    """All channels of ``stage[.head]``; see ``head_of``."""
+    spec, head = head_of(text, stages)
+    return {channel: Source(spec.name, head, channel) for channel in spec.channels}
+
+
 def build(spec: Any, **more: Any) -> Any:
     """The object that ``_target_`` names, with everything below it; only classes that are at home where it says.
 
@@ -254,7 +265,7 @@ def _with_current_names(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_current_names(item) for item in value]
     if not isinstance(value, dict):
-        return value
+        return TARGETS.get(value, value) if isinstance(value, str) else value
     renamed = {RENAMED.get(key, key): _with_current_names(item) for key, item in value.items()}
     return {**renamed, "guide": "out_of_fold"} if renamed.get("guide") == "inner" else renamed
 

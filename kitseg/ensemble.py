@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -19,37 +19,58 @@ SLAB = 16  # slices at a time
 EXCLUSIVE, NESTED = ("background", "kidney", "tumor"), ("foreground", "tumor")
 
 
-def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
+class Mean:
     """The weighted mean of members, summed in float32 in their order, rounded to float16 at the end.
 
     Holds the running sum and one member at a time; a single member is its own mean. Where a member's box ends, its
     background has probability 1.
-
-    Raises:
-        ValueError: no members, or members of other channels or another scan than the first.
     """
-    first: Probabilities | None = None
-    total, weights = np.empty(0, np.float32), 0.0
-    for member, weight in members:
+
+    def __init__(self) -> None:
+        self._first: Probabilities | None = None
+        self._box, self._total, self._weights = Box((0, 0, 0), (0, 0, 0)), np.empty(0, np.float32), 0.0
+
+    def add(self, member: Probabilities, weight: float = 1.0) -> None:
+        """Add a member.
+
+        Raises:
+            ValueError: it has other channels or lies on another grid than the first.
+        """
+        first = self._first
         if first is None:
-            first, box, weights = member, member.box, weight
-            continue
+            self._first, self._box, self._weights = member, member.box, weight
+            return
         _same_kind(first, member)
-        if total.ndim != 4:
-            total = first.array.astype(np.float32)
-            total *= np.float32(weights)
-            first = replace(first, array=np.empty((0, 0, 0, 0), np.float16))
-        wider = box.union(member.box)
-        total = _widen(total, box, wider, first.channels, weights)
-        box = wider
-        _add(total, box, member, np.float32(weight))
-        weights += weight
-    if first is None:
-        raise ValueError("a mean needs at least one member")
-    if total.ndim != 4:
-        return first
-    total /= np.float32(weights)
-    return Probabilities(total.astype(np.float16), first.channels, box, first.geometry, first.native, first.case_id)
+        if self._total.ndim != 4:
+            self._total = first.array.astype(np.float32)
+            self._total *= np.float32(self._weights)
+            self._first = replace(first, array=np.empty((0, 0, 0, 0), np.float16))
+        wider = self._box.union(member.box)
+        self._total = _widen(self._total, self._box, wider, first.channels, self._weights)
+        self._box = wider
+        _add(self._total, wider, member, np.float32(weight))
+        self._weights += weight
+
+    def result(self) -> Probabilities:
+        """The mean; afterwards nothing can be added.
+
+        Raises:
+            ValueError: no members.
+        """
+        if self._first is None:
+            raise ValueError("a mean needs at least one member")
+        if self._total.ndim != 4:
+            return self._first
+        self._total /= np.float32(self._weights)
+        return replace(self._first, array=self._total.astype(np.float16), box=self._box)
+
+
+def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
+    """The weighted mean of members; see ``Mean``."""
+    total = Mean()
+    for member, weight in members:
+        total.add(member, weight)
+    return total.result()
 
 
 def mean_in_slabs(members: Callable[[], Iterable[tuple[Probabilities, float]]], slices: int) -> Probabilities:
@@ -88,20 +109,8 @@ class EnsembleAgreement:
         self.members, self._voxel_ml, self._box = 0, 0.0, Box((0, 0, 0), (0, 0, 0))
         self._votes = np.zeros((len(self.CLASSES), 0, 0, 0), np.uint8)
 
-    def watch(self, members: Iterable[tuple[Probabilities, float]]) -> Iterator[tuple[Probabilities, float]]:
-        """The members as they are, each counted on its way."""
-        for member, weight in members:
-            self._count(member)
-            yield member, weight
-
-    def agreement(self) -> dict[str, float] | None:
-        """Dice over all pairs of members by class, 1 where they found next to nothing; None for a single member."""
-        if self.members < 2:
-            return None
-        histograms = [np.bincount(votes.reshape(-1), minlength=2).astype(np.float64) for votes in self._votes]
-        return {name: self._pooled(counts) for name, counts in zip(self.CLASSES, histograms, strict=True)}
-
-    def _count(self, member: Probabilities) -> None:
+    def add(self, member: Probabilities) -> None:
+        """Count a member."""
         self.members, self._voxel_ml = self.members + 1, member.geometry.voxel_ml
         if not member.array.size:
             return
@@ -114,6 +123,13 @@ class EnsembleAgreement:
         inside = self._votes[(slice(None), *member.box.moved(wider.start).slices)]
         inside[0] += masks.either
         inside[1] += masks.tumor
+
+    def agreement(self) -> dict[str, float] | None:
+        """Dice over all pairs of members by class, 1 where they found next to nothing; None for a single member."""
+        if self.members < 2:
+            return None
+        histograms = [np.bincount(votes.reshape(-1), minlength=2).astype(np.float64) for votes in self._votes]
+        return {name: self._pooled(counts) for name, counts in zip(self.CLASSES, histograms, strict=True)}
 
     def _pooled(self, counts: NDArray[np.float64]) -> float:
         n = np.arange(len(counts))

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kitseg import config, ensemble
+from kitseg import ensemble
 from kitseg.commands.postprocess import nothing_found
-from kitseg.config import Method, Source
 from kitseg.errors import KitsegError, UsageError
 from kitseg.models.members import describe_model, origin
 from kitseg.models.memory import Limit, slab_within
@@ -40,11 +39,11 @@ from kitseg.volumes.scan import scan_geometry
 
 @dataclass(frozen=True)
 class Inference:
-    """Probabilities of scans into a folder: a model's checkpoints and folds averaged. Work for one process or several.
+    """Probabilities of scans into a folder, in one process or several: a model's checkpoints and folds averaged.
 
-    open_model: opens the model, in the process that works with it; stage: the ``stage[.head]`` whose own output is
-    wanted, the method's where it is None; max_memory: a scan that may need more bytes fails before it is read;
-    postprocess: the steps that will clean them, the method's where it is None.
+    open_model: opens the model, in the process that works with it; stage: the ``stage[.head]`` that it was opened for,
+    None for the method's output; max_memory: a scan that may need more bytes fails before it is read; postprocess: the
+    steps that will clean them, the method's where it is None.
     """
 
     open_model: Callable[[], Model]
@@ -54,11 +53,11 @@ class Inference:
     postprocess: Mapping[str, Any] | None = None
 
     def __call__(self, scans: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
-        """Infer these scans, which are a share of all; what is done and unchanged stays.
+        """Infer these scans, which are a share of all; finished and unchanged ones stay.
 
         Raises:
             UsageError: the folder holds probabilities of something else, a file of another origin is in the way, or a
-                scan has the manifest's name. KitsegError: somebody writes there.
+                scan has the manifest's name. KitsegError: another process writes there.
         """
         if taken := next((scan for scan in scans if f"{scan.id}.json" == MANIFEST), None):
             raise UsageError(f"{taken.image}: {MANIFEST} beside the probabilities is not a scan's. Rename the scan")
@@ -70,21 +69,19 @@ class Inference:
             return self._infer(model, scans, on_done)
 
     def _infer(self, model: Model, scans: Sequence[Case], on_done: OnDone) -> list[Outcome]:
-        channels, limit = output_channels(model.method, self.stage), Limit(self.max_memory, (model,))
-        claim_manifest(self.to, manifest_of(model, self.stage, channels, self.postprocess))
-        images = {scan.id: scan for scan in scans}
+        limit = Limit(self.max_memory, (model,))
+        claim_manifest(self.to, manifest_of(model, self.stage, self.postprocess))
 
-        def work(case: str) -> Outcome:
-            image, result = images[case].image, self.to / f"{case}.npy"
-            if is_unchanged(self.to, case, digest := file_digest(image)):
-                return Outcome(case, note=UNCHANGED, result=result)
-            limit.check(scan_geometry(images[case]), case)
-            scan = read_image(image, case)
-            probabilities = ensemble.mean((member, 1.0) for member in model.predict(scan, channels))
-            write_block(self.to, probabilities, image, digest)
-            return Outcome(case, note=nothing_found(probabilities), result=result)
+        def work(case: Case) -> Outcome:
+            digest, result = file_digest(case.image), self.to / f"{case.id}.npy"
+            if is_unchanged(self.to, case.id, digest):
+                return Outcome(case.id, note=UNCHANGED, result=result)
+            limit.check(scan_geometry(case), case.id)
+            probabilities = model.predict_proba(read_image(case.image, case.id))
+            write_block(self.to, probabilities, case.image, digest)
+            return Outcome(case.id, note=nothing_found(probabilities), result=result)
 
-        return each(list(images), work, on_done)
+        return each(scans, work, on_done)
 
 
 def average(
@@ -138,25 +135,15 @@ def average(
         return each(cases, work, on_done)
 
 
-def output_channels(method: Method, stage: str | None) -> dict[str, Source]:
-    """The channels of a stage's head, or the method's own output."""
-    if stage is None:
-        return dict(method.outputs)
-    spec, head = config.head_of(stage, method.stages)
-    return {channel: Source(spec.name, head, channel) for channel in spec.channels}
-
-
-def manifest_of(
-    model: Model, stage: str | None, channels: Mapping[str, Source], postprocess: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What made a folder of probabilities, and what post-processing they expect: the method's where it is None."""
+def manifest_of(model: Model, stage: str | None, postprocess: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What made a folder of probabilities, and the post-processing that they expect: the method's where it is None."""
     steps = model.method.postprocess if postprocess is None else postprocess
     return {
-        "channels": list(channels),
+        "channels": list(model.outputs),
         "method": model.method.name,
         "stage": stage,
         "model": origin(model),
         # the priors look at the kidneys, so they can't judge an output without them
-        "postprocess": steps if {"kidney", "foreground"} & set(channels) else {},
+        "postprocess": steps if {"kidney", "foreground"} & set(model.outputs) else {},
         "versions": versions(),
     }

@@ -1,9 +1,9 @@
-"""From probabilities to label maps on disk, cleaned by what medicine knows."""
+"""From probabilities to label maps on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from kitseg.types import Probabilities
 from kitseg.volumes.blocks import block_cases, block_digest, read_block, read_manifest, scan_of
 from kitseg.volumes.nifti import read_image, write_labels
 
+Write = Callable[[Path], None]
+
 
 def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] = ()) -> list[Outcome]:
-    """Labels from a folder of probabilities, cleaned as its manifest expects but for the priors ``without``.
+    """Labels from a folder of probabilities, cleaned as its manifest states but for the priors ``without``.
 
-    What is done and unchanged stays.
+    Finished and unchanged cases stay.
 
     Raises:
-        UsageError: a prior that isn't there, or a file of another origin in the way. KitsegError:
-            another process writes there.
+        UsageError: an unknown prior, or a file of another origin in the way. KitsegError: another process writes
+            there.
     """
     manifest = read_manifest(folder)
     steps, facts = build_steps(manifest["postprocess"], without), facts_of(manifest, without)
@@ -38,25 +40,21 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
         refuse_overwrite(to / f"{case}.json")
 
     def work(case: str) -> Outcome:
-        (path, digest), result, record = scan_of(folder, case), to / f"{case}.nii.gz", to / f"{case}.json"
+        (path, digest), result = scan_of(folder, case), to / f"{case}.nii.gz"
         refuse_scan_overwrite(path, result)
         made = {"recipe": recipe(**facts, block=block_digest(folder, case)), "scan_sha256": digest}
-        if before := read_record(record, made):
+        if before := read_record(to / f"{case}.json", made):
             return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.get("volumes_ml"))
         probabilities = read_block(folder, case)
         labels = clean(probabilities, read_image(path, case), steps)
-        forget(record, [result])
-        outcome = save_labels(to, case, labels, probabilities)
-        told = {"case": case, "scan": path.name, "volumes_ml": outcome.volumes_ml, "note": outcome.note}
-        write_record(record, {**told, **facts}, made, [result])
-        return outcome
+        return write_case(to, labels, probabilities, {"scan": path.name, **facts}, made)
 
     with folder_lock(to, "labels"):
         return each(cases, work, on_done)
 
 
 def facts_of(manifest: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-    """How labels came about, from the manifest of their probabilities."""
+    """How labels are made, from the manifest of their probabilities."""
     models = [{**member["model"], "weight": member["weight"]} for member in manifest.get("members", [])]
     return {
         "models": models or [manifest["model"]],
@@ -65,23 +63,46 @@ def facts_of(manifest: Mapping[str, Any], without: Sequence[str] = ()) -> dict[s
     }
 
 
-def save_labels(to: Path, case: str, labels: NDArray[np.uint8], probabilities: Probabilities) -> Outcome:
-    """Write a case's label map in its scan's own orientation, with the volumes found."""
-    path = to / f"{case}.nii.gz"
-    write_labels(path, labels, probabilities.native)
-    ml = probabilities.geometry.voxel_ml
-    volumes = {
-        name: round(int((labels == value).sum()) * ml, 3) for name, value in (("kidney", KIDNEY), ("tumor", TUMOR))
-    }
-    return Outcome(case, note=nothing_found(probabilities), result=path, volumes_ml=volumes)
+def write_case(
+    to: Path,
+    labels: NDArray[np.uint8],
+    probabilities: Probabilities,
+    facts: Mapping[str, Any],
+    made: Mapping[str, str],
+    doubts: Sequence[str] = (),
+    more: Mapping[str, Write] | None = None,
+) -> Outcome:
+    """Write a case's label map in its scan's own orientation, and last its record, a JSON file.
+
+    Args:
+        to: the folder.
+        labels: (D, H, W) in orientation (I, P, L). probabilities: from which they were made.
+        facts: for the record. made: what the labels follow from, see ``write_record``.
+        doubts: for the record's note. more: writers of further files, by the ending of their names.
+    """
+    case, ml = probabilities.case_id, probabilities.geometry.voxel_ml
+    record, writers = to / f"{case}.json", {".nii.gz": _label_writer(labels, probabilities), **(more or {})}
+    files = [to / f"{case}{ending}" for ending in writers]
+    forget(record, files)
+    for file, write in zip(files, writers.values(), strict=True):
+        write(file)
+    counts = {"kidney": int((labels == KIDNEY).sum()), "tumor": int((labels == TUMOR).sum())}
+    volumes = {name: round(count * ml, 3) for name, count in counts.items()}
+    note = "; ".join(filter(None, [nothing_found(probabilities), *doubts]))
+    write_record(record, {"case": case, "volumes_ml": volumes, "note": note, **facts}, made, files)
+    return Outcome(case, note=note, result=files[0], volumes_ml=volumes)
 
 
 def refuse_scan_overwrite(scan: Path, target: Path) -> None:
     """Never write over the scan itself."""
-    if os.path.realpath(target) == os.path.realpath(scan):  # unlike Path.resolve, not put off by links in a circle
+    if os.path.realpath(target) == os.path.realpath(scan):  # unlike Path.resolve, accepts links in a circle
         raise UsageError(f"{target} is the scan itself; choose another folder with --output")
 
 
 def nothing_found(probabilities: Probabilities) -> str:
-    """A word where a model found nothing at all."""
+    """A note where a model found nothing at all."""
     return "" if probabilities.array.size else "no kidney or tumor found: all background"
+
+
+def _label_writer(labels: NDArray[np.uint8], probabilities: Probabilities) -> Write:
+    return lambda path: write_labels(path, labels, probabilities.native)

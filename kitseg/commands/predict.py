@@ -1,4 +1,4 @@
-"""From scans to labels: ``infer``, ``ensemble`` and ``postprocess`` at once, with measures, flags and a picture."""
+"""From scans to labels: ``infer``, ``ensemble`` and ``postprocess`` in one, with measures, flags and a picture."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.commands.postprocess import refuse_scan_overwrite, save_labels
+from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
-from kitseg.measure.measure import measure
-from kitseg.measure.quality import Flag, Quality, assess
-from kitseg.models.members import Ensemble, choose_run, open_ensemble
+from kitseg.measure.quality import Flag, Quality
+from kitseg.models.members import Ensemble
 from kitseg.models.memory import Limit
-from kitseg.models.postprocessing import build_steps, clean
 from kitseg.report.pictures import case_picture
-from kitseg.runtime.console import print_plain
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import forget, read_record, recipe, refuse_overwrite, write_record
+from kitseg.runtime.provenance import read_record, recipe, refuse_overwrite
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.workers import Log
 from kitseg.splits import held_out
@@ -54,46 +51,44 @@ class PredictOptions:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Labels, figures and a picture for each scan: ``infer``, ``ensemble`` and ``postprocess`` without their files.
+class PredictScans:
+    """Labels, figures and a picture for each scan, in one process or several.
 
-    Work for one process or several. open_ensemble: opens the models, in the process that works with them.
+    open_ensemble: opens the models, in the process that works with them.
     """
 
     open_ensemble: Callable[[], Ensemble]
     to: Path
-    wanted: PredictOptions = PredictOptions()
+    options: PredictOptions = PredictOptions()
 
     def __call__(self, scans: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
-        """Predict these scans, which are a share of all; what is done and unchanged stays.
+        """Predict these scans, which are a share of all; finished and unchanged ones stay.
 
         Raises:
-            UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is no DICOM
-                series. KitsegError: somebody writes there.
+            UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is not a DICOM
+                series. KitsegError: another process writes there.
         """
         for scan in scans:
             refuse_scan_overwrite(scan.image, self.to / f"{scan.id}.nii.gz")
             refuse_overwrite(self.to / f"{scan.id}.json")
-            if self.wanted.dicom_seg and not scan.slices:
-                raise UsageError(f"{scan.image} is no DICOM series, so that there is nothing for a DICOM segmentation")
+            if self.options.dicom_seg and not scan.slices:
+                raise UsageError(f"{scan.image} is not a DICOM series, which a DICOM segmentation needs")
         model = self.open_ensemble()
         log(model.describe())
         with folder_lock(self.to, "labels", share.part):
-            write_choices(self.to, self.wanted.choices, self.wanted.keep_identifiers)
-            desk = CasePredictor(model, self.to, self.wanted)
-            by_id = {scan.id: scan for scan in scans}
-            return each(list(by_id), lambda case: desk.predict(by_id[case]), on_done)
+            write_choices(self.to, self.options.choices, self.options.keep_identifiers)
+            predictor = CasePredictor(model, self.to, self.options)
+            return each(scans, predictor.predict, on_done)
 
 
 class CasePredictor:
-    """Where scans become labels, with what is the same for all of them."""
+    """Predicts scans one by one, with what is the same for all of them."""
 
-    def __init__(self, model: Ensemble, to: Path, wanted: PredictOptions) -> None:
-        self.model, self.to, self.wanted = model, to, wanted
-        self.steps, self.training_domain = build_steps(model.postprocess), model.training_domain()
-        self.limit = Limit(wanted.max_memory, model.models)
+    def __init__(self, model: Ensemble, to: Path, options: PredictOptions) -> None:
+        self.model, self.to, self.options = model, to, options
+        self.limit = Limit(options.max_memory, model.models)
         self.facts = {"models": model.origin(), "postprocess": model.postprocess, "versions": versions()}
-        outputs = (wanted.dicom_seg, wanted.dicom_seg and wanted.keep_identifiers)
+        outputs = (options.dicom_seg, options.dicom_seg and options.keep_identifiers)
         self.recipe = recipe(**self.facts, outputs=outputs)
 
     def predict(self, source: Case) -> Outcome:
@@ -104,28 +99,19 @@ class CasePredictor:
             return _as_before(before, record)
         self.limit.check(scan_geometry(source), source.id)
         scan = read_scan(source)
-        probabilities, agreement = self.model.predict_proba(scan)
-        labels = clean(probabilities, scan, self.steps)
-        findings = measure(labels, scan.geometry, scan.array)
-        quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.training_domain)
-        files = [self.to / f"{source.id}{end}" for end in (".nii.gz", ".png", *[".dcm"] * self.wanted.dicom_seg)]
-        forget(record, files)
-        written = save_labels(self.to, source.id, labels, probabilities)
-        case_picture(files[1], scan, labels, title=source.id)
-        if self.wanted.dicom_seg:
-            self._write_segmentation(files[2], labels, source)
-        note = "; ".join(filter(None, [written.note, *doubts(source, scan)]))
+        found = self.model.predict(scan)
+        more: dict[str, Write] = {".png": partial(case_picture, ct=scan, labels=found.labels, title=source.id)}
+        if self.options.dicom_seg:
+            more[".dcm"] = partial(self._write_segmentation, labels=found.labels, source=source)
         facts = {
-            "case": source.id,
             "scan": source.id if source.slices else source.image.name,
-            "volumes_ml": written.volumes_ml,
-            "note": note,
             "seconds": round(time.perf_counter() - begun, 2),
-            "findings": asdict(findings),
-            "quality": {"level": quality.level, **asdict(quality), "agreement": agreement},
+            "findings": asdict(found.findings),
+            "quality": {"level": found.quality.level, **asdict(found.quality), "agreement": found.agreement},
+            **self.facts,
         }
-        write_record(record, {**facts, **self.facts}, made, files)
-        return replace(written, note=note, quality=quality)
+        written = write_case(self.to, found.labels, found.probabilities, facts, made, doubts(source, scan), more)
+        return replace(written, quality=found.quality)
 
     def _write_segmentation(self, path: Path, labels: NDArray[np.uint8], source: Case) -> None:
         from kitseg.volumes.dicom.segmentation import Algorithm, write_segmentation
@@ -133,11 +119,11 @@ class CasePredictor:
 
         methods = " + ".join(sorted({one.method.name for one in self.model.models}))
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
-        write_segmentation(path, labels, series, algorithm, self.wanted.keep_identifiers)
+        write_segmentation(path, labels, series, algorithm, self.options.keep_identifiers)
 
 
 def _as_before(facts: Mapping[str, Any], record: Path) -> Outcome:
-    """The outcome that a case had, by its record."""
+    """The outcome of a case that its record holds."""
     found = facts["quality"]
     quality = Quality(tuple(Flag(**flag) for flag in found["flags"]), found["phase"])
     note = "; ".join(filter(None, [facts["note"], UNCHANGED]))
@@ -146,35 +132,11 @@ def _as_before(facts: Mapping[str, Any], record: Path) -> Outcome:
     )
 
 
-def predict(
-    scans: Path | str | Sequence[Path | str],
-    model: Path | str | Sequence[Path | str] | None = None,
-    output: Path | str = "predictions",
-    device: str = "auto",
-) -> list[Outcome]:
-    """``kitseg predict`` from Python.
-
-    Args:
-        scans: NIfTI files, folders of them, or folders of DICOM series.
-        model: runs, folds, ensemble files, bundles or their addresses; the only finished run under ``runs/`` where it
-            is None.
-        output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``.
-        device: auto, cpu or cuda.
-
-    Returns:
-        One outcome a scan, with the label file, the volumes in ml and the flags, or the error in words.
-    """
-    opened = partial(open_ensemble, _models(model) if model else [choose_run(Path("runs")).path], device)
-    found = find_scans(_paths(scans))
-    work = Prediction(opened, Path(output), PredictOptions(choices=found.choices))
-    return work(found.cases, Share(), print_plain, lambda _: None)
-
-
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:
     """The scans in files and folders, or those of them that a split holds out.
 
     Raises:
-        UsageError: a held-out case that isn't there.
+        UsageError: a held-out case is missing.
     """
     found, wanted = find_scans(paths, series), held_out(split, fold)
     if missing := sorted(set(wanted) - {case.id for case in found.cases}):
@@ -186,7 +148,7 @@ def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: b
     """Write which DICOM series were chosen and why, where there are any.
 
     Raises:
-        KitsegError: none of them was.
+        KitsegError: none of them was chosen.
     """
     if not choices:
         return
@@ -199,16 +161,9 @@ def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: b
 
 
 def doubts(case: Case, scan: Volume) -> list[str]:
-    """What makes a scan's labels doubtful: values that don't look like HU, an orientation that the file doesn't say."""
+    """What makes a scan's labels doubtful: values that don't look like HU, an orientation that the file doesn't state."""
     found = [case.note] if case.note else []
     if not looks_like_hu(scan.array):
         found.append("its values don't look like Hounsfield units")
-    return found if knows_its_place(case) else [*found, "the file doesn't say its orientation"]
+    return found if knows_its_place(case) else [*found, "the file doesn't state its orientation"]
 
-
-def _models(given: Path | str | Sequence[Path | str]) -> list[Path | str]:
-    return [given] if isinstance(given, str | Path) else list(given)
-
-
-def _paths(given: Path | str | Sequence[Path | str]) -> list[Path]:
-    return [Path(given)] if isinstance(given, str | Path) else [Path(path) for path in given]

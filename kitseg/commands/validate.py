@@ -1,4 +1,4 @@
-"""Cross-validation: each fold's networks on the cases that they never saw, all scored together."""
+"""Cross-validation: each fold's networks on the cases that they were not trained on, all scored together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from kitseg import config
 from kitseg.commands.evaluate import PROTOCOL, Rules, Score, score_case
 from kitseg.commands.infer import manifest_of
-from kitseg.commands.postprocess import facts_of, save_labels
+from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import write_scores
 from kitseg.errors import KitsegError, UsageError
 from kitseg.models.model import Model, open_model
@@ -20,7 +20,7 @@ from kitseg.runtime.console import print_plain
 from kitseg.runtime.files import file_digest, identity, read_json
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import forget, read_record, write_record
+from kitseg.runtime.provenance import read_record
 from kitseg.scoring.protocols import PROTOCOLS
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
@@ -37,7 +37,7 @@ from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
 from kitseg.volumes.nifti import read_image
 
 LABELS = "predictions"
-MACHINE = ("device", "deterministic", "engine")  # what a manifest says of the machine, beside versions
+MACHINE = ("device", "deterministic", "engine")  # what a manifest states about the machine, beside versions
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Validation:
         """Where the label maps go."""
         return self.run.validation(self.mirror) / LABELS
 
-    def beliefs(self, fold: int) -> Path:
+    def probabilities(self, fold: int) -> Path:
         """Where a fold's probabilities go."""
         return self.run.beliefs(fold, self.mirror)
 
@@ -73,13 +73,13 @@ class Validation:
 
     def is_done(self, fold: int, case: Case) -> bool:
         """Whether a case is predicted, from the scan as it is now, and its files are as they were written."""
-        if not is_unchanged(self.beliefs(fold), case.id, self.hash_of(case)):
+        if not is_unchanged(self.probabilities(fold), case.id, self.hash_of(case)):
             return False
         return read_record(self.record(case), self.made(fold, case)) is not None
 
     def made(self, fold: int, case: Case) -> dict[str, str]:
         """What a case's label map was made from."""
-        return {"scan_sha256": self.hash_of(case), "block_sha256": block_digest(self.beliefs(fold), case.id)}
+        return {"scan_sha256": self.hash_of(case), "block_sha256": block_digest(self.probabilities(fold), case.id)}
 
     def label(self, case: Case) -> Path:
         """A case's label map."""
@@ -94,7 +94,7 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validatio
     """The finished folds of a run, or one fold of it, and their validation cases.
 
     Raises:
-        UsageError: not a run, no finished fold, a validation case that isn't there, or one that a network learned from.
+        UsageError: not a run, no finished fold, a validation case that isn't there, or one that a network was trained on.
         KitsegError: a patient on two sides. InputError: a damaged file.
     """
     run, fold = find_run(path)
@@ -117,7 +117,7 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validatio
 
 
 def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[Outcome]:
-    """Probabilities and label maps of every validation case by the fold that never saw it; what is done is kept."""
+    """Probabilities and label maps of every validation case by the fold that was not trained on it; finished ones are kept."""
     outcomes = []
     with folder_lock(validation.run.validation(validation.mirror), "out-of-fold predictions"):
         for fold in validation.asked:
@@ -151,20 +151,20 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
 
 
 def _check_unseen(run: Run, fold: int, split: Split) -> None:
-    """Refuse a fold whose networks learned from other cases than the run's split says.
+    """Refuse a fold whose networks were trained on other cases than those of the run's split.
 
     Raises:
-        UsageError: it was trained with another split.
+        UsageError: it was.
     """
     for path in sorted(run.fold(fold).glob("*/**/places.json")):
         learned = read_json(path, SCHEMA)["train"]
         if foreign := sorted(set(learned) - set(split.folds[fold].train)):
-            raise UsageError(f"{path.parent} learned from {', '.join(foreign)}, which {run.split} keeps from it")
+            raise UsageError(f"{path.parent} was trained on {', '.join(foreign)}, which {run.split} holds out")
 
 
-def _goes_on(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> bool:
-    """Whether a fold's probabilities are kept: what would come out again, or all of it, computed on another machine."""
-    to = validation.beliefs(fold)
+def _is_kept(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> bool:
+    """Whether a fold's probabilities are kept: computed alike, or all of them by the same weights on another machine."""
+    to = validation.probabilities(fold)
     if not (to / MANIFEST).exists():
         return False
     if is_made_by(to, manifest):
@@ -173,12 +173,12 @@ def _goes_on(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> 
         validation.is_done(fold, case) for case in validation.cases[fold]
     )
     if kept:
-        print_plain(f"{to}: another machine or version has computed it, and it is kept")
+        print_plain(f"{to}: computed on another machine or by another version; it is kept")
     return kept
 
 
 def _same_but_for_machine(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the same weights and the same kitseg made what two manifests tell of, wherever it was computed."""
+    """Whether the same weights and the same kitseg made the outputs of two manifests, on whatever machine."""
 
     def made(manifest: Mapping[str, Any]) -> str:
         model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}
@@ -192,26 +192,22 @@ def _same_but_for_machine(manifest: Mapping[str, Any], other: Mapping[str, Any])
 
 
 def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDone) -> list[Outcome]:
-    to, by_id = validation.beliefs(fold), {case.id: case for case in validation.cases[fold]}
-    steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None, model.method.outputs)
-    if to.exists() and not _goes_on(validation, fold, manifest):
+    to = validation.probabilities(fold)
+    steps, manifest = build_steps(model.method.postprocess), manifest_of(model, None)
+    if to.exists() and not _is_kept(validation, fold, manifest):
         why = "not finished on this machine and version, or of other weights"
         print_plain(f"{to}: {why}; it is now {move_aside(to)}")
     if not (to / MANIFEST).exists():
         claim_manifest(to, manifest)
 
-    def work(name: str) -> Outcome:
-        case = by_id[name]
+    def work(case: Case) -> Outcome:
         if validation.is_done(fold, case):
-            return Outcome(name, note=UNCHANGED, result=validation.label(case))
-        scan = read_image(case.image, name)
+            return Outcome(case.id, note=UNCHANGED, result=validation.label(case))
+        scan = read_image(case.image, case.id)
         found = model.predict_proba(scan)
-        forget(validation.record(case), [validation.label(case)])
+        validation.record(case).unlink(missing_ok=True)
         write_block(to, found, case.image, validation.hash_of(case))
-        outcome = save_labels(validation.labels, name, clean(found, scan, steps), found)
-        told = {"case": name, "scan": case.image.name, "volumes_ml": outcome.volumes_ml, "note": outcome.note}
-        facts = {**told, **facts_of(manifest)}
-        write_record(validation.record(case), facts, validation.made(fold, case), [validation.label(case)])
-        return outcome
+        facts = {"scan": case.image.name, **facts_of(manifest)}
+        return write_case(validation.labels, clean(found, scan, steps), found, facts, validation.made(fold, case))
 
-    return each(list(by_id), work, on_done)
+    return each(validation.cases[fold], work, on_done)

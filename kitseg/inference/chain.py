@@ -1,4 +1,4 @@
-"""A scan goes through a method's stages; what they believe returns to the scan's own grid."""
+"""A scan passes through a method's stages; their probabilities return to the scan's own grid."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kitseg.config import Source, StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
+from kitseg.links.input_transform import InputTransform
 from kitseg.links.regions import Region, RegionContext
-from kitseg.patches.datamodule import InputTransform
 from kitseg.types import Box, Geometry, Probabilities, Volume
 from kitseg.volumes.resample import box_on, from_grid
 from kitseg.volumes.store import image_on_grid, statistics
@@ -32,12 +32,12 @@ class Predictor(Protocol):
 
     @property
     def spec(self) -> StageSpec:
-        """What the stage is."""
+        """The stage's specification."""
         ...
 
     @property
     def input_transform(self) -> InputTransform:
-        """From HU and an earlier stage's output to what its network sees."""
+        """From HU and an earlier stage's output to the network's input."""
         ...
 
     @property
@@ -57,7 +57,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """What one head of a stage believes: (K, d, h, w) in a box of the stage's grid; None where it saw nothing.
+    """The probabilities of a stage's head: (K, d, h, w) in a box of the stage's grid; None where it had no input.
 
     threshold: the probability from which foreground counts; the most probable channel where it is None.
     """
@@ -84,27 +84,48 @@ class Output:
         return found
 
 
+@dataclass(frozen=True)
+class StageView:
+    """The part of a scan that a stage's network gets: a box of its grid, and the input (C, d, h, w) there.
+
+    slices: which of the box's slices the input holds, (D,). Without any of them the network isn't asked.
+    """
+
+    grid: Geometry
+    box: Box
+    slices: NDArray[np.bool_]
+    image: Tensor
+
+    def place(self, stage: Predictor, values: Tensor | None) -> Output:
+        """Probabilities of the input (K, d, h, w) in the whole box; None where the network wasn't asked."""
+        channels, back = stage.spec.channels, stage.spec.grid.back
+        if values is None:
+            return Output(None, EMPTY, self.grid, channels, stage.threshold, back)
+        return Output(spread(values, self.slices, channels), self.box, self.grid, channels, stage.threshold, back)
+
+
+def view_of(stage: Predictor, hu: NDArray[np.int16], grid: Geometry, earlier: Mapping[str, Output]) -> StageView:
+    """The input of a stage for a scan on the stage's grid, (D, H, W) HU.
+
+    earlier: the outputs of the stages before it, by name.
+    """
+    box = region_for(stage, grid, hu, earlier)
+    if box is None:
+        return StageView(grid, EMPTY, np.zeros(0, np.bool_), torch.empty(0))
+    image, slices = stage.input_transform.region(hu, statistics(hu), box, guide_for(stage, grid, earlier))
+    return StageView(grid, box, slices, image)
+
+
 def run_on_grid(
     hu: NDArray[np.int16], grid: Geometry, stage: Predictor, head: str, earlier: Mapping[str, Output]
 ) -> Output:
-    """What one head of a stage believes of a scan on the stage's grid, (D, H, W) HU.
-
-    ``earlier``: what the stages before it believe, by name.
-    """
-    channels, back = stage.spec.channels, stage.spec.grid.back
-    nothing = Output(None, EMPTY, grid, channels, stage.threshold, back)
-    region = region_for(stage, grid, hu, earlier)
-    if region is None:
-        return nothing
-    image, seen = stage.input_transform.region(hu, statistics(hu), region, guide_for(stage, grid, earlier))
-    if not seen.any():
-        return nothing
-    values = spread(stage.predict(image, head), seen, channels)
-    return Output(values, region, grid, channels, stage.threshold, back)
+    """The output of one head of a stage for a scan on the stage's grid, (D, H, W) HU; see ``view_of``."""
+    view = view_of(stage, hu, grid, earlier)
+    return view.place(stage, stage.predict(view.image, head) if view.slices.any() else None)
 
 
 def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -> NDArray[np.float16] | None:
-    """What a stage with a link is told by the stage before it, on the whole of ``grid``.
+    """The guide of a stage with a link, from the stage before it, on the whole of ``grid``.
 
     Raises:
         UsageError: the two stages work on different grids.
@@ -112,14 +133,14 @@ def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -
     link = stage.input_transform.link
     if link is None:
         return None
-    told = earlier[stage.spec.inputs[0]]
-    if told.grid.shape != grid.shape:
+    before = earlier[stage.spec.inputs[0]]
+    if before.grid.shape != grid.shape:
         raise UsageError(f"stage {stage.spec.name} is guided by {stage.spec.inputs[0]}, so both need the same grid")
-    return link.guide(told.foreground(), told.labels() > 0)
+    return link.guide(before.foreground(), before.labels() > 0)
 
 
 def region_for(stage: Predictor, grid: Geometry, hu: NDArray[np.int16], earlier: Mapping[str, Output]) -> Box | None:
-    """The box of ``grid`` that a stage sees, given the scan and what the earlier stages believe."""
+    """The box of ``grid`` that a stage works on, given the scan and the outputs of the earlier stages."""
     if not stage.spec.inputs:
         return stage.region(RegionContext(grid, hu=hu))
     guide = earlier[stage.spec.inputs[0]]
@@ -128,14 +149,16 @@ def region_for(stage: Predictor, grid: Geometry, hu: NDArray[np.int16], earlier:
 
 def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:
     """The outputs of the wanted (stage, head) pairs, as ``stage.head``; earlier stages run where they are needed."""
-    seen: dict[str, Output] = {}
+    found: dict[str, Output] = {}
     on_grid = cache(lambda grid: image_on_grid(scan, grid))
     for name, stage in stages.items():
         heads = [head for stage_name, head in wanted if stage_name == name] or [stage.spec.heads[-1]]
-        hu, grid = on_grid(stage.spec.grid)
+        view = view_of(stage, *on_grid(stage.spec.grid), found)
         for head in heads:
-            seen[f"{name}.{head}"] = seen[name] = run_on_grid(hu, grid, stage, head, seen)
-    return {f"{name}.{head}": seen[f"{name}.{head}"] for name, head in wanted}
+            values = stage.predict(view.image, head) if view.slices.any() else None
+            found[f"{name}.{head}"] = found[name] = view.place(stage, values)
+        del view  # its input would stay in memory beside the next one's
+    return {f"{name}.{head}": found[f"{name}.{head}"] for name, head in wanted}
 
 
 def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan: Volume) -> Probabilities:

@@ -1,16 +1,12 @@
-"""What runs a trained network: PyTorch, or OpenVINO on a CPU.
-
-On a CPU the inputs of a batch go one by one: that is as fast, and needs less memory.
-"""
+"""What runs a trained network: PyTorch, or OpenVINO on a CPU."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -19,16 +15,14 @@ from torch import Tensor, nn
 
 from kitseg.inference.windows import Predict
 
-# Where OpenVINO finds this package of its own, it tells Google Analytics that it was imported.
+# Where OpenVINO finds this package of its own, it reports its import to Google Analytics.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EXAMPLE = 32  # voxels along each axis of what a network is traced with; other shapes can follow
 
 
 class Network(Protocol):
-    """A stage's network in memory."""
-
-    net: nn.Module
+    """A stage's model in memory."""
 
     @property
     def device(self) -> torch.device:
@@ -36,7 +30,7 @@ class Network(Protocol):
         ...
 
     def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
-        """What one head believes, (N, C, d, h, w) -> (N, K, d, h, w) float32."""
+        """The probabilities of one head, (N, C, d, h, w) -> (N, K, d, h, w) float32."""
         ...
 
 
@@ -45,7 +39,7 @@ class Trained(Protocol):
 
     @property
     def name(self) -> Hashable:
-        """Which they are."""
+        """Identifies them."""
         ...
 
     def load(self) -> Network:
@@ -61,7 +55,7 @@ class Engine(Protocol):
     """Runs a network with trained weights."""
 
     def __call__(self, weights: Trained, head: int) -> Predict:
-        """What one head believes, (N, C, d, h, w) -> (N, K, d, h, w) float32; until other weights are loaded."""
+        """Predicts one head's probabilities, (N, C, d, h, w) -> (N, K, d, h, w) float32; until other weights are loaded."""
         ...
 
 
@@ -75,14 +69,10 @@ class Torch:
         return f"PyTorch, {_name(self.kind or torch.float32)}"
 
     def __call__(self, weights: Trained, head: int) -> Predict:
-        """What one head believes, on the network's device."""
+        """Predicts one head's probabilities on the network's device."""
         network = weights.load()
-
-        def see(x: Tensor) -> Tensor:
-            with torch.autocast(network.device.type, self.kind) if self.kind else nullcontext():
-                return network.probabilities(x, head)
-
-        return see if network.device.type == "cuda" else _one_by_one(see)
+        predict: Predict = partial(network.probabilities, head=head)
+        return torch.autocast(network.device.type, self.kind)(predict) if self.kind else predict
 
 
 @dataclass
@@ -100,18 +90,18 @@ class OpenVino:
         return f"OpenVINO, {_name(self.kind)}"
 
     def __call__(self, weights: Trained, head: int) -> Predict:
-        """What one head believes; the network is converted and compiled for the shape that it meets."""
+        """Predicts one head's probabilities; the network is converted and compiled for each new shape of its input."""
 
-        def see(x: Tensor) -> Tensor:
+        def predict(x: Tensor) -> Tensor:
             if self._at != (at := (weights.name, head, x.shape)):
                 self._at, self._compiled = (), None
-                self._compiled = self._compile(_Traced(weights.load(), head), x)
+                self._compiled = self._compile(_Head(weights.load(), head), x)
                 weights.drop()
                 self._at = at
             found: Tensor = torch.from_numpy(self._compiled(x.numpy(force=True))[0])
             return found
 
-        return _one_by_one(see)
+        return predict
 
     def _compile(self, net: nn.Module, x: Tensor) -> Any:
         from openvino.frontend import FrontEndManager
@@ -145,16 +135,15 @@ def has_openvino() -> bool:
     return find_spec("openvino") is not None
 
 
-class _Traced(nn.Module):
-    """What a head believes, as a module whose parameters are the network's; a LightningModule can't be traced."""
+class _Head(nn.Module):
+    """One head's probabilities as a module that can be traced."""
 
     def __init__(self, network: Network, head: int) -> None:
         super().__init__()
-        self.net = network.net
-        self.see: Callable[[Tensor], Tensor] = lambda x: network.probabilities(x, head)
+        self.network, self.head = network, head
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.see(x)
+        return self.network.probabilities(x, self.head)
 
 
 def _forget_traces() -> None:
@@ -169,6 +158,3 @@ def _forget_traces() -> None:
 def _name(kind: torch.dtype) -> str:
     return str(kind).removeprefix("torch.")
 
-
-def _one_by_one(see: Predict) -> Predict:
-    return lambda batch: torch.cat([see(x) for x in torch.split(batch, 1)])

@@ -1,26 +1,49 @@
-"""Whose probabilities are averaged: a run, several runs, or what an ensemble file or a model bundle says."""
+"""The models whose probabilities are averaged: runs, and the members of an ensemble file or a model bundle."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
-from kitseg.measure.quality import TrainingDomain
+from kitseg.inference.chain import run_chain, to_scan
+from kitseg.measure.findings import Findings
+from kitseg.measure.measure import measure
+from kitseg.measure.quality import Quality, TrainingDomain, assess
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import SUFFIX, Bundle, bundle_of, open_bundle
 from kitseg.models.ensemble_file import Member, read_ensemble
 from kitseg.models.model import Model, open_model
+from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import Run
 from kitseg.models.training_domain import merge_domains, model_training_domain
+from kitseg.postprocess.prior import Prior
 from kitseg.types import Probabilities, Volume
+
+
+@dataclass(frozen=True)
+class LabelledScan:
+    """What models find in a scan, on its own grid in orientation (I, P, L).
+
+    labels: (D, H, W), cleaned by the post-processing; agreement: by class (see ``ensemble.EnsembleAgreement``), None
+    for a single member.
+    """
+
+    labels: NDArray[np.uint8]
+    probabilities: Probabilities
+    findings: Findings
+    quality: Quality
+    agreement: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -31,34 +54,49 @@ class Ensemble:
     weights: tuple[float, ...]
     postprocess: Mapping[str, Any]
 
+    def predict(self, scan: Volume) -> LabelledScan:
+        """Labels, findings and quality flags of a scan."""
+        probabilities, agreement = self.predict_proba(scan)
+        labels = clean(probabilities, scan, self.steps)
+        findings = measure(labels, scan.geometry, scan.array)
+        quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.training_domain)
+        return LabelledScan(labels, probabilities, findings, quality, agreement)
+
     def predict_proba(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
         """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
 
-        And how far they agree by class (see ``ensemble.EnsembleAgreement``), None where there is but one.
+        And how far they agree by class, None for a single member.
         """
-        votes = ensemble.EnsembleAgreement()
-        channels = ensemble.common_channels([tuple(model.method.outputs) for model in self.models])
+        mean, votes = ensemble.Mean(), ensemble.EnsembleAgreement()
+        channels = ensemble.common_channels([tuple(model.outputs) for model in self.models])
         most = max(len(model.folds) for model in self.models)
-        members = (
-            (ensemble.convert(belief, channels), weight * most / len(model.folds))
-            for model, weight in zip(self.models, self.weights, strict=True)
-            for belief in model.predict(scan, model.method.outputs)
-        )
-        return ensemble.mean(votes.watch(members)), votes.agreement()
+        for model, weight in zip(self.models, self.weights, strict=True):
+            for stages in model.stages.values():
+                member = to_scan(run_chain(scan, stages, model.heads), model.outputs, scan)
+                member = ensemble.convert(member, channels)
+                votes.add(member)
+                mean.add(member, weight * most / len(model.folds))
+        return mean.result(), votes.agreement()
 
+    @cached_property
+    def steps(self) -> list[Prior]:
+        """The priors of the post-processing, in order."""
+        return build_steps(self.postprocess)
+
+    @cached_property
     def training_domain(self) -> TrainingDomain | None:
-        """What the models saw in training, taken together; None where one of them doesn't say."""
+        """What the models saw in training, taken together; None where one of them doesn't state it."""
         return merge_domains([model_training_domain(model.run) for model in self.models])
 
     def origin(self) -> list[dict[str, Any]]:
-        """Which models made a result."""
+        """The models of a result, with their weights."""
         pairs = zip(self.models, self.weights, strict=True)
         return [{**origin(model), "weight": weight} for model, weight in pairs]
 
     def describe(self) -> str:
         """The models, a line each, and what can't be checked."""
-        unchecked = "contrast phase and spacing are not checked: the model doesn't say what it was trained with"
-        return "\n".join([*map(describe_model, self.models), *([] if self.training_domain() else [unchecked])])
+        unchecked = "contrast phase and spacing are not checked: the model doesn't state its training data"
+        return "\n".join([*map(describe_model, self.models), *([] if self.training_domain else [unchecked])])
 
 
 def open_ensemble(
@@ -74,7 +112,7 @@ def open_ensemble(
     engine, precision: see ``open_model``.
 
     Raises:
-        UsageError: no run, or weights that don't fit. InputError: a damaged file, or a run that isn't trained.
+        UsageError: not a run, or weights that don't fit. InputError: a damaged file, or a run without a finished training.
     """
     shares = list(weights) if weights else [1.0] * len(paths)
     if len(shares) != len(paths) or not ensemble.can_weigh(shares):
@@ -95,7 +133,7 @@ def locate(model: Path | str) -> Path:
     """Where a model lies; one in a bundle or at an address ``hf://owner/name@revision`` is unpacked into the cache.
 
     Raises:
-        UsageError: no such address. KitsegError: it can't be fetched. InputError: no sound bundle.
+        UsageError: no such address. KitsegError: it can't be fetched. InputError: a damaged bundle.
     """
     if isinstance(model, str) and model.startswith(SCHEME):
         return fetch_bundle(model).path
@@ -128,8 +166,8 @@ def only_member(model: Path | str) -> tuple[Member, Mapping[str, Any] | None]:
 
 
 def describe_model(model: Model) -> str:
-    """The model in a line, with a word where it learned from phantoms, and a bundle's licenses."""
-    phantoms = "; it learned from phantoms, not from patients" if model_facts(model)["phantom"] else ""
+    """The model in a line, with its folds, its device, whether phantoms trained it, and a bundle's licenses."""
+    phantoms = "; trained on phantoms, not on patients" if model_facts(model)["phantom"] else ""
     mirrored = "; each scan also mirrored" if model.mirror else ""
     folds = ", ".join(map(str, model.folds))
     where = f"{model.device} with {computed_with(model)}"
@@ -139,12 +177,12 @@ def describe_model(model: Model) -> str:
 
 
 def computed_with(model: Model) -> str:
-    """What runs a model's networks, and in which precision."""
-    return "; ".join(dict.fromkeys(map(str, model.engines.values())))
+    """The engines that run a model's networks, and their precision."""
+    return "; ".join(dict.fromkeys(str(stage.engine) for stage in model.chain.values()))
 
 
 def choose_run(runs: Path) -> Run:
-    """The only finished run that learned from patients' scans.
+    """The only finished run that was trained on patients' scans.
 
     Raises:
         UsageError: there is none, or there are several.
@@ -157,7 +195,7 @@ def choose_run(runs: Path) -> Run:
     if real:
         raise UsageError("several runs are finished; pick one with --model: " + ", ".join(str(r.path) for r in real))
     hint = (
-        f" ({', '.join(str(run.path) for run in finished)} learned from phantoms: name it with --model)"
+        f" ({', '.join(str(run.path) for run in finished)} trained on phantoms: name it with --model)"
         if finished
         else ""
     )
@@ -165,14 +203,14 @@ def choose_run(runs: Path) -> Run:
 
 
 def model_facts(model: Model | Run) -> dict[str, Any]:
-    """What a run says of its training: whether it learned from phantoms, with which version."""
+    """A run's training: whether it was trained on phantoms, and with which version."""
     run = model.run if isinstance(model, Model) else model
     info = run.read_info()
     return {"phantom": info["phantom"], "trained_with": info["kitseg"]}
 
 
 def origin(model: Model) -> dict[str, Any]:
-    """Which model made a result, and on what: all that two results must have in common to be the same."""
+    """The model of a result, and where it ran: all that two equal results must have in common."""
     bundle = bundle_of(model.run)
     return {
         "path": f"{bundle.name}{SUFFIX}" if bundle else str(model.run.path),

@@ -1,4 +1,4 @@
-"""How much memory a prediction needs at most, told before it starts."""
+"""The most memory that a prediction needs, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from functools import reduce
 import numpy as np
 import torch
 
-from kitseg import config
-from kitseg.config import StageSpec
 from kitseg.ensemble import SLAB
 from kitseg.errors import UsageError
 from kitseg.inference.engines import OpenVino, Torch
 from kitseg.inference.memory import activation_bytes
-from kitseg.models.model import Model, build_input_transform, build_stage
+from kitseg.models.model import Model, TrainedStage
+from kitseg.stages.model import build_model
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes.resample import grid_geometry
 
@@ -73,13 +72,13 @@ def parse_size(text: str | None) -> int | None:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
-        raise UsageError(f"--max-memory {text} is no size; give one such as 6GB, 5.5GiB or 6000000000")
+        raise UsageError(f"--max-memory {text} is not a size; give one such as 6GB, 5.5GiB or 6000000000")
     return size
 
 
 def estimate_need(models: Sequence[Model], scan: Geometry) -> Need:
     """What a scan needs at most in main memory, where foreground is found all over; one model at a time in memory."""
-    openvino = any(isinstance(engine, OpenVino) for model in models for engine in model.engines.values())
+    openvino = any(isinstance(stage.engine, OpenVino) for model in models for stage in model.chain.values())
     program = [("the program", PROGRAM + openvino * WITH_OPENVINO), ("the scan", 2 * _voxels(scan.shape))]
     members = sum(len(model.folds) for model in models)
     needs = [Need((*program, *rows)) for model in models for rows in _rows(model, scan, members)]
@@ -117,33 +116,32 @@ def slab_within(limit: int | None, members: Sequence[Probabilities], case: str) 
 def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, int]]]:
     """The memory of each stage and of the way back to the scan, with what the earlier ones have left."""
     rows, left, back = [], 0, 0
-    for name in model.modules:
-        spec = model.method.stages[name]
-        grid = grid_geometry(scan, spec.grid)
-        region: Triple = config.build(spec.parts["region"]).shape(grid)
-        output = 4 * len(spec.channels) * _voxels(region)
-        copies = 2 if model.mirror or len(model.run.stage(model.folds[0], name).checkpoints()) > 1 else 1
-        inputs = 4 * 2 * _channels(spec) * _voxels(region) + 2 * _voxels(grid.shape)
-        network, data = _network(model, spec, region), inputs + copies * output
+    for name, stage in model.chain.items():
+        grid = grid_geometry(scan, stage.spec.grid)
+        region = stage.region.shape(grid)
+        output = 4 * len(stage.spec.channels) * _voxels(region)
+        copies = 2 if stage.mirror or len(stage.checkpoints) > 1 else 1
+        inputs = 4 * 2 * _channels(stage) * _voxels(region) + 2 * _voxels(grid.shape)
+        weights = sum(weight.nbytes for weight in stage.model.parameters())
+        network, data = _network(stage, weights, region), inputs + copies * output
         rows.append([("earlier stages", left), (f"{name}'s network", network), (f"{name}'s data", data)])
-        left += output + (0 if isinstance(model.engines.get(name), OpenVino) else _weights(spec))
-        if name in {source.stage for source in model.method.outputs.values()}:
+        left += output + (0 if isinstance(stage.engine, OpenVino) else weights)
+        if name in {source.stage for source in model.outputs.values()}:
             box = (min(n, -(-k * n // m)) for k, n, m in zip(region, scan.shape, grid.shape, strict=True))
             back = max(back, int(np.prod([*box])))
     numbers = 2 if members == 1 else 2 + 2 + 4  # bytes: a member, or the one before it and their sum, too
     masks = 4 * back + _voxels(scan.shape)
-    return [*rows, [("outputs", left), ("probabilities", numbers * len(model.method.outputs) * back), ("masks", masks)]]
+    return [*rows, [("outputs", left), ("probabilities", numbers * len(model.outputs) * back), ("masks", masks)]]
 
 
-def _network(model: Model, spec: StageSpec, region: Triple) -> int:
+def _network(stage: TrainedStage, weights: int, region: Triple) -> int:
     """Weights and activations of a stage in main memory."""
-    with torch.device("meta"):
-        module = build_stage(spec).eval()
-    engine = model.engines.get(spec.name)
-    weights = _weights(spec)
-    if model.device.type != "cpu":
+    if stage.model.device.type == "cuda":
         return weights
-    active = activation_bytes(module.probabilities, (1, _channels(spec), *module.window.part(region)))
+    with torch.device("meta"):
+        model = build_model(stage.spec).eval()
+    active = activation_bytes(model.probabilities, (1, _channels(stage), *stage.window.part(region)))
+    engine = stage.engine
     half = isinstance(engine, OpenVino | Torch) and engine.kind in (torch.bfloat16, torch.float16)
     running = active * SPARE * (0.5 if half else 1)
     if isinstance(engine, OpenVino):  # it packs the weights into a form of its own, after which ours are dropped
@@ -151,13 +149,8 @@ def _network(model: Model, spec: StageSpec, region: Triple) -> int:
     return int(weights + running)
 
 
-def _weights(spec: StageSpec) -> int:
-    with torch.device("meta"):
-        return sum(weight.nbytes for weight in build_stage(spec).parameters())
-
-
-def _channels(spec: StageSpec) -> int:
-    link = build_input_transform(spec).link
+def _channels(stage: TrainedStage) -> int:
+    link = stage.input_transform.link
     return 1 if link is None else link.channels
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 from kitseg import config, ensemble
 from kitseg.config import Method, Source, StageSpec
 from kitseg.errors import InputError, UsageError
-from kitseg.inference.chain import Predictor, run_chain, to_scan
+from kitseg.inference.chain import run_chain, to_scan
 from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
+from kitseg.inference.windows import Slices, Window
+from kitseg.links.input_transform import InputTransform
 from kitseg.links.regions import Region
 from kitseg.models.run_folder import Run, StageFolder, find_run
 from kitseg.models.weights import read_weights, sound_checkpoints
-from kitseg.patches.datamodule import InputTransform
 from kitseg.runtime.device import torch_device
-from kitseg.stages.base import Stage
+from kitseg.stages.model import StageModel, build_model, build_window
 from kitseg.types import Probabilities, Volume
 
 ENGINES = ("auto", "torch", "openvino")
@@ -31,47 +32,56 @@ PRECISIONS = {"auto": None, "f32": None, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights in a file, and the stage whose network they belong to."""
+    """The weights in a file, and the model that they belong to."""
 
     name: Path
-    module: Stage
+    model: StageModel
 
-    def load(self) -> Stage:
-        """The stage with these weights; see ``load_weights``."""
-        load_weights(self.module, self.name)
-        return self.module
+    def load(self) -> StageModel:
+        """The model with these weights; see ``load_weights``."""
+        load_weights(self.model, self.name)
+        return self.model
 
     def drop(self) -> None:
         """Keep the network's structure only."""
-        self.module.to("meta")
-        self.module.loaded = None
+        self.model.to("meta")
+        self.model.loaded = None
 
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """One stage with the checkpoints that are averaged."""
+    """One stage with its parts, each built once, and the checkpoints that are averaged."""
 
     spec: StageSpec
-    module: Stage
+    model: StageModel
+    window: Window
     input_transform: InputTransform
     region: Region
-    checkpoints: tuple[Path, ...]
-    threshold: float | None = None
+    engine: Engine
     mirror: bool = False
-    engine: Engine | None = None
+    checkpoints: tuple[Path, ...] = ()
+    threshold: float | None = None
+
+    def trained_in(self, folder: StageFolder) -> TrainedStage:
+        """The same stage with the checkpoints and the threshold of a finished training.
+
+        Raises:
+            InputError: it is not finished, or damaged.
+        """
+        paths = tuple(path for path, _ in folder.checkpoints())
+        return replace(self, checkpoints=paths, threshold=folder.threshold())
 
     @torch.inference_mode()
     def predict(self, image: Tensor, head: str) -> Tensor:
         """The mean over the checkpoints, and over left and right, of (K, D, H, W) probabilities for a region."""
         total: Tensor | None = None
-        engine = self.engine or Torch(_trained_with(self.module.device, self.spec))
         for path in self.checkpoints:
-            see = engine(Checkpoint(path, self.module), self.spec.heads.index(head))
-            values = self.module.window(see, image)
+            predict = self.engine(Checkpoint(path, self.model), self.spec.heads.index(head))
+            values = self.window(predict, image)
             if self.mirror:
-                values.add_(self.module.window(see, image.flip(-1)).flip(-1)).div_(2)
+                values.add_(self.window(predict, image.flip(-1)).flip(-1)).div_(2)
             if not math.isfinite(float(values.sum())):
-                raise InputError(path, "gives probabilities that aren't numbers", "Train again, or use --device cpu.")
+                raise InputError(path, "predicts NaN or infinity", "Train again, or use --device cpu.")
             total = values if total is None else total.add_(values)
         if total is None:
             raise ValueError("a trained stage has at least one checkpoint")
@@ -80,46 +90,50 @@ class TrainedStage:
 
 @dataclass(frozen=True)
 class Model:
-    """A run, or one of its folds, ready to predict."""
+    """A run, or one of its folds, ready to predict.
+
+    stages: of each fold, in order; outputs: where each channel of its probabilities comes from.
+    """
 
     run: Run
     method: Method
-    folds: tuple[int, ...]
     device: torch.device
-    modules: Mapping[str, Stage]
+    stages: Mapping[int, Mapping[str, TrainedStage]]
+    outputs: Mapping[str, Source]
     mirror: bool = False
-    engines: Mapping[str, Engine] = field(default_factory=dict)
 
-    def stages(self, fold: int) -> dict[str, Predictor]:
-        """The trained stages of a fold, in order."""
-        return {
-            name: replace(
-                trained_stage(self.method.stages[name], module, self.run.stage(fold, name), self.mirror),
-                engine=self.engines.get(name),
-            )
-            for name, module in self.modules.items()
-        }
+    @property
+    def folds(self) -> tuple[int, ...]:
+        """The folds that are averaged."""
+        return tuple(self.stages)
 
-    def predict(self, scan: Volume, channels: Mapping[str, Source]) -> Iterator[Probabilities]:
-        """Each fold's probabilities of ``channels`` on the scan's own grid."""
-        wanted = sorted({(source.stage, source.head) for source in channels.values()})
-        for fold in self.folds:
-            yield to_scan(run_chain(scan, self.stages(fold), wanted), channels, scan)
+    @property
+    def chain(self) -> Mapping[str, TrainedStage]:
+        """The stages of the first fold; those of the others differ from them in their checkpoints alone."""
+        return self.stages[self.folds[0]]
+
+    @property
+    def heads(self) -> list[tuple[str, str]]:
+        """The stages and heads that the outputs come from."""
+        return sorted({(source.stage, source.head) for source in self.outputs.values()})
 
     def predict_proba(self, scan: Volume) -> Probabilities:
-        """The method's output on the scan's own grid, the mean over the folds."""
-        return ensemble.mean((member, 1.0) for member in self.predict(scan, self.method.outputs))
+        """The outputs on the scan's own grid, the mean over the folds."""
+        mean = ensemble.Mean()
+        for stages in self.stages.values():
+            mean.add(to_scan(run_chain(scan, stages, self.heads), self.outputs, scan))
+        return mean.result()
 
     def digest(self) -> str:
         """A hash of the configuration and of every checkpoint in use."""
-        return run_digest(self.run, self.folds, self.modules)
+        return run_digest(self.run, self.folds, self.chain)
 
 
 def run_digest(run: Run, folds: Iterable[int], stages: Iterable[str]) -> str:
     """A hash of a run's configuration and of the checkpoints of these folds and stages.
 
     Raises:
-        InputError: a stage isn't trained to its end.
+        InputError: a stage's training is not finished.
     """
     state, names = hashlib.sha256(run.config.read_bytes()), list(stages)
     for fold in folds:
@@ -132,7 +146,7 @@ def run_digest(run: Run, folds: Iterable[int], stages: Iterable[str]) -> str:
 def open_model(
     path: Path,
     device: str,
-    stage: str | None = None,
+    output: str | None = None,
     mirror: bool = False,
     engine: str = "auto",
     precision: str = "auto",
@@ -142,31 +156,52 @@ def open_model(
     Args:
         path: a run's folder or a fold's.
         device: ``auto``, ``cpu`` or ``cuda``.
-        stage: whose output is wanted; the method's where it is None.
-        mirror: whether each stage also sees every scan with left and right exchanged, and averages the two.
+        output: the ``stage[.head]`` whose own channels are predicted; the method's where it is None.
+        mirror: test-time augmentation: each stage also sees every scan flipped left to right, and averages the two.
         engine: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is installed.
         precision: ``f32``, ``bf16``, or ``auto``: the training's on a GPU, float32 on a CPU.
 
     Raises:
-        UsageError: not a run, or no GPU or engine where one is asked for. InputError: not trained to its end, or
-            weights that have changed since.
+        UsageError: not a run, or no GPU or engine where one is asked for. InputError: its training is not finished, or
+            weights have changed since.
     """
     run, fold = find_run(path)
     method = config.method_of(config.read(run.config))
-    if stage not in (None, *method.stages):
-        raise UsageError(f"{method.name} has no stage '{stage}'; it has {', '.join(method.stages)}")
-    chain = list(method.stages) if stage is None else config.needed(method.stages, stage)
+    outputs = method.outputs if output is None else config.stage_outputs(output, method.stages)
+    chain = list(method.stages) if output is None else config.needed(method.stages, output.partition(".")[0])
     folds = [fold] if fold is not None else run.folds(chain[-1])
     if not folds:
-        raise InputError(path, f"has no finished {chain[-1]} stage", "Call `kitseg train` again: it goes on.")
+        raise InputError(path, f"has no finished {chain[-1]} stage", "Call `kitseg train` again: it resumes.")
     with ThreadPoolExecutor(max_workers=2) as pool:  # hashing gives Python's lock free; more would crowd a disk
         list(pool.map(sound_checkpoints, (run.stage(number, name) for number in folds for name in chain)))
     where = torch_device(device)
-    modules = {name: empty_stage(method.stages[name], where) for name in chain}
     engines = {name: choose_engine(engine, where, precision, method.stages[name]) for name in chain}
     if isinstance(shared := engines[chain[0]], OpenVino):  # so that one compiled network at a time is in memory
         engines = dict.fromkeys(chain, shared)
-    return Model(run, method, tuple(folds), where, modules, mirror, engines)
+    opened = {name: open_stage(method.stages[name], where, engines[name], mirror) for name in chain}
+    stages = {
+        number: {name: stage.trained_in(run.stage(number, name)) for name, stage in opened.items()} for number in folds
+    }
+    return Model(run, method, where, stages, outputs, mirror)
+
+
+def open_stage(
+    spec: StageSpec, device: torch.device, engine: Engine | None = None, mirror: bool = False
+) -> TrainedStage:
+    """A stage's parts for prediction, its network on a device; ``TrainedStage.trained_in`` adds the checkpoints.
+
+    engine: PyTorch with the training's precision where it is None.
+    """
+    with torch.device("meta"):
+        model = build_model(spec)
+    model = model.to_empty(device=device).to(device).eval()
+    window = build_window(spec)
+    if device.type == "cpu" and isinstance(window, Slices):
+        window = Slices(batch=1)  # as fast as many slices at once, with less memory
+    engine = engine or Torch(_training_precision(device, spec))
+    return TrainedStage(
+        spec, model, window, build_input_transform(spec), config.build(spec.parts["region"]), engine, mirror
+    )
 
 
 def choose_engine(name: str, device: torch.device, precision: str, spec: StageSpec) -> Engine:
@@ -179,7 +214,7 @@ def choose_engine(name: str, device: torch.device, precision: str, spec: StageSp
         raise UsageError(f"there is no engine '{name}'; there are {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
         raise UsageError(f"there is no precision '{precision}'; there are {', '.join(PRECISIONS)}")
-    kind = _trained_with(device, spec) if precision == "auto" else PRECISIONS[precision]
+    kind = _training_precision(device, spec) if precision == "auto" else PRECISIONS[precision]
     if name == "openvino" and device.type != "cpu":
         raise UsageError("OpenVINO computes on the CPU here; add --device cpu")
     if name == "openvino" and not has_openvino():
@@ -189,58 +224,31 @@ def choose_engine(name: str, device: torch.device, precision: str, spec: StageSp
     return Torch(kind)
 
 
-def build_stage(spec: StageSpec) -> Stage:
-    """The untrained LightningModule of a stage.
-
-    Raises:
-        UsageError: the configuration names something else there.
-    """
-    module = config.build(spec.parts["module"], channels=spec.channels)
-    if not isinstance(module, Stage):
-        raise UsageError(f"stages.{spec.name}.module is a {type(module).__name__}, not a stage of kitseg.stages")
-    return module
-
-
-def empty_stage(spec: StageSpec, device: torch.device) -> Stage:
-    """The LightningModule of a stage, on a device, for weights that are loaded before it is used."""
-    with torch.device("meta"):
-        module = build_stage(spec)
-    return module.to_empty(device=device).to(device).eval()
-
-
 def build_input_transform(spec: StageSpec) -> InputTransform:
-    """What the network of a stage sees."""
+    """How the input of a stage's network is made."""
     link = spec.parts["link"]
     return InputTransform(config.build(spec.parts["intensity"]), None if link is None else config.build(link))
 
 
-def trained_stage(spec: StageSpec, module: Stage, folder: StageFolder, mirror: bool = False) -> TrainedStage:
-    """A stage with a finished training's checkpoints."""
-    paths = tuple(path for path, _ in folder.checkpoints())
-    return TrainedStage(
-        spec, module, build_input_transform(spec), config.build(spec.parts["region"]), paths, folder.threshold(), mirror
-    )
-
-
-def load_weights(module: Stage, path: Path) -> None:
+def load_weights(model: StageModel, path: Path) -> None:
     """Load a checkpoint's weights unless they are loaded already; nothing in the file is executed.
 
     Raises:
         InputError: damaged, or of another network.
     """
-    if module.loaded == path:
+    if model.loaded == path:
         return
-    if module.device.type == "meta":
-        module.to_empty(device="cpu").to("cpu")
+    if model.device.type == "meta":
+        model.to_empty(device="cpu").to("cpu")
     try:
-        module.load_state_dict(read_weights(path, module.device))
+        model.load_state_dict(read_weights(path, model.device))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(path, f"can't be loaded ({reason})", "Restore it, or train again with --restart.") from error
-    module.loaded = path
+    model.loaded = path
 
 
-def _trained_with(device: torch.device, spec: StageSpec) -> torch.dtype | None:
+def _training_precision(device: torch.device, spec: StageSpec) -> torch.dtype | None:
     """The kind of numbers that a stage was trained with on a GPU; None, float32, on a CPU."""
     kinds = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
     return kinds.get(spec.precision) if device.type == "cuda" else None

@@ -40,7 +40,9 @@ def _digest(path: Path, size: int, written: int) -> str:
 
 
 def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """A checkpoint's weights by name, on a device.
+    """The weights of a checkpoint's network by the names that they have in a ``StageModel``, on a device.
+
+    Lightning's checkpoints hold them below ``model.``, those of kitseg 0.1 as they are; a loss's own are left out.
 
     Raises:
         InputError: damaged, or with anything but weights in it.
@@ -58,7 +60,7 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise InputError(path, f"can't be loaded ({_reason(error)})", _REMEDY) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(path, "holds no weights", _REMEDY)
-    return dict(state)
+    return {name.removeprefix("model."): value for name, value in state.items() if not name.startswith("loss.")}
 
 
 def as_safetensors(path: Path) -> bytes:

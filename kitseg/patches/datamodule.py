@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kitseg.errors import KitsegError
-from kitseg.links.crop import crop
-from kitseg.links.guides import Link
-from kitseg.links.intensity import AIR, Intensity
+from kitseg.links.input_transform import InputTransform
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import PaddedSampler
-from kitseg.patches.subjects import CaseSubjects, StageInput
+from kitseg.patches.subjects import CaseSubjects, StageInput, transform_patch
 from kitseg.runtime.console import print_error
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
@@ -45,39 +43,6 @@ class WholeCase:
     seen: NDArray[np.bool_]
     region: Box | None
     label: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class InputTransform:
-    """What makes a network's input: HU, and perhaps what the earlier stage knows."""
-
-    intensity: Intensity
-    link: Link | None
-
-    def __call__(self, hu: Tensor, statistics: tuple[float, float], guide: Tensor | None) -> Tensor:
-        """(C, d, h, w) float32 from HU (1, d, h, w) and a guide (G, d, h, w)."""
-        image = self.intensity(hu, statistics)
-        return image if self.link is None or guide is None else self.link(image, guide)
-
-    def patch(self, patch: tio.Subject) -> tio.Subject:
-        """A patch as the network sees it."""
-        image, (mean, deviation) = patch.get_image("image"), torch.as_tensor(patch["statistics"]).tolist()
-        guide = patch.get_image("guide").data if "guide" in patch else None
-        image.set_data(self(image.data, (mean, deviation), guide))
-        return patch
-
-    def region(
-        self, hu: NDArray[Any], statistics: tuple[float, float], region: Box, guide: NDArray[Any] | None
-    ) -> tuple[Tensor, NDArray[np.bool_]]:
-        """What a network sees of a region: (C, d, H, W), and which of the region's slices these are, (D,) bool."""
-        seen = np.ones(region.size[0], np.bool_)
-        told: Tensor | None = None
-        image = torch.from_numpy(crop(hu, region, AIR).astype(np.float32))[None]
-        if guide is not None:
-            cropped = np.stack([crop(channel, region, 0) for channel in guide])
-            seen = cropped[-1].any((1, 2))
-            told, image = torch.from_numpy(cropped[:, seen]), image[:, seen]
-        return self(image, statistics, told), seen
 
 
 class WholeCases(Dataset[WholeCase]):
@@ -143,7 +108,7 @@ class Feed:
             patch = change(patch)
         label = patch.get_image("label")
         label.set_data(label.data.to(torch.uint8))  # float32 where a transform has resampled it, and batches mix both
-        return self.input_transform.patch(patch)
+        return transform_patch(patch, self.input_transform)
 
 
 class StageData(pl.LightningDataModule):

@@ -13,6 +13,7 @@ import torch
 import torchio as tio
 from numpy.typing import NDArray
 
+from kitseg.links.input_transform import InputTransform
 from kitseg.types import Box
 from kitseg.volumes.store import StoredCase, open_case, open_guide
 
@@ -77,6 +78,14 @@ def subject_of(case: StoredCase, place: StageInput) -> tio.Subject:
         region=torch.tensor([*place.box.start, *place.box.stop]),
         case=case.id,
     )
+
+
+def transform_patch(patch: tio.Subject, transform: InputTransform) -> tio.Subject:
+    """A patch whose image is the network's input."""
+    image, (mean, deviation) = patch.get_image("image"), torch.as_tensor(patch["statistics"]).tolist()
+    guide = patch.get_image("guide").data if "guide" in patch else None
+    image.set_data(transform(image.data, (mean, deviation), guide))
+    return patch
 
 
 @lru_cache(maxsize=128)  # a mapped array keeps a file open, and processes may have no more than 1024

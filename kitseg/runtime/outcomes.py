@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from joblib import Parallel
 from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kitseg.measure.quality import Quality
 
 OnDone = Callable[["Outcome"], None]
+C = TypeVar("C", str, Case)
 UNCHANGED = "unchanged"
 
 
@@ -35,16 +36,17 @@ class Outcome:
     seconds: float = 0.0
 
 
-def each(cases: Sequence[str], work: Callable[[str], Outcome], on_done: OnDone) -> list[Outcome]:
+def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> list[Outcome]:
     """Do the work case by case; a case that fails doesn't stop the others."""
     outcomes = []
     for case in cases:
         begun = time.perf_counter()
         try:
             outcome = work(case)
-        except Exception as error:  # whatever it is, the other cases go on
+        except Exception as error:
             raise_again()
-            outcome = Outcome(case, error=format_error(case, error))
+            name = case.id if isinstance(case, Case) else case
+            outcome = Outcome(name, error=format_error(name, error))
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes

@@ -1,1 +1,1 @@
-"""One LightningModule a file: what it minimizes, what it logs, what it predicts."""
+"""What a stage predicts (``model`` and one file a paper's stage, PyTorch alone), and how Lightning trains it (``base``)."""

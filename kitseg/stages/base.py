@@ -1,90 +1,105 @@
-"""What every stage shares: the optimizer, the score on whole validation cases, and prediction."""
+"""How Lightning trains a stage: loss, optimizer, schedule, and scores on whole validation cases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kitseg import config
+from kitseg.config import StageSpec
 from kitseg.inference.channels import label_ids, spread, target_ids
 from kitseg.inference.windows import Window
 from kitseg.links.crop import paste
 from kitseg.losses.deep_supervision import DeepSupervision
 from kitseg.patches.datamodule import WholeCase
-from kitseg.scoring.kits19 import kits19_scores, mean_scores
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from kitseg.scoring.kits19 import mean_scores
+from kitseg.stages.model import StageModel, module_parts
 
 T = TypeVar("T")
+Plain = Mapping[str, Any]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeScheduler = Callable[..., torch.optim.lr_scheduler.LRScheduler]
 
 
 class Stage(pl.LightningModule):
-    """A network with what trains it; subclasses say what it predicts.
+    """Trains a ``StageModel``: loss, optimizer, schedule, and scores on whole validation cases.
+
+    Trains in any ``pl.Trainer`` with ``kitseg.patches.datamodule.StageData``, and logs ``train/loss`` and ``val/score``.
+    Each part may be the object itself or its configuration (a mapping with ``_target_``). From configuration alone,
+    ``Stage.load_from_checkpoint(path)`` rebuilds the stage without further arguments.
 
     Args:
-        net: the network. loss: (logits, target) -> scalar, target (N, D, H, W) the index of the true channel.
-        optimizer: takes the parameters. scheduler: takes the optimizer, steps once an epoch; None: no schedule.
+        model: the network with what its output means.
+        loss: (logits, target) -> scalar, target (N, D, H, W) the index of the true channel.
+        optimizer: takes the parameters.
         window: how whole regions are predicted in validation.
-        channels: names of what it predicts; with ``background`` they exclude each other.
+        scheduler: takes the optimizer, steps once an epoch; None: no schedule.
         weights: of the loss of each head.
     """
 
     def __init__(
         self,
-        net: nn.Module,
-        loss: nn.Module,
-        optimizer: MakeOptimizer,
-        scheduler: MakeScheduler | None,
-        window: Window,
-        channels: Sequence[str],
+        model: StageModel | Plain,
+        loss: nn.Module | Plain,
+        optimizer: MakeOptimizer | Plain,
+        window: Window | Plain,
+        scheduler: MakeScheduler | Plain | None = None,
         weights: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
-        self.net, self.window, self.channels = _channels_last(net), window, tuple(channels)
-        self.loss = DeepSupervision(loss, weights)
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        parts = {"model": model, "loss": loss, "optimizer": optimizer, "window": window, "scheduler": scheduler}
+        if all(part is None or isinstance(part, Mapping) for part in parts.values()):
+            self.save_hyperparameters({**parts, "weights": list(weights)}, logger=False)
+        built = {name: config.build(part) if isinstance(part, Mapping) else part for name, part in parts.items()}
+        self.model: StageModel = built["model"]
+        self.window: Window = built["window"]
+        self.loss = DeepSupervision(built["loss"], weights)
+        self.make_optimizer, self.make_scheduler = built["optimizer"], built["scheduler"]
+        self.epoch_loss: tuple[float, int] = 0.0, 0  # the sum over the epoch's patches so far, and how many these are
         self.validated: dict[str, dict[str, float]] = {}
-        self.loaded: Path | None = None  # the checkpoint whose weights the network holds
 
-    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
-        """One tensor (N, K, D, H, W) per head for ``x`` (N, C, D, H, W)."""
-        raise NotImplementedError
-
-    def losses(self, x: Tensor, target: Tensor) -> Tensor:
-        """What training minimizes, for the network's input and the index of the true channel (N, D, H, W)."""
-        total: Tensor = self.loss(self.logits(x), target)
-        return total
-
-    def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
-        """What one head believes, (N, K, D, H, W) float32, computed on the stage's device."""
-        logits = self.logits(x.to(self.device))[head].float()
-        return logits.softmax(dim=1) if "background" in self.channels else logits.sigmoid()
+    @classmethod
+    def of(cls, spec: StageSpec) -> Stage:
+        """The untrained stage of a configuration."""
+        model, window, training = module_parts(spec)
+        return cls(model=model, window=window, **training)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of a batch: ``image`` (N, C, D, H, W), ``label`` (N, 1, D, H, W)."""
-        target = target_ids(batch["label"]["data"][:, 0], self.channels)
-        return self.losses(batch["image"]["data"], target)
+        target = target_ids(batch["label"]["data"][:, 0], self.model.channels)
+        loss = self.model.losses(batch["image"]["data"], target, self.loss)
+        self.batch_loss = loss.detach(), len(target)
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Add the batch's loss to the epoch's."""
+        (total, patches), (loss, count) = self.epoch_loss, self.batch_loss
+        self.epoch_loss = total + float(loss) * count, patches + count
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """With an epoch's last batch, log the mean loss over the patches of all ranks as ``train/loss``."""
+        if batch_idx + 1 >= self.trainer.num_training_batches:
+            parts, self.epoch_loss = of_all_ranks(self.epoch_loss), (0.0, 0)
+            mean = math.fsum(total for total, _ in parts) / sum(patches for _, patches in parts)
+            self.log("train/loss", mean, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
         """Share what the ranks know, before the epoch's checkpoint is written.
 
         A schedule that waits for a plateau of the loss steps here: Lightning would do it after that checkpoint, and a
-        training that goes on from there would never have taken the step.
+        training that resumes from there would never have taken the step.
         """
         self._share_statistics()
-        loss = float(self.trainer.callback_metrics["train/loss"])
         schedule = self.lr_schedulers()
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            schedule.step(loss)
+            schedule.step(float(self.trainer.callback_metrics["train/loss"]))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Lightning's step of a schedule; one that waits for a plateau has had its own."""
@@ -98,7 +113,7 @@ class Stage(pl.LightningModule):
     def _share_statistics(self) -> None:
         """Average the running statistics of BatchNorm over the ranks, each of which has seen batches of its own."""
         if dist.is_available() and dist.is_initialized():
-            for buffer in self.net.buffers():
+            for buffer in self.model.buffers():
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
                     buffer /= dist.get_world_size()
@@ -107,18 +122,9 @@ class Stage(pl.LightningModule):
         """The scores of one whole case on the stage's grid."""
         labels = np.zeros_like(case.label)
         if case.image is not None and case.region is not None:
-            values = spread(self.window(self.probabilities, case.image), case.seen, self.channels)
-            paste(label_ids(values, self.channels), case.region, labels)
-        self.validated[case.id] = self.scores(labels, case.label)
-
-    def scores(self, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
-        """Dice of the label maps (D, H, W), for the classes that the stage knows."""
-        known = {"kidney": {"kidney", "foreground"}, "tumor": {"tumor"}}
-        return {
-            f"dice_{name}": dice
-            for name, dice in kits19_scores(labels, truth).items()
-            if known[name] & set(self.channels)
-        }
+            values = spread(self.window(self.model.probabilities, case.image), case.seen, self.model.channels)
+            paste(label_ids(values, self.model.channels), case.region, labels)
+        self.validated[case.id] = self.model.scores(labels, case.label)
 
     def on_validation_epoch_end(self) -> None:
         """Means over the cases of all ranks, as ``val/dice_kidney`` and the like; their mean is ``val/score``."""
@@ -129,43 +135,22 @@ class Stage(pl.LightningModule):
             self.log(f"val/{name}", value)
         self.log("val/score", float(np.mean(list(mean.values()))))
 
-    def threshold(self, cases: Iterable[tuple[Tensor, NDArray[np.uint8]]]) -> float | None:
-        """The probability from which foreground counts, chosen on validation cases; None for the most probable channel.
-
-        Each case is its probabilities (K, D, H, W) and its labels (D, H, W), on the stage's region.
-        """
-        return None
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Accept the checkpoints of kitseg 0.1, whose weights are named as the model's own."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {
+            name if name.startswith(("model.", "loss.")) else f"model.{name}": value for name, value in state.items()
+        }
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule; one that waits for a plateau watches the training loss."""
-        optimizer = self.make_optimizer(self.net.parameters())
+        optimizer = self.make_optimizer(self.model.parameters())
         if self.make_scheduler is None:
             return optimizer
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "monitor": "train/loss"},
         }
-
-
-class SliceStage(Stage):
-    """A stage whose network sees slices: (N, C, H, W)."""
-
-    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
-        """One tensor (N, K, 1, H, W) per head for ``x`` (N, C, 1, H, W)."""
-        return tuple(logits[:, :, None] for logits in self.heads(x[:, :, 0]))
-
-    def heads(self, x: Tensor) -> Sequence[Tensor]:
-        """One tensor (N, K, h, w) per head for ``x`` (N, C, H, W); the network's only output here."""
-        return (self.net(x),)
-
-
-def _channels_last(net: nn.Module) -> nn.Module:
-    """The weights in the order that convolutions are fastest with."""
-    for weight in net.parameters():
-        if weight.dim() in (4, 5):
-            order = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
-            weight.data = weight.data.contiguous(memory_format=order)
-    return net
 
 
 def of_all_ranks(value: T) -> list[T]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kitseg.stages.base import Stage
+from kitseg.stages.model import StageModel
 
 
-class CoarseVNet(Stage):
+class CoarseVNet(StageModel):
     """Localizes kidney and tumor; ``net`` is a ``kitseg.nets.vnet.VNet``."""
 
     def logits(self, x: Tensor) -> tuple[Tensor, ...]:
-        """One head: (N, 3, D, H, W) for ``x`` (N, 1, D, H, W)."""
+        """One head: (N, 3, D, H, W) for ``x`` (N, 1, D, H, W); the decoder's maps are not used."""
         logits, _ = self.net(x)
         return (logits,)

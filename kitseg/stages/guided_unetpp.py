@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
-from kitseg.stages.base import SliceStage
+from kitseg.stages.model import SliceModel
 
 
-class GuidedUNetPlusPlus(SliceStage):
-    """Segments slices; ``net`` is a ``kitseg.nets.unetpp.UNetPlusPlus``.
+class GuidedUNetPlusPlus(SliceModel):
+    """Segments slices; ``net`` is a ``kitseg.nets.unetpp.UNetPlusPlus`` with four heads.
 
-    The input's last channel is the mask, which the network doesn't see; outside it is background.
+    The input's last channel is the mask, which the network doesn't get; outside it is background.
     """
 
-    def heads(self, x: Tensor) -> Sequence[Tensor]:
-        """Four heads, each (N, 3, H, W), for ``x`` (N, 4, H, W)."""
-        found: Sequence[Tensor] = self.net(x[:, :-1])
-        return found
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Four heads, each (N, 3, 1, H, W), for ``x`` (N, 4, 1, H, W)."""
+        return super().logits(x[:, :-1])
 
-    def losses(self, x: Tensor, target: Tensor) -> Tensor:
+    def losses(self, x: Tensor, target: Tensor, loss: Callable[..., Tensor]) -> Tensor:
         """The masked cross-entropy, averaged over the heads."""
-        total: Tensor = self.loss(self.logits(x), target, x[:, -1:])
-        return total
+        return loss(self.logits(x), target, x[:, -1:])
 
     def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
         """Softmax · mask, and background with probability 1 outside."""

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kitseg.inference.channels import foreground
 from kitseg.links.guides import recall_threshold
-from kitseg.stages.base import SliceStage
+from kitseg.stages.model import StageModel
 
 
-class SliceClassifier(SliceStage):
-    """Two classes a slice, spread over its pixels; ``net`` gives logits (N, 2).
+class SliceClassifier(StageModel):
+    """Two classes for each slice, spread over its pixels; ``net`` gives logits (N, 2) for slices (N, C, H, W).
 
     Args:
+        net: see ``StageModel``. channels: see ``StageModel``.
         recall: the share of slices with foreground that the threshold, chosen on validation cases, must find.
     """
 
-    def __init__(self, recall: float, **parts: Any) -> None:
-        super().__init__(**parts)
+    def __init__(self, net: nn.Module, channels: Sequence[str], recall: float) -> None:
+        super().__init__(net, channels)
         self.recall = recall
 
-    def heads(self, x: Tensor) -> Sequence[Tensor]:
-        """One head: (N, 2, H, W), the same on the whole slice."""
-        logits: Tensor = self.net(x)
-        return (logits[:, :, None, None].expand(-1, -1, *x.shape[2:]),)
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One head: (N, 2, 1, H, W), the same on the whole slice."""
+        logits: Tensor = self.net(x[:, :, 0])
+        return (logits[:, :, None, None, None].expand(-1, -1, *x.shape[2:]),)
 
-    def losses(self, x: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy of the slices: a slice is true where any of its pixels is."""
+    def losses(self, x: Tensor, target: Tensor, loss: Callable[..., Tensor]) -> Tensor:
+        """Cross-entropy of the slices: a slice is positive where any of its pixels is."""
         logits = tuple(head[..., :1, :1] for head in self.logits(x))
-        total: Tensor = self.loss(logits, target.amax(dim=(2, 3), keepdim=True))
-        return total
+        return loss(logits, target.amax(dim=(2, 3), keepdim=True))
 
     def scores(self, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
         """Recall and specificity over the slices; 1 where there is nothing to find or to leave."""

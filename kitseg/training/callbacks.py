@@ -17,7 +17,7 @@ from kitseg.patches.queue import seed_of
 from kitseg.report.pictures import learning_curve
 from kitseg.runtime import console
 from kitseg.runtime.files import write_table
-from kitseg.stages.base import of_all_ranks
+from kitseg.stages.base import Stage, of_all_ranks
 
 CURVE_EVERY = 10.0  # seconds
 NOT_FINITE = (
@@ -34,14 +34,14 @@ class EpochSoFar(pl.Callback):
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.loss, self.patches = seed, 0.0, 0
+        self.seed = seed
         self.earlier: Mapping[str, Any] = {}  # what each rank had gathered in another session
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Stage) -> None:  # type: ignore[override]
         """Restore what this rank had gathered."""
         mine = self.earlier.get(str(trainer.global_rank))
         if mine is not None:
-            self.loss, self.patches = mine["loss"], mine["patches"]
+            pl_module.epoch_loss = mine["loss"], mine["patches"]
             for buffer, value in zip(pl_module.buffers(), mine["buffers"], strict=True):
                 buffer.copy_(value)
         self.module = pl_module
@@ -61,28 +61,22 @@ class EpochSoFar(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the batch's loss.
+        """Check the batch's loss.
 
         Raises:
             KitsegError: it is NaN or infinite; the batch's cases are named.
         """
-        loss, patches = float(outputs["loss"]) * trainer.accumulate_grad_batches, len(batch["case"])
-        self.loss, self.patches = self.loss + loss * patches, self.patches + patches
+        loss = float(outputs["loss"])
         if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
             bad = [] if math.isfinite(loss) else list(batch["case"])
             names = sorted({case for cases in of_all_ranks(bad) for case in cases})
             where = f"epoch {trainer.current_epoch}, batch {batch_idx} ({', '.join(names)})"
             raise KitsegError(f"the loss became NaN or infinite in {where}. {NOT_FINITE}.")
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the mean over the epoch's patches of all ranks as ``train/loss``."""
-        each = of_all_ranks((self.loss, self.patches))
-        pl_module.log("train/loss", math.fsum(loss for loss, _ in each) / sum(count for _, count in each))
-        self.loss, self.patches = 0.0, 0
-
     def state_dict(self) -> dict[str, Any]:
         """What each rank has gathered."""
-        mine = {"loss": self.loss, "patches": self.patches, "buffers": [b.cpu() for b in self.module.buffers()]}
+        loss, patches = self.module.epoch_loss
+        mine = {"loss": loss, "patches": patches, "buffers": [b.cpu() for b in self.module.buffers()]}
         return {str(rank): part for rank, part in enumerate(of_all_ranks(mine))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
-from kitseg.models.model import build_input_transform, build_stage
+from kitseg.models.model import build_input_transform
 from kitseg.patches.datamodule import batch_per_rank
 from kitseg.runtime.device import Machine
-from kitseg.stages.base import Stage
+from kitseg.stages.model import StageModel, build_model
 from kitseg.training.plan import Plan, units
 from kitseg.types import Case, Triple
 from kitseg.volumes.nifti import canonical_geometry, read_geometry
@@ -73,7 +73,7 @@ def _cost(spec: StageSpec, example: Case) -> Cost:
     sampler, link = config.build(spec.parts["sampler"]), build_input_transform(spec).link
     patch: Triple = sampler.size(region)
     with torch.device("meta"):
-        module = build_stage(spec).train()
+        module = build_model(spec).train()
         x = torch.empty(1, 1 if link is None else link.channels, *patch)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -87,7 +87,7 @@ def _cost(spec: StageSpec, example: Case) -> Cost:
     return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)
 
 
-def _kept_bytes(module: Stage, x: torch.Tensor) -> int:
+def _kept_bytes(module: StageModel, x: torch.Tensor) -> int:
     """What the forward pass of a patch keeps for the backward pass, each tensor once."""
     kept: dict[int, torch.Tensor] = {}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from numpy.typing import NDArray
 from pytorch_lightning.callbacks import EarlyStopping
@@ -20,9 +21,10 @@ from torch import Tensor
 from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import KitsegError
+from kitseg.inference.chain import Predictor
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
-from kitseg.models.model import TrainedStage, build_input_transform, build_stage, load_weights
+from kitseg.models.model import build_input_transform, load_weights, open_stage
 from kitseg.models.run_folder import SCHEMA, StageFolder
 from kitseg.patches.datamodule import Feed, StageData, batch_per_rank, steps_per_batch
 from kitseg.runtime.device import Machine, torch_device
@@ -77,10 +79,9 @@ def fit(training: Training, machine: Machine) -> None:
     """
     _quiet()
     pl.seed_everything(training.seed, workers=True, verbose=False)
-    folder, module = training.folder, build_stage(training.spec)
+    folder, stage = training.folder, Stage.of(training.spec)
     if training.start is not None:
-        load_weights(module, training.start)
-        module.loaded = None
+        load_weights(stage.model, training.start)
     best = BestCheckpoints(
         folder.best, "{epoch:04d}-{val/score:.4f}", monitor="val/score", mode="max", save_top_k=training.keep,
         save_weights_only=True, auto_insert_metric_name=False, enable_version_counter=False,
@@ -88,9 +89,9 @@ def fit(training: Training, machine: Machine) -> None:
     data, start = _data(training, machine), start_of(folder)
     trainer = _trainer(training, machine, best, start)
     with in_settings(folder.path):
-        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+        trainer.fit(stage, data, ckpt_path=start, weights_only=True)
         if trainer.is_global_zero:
-            _finish(training, best, module.to(torch_device(machine.device)).eval(), data)
+            _finish(training, best, torch_device(machine.device), data)
 
 
 def _trainer(training: Training, machine: Machine, best: BestCheckpoints, start: Path | None) -> pl.Trainer:
@@ -145,7 +146,7 @@ def _data(training: Training, machine: Machine) -> StageData:
     return StageData(lambda: read_places(training.folder, training.store), feed)
 
 
-def _finish(training: Training, best: BestCheckpoints, module: Stage, data: StageData) -> None:
+def _finish(training: Training, best: BestCheckpoints, device: torch.device, data: StageData) -> None:
     """Keep the best checkpoints only, choose a threshold where the stage has one, and write ``done.json``."""
     folder = training.folder
     if not best.best_k_models:
@@ -158,15 +159,13 @@ def _finish(training: Training, best: BestCheckpoints, module: Stage, data: Stag
         {"file": f"{path.parent.name}/{path.name}", "val_score": float(score), "sha256": file_digest(path)}
         for path, (_, score) in zip(kept, ranked, strict=True)
     ]
-    predictor = TrainedStage(
-        training.spec, module, data.feed.input_transform, config.build(training.spec.parts["region"]), tuple(kept)
-    )
-    threshold = module.threshold(_validation(predictor, data))
+    predictor = replace(open_stage(training.spec, device), checkpoints=tuple(kept))
+    threshold = predictor.model.threshold(_validation(predictor, data))
     write_json(folder.done, SCHEMA, {"checkpoints": rows, "threshold": threshold})
     folder.previous.unlink(missing_ok=True)
 
 
-def _validation(predictor: TrainedStage, data: StageData) -> Iterator[tuple[Tensor, NDArray[np.uint8]]]:
+def _validation(predictor: Predictor, data: StageData) -> Iterator[tuple[Tensor, NDArray[np.uint8]]]:
     """Probabilities and labels of the validation cases, on the stage's region."""
     for number in range(len(data.cases)):
         case = data.cases[number]

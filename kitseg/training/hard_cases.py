@@ -12,7 +12,7 @@ from kitseg import config
 from kitseg.config import Method, StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.chain import run_on_grid
-from kitseg.models.model import build_stage, trained_stage
+from kitseg.models.model import open_stage
 from kitseg.models.run_folder import find_run
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import Machine, torch_device
@@ -101,8 +101,7 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
 
 def _judge(plan: Plan, spec: StageSpec, unit: Unit, cases: Collection[str], step: Callable[[], None]) -> list[Ranked]:
     """The cases that one inner fold validated on."""
-    module = build_stage(spec).to(torch_device(plan.machine.device)).eval()
-    predictor = trained_stage(spec, module, unit.folder(plan))
+    predictor = open_stage(spec, torch_device(plan.machine.device)).trained_in(unit.folder(plan))
     found = []
     for case in unit.part(plan).val:
         if case in cases:

@@ -13,7 +13,7 @@ from kitseg import __version__, config
 from kitseg.config import StageSpec
 from kitseg.inference.chain import Output, Predictor, run_on_grid
 from kitseg.links.regions import RegionContext
-from kitseg.models.model import build_input_transform, build_stage, trained_stage
+from kitseg.models.model import build_input_transform, open_stage
 from kitseg.models.run_folder import SCHEMA, StageFolder
 from kitseg.models.training_domain import training_facts
 from kitseg.patches.datamodule import StageCases
@@ -130,9 +130,8 @@ def _guide(plan: Plan, unit: Unit, case: str, output: Output | None, training: b
 def _predictors(plan: Plan, earlier: StageSpec, cases: Iterable[str], inner: bool) -> dict[str, Predictor]:
     """Who predicts a case without having learned from it."""
     outer = plan.run.stage(plan.fold, earlier.name)
-    module = build_stage(earlier).to(torch_device(plan.machine.device)).eval()
+    stage = open_stage(earlier, torch_device(plan.machine.device))
     if not inner:
-        predictor = trained_stage(earlier, module, outer)
-        return dict.fromkeys(cases, predictor)
-    parts = enumerate(plan.part.inner)
-    return {case: trained_stage(earlier, module, outer.inner(i)) for i, part in parts for case in part.val}
+        return dict.fromkeys(cases, stage.trained_in(outer))
+    judges = [stage.trained_in(outer.inner(number)) for number in range(len(plan.part.inner))]
+    return {case: judge for judge, part in zip(judges, plan.part.inner, strict=True) for case in part.val}

@@ -22,7 +22,7 @@ from kitseg.config import StageSpec
 from kitseg.errors import InputError, KitsegError
 from kitseg.models.bundles.archive import MANIFEST, SCHEMA, open_archive
 from kitseg.models.ensemble_file import Member, parse_members
-from kitseg.models.model import build_stage, trained_stage
+from kitseg.models.model import open_stage
 from kitseg.models.postprocessing import build_steps
 from kitseg.models.run_folder import Run, StageFolder
 from kitseg.models.training_domain import model_training_domain
@@ -158,9 +158,8 @@ def _check_run(run: Run) -> None:
 
 
 def _check_stage(spec: StageSpec, folder: StageFolder) -> None:
-    with torch.device("meta"):
-        module = build_stage(spec)
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    for path in trained_stage(spec, module, folder).checkpoints:
+    stage = open_stage(spec, torch.device("meta")).trained_in(folder)
+    expected = {name: tuple(value.shape) for name, value in stage.model.state_dict().items()}
+    for path in stage.checkpoints:
         if shapes(path) != expected:
             raise ValueError(f"the weights of stage {spec.name} are not those of its network")
