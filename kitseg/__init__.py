@@ -1,36 +1,57 @@
 """kitseg finds kidneys and kidney tumors in CT.
 
-The folders tell a scan's journey, in this order:
+The folders follow a scan through the program, in this order:
 
-1. ``volumes``      a CT file becomes a volume on a grid, and labels find their way back
+1. ``volumes``      a CT file becomes a volume on a grid, and labels return to the file's own grid
 2. ``patches``      volumes become batches
-3. ``stages``       a LightningModule turns batches into probabilities (``nets``: pure maths;
-   ``links``: what ties one stage to the next)
-4. ``inference``    a trained stage sees a whole case; probabilities return to the CT's own grid
+3. ``stages``       a network turns batches into probabilities (``nets``: pure mathematics; ``links``: what ties one
+   stage to the next)
+4. ``inference``    a trained stage predicts a whole case; probabilities return to the CT's own grid
 5. ``ensemble``     probabilities are averaged
-6. ``postprocess``  labels are cleaned by what medicine knows
+6. ``postprocess``  labels are cleaned by medical knowledge
 7. ``scoring``      official metrics
 8. ``measure``      lesions in millimetres, and how far a case can be trusted
 9. ``report``       pictures and pages
 
-``pipeline`` holds one function a verb, ``runs`` every path of a training run, ``config`` Hydra, ``cli`` Typer.
+``models`` opens trained runs, ``training`` makes them, ``commands`` holds one function a command, ``cli`` Typer,
+``config`` Hydra, ``runtime`` what all of them need from the machine. ``api`` is the Python API, whose names are here.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kitseg.commands.predict import predict
+    from kitseg.api import (
+        LoadedModel,
+        Prediction,
+        evaluate,
+        load_method,
+        load_model,
+        measure,
+        predict,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "predict"]
+__all__ = [
+    "LoadedModel",
+    "Prediction",
+    "__version__",
+    "evaluate",
+    "load_method",
+    "load_model",
+    "measure",
+    "predict",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Load ``kitseg.predict`` at first use, so that ``import kitseg`` stays free of torch."""
-    if name == "predict":
-        from kitseg.commands.predict import predict
-
-        return predict
+    """Load the Python API at its first use, so that ``import kitseg`` stays free of torch."""
+    if name in __all__:
+        return getattr(import_module("kitseg.api"), name)
     raise AttributeError(f"module 'kitseg' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

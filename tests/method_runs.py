@@ -14,9 +14,9 @@ from conftest import kitseg, once
 
 from kitseg import config
 from kitseg.config import Method
-from kitseg.models.model import build_stage
 from kitseg.models.run_folder import Run
 from kitseg.runtime.files import file_digest, write_json, write_text
+from kitseg.stages.model import build_model
 
 QUICK = (
     "--size=tiny",
@@ -68,7 +68,7 @@ def untrained(folder: Path, method: str = "dual-unet") -> Path:
     for name, spec in config.method_of(settings).stages.items():
         stage = Run(folder).stage(0, name)
         stage.best.mkdir(parents=True)
-        torch.save({"state_dict": build_stage(spec).state_dict()}, stage.best / "3.ckpt")
+        torch.save({"state_dict": build_model(spec).state_dict()}, stage.best / "3.ckpt")
         rows = [{"file": "best/3.ckpt", "sha256": file_digest(stage.best / "3.ckpt")}]
         write_json(stage.done, 1, {"checkpoints": rows, "threshold": None})
     return folder

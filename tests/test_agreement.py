@@ -37,8 +37,8 @@ def masks(belief: Probabilities) -> dict[str, np.ndarray]:
 def test_agreement_is_dice_pooled_over_all_pairs() -> None:
     boxes = [Box((0, 0, 0), (2, 3, 4)), Box((1, 1, 1), (4, 6, 8)), Box((0, 0, 0), (0, 0, 0)), Box((0, 2, 2), (4, 4, 4))]
     beliefs, votes = [member(seed, box) for seed, box in enumerate(boxes)], ensemble.EnsembleAgreement()
-    mean = ensemble.mean(votes.watch((belief, 1.0) for belief in beliefs))
-    assert np.array_equal(mean.array, ensemble.mean((belief, 1.0) for belief in beliefs).array)
+    for belief in beliefs:
+        votes.add(belief)
     found = votes.agreement()
     assert found is not None
     for name in ("kidney", "tumor"):
@@ -51,7 +51,8 @@ def test_a_single_member_agrees_with_nobody_and_two_empty_ones_wholly() -> None:
     nothing = Box((0, 0, 0), (0, 0, 0))
     for boxes, expected in (([nothing], None), ([nothing, nothing], {"kidney": 1.0, "tumor": 1.0})):
         votes = ensemble.EnsembleAgreement()
-        ensemble.mean(votes.watch((member(0, box), 1.0) for box in boxes))
+        for box in boxes:
+            votes.add(member(0, box))
         assert votes.agreement() == expected
 
 
@@ -94,5 +95,5 @@ def test_a_speck_that_one_member_sees_is_no_disagreement() -> None:
         array[0] = 1
         if n == 0:
             array[:, 0, 0, 0] = 0, 0, 1
-        list(votes.watch([(Probabilities(array, CHANNELS, box, lattice, lattice, "case_00000"), 1.0)]))
+        votes.add(Probabilities(array, CHANNELS, box, lattice, lattice, "case_00000"))
     assert votes.agreement() == {"kidney": 1.0, "tumor": 1.0}

@@ -233,7 +233,7 @@ CONFIGURATIONS = {
     "torch.load": ("_target_: kitseg.nets.unet.UNet", "_target_: torch.load", "torch.load"),
     "a neighbour's import": ("_target_: torch.optim.Adam", "_target_: kitseg.nets.unet.Tensor", "unet.Tensor"),
     "a part where a stage belongs": (
-        "_target_: kitseg.stages.slice_unet.SliceUNet", "_target_: torch.nn.Identity", "stages.kidneys",
+        "_target_: kitseg.stages.model.SliceModel", "_target_: torch.nn.Identity", "stages.kidneys",
     ),
     "the environment": ("paper: ", "paper: ${oc.env:HOME} ", "oc.env:HOME"),
     "a tag": ("paper: ", "evil: !!python/object/apply:os.mkdir [CANARY]\npaper: ", "python/object"),
@@ -261,7 +261,7 @@ def test_a_hostile_configuration_of_a_run(run: Path, tmp_path: Path, what: str) 
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace(old, new.replace("CANARY", str(tmp_path / "canary")), 1))
     with pytest.raises(KitsegError) as error:
-        open_model(tmp_path / "run", "cpu").stages(0)
+        open_model(tmp_path / "run", "cpu")
     assert not (tmp_path / "canary").exists()
     assert len(str(error.value).splitlines()) == 1
     assert said in str(error.value) or what == "a stage outside"

@@ -14,6 +14,7 @@ from kitseg.config import Source
 from kitseg.errors import InputError, UsageError
 from kitseg.nets.vnet import VNet
 from kitseg.stages.base import Stage
+from kitseg.stages.model import StageModel
 
 EVERY = [(method, size) for method in config.names("method") for size in config.names("size")]
 
@@ -68,12 +69,13 @@ def test_every_method_composes_and_builds_at_every_size(method: str, size: str) 
     for name, spec in found.stages.items():
         earlier = run["chain"][: run["chain"].index(name)]
         assert set(spec.inputs) <= set(earlier)
-        module = {**spec.parts["module"], "channels": spec.channels}
         with torch.device("meta"):
-            parts = {key: config.build(part) for key, part in {**spec.parts, "module": module}.items()}
-        assert isinstance(parts["module"], Stage)
-        assert sum(p.numel() for p in parts["module"].net.parameters()) > 0
-        assert len(parts["module"].loss.weights) == len(spec.heads)
+            stage = Stage.of(spec)
+        for key in spec.parts.keys() - {"module"}:
+            config.build(spec.parts[key])
+        assert isinstance(stage.model, StageModel)
+        assert sum(p.numel() for p in stage.model.net.parameters()) > 0
+        assert len(stage.loss.weights) == len(spec.heads)
 
 
 def test_a_smaller_size_keeps_the_method() -> None:

@@ -283,7 +283,7 @@ def test_too_little_shared_memory(folder: Path, whole: Path, monkeypatch: pytest
     little = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(datamodule.shutil, "disk_usage", lambda path: little)
     text = " ".join(check_resumes(folder, whole, "--workers=1").text.split())
-    assert "goes on with --workers 0" in text
+    assert "continues with --workers 0" in text
     assert "0 MB are free" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kitseg.inference.channels import label_ids
-from kitseg.inference.windows import Slices
 from kitseg.links.guides import GuidedByForeground, SliceGate, dilate, recall_threshold
+from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.losses.cross_entropy import MaskedCrossEntropy
-from kitseg.patches.datamodule import InputTransform, WholeCases
+from kitseg.patches.datamodule import WholeCases
 from kitseg.patches.queue import PatchQueue
 from kitseg.patches.samplers import ForegroundSampler, SliceSampler
-from kitseg.patches.subjects import CaseSubjects, StageInput
+from kitseg.patches.subjects import CaseSubjects, StageInput, transform_patch
 from kitseg.stages.guided_unetpp import GuidedUNetPlusPlus
 from kitseg.stages.slice_classifier import SliceClassifier
 from kitseg.types import Box, Case, Geometry, Grid
@@ -151,9 +151,7 @@ class Certain(nn.Module):
 
 def test_outside_the_mask_is_background() -> None:
     net = Certain()
-    stage = GuidedUNetPlusPlus(
-        net, MaskedCrossEntropy(), None, None, Slices(8), ("background", "kidney", "tumor"), [0.25] * 4
-    )
+    stage = GuidedUNetPlusPlus(net, ("background", "kidney", "tumor"))
     mask = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 1, 2, 2)
     found = stage.probabilities(torch.cat([torch.randn(1, 3, 1, 2, 2), mask], dim=1))
     assert net.channels == 3  # the mask itself is not shown
@@ -203,8 +201,7 @@ def test_no_larger_threshold_finds_enough(cases: list[tuple[float, bool]], recal
 
 def test_the_classifiers_threshold_finds_the_slices_that_it_was_chosen_for() -> None:
     """Also the one that lies right on it, whatever float32 makes of 1 − (1 − p)."""
-    stage = SliceClassifier(1.0, net=nn.Identity(), loss=nn.CrossEntropyLoss(), optimizer=None, scheduler=None,
-                            window=Slices(8), channels=CHANNELS)  # fmt: skip
+    stage = SliceClassifier(nn.Identity(), CHANNELS, recall=1.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         logits = torch.randn(2, 6, 1, 1, generator=generator) * 4
@@ -244,8 +241,8 @@ def test_a_guide_is_cropped_and_padded_like_its_image(
     told: tuple[Path, StageInput], patch_size: tuple[int, ...]
 ) -> None:
     folder, place = told
-    input_transform = InputTransform(HU, GuidedByForeground((1, 1, 1)))
-    queue = PatchQueue(CaseSubjects({folder: place}), ForegroundSampler(patch_size, 0.5, 5), input_transform.patch, 0)
+    to_input = partial(transform_patch, transform=InputTransform(HU, GuidedByForeground((1, 1, 1))))
+    queue = PatchQueue(CaseSubjects({folder: place}), ForegroundSampler(patch_size, 0.5, 5), to_input, 0)
     for index in range(5):
         patch = queue[(0, index)]
         image, guide = patch["image"].data, patch["guide"].data
@@ -265,7 +262,10 @@ def test_a_patch_without_a_guide_is_the_image_alone(told: tuple[Path, StageInput
     """A gated stage learns without its gate."""
     folder, place = told
     queue = PatchQueue(
-        CaseSubjects({folder: StageInput(place.box)}), SliceSampler(), InputTransform(HU, SliceGate()).patch, 0
+        CaseSubjects({folder: StageInput(place.box)}),
+        SliceSampler(),
+        partial(transform_patch, transform=InputTransform(HU, SliceGate())),
+        0,
     )
     patch = queue[(0, 0)]
     assert patch["image"].data.shape == (1, 1, 8, 8)

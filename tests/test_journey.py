@@ -250,10 +250,10 @@ def test_only_the_cases_that_a_fold_holds_out(trained: Path, tmp_path: Path) -> 
 def test_a_run_trained_on_phantoms_is_never_picked_silently(trained: Path) -> None:
     result = kitseg(trained, "predict", "test/case_00000")
     assert result.code == 2
-    assert "learned from phantoms" in result.text
+    assert "trained on phantoms" in result.text
     named = kitseg(trained, "predict", "test/case_00000", f"--model={RUN}")
     assert named.code == 0
-    assert "learned from phantoms, not from patients" in named.text
+    assert "trained on phantoms, not on patients" in named.text
 
 
 def test_the_only_run_that_learned_from_patients_is_picked(trained: Path, tmp_path: Path) -> None:

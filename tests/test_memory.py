@@ -15,9 +15,10 @@ from kitseg import config
 from kitseg.errors import UsageError
 from kitseg.inference.memory import activation_bytes
 from kitseg.models.memory import PROGRAM, Need, check_limit, estimate_need, parse_size, slab_within
-from kitseg.models.model import build_stage, open_model
+from kitseg.models.model import open_model
 from kitseg.models.run_folder import SCHEMA, Run
 from kitseg.runtime.files import file_digest, write_json, write_text
+from kitseg.stages.model import build_model
 from kitseg.types import Box, Geometry, Probabilities
 
 
@@ -59,7 +60,7 @@ def test_sizes(text: str, size: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "6 parsecs", "-1GB", "0", "0.5", "1.2.3GB", "9" * 400])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match=rf"^--max-memory {re.escape(text)} is no size; give one such as 6GB"):
+    with pytest.raises(UsageError, match=rf"^--max-memory {re.escape(text)} is not a size.*6GB"):
         parse_size(text)
 
 
@@ -77,7 +78,7 @@ def untrained(folder: Path) -> Path:
     for name, spec in config.method_of(settings).stages.items():
         stage = Run(folder).stage(0, name)
         stage.best.mkdir(parents=True)
-        torch.save({"state_dict": build_stage(spec).state_dict()}, stage.best / "0.ckpt")
+        torch.save({"state_dict": build_model(spec).state_dict()}, stage.best / "0.ckpt")
         rows = [{"file": "best/0.ckpt", "sha256": file_digest(stage.best / "0.ckpt")}]
         write_json(stage.done, SCHEMA, {"checkpoints": rows, "threshold": None})
     return folder
@@ -90,7 +91,10 @@ def test_more_slices_need_more_and_so_do_more_members(tmp_path: Path) -> None:
     # two outputs in float32 on 96 × 96 pixels, one of them half as high; on the scan HU in int16, two channels in
     # float16, masks and labels in 5 bytes
     assert many.total - few.total == 100 * 96 * 96 * 6 + voxels * (2 + 4 + 5)
-    assert estimate_need([replace(model, folds=(0, 0))], lattice(100)).total - few.total == voxels * 12
+    assert (
+        estimate_need([replace(model, stages={0: model.stages[0], 1: model.stages[0]})], lattice(100)).total - few.total
+        == voxels * 12
+    )
 
 
 def test_slabs_of_a_mean_within_a_limit() -> None:

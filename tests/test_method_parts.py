@@ -17,8 +17,9 @@ from scipy import ndimage
 
 from kitseg import config
 from kitseg.inference.chain import Output, run_chain, run_on_grid
-from kitseg.models.model import build_stage, open_model, trained_stage
+from kitseg.models.model import open_model, open_stage
 from kitseg.models.run_folder import StageFolder
+from kitseg.stages.base import Stage
 from kitseg.types import Box
 from kitseg.volumes.blocks import read_block, write_block
 from kitseg.volumes.nifti import read_image
@@ -38,7 +39,7 @@ def two_stage(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
 
 def outputs(run: Path, scan: Path) -> dict[str, Output]:
     """What both stages of two-stage believe of a scan, on their grid, which is the phantoms' own."""
-    stages = open_model(run, "cpu").stages(0)
+    stages = open_model(run, "cpu").stages[0]
     return run_chain(read_image(scan, CASE), stages, [("slices", "main"), ("segment", "main")])
 
 
@@ -106,7 +107,7 @@ def told(guided: Path, case: str, trained: Path) -> tuple[StoredCase, Output]:
     """A stored case and what a trained foreground network believes of it."""
     spec = open_model(guided / run_of("guided-unetpp"), "cpu").method.stages["foreground"]
     stored = open_case(guided / "preprocessed" / str(spec.grid) / case)
-    predictor = trained_stage(spec, build_stage(spec).eval(), StageFolder(trained))
+    predictor = open_stage(spec, torch.device("cpu")).trained_in(StageFolder(trained))
     return stored, run_on_grid(stored.image, stored.grid, predictor, "main", {})
 
 
@@ -152,15 +153,15 @@ def test_a_validation_case_is_guided_by_the_stage_itself(guided: Path) -> None:
 def test_weight_decay_does_not_outweigh_the_masked_losss_small_gradients() -> None:
     """The mean over all pixels, most of them masked out, has gradients near zero: they leave the weights alone."""
     spec = config.method_of(config.compose("guided-unetpp", "tiny", [])).stages["segment"]
-    stage = build_stage(spec)
+    stage = Stage.of(spec)
     optimizer = stage.configure_optimizers()
     optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
-    before = {name: weights.detach().clone() for name, weights in stage.net.named_parameters()}
+    before = {name: weights.detach().clone() for name, weights in stage.model.net.named_parameters()}
     for _ in range(100):
-        for weights in stage.net.parameters():
+        for weights in stage.model.net.parameters():
             weights.grad = torch.zeros_like(weights)
         optimizer.step()
-    for name, weights in stage.net.named_parameters():
+    for name, weights in stage.model.net.named_parameters():
         assert torch.allclose(weights, before[name], rtol=0.001), name
 
 

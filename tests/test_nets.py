@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kitseg import config
 from kitseg.config import StageSpec
-from kitseg.models.model import build_input_transform, build_stage
+from kitseg.models.model import build_input_transform
 from kitseg.nets.vnet import FusedVNet, InputStage, ThinConv, VNet
+from kitseg.stages.model import build_model
 from kitseg.types import Geometry, Triple
 from kitseg.volumes.resample import grid_geometry
 
@@ -96,7 +97,7 @@ def test_every_network_takes_the_patches_and_regions_it_is_given(method: str, si
         patch = sampler.size(region)
         assert sampler.expected(region) >= 1
         with torch.device("meta"):
-            module = build_stage(spec).eval()
+            module = build_model(spec).eval()
             x = torch.empty(1, 1 if link is None else link.channels, *patch)
         heads = module.logits(x)
         assert len(heads) == len(spec.heads)

@@ -15,8 +15,9 @@ from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
-from kitseg.models.model import Checkpoint, build_input_transform, build_stage, choose_engine, empty_stage
-from kitseg.stages.base import Stage
+from kitseg.inference.windows import Slices
+from kitseg.models.model import Checkpoint, build_input_transform, choose_engine, open_stage
+from kitseg.stages.model import StageModel, build_model
 
 STAGES = [(name, stage) for name in config.names("method") for stage in config.compose(name, "tiny")["chain"]]
 CPU = torch.device("cpu")
@@ -28,9 +29,9 @@ def spec_of(method: str, stage: str) -> StageSpec:
     return config.method_of(config.compose(method, "tiny")).stages[stage]
 
 
-def stage_of(spec: StageSpec, seed: int = 0) -> Stage:
+def stage_of(spec: StageSpec, seed: int = 0) -> StageModel:
     torch.manual_seed(seed)
-    return build_stage(spec).eval()
+    return build_model(spec).eval()
 
 
 def region(spec: StageSpec, *shape: int) -> Tensor:
@@ -48,16 +49,16 @@ class Weights:
     """A stage that is never without its weights."""
 
     name: str
-    module: Stage
+    module: StageModel
 
-    def load(self) -> Stage:
+    def load(self) -> StageModel:
         return self.module
 
     def drop(self) -> None:
         pass
 
 
-def see(engine: Engine, module: Stage, x: Tensor, head: int = -1, name: str = "") -> Tensor:
+def see(engine: Engine, module: StageModel, x: Tensor, head: int = -1, name: str = "") -> Tensor:
     with torch.inference_mode():
         return engine(Weights(name, module), head)(x)
 
@@ -118,11 +119,10 @@ def test_bfloat16_is_close_but_coarser(engine: type[Torch] | type[OpenVino]) -> 
     torch.testing.assert_close(found, exact, rtol=0, atol=0.06)
 
 
-def test_torch_sees_a_batch_as_its_parts() -> None:
+def test_on_a_cpu_slices_go_one_by_one() -> None:
     spec = spec_of("two-stage", "segment")
-    module, x = stage_of(spec), region(spec, 1, 32, 32)
-    with torch.inference_mode():
-        torch.testing.assert_close(see(Torch(), module, x), module.probabilities(x))
+    assert open_stage(spec, CPU).window == Slices(batch=1)
+    assert open_stage(spec, torch.device("meta")).window != Slices(batch=1)
 
 
 def test_engines_by_name() -> None:
@@ -160,7 +160,7 @@ def test_missing_openvino_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_empty_stage_holds_what_is_loaded(method: str, stage: str) -> None:
     """Nothing of a network is left without a value: every buffer is in the checkpoint."""
     spec = spec_of(method, stage)
-    module, trained = empty_stage(spec, CPU), stage_of(spec)
+    module, trained = open_stage(spec, CPU).model, stage_of(spec)
     module.load_state_dict(trained.state_dict())
     kept = dict(trained.state_dict())
     assert {name for name, _ in [*module.named_parameters(), *module.named_buffers()]} == set(kept)

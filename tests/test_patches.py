@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torchio as tio
 from scipy import ndimage
 
 from kitseg.errors import KitsegError
+from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.patches.datamodule import (
     Feed,
-    InputTransform,
     StageCases,
     StageData,
     WholeCases,
@@ -25,12 +26,13 @@ from kitseg.patches.datamodule import (
 )
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import ForegroundSampler, PaddedSampler, RegionSampler, SliceSampler, patch_of
-from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of
+from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of, transform_patch
 from kitseg.types import Box, Case, Geometry, Grid
 from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.store import CaseFiles, open_case, store_case
 
 IDENTITY = InputTransform(ClipScale(-1000, 1000, 1000), None)
+TO_INPUT = partial(transform_patch, transform=IDENTITY)
 WHOLE = Box((0, 0, 0), (12, 10, 11))
 
 
@@ -55,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def queue(folders: list[Path], sampler: PaddedSampler, seed: int = 0) -> PatchQueue:
-    return PatchQueue(CaseSubjects(dict.fromkeys(folders, StageInput(WHOLE))), sampler, IDENTITY.patch, seed)
+    return PatchQueue(CaseSubjects(dict.fromkeys(folders, StageInput(WHOLE))), sampler, TO_INPUT, seed)
 
 
 def contents(batch: dict[str, Any]) -> list[tuple[str, list[int], bytes]]:
@@ -148,7 +150,7 @@ def test_a_patch_larger_than_its_volume_is_padded_with_air_and_background(folder
 def test_a_region_moves_by_its_jitter_at_most(folders: list[Path]) -> None:
     region = Box((2, 2, 2), (8, 8, 8))
     subjects = CaseSubjects(dict.fromkeys(folders, StageInput(region)))
-    patches = PatchQueue(subjects, RegionSampler((2, 1, 0), 20), IDENTITY.patch, 0)
+    patches = PatchQueue(subjects, RegionSampler((2, 1, 0), 20), TO_INPUT, 0)
     starts = {tuple(patches[(0, i)]["location"][:3].tolist()) for i in range(len(patches))}
     assert starts <= {(z, y, 2) for z in range(0, 5) for y in range(1, 4)}
     assert {z for z, _, _ in starts} == {0, 1, 2, 3, 4}

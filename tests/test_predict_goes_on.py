@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 from conftest import kitseg, kitseg_process
 
-from kitseg.commands import predict as steps
-
 pytestmark = pytest.mark.slow
 ALL = os.environ.get("KITSEG_ALL") == "1"
 heavy = pytest.mark.skipif(not ALL, reason="minutes, which takes KITSEG_ALL=1")
@@ -121,7 +119,7 @@ def test_the_record_is_written_last(here: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "case_picture", full)
+        patch.setattr("kitseg.report.pictures.case_picture", full)
         change_scan(here / "in" / "scan_1.nii.gz")
         failed = kitseg(here, *predict)
     assert failed.code == 1
@@ -202,7 +200,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from kitseg.models.members import open_ensemble
-from kitseg.commands.predict import Prediction
+from kitseg.commands.predict import PredictScans
 from kitseg.runtime.sharding import Share
 from kitseg.volumes.scan import find_scans
 
@@ -211,7 +209,7 @@ def pages(outcome):
 
 model, engine = sys.argv[1:]
 opened = partial(open_ensemble, [Path(model)], "cpu", engine=engine)
-Prediction(opened, Path("out"))(find_scans([Path("many")]).cases, Share(), lambda text: None, pages)
+PredictScans(opened, Path("out"))(find_scans([Path("many")]).cases, Share(), lambda text: None, pages)
 """
 
 

@@ -14,7 +14,7 @@ from conftest import kitseg, kitseg_process, once
 from method_runs import QUICK, history, method_of, read, run_of, stage_folder, train, working_folder
 from test_going_on import kill_when
 
-from kitseg.models.model import build_stage
+from kitseg.stages.model import build_model
 
 pytestmark = pytest.mark.slow
 #: Five training cases and one to validate; rounds long enough to be killed in.
@@ -105,12 +105,12 @@ def test_a_round_starts_from_the_best_weights(scans: Path, tmp_path: Path) -> No
     (tmp_path / "data").symlink_to(scans / "data")
     still = "--set=stages.segment.module.optimizer.lr=0"
     train(tmp_path, "progressive", "--set=folds=6", "--set=size.pixels=32", still)
-    names = dict(build_stage(method_of(tmp_path, "progressive").stages["segment"]).named_parameters())
+    names = dict(build_model(method_of(tmp_path, "progressive").stages["segment"]).named_parameters())
     first, *others = (weights(path / "last.ckpt") for path in sorted(segment(tmp_path).glob("round_*")))
     assert names
     assert others
     for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in names)
+        assert all(torch.equal(first[f"model.{name}"], other[f"model.{name}"]) for name in names)
     check_the_loop(tmp_path, most=1)
 
 

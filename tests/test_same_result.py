@@ -46,7 +46,7 @@ def as_before() -> Iterator[None]:
 
 
 def maker(model: Model) -> str:
-    return identity(manifest_of(model, None, model.method.outputs))
+    return identity(manifest_of(model, None))
 
 
 def test_what_it_is_computed_with_counts_and_where_it_lies_does_not(run: Path, tmp_path: Path, as_before: None) -> None:

@@ -53,10 +53,10 @@ STAGE = '''\
 
 from __future__ import annotations
 
-from kitseg.stages.base import SliceStage
+from kitseg.stages.model import SliceModel
 
 
-class Toy(SliceStage):
+class Toy(SliceModel):
     """Labels pixels by their nearest neighbours."""
 '''
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ from numpy.typing import NDArray
 from kitseg import config
 from kitseg.commands.preprocess import method_grids
 from kitseg.links.crop import crop
+from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.links.regions import RegionContext, Square
-from kitseg.patches.datamodule import InputTransform
 from kitseg.patches.queue import PatchQueue
 from kitseg.patches.samplers import SliceSampler
-from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of
+from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of, transform_patch
 from kitseg.types import Box, Case, Geometry, Grid, Triple, Volume
 from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.resample import grid_geometry
 from kitseg.volumes.store import CaseFiles, image_on_grid, open_case, statistics, store_bytes, store_case
 
 few = settings(max_examples=30, deadline=None)
-SIGHT = InputTransform(ClipScale(-1000, 1000, 1000), None)
+TRANSFORM = partial(transform_patch, transform=InputTransform(ClipScale(-1000, 1000, 1000), None))
 
 #: What the slices of three cases hold: nothing, kidney or tumor.
 HELD = ("..kkttk...", "ktkkk.....", "..........")
@@ -62,7 +63,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def epoch(folders: list[Path], sampler: SliceSampler, number: int, box: Box | None = None) -> list[tuple[int, int]]:
     """Case and slice of each patch of an epoch, in order."""
     place = StageInput(box or Box((0, -1, 0), (10, 7, 8)))
-    queue = PatchQueue(CaseSubjects(dict.fromkeys(folders, place)), sampler, SIGHT.patch, 0)
+    queue = PatchQueue(CaseSubjects(dict.fromkeys(folders, place)), sampler, TRANSFORM, 0)
     drawn = []
     for index in range(len(queue)):
         patch = queue[(number, index)]
@@ -101,7 +102,7 @@ def test_slices_are_looked_for_in_the_region_alone(folders: list[Path]) -> None:
 def test_a_slice_is_what_lies_there(folders: list[Path]) -> None:
     case = open_case(folders[0])
     queue = PatchQueue(
-        CaseSubjects({folders[0]: StageInput(Box((0, -1, 0), (10, 7, 8)))}), SliceSampler("tumor"), SIGHT.patch, 0
+        CaseSubjects({folders[0]: StageInput(Box((0, -1, 0), (10, 7, 8)))}), SliceSampler("tumor"), TRANSFORM, 0
     )
     for index in (0, 1):
         patch = queue[(0, index)]

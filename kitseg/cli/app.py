@@ -6,7 +6,8 @@ import atexit
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,25 +114,23 @@ def preprocess_cases(
     return set(failed)
 
 
-def bar_over(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> list[Outcome]:
-    """Run a command over cases with a progress bar and print the outcome of each."""
+@contextmanager
+def outcome_bar(title: str, count: int) -> Iterator[Callable[[Outcome], None]]:
+    """A progress bar over cases; the function it gives moves it by one and prints the outcome of a case."""
     with console.bar(title, count, shown=Share.here().of == 1) as step:
 
         def done(outcome: Outcome) -> None:
             step()
             _print_outcome(outcome)
 
-        return run(done)
+        yield done
 
 
 def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list[Outcome]]) -> None:
     """Run a command over cases with a progress bar and print the outcomes; exit code 1 if a case failed."""
-    outcomes = bar_over(title, count, run)
-    failed = sum(bool(outcome.error) for outcome in outcomes)
-    levels = Counter(outcome.quality.level for outcome in outcomes if outcome.quality)
-    marked = ", ".join(f"[{COLOURS[level]}]{levels[level]} {level}[/]" for level in COLOURS if level in levels)
-    console.print_line(f"{count - failed} of {count} cases done" + (f": {marked}" if marked else ""))
-    exit_if(failed > 0)
+    with outcome_bar(title, count) as done:
+        outcomes = run(done)
+    _conclude(outcomes)
 
 
 def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, ranks: int) -> None:
@@ -144,13 +143,12 @@ def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, 
     share, launched = Share.asked(shard), Share.here()
     mine = deal(cases, share)
     log = console.print_plain if launched.index == 0 else lambda text: None
-
-    def run(done: Callable[[Outcome], None]) -> list[Outcome]:
+    with outcome_bar(title, len(mine)) as done:
         if ranks == 1 or launched.of > 1:
-            return do(mine, share, log, done)
-        return on_ranks(do, mine, share.split(ranks), log, done)
-
-    work(title, len(mine), run)
+            outcomes = do(mine, share, log, done)
+        else:
+            outcomes = on_ranks(do, mine, share.split(ranks), log, done)
+    _conclude(outcomes)
 
 
 def choose_ranks(gpus: int, processes: int, device: str) -> tuple[str, int]:
@@ -173,7 +171,8 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -
 
     plan = steps.plan_validation(run, data, mirror)
     count = sum(len(plan.cases[fold]) for fold in plan.asked)
-    outcomes = bar_over("validate", count, lambda done: steps.predict_folds(plan, device, done))
+    with outcome_bar("validate", count) as done:
+        outcomes = steps.predict_folds(plan, device, done)
     folds = steps.folds_to_score(plan)
     with console.bar("score", len(folds)) as step:
         scores = steps.score_folds(plan, folds, step)
@@ -185,13 +184,22 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -
     for score in scores:
         if score.error:
             console.print_error(score.error)
-    if (done := len(set(folds.values()))) < len(plan.split.folds):
-        console.print_line(f"{done} of {len(plan.split.folds)} folds are trained and validated so far")
+    if (trained := len(set(folds.values()))) < len(plan.split.folds):
+        console.print_line(f"{trained} of {len(plan.split.folds)} folds are trained and validated so far")
     console.print_line(
         "These cases were not trained on, but they selected the checkpoints: a test set gives a stricter estimate."
     )
     console.print_line(f"out-of-fold scores: {plan.run.scores(mirror)}")
     exit_if(any(outcome.error for outcome in outcomes) or any(score.error or score.missing for score in scores))
+
+
+def _conclude(outcomes: Sequence[Outcome]) -> None:
+    """Print how many cases are done, and at which levels; exit code 1 if one failed."""
+    failed = sum(bool(outcome.error) for outcome in outcomes)
+    levels = Counter(outcome.quality.level for outcome in outcomes if outcome.quality)
+    marked = ", ".join(f"[{COLOURS[level]}]{levels[level]} {level}[/]" for level in COLOURS if level in levels)
+    console.print_line(f"{len(outcomes) - failed} of {len(outcomes)} cases done" + (f": {marked}" if marked else ""))
+    exit_if(failed > 0)
 
 
 def _print_outcome(outcome: Outcome) -> None:

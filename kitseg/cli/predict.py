@@ -72,11 +72,11 @@ def infer(
     from kitseg.runtime.device import deterministically
 
     device, ranks = choose_ranks(gpus, processes, device)
-    scans, first = choose_scans([data], split, fold), stage.partition(".")[0] if stage else None
+    scans = choose_scans([data], split, fold)
     if scans.choices:
         raise UsageError(f"{data} holds DICOM, which only `kitseg predict` reads; the verbs before it take NIfTI files")
     member, steps = only_member(run or choose_run(Path("runs")).path)
-    model = partial(open_model, member.run, device, first, mirror or member.mirror, engine, precision)
+    model = partial(open_model, member.run, device, stage, mirror or member.mirror, engine, precision)
     model = partial(deterministically, model) if deterministic else model
     do = Inference(model, stage, output, parse_size(max_memory), steps)
     shared_work("infer", scans.cases, do, shard, ranks)
@@ -156,7 +156,7 @@ def predict(
 
     The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
     """
-    from kitseg.commands.predict import SERIES_TABLE, Prediction, PredictOptions, choose_scans
+    from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans
     from kitseg.models.members import choose_run, locate, open_ensemble
     from kitseg.models.memory import parse_size
     from kitseg.runtime.device import deterministically
@@ -170,8 +170,8 @@ def predict(
         console.print_line(
             f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why"
         )
-    wanted = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))
-    shared_work("predict", found.cases, Prediction(opened, output, wanted), shard, ranks)
+    options = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))
+    shared_work("predict", found.cases, PredictScans(opened, output, options), shard, ranks)
 
 
 def _numbers(text: str | None) -> list[float]:

@@ -76,9 +76,12 @@ def write_case(
 
     Args:
         to: the folder.
-        labels: (D, H, W) in orientation (I, P, L). probabilities: from which they were made.
-        facts: for the record. made: what the labels follow from, see ``write_record``.
-        doubts: for the record's note. more: writers of further files, by the ending of their names.
+        labels: (D, H, W) in orientation (I, P, L).
+        probabilities: from which they were made.
+        facts: for the record.
+        made: the hashes of what the labels follow from, see ``write_record``.
+        doubts: for the record's note.
+        more: writers of further files, by the ending of their names.
     """
     case, ml = probabilities.case_id, probabilities.geometry.voxel_ml
     record, writers = to / f"{case}.json", {".nii.gz": _label_writer(labels, probabilities), **(more or {})}

@@ -18,7 +18,6 @@ from kitseg.errors import KitsegError, UsageError
 from kitseg.measure.quality import Flag, Quality
 from kitseg.models.members import Ensemble
 from kitseg.models.memory import Limit
-from kitseg.report.pictures import case_picture
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
@@ -100,6 +99,8 @@ class CasePredictor:
         self.limit.check(scan_geometry(source), source.id)
         scan = read_scan(source)
         found = self.model.predict(scan)
+        from kitseg.report.pictures import case_picture
+
         more: dict[str, Write] = {".png": partial(case_picture, ct=scan, labels=found.labels, title=source.id)}
         if self.options.dicom_seg:
             more[".dcm"] = partial(self._write_segmentation, labels=found.labels, source=source)
@@ -161,9 +162,8 @@ def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: b
 
 
 def doubts(case: Case, scan: Volume) -> list[str]:
-    """What makes a scan's labels doubtful: values that don't look like HU, an orientation that the file doesn't state."""
+    """What makes a scan's labels doubtful: values unlike HU, an orientation that the file doesn't state."""
     found = [case.note] if case.note else []
     if not looks_like_hu(scan.array):
         found.append("its values don't look like Hounsfield units")
     return found if knows_its_place(case) else [*found, "the file doesn't state its orientation"]
-

@@ -94,7 +94,7 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validatio
     """The finished folds of a run, or one fold of it, and their validation cases.
 
     Raises:
-        UsageError: not a run, no finished fold, a validation case that isn't there, or one that a network was trained on.
+        UsageError: not a run, no finished fold, a missing validation case, or one that a network was trained on.
         KitsegError: a patient on two sides. InputError: a damaged file.
     """
     run, fold = find_run(path)
@@ -117,7 +117,10 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validatio
 
 
 def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[Outcome]:
-    """Probabilities and label maps of every validation case by the fold that was not trained on it; finished ones are kept."""
+    """Probabilities and label maps of every validation case, by the fold that was not trained on it.
+
+    Finished ones are kept.
+    """
     outcomes = []
     with folder_lock(validation.run.validation(validation.mirror), "out-of-fold predictions"):
         for fold in validation.asked:
@@ -163,7 +166,7 @@ def _check_unseen(run: Run, fold: int, split: Split) -> None:
 
 
 def _is_kept(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> bool:
-    """Whether a fold's probabilities are kept: computed alike, or all of them by the same weights on another machine."""
+    """Whether a fold's probabilities are kept: computed alike, or all by the same weights on another machine."""
     to = validation.probabilities(fold)
     if not (to / MANIFEST).exists():
         return False

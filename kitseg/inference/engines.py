@@ -55,7 +55,7 @@ class Engine(Protocol):
     """Runs a network with trained weights."""
 
     def __call__(self, weights: Trained, head: int) -> Predict:
-        """Predicts one head's probabilities, (N, C, d, h, w) -> (N, K, d, h, w) float32; until other weights are loaded."""
+        """One head's probabilities, (N, C, d, h, w) -> (N, K, d, h, w) float32, until others are loaded."""
         ...
 
 
@@ -157,4 +157,3 @@ def _forget_traces() -> None:
 
 def _name(kind: torch.dtype) -> str:
     return str(kind).removeprefix("torch.")
-

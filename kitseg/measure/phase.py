@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, signal
+from scipy import ndimage
 
 from kitseg.components import bounding_box
 from kitseg.labels import KIDNEY
@@ -153,6 +153,8 @@ def _disc(scan: Floats, radius: float) -> tuple[Floats, Floats]:
 
 def _disc_mean(scan: Floats, radius: float) -> Floats:
     """The mean over a disc around each pixel inside the margin."""
+    from scipy import signal  # its import takes half a second, which most commands don't need
+
     reach = int(radius / PIXEL)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1] * PIXEL
     kernel = (y**2 + x**2 <= radius**2).astype(np.float32)

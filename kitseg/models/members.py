@@ -17,7 +17,6 @@ from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
 from kitseg.inference.chain import run_chain, to_scan
 from kitseg.measure.findings import Findings
-from kitseg.measure.measure import measure
 from kitseg.measure.quality import Quality, TrainingDomain, assess
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
@@ -57,6 +56,8 @@ class Ensemble:
     def predict(self, scan: Volume) -> LabelledScan:
         """Labels, findings and quality flags of a scan."""
         probabilities, agreement = self.predict_proba(scan)
+        from kitseg.measure.measure import measure  # trimesh and networkx take long to import
+
         labels = clean(probabilities, scan, self.steps)
         findings = measure(labels, scan.geometry, scan.array)
         quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.training_domain)
@@ -112,7 +113,7 @@ def open_ensemble(
     engine, precision: see ``open_model``.
 
     Raises:
-        UsageError: not a run, or weights that don't fit. InputError: a damaged file, or a run without a finished training.
+        UsageError: not a run, or weights that don't fit. InputError: a damaged file, or an unfinished run.
     """
     shares = list(weights) if weights else [1.0] * len(paths)
     if len(shares) != len(paths) or not ensemble.can_weigh(shares):

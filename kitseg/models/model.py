@@ -194,7 +194,7 @@ def open_stage(
     """
     with torch.device("meta"):
         model = build_model(spec)
-    model = model.to_empty(device=device).to(device).eval()
+    allocate(model.eval(), device)
     window = build_window(spec)
     if device.type == "cpu" and isinstance(window, Slices):
         window = Slices(batch=1)  # as fast as many slices at once, with less memory
@@ -239,13 +239,22 @@ def load_weights(model: StageModel, path: Path) -> None:
     if model.loaded == path:
         return
     if model.device.type == "meta":
-        model.to_empty(device="cpu").to("cpu")
+        allocate(model, torch.device("cpu"))
     try:
         model.load_state_dict(read_weights(path, model.device))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(path, f"can't be loaded ({reason})", "Restore it, or train again with --restart.") from error
     model.loaded = path
+
+
+def allocate(model: StageModel, device: torch.device) -> None:
+    """Give a model on the meta device weights without values on another device."""
+    state = {
+        name: torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+        for name, value in model.state_dict().items()  # Module.to_empty would import sympy, which takes half a second
+    }
+    model.load_state_dict(state, assign=True)
 
 
 def _training_precision(device: torch.device, spec: StageSpec) -> torch.dtype | None:

@@ -183,7 +183,7 @@ class StageData(pl.LightningDataModule):
             return asked
         short = f"{asked} loader processes may need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
         remedy = "Make it larger (docker run --shm-size=8g) or use fewer --workers"
-        print_error(f"{SHARED_MEMORY}: {short}; training goes on with --workers 0, which is slower. {remedy}.")
+        print_error(f"{SHARED_MEMORY}: {short}; training continues with --workers 0, which is slower. {remedy}.")
         return 0
 
     def _share(self) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""What a stage predicts (``model`` and one file a paper's stage, PyTorch alone), and how Lightning trains it (``base``)."""
+"""What a stage predicts (``model``, and one file per paper's stage; PyTorch alone) and how it is trained (``base``)."""

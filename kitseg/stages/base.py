@@ -31,7 +31,7 @@ MakeScheduler = Callable[..., torch.optim.lr_scheduler.LRScheduler]
 class Stage(pl.LightningModule):
     """Trains a ``StageModel``: loss, optimizer, schedule, and scores on whole validation cases.
 
-    Trains in any ``pl.Trainer`` with ``kitseg.patches.datamodule.StageData``, and logs ``train/loss`` and ``val/score``.
+    Trains in any ``pl.Trainer`` with ``kitseg.patches.datamodule.StageData``; logs ``train/loss`` and ``val/score``.
     Each part may be the object itself or its configuration (a mapping with ``_target_``). From configuration alone,
     ``Stage.load_from_checkpoint(path)`` rebuilds the stage without further arguments.
 
@@ -57,11 +57,14 @@ class Stage(pl.LightningModule):
         parts = {"model": model, "loss": loss, "optimizer": optimizer, "window": window, "scheduler": scheduler}
         if all(part is None or isinstance(part, Mapping) for part in parts.values()):
             self.save_hyperparameters({**parts, "weights": list(weights)}, logger=False)
-        built = {name: config.build(part) if isinstance(part, Mapping) else part for name, part in parts.items()}
+        built: dict[str, Any] = {
+            name: config.build(part) if isinstance(part, Mapping) else part for name, part in parts.items()
+        }
         self.model: StageModel = built["model"]
         self.window: Window = built["window"]
         self.loss = DeepSupervision(built["loss"], weights)
-        self.make_optimizer, self.make_scheduler = built["optimizer"], built["scheduler"]
+        self.make_optimizer: MakeOptimizer = built["optimizer"]
+        self.make_scheduler: MakeScheduler | None = built["scheduler"]
         self.epoch_loss: tuple[float, int] = 0.0, 0  # the sum over the epoch's patches so far, and how many these are
         self.validated: dict[str, dict[str, float]] = {}
 

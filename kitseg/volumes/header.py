@@ -108,7 +108,7 @@ def geometry_of(path: Path, header: Any) -> Geometry:
     voxels = int(np.prod(shape, dtype=object))
     if voxels > MAX_VOXELS:
         raise InputError(path, f"the header claims {voxels} voxels {shape}, more than {MAX_VOXELS}", COPY_AGAIN)
-    _check_affine(path, affine)
+    check_affine(path, affine)
     return Geometry(triple(shape), affine)
 
 
@@ -131,7 +131,12 @@ def _is_zipped(path: Path) -> bool:
     return path.name.lower().endswith(".gz")
 
 
-def _check_affine(path: Path, affine: NDArray[np.float64]) -> None:
+def check_affine(path: Path, affine: NDArray[np.float64]) -> None:
+    """Whether an affine (4, 4) is a plausible CT's.
+
+    Raises:
+        InputError: not finite, singular, sheared, or with an implausible spacing.
+    """
     if not np.isfinite(affine).all():
         raise InputError(path, "its affine contains NaN or infinite values", _CONVERT_AGAIN)
     axes = affine[:3, :3]

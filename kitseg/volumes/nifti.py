@@ -78,7 +78,7 @@ def read_image(path: Path, case_id: str) -> Volume:
     header = read_header(path)
     native = geometry_of(path, header)
     stored, slope, offset = _stored(path, header, native)
-    array = _as_ct(stored, slope, offset)
+    array = as_ct(stored, slope, offset)
     if array.dtype.kind == "f" and not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise InputError(path, "it contains NaN or infinite values", "Export the scan again")
     return Volume(array, canonical_geometry(native), native, case_id)
@@ -195,7 +195,8 @@ def _fill(view: NDArray[Any], stream: IO[bytes]) -> bool:
     return True
 
 
-def _as_ct(stored: NDArray[Any], slope: float, offset: float) -> NDArray[Any]:
+def as_ct(stored: NDArray[Any], slope: float, offset: float) -> NDArray[Any]:
+    """Stored values in HU: int16 where unscaled integers fit it, else float32; ``stored`` may be overwritten."""
     whole = stored.dtype.kind in "iu" and (slope, offset) == (1, 0)
     if whole and (np.can_cast(stored.dtype, np.int16) or (stored.min() >= -(2**15) and stored.max() < 2**15)):
         return stored.astype(np.int16, copy=False)

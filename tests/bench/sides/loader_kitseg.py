@@ -9,8 +9,9 @@ import torch
 import torchio as tio
 from side import rate, say
 
+from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.patches.datamodule import Feed, InputTransform, StageCases, StageData
+from kitseg.patches.datamodule import Feed, StageCases, StageData
 from kitseg.patches.samplers import ForegroundSampler
 from kitseg.patches.subjects import StageInput
 from kitseg.types import Box

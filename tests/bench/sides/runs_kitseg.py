@@ -14,8 +14,8 @@ import torch
 
 import kitseg
 from kitseg import config
-from kitseg.models.model import build_stage
 from kitseg.runtime.files import write_json
+from kitseg.stages.model import build_model
 
 run, method, checkpoints = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if not run.exists():
@@ -31,7 +31,7 @@ if not run.exists():
         for number in range(checkpoints):
             torch.manual_seed(number)
             path = best / f"{number:04d}-0.5000.ckpt"
-            torch.save({"state_dict": build_stage(spec).state_dict()}, path)
+            torch.save({"state_dict": build_model(spec).state_dict()}, path)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             rows.append({"file": f"best/{path.name}", "val_score": 0.5, "sha256": digest})
         write_json(best.parent / "done.json", 1, {"checkpoints": rows, "threshold": None})

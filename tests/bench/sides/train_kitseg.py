@@ -14,9 +14,10 @@ from side import say
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
-from kitseg.models.model import build_input_transform, build_stage
+from kitseg.models.model import build_input_transform
 from kitseg.patches.datamodule import Feed, StageCases, StageData
 from kitseg.patches.subjects import StageInput
+from kitseg.stages.base import Stage
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
@@ -39,7 +40,7 @@ def main(work: Path, device: torch.device, size: str) -> None:
     data = StageData(lambda: StageCases(places, {}), feed)
     data.setup("fit")
     batches = iter(data.train_dataloader())
-    stage = build_stage(spec).to(device)
+    stage = Stage.of(spec).to(device)
     optimizer = torch.optim.Adam(stage.parameters(), fused=True)
 
     def step() -> None:

@@ -1,0 +1,94 @@
+"""Scans and label maps in memory: NumPy arrays with an affine, and the image objects of other libraries.
+
+The libraries are recognized by what their objects offer, so that none of them is imported here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kitseg.errors import InputError
+from kitseg.labels import CONVENTIONS
+from kitseg.types import Geometry, Volume, triple
+from kitseg.volumes.header import check_affine
+from kitseg.volumes.nifti import as_ct, canonical_geometry, turn_to_canonical
+
+_CONVERT = "Give a 3D array with its affine, or an image of nibabel, SimpleITK or TorchIO"
+
+
+def scan_from(image: Any, affine: ArrayLike | None = None, name: str = "scan") -> Volume:
+    """A CT as (D, H, W) HU in orientation (I, P, L).
+
+    Args:
+        image: an array, whose axes its affine describes as in nibabel; a nibabel, SimpleITK or TorchIO image; or a
+            TorchIO subject with one intensity image.
+        affine: (4, 4), from an array's voxel indices to mm in RAS+; for arrays only.
+        name: stands for a file's name in errors.
+
+    Raises:
+        InputError: not a 3D image of finite numbers on a regular grid.
+    """
+    array, native = _native(image, affine, name)
+    hu = as_ct(np.array(turn_to_canonical(array, native)), 1.0, 0.0)
+    if hu.dtype.kind == "f" and not np.isfinite(hu).all():
+        raise InputError(name, "it holds values that are not finite (NaN or infinity)", "Replace them")
+    return Volume(hu, canonical_geometry(native), native, name)
+
+
+def labels_from(image: Any, affine: ArrayLike | None, convention: str, name: str = "labels") -> Volume:
+    """A label map as (D, H, W) uint8 in orientation (I, P, L); see ``scan_from``.
+
+    Raises:
+        InputError: not a 3D image on a regular grid, or values that the label convention doesn't have.
+    """
+    array, native = _native(image, affine, name)
+    known = list(CONVENTIONS[convention])
+    if odd := np.setdiff1d(np.unique(array), known).tolist():
+        raise InputError(name, f"it holds the values {odd[:5]}", f"Labels of {convention} are {known}")
+    labels = np.array(turn_to_canonical(array, native), np.uint8)
+    return Volume(labels, canonical_geometry(native), native, name)
+
+
+def to_nibabel(array: NDArray[Any], affine: NDArray[np.float64]) -> Any:
+    """An array in its own axes as a nibabel image."""
+    return nibabel.Nifti1Image(array, affine)
+
+
+def _native(image: Any, affine: ArrayLike | None, name: str) -> tuple[NDArray[Any], Geometry]:
+    array, matrix = _parts(image, affine, name)
+    if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "biuf":
+        raise InputError(name, f"it has the shape {array.shape} and the type {array.dtype}", _CONVERT)
+    if matrix.shape != (4, 4):
+        raise InputError(name, f"its affine has the shape {matrix.shape}, not (4, 4)", _CONVERT)
+    check_affine(Path(name), matrix)
+    return array, Geometry(triple(array.shape), matrix)
+
+
+def _parts(image: Any, affine: ArrayLike | None, name: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """The array of an image, in the axes of its affine (RAS+)."""
+    if hasattr(image, "get_images"):  # a TorchIO subject
+        images = image.get_images(intensity_only=True)
+        if len(images) != 1:
+            raise InputError(name, f"the subject holds {len(images)} intensity images", "Give the CT's image itself")
+        image = images[0]
+    if hasattr(image, "dataobj"):  # nibabel
+        return np.asanyarray(image.dataobj), np.asarray(image.affine, np.float64)
+    if hasattr(image, "GetDirection"):  # SimpleITK
+        from SimpleITK import GetArrayFromImage
+
+        to_ras = np.diag([-1.0, -1.0, 1.0])  # from its LPS+
+        matrix = np.eye(4)
+        matrix[:3, :3] = to_ras @ np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+        matrix[:3, 3] = to_ras @ image.GetOrigin()
+        return GetArrayFromImage(image).T, matrix
+    if hasattr(image, "affine") and hasattr(image, "data"):  # TorchIO, (1, W, H, D)
+        data = np.asarray(image.data)
+        return data[0] if len(data) == 1 else data, np.asarray(image.affine, np.float64)
+    if affine is None:
+        raise InputError(name, f"a {type(image).__name__} comes without an affine", _CONVERT)
+    return np.asarray(image), np.asarray(affine, np.float64)
