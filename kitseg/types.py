@@ -42,6 +42,12 @@ class Geometry:
         """Whether shape and affine (within ``tolerance`` mm) agree."""
         return self.shape == other.shape and bool(np.allclose(self.affine, other.affine, atol=tolerance, rtol=0))
 
+    def crop(self, box: Box) -> Geometry:
+        """The geometry of a box of voxels."""
+        affine = self.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ box.start
+        return Geometry(box.size, affine)
+
 
 @dataclass(frozen=True)
 class Grid:

@@ -9,8 +9,8 @@ from scipy import ndimage
 
 from kitseg.errors import InputError, KitsegError
 from kitseg.runtime.files import HOST
-from kitseg.volumes.nifti import is_phantom
-from kitseg.volumes.phantom import PHANTOM_MARK, make_case, write_case
+from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom
+from kitseg.volumes.phantom import make_case, write_case
 
 INDICES = range(8)
 MATRIX = 96

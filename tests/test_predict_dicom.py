@@ -99,7 +99,7 @@ def test_the_table_says_why_each_series_was_taken_or_not(predicted: Path) -> Non
     rows = list(csv.DictReader((predicted / "series.csv").open()))
     taken = [row for row in rows if row["chosen"] == "yes"]
     assert [row["case"] for row in taken] == [one(predicted, "series_*.nii.gz").name.removesuffix(".nii.gz")]
-    assert sorted(row["reason"] for row in rows if row["chosen"] == "no") == ["a scout", "no CT (MR)"]
+    assert sorted(row["reason"] for row in rows if row["chosen"] == "no") == ["a scout", "not a CT (MR)"]
 
 
 @pytest.mark.parametrize("options", [[], ["--keep-identifiers"]])
@@ -154,8 +154,8 @@ def test_a_folder_without_any_ct_is_an_error_with_the_reasons(
     write_series(tmp_path / "in", array[:12], affine, seed=3, Modality="MR")
     done = predict(trained, tmp_path / "in", tmp_path / "out")
     assert done.code == 1
-    assert "no CT (MR)" in done.text
-    assert "no CT (MR)" in (tmp_path / "out" / "series.csv").read_text()
+    assert "not a CT (MR)" in done.text
+    assert "not a CT (MR)" in (tmp_path / "out" / "series.csv").read_text()
 
 
 def test_a_dicom_segmentation_needs_a_dicom_series(trained: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_broken_case_stops_no_other(reported: Path) -> None:
         ["index.html", "case_00000.html", f"{HOSTILE}.html"]
     )
     study = page(reported, "index")
-    assert "broken.nii.gz: it is broken or no NIfTI file" in study.text
+    assert "broken.nii.gz: broken or not a NIfTI file" in study.text
 
 
 @pytest.mark.parametrize("case", ["index", "case_00000", HOSTILE])

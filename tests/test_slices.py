@@ -149,10 +149,10 @@ def test_torchios_own_queue_draws_by_the_sampler(folders: list[Path]) -> None:
 
 
 def test_what_a_slice_sampler_refuses() -> None:
-    with pytest.raises(ValueError, match="foreground or tumor, not cyst"):
+    with pytest.raises(ValueError, match="not cyst"):
         SliceSampler("cyst")
     for share in (1.0, -0.1):
-        with pytest.raises(ValueError, match="share of negative slices"):
+        with pytest.raises(ValueError, match="negatives is"):
             SliceSampler("tumor", share)
 
 

@@ -102,9 +102,9 @@ def test_both_problems_of_one_prediction_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.full(SHAPE, 0.5, np.float32), "it holds the label values 0.5"),
-        (np.full(SHAPE, -1, np.int16), "it holds the label values -1"),
-        (np.full(SHAPE, np.nan, np.float32), "it holds the label values nan"),
+        (np.full(SHAPE, 0.5, np.float32), "label values 0.5"),
+        (np.full(SHAPE, -1, np.int16), "label values -1"),
+        (np.full(SHAPE, np.nan, np.float32), "label values nan"),
         (np.zeros((2, *SHAPE), np.uint8), "4 dimensions"),
     ],
 )

@@ -37,6 +37,7 @@ COLOURS = {"green": "green", "amber": "yellow", "red": "red"}
 PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
 
 Data = Annotated[Path, typer.Argument(help="Folder of cases: case_00000/imaging.nii.gz, or flat .nii.gz files.")]
+DataFolders = Annotated[list[Path], typer.Option("--data", help="Folder of labelled cases; may be repeated.")]
 Method = Annotated[str, typer.Option(help="The method; `kitseg methods` lists them.")]
 Size = Annotated[str, typer.Option(help="paper, small or tiny.")]
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the configuration.")]

@@ -13,6 +13,7 @@ from rich.markup import escape
 from kitseg.cli.app import (
     Convention,
     Data,
+    DataFolders,
     Device,
     Jobs,
     Method,
@@ -187,12 +188,9 @@ def augment(
     worst: Annotated[int, typer.Option(min=1, help="Number of hard cases: those with the lowest Dice.")] = 20,
     partners: Annotated[int, typer.Option(min=1, help="Number of other cases paired with each hard case.")] = 10,
     direction: Annotated[
-        str,
-        typer.Option(help="partner-to-hard (warp the partner to the hard case's anatomy) or hard-to-partner."),
+        str, typer.Option(help="partner-to-hard (warp the partner to the hard case's anatomy) or hard-to-partner.")
     ] = "partner-to-hard",
-    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; may be repeated.")] = [  # noqa: B006
-        Path("data")
-    ],
+    data: DataFolders = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the new cases.")] = Path("augmented"),
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
     seed: Annotated[int, typer.Option(help="Random seed of the choice of partners.")] = 0,

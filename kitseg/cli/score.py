@@ -11,6 +11,7 @@ from rich.markup import escape
 from kitseg.cli.app import (
     PREDICTIONS,
     Convention,
+    DataFolders,
     Device,
     Fold,
     Jobs,
@@ -111,9 +112,7 @@ def evaluate(
 @app.command(epilog="Example: kitseg validate runs/two-phase-small --data data")
 def validate(
     run: Annotated[Path, typer.Argument(help="A run, or one of its folds.")],
-    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; may be repeated.")] = [  # noqa: B006
-        Path("data")
-    ],
+    data: DataFolders = [Path("data")],  # noqa: B006
     mirror: Mirror = False,
     device: Device = "auto",
 ) -> None:
@@ -128,9 +127,7 @@ def validate(
 @app.command(epilog="Example: kitseg choose runs/two-phase-paper runs/progressive-paper -o ensemble.yaml")
 def choose(
     runs: Annotated[list[Path], typer.Argument(help="Validated runs, or folds of them.")],
-    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; may be repeated.")] = [  # noqa: B006
-        Path("data")
-    ],
+    data: DataFolders = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="The ensemble file.")] = Path("ensemble.yaml"),
     jobs: Jobs = -1,
 ) -> None:

@@ -62,7 +62,7 @@ def measure(labels: NDArray[np.uint8], geometry: Geometry, hu: NDArray[Any] | No
     if box is None:
         return Findings((), ())
     midline = frame_midline(geometry) if hu is None else body_midline(hu, geometry, box)
-    inside, lattice = labels[box.slices], _part(geometry, box)
+    inside, lattice = labels[box.slices], geometry.crop(box)
     sides = side_map(inside, lattice, midline)
     components = _components(inside, lattice.voxel_ml)
     for component in components:
@@ -129,7 +129,7 @@ def _contact(component: _Component, scene: _Scene) -> float | None:
     near = component.box.grown(_MARGIN).clip(scene.labels.shape)
     mask = np.zeros(near.size, np.bool_)
     mask[component.box.moved(near.start).slices] = component.mask
-    return contact_area(mask, scene.labels[near.slices] == KIDNEY, _part(scene.geometry, near))
+    return contact_area(mask, scene.labels[near.slices] == KIDNEY, scene.geometry.crop(near))
 
 
 def _middle_voxel(component: _Component, spacing: tuple[float, float, float], origin: Triple) -> Triple:
@@ -161,10 +161,3 @@ def _kidneys(scene: _Scene) -> tuple[Kidney, ...]:
             ml = scene.geometry.voxel_ml
             kidneys.append(Kidney(side, int(here.sum()) * ml, parenchyma * ml))
     return tuple(kidneys)
-
-
-def _part(geometry: Geometry, box: Box) -> Geometry:
-    """The geometry of a box of a scan."""
-    affine = geometry.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ box.start
-    return Geometry(box.size, affine)

@@ -100,8 +100,7 @@ class UpStage(nn.Module):
         super().__init__()
         self.up = block(transposed(2 * channels_out, channels_out, kernel))
         self.convs = nn.Sequential(
-            block(convolution(2 * channels_out, channels_out, kernel)),
-            convolution(channels_out, channels_out, kernel),
+            block(convolution(2 * channels_out, channels_out, kernel)), convolution(channels_out, channels_out, kernel)
         )
         self.act = NormReLU(channels_out)
 

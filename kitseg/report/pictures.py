@@ -53,11 +53,7 @@ PLANES = (_Plane("Axial", 0, "R", "A"), _Plane("Coronal", 1, "R", "H"), _Plane("
 
 
 def case_picture(
-    path: Path,
-    ct: Volume,
-    labels: NDArray[np.uint8],
-    reference: NDArray[np.uint8] | None = None,
-    title: str = "",
+    path: Path, ct: Volume, labels: NDArray[np.uint8], reference: NDArray[np.uint8] | None = None, title: str = ""
 ) -> None:
     """Draws a case in three planes and writes a PNG file, complete or not at all.
 

@@ -62,7 +62,7 @@ def view(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> d
     masks += [(title(lesion), lesion.kind, lesion.box, lesion_mask(labels, lesion)) for lesion in shown]
     step = _first_step([mask for _, _, _, mask in masks], geometry.spacing)
     while True:
-        traces = [_trace(name, kind, mask, _moved(geometry, box), step) for name, kind, box, mask in masks]
+        traces = [_trace(name, kind, mask, geometry.crop(box), step) for name, kind, box, mask in masks]
         if sum(trace["triangles"] for trace in traces) <= _MOST_TRIANGLES:
             break
         step *= 1.4
@@ -116,13 +116,6 @@ def _packed(values: NDArray[Any]) -> dict[str, str]:
     """An array in Plotly's base64 encoding."""
     kinds = {"float32": "f4", "uint16": "u2", "uint32": "u4"}
     return {"dtype": kinds[values.dtype.name], "bdata": base64.b64encode(values.tobytes()).decode("ascii")}
-
-
-def _moved(geometry: Geometry, box: Box) -> Geometry:
-    """The geometry of a box of voxels."""
-    affine = geometry.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ box.start
-    return Geometry(box.size, affine)
 
 
 def _marks(geometry: Geometry, box: Box) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kitseg.components import bounding_box
 from kitseg.labels import TUMOR
 from kitseg.scoring.detection import Detection, detect
-from kitseg.scoring.kits19 import dice
+from kitseg.scoring.kits19 import check_shapes, dice
 from kitseg.scoring.protocols import Protocol, Target
 from kitseg.scoring.surface import surfaces
 from kitseg.types import Box
@@ -44,8 +44,7 @@ def score(
     Raises:
         ValueError: the shapes differ.
     """
-    if pred.shape != ref.shape:
-        raise ValueError(f"prediction and reference differ in shape: {pred.shape} and {ref.shape}")
+    check_shapes(pred, ref)
     box = _foreground(pred).union(_foreground(ref))
     pred, ref = (protocol.adopt(labels[box.slices], convention) for labels in (pred, ref))
     metrics = {name: _metrics(pred, ref, spacing, target) for name, target in protocol.targets.items()}

@@ -140,11 +140,7 @@ def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
         with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
             found = stats.bootstrap(
-                (values,),
-                np.mean,
-                n_resamples=RESAMPLES,
-                method=method,
-                random_state=np.random.default_rng(0),
+                (values,), np.mean, n_resamples=RESAMPLES, method=method, random_state=np.random.default_rng(0)
             ).confidence_interval
         if np.isfinite(found).all():
             break

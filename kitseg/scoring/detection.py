@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from kitseg.components import Components
 from kitseg.measure.diameters import axial_diameter
+from kitseg.scoring.kits19 import check_shapes
 from kitseg.scoring.strata import SIZES, size_of
 
 MIN_IOU = 0.1
@@ -65,8 +66,7 @@ def detect(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: tuple[float
     Raises:
         ValueError: the shapes differ.
     """
-    if pred.shape != ref.shape:
-        raise ValueError(f"prediction and reference differ in shape: {pred.shape} and {ref.shape}")
+    check_shapes(pred, ref)
     found, truth = Components.of(pred), Components.of(ref)
     iou = _overlaps(found, truth)
     rows, columns = linear_sum_assignment(np.where(iou >= MIN_IOU, min(iou.shape) + iou, 0), maximize=True)

@@ -18,7 +18,7 @@ def dice(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    _check_shapes(pred, ref)
+    check_shapes(pred, ref)
     return _ratio(_overlap(pred, ref))
 
 
@@ -31,7 +31,7 @@ def kits19_scores(pred: NDArray[np.uint8], ref: NDArray[np.uint8]) -> dict[str, 
     Raises:
         ValueError: the shapes differ.
     """
-    _check_shapes(pred, ref)
+    check_shapes(pred, ref)
     kidney, tumor = np.zeros(2, np.int64), np.zeros(2, np.int64)
     for first in range(0, len(ref), _SLAB):
         p, r = pred[first : first + _SLAB], ref[first : first + _SLAB]
@@ -62,6 +62,7 @@ def _ratio(overlap: NDArray[np.int64]) -> float:
     return 2 * both / total if total else 1.0
 
 
-def _check_shapes(pred: NDArray[np.generic], ref: NDArray[np.generic]) -> None:
+def check_shapes(pred: NDArray[np.generic], ref: NDArray[np.generic]) -> None:
+    """Raise a ValueError if prediction and reference differ in shape."""
     if pred.shape != ref.shape:
         raise ValueError(f"prediction and reference differ in shape: {pred.shape} and {ref.shape}")

@@ -12,6 +12,7 @@ from scipy.ndimage import distance_transform_edt
 from scipy.spatial import cKDTree
 
 from kitseg.components import bounding_box
+from kitseg.scoring.kits19 import check_shapes
 
 _SLAB = 16  # slices at a time
 _NEAR_MM = 20.0
@@ -100,8 +101,7 @@ def surfaces(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: Sequence[
     Raises:
         ValueError: the shapes differ.
     """
-    if pred.shape != ref.shape:
-        raise ValueError(f"prediction and reference differ in shape: {pred.shape} and {ref.shape}")
+    check_shapes(pred, ref)
     box = bounding_box(pred | ref)
     if box is None:
         nothing = Surfels(np.zeros(0), np.zeros(0))

@@ -49,8 +49,6 @@ from kitseg.volumes.phantom_organs import (
     trunk,
 )
 
-__all__ = ["PHANTOM_MARK", "make_case", "write_case"]
-
 _nib: Any = nibabel  # untyped
 
 THICKNESSES = (0.5, 0.75, 1.0, 1.25, 2.0, 2.5, 3.0, 4.0, 5.0)

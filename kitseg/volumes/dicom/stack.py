@@ -154,11 +154,7 @@ def _by_pass(group: list[Header]) -> list[list[Header]]:
     """Parts with one slice at each position, if the headers distinguish the passes; else the group unchanged."""
     if not group[0].position or not _repeats(group):
         return [group]
-    keys: tuple[Callable[[Header], object], ...] = (
-        lambda h: h.acquisition,
-        lambda h: h.time,
-        lambda h: h.image_type,
-    )
+    keys: tuple[Callable[[Header], object], ...] = (lambda h: h.acquisition, lambda h: h.time, lambda h: h.image_type)
     for key in keys:
         parts = [[h for h in group if key(h) == value] for value in dict.fromkeys(map(key, group))]
         if len(parts) > 1 and not any(map(_repeats, parts)):
