@@ -1,4 +1,4 @@
-"""Commands from scans to labels."""
+"""Commands for prediction: infer, ensemble, postprocess, predict."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from kitseg.runtime import console
 
 
 class Format(StrEnum):
-    """What `predict` writes."""
+    """The output formats of `predict`."""
 
     NIFTI = "nifti"
     DICOM_SEG = "dicom-seg"
@@ -43,11 +43,11 @@ class Format(StrEnum):
 def infer(
     run: Annotated[
         str | None,
-        typer.Option("--run", "--model", help="A run (its folds averaged), one fold of it, or a bundle of one run."),
+        typer.Option("--run", "--model", help="A run (mean of its folds), one of its folds, or a bundle of one run."),
     ] = None,
-    data: Annotated[Path, typer.Option(help="Scans: a file, a folder of cases or of files.")] = Path("data"),
+    data: Annotated[Path, typer.Option(help="A scan, or a folder of scans or cases.")] = Path("data"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = PROBABILITIES,
-    stage: Annotated[str | None, typer.Option(help="A stage's own output, such as coarse or fine.1.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Output of one stage, such as coarse or fine.1.")] = None,
     mirror: Mirror = False,
     split: Split = None,
     fold: Fold = None,
@@ -60,9 +60,9 @@ def infer(
     deterministic: Deterministic = False,
     max_memory: MaxMemory = None,
 ) -> None:
-    """Probabilities of each scan: a run's checkpoints averaged, on the scan's own grid.
+    """Predict class probabilities on each scan's own grid, averaged over the checkpoints of a run.
 
-    The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
+    Running it again resumes: cases that are done and unchanged are skipped.
     """
     from kitseg.commands.infer import Inference
     from kitseg.commands.predict import choose_scans
@@ -74,7 +74,7 @@ def infer(
     device, ranks = choose_ranks(gpus, processes, device)
     scans = choose_scans([data], split, fold)
     if scans.choices:
-        raise UsageError(f"{data} holds DICOM, which only `kitseg predict` reads; the verbs before it take NIfTI files")
+        raise UsageError(f"{data} contains DICOM files. Use `kitseg predict`, or convert them to NIfTI")
     member, steps = only_member(run or choose_run(Path("runs")).path)
     model = partial(open_model, member.run, device, stage, mirror or member.mirror, engine, precision)
     model = partial(deterministically, model) if deterministic else model
@@ -85,11 +85,11 @@ def infer(
 @app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
 def ensemble(
     folders: Annotated[list[Path], typer.Argument(help="Folders of probabilities.")] = [PROBABILITIES],  # noqa: B006
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for their mean.")] = Path("ensemble"),
-    weights: Annotated[str | None, typer.Option(help="One number a folder, comma-separated.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the mean.")] = Path("ensemble"),
+    weights: Annotated[str | None, typer.Option(help="Weights of the folders, such as 2,1. Default: equal.")] = None,
     max_memory: MaxMemory = None,
 ) -> None:
-    """The mean of folders of probabilities; post-processing will be the first folder's."""
+    """Average folders of probabilities. The post-processing of the first folder is kept."""
     from kitseg.commands.infer import average
     from kitseg.models.memory import parse_size
     from kitseg.volumes.blocks import block_cases
@@ -103,9 +103,11 @@ def ensemble(
 def postprocess(
     folder: Annotated[Path, typer.Argument(help="Folder of probabilities.")] = Path("ensemble"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = PREDICTIONS,
-    without: Annotated[list[str], typer.Option(metavar="NAME", help="Leave out this prior; all: every one.")] = [],  # noqa: B006
+    without: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Leave out this prior, or all; may be repeated.")
+    ] = [],  # noqa: B006
 ) -> None:
-    """Labels from probabilities, cleaned as the method asks."""
+    """Convert probabilities to labels with the post-processing of the method."""
     from kitseg.commands.postprocess import postprocess as clean_folder
     from kitseg.volumes.blocks import block_cases
 
@@ -115,17 +117,17 @@ def postprocess(
 @app.command(epilog="Example: kitseg predict case_00210.nii.gz --model runs/two-phase-paper")
 def predict(
     scans: Annotated[
-        list[Path], typer.Argument(help="NIfTI files, case folders, or folders of them or of DICOM series.")
+        list[Path], typer.Argument(help="NIfTI files, case folders, or folders of NIfTI files or DICOM series.")
     ] = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = PREDICTIONS,
     model: Annotated[
         list[str],
         typer.Option(
-            help="A run, one fold of it, an ensemble file, a bundle or hf://owner/name@revision; several times: the "
-            "mean of all."
+            help="A run, one of its folds, an ensemble file, a bundle or hf://owner/name@revision; may be repeated: "
+            "probabilities are averaged."
         ),
     ] = [],  # noqa: B006
-    weights: Annotated[str | None, typer.Option(help="One number a model, comma-separated.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the models, such as 2,1. Default: equal.")] = None,
     mirror: Mirror = False,
     split: Split = None,
     fold: Fold = None,
@@ -138,23 +140,23 @@ def predict(
     deterministic: Deterministic = False,
     max_memory: MaxMemory = None,
     series: Annotated[
-        list[str], typer.Option(help="Take this DICOM series, by its UID or its name in series.csv.")
+        list[str], typer.Option(help="Select this DICOM series by UID or by its name in series.csv; may be repeated.")
     ] = [],  # noqa: B006
     format_: Annotated[
-        Format, typer.Option("--format", help="dicom-seg: of a DICOM series also a DICOM segmentation.")
+        Format, typer.Option("--format", help="dicom-seg: also write a DICOM segmentation of DICOM series.")
     ] = Format.NIFTI,
     keep_identifiers: Annotated[
-        bool, typer.Option("--keep-identifiers", help="Say in the DICOM output and series.csv who the patient is.")
+        bool, typer.Option("--keep-identifiers", help="Include patient data in the DICOM output and series.csv.")
     ] = False,
 ) -> None:
-    """Kidney and tumor labels for scans, on each scan's own grid, with lesions, flags and a picture.
+    """Segment kidneys and tumors in scans, on each scan's own grid, with lesions, quality flags and a picture.
 
-    Of each DICOM study the CT is taken that fits best; series.csv says why, and why the others were not.
+    The most suitable CT of each DICOM study is selected; series.csv states the reason for every series.
 
-    Several models: the mean of their probabilities, a run's folds averaged first; the post-processing is the first
-    model's, or what an ensemble file says (`kitseg choose` writes one).
+    The probabilities of several models are averaged (the folds of a run first). The post-processing is that of the
+    ensemble file (see `kitseg choose`), or else of the first model.
 
-    The same command goes on where an earlier one stopped: cases that are done and unchanged stay as they are.
+    Running it again resumes: cases that are done and unchanged are skipped.
     """
     from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans
     from kitseg.models.members import choose_run, locate, open_ensemble
@@ -168,7 +170,7 @@ def predict(
     opened = partial(deterministically, opened) if deterministic else opened
     if found.choices:
         console.print_line(
-            f"{len(found.cases)} of {len(found.choices)} DICOM series taken; {output / SERIES_TABLE} says why"
+            f"{len(found.cases)} of {len(found.choices)} DICOM series selected; {output / SERIES_TABLE} states why"
         )
     options = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))
     shared_work("predict", found.cases, PredictScans(opened, output, options), shard, ranks)
@@ -178,4 +180,4 @@ def _numbers(text: str | None) -> list[float]:
     try:
         return [float(part) for part in text.split(",")] if text else []
     except ValueError as error:
-        raise UsageError(f"--weights {text}: one number each, such as 2,1") from error
+        raise UsageError(f"--weights {text}: give comma-separated numbers, such as 2,1") from error
