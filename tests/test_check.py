@@ -190,7 +190,7 @@ def test_a_folder_with_broken_cases(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_say_the_same(case: Case, tmp_path: Path) -> None:
+def test_two_processes_give_the_same_result(case: Case, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for number in range(1, 4):
         shutil.copytree(data / "case_00000", data / f"case_{number:05d}")
@@ -205,7 +205,7 @@ def test_two_processes_say_the_same(case: Case, tmp_path: Path) -> None:
     ("work", "command"),
     [("check.check_case", ("check", "data")), ("phantom.write_case", ("phantom", "more", "--cases=2"))],
 )
-def test_a_worker_that_is_killed_is_told(
+def test_a_killed_worker_is_reported(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str, command: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(f"kitseg.volumes.{work}", lambda *given: os.kill(os.getpid(), signal.SIGKILL))

@@ -208,7 +208,7 @@ def test_the_files_of_a_series_are_the_series(tmp_path: Path) -> None:
 # --- missing, mixed, broken
 
 
-def test_one_missing_slice_is_interpolated_and_told(tmp_path: Path) -> None:
+def test_one_missing_slice_is_interpolated_and_reported(tmp_path: Path) -> None:
     planes = hu()
     write_series(tmp_path, planes)[4].unlink()
     series = only(tmp_path)
@@ -410,7 +410,7 @@ def test_a_patients_id_cannot_be_tried_out_on_the_name_of_a_case(tmp_path: Path)
     assert len(set(names)) == 4
 
 
-def test_emptied_uids_and_one_instance_uid_are_told_apart(tmp_path: Path) -> None:
+def test_emptied_uids_and_one_instance_uid_are_distinguished(tmp_path: Path) -> None:
     for seed, modality in ((1, "CT"), (2, "MR")):
         for path in write_series(tmp_path / modality, hu((10, 8, 10), seed), Modality=modality):
             edit(path, SOPInstanceUID="1.2.3", SeriesInstanceUID="", StudyInstanceUID="")

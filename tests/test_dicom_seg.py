@@ -153,7 +153,7 @@ def test_no_kidney_at_all(tmp_path: Path) -> None:
     assert not any(plane.any() for plane in by_highdicom(tmp_path / "out.dcm", only(tmp_path / "in")).values())
 
 
-def test_nothing_tells_who_the_patient_is(tmp_path: Path) -> None:
+def test_nothing_identifies_the_patient(tmp_path: Path) -> None:
     write_series(tmp_path / "Zwiebelfisch", hu())
     write_segmentation(tmp_path / "out.dcm", random_labels((12, 8, 10)), only(tmp_path / "Zwiebelfisch"), BY)
     written = (tmp_path / "out.dcm").read_bytes()

@@ -164,7 +164,7 @@ def test_three_failures_in_a_row_end_it(server: ThreadingHTTPServer, tmp_path: P
     assert (tmp_path / "data" / "case_00000" / "imaging.nii.gz").exists()
 
 
-def test_a_second_call_goes_on(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_a_second_call_resumes(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     image = server.files.pop(image_path(0))
     assert len(download_kits19(tmp_path / "data", [0], source=source_of(server))) == 1
     server.files[image_path(0)] = image

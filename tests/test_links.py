@@ -102,7 +102,7 @@ def test_a_false_blob_far_away_moves_nothing() -> None:
     assert with_second == Box((16, 17, 17), (32, 33, 33))
 
 
-def test_the_guides_own_voxels_say_what_is_large_enough() -> None:
+def test_large_enough_is_measured_in_the_guides_own_voxels() -> None:
     """Eight of its voxels of 8 ml can be a kidney: the middle is (5 + 17) / 2 of its slices, 22 of the region's."""
     coarse = grid((20, 20, 20), (20, 20, 20))
     labels = guide(coarse.shape, ((5, 5, 5), (8, 7, 8)), ((15, 5, 5), (17, 7, 7)))

@@ -379,7 +379,7 @@ def test_a_tumor_alone_in_the_bed_of_the_other_kidney_is_on_that_side() -> None:
     assert [lesion.side for lesion in found.lesions] == ["left"]
 
 
-def test_a_case_without_anything_has_a_row_that_says_so(tmp_path: Path) -> None:
+def test_an_empty_case_has_a_row(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "case_00000.nii.gz")
     done = kitseg(tmp_path, "measure", "case_00000.nii.gz", "--csv=f.csv")
     assert done.code == 0, done.text

@@ -253,7 +253,7 @@ def test_phantoms_are_marked(tmp_path: Path) -> None:
     assert not nifti.is_phantom(tmp_path / "b.nii.gz")
 
 
-def test_orientation_that_no_header_tells(tmp_path: Path) -> None:
+def test_orientation_missing_in_the_header(tmp_path: Path) -> None:
     header = nibabel.Nifti1Header()
     header.set_data_shape(SHAPE)
     nibabel.save(nibabel.Nifti1Image(count(), None, header), tmp_path / "a.nii.gz")

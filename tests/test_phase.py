@@ -99,7 +99,7 @@ def test_a_kidney_that_is_all_rim_counts_as_a_whole() -> None:
         (None, 150, None),
     ],
 )
-def test_phase_in_words(kidney: float | None, aorta: float | None, phase: str | None) -> None:
+def test_name_of_the_phase(kidney: float | None, aorta: float | None, phase: str | None) -> None:
     assert contrast_phase(kidney, aorta) == phase
 
 

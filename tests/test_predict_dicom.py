@@ -95,7 +95,7 @@ def test_the_segmentation_lies_voxel_for_voxel_on_the_series(archive: Path, pred
     assert np.array_equal(by_pydicom, labels)
 
 
-def test_the_table_says_why_each_series_was_taken_or_not(predicted: Path) -> None:
+def test_the_table_gives_a_reason_for_each_series(predicted: Path) -> None:
     rows = list(csv.DictReader((predicted / "series.csv").open()))
     taken = [row for row in rows if row["chosen"] == "yes"]
     assert [row["case"] for row in taken] == [one(predicted, "series_*.nii.gz").name.removesuffix(".nii.gz")]
@@ -103,7 +103,7 @@ def test_the_table_says_why_each_series_was_taken_or_not(predicted: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [[], ["--keep-identifiers"]])
-def test_no_output_tells_who_the_patient_is_unless_asked(
+def test_no_output_identifies_the_patient_unless_asked(
     trained: Path, archive: Path, tmp_path: Path, options: list[str]
 ) -> None:
     out = tmp_path / "out"
@@ -164,7 +164,7 @@ def test_a_dicom_segmentation_needs_a_dicom_series(trained: Path, tmp_path: Path
     assert "no DICOM series" in done.text
 
 
-def test_the_verbs_before_predict_say_that_they_take_nifti(trained: Path, archive: Path, tmp_path: Path) -> None:
+def test_other_commands_refuse_dicom(trained: Path, archive: Path, tmp_path: Path) -> None:
     done = kitseg(trained, "infer", "--run=runs/two-phase-tiny", f"--data={archive}", "-o", str(tmp_path))
     assert done.code == 2
     assert "kitseg predict" in done.text

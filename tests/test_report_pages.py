@@ -140,7 +140,7 @@ def test_links_lead_to_the_pages(reported: Path) -> None:
     assert page_name("index") == "index_.html"
 
 
-def test_a_case_says_how_it_came_about(reported: Path) -> None:
+def test_a_case_shows_its_provenance(reported: Path) -> None:
     found = page(reported, "case_00000")
     for text in (
         "some-run, folds 0, 1, mirrored too, weight 1, trained with kitseg 0.1.0, trained on phantoms",
@@ -343,7 +343,7 @@ def test_a_strip_places_its_dots() -> None:
         [1],
     ],
 )
-def test_a_file_beside_the_labels_that_says_nonsense(reported: Path, tmp_path: Path, hostile: object) -> None:
+def test_a_nonsense_file_next_to_the_labels(reported: Path, tmp_path: Path, hostile: object) -> None:
     shutil.copy(reported / "predictions" / "case_00000.nii.gz", tmp_path)
     (tmp_path / "case_00000.json").write_text(json.dumps(hostile))
     done = kitseg(tmp_path, "report", "case_00000.nii.gz")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.labels import TUMOR
+from kitseg.scoring.kits19 import dice
 from kitseg.types import Geometry, Volume
 from kitseg.volumes.resample import sample_linear, to_grid
 
@@ -96,8 +97,8 @@ def judge(
     foreground, tumor = (float(mask.sum()) * floating.geometry.voxel_ml for mask in _masks(floating.array))
     volumes = [float(mask.sum()) * reference.geometry.voxel_ml for mask in _masks(after)]
     truth = _masks(reference.array)
-    dice_before, tumor_before = (_dice(a, b) for a, b in zip(_masks(before), truth, strict=True))
-    dice_after, tumor_after = (_dice(a, b) for a, b in zip(_masks(after), truth, strict=True))
+    dice_before, tumor_before = (dice(a, b) for a, b in zip(_masks(before), truth, strict=True))
+    dice_after, tumor_after = (dice(a, b) for a, b in zip(_masks(after), truth, strict=True))
     return RegistrationQuality(
         dice_before, dice_after, tumor_before, tumor_after, float(squeezed.min()), float((squeezed <= 0).mean()),
         volumes[0] / foreground, volumes[1] / tumor if tumor else None, counted / foreground,
@@ -124,8 +125,3 @@ def problem(quality: RegistrationQuality) -> str | None:
 
 def _masks(labels: NDArray[np.uint8]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     return labels > 0, labels == TUMOR
-
-
-def _dice(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    both = int(one.sum()) + int(other.sum())
-    return 2 * int((one & other).sum()) / both if both else 1.0
