@@ -46,8 +46,7 @@ class StageModel(nn.Module):
 
     def logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """One tensor (N, K, D, H, W) per head for ``x`` (N, C, D, H, W)."""
-        found = self.net(x)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+        return heads_of(self.net(x))
 
     def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
         """The probabilities of one head, (N, K, D, H, W) float32, computed on the network's device."""
@@ -82,7 +81,12 @@ class SliceModel(StageModel):
 
     def logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """One tensor (N, K, 1, h, w) per head for ``x`` (N, C, 1, H, W)."""
-        return tuple(logits[:, :, None] for logits in super().logits(x[:, :, 0]))
+        return tuple(logits[:, :, None] for logits in heads_of(self.net(x[:, :, 0])))
+
+
+def heads_of(found: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A network's output as a sequence of heads; a tensor is the only one."""
+    return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
 def module_parts(spec: StageSpec) -> tuple[dict[str, Any], Any, dict[str, Any]]:
