@@ -10,7 +10,7 @@ The folders follow a scan through the program, in this order:
 5. ``ensemble``     probabilities are averaged
 6. ``postprocess``  labels are cleaned by medical knowledge
 7. ``scoring``      official metrics
-8. ``measure``      lesions in millimetres, and how far a case can be trusted
+8. ``measurement``  lesions in millimetres, and how far a case can be trusted
 9. ``report``       pictures and pages
 
 ``models`` opens trained runs, ``training`` makes them, ``commands`` holds one function a command, ``cli`` Typer,

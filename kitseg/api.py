@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from kitseg import config
 from kitseg.config import Method
 from kitseg.errors import KitsegError
-from kitseg.measure.findings import Findings
-from kitseg.measure.quality import Quality
+from kitseg.measurement.findings import Findings
+from kitseg.measurement.quality import Quality
 from kitseg.models.members import Ensemble, open_ensemble
 from kitseg.runtime.outcomes import Outcome
 from kitseg.runtime.sharding import Share
@@ -222,7 +222,7 @@ def measure(
     Raises:
         InputError: a file or an array can't be used, or they lie on different grids.
     """
-    from kitseg.measure.measure import measure as measure_labels
+    from kitseg.measurement.measure import measure as measure_labels
 
     found = _labels(labels, affine, convention)
     if ct is None:

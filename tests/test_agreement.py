@@ -11,7 +11,7 @@ import pytest
 
 from kitseg import ensemble
 from kitseg.errors import InputError
-from kitseg.measure.quality import TrainingDomain
+from kitseg.measurement.quality import TrainingDomain
 from kitseg.models.run_folder import Run
 from kitseg.models.training_domain import merge_domains, model_training_domain, training_facts
 from kitseg.types import Box, Geometry, Probabilities

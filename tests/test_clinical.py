@@ -18,7 +18,7 @@ import pytest
 from joblib import Parallel, delayed
 
 from kitseg.commands.measure import MeasureTask, measure_case
-from kitseg.measure.findings import Findings
+from kitseg.measurement.findings import Findings
 
 ALL = os.environ.get("KITSEG_ALL") == "1"
 #: Few slices each. 30 and 88: tumors that leave little of their kidney; 194: one kidney.

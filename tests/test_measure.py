@@ -14,10 +14,10 @@ from conftest import kitseg
 from shapes import LEFT_KIDNEY, ORIENTATIONS, RIGHT_KIDNEY, Ellipsoid, ball, lattice, paint
 
 from kitseg.labels import CYST, KIDNEY, TUMOR
-from kitseg.measure.diameters import axial_diameter, diameter
-from kitseg.measure.findings import Findings
-from kitseg.measure.lesions import size_class
-from kitseg.measure.measure import measure
+from kitseg.measurement.diameters import axial_diameter, diameter
+from kitseg.measurement.findings import Findings
+from kitseg.measurement.lesions import size_class
+from kitseg.measurement.measure import measure
 from kitseg.types import Geometry
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shapes import LEFT_KIDNEY, ORIENTATIONS, RIGHT_KIDNEY, Ellipsoid, ball, lattice, paint
 
 from kitseg.labels import TUMOR
-from kitseg.measure.mesh import stl, surface, volume, voxel_faces
+from kitseg.measurement.mesh import stl, surface, volume, voxel_faces
 from kitseg.types import Geometry
 
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.7, 0.7), (5.0, 0.8, 0.8)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitseg.measure.phase import ARTERIAL, LATE, NEPHROGRAPHIC, UNENHANCED, aorta_hu, contrast_phase, kidney_hu
+from kitseg.measurement.phase import ARTERIAL, LATE, NEPHROGRAPHIC, UNENHANCED, aorta_hu, contrast_phase, kidney_hu
 from kitseg.types import Geometry, Volume
 from kitseg.volumes.nifti import read_image, read_labels
 

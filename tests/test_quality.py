@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kitseg.measure.findings import LEFT, RIGHT, Findings, Kidney, Lesion
-from kitseg.measure.quality import Flag, Quality, TrainingDomain, assess
+from kitseg.measurement.findings import LEFT, RIGHT, Findings, Kidney, Lesion
+from kitseg.measurement.quality import Flag, Quality, TrainingDomain, assess
 from kitseg.types import Box, Geometry
 from kitseg.volumes.nifti import read_labels
 

@@ -16,7 +16,7 @@ from browser import browser
 from conftest import kitseg
 from PIL import Image
 
-from kitseg.measure.measure import measure
+from kitseg.measurement.measure import measure
 from kitseg.report.html import page_name
 from kitseg.report.slices import UNIT, Scene, around, cut, outlines, scroll
 from kitseg.report.strip import Dot, strip

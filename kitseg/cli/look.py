@@ -15,7 +15,7 @@ from kitseg.runtime import console
 
 if TYPE_CHECKING:
     from kitseg.commands.measure import Measured
-    from kitseg.measure.findings import Lesion
+    from kitseg.measurement.findings import Lesion
 
 
 @app.command(epilog="Example: kitseg measure predictions --ct data --csv lesions.csv")

@@ -12,9 +12,9 @@ import numpy as np
 
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
-from kitseg.measure.findings import Findings, Kidney, Lesion
-from kitseg.measure.measure import measure
-from kitseg.measure.mesh import stl, surface, volume
+from kitseg.measurement.findings import Findings, Kidney, Lesion
+from kitseg.measurement.measure import measure
+from kitseg.measurement.mesh import stl, surface, volume
 from kitseg.runtime import files
 from kitseg.runtime.outcomes import without_paths
 from kitseg.runtime.resume import Work

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kitseg import __version__
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
-from kitseg.measure.quality import Flag, Quality
+from kitseg.measurement.quality import Flag, Quality
 from kitseg.models.members import Ensemble
 from kitseg.models.memory import Limit
 from kitseg.runtime.device import versions

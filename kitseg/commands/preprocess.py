@@ -12,7 +12,7 @@ from joblib import delayed
 
 from kitseg.config import Method
 from kitseg.errors import KitsegError, format_error
-from kitseg.measure.phase import contrast
+from kitseg.measurement.phase import contrast
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.types import Case, Grid

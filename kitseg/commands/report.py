@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from kitseg import __version__
 from kitseg.errors import UsageError
-from kitseg.measure.measure import measure
-from kitseg.measure.quality import LEVELS, Flag, Quality, assess
+from kitseg.measurement.measure import measure
+from kitseg.measurement.quality import LEVELS, Flag, Quality, assess
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name, refuse_overwrite
 from kitseg.report.scores import ScoreTable, StudyScores

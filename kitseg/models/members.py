@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
 from kitseg.inference.chain import run_chain, to_scan
-from kitseg.measure.findings import Findings
-from kitseg.measure.quality import Quality, TrainingDomain, assess
+from kitseg.measurement.findings import Findings
+from kitseg.measurement.quality import Quality, TrainingDomain, assess
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import SUFFIX, Bundle, bundle_of, open_bundle
@@ -56,7 +56,7 @@ class Ensemble:
     def predict(self, scan: Volume) -> LabelledScan:
         """Labels, findings and quality flags of a scan."""
         probabilities, agreement = self.predict_proba(scan)
-        from kitseg.measure.measure import measure  # trimesh and networkx take long to import
+        from kitseg.measurement.measure import measure  # trimesh and networkx take long to import
 
         labels = clean(probabilities, scan, self.steps)
         findings = measure(labels, scan.geometry, scan.array)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kitseg.errors import InputError
-from kitseg.measure.quality import TrainingDomain
+from kitseg.measurement.quality import TrainingDomain
 from kitseg.models.run_folder import Run
 from kitseg.volumes.store import StoredCase
 

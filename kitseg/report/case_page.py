@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.labels import CYST
-from kitseg.measure.findings import Findings, Lesion
-from kitseg.measure.quality import Quality
+from kitseg.measurement.findings import Findings, Lesion
+from kitseg.measurement.quality import Quality
 from kitseg.report.html import number, write_page
 from kitseg.report.pictures import PLANES, centre
 from kitseg.report.scores import ScoreTable

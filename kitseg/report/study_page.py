@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kitseg.measure.findings import Findings, Lesion
-from kitseg.measure.quality import LEVELS, Quality
+from kitseg.measurement.findings import Findings, Lesion
+from kitseg.measurement.quality import LEVELS, Quality
 from kitseg.report.case_page import middle_of
 from kitseg.report.html import page_name, write_page
 from kitseg.report.scores import ScoreTable, StudyScores, display_name

@@ -13,8 +13,8 @@ from plotly.offline import get_plotlyjs
 
 from kitseg.components import Components, bounding_box
 from kitseg.labels import BACKGROUND, CYST, TUMOR
-from kitseg.measure.findings import Findings, Lesion
-from kitseg.measure.mesh import surface, voxel_faces
+from kitseg.measurement.findings import Findings, Lesion
+from kitseg.measurement.mesh import surface, voxel_faces
 from kitseg.report.slices import COLOURS
 from kitseg.types import Box, Geometry
 

@@ -16,7 +16,7 @@ from kitseg.runtime.signals import raise_again
 from kitseg.types import Case
 
 if TYPE_CHECKING:
-    from kitseg.measure.quality import Quality
+    from kitseg.measurement.quality import Quality
 
 OnDone = Callable[["Outcome"], None]
 C = TypeVar("C", str, Case)

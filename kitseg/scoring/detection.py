@@ -11,7 +11,7 @@ from scipy.ndimage import find_objects
 from scipy.optimize import linear_sum_assignment
 
 from kitseg.components import Components
-from kitseg.measure.diameters import axial_diameter
+from kitseg.measurement.diameters import axial_diameter
 from kitseg.scoring.kits19 import check_shapes
 from kitseg.scoring.strata import SIZES, size_of
 

@@ -12,10 +12,10 @@ from scipy import ndimage
 
 from kitseg.components import Components, bounding_box
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
-from kitseg.measure.diameters import axial_diameter, diameter
-from kitseg.measure.findings import LEFT, RIGHT, Findings, Kidney, Lesion
-from kitseg.measure.lesions import contact_area, outline, share_outside, size_class
-from kitseg.measure.sides import CODES, NAMES, body_midline, frame_midline, side_map
+from kitseg.measurement.diameters import axial_diameter, diameter
+from kitseg.measurement.findings import LEFT, RIGHT, Findings, Kidney, Lesion
+from kitseg.measurement.lesions import contact_area, outline, share_outside, size_class
+from kitseg.measurement.sides import CODES, NAMES, body_midline, frame_midline, side_map
 from kitseg.types import Box, Geometry, Triple, triple
 
 #: Smaller components (below a ball of 4.6 mm) are not listed as lesions, but count in their kidney's volume.

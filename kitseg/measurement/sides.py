@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 
 from kitseg.components import Components, kidneys_among
 from kitseg.labels import BACKGROUND, KIDNEY
-from kitseg.measure.findings import LEFT, RIGHT
+from kitseg.measurement.findings import LEFT, RIGHT
 from kitseg.types import Box, Geometry
 
 CODES = {RIGHT: 1, LEFT: 2}

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from kitseg.components import SPECK_ML, Components
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
-from kitseg.measure.findings import Findings, Kidney
-from kitseg.measure.phase import aorta_hu, contrast_phase, kidney_hu
-from kitseg.measure.sides import HOLD_ML
+from kitseg.measurement.findings import Findings, Kidney
+from kitseg.measurement.phase import aorta_hu, contrast_phase, kidney_hu
+from kitseg.measurement.sides import HOLD_ML
 from kitseg.postprocess.distance import distances_mm
 from kitseg.types import Geometry
 

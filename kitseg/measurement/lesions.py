@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 
 from kitseg.components import Components
-from kitseg.measure.diameters import line_ends
-from kitseg.measure.mesh import normals, surface, voxel_faces
+from kitseg.measurement.diameters import line_ends
+from kitseg.measurement.mesh import normals, surface, voxel_faces
 from kitseg.types import Geometry
 
 #: Largest diameter in mm of each class; larger tumors are T2b.
