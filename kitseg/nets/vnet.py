@@ -118,7 +118,8 @@ class VNet(nn.Module):
         channels_in: channels of the input; ``width`` is a multiple of it.
         classes: channels of the logits.
         width: channels at full resolution (16 in the paper; then 32-64-128-256).
-        down, up: convolutions per stage, in the order of the data flow; as in the V-Net paper's figure.
+        down: convolutions per down stage, in the order of the data flow, as in the V-Net paper's figure.
+        up: convolutions per up stage, in the order of the data flow.
         dropout: channel dropout at the two deepest down and up stages.
         checkpointing: recompute activations in the backward pass to save memory.
     """
