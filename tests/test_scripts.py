@@ -1,4 +1,4 @@
-"""Every kitseg call in the example scripts, the README and the docs is one that the command line knows."""
+"""Every kitseg call in the example scripts, the README and the docs has options and settings that exist."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import pytest
 import typer
 
 from kitseg.cli import app
+from kitseg.config import compose
+from kitseg.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "cluster"
@@ -26,7 +28,7 @@ ARRAY = {
     "METHODS": "two-phase progressive",
 }
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-# sbatch runs what it is given at once, srun what follows its options, kitseg writes down what it is asked
+# sbatch runs its script at once, srun the command after its options; kitseg records its arguments
 STAND_INS = {
     "sbatch": 'case "$*" in *--wrap*) bash -c "${@: -1}" ;; *) bash "${@: -1}" ;; esac > /dev/null; echo 17',
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
@@ -34,10 +36,12 @@ STAND_INS = {
 }
 
 
-def known(arguments: list[str]) -> None:
-    """Have the command line take a call apart, which ends badly where it doesn't know it."""
+def check_call(arguments: list[str]) -> None:
+    """Have the command line parse a call, and Hydra its settings; an unknown option or key raises an error."""
     name, *rest = arguments
-    COMMANDS[name].make_context(name, rest)
+    given = COMMANDS[name].make_context(name, rest).params
+    if given.get("set_") and Path(given["method"]).suffix != ".yaml":
+        compose(given["method"], given["size"], given["set_"])
 
 
 def calls_of(script: Path, folder: Path) -> Iterator[list[str]]:
@@ -53,11 +57,11 @@ def calls_of(script: Path, folder: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_ask_for_what_there_is(script: Path, tmp_path: Path) -> None:
+def test_calls_in_scripts_are_valid(script: Path, tmp_path: Path) -> None:
     calls = list(calls_of(script, tmp_path))
     assert calls
     for call in calls:
-        known(call)
+        check_call(call)
     if script.name == "study.sh":
         verbs = [call[0] for call in calls]
         assert verbs == [*["split", "preprocess", "preprocess"], *["train"] * 2, *["validate"] * 2, *verbs[-3:]]
@@ -68,12 +72,12 @@ def test_scripts_ask_for_what_there_is(script: Path, tmp_path: Path) -> None:
         assert verbs[-3:] == ["choose", "predict", "evaluate"]
 
 
-def test_a_script_that_asks_for_something_else_is_found(tmp_path: Path) -> None:
+def test_an_invalid_call_is_found(tmp_path: Path) -> None:
     script = tmp_path / "odd.sbatch"
     script.write_text("srun --ntasks=1 kitseg train --folds 3\n")
     (call,) = calls_of(script, tmp_path)
     with pytest.raises(Exception, match="No such option: --folds"):
-        known(call)
+        check_call(call)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
@@ -88,12 +92,17 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
-def test_pages_ask_for_what_there_is(page: Path) -> None:
+def test_calls_in_pages_are_valid(page: Path) -> None:
     for line in blocks(page):
-        known(shlex.split(line, comments=True))
+        check_call(shlex.split(line, comments=True))
 
 
-def test_images_are_made_of_what_there_is() -> None:
+def test_an_unknown_setting_is_found() -> None:
+    with pytest.raises(UsageError, match="widht"):
+        check_call(["train", "--method", "two-phase", "--set", "size.widht=3"])
+
+
+def test_images_copy_files_that_exist() -> None:
     recipe = (FOLDER / "kitseg.def").read_text()
     listed = re.findall(r"^    (\S+) /src/$", recipe, re.MULTILINE)
     ignored = (FOLDER / "Dockerfile.dockerignore").read_text().split()
