@@ -43,7 +43,7 @@ COLLOQUIAL = re.compile(
     re.IGNORECASE,
 )
 ROOT = Path(__file__).parents[1]
-PLAIN = ("cli/data.py", "cli/look.py", "cli/score.py", "measure", "postprocess", "scoring", "report", "losses", "nets",
+PLAIN = ("cli/data.py", "cli/look.py", "cli/score.py", "measurement", "postprocess", "scoring", "report", "losses", "nets",
          "volumes/dicom", "volumes/nifti.py", "components.py", "errors.py", "types.py", "labels.py")  # fmt: skip
 
 
