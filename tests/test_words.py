@@ -43,19 +43,30 @@ COLLOQUIAL = re.compile(
     re.IGNORECASE,
 )
 ROOT = Path(__file__).parents[1]
-PLAIN = ("cli/data.py", "cli/look.py", "cli/score.py", "measurement", "postprocess", "scoring", "report", "losses", "nets",
-         "volumes/dicom", "volumes/nifti.py", "components.py", "errors.py", "types.py", "labels.py")  # fmt: skip
+TEXTS = ("kitseg/**/*.py", "kitseg/**/*.j2", "conf/**/*.yaml", "docs/**/*.md", "*.md")
+#: Not rewritten yet.
+PENDING = (
+    "kitseg/cli/cases.py",
+    "kitseg/commands",
+    "kitseg/ensemble.py",
+    "kitseg/links",
+    "kitseg/models",
+    "kitseg/patches",
+    "kitseg/runtime",
+    "kitseg/splits.py",
+    "kitseg/training",
+    "kitseg/volumes",
+)
 
 
 def test_the_words_are_plain_technical_english() -> None:
-    files = [
-        file for place in PLAIN for file in sorted([ROOT / "kitseg" / place, *(ROOT / "kitseg" / place).rglob("*")])
-    ]
+    files = [file.relative_to(ROOT) for pattern in TEXTS for file in sorted(ROOT.glob(pattern))]
     found = [
-        f"{file.relative_to(ROOT)}:{number}: {match[0]}"
+        f"{file}:{number}: {match[0]}"
         for file in files
-        if file.suffix in (".py", ".j2", ".yaml", ".md")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if not str(file).startswith(PENDING)
+        for number, line in enumerate((ROOT / file).read_text(encoding="utf-8").splitlines(), 1)
         if (match := COLLOQUIAL.search(line))
     ]
+    assert len(files) > 200
     assert found == []
