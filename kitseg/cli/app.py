@@ -19,6 +19,7 @@ from kitseg.errors import KitsegError, UsageError, fault, format_error
 from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.signals import interruptible
+from kitseg.trust import everything
 
 if TYPE_CHECKING:
     from kitseg.runtime.outcomes import Outcome
@@ -38,9 +39,31 @@ PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
 
 Data = Annotated[Path, typer.Argument(help="Folder of cases: case_00000/imaging.nii.gz, or flat .nii.gz files.")]
 DataFolders = Annotated[list[Path], typer.Option("--data", help="Folder of labelled cases; may be repeated.")]
-Method = Annotated[str, typer.Option(help="The method; `kitseg methods` lists them.")]
-Size = Annotated[str, typer.Option(help="paper, small or tiny.")]
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change any key of the configuration.")]
+Method = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="A method that `kitseg methods` lists, or its own YAML file.")
+]
+Size = Annotated[str, typer.Option(help="A block of the method's sizes, such as paper, small or tiny.")]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a configuration key; stages.*.KEY=VALUE: of each stage."),
+]
+ConfigDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of your own methods and stages, laid out like kitseg's conf.")
+]
+
+
+def _trust(context: typer.Context, given: bool) -> bool:
+    if given:
+        context.with_resource(everything())
+    return given
+
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", callback=_trust, help="Run code that the model's author chose: parts that aren't kitseg's."
+    ),
+]
 
 
 def _check_jobs(jobs: int) -> int:

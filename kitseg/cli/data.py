@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from kitseg.cli.app import (
+    ConfigDir,
     Convention,
     Data,
     DataFolders,
@@ -121,6 +122,7 @@ def preprocess(
     to: Annotated[Path, typer.Option(help="Folder for the preprocessed cases.")] = Path("preprocessed"),
     method: Method = "two-phase",
     size: Size = "paper",
+    config_dir: ConfigDir = None,
     jobs: Jobs = -1,
     cluster: Cluster = None,
     shard: Shard = None,
@@ -132,7 +134,7 @@ def preprocess(
     from kitseg.runtime.sharding import Share
     from kitseg.volumes.kits import find_cases
 
-    share, configuration = Share.asked(shard), config.compose(method, size, set_)
+    share, configuration = Share.asked(shard), config.compose(method, size, set_, config_dir)
     cases = share.take(find_cases(data))
     with on_cluster(cluster):
         failed = preprocess_cases(cases, configuration, to, jobs, share.part)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kitseg.cli.app import (
+    ConfigDir,
     Deterministic,
     Device,
     Gpus,
@@ -49,15 +50,14 @@ class TrainRequest:
 
 
 @app.command(epilog="Example: kitseg methods")
-def methods() -> None:
-    """What there is: each method's stages, paper and published Dice."""
+def methods(config_dir: ConfigDir = None) -> None:
+    """List the methods with their stages, paper, published Dice and origin."""
     from kitseg import config
 
-    table = console.table("method", "stages", "paper", "published Dice")
-    for name in config.names("method"):
-        about = config.method_summary(name)
+    table = console.table("method", "stages", "paper", "published Dice", "from")
+    for file, about in config.summaries(config_dir).items():
         dice = ", ".join(f"{key} {value}" for key, value in about["published"].items())
-        table.add_row(name, " → ".join(about["chain"]), about["paper"], dice)
+        table.add_row(file.name, " → ".join(about["chain"]), about["paper"], dice, file.origin)
     console.out.print(table)
 
 
@@ -65,6 +65,7 @@ def methods() -> None:
 def train(
     method: Method = "two-phase",
     size: Size = "paper",
+    config_dir: ConfigDir = None,
     fold: Annotated[str, typer.Option(help="The outer fold, or all: each in turn, then cross-validation.")] = "0",
     stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per stage.")] = None,
@@ -111,13 +112,13 @@ def train(
             f"SLURM or torchrun has started this job again: --restart would undo what it has trained; {remedy}"
         )
     device, ranks = choose_ranks(gpus, processes, device)
-    overrides = [*set_, *([f"size.epochs={epochs}"] if epochs else []), *([f"seed={seed}"] if seed is not None else [])]
-    configuration = config.compose(method, size, overrides)
+    overrides = [*set_, *([f"stages.*.epochs={epochs}"] if epochs else []), *([f"seed={seed}"] if seed is not None else [])]
+    configuration = config.compose(method, size, overrides, config_dir)
     if deterministic:
         be_deterministic()
     first = 0 if fold == EVERY_FOLD else _fold(fold)
     machine = Machine(device, ranks, nodes, workers, save_every)
-    begin = Start(configuration, Run(runs / (name or f"{method}-{size}")), first, split, store, machine)
+    begin = Start(configuration, Run(runs / (name or f"{configuration['name']}-{size}")), first, split, store, machine)
     wanted, failed = TrainRequest(data, jobs, stage, fold == EVERY_FOLD, restart), set[str]()
     if dry_run:
         return _rehearse(begin, wanted)

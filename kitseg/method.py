@@ -1,0 +1,184 @@
+"""A method as a typed graph: stages with named inputs, the channels it puts out, and its post-processing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kitseg import trust
+from kitseg.errors import UsageError
+from kitseg.types import Grid
+
+PARTS = ("intensity", "region", "sampler", "module", "link", "augmentation")
+OPTIONAL = ("inputs", "guide", "link", "augmentation", "micro_batch_size", "stop_after", "rounds")  # may be null
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a channel comes from: a stage, one of its heads, one of that head's channels."""
+
+    stage: str
+    head: str
+    channel: str
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Trainings of a stage that each start from the best weights so far, on a new share of the cases, until none helps.
+
+    most: rounds after the first training; share: of the training cases; epochs: of each round.
+    """
+
+    most: int
+    share: float
+    epochs: int
+
+    def __post_init__(self) -> None:
+        if self.most < 0 or not 0 < self.share <= 1 or self.epochs < 1:
+            raise ValueError("rounds need most >= 0, a share in (0, 1] and epochs >= 1")
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of a method.
+
+    inputs: earlier stages that this one builds on; guide: what it is trained with of their output, the true ``labels``
+    or ``out_of_fold`` predictions; grid: the lattice it works on; heads, channels: what it predicts; batch: patches a
+    step, over all ranks; micro_batch_size: patches a rank computes at a time, whose gradients accumulate to the batch;
+    stop_after: validations without improvement that end the training; rounds: trainings after the first; parts: the
+    specifications for ``kitseg.config.build``.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    guide: str
+    grid: Grid
+    heads: tuple[str, ...]
+    channels: tuple[str, ...]
+    batch: int
+    micro_batch_size: int
+    epochs: int
+    validate_every: int
+    stop_after: int | None
+    rounds: Rounds | None
+    precision: str
+    parts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as a small graph: stages with named inputs, the channels it puts out, and what cleans them."""
+
+    name: str
+    paper: str
+    stages: Mapping[str, StageSpec]
+    outputs: Mapping[str, Source]
+    postprocess: Mapping[str, Any]
+
+
+def method_of(config: Mapping[str, Any]) -> Method:
+    """The method that a resolved configuration describes.
+
+    Raises:
+        UsageError: a key is missing or has a value that can't be used.
+    """
+    try:
+        stages = {trust.name(name): _stage(name, config["stages"][name]) for name in config["chain"]}
+        for stage in stages.values():
+            _check_guide(stage, stages)
+        outputs = {trust.name(channel): parse_source(text, stages) for channel, text in config["outputs"].items()}
+        return Method(trust.name(config["name"]), config["paper"], stages, outputs, config["postprocess"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"the configuration does not describe a method ({reason})") from error
+
+
+def needed(stages: Mapping[str, StageSpec], name: str) -> list[str]:
+    """A stage and those that it builds on, directly or not, in order."""
+    found = {name}
+    for stage in reversed(list(stages)):
+        if stage in found:
+            found |= set(stages[stage].inputs)
+    return [stage for stage in stages if stage in found]
+
+
+def parse_source(text: str, stages: Mapping[str, StageSpec]) -> Source:
+    """``stage[.head].channel`` as a source.
+
+    Raises:
+        UsageError: an unknown stage, head or channel.
+    """
+    stage, *rest = text.split(".")
+    spec = _known(stages, stage, "stage")
+    if len(rest) not in (1, 2):
+        raise UsageError(f"{text} is not of the form stage[.head].channel")
+    head, channel = rest if len(rest) == 2 else (spec.heads[-1], *rest)
+    _known(spec.heads, head, f"head of {stage}")
+    _known(spec.channels, channel, f"channel of {stage}")
+    return Source(stage, head, channel)
+
+
+def head_of(text: str, stages: Mapping[str, StageSpec]) -> tuple[StageSpec, str]:
+    """``stage[.head]`` as a stage and a head; a stage alone means its last head.
+
+    Raises:
+        UsageError: an unknown stage or head.
+    """
+    stage, _, head = text.partition(".")
+    spec = _known(stages, stage, "stage")
+    _known(spec.heads, head or spec.heads[-1], f"head of {stage}")
+    return spec, head or spec.heads[-1]
+
+
+def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
+    """All channels of ``stage[.head]``; see ``head_of``."""
+    spec, head = head_of(text, stages)
+    return {channel: Source(spec.name, head, channel) for channel in spec.channels}
+
+
+def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
+    config = {**dict.fromkeys(OPTIONAL), **stated}
+    try:
+        return StageSpec(
+            name=name,
+            inputs=tuple(config["inputs"] or ()),
+            guide=config["guide"] or "labels",
+            grid=Grid(**config["grid"]),
+            heads=tuple(map(trust.name, config["heads"])),
+            channels=tuple(map(trust.name, config["channels"])),
+            batch=_count(config, "batch"),
+            micro_batch_size=_count(config, "batch" if config["micro_batch_size"] is None else "micro_batch_size"),
+            epochs=_count(config, "epochs"),
+            validate_every=_count(config, "validate_every"),
+            stop_after=config["stop_after"],
+            rounds=Rounds(**config["rounds"]) if config["rounds"] else None,
+            precision=config["precision"],
+            parts={key: config[key] for key in PARTS},
+        )
+    except KeyError as error:
+        raise UsageError(f"stages.{name} lacks {error}") from error
+    except (TypeError, ValueError, UsageError) as error:
+        raise UsageError(f"stages.{name}: {error}") from error
+
+
+def _check_guide(stage: StageSpec, stages: Mapping[str, StageSpec]) -> None:
+    if stage.guide not in ("labels", "out_of_fold"):
+        raise UsageError(f"stages.{stage.name}.guide is {stage.guide!r}; it must be labels or out_of_fold")
+    if stage.parts["link"] and not stage.inputs:
+        raise UsageError(f"stages.{stage.name}.link needs an earlier stage in stages.{stage.name}.inputs")
+    if stage.parts["link"] and str(stage.grid) != str(stages[stage.inputs[0]].grid):
+        raise UsageError(f"stage {stage.name} is guided by {stage.inputs[0]}, so both need the same grid")
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    value = config[key]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} is {value!r}; it must be a whole number from 1 on")
+    return value
+
+
+def _known(known: Any, name: str, kind: str) -> Any:
+    if name not in known:
+        raise UsageError(f"there is no {kind} '{name}'; there are {', '.join(known)}")
+    return known[name] if isinstance(known, Mapping) else name
