@@ -45,6 +45,7 @@ __all__ = [
 
 Config = dict[str, Any]
 LARGEST = 1_000_000  # bytes of a configuration; kitseg's own have five thousand
+EACH_STAGE = "stages.*."
 CHOSEN = "kitseg_chosen"  # the name that Hydra knows the chosen method and size by
 RENAMED = {"at_once": "micro_batch_size", "inner_folds": "nested_folds"}
 TARGETS = {  # classes that were dropped, whose parts the general ones take
@@ -65,7 +66,7 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
     Args:
         method: a method's name, or the path of its YAML file.
         size: one of the blocks in its ``sizes``; the method's files refer to it as ``size``.
-        overrides: ``KEY=VALUE``; ``stages.*.KEY=VALUE`` is for each stage.
+        overrides: ``KEY=VALUE``; ``stages.*.KEY=VALUE`` is for each stage, before those of one stage.
         config_dir: a folder laid out like ``conf``; what it holds takes the place of kitseg's of the same name.
 
     Raises:
@@ -82,7 +83,9 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
             raise UsageError(f"--set {override}: write it as KEY=VALUE, for a key that is there")
     ConfigStore.instance().store(CHOSEN, {"name": size, **known[size]}, "size")
     changes = [f"+size={CHOSEN}", *(["~sizes"] if "sizes" in described else []), *_optional_keys(described)]
-    changes += [each for override in overrides for each in _for_each_stage(override, described)]
+    general = [override for override in overrides if override.startswith(EACH_STAGE)]
+    changes += [f"stages.{name}.{o.removeprefix(EACH_STAGE)}" for o in general for name in described["stages"]]
+    changes += [override for override in overrides if override not in general]
     try:
         plain = OmegaConf.to_container(_hydra(folders, changes), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own checks raise any of them
@@ -181,13 +184,13 @@ def _described(file: MethodFile, folders: Sequence[Path]) -> Config:
         if not OmegaConf.is_dict(content):
             raise ValueError("it must be a mapping")
         ConfigStore.instance().store(CHOSEN, content, "method", "_global_")
-        described = OmegaConf.to_container(_hydra(folders, []), resolve=False)
+        described: Any = OmegaConf.to_container(_hydra(folders, []), resolve=False)
     except (OSError, yaml.YAMLError, HydraException, OmegaConfBaseException, ValueError) as error:
         raise _unusable(file, error) from error
-    found: Config = described if isinstance(described, dict) else {}
-    if not isinstance(found.get("stages"), dict) or not all(isinstance(s, dict) for s in found["stages"].values()):
+    stages = described.get("stages")
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise _unusable(file, "it has no stages")
-    return found
+    return {str(key): value for key, value in described.items()}
 
 
 def _hydra(folders: Sequence[Path], changes: Sequence[str]) -> Any:
@@ -210,13 +213,6 @@ def _optional_keys(described: Config) -> Iterator[str]:
         yield from (f"+stages.{name}.{key}=null" for key in OPTIONAL if key not in stage)
 
 
-def _for_each_stage(override: str, described: Config) -> list[str]:
-    prefix = "stages.*."
-    if not override.startswith(prefix):
-        return [override]
-    return [f"stages.{name}.{override.removeprefix(prefix)}" for name in described["stages"]]
-
-
 def _unusable(file: MethodFile, reason: object) -> InputError:
     text = " ".join(str(reason).replace(f"method/{CHOSEN}", file.path.name).split())
     return InputError(file.path, f"can't be used as a method ({text})", "See docs/methods.")
@@ -224,9 +220,15 @@ def _unusable(file: MethodFile, reason: object) -> InputError:
 
 def _explained(file: MethodFile, message: str, plain: Callable[[], Config], overrides: Sequence[str]) -> KitsegError:
     """Hydra's message in a line; where a key isn't there, with the keys that are."""
+    if not overrides:
+        return _unusable(file, message)
+    try:
+        composed = plain()
+    except KitsegError as error:  # what the user changes has nothing to do with it
+        return error
     for key in (override.partition("=")[0] for override in overrides):
-        if f"'{key}'" in message or key.startswith("stages.*."):
-            there: Any = plain()
+        if f"'{key}'" in message or key.startswith(EACH_STAGE):
+            there: Any = composed
             known: list[str] = []
             for part in key.split("."):
                 part = next(iter(there), part) if part == "*" else part
@@ -235,8 +237,6 @@ def _explained(file: MethodFile, message: str, plain: Callable[[], Config], over
                     break
                 there = there[part]
             return UsageError(f"--set {key}: there is no such key; there are {', '.join(known)}")
-    if not overrides:
-        return _unusable(file, message)
     return UsageError(f"--set {' '.join(overrides)}: {' '.join(message.split())}")
 
 

@@ -147,10 +147,12 @@ def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
             grid=Grid(**config["grid"]),
             heads=tuple(map(trust.name, config["heads"])),
             channels=tuple(map(trust.name, config["channels"])),
-            batch=_count(config, "batch"),
-            micro_batch_size=_count(config, "batch" if config["micro_batch_size"] is None else "micro_batch_size"),
-            epochs=_count(config, "epochs"),
-            validate_every=_count(config, "validate_every"),
+            batch=_count(config, name, "batch"),
+            micro_batch_size=_count(
+                config, name, "batch" if config["micro_batch_size"] is None else "micro_batch_size"
+            ),
+            epochs=_count(config, name, "epochs"),
+            validate_every=_count(config, name, "validate_every"),
             stop_after=config["stop_after"],
             rounds=Rounds(**config["rounds"]) if config["rounds"] else None,
             precision=config["precision"],
@@ -158,7 +160,7 @@ def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
         )
     except KeyError as error:
         raise UsageError(f"stages.{name} lacks {error}") from error
-    except (TypeError, ValueError, UsageError) as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(f"stages.{name}: {error}") from error
 
 
@@ -171,10 +173,10 @@ def _check_guide(stage: StageSpec, stages: Mapping[str, StageSpec]) -> None:
         raise UsageError(f"stage {stage.name} is guided by {stage.inputs[0]}, so both need the same grid")
 
 
-def _count(config: Mapping[str, Any], key: str) -> int:
+def _count(config: Mapping[str, Any], stage: str, key: str) -> int:
     value = config[key]
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} is {value!r}; it must be a whole number from 1 on")
+        raise UsageError(f"stages.{stage}.{key} is {value!r}; it must be a whole number from 1 on")
     return value
 
 

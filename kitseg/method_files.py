@@ -1,9 +1,8 @@
-"""Where methods are described: kitseg's own configuration folder, those of installed packages, and the user's.
+"""Where methods are described: in kitseg's configuration folder, in those of installed packages, and in the user's.
 
-A configuration folder is laid out like ``conf``: a file for each method in ``method``, and whatever these files name,
-such as ``stage/NAME.yaml``. An installed package gives one as an entry point of the group ``kitseg.methods``, which
-names the Python package that the folder is. A file or folder of the user's may have Python modules beside it: the folder
-is searched for them.
+A configuration folder is laid out like ``conf``: a YAML file for each method in ``method``, and what these files name,
+such as ``stage/NAME.yaml``. A package gives one as an entry point of the group ``kitseg.methods``, whose value is the
+Python package that the folder is. A file or folder of the user's may hold the Python modules that it names.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.errors import InputError
+
+STAGE_MODULE = re.compile(r"stages\.[^.]+\.module")
+TRAINING = ("loss", "weights", "optimizer", "scheduler", "window")  # beside a stage's model, not its arguments
 
 
 def check_arguments(configuration: Mapping[str, Any], file: Path) -> None:
@@ -22,7 +26,8 @@ def check_arguments(configuration: Mapping[str, Any], file: Path) -> None:
         part = _located(key, str(spec["_target_"]), file)
         taken = _parameters(part)
         stated = [name for name in spec if not (name.startswith("_") and name.endswith("_"))]
-        if taken is not None and (unknown := [name for name in stated if name not in taken]):
+        known = TRAINING if STAGE_MODULE.fullmatch(key) else ()
+        if taken is not None and (unknown := [name for name in stated if name not in (*taken, *known)]):
             problem = f"{key}: {spec['_target_']} takes no argument {', '.join(map(repr, unknown))}"
             raise InputError(file, problem, f"It takes {', '.join(taken) or 'none'}.")
 

@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -34,13 +34,15 @@ PARTS = re.compile(
 )
 APPROVED = "KITSEG_APPROVED"  # hashes and targets of parts, or EVERYTHING; child processes inherit it
 EVERYTHING = "*"
+_folders: list[str] = []  # of the user's own Python code
 
 
 class UntrustedPart(UsageError):
     """A part that is neither kitseg's nor this user's own."""
 
     def __init__(self, target: str) -> None:
-        super().__init__(f"the configuration names {target!r}, which is not a part that kitseg builds from")
+        problem = f"the configuration names {target!r}, which is not a part that kitseg builds from"
+        super().__init__(f"{problem}; if you trust its author, add --trust, which runs such code")
 
 
 def parse(text: str) -> Any:
@@ -76,11 +78,8 @@ def check_file(path: Path, content: Any) -> None:
     """
     try:
         check(content)
-    except UntrustedPart as error:
-        remedy = "If you trust its author, add --trust: its code then runs as yours."
-        raise InputError(path, str(error), remedy) from error
     except UsageError as error:
-        raise InputError(path, str(error), "Restore the file.") from error
+        raise InputError(path, str(error), "Otherwise restore the file.") from error
 
 
 def check(spec: Any) -> None:
@@ -138,10 +137,8 @@ def everything() -> Iterator[None]:
             os.environ[APPROVED] = before
 
 
-def record(spec: Any, code: Iterable[Path] = ()) -> str | None:
+def record(spec: Any) -> str | None:
     """Record that this user trained with the parts of a configuration; they need no ``--trust`` afterwards.
-
-    code: the folders that their Python code lies in, which are searched for it again.
 
     Returns:
         In one line, why it could not be recorded; None where it was, or there are only parts of kitseg.
@@ -152,7 +149,7 @@ def record(spec: Any, code: Iterable[Path] = ()) -> str | None:
             path = _records() / _digest(part)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text("".join(f"{folder}\n" for folder in code), encoding="utf-8")
+            partial.write_text("".join(f"{folder}\n" for folder in _folders), encoding="utf-8")
             partial.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         reason = " ".join(str(error).split())
@@ -162,7 +159,9 @@ def record(spec: Any, code: Iterable[Path] = ()) -> str | None:
 
 def import_from(folder: Path) -> None:
     """Search a folder for Python modules, too, after all others."""
-    if (text := str(folder)) not in sys.path:
+    if (text := str(folder)) not in _folders:
+        _folders.append(text)
+    if text not in sys.path:
         sys.path.append(text)
 
 

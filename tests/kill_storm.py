@@ -24,14 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from method_runs import smaller
 
 #: Trainings of two small stages with dropout, that save after every batch.
 TRAIN = (
-    "--size=tiny", "--epochs=4", "--save-every=0", "--jobs=1", "--device=cpu", "--set=size.validate_every=2",
-    "--set=size.slice_factor=4", "--set=size.inplane_factor=8", "--set=size.vnet_width=4", "--set=size.dropout=0.3",
-    "--set=size.coarse_samples=4", "--set=size.fine_samples=4", "--set=size.keep_best=2", "--set=size.pixels=64",
-    "--set=size.width_divisor=8", "--set=size.depth=16", "--set=size.rounds=1", "--set=size.round_epochs=2",
+    "--size=tiny", "--epochs=4", "--save-every=0", "--jobs=1", "--device=cpu", "--set=stages.*.validate_every=2",
+    "--set=keep_best=2",
 )  # fmt: skip
+MORE = {
+    "two-phase": ("--set=size.inplane_factor=8", "--set=size.dropout=0.3", "--set=size.fine_samples=4"),
+    "progressive": ("--set=size.round_epochs=2",),
+}
 VOLATILE = {"seconds", "mtime", "sha256", "path"}
 PASSING = ("tensorboard", "curves.png")  # a log, and a picture that is drawn now and then
 TEMPORARY = (".partial*", ".kitseg*.lock", "previous.ckpt")
@@ -159,7 +162,7 @@ def main() -> None:
     bare.mkdir(parents=True)
     for name, cases in (("data", 6), ("test", 3)):
         call(("phantom", name, f"--cases={cases}", f"--seed={cases}", "--matrix=64", "--jobs=1"), bare, None)
-    orders = commands(given.method, TRAIN)
+    orders = commands(given.method, (*TRAIN, *smaller(given.method), *MORE.get(given.method, ())))
     trained = bare
     if {"infer", "predict"} & set(given.verbs):
         trained = copy(bare, given.work / "trained")

@@ -12,11 +12,12 @@ import torch
 from kitseg import config
 from kitseg.config import Source
 from kitseg.errors import InputError, UsageError
+from kitseg.method import OPTIONAL
 from kitseg.nets.vnet import VNet
 from kitseg.stages.base import Stage
 from kitseg.stages.model import StageModel
 
-EVERY = [(method, size) for method in config.names("method") for size in config.names("size")]
+EVERY = [(method, size) for method in config.names() for size in config.sizes(method)]
 
 composed = cache(config.compose)
 
@@ -37,9 +38,10 @@ def problem(*overrides: str) -> str:
 # --- what there is ---------------------------------------------------------------------------------------------------
 
 
-def test_what_there_is() -> None:
-    assert config.names("method") == ["dual-unet", "guided-unetpp", "progressive", "two-phase", "two-stage"]
-    assert config.names("size") == ["paper", "small", "tiny"]
+def test_the_methods_are_the_files_in_conf() -> None:
+    files = sorted(file.stem for file in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
+    assert config.names() == files
+    assert config.sizes("two-phase") == ["paper", "small", "tiny"]
 
 
 def test_the_whole_run() -> None:
@@ -80,7 +82,8 @@ def test_every_method_composes_and_builds_at_every_size(method: str, size: str) 
 
 def test_a_smaller_size_keeps_the_method() -> None:
     lines = config.differences(composed("two-phase", "paper"), composed("two-phase", "tiny"))
-    assert "size.vnet_width: 16 → 8" in lines
+    assert "stages.coarse.module.net.width: 16 → 8" in lines
+    assert not [line for line in lines if line.startswith("size")]
     assert not [line for line in lines if line.startswith(("outputs", "postprocess", "published", "chain"))]
 
 
@@ -89,6 +92,39 @@ def test_a_smaller_size_keeps_the_method() -> None:
 
 def test_a_key_of_the_size_reaches_the_stages() -> None:
     assert (stage("coarse", "size.epochs=7").epochs, stage("fine", "size.epochs=7").epochs) == (7, 7)
+
+
+def test_a_key_of_every_stage_before_that_of_one() -> None:
+    changes = ("stages.fine.epochs=7", "stages.*.epochs=3")
+    assert (stage("coarse", *changes).epochs, stage("fine", *changes).epochs) == (3, 7)
+    assert "stages.*.epoch:" in problem("stages.*.epoch=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("stop_after=4", "stop_after", 4),
+        ("micro_batch_size=1", "micro_batch_size", 1),
+        ("rounds={most: 2, share: 0.5, epochs: 3}", "rounds", config.Rounds(2, 0.5, 3)),
+        ("guide=out_of_fold", "guide", "out_of_fold"),
+    ],
+)
+def test_an_optional_key_that_the_file_leaves_out(override: str, key: str, value: Any) -> None:
+    assert getattr(stage("coarse", f"stages.coarse.{override}"), key) == value
+
+
+@pytest.mark.parametrize(("method", "size"), EVERY)
+def test_every_optional_key_is_there(method: str, size: str) -> None:
+    for name, found in composed(method, size)["stages"].items():
+        assert set(OPTIONAL) <= set(found), name
+
+
+def test_parts_that_the_file_leaves_out() -> None:
+    flip = "stages.coarse.augmentation=[{_target_: torchio.RandomFlip, axes: [2]}]"
+    link = "stages.fine.link={_target_: kitseg.links.guides.SliceGate, fill_gaps: true}"
+    assert stage("coarse", flip).parts["augmentation"] == [{"_target_": "torchio.RandomFlip", "axes": [2]}]
+    same = [f"stages.{name}.grid.inplane=2" for name in ("coarse", "fine")]
+    assert stage("fine", link, *same).parts["link"]["fill_gaps"] is True
 
 
 def test_a_key_of_one_stage() -> None:
@@ -140,7 +176,7 @@ def test_a_wrong_value_is_named(override: str) -> None:
 def test_an_unknown_method_or_size() -> None:
     with pytest.raises(UsageError, match=r"there is no method 'two-fase'; there are .*two-phase"):
         config.compose("two-fase", "paper")
-    with pytest.raises(UsageError, match="there is no size 'large'; there are paper, small, tiny"):
+    with pytest.raises(UsageError, match="no size 'large' of two-phase; there are paper, small, tiny"):
         config.compose("two-phase", "large")
 
 
@@ -300,12 +336,12 @@ def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_differences_by_hand() -> None:
-    old = {"seed": 0, "size": {"width": 16, "patch": [1, 2]}, "gone": 1, "same": {"a": 1}}
-    new = {"seed": 0, "size": {"width": 8, "patch": [1, 3]}, "same": {"a": 1}, "new": {"b": 2}}
+    old = {"seed": 0, "net": {"width": 16, "patch": [1, 2]}, "gone": 1, "same": {"a": 1}, "size": {"a": 1}}
+    new = {"seed": 0, "net": {"width": 8, "patch": [1, 3]}, "same": {"a": 1}, "new": {"b": 2}, "size": {"a": 2}}
     assert config.differences(old, new) == [
         "gone: 1 → None",
+        "net.patch: [1, 2] → [1, 3]",
+        "net.width: 16 → 8",
         "new: None → {'b': 2}",
-        "size.patch: [1, 2] → [1, 3]",
-        "size.width: 16 → 8",
     ]
     assert config.differences(old, old) == []

@@ -320,7 +320,7 @@ def test_a_file_that_is_no_ensemble(phantoms: Path, tmp_path: Path, content: str
     (tmp_path / "x.yaml").write_text(content)
     done = kitseg(tmp_path, "predict", str(phantoms / "test"), "--model=x.yaml")
     assert done.code == 1
-    assert "x.yaml is no ensemble file" in done.text or "x.yaml: is no ensemble file" in done.text
+    assert "x.yaml is not an ensemble file" in done.text or "x.yaml: is not an ensemble file" in done.text
 
 
 # --- the split -------------------------------------------------------------------------------------------------------

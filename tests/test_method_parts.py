@@ -97,7 +97,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     """Two training cases, each guided by the network that learned from the other one."""
 
     def make(folder: Path) -> None:
-        options = ("--set=size.guide=out_of_fold", "--set=nested_folds=2", "--set=size.inplane_factor=8")
+        options = ("--set=size.guide=out_of_fold", "--set=nested_folds=2", "--set=size.pixels=64")
         train(working_folder(folder, phantoms, cases=3), "guided-unetpp", *options)
 
     return once(tmp_path_factory, "guided-inner", make)

@@ -124,7 +124,7 @@ def test_what_guides_the_second_stages() -> None:
 
 
 def test_a_smaller_batch_by_parts() -> None:
-    change = "size.micro_batch_size=3"
+    change = "stages.foreground.micro_batch_size=3"
     spec = config.method_of(config.compose("guided-unetpp", "paper", [change])).stages["foreground"]
     assert (spec.batch, spec.micro_batch_size) == (12, 3)
     assert papers("guided-unetpp")["segment"].micro_batch_size == 4

@@ -61,7 +61,9 @@ def _trust(context: typer.Context, given: bool) -> bool:
 Trust = Annotated[
     bool,
     typer.Option(
-        "--trust", callback=_trust, help="Run code that the model's author chose: parts that aren't kitseg's."
+        "--trust",
+        callback=_trust,
+        help="Open models with parts that aren't kitseg's, and run the code of their author.",
     ),
 ]
 

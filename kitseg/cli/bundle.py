@@ -1,4 +1,4 @@
-"""The command that makes a trained model one file to pass on."""
+"""The command that exports a trained model as one file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kitseg.cli.app import app
+from kitseg.cli.app import Trust, app
 from kitseg.runtime import console
 
 
@@ -23,6 +23,7 @@ def export(
     labels_license: Annotated[
         str | None, typer.Option(metavar="LICENSE", help="The training labels' license, where they aren't KiTS19's.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Pack a trained model into one file to pass on: weights, configuration, licenses, and no case by its name.
 

@@ -21,6 +21,7 @@ from kitseg.cli.app import (
     Set,
     Shard,
     Size,
+    Trust,
     app,
     exit_if,
     known_convention,
@@ -200,6 +201,7 @@ def augment(
     jobs: Jobs = -1,
     cluster: Cluster = None,
     shard: Shard = None,
+    trust: Trust = False,
 ) -> None:
     """Augment a fold's training set by registration of hard cases with other cases. Running it again resumes.
 

@@ -112,7 +112,11 @@ def train(
             f"SLURM or torchrun has started this job again: --restart would undo what it has trained; {remedy}"
         )
     device, ranks = choose_ranks(gpus, processes, device)
-    overrides = [*set_, *([f"stages.*.epochs={epochs}"] if epochs else []), *([f"seed={seed}"] if seed is not None else [])]
+    overrides = [
+        *set_,
+        *([f"stages.*.epochs={epochs}"] if epochs else []),
+        *([f"seed={seed}"] if seed is not None else []),
+    ]
     configuration = config.compose(method, size, overrides, config_dir)
     if deterministic:
         be_deterministic()

@@ -23,6 +23,7 @@ from kitseg.cli.app import (
     Processes,
     Shard,
     Split,
+    Trust,
     app,
     choose_ranks,
     shared_work,
@@ -59,6 +60,7 @@ def infer(
     precision: Precision = "auto",
     deterministic: Deterministic = False,
     max_memory: MaxMemory = None,
+    trust: Trust = False,
 ) -> None:
     """Predict class probabilities on each scan's own grid, averaged over the checkpoints of a run.
 
@@ -106,6 +108,7 @@ def postprocess(
     without: Annotated[
         list[str], typer.Option(metavar="NAME", help="Leave out this prior, or all; may be repeated.")
     ] = [],  # noqa: B006
+    trust: Trust = False,
 ) -> None:
     """Convert probabilities to labels with the post-processing of the method."""
     from kitseg.commands.postprocess import postprocess as clean_folder
@@ -148,6 +151,7 @@ def predict(
     keep_identifiers: Annotated[
         bool, typer.Option("--keep-identifiers", help="Include patient data in the DICOM output and series.csv.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Segment kidneys and tumors in scans, on each scan's own grid, with lesions, quality flags and a picture.
 

@@ -18,6 +18,7 @@ from kitseg.cli.app import (
     Mirror,
     Shard,
     Split,
+    Trust,
     app,
     cross_validate,
     exit_if,
@@ -115,6 +116,7 @@ def validate(
     data: DataFolders = [Path("data")],  # noqa: B006
     mirror: Mirror = False,
     device: Device = "auto",
+    trust: Trust = False,
 ) -> None:
     """Cross-validate a run: predict each fold's validation cases with its networks and score them together.
 
@@ -130,6 +132,7 @@ def choose(
     data: DataFolders = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="The ensemble file.")] = Path("ensemble.yaml"),
     jobs: Jobs = -1,
+    trust: Trust = False,
 ) -> None:
     """Choose the ensemble of runs and the post-processing with the best out-of-fold Dice.
 

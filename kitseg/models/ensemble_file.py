@@ -21,7 +21,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Member:
-    """A run (its folds averaged) or one fold of it, its weight, and whether each scan is also seen mirrored."""
+    """A run (its folds averaged) or one fold of it, its weight, and whether each scan is also predicted mirrored."""
 
     run: Path
     weight: float = 1.0
@@ -31,7 +31,7 @@ class Member:
 def write_ensemble(
     path: Path, members: Sequence[Member], postprocess: Mapping[str, Any], why: Mapping[str, Any]
 ) -> None:
-    """Write an ensemble file; ``why``: the figures that it was chosen by."""
+    """Write an ensemble file; ``why``: the scores that it was chosen by."""
     rows = [
         {"run": os.path.relpath(m.run, path.absolute().parent), "weight": m.weight, "mirror": m.mirror} for m in members
     ]
@@ -49,11 +49,12 @@ def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
         content = trust.parse(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
+        trust.check_file(path, content["postprocess"])
         return parse_members(content, path.parent)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         remedy = "Write it with `kitseg choose`, or give a run's folder."
-        raise InputError(path, f"is no ensemble file ({type(error).__name__}: {reason})", remedy) from error
+        raise InputError(path, f"is not an ensemble file ({type(error).__name__}: {reason})", remedy) from error
 
 
 def parse_members(content: Mapping[str, Any], folder: Path) -> tuple[list[Member], Mapping[str, Any]]:
@@ -67,8 +68,9 @@ def parse_members(content: Mapping[str, Any], folder: Path) -> tuple[list[Member
         for row in content["members"]
     ]
     steps = dict(content["postprocess"] or {})
+    trust.check(steps)
     if odd := [name for name, step in steps.items() if not _is_prior(step)]:
-        raise ValueError(f"postprocess: {', '.join(odd)} is no prior of kitseg.postprocess")
+        raise ValueError(f"postprocess: {', '.join(odd)} is not a prior of kitseg.postprocess")
     if not ensemble.can_weigh([member.weight for member in members]):
         raise ValueError("it needs members, with weights that aren't negative")
     return members, steps
@@ -76,9 +78,10 @@ def parse_members(content: Mapping[str, Any], folder: Path) -> tuple[list[Member
 
 def _yes_or_no(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"mirror is true or false, not {value!r}")
+        raise ValueError(f"mirror must be true or false, not {value!r}")
     return value
 
 
 def _is_prior(step: Any) -> bool:
-    return isinstance(step, dict) and str(step.get("_target_")).startswith("kitseg.postprocess.")
+    target = str(step.get("_target_")) if isinstance(step, dict) else ""
+    return target.startswith("kitseg.postprocess.") or (target != "" and not trust.PARTS.fullmatch(target))

@@ -21,8 +21,8 @@ from kitseg.stages.base import Stage, of_all_ranks
 
 CURVE_EVERY = 10.0  # seconds
 NOT_FINITE = (
-    "The last checkpoint before is kept; begin again (--restart or --name) with a lower --set size.learning_rate=…, "
-    "or on a GPU with --set size.precision=32-true"
+    "The last checkpoint before is kept; begin again (--restart or --name) with a lower learning rate, "
+    "--set 'stages.*.module.optimizer.lr=…', or on a GPU with --set 'stages.*.precision=32-true'"
 )
 
 

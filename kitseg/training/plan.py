@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.config import Config, Method, StageSpec
 from kitseg.errors import UsageError
 from kitseg.models.run_folder import Run, StageFolder, moved_aside
+from kitseg.runtime import console
 from kitseg.runtime.device import Machine
 from kitseg.runtime.files import write_text
 from kitseg.runtime.locks import folder_lock
@@ -86,6 +87,8 @@ class Start:
     def claim(self, cases: Sequence[Case], jobs: int) -> Plan:
         """The plan for these preprocessed cases; split and run are written, or checked against what is there."""
         claim_run(self.run, self.config, claim_split(self.split, cases, self.config, jobs))
+        if problem := trust.record(self.config):
+            console.print_plain(problem)
         return self._plan(read_split(self.run.split))
 
     def rehearse(self, cases: Sequence[Case]) -> Plan:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kitseg.errors import InputError, UsageError
 from kitseg.runtime.files import atomic_write, file_digest, identity, read_json, write_json
+from kitseg.trust import check_file
 from kitseg.types import Box, Geometry, Probabilities
 
 SCHEMA = 1
@@ -146,9 +147,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read what ``claim_manifest`` wrote.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: missing or damaged, or with post-processing that kitseg must not run.
     """
-    return read_json(folder / MANIFEST, SCHEMA)
+    manifest = read_json(folder / MANIFEST, SCHEMA)
+    check_file(folder / MANIFEST, manifest.get("postprocess"))
+    return manifest
 
 
 def _meta(folder: Path, case_id: str) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""A model as one file: packed, fetched, checked and opened."""
+"""A model as one file: export, download, validate and open."""

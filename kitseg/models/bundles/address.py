@@ -1,7 +1,7 @@
 """Model bundles on Hugging Face: ``hf://owner/name@revision``.
 
-The revision is looked up once. What was found is pinned in the cache by its hash, so that the same address gives the
-same bundle ever after, without a network, too.
+The revision is resolved once, and the hash of the bundle is kept in the cache: the same address gives the same bundle
+from then on, without a network, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Address:
 
     @property
     def record(self) -> Path:
-        """Where the cache keeps what was found there."""
+        """The file in the cache that holds the hash of its bundle."""
         return cache_folder() / "addresses" / f"{quote(f'{self.repo}@{self.revision}', safe='@')}.json"
 
 
@@ -48,8 +48,8 @@ def fetch_bundle(text: str) -> Bundle:
     """The bundle at an address, from the cache where it was fetched before.
 
     Raises:
-        UsageError: no such address. KitsegError: it can't be fetched, or is another one than before.
-        InputError: what is there is no sound bundle.
+        UsageError: not of the form of an address. KitsegError: the download fails, or gives another bundle than before.
+        InputError: the file is not a valid bundle.
     """
     match = re.fullmatch(rf"{SCHEME}([\w.-]+/[\w.-]+)@([\w./-]+)", text, re.ASCII)
     if not match:
@@ -60,28 +60,30 @@ def fetch_bundle(text: str) -> Bundle:
         return bundle
     found = _ask(address)
     if pinned not in (None, found.sha256):
-        raise KitsegError(f"{address}: holds another bundle than before. Name its commit, or remove {address.record}")
+        raise KitsegError(
+            f"{address}: holds another bundle than before. Give a commit as revision, or remove {address.record}"
+        )
     bundle = open_bundle(_download(address, found), found.sha256)
     write_json(address.record, SCHEMA, {"address": str(address), **asdict(found)})
     return bundle
 
 
 def _ask(address: Address) -> Found:
-    """What the server holds there."""
+    """Ask the server for the bundle at an address."""
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(address.repo, revision=address.revision, files_metadata=True)
-    except Exception as error:  # whatever the network and the server do
+    except Exception as error:  # any failure of the network or the server
         raise _unreachable(address, error) from error
     files = [file for file in info.siblings or [] if file.rfilename.endswith(SUFFIX)]
     if len(files) != 1 or not files[0].lfs or not info.sha:
-        raise KitsegError(f"{address}: holds {len(files)} {SUFFIX} files; it takes one, which is stored with its hash")
+        raise KitsegError(f"{address}: has {len(files)} {SUFFIX} files; it needs exactly one, stored with Git LFS")
     return Found(files[0].rfilename, info.sha, files[0].lfs.sha256)
 
 
 def _download(address: Address, found: Found) -> Path:
-    """The file in Hugging Face's own cache, where a broken download goes on."""
+    """The file in Hugging Face's own cache, where an interrupted download resumes."""
     from huggingface_hub import HfApi
 
     try:
@@ -92,4 +94,6 @@ def _download(address: Address, found: Found) -> Path:
 
 def _unreachable(address: Address, error: Exception) -> KitsegError:
     reason = " ".join(str(error).split())[:200]
-    return KitsegError(f"{address}: couldn't be fetched ({type(error).__name__}: {reason}). Call again with a network.")
+    return KitsegError(
+        f"{address}: the download failed ({type(error).__name__}: {reason}). Try again with a network connection."
+    )

@@ -1,7 +1,6 @@
-"""The file of a model bundle: a zip of plain files, none of them compressed, and ``bundle.json`` with their hashes.
+"""The file format of a model bundle: an uncompressed zip of plain files, with their hashes in ``bundle.json``.
 
-Whatever lies in such a file, reading it gives only files of the names that a bundle has, and never more bytes than the
-file itself holds.
+Unpacking a hostile file gives only files of the names that a bundle has, and never more bytes than the file itself has.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _WRONG = (BadZipFile, EOFError, OSError, ValueError, KeyError, TypeError, Attrib
 
 
 def write_archive(path: Path, facts: Mapping[str, Any], files: Iterable[tuple[str, bytes]]) -> None:
-    """Write files, one at a time in memory, and the facts with their hashes; the same content gives the same bytes."""
+    """Write files, one at a time in memory, and a manifest with their hashes; the same content gives the same bytes."""
     rows = {}
     with atomic_write(path) as partial, ZipFile(partial, "w", ZIP_STORED) as archive:
         for name, content in files:
@@ -46,7 +45,7 @@ class Archive:
     """A bundle's open file.
 
     Raises:
-        ValueError: it holds anything that no bundle holds, or not what its manifest states.
+        ValueError: an entry that a bundle can't have, or files other than the manifest states.
     """
 
     def __init__(self, archive: ZipFile, size: int) -> None:
@@ -54,13 +53,13 @@ class Archive:
         self._archive, self.manifest = archive, _read_manifest(archive)
         found = {entry.filename: entry.file_size for entry in archive.infolist() if entry.filename != MANIFEST}
         if found != {name: row["bytes"] for name, row in self.manifest["files"].items()}:
-            raise ValueError(f"its files are not those that {MANIFEST} states")
+            raise ValueError(f"its files are not those in {MANIFEST}")
 
     def unpack(self, to: Path) -> None:
         """Write the files, but not the manifest, below ``to``.
 
         Raises:
-            ValueError: one is not what the manifest states. KitsegError: ``to`` can't be written to.
+            ValueError: a file whose hash is not the manifest's. KitsegError: ``to`` can't be written.
         """
         for name, row in self.manifest["files"].items():
             with atomic_write(to / name) as partial:
@@ -72,32 +71,32 @@ class Archive:
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[tuple[str, Archive]]:
-    """A bundle's hash and its open file; what turns out to be wrong with it inside the block becomes an error in words.
+    """A bundle's hash and its open file; exceptions inside the block become an InputError that names the file.
 
     Raises:
-        InputError: no bundle, a damaged one, one of another schema, or with anything that no bundle holds.
+        InputError: not a bundle, a damaged one, one of another schema, or one with entries that a bundle can't have.
     """
     try:
         digest = file_digest(path)
-        with _Sips(path) as file, ZipFile(file) as archive:
+        with _BoundedReads(path) as file, ZipFile(file) as archive:
             yield digest, Archive(archive, path.stat().st_size)
     except _WRONG as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error) or "it is cut short"
-        raise InputError(path, f"is no sound model bundle ({reason})", "Get it anew from where it was made.") from error
+        raise InputError(path, f"is not a valid model bundle ({reason})", "Download or export it again.") from error
 
 
-class _Sips(io.FileIO):
-    """A file that gives a few megabytes at a time, so that a zip's table of a million files never is in memory."""
+class _BoundedReads(io.FileIO):
+    """A file that returns at most 16 MiB per read, so that a zip's directory of a million files is never in memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Up to ``size`` bytes; of all that is left, the first of them."""
+        """Up to ``size`` bytes, never more than ``AT_ONCE``."""
         if size is not None and size > AT_ONCE:
             raise BadZipFile("its table of files is too large")
         return super().read(AT_ONCE if size is None or size < 0 else size)
 
 
 def _entry(name: str) -> ZipInfo:
-    entry = ZipInfo(name)  # of 1980, always
+    entry = ZipInfo(name)  # dated 1980, so that the bytes are reproducible
     entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
     return entry
 
@@ -107,16 +106,16 @@ def _check_entries(entries: list[ZipInfo], size: int) -> None:
         raise ValueError(f"{len(entries)} files are too many")
     for name, times in Counter(entry.filename for entry in entries).items():
         if times > 1:
-            raise ValueError(f"{name!r} is in it {times} times")
+            raise ValueError(f"{name!r} occurs {times} times")
     for entry in entries:
         if entry.filename != MANIFEST and not _NAME.fullmatch(entry.filename):
-            raise ValueError(f"{entry.filename!r} is no file of a bundle")
+            raise ValueError(f"{entry.filename!r} is not a file that a bundle can have")
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
-            raise ValueError(f"{entry.filename} is no regular file")
+            raise ValueError(f"{entry.filename} is not a regular file")
         if entry.compress_type != ZIP_STORED or entry.compress_size != entry.file_size:
-            raise ValueError(f"{entry.filename} is compressed, as nothing in a bundle is")
+            raise ValueError(f"{entry.filename} is compressed; bundles are not")
     if sum(entry.file_size for entry in entries) > size:
-        raise ValueError("it claims to hold more bytes than it has")
+        raise ValueError("its entries claim more bytes than the file has")
 
 
 def _read_manifest(archive: ZipFile) -> dict[str, Any]:
@@ -125,5 +124,5 @@ def _read_manifest(archive: ZipFile) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(archive.read(MANIFEST))
     if (schema := manifest["schema"]) != SCHEMA:
         remedy = "export it again" if isinstance(schema, int) and schema < SCHEMA else "update kitseg"
-        raise ValueError(f"it is of schema {schema!r}, and this version of kitseg reads {SCHEMA}: {remedy}")
+        raise ValueError(f"it has schema {schema!r}, this version of kitseg reads {SCHEMA}: {remedy}")
     return manifest

@@ -1,7 +1,7 @@
-"""A model bundle opened: checked as a whole, and unpacked into the cache as ordinary runs.
+"""Open a model bundle: validate all of it, and unpack it into the cache as ordinary runs.
 
-The cache is the folder that ``KITSEG_CACHE`` names, or ``kitseg`` in the user's cache (``XDG_CACHE_HOME``). In its
-``bundles`` each unpacked bundle is named by the hash of its file.
+The cache is the folder ``KITSEG_CACHE``, or ``kitseg`` in the user's cache folder (``XDG_CACHE_HOME``). Each bundle is
+unpacked into ``bundles/<sha256 of its file>``.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Bundle:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What ``bundle.json`` states.
+        """The content of ``bundle.json``.
 
         Raises:
             InputError: damaged.
         """
         return read_json(self.path / MANIFEST, SCHEMA)
 
-    def is_whole(self) -> bool:
-        """Whether every file is there as the manifest states."""
+    def is_complete(self) -> bool:
+        """Whether every file exists and has the manifest's hash."""
         try:
             rows = self.manifest["files"].items()
             return all(file_digest(self.path / name) == row["sha256"] for name, row in rows)
@@ -71,12 +71,12 @@ class Bundle:
         return parse_members(self.manifest, self.path)
 
     def facts(self) -> dict[str, Any]:
-        """What a result says of the bundle that made it."""
+        """What a result records about the bundle that made it."""
         return {"sha256": self.sha256, "licenses": self.manifest["licenses"]}
 
     @property
     def licensed(self) -> str:
-        """Its licenses in words."""
+        """Its licenses as text."""
         return "licenses: " + ", ".join(f"{kind} {self.manifest['licenses'][kind]}" for kind in LICENSED)
 
     def __str__(self) -> str:
@@ -84,31 +84,31 @@ class Bundle:
 
 
 def cache_folder() -> Path:
-    """Where kitseg keeps what it unpacked or fetched."""
+    """The folder of unpacked and downloaded bundles."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("KITSEG_CACHE") or Path(base) / "kitseg")
 
 
 def cached(sha256: str) -> Bundle | None:
-    """The unpacked bundle of this hash; None where it isn't in the cache, or not whole."""
+    """The unpacked bundle of this hash; None where it isn't in the cache, or incomplete."""
     bundle = Bundle(cache_folder() / "bundles" / sha256)
-    return bundle if bundle.is_whole() else None
+    return bundle if bundle.is_complete() else None
 
 
 def bundle_of(run: Run) -> Bundle | None:
-    """The bundle that a run was unpacked from; None for a run of one's own."""
+    """The bundle that a run was unpacked from; None for any other run."""
     folder = run.path.parent.parent
     unpacked = re.fullmatch("[0-9a-f]{64}", folder.name) and (folder / MANIFEST).is_file()
     return Bundle(folder) if unpacked else None
 
 
 def open_bundle(path: Path, sha256: str | None = None) -> Bundle:
-    """The bundle in a file, from the cache where it was opened before; nothing in it is executed.
+    """The bundle in a file, from the cache where it was opened before; no code in it runs unless the user trusts it.
 
     sha256: the hash that the file must have, where one is known.
 
     Raises:
-        InputError: another file, a damaged one, or one that holds what no bundle holds.
+        InputError: a damaged or invalid bundle, or one of another hash.
     """
     with open_archive(path) as (found, archive):
         if sha256 not in (None, found):
@@ -119,7 +119,7 @@ def open_bundle(path: Path, sha256: str | None = None) -> Bundle:
         try:
             archive.unpack(folder)
             _check(folder, archive.manifest)
-            write_text(folder / MANIFEST, json.dumps(archive.manifest))  # last: where it is, the rest is
+            write_text(folder / MANIFEST, json.dumps(archive.manifest))  # last, so that it marks a complete folder
         finally:
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -127,16 +127,20 @@ def open_bundle(path: Path, sha256: str | None = None) -> Bundle:
 
 
 def _check(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make sure that everything can be opened later; a ValueError says what can't."""
+    """Make sure that everything can be opened later.
+
+    Raises:
+        ValueError: what can't.
+    """
     stated = [manifest["name"], *(manifest["licenses"][kind] for kind in LICENSED)]
     if odd := [text for text in stated if not trust.is_line(text)]:
-        raise ValueError(f"{odd[0]!r} is no name or license")
+        raise ValueError(f"{odd[0]!r} is not a name or license of one line")
     try:
         _, steps = parse_members(manifest, folder)
         build_steps(steps)
         for row in manifest["members"]:
             if not re.fullmatch(r"runs/\d{1,3}", row["run"]):
-                raise ValueError(f"{row['run']!r} is no run in it")
+                raise ValueError(f"{row['run']!r} is not a run in it")
             _check_run(Run(folder / row["run"]))
     except InputError as error:
         raise ValueError(f"{error.path.relative_to(folder)}: {error.problem}") from error
@@ -147,7 +151,7 @@ def _check(folder: Path, manifest: dict[str, Any]) -> None:
 def _check_run(run: Run) -> None:
     method, info = config.method_of(config.read(run.config)), run.read_info()
     if not isinstance(info["phantom"], bool) or not re.fullmatch(r"[\w.+]{1,40}", info["kitseg"]):
-        raise ValueError("run.json doesn't say what it was trained with")
+        raise ValueError("run.json does not state what it was trained with")
     model_training_domain(run)
     folds = run.folds(list(method.stages)[-1])
     if not folds:
@@ -162,4 +166,4 @@ def _check_stage(spec: StageSpec, folder: StageFolder) -> None:
     expected = {name: tuple(value.shape) for name, value in stage.model.state_dict().items()}
     for path in stage.checkpoints:
         if shapes(path) != expected:
-            raise ValueError(f"the weights of stage {spec.name} are not those of its network")
+            raise ValueError(f"the weights of stage {spec.name} don't fit its network")

@@ -1,4 +1,4 @@
-"""A run, one fold of it, or an ensemble file as one file to pass on: a model bundle."""
+"""Export a run, one fold of it, or an ensemble file as one file: a model bundle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Files = Iterator[tuple[str, bytes]]
 
 @dataclass(frozen=True)
 class ExportedMember:
-    """A member of what is exported: its run, the folds of it, its method, and its folder in the bundle."""
+    """A member of the exported model: its run, folds and method, and its folder in the bundle."""
 
     member: Member
     run: Run
@@ -50,16 +50,16 @@ def export(model: Path, to: Path, weights: str | None = None, labels: str | None
             phantoms the code's.
 
     Raises:
-        UsageError: no such model or name. InputError: a damaged run.
+        UsageError: not a model, or not a bundle's name. InputError: a damaged run.
     """
     if to.suffix != SUFFIX:
-        raise UsageError(f"{to}: a bundle's name ends in {SUFFIX}")
+        raise UsageError(f"{to}: the name of a bundle must end in {SUFFIX}")
     members, steps = members_of(model)
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
     usual = CODE_LICENSE if all(part.run.read_info()["phantom"] for part in parts) else KITS19_LICENSE
     labels = labels or usual
     if not all(map(trust.is_line, (weights or labels, labels))):
-        raise UsageError("a license is a name or a line of up to 200 characters")
+        raise UsageError("a license must be a name or a line of up to 200 characters")
     licenses = {"code": CODE_LICENSE, "weights": weights or labels, "labels": labels}
     facts = {
         "name": "+".join(dict.fromkeys(part.method.name for part in parts)),
@@ -77,12 +77,12 @@ def _exported_member(member: Member, name: str) -> ExportedMember:
     method = config.method_of(config.read(run.config))
     folds = (fold,) if fold is not None else tuple(run.folds(list(method.stages)[-1]))
     if not folds:
-        raise UsageError(f"{run.path} has no trained fold; `kitseg train` goes on")
+        raise UsageError(f"{run.path} has no trained fold; resume it with `kitseg train`")
     return ExportedMember(member, run, folds, method, name)
 
 
 def _facts(part: ExportedMember) -> dict[str, Any]:
-    """What a reader of the bundle wants to know of a member before opening it."""
+    """What the manifest states about a member."""
     info, split = part.run.read_info(), read_split(part.run.split)
     stages = {
         name: {"grid": asdict(spec.grid), "normalization": spec.parts["intensity"], "channels": spec.channels}
@@ -111,7 +111,7 @@ def _facts(part: ExportedMember) -> dict[str, Any]:
 def _files(part: ExportedMember) -> Files:
     yield f"{part.name}/config.yaml", part.run.config.read_bytes()
     info = part.run.read_info()
-    seen = {key: info.get(key) for key in ("kitseg", "phantom", "experience")}  # and no case by its name
+    seen = {key: info.get(key) for key in ("kitseg", "phantom", "experience")}  # but no names of cases
     yield f"{part.name}/run.json", _json(seen)
     for fold in part.folds:
         for stage in part.method.stages:

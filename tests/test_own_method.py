@@ -1,0 +1,275 @@
+"""A method from outside: a YAML file and a Python file of the user's, an installed package, and files from others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from method_runs import labels_of, untrained, working_folder
+
+METHOD = """\
+stages:
+  voxels:
+    heads: [main]
+    channels: [background, kidney, tumor]
+    grid: { pixels: 32 }
+    intensity: { _target_: kitseg.links.intensity.ClipScale, low: -100, high: 300, scale: 100 }
+    region: { _target_: kitseg.links.regions.Square, pixels: 32 }
+    sampler: { _target_: kitseg.patches.samplers.SliceSampler, holding: foreground, negatives: 0.5 }
+    augmentation: [{ _target_: lab_parts.Brighter, hu: 20 }]
+    batch: 4
+    epochs: ${size.epochs}
+    validate_every: 1
+    precision: 32-true
+    module:
+      _target_: kitseg.stages.base.SliceStage
+      net:
+        _target_: monai.networks.nets.UNet
+        spatial_dims: 2
+        in_channels: 1
+        out_channels: 3
+        channels: [8, 16]
+        strides: [2]
+      loss:
+        _target_: lab_parts.WithChannel
+        loss: { _target_: monai.losses.DiceCELoss, softmax: true, to_onehot_y: true }
+      optimizer: { _target_: torch.optim.Adam, _partial_: true, lr: 0.01 }
+      scheduler: null
+      window: { _target_: kitseg.inference.windows.Slices, batch: 8 }
+
+name: lab
+sizes: { quick: { epochs: 2 } }
+chain: [voxels]
+outputs: { background: voxels.background, kidney: voxels.kidney, tumor: voxels.tumor }
+"""
+
+PARTS = '''\
+"""An augmentation and a loss."""
+
+from pathlib import Path
+
+import torch
+import torchio
+
+SEEN = Path(__file__).with_name("seen.txt")
+
+
+class Brighter(torchio.transforms.Transform):
+    """Adds to the HU of every patch, and notes that it did."""
+
+    def __init__(self, hu: float) -> None:
+        super().__init__()
+        self.hu = hu
+
+    def apply_transform(self, subject: torchio.Subject) -> torchio.Subject:
+        SEEN.touch()
+        subject["image"].set_data(subject["image"].data + self.hu)
+        return subject
+
+
+class WithChannel(torch.nn.Module):
+    """MONAI's losses want the target with a channel axis."""
+
+    def __init__(self, loss: torch.nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.loss(logits, target[:, None])
+'''
+
+
+def run(folder: Path, *arguments: str, state: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, with a user's state folder of its own."""
+    state = state or folder / "state"
+    return subprocess.run(
+        [sys.executable, "-m", "kitseg", *arguments],
+        cwd=folder,
+        env={**os.environ, "XDG_STATE_HOME": str(state), "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def done(folder: Path, *arguments: str, **environment: str) -> str:
+    result = run(folder, *arguments, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def refused(folder: Path, *arguments: str, state: Path | None = None, **environment: str) -> str:
+    """The one line of a refusal."""
+    result = run(folder, *arguments, state=state, **environment)
+    assert result.returncode in (1, 2), result.stdout + result.stderr
+    text = result.stderr.strip()
+    assert len(text.splitlines()) == 1, text
+    return text
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    """A folder with a method's two files."""
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "lab.yaml").write_text(METHOD)
+    (tmp_path / "lab" / "lab_parts.py").write_text(PARTS)
+    return tmp_path
+
+
+TRAIN = ("train", "--method=lab/lab.yaml", "--size=quick", "--set=folds=3", "--jobs=1")
+
+
+@pytest.mark.slow
+def test_a_method_of_two_files_goes_through_every_command(lab: Path, phantoms: Path) -> None:
+    working_folder(lab, phantoms, cases=3)
+    done(lab, *TRAIN, "--workers=1")
+    assert (lab / "lab" / "seen.txt").exists(), "the augmentation worked in the loader's process"
+    done(lab, "validate", "runs/lab-quick")
+    done(lab, "predict", "test", "--model=runs/lab-quick")
+    scan, labels = labels_of(lab / "test/case_00000/imaging.nii.gz"), labels_of(lab / "predictions/case_00000.nii.gz")
+    assert labels.shape == scan.shape
+    assert set(np.unique(labels)) <= {0, 1, 2}
+    done(lab, "export", "runs/lab-quick", "-o", "lab.kitseg")
+    done(lab, "predict", "test", "--model=lab.kitseg", "-o", "again", KITSEG_CACHE=str(lab / "cache"))
+    assert np.array_equal(labels, labels_of(lab / "again" / "case_00000.nii.gz"))
+
+    other = lab / "other"  # another user, who has the bundle alone
+    other.mkdir()
+    there = {"KITSEG_CACHE": str(other / "cache"), "state": other / "state"}
+    call = ("predict", "../test/case_00000", "--model=../lab.kitseg")
+    text = refused(other, *call, **there)
+    assert "lab.kitseg" in text
+    assert "monai.networks.nets.UNet" in text or "lab_parts" in text
+    assert "--trust" in text
+    assert not (other / "predictions").exists()
+    trusted = run(other, *call, "--trust", **there, PYTHONPATH=os.pathsep.join([os.environ["PYTHONPATH"], "../lab"]))
+    assert trusted.returncode == 0, trusted.stdout + trusted.stderr
+    assert np.array_equal(labels, labels_of(other / "predictions" / "case_00000.nii.gz"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", ["read-only", "unset"])
+def test_training_does_not_need_a_home(lab: Path, phantoms: Path, home: str) -> None:
+    """Nothing is recorded: one line states it, and only --trust opens the run."""
+    working_folder(lab, phantoms, cases=3)
+    (lab / "file").touch()
+    state = {"XDG_STATE_HOME": str(lab / "file" / "state") if home == "read-only" else "", "HOME": str(lab / "file")}
+    printed = done(lab, *TRAIN, **state)
+    assert len([line for line in printed.splitlines() if "--trust" in line]) == 1
+    done(lab, *TRAIN, **state)
+    assert "--trust" in refused(lab, "predict", "test", "--model=runs/lab-quick", **state)
+
+
+def test_methods_of_a_folder_and_of_a_package_are_listed(lab: Path) -> None:
+    """A config folder may build on kitseg's methods and stages; an installed package gives one as an entry point."""
+    folder, package = lab / "conf" / "method", lab / "site" / "lab_conf"
+    folder.mkdir(parents=True)
+    (folder / "wide.yaml").write_text("defaults: [dual-unet, _self_]\nname: wide\nsizes: { tiny: { width: 24 } }\n")
+    (package / "method").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    shutil.copy(lab / "lab" / "lab.yaml", package / "method" / "packaged.yaml")
+    shutil.copy(lab / "lab" / "lab_parts.py", lab / "site")
+    info = lab / "site" / "lab_methods-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab-methods\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kitseg.methods]\nlab = lab_conf\n")
+    site = {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(lab / "site")])}
+    rows = [line.split() for line in done(lab, "methods", "--config-dir=conf", **site).splitlines() if line.strip()]
+    origins = {row[0]: row[-1] for row in rows}
+    assert (origins["wide"], origins["packaged"], origins["dual-unet"]) == ("conf", "lab-methods", "kitseg")
+    assert "no size 'huge' of packaged; there are quick" in refused(
+        lab, "train", "--method=packaged", "--size=huge", **site
+    )
+    assert "wide; there are paper, small, tiny" in refused(
+        lab, "train", "--method=wide", "--config-dir=conf", "--size=huge"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "facts"),
+    [
+        ("nets.UNet", "nets.UNnet", ["stages.voxels.module.net", "UNnet", "UNet"]),
+        ("_target_: lab_parts.Brighter", "_target_: lab_part.Brighter", ["stages.voxels.augmentation[0]", "lab_part"]),
+        ("in_channels", "chanels_in", ["stages.voxels.module.net", "chanels_in", "in_channels"]),
+        ("lr: 0.01", "rate: 0.01", ["stages.voxels.module.optimizer", "rate", "lr"]),
+        ("    batch: 4\n", "", ["stages.voxels", "batch"]),
+        ("chain: [voxels]\n", "", ["chain"]),
+        ("chain: [voxels]\n", "chain: [voxels\n", ["lab.yaml"]),
+        ("${size.epochs}", "${size.epoch}", ["size.epoch"]),
+        ("stages:", "defaults: [/stage@stages.more: nowhere, _self_]\nstages:", ["stage/nowhere"]),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(lab: Path, old: str, new: str, facts: list[str]) -> None:
+    assert old in METHOD
+    (lab / "lab" / "lab.yaml").write_text(METHOD.replace(old, new))
+    text = refused(lab, *TRAIN)
+    for fact in ["lab/lab.yaml", *facts]:
+        assert fact in text
+
+
+def test_an_unknown_method_is_one_line(lab: Path) -> None:
+    assert "nowhere.yaml" in refused(lab, "train", "--method=lab/nowhere.yaml")
+    assert "method/*.yaml" in refused(lab, "train", "--method=lab", "--config-dir=lab")
+
+
+# --- what others send ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (("predict", "scan.nii.gz", "--model=run"), "config.yaml"),
+        (("infer", "--data=scan.nii.gz", "--run=run"), "config.yaml"),
+        (("validate", "run"), "config.yaml"),
+        (("choose", "run"), "config.yaml"),
+        (("export", "run", "-o", "x.kitseg"), "config.yaml"),
+        (("augment", "--run=run"), "config.yaml"),
+        (("predict", "scan.nii.gz", "--model=ensemble.yaml"), "ensemble.yaml"),
+        (("postprocess", "probabilities"), "manifest.json"),
+    ],
+)
+def test_a_model_with_os_system_in_it_does_nothing(tmp_path: Path, command: tuple[str, ...], file: str) -> None:
+    evil = {"_target_": "os.system", "command": f"touch {tmp_path / 'canary'}"}
+    untrained(tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    for stage in content["stages"].values():
+        stage["intensity"] = evil
+    if file == "config.yaml":
+        config.write_text(yaml.safe_dump(content))
+    ensemble = {"schema": 1, "members": [{"run": "run"}], "postprocess": {"evil": evil}}
+    (tmp_path / "ensemble.yaml").write_text(yaml.safe_dump(ensemble))
+    (tmp_path / "probabilities").mkdir()
+    (tmp_path / "probabilities" / "case.json").write_text("{}")
+    manifest = {"schema": 1, "channels": ["kidney"], "postprocess": {"evil": evil}, "model": {}}
+    (tmp_path / "probabilities" / "manifest.json").write_text(yaml.safe_dump(manifest, default_flow_style=True))
+    before = sorted(tmp_path.rglob("*"))
+    text = refused(tmp_path, *command)
+    assert file in text
+    assert "os.system" in text
+    assert "--trust" in text
+    assert sorted(tmp_path.rglob("*")) == before
+    if command[0] == "predict":
+        run(tmp_path, *command, "--trust")
+        assert (tmp_path / "canary").exists(), "the test would notice"
+
+
+def test_a_recorded_part_with_other_arguments_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kitseg import trust
+    from kitseg.errors import UsageError
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv(trust.APPROVED, raising=False)
+    own = {"_target_": "lab.Loss", "of": {"_target_": "lab.Other"}}
+    assert trust.record({"loss": own}) is None
+    trust.check([own, {"_target_": "torch.nn.Sequential", "_args_": [own]}])
+    for other in ({**own, "of": {"_target_": "os.system"}}, {**own, "more": 1}, {"_target_": "lab.Other"}):
+        with pytest.raises(UsageError, match="--trust"):
+            trust.check(other)
