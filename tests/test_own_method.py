@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from conftest import Result, kitseg, kitseg_process
 from method_runs import labels_of, untrained, working_folder
+
+from kitseg import trust
+from kitseg.errors import UsageError
+from kitseg.types import Geometry
+from kitseg.volumes.nifti import write_image
 
 METHOD = """\
 stages:
@@ -85,33 +90,33 @@ class WithChannel(torch.nn.Module):
 '''
 
 
-def run(folder: Path, *arguments: str, state: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """The command line in a process of its own, with a user's state folder of its own."""
-    state = state or folder / "state"
-    return subprocess.run(
-        [sys.executable, "-m", "kitseg", *arguments],
-        cwd=folder,
-        env={**os.environ, "XDG_STATE_HOME": str(state), "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own state folder and cache, and nothing approved before."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("KITSEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(trust.APPROVED, "")
 
 
-def done(folder: Path, *arguments: str, **environment: str) -> str:
-    result = run(folder, *arguments, **environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def done(folder: Path, *arguments: str) -> str:
+    result = kitseg(folder, *arguments)
+    assert result.code == 0, result.text
+    return result.text
 
 
-def refused(folder: Path, *arguments: str, state: Path | None = None, **environment: str) -> str:
+def in_a_new_process(folder: Path, *arguments: str, **environment: str) -> Result:
+    process = kitseg_process(folder, *arguments, **{**environment, trust.APPROVED: ""})
+    printed, _ = process.communicate(timeout=300)
+    return Result(process.returncode, printed)
+
+
+def refused(result: Result) -> str:
     """The one line of a refusal."""
-    result = run(folder, *arguments, state=state, **environment)
-    assert result.returncode in (1, 2), result.stdout + result.stderr
-    text = result.stderr.strip()
-    assert len(text.splitlines()) == 1, text
-    return text
+    assert result.code in (1, 2), result.text
+    lines = [line for line in result.text.splitlines() if line.startswith("✗")]
+    assert len(lines) == 1, result.text
+    assert "Traceback" not in result.text
+    return lines[0]
 
 
 @pytest.fixture
@@ -132,42 +137,38 @@ def test_a_method_of_two_files_goes_through_every_command(lab: Path, phantoms: P
     done(lab, *TRAIN, "--workers=1")
     assert (lab / "lab" / "seen.txt").exists(), "the augmentation worked in the loader's process"
     done(lab, "validate", "runs/lab-quick")
-    done(lab, "predict", "test", "--model=runs/lab-quick")
+    done(lab, "export", "runs/lab-quick", "-o", "lab.kitseg")
+    predicted = in_a_new_process(lab, "predict", "test", "--model=runs/lab-quick")
+    assert predicted.code == 0, predicted.text
     scan, labels = labels_of(lab / "test/case_00000/imaging.nii.gz"), labels_of(lab / "predictions/case_00000.nii.gz")
     assert labels.shape == scan.shape
     assert set(np.unique(labels)) <= {0, 1, 2}
-    done(lab, "export", "runs/lab-quick", "-o", "lab.kitseg")
-    done(lab, "predict", "test", "--model=lab.kitseg", "-o", "again", KITSEG_CACHE=str(lab / "cache"))
-    assert np.array_equal(labels, labels_of(lab / "again" / "case_00000.nii.gz"))
 
-    other = lab / "other"  # another user, who has the bundle alone
-    other.mkdir()
-    there = {"KITSEG_CACHE": str(other / "cache"), "state": other / "state"}
-    call = ("predict", "../test/case_00000", "--model=../lab.kitseg")
-    text = refused(other, *call, **there)
-    assert "lab.kitseg" in text
-    assert "monai.networks.nets.UNet" in text or "lab_parts" in text
-    assert "--trust" in text
-    assert not (other / "predictions").exists()
-    trusted = run(other, *call, "--trust", **there, PYTHONPATH=os.pathsep.join([os.environ["PYTHONPATH"], "../lab"]))
-    assert trusted.returncode == 0, trusted.stdout + trusted.stderr
-    assert np.array_equal(labels, labels_of(other / "predictions" / "case_00000.nii.gz"))
+    bundle = ("predict", "test/case_00000", "--model=lab.kitseg", "-o", "again")
+    stranger = {"XDG_STATE_HOME": str(lab / "stranger"), "KITSEG_CACHE": str(lab / "stranger")}
+    text = refused(in_a_new_process(lab, *bundle, **stranger))
+    for fact in ("lab.kitseg", "lab_parts.Brighter", "--trust"):
+        assert fact in text
+    assert not (lab / "again").exists()
+    path = os.pathsep.join([str(lab / "lab"), os.environ.get("PYTHONPATH", "")])
+    trusted = in_a_new_process(lab, *bundle, "--trust", **stranger, PYTHONPATH=path)
+    assert trusted.code == 0, trusted.text
+    assert np.array_equal(labels, labels_of(lab / "again" / "case_00000.nii.gz"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("home", ["read-only", "unset"])
-def test_training_does_not_need_a_home(lab: Path, phantoms: Path, home: str) -> None:
+def test_training_does_not_need_a_home(lab: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is recorded: one line states it, and only --trust opens the run."""
     working_folder(lab, phantoms, cases=3)
     (lab / "file").touch()
-    state = {"XDG_STATE_HOME": str(lab / "file" / "state") if home == "read-only" else "", "HOME": str(lab / "file")}
-    printed = done(lab, *TRAIN, **state)
-    assert len([line for line in printed.splitlines() if "--trust" in line]) == 1
-    done(lab, *TRAIN, **state)
-    assert "--trust" in refused(lab, "predict", "test", "--model=runs/lab-quick", **state)
+    monkeypatch.setenv("XDG_STATE_HOME", str(lab / "file" / "state"))
+    assert len([line for line in done(lab, *TRAIN).splitlines() if "--trust" in line]) == 1
+    assert "trained already" in done(lab, *TRAIN)
+    monkeypatch.setenv(trust.APPROVED, "")
+    assert "--trust" in refused(kitseg(lab, "predict", "test", "--model=runs/lab-quick"))
 
 
-def test_methods_of_a_folder_and_of_a_package_are_listed(lab: Path) -> None:
+def test_methods_of_a_folder_and_of_a_package_are_listed(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A config folder may build on kitseg's methods and stages; an installed package gives one as an entry point."""
     folder, package = lab / "conf" / "method", lab / "site" / "lab_conf"
     folder.mkdir(parents=True)
@@ -180,16 +181,13 @@ def test_methods_of_a_folder_and_of_a_package_are_listed(lab: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab-methods\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[kitseg.methods]\nlab = lab_conf\n")
-    site = {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(lab / "site")])}
-    rows = [line.split() for line in done(lab, "methods", "--config-dir=conf", **site).splitlines() if line.strip()]
+    monkeypatch.syspath_prepend(str(lab / "site"))
+    rows = [line.split() for line in done(lab, "methods", "--config-dir=conf").splitlines() if line.strip()]
     origins = {row[0]: row[-1] for row in rows}
     assert (origins["wide"], origins["packaged"], origins["dual-unet"]) == ("conf", "lab-methods", "kitseg")
-    assert "no size 'huge' of packaged; there are quick" in refused(
-        lab, "train", "--method=packaged", "--size=huge", **site
-    )
-    assert "wide; there are paper, small, tiny" in refused(
-        lab, "train", "--method=wide", "--config-dir=conf", "--size=huge"
-    )
+    for method, sizes in (("packaged", "quick"), ("wide", "paper, small, tiny")):
+        text = refused(kitseg(lab, "train", f"--method={method}", "--config-dir=conf", "--size=huge"))
+        assert f"{method}; there are {sizes}" in text
 
 
 @pytest.mark.parametrize(
@@ -209,14 +207,14 @@ def test_methods_of_a_folder_and_of_a_package_are_listed(lab: Path) -> None:
 def test_a_mistake_in_the_file_is_one_line(lab: Path, old: str, new: str, facts: list[str]) -> None:
     assert old in METHOD
     (lab / "lab" / "lab.yaml").write_text(METHOD.replace(old, new))
-    text = refused(lab, *TRAIN)
+    text = refused(kitseg(lab, *TRAIN))
     for fact in ["lab/lab.yaml", *facts]:
         assert fact in text
 
 
 def test_an_unknown_method_is_one_line(lab: Path) -> None:
-    assert "nowhere.yaml" in refused(lab, "train", "--method=lab/nowhere.yaml")
-    assert "method/*.yaml" in refused(lab, "train", "--method=lab", "--config-dir=lab")
+    assert "nowhere.yaml" in refused(kitseg(lab, "train", "--method=lab/nowhere.yaml"))
+    assert "method/*.yaml" in refused(kitseg(lab, "train", "--method=lab", "--config-dir=lab"))
 
 
 # --- what others send ------------------------------------------------------------------------------------------------
@@ -228,7 +226,7 @@ def test_an_unknown_method_is_one_line(lab: Path) -> None:
         (("predict", "scan.nii.gz", "--model=run"), "config.yaml"),
         (("infer", "--data=scan.nii.gz", "--run=run"), "config.yaml"),
         (("validate", "run"), "config.yaml"),
-        (("choose", "run"), "config.yaml"),
+        (("choose", "run", "-o", "x.yaml"), "config.yaml"),
         (("export", "run", "-o", "x.kitseg"), "config.yaml"),
         (("augment", "--run=run"), "config.yaml"),
         (("predict", "scan.nii.gz", "--model=ensemble.yaml"), "ensemble.yaml"),
@@ -237,36 +235,40 @@ def test_an_unknown_method_is_one_line(lab: Path) -> None:
 )
 def test_a_model_with_os_system_in_it_does_nothing(tmp_path: Path, command: tuple[str, ...], file: str) -> None:
     evil = {"_target_": "os.system", "command": f"touch {tmp_path / 'canary'}"}
-    untrained(tmp_path / "run")
-    config = tmp_path / "run" / "config.yaml"
-    content = yaml.safe_load(config.read_text())
-    for stage in content["stages"].values():
-        stage["intensity"] = evil
-    if file == "config.yaml":
-        config.write_text(yaml.safe_dump(content))
-    ensemble = {"schema": 1, "members": [{"run": "run"}], "postprocess": {"evil": evil}}
-    (tmp_path / "ensemble.yaml").write_text(yaml.safe_dump(ensemble))
+    folder = {"_target_": "os.makedirs", "name": str(tmp_path / "canary")}  # Hydra itself never calls os.system
+    run = untrained(tmp_path / "run")
+
+    def infect(part: dict[str, str]) -> None:
+        content = yaml.safe_load((run / "config.yaml").read_text())
+        for stage in content["stages"].values():
+            stage["intensity"] = part if file == "config.yaml" else stage["intensity"]
+        (run / "config.yaml").write_text(trust.dump(content))
+        ensemble = {"schema": 1, "members": [{"run": "run"}], "postprocess": {"evil": part}}
+        (tmp_path / "ensemble.yaml").write_text(trust.dump(ensemble))
+        manifest = {"schema": 1, "channels": ["kidney"], "postprocess": {"evil": part}, "model": {}}
+        (tmp_path / "probabilities" / "manifest.json").write_text(json.dumps(manifest))
+
     (tmp_path / "probabilities").mkdir()
     (tmp_path / "probabilities" / "case.json").write_text("{}")
-    manifest = {"schema": 1, "channels": ["kidney"], "postprocess": {"evil": evil}, "model": {}}
-    (tmp_path / "probabilities" / "manifest.json").write_text(yaml.safe_dump(manifest, default_flow_style=True))
+    infect(evil)
+    geometry = Geometry((4, 32, 32), np.diag([-3.0, -3.0, -3.0, 1])[[2, 1, 0, 3]])
+    for name in ("scan", "data/case_00000/imaging", "data/case_00000/segmentation"):
+        write_image(tmp_path / f"{name}.nii.gz", np.zeros(geometry.shape, np.int16), geometry)
     before = sorted(tmp_path.rglob("*"))
-    text = refused(tmp_path, *command)
+    text = refused(kitseg(tmp_path, *command))
     assert file in text
     assert "os.system" in text
     assert "--trust" in text
     assert sorted(tmp_path.rglob("*")) == before
     if command[0] == "predict":
-        run(tmp_path, *command, "--trust")
+        infect(folder)
+        assert "os.makedirs" in refused(kitseg(tmp_path, *command))
+        assert not (tmp_path / "canary").exists()
+        kitseg(tmp_path, *command, "--trust")
         assert (tmp_path / "canary").exists(), "the test would notice"
 
 
-def test_a_recorded_part_with_other_arguments_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kitseg import trust
-    from kitseg.errors import UsageError
-
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    monkeypatch.delenv(trust.APPROVED, raising=False)
+def test_a_recorded_part_with_other_arguments_is_not_trusted() -> None:
     own = {"_target_": "lab.Loss", "of": {"_target_": "lab.Other"}}
     assert trust.record({"loss": own}) is None
     trust.check([own, {"_target_": "torch.nn.Sequential", "_args_": [own]}])
