@@ -112,11 +112,8 @@ def train(
             f"SLURM or torchrun has started this job again: --restart would undo what it has trained; {remedy}"
         )
     device, ranks = choose_ranks(gpus, processes, device)
-    overrides = [
-        *set_,
-        *([f"stages.*.epochs={epochs}"] if epochs else []),
-        *([f"seed={seed}"] if seed is not None else []),
-    ]
+    given = {"stages.*.epochs": epochs, "seed": seed}
+    overrides = [*set_, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     configuration = config.compose(method, size, overrides, config_dir)
     if deterministic:
         be_deterministic()
