@@ -158,12 +158,6 @@ def differences(old: Config, new: Config) -> list[str]:
     return list(_differences({**old, "size": None}, {**new, "size": None}, ""))
 
 
-def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
-    """All channels of ``stage[.head]``; see ``head_of``."""
-    spec, head = head_of(text, stages)
-    return {channel: Source(spec.name, head, channel) for channel in spec.channels}
-
-
 def build(spec: Any, **more: Any) -> Any:
     """The object that ``_target_`` names, with everything below it.
 

@@ -33,7 +33,7 @@ stages:
     validate_every: 1
     precision: 32-true
     module:
-      _target_: kitseg.stages.base.SliceStage
+      _target_: kitseg.stages.model.SliceModel
       net:
         _target_: monai.networks.nets.UNet
         spatial_dims: 2
