@@ -231,6 +231,7 @@ def test_an_unknown_method_is_one_line(lab: Path) -> None:
         (("augment", "--run=run"), "config.yaml"),
         (("predict", "scan.nii.gz", "--model=ensemble.yaml"), "ensemble.yaml"),
         (("postprocess", "probabilities"), "manifest.json"),
+        (("ensemble", "probabilities"), "manifest.json"),
     ],
 )
 def test_a_model_with_os_system_in_it_does_nothing(tmp_path: Path, command: tuple[str, ...], file: str) -> None:

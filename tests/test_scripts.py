@@ -39,7 +39,8 @@ STAND_INS = {
 def check_call(arguments: list[str]) -> None:
     """Have the command line parse a call, and Hydra its settings; an unknown option or key raises an error."""
     name, *rest = arguments
-    given = COMMANDS[name].make_context(name, rest).params
+    with COMMANDS[name].make_context(name, rest) as context:
+        given = context.params
     if given.get("set_") and Path(given["method"]).suffix != ".yaml":
         compose(given["method"], given["size"], given["set_"])
 

@@ -90,6 +90,7 @@ def ensemble(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the mean.")] = Path("ensemble"),
     weights: Annotated[str | None, typer.Option(help="Weights of the folders, such as 2,1. Default: equal.")] = None,
     max_memory: MaxMemory = None,
+    trust: Trust = False,
 ) -> None:
     """Average folders of probabilities. The post-processing of the first folder is kept."""
     from kitseg.commands.infer import average
