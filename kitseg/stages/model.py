@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.windows import Window
@@ -103,6 +103,7 @@ def build_model(spec: StageSpec) -> StageModel:
     Raises:
         UsageError: the configuration names something else there.
     """
+    trust.check_before_build(spec.parts["module"])  # what only training builds, too
     model = config.build(module_parts(spec)[0])
     if not isinstance(model, StageModel):
         raise UsageError(f"stages.{spec.name}.module is a {type(model).__name__}, not a kitseg.stages.model.StageModel")
