@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         load_model,
         measure,
         predict,
+        preprocess,
+        train,
     )
 
 __version__ = "0.1.0"
@@ -43,6 +45,8 @@ __all__ = [
     "load_model",
     "measure",
     "predict",
+    "preprocess",
+    "train",
 ]
 
 

@@ -6,116 +6,39 @@ convention kits23). Affines map voxel indices to millimetres in RAS+, as nibabel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from kitseg import config
+from kitseg.commands.preprocess import Stored
 from kitseg.config import Method
 from kitseg.errors import KitsegError
 from kitseg.measurement.findings import Findings
-from kitseg.measurement.quality import Quality
-from kitseg.models.members import Ensemble, open_ensemble
+from kitseg.models.loaded import FilePath, Image, LoadedModel, Prediction, load_model, read_any_scan
+from kitseg.runtime import console
 from kitseg.runtime.outcomes import Outcome
 from kitseg.runtime.sharding import Share
 from kitseg.scoring.case import CaseScore
-from kitseg.types import Probabilities, Volume
-from kitseg.volumes.arrays import labels_from, scan_from, to_nibabel
-from kitseg.volumes.nifti import read_labels, turn_to_native
+from kitseg.types import Case, Volume
+from kitseg.volumes.arrays import labels_from, scan_from
+from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid, find_scans, read_scan
 
-FilePath = Path | str
-#: A path, an array (with an affine), or an image of nibabel, SimpleITK or TorchIO.
-Image = Any
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model finds in a scan.
-
-    case: the scan's name; labels: uint8 in the scan's own shape and axes; affine: (4, 4); findings: kidneys and
-    lesions in mm, ml and HU; quality: flags with their reasons, and the contrast phase; agreement: Dice between the
-    members of an ensemble by class, None for a single member.
-    """
-
-    case: str
-    labels: NDArray[np.uint8]
-    affine: NDArray[np.float64]
-    findings: Findings
-    quality: Quality
-    agreement: Mapping[str, float] | None
-    on_grid: Probabilities
-
-    @cached_property
-    def probabilities(self) -> dict[str, NDArray[np.float16]]:
-        """The probabilities by channel, each in the scan's own shape and axes."""
-        found = self.on_grid
-        return {name: self._whole(name, values) for name, values in zip(found.channels, found.array, strict=True)}
-
-    @property
-    def image(self) -> Any:
-        """The labels as a nibabel image."""
-        return to_nibabel(self.labels, self.affine)
-
-    def _whole(self, channel: str, values: NDArray[np.float16]) -> NDArray[np.float16]:
-        whole = np.full(self.on_grid.geometry.shape, channel == "background", np.float16)
-        whole[self.on_grid.box.slices] = values
-        return turn_to_native(whole, self.on_grid.native)
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """Trained models in memory, which predict any number of scans."""
-
-    ensemble: Ensemble
-
-    def predict(self, scan: Image, affine: ArrayLike | None = None) -> Prediction:
-        """Labels, probabilities, findings and quality flags of one scan.
-
-        Args:
-            scan: a NIfTI file or the folder of a DICOM series, an array in HU with its ``affine``, or an image of
-                nibabel, SimpleITK or TorchIO.
-            affine: (4, 4), for arrays only.
-
-        Raises:
-            InputError: it can't be used. UsageError: a folder with several scans.
-        """
-        return self._predict(_scan(scan, affine))
-
-    def _predict(self, scan: Volume) -> Prediction:
-        found, native = self.ensemble.predict(scan), scan.native
-        labels = np.ascontiguousarray(turn_to_native(found.labels, native))
-        return Prediction(
-            scan.case_id, labels, native.affine, found.findings, found.quality, found.agreement, found.probabilities
-        )
-
-
-def load_model(
-    model: FilePath | Sequence[FilePath],
-    device: str = "auto",
-    engine: str = "auto",
-    precision: str = "auto",
-    mirror: bool = False,
-) -> LoadedModel:
-    """Load a run, a fold of one, an ensemble file or a bundle, or several, whose probabilities are averaged.
-
-    Args:
-        model: paths, or addresses such as ``hf://owner/name@revision``.
-        device: auto, cpu or cuda.
-        engine: auto (OpenVINO on a CPU where it is installed), torch or openvino.
-        precision: auto (the training's on a GPU, float32 on a CPU), f32 or bf16.
-        mirror: test-time augmentation, left-right flip.
-
-    Raises:
-        UsageError: not a model, or a device or engine that isn't there. InputError: unfinished or damaged.
-    """
-    paths = [model] if isinstance(model, Path | str) else list(model)
-    return LoadedModel(open_ensemble(paths, device, mirror=mirror, engine=engine, precision=precision))
+__all__ = [
+    "LoadedModel",
+    "Prediction",
+    "evaluate",
+    "load_method",
+    "load_model",
+    "measure",
+    "predict",
+    "preprocess",
+    "train",
+]
 
 
 def load_method(method: FilePath, size: str = "paper", overrides: Sequence[str] = ()) -> Method:
@@ -161,7 +84,7 @@ def predict(
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     given = list(scans) if isinstance(scans, list | tuple) else [scans]
     if output is None:
-        return [loaded._predict(scan) for scan in _scans(given)]
+        return [loaded.predict_volume(scan) for scan in _scans(given)]
     from kitseg.commands.predict import PredictOptions, PredictScans
 
     found = find_scans([Path(str(path)) for path in given])
@@ -227,18 +150,90 @@ def measure(
     found = _labels(labels, affine, convention)
     if ct is None:
         return measure_labels(found.array, found.geometry)
-    scan = _scan(ct, found.native.affine if affine is None else affine)
+    scan = read_any_scan(ct, found.native.affine if affine is None else affine)
     check_grid(Path(found.case_id), found.geometry, scan.geometry)
     return measure_labels(found.array, found.geometry, scan.array)
 
 
-def _scan(scan: Image, affine: ArrayLike | None) -> Volume:
-    if not isinstance(scan, Path | str):
-        return scan_from(scan, affine)
-    cases = find_scans([Path(scan)]).cases
-    if len(cases) != 1:
-        raise KitsegError(f"{scan} holds {len(cases)} scans to segment; give one, or call kitseg.predict")
-    return read_scan(cases[0])
+def preprocess(
+    data: FilePath | Sequence[FilePath],
+    method: Method | FilePath,
+    to: FilePath,
+    convention: str = "kits19",
+    jobs: int = -1,
+) -> list[Stored]:
+    """Resample cases to the grids of a method; finished and unchanged ones stay.
+
+    Args:
+        data: folders of cases.
+        method: from ``load_method``, or what it takes.
+        to: the folder for the preprocessed cases.
+        convention: what label ids mean, kits19 or kits23.
+        jobs: cases at a time; -1: one a core.
+
+    Raises:
+        KitsegError: a case failed, after the others are done.
+    """
+    from kitseg.volumes.kits import find_cases
+
+    cases = [case for folder in _paths(data) for case in find_cases(folder)]
+    return _preprocess(cases, method if isinstance(method, Method) else load_method(method), to, convention, jobs)
+
+
+def train(
+    method: FilePath,
+    data: FilePath | Sequence[FilePath],
+    folder: FilePath = ".",
+    size: str = "paper",
+    overrides: Sequence[str] = (),
+    fold: int = 0,
+    device: str = "auto",
+) -> Path:
+    """Train the stages of a method on a fold, or resume, as `kitseg train` does in ``folder`` with one process.
+
+    Args:
+        method: its name, or the path of its YAML file.
+        data: folders of labelled cases.
+        folder: gets ``preprocessed``, ``splits.json`` and ``runs``.
+        size: one of the method's sizes.
+        overrides: ``KEY=VALUE`` for any key of the configuration, such as ``size.epochs=10``.
+        fold: the outer fold.
+        device: auto, cpu or cuda.
+
+    Returns:
+        The run, which ``load_model`` takes.
+
+    Raises:
+        KitsegError: a case failed, the run there has another configuration, or its loss became NaN or infinite.
+    """
+    from kitseg.models.run_folder import Run
+    from kitseg.runtime.device import Machine
+    from kitseg.training.fit import fit
+    from kitseg.training.plan import Start
+    from kitseg.training.train import trainings_of_fold
+    from kitseg.volumes.kits import labelled_cases
+
+    configuration, to, machine = config.compose(str(method), size, overrides), Path(folder), Machine(device)
+    run, store = Run(to / "runs" / f"{Path(method).stem}-{size}"), to / "preprocessed"
+    with console.silent():
+        cases = labelled_cases(_paths(data))
+        _preprocess(cases, config.method_of(configuration), store, configuration["convention"], -1)
+        plan = Start(configuration, run, fold, to / "splits.json", store, machine).claim(cases, -1)
+        for training in trainings_of_fold(plan, None, lambda _: None):
+            fit(training, machine)
+    return run.path
+
+
+def _preprocess(cases: Sequence[Case], method: Method, to: FilePath, convention: str, jobs: int) -> list[Stored]:
+    from kitseg.commands import preprocess as steps
+
+    stored = steps.preprocess(cases, steps.method_grids(method), Path(to), convention, jobs, lambda _: None)
+    _raise_if([one.error for one in stored])
+    return stored
+
+
+def _paths(data: FilePath | Sequence[FilePath]) -> list[Path]:
+    return [Path(data)] if isinstance(data, Path | str) else [Path(folder) for folder in data]
 
 
 def _scans(given: Sequence[Image]) -> Iterator[Volume]:

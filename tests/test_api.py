@@ -13,13 +13,16 @@ import pytest
 import SimpleITK
 import torch
 import torchio as tio
+from conftest import SMALLEST
 from conftest import kitseg as command
 from method_runs import untrained
 
 import kitseg
-from kitseg.api import LoadedModel, Prediction
 from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.models.loaded import LoadedModel, Prediction
 from kitseg.runtime.files import file_digest, write_json
+
+QUICKEST = ("--set=size.epochs=1", "--set=size.validate_every=1", "--set=folds=3")
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +190,21 @@ def test_measures_of_arrays_and_files(prediction: Prediction, scan: Path, writte
     array = np.asarray(nib.load(scan).dataobj)
     assert kitseg.measure(prediction.labels, prediction.affine, ct=array) == prediction.findings
     assert kitseg.measure(written / "turned.nii.gz") == kitseg.measure(prediction)
+
+
+def test_training_in_silence(phantoms: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = [option.removeprefix("--set=") for option in (*SMALLEST, *QUICKEST) if option.startswith("--set=")]
+    stored = kitseg.preprocess(phantoms / "data", kitseg.load_method("two-phase", "tiny", sizes), tmp_path / "stored")
+    assert {one.state for one in stored} == {"done"}
+    run = kitseg.train("two-phase", phantoms / "data", tmp_path, "tiny", sizes, device="cpu")
+    assert kitseg.train("two-phase", phantoms / "data", tmp_path, "tiny", sizes, device="cpu") == run
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "✗" not in printed.err
+    found = kitseg.load_model(run).predict(phantoms / "test" / "case_00000" / "imaging.nii.gz")
+    assert found.labels.shape == nib.load(phantoms / "test" / "case_00000" / "imaging.nii.gz").shape
+    with pytest.raises(KitsegError, match="another configuration"):
+        kitseg.train("two-phase", phantoms / "data", tmp_path, "tiny", [*sizes, "seed=7"], device="cpu")
 
 
 def test_a_method_by_its_name() -> None:

@@ -45,6 +45,16 @@ def print_error(text: str) -> None:
     err.print(f"[red]✗[/] {escape(printable(text))}", soft_wrap=True, highlight=False)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Print nothing but errors inside the block."""
+    before, out.quiet = out.quiet, True
+    try:
+        yield
+    finally:
+        out.quiet = before
+
+
 def table(*columns: str) -> Table:
     """An empty table whose first column is never cut."""
     made = Table(box=SIMPLE_HEAD)
