@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 _SPACE = "Free some space and run the command again: finished work is kept"
@@ -41,10 +42,17 @@ LOADER = (
 
 
 class KitsegError(Exception):
-    """An error the user can fix; the message states the problem and the remedy in one line."""
+    """An error the user can fix; the message states the problem and the remedy in one line.
+
+    details: further lines below the message, such as one for each value that differs.
+    """
+
+    def __init__(self, *message: object, details: Sequence[str] = ()) -> None:
+        super().__init__(*message)
+        self.details = tuple(details)
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return "\n  ".join(map(printable, (super().__str__(), *self.details)))
 
 
 class InputError(KitsegError):

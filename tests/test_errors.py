@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 import typer
 
 from kitseg.cli import app
-from kitseg.errors import InputError, fault, format_error, printable
+from kitseg.errors import InputError, UsageError, fault, format_error, printable
+from kitseg.runtime import console
 
 OPTION = re.compile(r"--[a-z][a-z-]*")
 
@@ -76,3 +78,13 @@ def test_unexpected_errors_show_their_type(error: Exception) -> None:
 def test_control_characters_are_escaped() -> None:
     assert printable("a\nb\x1b[31mc\u2028\udc80 \u3000é") == "a\\nb\\x1b[31mc\\u2028\\udc80 \u3000é"
     assert str(InputError("a\nb", "is invalid", "Rename it.")) == "a\\nb: is invalid. Rename it."
+
+
+def test_details_are_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a caller adds as a line is one; what stands in a name is escaped."""
+    error = UsageError("a\nname: differs", details=["seed: 0 → 5", "name: x\x1b[2J\r → y"])
+    expected = ["a\\nname: differs", "  seed: 0 → 5", "  name: x\\x1b[2J\\r → y"]
+    assert str(error).split("\n") == expected
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    console.print_error(str(error))
+    assert capsys.readouterr().err.rstrip("\n").split("\n") == [f"✗ {expected[0]}", *expected[1:]]

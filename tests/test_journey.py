@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -53,9 +59,20 @@ def test_a_second_call_finds_everything_done(trained: Path) -> None:
 
 
 def test_another_configuration_is_refused_with_the_difference(trained: Path) -> None:
-    refused = kitseg(trained, "train", *SMALLEST, "--seed=5", "--jobs=1")
-    assert refused.code == 2
-    assert "seed: 0 → 5" in refused.text
+    """A line for each value that differs, as a terminal shows them."""
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "kitseg", "train", *SMALLEST, "--seed=5", "--set=keep_best=2", "--jobs=1"]
+    refused = subprocess.Popen(command, cwd=trained, stdout=end, stderr=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip() for line in shown.decode().splitlines()]
+    assert refused.wait() == 2
+    first = next(number for number, line in enumerate(lines) if "another configuration" in line)
+    assert lines[first + 1 :] == ["  keep_best: 5 → 2", "  seed: 0 → 5"]
 
 
 def test_another_split_is_refused(trained: Path) -> None:

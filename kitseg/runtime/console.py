@@ -41,8 +41,8 @@ def print_plain(text: str) -> None:
 
 
 def print_error(text: str) -> None:
-    """One line on the error stream, whatever is in the text."""
-    err.print(f"[red]✗[/] {escape(printable(text))}", soft_wrap=True, highlight=False)
+    """A line on the error stream, or the lines of a ``KitsegError``; other control characters are escaped."""
+    err.print(f"[red]✗[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 @contextmanager
