@@ -21,6 +21,7 @@ from kitseg.runtime.device import Machine
 from kitseg.splits import Fold, Split
 from kitseg.training.plan import Plan, Unit
 from kitseg.training.stage_inputs import prepare
+from kitseg.training.trainer import settings_of
 from kitseg.types import Case
 from kitseg.volumes.store import CaseFiles, is_fresh, open_case, open_guide, store_case
 
@@ -79,7 +80,16 @@ def stored(tmp_path: Path) -> Stored:
 def test_a_training_is_prepared_from_more_cases_than_files_may_be_open(stored: Stored, tmp_path: Path) -> None:
     names = tuple(f"case_{number:05d}" for number in range(MANY))
     split = Split((Fold(names[5:], names[:5], ()),), (), 0, "kits19")
-    plan = Plan(METHOD, config.method_of(METHOD), Run(tmp_path / "run"), split, 0, stored.root, Machine("cpu"))
+    plan = Plan(
+        METHOD,
+        config.method_of(METHOD),
+        settings_of(METHOD),
+        Run(tmp_path / "run"),
+        split,
+        0,
+        stored.root,
+        Machine("cpu"),
+    )
     with more_files(12):
         prepare(plan, Unit("coarse"))
     assert len(plan.run.read_info()["cases"]) == MANY

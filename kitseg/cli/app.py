@@ -76,7 +76,9 @@ def _check_jobs(jobs: int) -> int:
 
 Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases processed in parallel; -1: one per core.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs on this machine, one process each; 0: one, where there is one.")]
+Gpus = Annotated[
+    int | None, typer.Option(min=0, help="GPUs on this machine, one process each; 0: the CPU; by default one, if any.")
+]
 Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU, with --device cpu.")]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Bit-identical results in every run; slower on a GPU.")
@@ -177,7 +179,7 @@ def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, 
     _conclude(outcomes)
 
 
-def choose_ranks(gpus: int, processes: int, device: str) -> tuple[str, int]:
+def choose_ranks(gpus: int | None, processes: int, device: str) -> tuple[str, int]:
     """The device and the number of processes from the options.
 
     Raises:
@@ -185,6 +187,9 @@ def choose_ranks(gpus: int, processes: int, device: str) -> tuple[str, int]:
     """
     if gpus and device == "cpu":
         raise UsageError("--gpus and --device cpu exclude each other")
+    if gpus == 0 and device == "cuda":
+        raise UsageError("--gpus 0 and --device cuda exclude each other")
+    device = "cpu" if gpus == 0 else device
     if processes > 1 and device != "cpu":
         raise UsageError("--processes needs --device cpu. On GPUs, set the number of processes with --gpus")
     return "cuda" if gpus else device, gpus or processes

@@ -70,13 +70,14 @@ def train(
     stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
     device: Device = "auto",
     processes: Processes = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Machines; run it on each (docs/how-to/distributed.md).")] = 1,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that load patches, for each GPU; 0: none of their own.")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, help="Processes that load patches, for each GPU; by default 8, or its share of the cores."),
+    ] = None,
     save_every: Annotated[
         float,
         typer.Option(
@@ -92,8 +93,13 @@ def train(
     name: Annotated[str | None, typer.Option(help="The run's name; METHOD-SIZE by default.")] = None,
     jobs: Jobs = -1,
     deterministic: Deterministic = False,
+    init_from: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Start from the weights of a run, fold, bundle or checkpoint.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Move an earlier training aside and begin again.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, try a step of each stage, and stop.")
+    ] = False,
     set_: Set = [],  # noqa: B006
 ) -> None:
     """Train a method's stages in order; the same command resumes where an earlier one stopped."""
@@ -119,7 +125,9 @@ def train(
         be_deterministic()
     first = 0 if fold == EVERY_FOLD else _fold(fold)
     machine = Machine(device, ranks, nodes, workers, save_every)
-    begin = Start(configuration, Run(runs / (name or f"{configuration['name']}-{size}")), first, split, store, machine)
+    run = Run(runs / (name or f"{configuration['name']}-{size}"))
+    begin = Start(configuration, run, first, split, store, machine, init_from)
+    begin.check()
     wanted, failed = TrainRequest(data, jobs, stage, fold == EVERY_FOLD, restart), set[str]()
     if dry_run:
         return _rehearse(begin, wanted)
@@ -156,12 +164,16 @@ def _fold(text: str) -> int:
 
 
 def _rehearse(begin: Start, wanted: TrainRequest) -> None:
-    """Show what `kitseg train` would do."""
+    """Show what `kitseg train` would do, and try one step of each stage."""
+    from kitseg.training.rehearsal import try_step
     from kitseg.volumes.kits import labelled_cases
 
     cases = labelled_cases(wanted.data)
     plan = begin.rehearse(cases)
     _show_plan(plan, cases, wanted.stage)
+    for name, spec in plan.method.stages.items():
+        if wanted.stage in (None, name):
+            console.print_line(f"{name}: one training step works, its loss is {try_step(spec):.4f}")
     if wanted.every_fold:
         console.print_line(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
 
@@ -191,9 +203,13 @@ def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:
     """The trainings that a plan holds, with their size and an estimate of their time."""
     from kitseg.training.cost import estimates
 
+    machine = plan.machine
     columns = ("cases", "batch", "patch", "epochs × steps", "parameters", "memory", "time")
     table = console.table("training", "grid", *columns)
-    for row in estimates(plan, cases[0], stage):
+    rows, notes = estimates(plan, cases[0], stage)
+    for row in rows:
         table.add_row(*row)
-    console.print_line(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {plan.machine.describe()}")
+    console.print_line(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {machine.describe()}")
     console.out.print(table)
+    for note in notes:
+        console.print_plain(note)

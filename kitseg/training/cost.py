@@ -1,4 +1,4 @@
-"""How large a training is, before it starts."""
+"""What a training costs, before it starts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kitseg.patches.datamodule import batch_per_rank
 from kitseg.runtime.device import Machine
 from kitseg.stages.model import StageModel, build_model
 from kitseg.training.plan import Plan, units
+from kitseg.training.rehearsal import seconds_to_load
 from kitseg.types import Case, Triple
 from kitseg.volumes.nifti import canonical_geometry, read_geometry
 from kitseg.volumes.resample import grid_geometry
@@ -36,20 +37,36 @@ class Cost:
     gigabytes: float
 
 
-def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, ...]]:
+def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[str, ...]], list[str]]:
     """A row for each training: its cases, global batch, patch, steps, parameters, about what memory and time it takes.
 
-    The time is the network's arithmetic at the speed at which this machine does a convolution now; the memory is that
-    of weights, gradients, optimizer and of what the network keeps for its backward pass.
+    The time is the network's arithmetic at the speed at which this machine does a convolution now, and that of loading
+    patches, as long as one takes now; the memory is that of weights, gradients, optimizer and of what the network keeps
+    for its backward pass. Notes state what the table can't, such as where loading takes longer than computing.
     """
+    notes = _unlike_here(plan.machine)
     speed = _flops_per_second(plan.machine)
     costs = {spec.name: _cost(spec, example) for spec in plan.method.stages.values()}
+    stored = plan.part.train[0]
+    loads = {
+        name: seconds_to_load(spec, plan.store / str(spec.grid) / stored) for name, spec in plan.method.stages.items()
+    }
+    if None in loads.values():
+        notes.append("the time to load patches is not included: the cases are not preprocessed yet")
     rows: list[tuple[str, ...]] = []
     for unit in units(plan.method, plan.part, stage):
         spec, part, cost = plan.method.stages[unit.stage], unit.part(plan), costs[unit.stage]
         batch = batch_per_rank(spec.batch, plan.machine.world) * plan.machine.world
         steps = max(1, int(len(part.train) * cost.per_case / batch))
-        hours = spec.epochs * steps * batch * cost.flops * FORWARD_AND_BACKWARD / speed / plan.machine.world / 3600
+        patches = spec.epochs * steps * batch / plan.machine.world
+        hours = patches * cost.flops * FORWARD_AND_BACKWARD / speed / 3600
+        loading, workers = patches * (loads[unit.stage] or 0) / 3600, plan.machine.loaders
+        if loading / max(1, workers) > hours and unit.inner is None:
+            notes.append(
+                f"{unit}: loading patches takes {_duration(loading / max(1, workers))} with --workers {workers}, "
+                f"computing {_duration(hours)}: more loader processes would make it faster"
+            )
+        hours = max(hours, loading / workers) if workers else hours + loading
         later = f" + {spec.rounds.epochs} a round" if spec.rounds else ""
         rows.append(
             (
@@ -64,7 +81,15 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> list[tuple[str, .
                 _duration(hours),
             )
         )
-    return rows
+    return rows, notes
+
+
+def _unlike_here(machine: Machine) -> list[str]:
+    """A note where the training is planned for GPUs that aren't here."""
+    here = torch.cuda.device_count()
+    if machine.kind == "cpu" or machine.ranks <= here:
+        return []
+    return [f"planned for {machine.ranks} GPU(s), torch finds {here} here: the times are those of this machine"]
 
 
 def _cost(spec: StageSpec, example: Case) -> Cost:
@@ -103,7 +128,7 @@ def _kept_bytes(module: StageModel, x: torch.Tensor) -> int:
 
 def _flops_per_second(machine: Machine) -> float:
     """The speed of a 5³ convolution of 16 channels here, now."""
-    device = torch.device(machine.accelerator)
+    device = torch.device(machine.kind if torch.cuda.is_available() else "cpu")
     with torch.device(device), torch.inference_mode():
         layer, x = nn.Conv3d(16, 16, 5, padding=2), torch.randn(1, 16, 48, 48, 48)
         layer(x)

@@ -21,6 +21,7 @@ from kitseg.scoring.kits19 import kits19_scores
 from kitseg.splits import read_split
 from kitseg.training.plan import Plan, Unit, open_stored
 from kitseg.training.train import Log, train_units
+from kitseg.training.trainer import settings_of
 
 SCHEMA = 1
 
@@ -64,8 +65,8 @@ def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
     split = read_split(found.split)
     if fold >= len(split.folds):
         raise UsageError(f"there is no fold {fold}: {len(split.folds)} folds, from 0 on")
-    settings = config.read(found.config)
-    plan = Plan(settings, config.method_of(settings), found, split, fold, store, Machine(device))
+    made, machine = config.read(found.config), Machine(device)
+    plan = Plan(made, config.method_of(made), settings_of(made), found, split, fold, store, machine)
     if not plan.part.inner:
         raise UsageError(f"fold {fold} has no inner folds, so no network can judge its training cases")
     ranking_stage(plan.method)

@@ -16,7 +16,10 @@ from kitseg.runtime.device import Machine
 from kitseg.runtime.files import write_text
 from kitseg.runtime.locks import folder_lock
 from kitseg.splits import Fold, FoldPart, Split, read_split, write_split
+from kitseg.training.epochs import only_more_epochs, record_raise
+from kitseg.training.initial import find_initial
 from kitseg.training.split import claim_split, new_split, unseen_traits
+from kitseg.training.trainer import DEFAULT, Settings, settings_of
 from kitseg.types import Case
 from kitseg.volumes.store import StoredCase, open_case
 
@@ -27,17 +30,19 @@ MOMENT = 30.0  # seconds that another fold may take to write the run's own files
 class Plan:
     """What to train and where.
 
-    config: resolved; method: as the configuration describes it; run: where it goes; fold: an outer fold of ``split``;
-    store: preprocessed cases.
+    config: resolved; method, settings: its method and its ``trainer``; run: where it goes; fold: an outer fold of
+    ``split``; store: preprocessed cases; initial: the model whose weights the stages start from.
     """
 
     config: Config
     method: Method
+    settings: Settings
     run: Run
     split: Split
     fold: int
     store: Path
     machine: Machine
+    initial: str | None = None
 
     @property
     def part(self) -> Fold:
@@ -78,11 +83,27 @@ class Start:
     split: Path
     store: Path
     machine: Machine
+    initial: str | None = None
 
     @cached_property
     def method(self) -> Method:
         """The method that the configuration describes."""
         return config.method_of(self.config)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The configuration's ``trainer``."""
+        return settings_of(self.config)
+
+    def check(self) -> None:
+        """Make sure that the configuration, and the model to start from, can be used.
+
+        Raises:
+            UsageError: a value that can't be used, or no such model. InputError: its weights are damaged.
+        """
+        _ = self.settings
+        if self.initial:
+            find_initial(self.initial, self.method, self.fold)
 
     def claim(self, cases: Sequence[Case], jobs: int) -> Plan:
         """The plan for these preprocessed cases; split and run are written, or checked against what is there."""
@@ -123,7 +144,9 @@ class Start:
     def _plan(self, split: Split) -> Plan:
         if self.fold >= len(split.folds):
             raise UsageError(f"there is no fold {self.fold}: {len(split.folds)} folds, from 0 on")
-        return Plan(self.config, self.method, self.run, split, self.fold, self.store, self.machine)
+        return Plan(
+            self.config, self.method, self.settings, self.run, split, self.fold, self.store, self.machine, self.initial
+        )
 
 
 def _moved_aside(paths: Sequence[Path]) -> list[Path]:
@@ -146,6 +169,8 @@ def _dependent(method: Method, stage: str) -> list[str]:
 def claim_run(run: Run, configuration: Config, split: Split) -> None:
     """Write what the run is, or make sure that it is the same as before; folds may start at the same moment.
 
+    A configuration that only raises epochs takes the place of the old one, and is recorded.
+
     Raises:
         UsageError: the folder holds a run of another configuration or split.
     """
@@ -153,11 +178,17 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
         if not run.config.exists():
             write_split(split, run.split)
             return write_text(run.config, config.dump(configuration))
-        if changed := config.differences(config.read(run.config), configuration):
+        old = {"trainer": DEFAULT, **config.read(run.config)}
+        changed = config.differences(old, configuration)
+        raised = bool(changed) and only_more_epochs(old, configuration)
+        if changed and not raised:
             remedy = "Use --restart to move the old run aside, or --name for a run of its own."
-            raise UsageError(f"{run.path} was made with another configuration. {remedy}\n  " + "\n  ".join(changed))
+            raise UsageError(f"{run.path} was made with another configuration. {remedy}", details=changed)
         if read_split(run.split) != split:
             raise UsageError(f"{run.path} was trained with another split: {run.split}. Use that one, or --restart.")
+        if raised:
+            record_raise(run, old, configuration)
+            write_text(run.config, config.dump(configuration))
 
 
 def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:

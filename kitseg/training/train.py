@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from kitseg.errors import UsageError
+from kitseg.errors import InputError, UsageError
+from kitseg.models.run_folder import StageFolder
 from kitseg.runtime.locks import folder_lock
 from kitseg.training import rounds
+from kitseg.training.epochs import missing_epochs
 from kitseg.training.fit import Training, fit
+from kitseg.training.initial import find_initial
 from kitseg.training.plan import Plan, Unit, units
 from kitseg.training.stage_inputs import prepare
 
@@ -38,33 +42,54 @@ def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training
 
     The folder of a training is locked, and its inputs are prepared, before it is given.
     """
+    initial = _initial_weights(plan, log) if plan.initial else {}
     for unit in wanted:
-        folder = unit.folder(plan)
-        if folder.done.exists():
+        folder, spec = unit.folder(plan), plan.method.stages[unit.stage]
+        more = missing_epochs(plan.run, spec, folder) if folder.done.exists() else None
+        if more == 0:
             log(f"{unit}: trained already")
             continue
         _check_earlier(plan, unit)
         with folder_lock(folder.path, "training"):
+            if more is not None:
+                _reopen(unit, folder, more, log)
             prepare(plan, unit)
-            if plan.method.stages[unit.stage].rounds is None:
-                yield _training(plan, unit, log)
+            if spec.rounds is None:
+                yield _training(plan, unit, initial.get(unit.stage), log)
             else:
-                yield from _rounds(plan, unit, log)
+                yield from _rounds(plan, unit, initial.get(unit.stage), log)
 
 
-def _training(plan: Plan, unit: Unit, log: Log) -> Training:
+def _initial_weights(plan: Plan, log: Log) -> Mapping[str, Path]:
+    """The checkpoint that each stage starts from; validation cases that these were trained on are reported."""
+    found = find_initial(str(plan.initial), plan.method, plan.fold)
+    if seen := sorted(set(plan.part.val) & set(found.cases)):
+        names = ", ".join(seen[:5]) + (" …" if len(seen) > 5 else "")
+        log(f"{plan.initial} was trained on validation cases of fold {plan.fold}: their scores are too good ({names})")
+    return found.stages
+
+
+def _reopen(unit: Unit, folder: StageFolder, more: int, log: Log) -> None:
+    """Make a finished training an unfinished one, which its last checkpoint resumes."""
+    if not folder.last.exists():
+        remedy = "Restore it, or begin this stage again with --restart --stage."
+        raise InputError(folder.last, f"is missing, so {unit} can't be trained for {more} more epochs", remedy)
+    log(f"{unit}: {more} more epochs; regions and guides stay those that it was trained with")
+    folder.done.unlink()
+
+
+def _training(plan: Plan, unit: Unit, start: Path | None, log: Log) -> Training:
     """The training of a unit whose inputs are prepared."""
     spec, folder = plan.method.stages[unit.stage], unit.folder(plan)
     seed = plan.config["seed"] + 1000 * plan.fold + 100 * (0 if unit.inner is None else unit.inner + 1)
-    start = None
     if unit.round:
         spec, seed = rounds.shortened(spec), seed + unit.round
         start = rounds.best_weights(replace(unit, round=None).folder(plan))
     log(f"{unit}: {'resumes' if folder.begun else 'starts'} in {folder.path}")
-    return Training(spec, folder, plan.store / str(spec.grid), seed, plan.config["keep_best"], start)
+    return Training(spec, folder, plan.store / str(spec.grid), seed, plan.config["keep_best"], plan.settings, start)
 
 
-def _rounds(plan: Plan, unit: Unit, log: Log) -> Iterator[Training]:
+def _rounds(plan: Plan, unit: Unit, start: Path | None, log: Log) -> Iterator[Training]:
     """Trainings that each start from the best weights so far, until one improves nothing."""
     folder, spec = unit.folder(plan), plan.method.stages[unit.stage]
     most = 0 if spec.rounds is None else spec.rounds.most
@@ -72,7 +97,7 @@ def _rounds(plan: Plan, unit: Unit, log: Log) -> Iterator[Training]:
         cases = rounds.prepare_round(folder, spec, number, plan.config["seed"] + plan.fold)
         if number:
             log(f"{unit}: {rounds.describe_rounds(folder)}; round {number} of at most {most}, on {cases} cases")
-        yield _training(plan, replace(unit, round=number), log)
+        yield _training(plan, replace(unit, round=number), start, log)
     log(f"{unit}: {rounds.describe_rounds(folder)}, which is kept")
     rounds.conclude(folder)
 

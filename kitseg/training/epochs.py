@@ -1,0 +1,54 @@
+"""More epochs for a run that exists: the only change of its configuration that a run accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kitseg import __version__, config
+from kitseg.config import Config, StageSpec
+from kitseg.models.run_folder import SCHEMA, Run, StageFolder
+from kitseg.runtime.files import read_json, write_json
+
+
+def only_more_epochs(old: Config, new: Config) -> bool:
+    """Whether two configurations differ in nothing but more epochs of stages that aren't trained in rounds."""
+    if config.differences(_without_epochs(old), _without_epochs(new)):
+        return False
+    pairs = [(old["stages"][name], new["stages"][name]) for name in new["chain"]]
+    return all(
+        after["epochs"] == before["epochs"] or (after["epochs"] > before["epochs"] and not after.get("rounds"))
+        for before, after in pairs
+    )
+
+
+def record_raise(run: Run, old: Config, new: Config) -> None:
+    """Append the epochs before and after to the run's ``epochs.json``."""
+    rows = _raises(run)
+    row = {"kitseg": __version__, "from": _epochs(old), "to": _epochs(new)}
+    write_json(run.path / "epochs.json", SCHEMA, {"raised": [*rows, row]})
+
+
+def missing_epochs(run: Run, spec: StageSpec, folder: StageFolder) -> int:
+    """How many of its epochs a finished training lacks since they were raised.
+
+    A training that an earlier version of kitseg finished had as many as the run's first configuration states.
+    """
+    rows = _raises(run)
+    if spec.rounds is not None or not rows:
+        return 0
+    done: int = read_json(folder.done, SCHEMA).get("epochs", rows[0]["from"][spec.name])
+    return max(0, spec.epochs - done)
+
+
+def _raises(run: Run) -> list[dict[str, Any]]:
+    path = run.path / "epochs.json"
+    return list(read_json(path, SCHEMA)["raised"]) if path.exists() else []
+
+
+def _epochs(configuration: Config) -> dict[str, int]:
+    return {name: configuration["stages"][name]["epochs"] for name in configuration["chain"]}
+
+
+def _without_epochs(configuration: Config) -> Config:
+    stages = {name: {**stage, "epochs": None} for name, stage in configuration["stages"].items()}
+    return {**configuration, "size": {**(configuration.get("size") or {}), "epochs": None}, "stages": stages}

@@ -1,0 +1,94 @@
+"""Weights that a training starts from: of a run, a fold, a bundle, or a checkpoint file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kitseg.config import Method
+from kitseg.errors import InputError, UsageError
+from kitseg.models.members import only_member
+from kitseg.models.run_folder import SCHEMA, Run, StageFolder, find_run
+from kitseg.models.weights import read_weights, sound_checkpoints
+from kitseg.runtime import console
+from kitseg.runtime.files import file_digest, write_json
+from kitseg.splits import read_split
+
+CHECKPOINTS = (".ckpt", ".safetensors")
+SHOWN = 5  # names of weights on the screen; the run's record holds all
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """The checkpoint that each stage starts from, and the cases that it was trained on, as far as that is known."""
+
+    stages: Mapping[str, Path]
+    cases: Collection[str] = ()
+
+
+def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
+    """The weights for a method's stages: a run's stages of the same names, or one checkpoint file for each.
+
+    Of a run with several finished folds, ``fold`` where it is finished, else the first.
+
+    Raises:
+        UsageError: no model, several, or none with such a stage. InputError: damaged weights.
+    """
+    path = Path(model)
+    if path.suffix in CHECKPOINTS and path.is_file():
+        return InitialWeights(dict.fromkeys(method.stages, path))
+    member, _ = only_member(model)
+    run, given = find_run(member.run)
+    stages, used = {}, set[int]()
+    for name in method.stages:
+        there = [given] if given is not None and run.stage(given, name).done.exists() else run.folds(name)
+        if there:
+            number = fold if fold in there else there[0]
+            stages[name] = sound_checkpoints(run.stage(number, name))[0]
+            used.add(number)
+    if not stages:
+        raise UsageError(f"--init-from {model}: it has no trained stage named {' or '.join(method.stages)}")
+    return InitialWeights(stages, _training_cases(run, used))
+
+
+def start_from(module: nn.Module, path: Path, folder: StageFolder, loud: bool) -> None:
+    """Load those weights of a checkpoint that fit by name and shape.
+
+    loud: print what fits and what doesn't, and write it to the training's ``initial.json``.
+
+    Raises:
+        InputError: none fits, or the file is damaged; nothing in it is executed.
+    """
+    own, found = module.state_dict(), read_weights(path, torch.device("cpu"))
+    taken = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
+    if not taken:
+        raise InputError(path, "holds no weight that fits this stage by name and shape", "Choose another model.")
+    module.load_state_dict({**own, **taken})
+    if not loud:
+        return
+    fresh = {
+        name: f"{tuple(found[name].shape)} there, {tuple(value.shape)} here" if name in found else "not there"
+        for name, value in own.items()
+        if name not in taken
+    }
+    unused = sorted(found.keys() - own.keys())
+    record: dict[str, Any] = {"checkpoint": str(path), "sha256": file_digest(path), "taken": len(taken)}
+    write_json(folder.path / "initial.json", SCHEMA, {**record, "fresh": fresh, "unused": unused})
+    console.print_plain(f"{folder.path.name}: {len(taken)} of {len(own)} weights from {path}")
+    for title, names in (("start fresh", [f"{name} ({why})" for name, why in fresh.items()]), ("not used", unused)):
+        if names:
+            more = f" and {len(names) - SHOWN} more (initial.json)" if len(names) > SHOWN else ""
+            console.print_plain(f"  {title}: {', '.join(names[:SHOWN])}{more}")
+
+
+def _training_cases(run: Run, folds: Collection[int]) -> set[str]:
+    """The cases that networks of these folds were trained on; a bundle states only those of all folds."""
+    if not run.split.exists():
+        return set(run.read_info().get("cases", ()))
+    split = read_split(run.split)
+    return {case for fold in folds for case in split.folds[fold].train}

@@ -1,0 +1,109 @@
+"""One training step of a stage on random data, and the time to load one real patch, before a training starts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchio as tio
+from torch import Tensor
+
+from kitseg import config
+from kitseg.config import StageSpec
+from kitseg.errors import KitsegError, UsageError, fault
+from kitseg.links.regions import RegionContext
+from kitseg.patches.datamodule import Feed
+from kitseg.patches.queue import PatchQueue
+from kitseg.patches.subjects import CaseSubjects, StageInput
+from kitseg.stages.base import Stage
+from kitseg.stages.model import build_model
+from kitseg.training.fit import make_feed
+from kitseg.types import Triple
+from kitseg.volumes.store import open_case
+
+SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # voxels of a patch's edge, at most
+
+
+def try_step(spec: StageSpec) -> float:
+    """Build all parts of a stage and train it one step on random data, on the smallest patch that its network takes.
+
+    Returns:
+        The loss.
+
+    Raises:
+        UsageError: a part can't be built, or the step fails.
+    """
+    feed, stage = make_feed(spec, seed=0, workers=0), Stage.of(spec)
+    size = _smallest_patch(spec, feed)
+    try:
+        patches = [feed.transform(_random_patch(feed, size)) for _ in range(min(2, spec.batch))]
+        images, labels = (torch.stack([patch.get_image(name).data for patch in patches]) for name in ("image", "label"))
+        made = stage.configure_optimizers()
+        optimizer = made["optimizer"] if isinstance(made, dict) else made
+        loss: Tensor = stage.training_step({"image": {"data": images}, "label": {"data": labels}}, 0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    except KitsegError:
+        raise
+    except Exception as error:  # of anybody's network, loss, optimizer or augmentation
+        if fault(error):
+            raise
+        raise UsageError(
+            f"stage {spec.name}: one training step on a random patch of {size} voxels fails "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+    return float(loss.detach())
+
+
+def seconds_to_load(spec: StageSpec, folder: Path) -> float | None:
+    """How long one patch of a stored case takes to be read, augmented and scaled here; None where there is none."""
+    if not (folder / "meta.json").exists():
+        return None
+    case = open_case(folder)
+    known = RegionContext(case.grid, hu=case.image)
+    if spec.inputs:
+        known = RegionContext(case.grid, np.asarray(case.label), case.grid, case.image)
+    box, feed = config.build(spec.parts["region"])(known), make_feed(spec, seed=0, workers=0)
+    if box is None:
+        return None
+    queue = PatchQueue(CaseSubjects({folder: StageInput(box)}), feed.sampler, feed.transform, feed.seed)
+    if not len(queue):
+        return None
+    seconds = []
+    for epoch in range(2):  # the first one also opens files and loads libraries
+        begun = time.perf_counter()
+        _ = queue[epoch, 0]
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def _smallest_patch(spec: StageSpec, feed: Feed) -> Triple:
+    """The smallest of some patch sizes that the network takes, computed without values."""
+    with torch.device("meta"):
+        model = build_model(spec).train()
+    channels = 1 if feed.input_transform.link is None else feed.input_transform.link.channels
+    for edge in SIZES:
+        z, y, x = feed.sampler.size((edge, edge, edge))
+        size = min(z, edge), min(y, edge), min(x, edge)
+        try:
+            model.logits(torch.empty(1, channels, *size, device="meta"))
+        except Exception:  # too small, or a network that needs values
+            continue
+        return size
+    return size
+
+
+def _random_patch(feed: Feed, size: Triple) -> tio.Subject:
+    label = torch.randint(0, 3, (1, *size), dtype=torch.uint8)
+    images: dict[str, tio.Image] = {
+        "image": tio.ScalarImage(tensor=100 * torch.randn(1, *size)),
+        "label": tio.LabelMap(tensor=label),
+    }
+    link = feed.input_transform.link
+    if link is not None and link.in_training:
+        foreground = label[0].numpy() > 0
+        guide = np.array(link.guide(foreground.astype(np.float32), foreground), np.float32)
+        images["guide"] = tio.ScalarImage(tensor=torch.from_numpy(guide))
+    return tio.Subject(**images, statistics=torch.tensor((0.0, 100.0), dtype=torch.float64), case="random")

@@ -1,0 +1,267 @@
+"""Options of `kitseg train`: more epochs, weights to start from, the trainer's settings, a dry run, devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALLEST, Result, kitseg, once
+
+from kitseg import config
+from kitseg.cli.app import choose_ranks
+from kitseg.errors import UsageError
+from kitseg.runtime.device import Machine
+from kitseg.splits import read_split
+from kitseg.training import cost
+from kitseg.training.plan import Start
+from kitseg.training.trainer import settings_of
+from kitseg.volumes.kits import labelled_cases
+
+slow = pytest.mark.slow
+QUICK = (
+    *SMALLEST, "--stage=coarse", "--set=size.validate_every=1", "--set=size.coarse_samples=2", "--jobs=1",
+    "--device=cpu",
+)  # fmt: skip
+COARSE = Path("two-phase-tiny/fold_0/coarse")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """A working folder with the coarse stage trained for two epochs, and the same for four epochs in ``long``."""
+
+    def make(folder: Path) -> None:
+        (folder / "data").symlink_to(phantoms / "data")
+        for runs, epochs in (("runs", 2), ("long", 4)):
+            train(folder, f"--epochs={epochs}", f"--runs={runs}")
+
+    return once(tmp_path_factory, "train-options", make)
+
+
+def train(folder: Path, *options: str) -> Result:
+    done = kitseg(folder, "train", *QUICK, *options)
+    assert done.code == 0, done.text
+    return done
+
+
+def last(folder: Path, runs: str) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / runs / COARSE / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def best(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The run's best checkpoint: its row in ``done.json``, and its weights."""
+    row = json.loads((folder / "runs" / COARSE / "done.json").read_text())["checkpoints"][0]
+    return row, torch.load(folder / "runs" / COARSE / row["file"], weights_only=True)["state_dict"]
+
+
+# --- more epochs -----------------------------------------------------------------------------------------------------
+
+
+@slow
+def test_raised_epochs_give_what_so_many_epochs_give(work: Path) -> None:
+    train(work, "--epochs=2", "--runs=raised")
+    fewer = kitseg(work, "train", *QUICK, "--epochs=1", "--runs=raised")
+    assert fewer.code == 2
+    assert "epochs: 2 → 1" in fewer.text
+    other = kitseg(work, "train", *QUICK, "--epochs=4", "--seed=7", "--runs=raised")
+    assert other.code == 2
+    assert "seed: 0 → 7" in other.text
+    assert same(last(work, "raised"), last(work, "runs"))
+
+    again = train(work, "--epochs=4", "--runs=raised")
+    assert "2 more epochs" in again.text
+    assert same(last(work, "raised"), last(work, "long"))
+    for name in ("history.csv", "done.json"):
+        one, long = ((work / runs / COARSE / name).read_text() for runs in ("raised", "long"))
+        assert one == long or name == "done.json"
+    record = json.loads((work / "raised/two-phase-tiny/epochs.json").read_text())
+    assert [(row["from"]["coarse"], row["to"]["coarse"]) for row in record["raised"]] == [(2, 4)]
+    assert "trained already" in train(work, "--epochs=4", "--runs=raised").text
+
+
+@slow
+def test_epochs_of_a_training_that_an_earlier_version_finished(work: Path) -> None:
+    """Its ``done.json`` states no epochs."""
+    train(work, "--epochs=2", "--runs=old")
+    done = work / "old" / COARSE / "done.json"
+    content = json.loads(done.read_text())
+    assert content.pop("epochs") == 2
+    done.write_text(json.dumps(content))
+    config_file = work / "old/two-phase-tiny/config.yaml"
+    made = config.read(config_file)
+    config_file.write_text(config.dump({key: value for key, value in made.items() if key != "trainer"}))
+    assert "trained already" in train(work, "--epochs=2", "--runs=old").text
+    assert "2 more epochs" in train(work, "--epochs=4", "--runs=old").text
+    assert same(last(work, "old"), last(work, "long"))
+
+
+# --- weights to start from -------------------------------------------------------------------------------------------
+
+STILL = "--set=stages.coarse.module.optimizer.lr=0"  # so that the weights stay those that the training starts from
+
+
+@slow
+@pytest.mark.parametrize("source", ["runs/two-phase-tiny", "checkpoint"])
+def test_a_training_starts_from_a_models_weights(work: Path, source: str) -> None:
+    row, weights = best(work)
+    runs, model = f"from-{Path(source).name}", source
+    if source == "checkpoint":
+        model = str(work / "runs" / COARSE / row["file"])
+    done = train(work, "--epochs=1", STILL, f"--runs={runs}", f"--init-from={model}")
+    assert same(last(work, runs), weights)
+    assert f"coarse: {len(weights)} of {len(weights)} weights from" in done.text
+    record = json.loads((work / runs / COARSE / "initial.json").read_text())
+    assert (record["sha256"], record["taken"]) == (row["sha256"], len(weights))
+    assert (record["fresh"], record["unused"]) == ({}, [])
+
+
+@slow
+def test_what_does_not_fit_is_listed(work: Path) -> None:
+    """A level with another number of convolutions: some weights have another shape, or are not there."""
+    deeper = "--set=size.down_convs=[1,2,1,1]"
+    done = train(work, "--epochs=1", STILL, deeper, "--runs=part", "--init-from=runs/two-phase-tiny")
+    record = json.loads((work / "part" / COARSE / "initial.json").read_text())
+    mine, theirs = last(work, "part"), best(work)[1]
+    assert record["taken"] + len(record["fresh"]) == len(mine)
+    assert record["fresh"]
+    assert set(record["fresh"].values()) == {"not there"}
+    assert "start fresh" in done.text
+    assert next(iter(record["fresh"])) in " ".join(done.text.split())
+    assert sum(torch.equal(mine[name], theirs[name]) for name in mine if name in theirs) == record["taken"]
+
+
+@slow
+def test_validation_cases_that_the_weights_have_seen(work: Path) -> None:
+    done = train(work, "--epochs=1", "--fold=1", "--runs=other", "--init-from=runs/two-phase-tiny/fold_0")
+    held_out = read_split(work / "splits.json").folds[1].val[0]
+    assert "was trained on validation cases of fold 1" in done.text
+    assert held_out in done.text
+
+
+class Call:
+    """What a hostile checkpoint holds."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch was-run",)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [("missing", 2, "missing"), ("hostile.ckpt", 1, "nothing in it was run"), ("other.ckpt", 1, "no weight that fits")],
+)
+def test_a_model_that_no_training_can_start_from(work: Path, model: str, code: int, words: str) -> None:
+    torch.save({"state_dict": Call()}, work / "hostile.ckpt", pickle_module=pickle)
+    torch.save({"state_dict": {"weight": torch.zeros(3)}}, work / "other.ckpt")
+    refused = kitseg(work, "train", *QUICK, "--runs=refused", f"--init-from={model}")
+    assert (refused.code, words in " ".join(refused.text.split())) == (code, True), refused.text
+    assert not (work / "was-run").exists()
+    assert not (work / "refused" / COARSE / "last.ckpt").exists()
+
+
+# --- the trainer -----------------------------------------------------------------------------------------------------
+
+
+@slow
+def test_the_trainers_settings_reach_lightning(work: Path) -> None:
+    """With eps=1, Adam moves in a step by no more than the rate times the norm of the clipped gradients."""
+    options = (
+        "--set=trainer.logger=csv", "--set=trainer.gradient_clip=1e-3",
+        "--set=trainer.callbacks=[{_target_: pytorch_lightning.callbacks.LearningRateMonitor}]",
+        "--set=stages.coarse.module.optimizer.lr=0.5", "--set=stages.coarse.module.optimizer.eps=1.0",
+    )  # fmt: skip
+    train(work, "--epochs=1", *options, "--runs=clipped", "--init-from=runs/two-phase-tiny")
+    before, after, steps = best(work)[1], last(work, "clipped"), 10
+    moved = torch.stack([(after[name] - before[name]).double().norm() for name in before]).norm()
+    assert 0 < moved <= 0.5 * 1e-3 * steps * 1.001
+    [metrics] = (work / "clipped" / COARSE / "csv").rglob("metrics.csv")
+    header = metrics.read_text().splitlines()[0]
+    assert "train/loss" in header
+    assert "lr-Adam" in header
+    assert not (work / "clipped" / COARSE / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"logger": "paper"}, "trainer.logger is 'paper'; it must be one of tensorboard, csv, wandb, mlflow"),
+        ({"gradient_clip": -1}, "trainer.gradient_clip is -1"),
+        ({"callbacks": [{"_target_": "torch.nn.ReLU"}]}, "trainer.callbacks holds a ReLU"),
+    ],
+)
+def test_settings_that_can_not_be_used(block: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        settings_of({"trainer": block})
+    assert words in str(refused.value)
+
+
+# --- a dry run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stages.fine.module.optimizer.lr=-1", "stage fine: one training step"),
+        ("stages.coarse.module.net.classes=2", "stage coarse: one training step"),
+        ("stages.fine.module.loss._target_=kitseg.losses.cross_entropy.CrossEntropi", "CrossEntropi"),
+    ],
+)
+def test_a_dry_run_finds_what_would_fail_later(phantoms: Path, tmp_path: Path, change: str, words: str) -> None:
+    (tmp_path / "data").symlink_to(phantoms / "data")
+    options = [option for option in QUICK if option != "--stage=coarse"]
+    refused = kitseg(tmp_path, "train", *options, "--dry-run", f"--set={change}")
+    assert refused.code == 2
+    assert words in " ".join(refused.text.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 4, reason="there are so many GPUs here")
+def test_a_dry_run_plans_for_gpus_that_are_elsewhere(phantoms: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(phantoms / "data")
+    options = [option for option in QUICK if option != "--device=cpu"]
+    shown = kitseg(tmp_path, "train", *options, "--gpus=4", "--dry-run")
+    assert shown.code == 0, shown.text
+    assert "4 × GPU" in shown.text
+    assert "coarse: one training step works" in shown.text
+    assert kitseg(tmp_path, "train", *options, "--gpus=4").code == 2
+
+
+@slow
+def test_loading_that_takes_longer_than_computing_is_stated(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config.compose("two-phase", "tiny", [option.removeprefix("--set=") for option in SMALLEST[2:]])
+    start = Start(made, None, 0, work / "splits.json", work / "preprocessed", Machine("cpu"))  # type: ignore[arg-type]
+    cases = labelled_cases([work / "data"])
+    plan = start.rehearse(cases)
+    assert cost.seconds_to_load(plan.method.stages["coarse"], next((work / "preprocessed/6mm-6.25mm").glob("case_*")))
+    for seconds, workers, noted in ((0.0, 0, False), (3600.0, 0, True), (3600.0, 10**9, False)):
+        monkeypatch.setattr(cost, "seconds_to_load", lambda spec, folder, seconds=seconds: seconds)
+        _, notes = cost.estimates(replace(plan, machine=Machine("cpu", workers=workers)), cases[0], "coarse")
+        assert any("loading patches takes" in note for note in notes) == noted
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_devices_and_loader_processes_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_ranks(None, 1, "auto") == ("auto", 1)
+    assert choose_ranks(0, 1, "auto") == ("cpu", 1)
+    assert choose_ranks(0, 3, "auto") == ("cpu", 3)
+    assert choose_ranks(4, 1, "auto") == ("cuda", 4)
+    with pytest.raises(UsageError, match="--gpus 0"):
+        choose_ranks(0, 1, "cuda")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)))
+    assert Machine("cpu").loaders == 0
+    assert Machine("cuda").loaders == 8
+    assert Machine("cuda", ranks=4).loaders == 3
+    assert Machine("cuda", workers=5).loaders == 5
+    assert Machine("cpu", workers=2).loaders == 2
