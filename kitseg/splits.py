@@ -1,58 +1,64 @@
-"""Which cases train, validate and test: one file that every verb uses."""
+"""Which cases train, validate and test: one file that every command uses."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import CONVENTIONS
-from kitseg.runtime.files import write_json
+from kitseg.runtime.provenance import FileFormat
 from kitseg.scoring.strata import thickness_class
 from kitseg.types import Case, Traits
-
-SCHEMA = 1
 
 Patients = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class FoldPart:
-    """Cases to learn from and cases to be scored on."""
+    """Training cases and validation cases, each once."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_once(self.train)
+        _check_once(self.val)
 
 
 @dataclass(frozen=True)
 class Fold(FoldPart):
     """An outer fold; ``inner`` splits its training cases again, for out-of-fold predictions between stages."""
 
-    inner: tuple[FoldPart, ...]
+    inner: tuple[FoldPart, ...] = ()
 
 
 @dataclass(frozen=True)
 class Split:
     """Outer folds with their inner folds, a test set that no fold sees, the seed, the labels' convention.
 
-    patients: whom a case shows, where that isn't a patient of its own.
+    patients: the patients that a case shows, unless it is a patient of its own.
     """
 
     folds: tuple[Fold, ...]
-    test: tuple[str, ...]
-    seed: int
     convention: str
+    test: tuple[str, ...] = ()
+    seed: int = 0
     patients: Patients = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_once(self.test)
 
     @property
     def cases(self) -> set[str]:
         """Every case of the split."""
         return {case for fold in self.folds for case in (*fold.train, *fold.val)} | set(self.test)
+
+
+_FORMAT = FileFormat(Split, 1, "It needs `schema`, `convention` and `folds`, a list of {train, val, inner}.")
 
 
 def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed: int, convention: str) -> Split:
@@ -62,11 +68,11 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
     there are parts, so that each part gets one of every block. The order of ``cases`` doesn't matter.
 
     Raises:
-        UsageError: fewer than two folds, or an unknown convention. KitsegError: fewer than two patients to learn from.
+        UsageError: fewer than two folds, or an unknown convention. KitsegError: fewer than two patients to train with.
     """
     if folds < 2 or inner < 2 or test < 0 or convention not in CONVENTIONS:
         asked = f"{folds} folds, {inner} inner folds, {test} test cases, label convention '{convention}'"
-        raise UsageError(f"no split of {asked}: it takes 2 folds or more of each, and a known convention")
+        raise UsageError(f"can't split into {asked}: it takes 2 folds or more of each, and a known convention")
     rng, patients = random.Random(seed), _in_order(cases)
     held = _spread(patients, test, rng)
     rest = [patient for patient in patients if patient not in held]
@@ -77,7 +83,7 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
         nested = [FoldPart(_names(t), _names(v)) for t, v in _parts(train, inner, rng)] if len(train) > 1 else []
         outer.append(Fold(_names(train), _names(val), tuple(nested)))
     known = {c.case: (c.patient,) for patient in patients for c in patient if c.patient != c.case}
-    return Split(tuple(outer), _names(held), seed, convention, known)
+    return Split(tuple(outer), convention, _names(held), seed, known)
 
 
 def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
@@ -91,7 +97,8 @@ def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
     copies, outer = list(copies), split.folds[fold]
     for copy in copies:
         if foreign := set(copy.sources) - set(outer.train):
-            raise KitsegError(f"{copy.id} was made from {', '.join(sorted(foreign))}, no training case of fold {fold}")
+            names = ", ".join(sorted(foreign))
+            raise KitsegError(f"{copy.id} was made from {names}, not a training case of fold {fold}")
 
     def joined(train: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(sorted({*train, *(copy.id for copy in copies if set(copy.sources) <= set(train))}))
@@ -104,8 +111,8 @@ def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
 
 
 def write_split(split: Split, path: Path) -> None:
-    """Write the split file, aside first."""
-    write_json(path, SCHEMA, asdict(split))
+    """Write the split file."""
+    _FORMAT.write(path, asdict(split))
 
 
 def read_split(path: Path) -> Split:
@@ -115,33 +122,15 @@ def read_split(path: Path) -> Split:
         InputError: unreadable, another schema, a case or a patient on both sides, inner folds that aren't part of
             their outer one.
     """
-    try:
-        raw = json.loads(path.read_text())
-        folds = tuple(
-            Fold(**_sides(fold), inner=tuple(FoldPart(**_sides(part)) for part in fold.get("inner", ())))
-            for fold in raw["folds"]
-        )
-        patients = {case: _cases(whom) for case, whom in raw.get("patients", {}).items()}
-        split = Split(folds, _cases(raw.get("test", [])), int(raw.get("seed", 0)), raw["convention"], patients)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = "It needs `schema`, `convention` and `folds`, a list of {train, val, inner}."
-        raise InputError(path, f"is no split file ({type(error).__name__}: {error})", remedy) from error
-    if raw.get("schema") != SCHEMA:
-        raise InputError(path, f"has schema {raw.get('schema')}, this version reads {SCHEMA}", "Write it anew.")
-    problem = _problem(split) or same_patient(split, split.patients)
-    if problem:
-        raise InputError(path, problem, "Mend the file; each case and each patient belongs to one side.")
+    split = _FORMAT.read(path)
+    if problem := _problem(split) or same_patient(split, split.patients):
+        raise InputError(path, problem, "Fix the file; each case and each patient belongs to one side.")
     return split
 
 
-def _sides(part: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {side: _cases(part[side]) for side in ("train", "val")}
-
-
-def _cases(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(case, str) for case in value) or len(set(value)) < len(value):
-        raise ValueError(f"{value!r} is not a list of case names, each once")
-    return tuple(value)
+def _check_once(cases: Sequence[str]) -> None:
+    if len(set(cases)) < len(cases):
+        raise ValueError(f"{', '.join(sorted({c for c in cases if cases.count(c) > 1}))} listed twice")
 
 
 _Patient = list[Traits]
@@ -176,7 +165,10 @@ def _names(patients: Iterable[_Patient]) -> tuple[str, ...]:
 
 
 def same_patient(split: Split, patients: Patients) -> str | None:
-    """Where a split has one patient on two sides, in words; ``patients``: whom a case shows, if not one of its own."""
+    """A line on the first patient that a split has on two sides; None where there is none.
+
+    patients: the patients that a case shows, unless it is a patient of its own.
+    """
 
     def shown(cases: Iterable[str]) -> set[str]:
         return {whom for case in cases for whom in patients.get(case, (case,))}
@@ -222,7 +214,7 @@ def held_out(path: Path | None, fold: int | None) -> list[str]:
     """
     if path is None:
         if fold is not None:
-            raise UsageError("--fold says which part of a split file; give the file with --split")
+            raise UsageError("--fold names a part of a split file; give the file with --split")
         return []
     split = read_split(path)
     if fold is not None and not 0 <= fold < len(split.folds):

@@ -62,20 +62,22 @@ def stored(name: str, spacing: tuple[float, float, float], kidney: float | None,
     return StoredCase(name, image, None, *none, (0.0, 1.0), LATTICE, False, spacing, kidney, aorta)
 
 
-def test_a_run_says_what_it_was_trained_on(tmp_path: Path) -> None:
+def test_a_run_records_its_training_domain(tmp_path: Path) -> None:
     a, b = stored("a", (5, 0.5, 0.75), 150, None), stored("b", (1, 0.9, 0.9), 180, 210)
     cases = [a, b, stored("c", (3, 1, 1), None, 90)]
     expected = TrainingDomain((1, 5), (0.75, 1), (150, 180), (90, 210))
     run = Run(tmp_path)
-    run.info.write_text(json.dumps({"schema": 1, **training_facts(iter(cases))}))
+    run.info.write_text(json.dumps({"schema": 1, "kitseg": "0.1.0", **training_facts(iter(cases))}))
     assert model_training_domain(run) == expected
     assert training_facts(cases[2:])["experience"] is None
-    assert (run.read_info()["cases"], run.read_info()["phantom"]) == (["a", "b", "c"], False)
-    run.info.write_text(json.dumps({"schema": 1}))
+    assert (run.read_info().cases, run.read_info().phantom) == (("a", "b", "c"), False)
+    known = {"schema": 1, "kitseg": "0.1.0", "phantom": True}
+    run.info.write_text(json.dumps(known))
     assert model_training_domain(run) is None
-    run.info.write_text(json.dumps({"schema": 1, "experience": {"slice_mm": 3}}))
-    with pytest.raises(InputError, match=r"run\.json.*trained on"):
-        model_training_domain(run)
+    for damaged in ({"experience": {"slice_mm": 3}}, {"phantom": "no"}, {"kitseg": None}, {"schema": 2}):
+        run.info.write_text(json.dumps({**known, **damaged}))
+        with pytest.raises(InputError, match=r"run\.json: can't be read .*Restore it, or train again"):
+            model_training_domain(run)
 
 
 def test_models_together_saw_what_any_of_them_saw() -> None:

@@ -97,7 +97,7 @@ def test_other_ranks_in_the_middle_of_an_epoch(
 
 def test_a_restart_leaves_a_living_training_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "HEARTBEAT", 0.1)
-    split, run = Split((Fold(("a",), ("b",), ()),), (), 0, "kits19"), Run(tmp_path / "run")
+    split, run = Split((Fold(("a",), ("b",)),), "kits19"), Run(tmp_path / "run")
     write_split(split, tmp_path / "splits.json")
     made = config.compose("two-phase", "tiny", [])
     claim_run(run, made, split)

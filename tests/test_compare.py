@@ -158,7 +158,8 @@ def test_a_verdict_needs_interval_test_and_count() -> None:
 def scores(path: Path, cases: dict[str, dict[str, float]], /, **more: Any) -> Path:
     """A file as ``kitseg evaluate --json`` writes it."""
     dice = {case: {name: {"dice": value} for name, value in found.items()} for case, found in cases.items()}
-    content = {"schema": 1, "protocol": "kits19", "convention": "kits19", "cases": dice, "mean": {}}
+    content = {"schema": 1, "protocol": "kits19", "convention": "kits19", "cases": dice}
+    content |= {"mean": {}, "groups": [], "strata": {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**content, "missing": [], "failed": {}, **more}))
     return path
@@ -211,7 +212,7 @@ def test_what_evaluate_writes_is_compared(phantoms: Path, tmp_path: Path) -> Non
         assert done.code == 0, done.text
     result = kitseg(tmp_path, "compare", "one", "other")
     assert result.code == 0, result.text
-    assert "kidney: too few cases to say (2; it takes 6)" in result.text
+    assert "kidney: too few cases to judge (2; it takes 6)" in result.text
     assert (tmp_path / "comparison" / "comparison.png").exists()
 
 
@@ -232,15 +233,15 @@ def test_nested_classes_are_compared_in_their_own_protocol(phantoms: Path, tmp_p
         ({"cases": {"case_00500": {"kidney": {"dice": 0.5}}}}, "share no case", 2),
         ({"convention": "kits23"}, "evaluate both with the same --protocol and --convention", 2),
         ({"protocol": "kits21"}, "evaluate both with the same --protocol and --convention", 2),
-        ({"protocol": None, "cases": 3}, "is no score file", 1),
-        ({"schema": 7}, "is not of schema 1", 1),
+        ({"protocol": None, "cases": 3}, "b.json: can't be read", 1),
+        ({"schema": 7}, "schema 7", 1),
         ({"cases": {"case_00000": {"kidney": {"dice": 1.5}}}}, "a Dice of 1.5", 1),
-        ({"cases": {"case_00000": {"kidney": {"dice": float("nan")}}}}, "a Dice of nan", 1),
-        ({"cases": {"case_00000": {"kidney": {"dice": "high"}}}}, "is no score file", 1),
-        ({"cases": ["case_00000"]}, "is no score file", 1),
-        ({"cases": {"case_00000": 0.5}}, "is no score file", 1),
-        ({"strata": [1]}, "is no score file", 1),
-        ({"missing": 3}, "is no score file", 1),
+        ({"cases": {"case_00000": {"kidney": {"dice": float("nan")}}}}, "b.json: can't be read", 1),
+        ({"cases": {"case_00000": {"kidney": {"dice": "high"}}}}, "b.json: can't be read", 1),
+        ({"cases": ["case_00000"]}, "b.json: can't be read", 1),
+        ({"cases": {"case_00000": 0.5}}, "b.json: can't be read", 1),
+        ({"strata": [1]}, "b.json: can't be read", 1),
+        ({"missing": 3}, "b.json: can't be read", 1),
         ({"strata": {"case_00000": {"tumor size": "over 7 cm"}}}, "Evaluate both against the same references", 1),
     ],
 )

@@ -19,6 +19,10 @@ from kitseg.runtime.provenance import recipe
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes import blocks
 
+MANIFEST: dict[str, Any] = {
+    "channels": [], "method": "two-phase", "stage": None, "model": {}, "postprocess": {}, "versions": {"kitseg": "0"}
+}  # fmt: skip
+
 CHANNELS = ("background", "kidney", "tumor")
 EMPTY = Box((0, 0, 0), (0, 0, 0))
 
@@ -187,15 +191,15 @@ def test_members_are_let_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "words"),
     [
         (belief([[1], [0]], row(0, 1), channels=("background", "kidney")), "has channels"),
         (belief([[1], [0], [0]], row(0, 1), channels=("background", "tumor", "kidney")), "has channels"),
         (belief([[1], [0], [0]], row(0, 1), (1, 1, 7)), "two different grids"),
     ],
 )
-def test_members_that_do_not_fit(other: Probabilities, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_members_that_do_not_fit(other: Probabilities, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         mean([(belief([[0], [1], [0]], row(0, 1)), 1), (other, 1)])
 
 
@@ -259,7 +263,7 @@ def folder(tmp_path: Path, scan: Path) -> Path:
     """A folder of probabilities of one case."""
     folder = tmp_path / "probabilities"
     blocks.write_block(folder, belief([[0.5, 0.25], [0.5, 0.25], [0, 0.5]], row(2, 4)), scan, file_digest(scan))
-    blocks.claim_manifest(folder, {"method": "two-phase", "postprocess": {}})
+    blocks.claim_manifest(folder, MANIFEST)
     return folder
 
 
@@ -284,14 +288,14 @@ def test_an_empty_block_there_and_back(tmp_path: Path, scan: Path) -> None:
 def test_nothing_but_the_blocks_stays_in_the_folder(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["case_00000.json", "case_00000.npy", "manifest.json"]
     assert blocks.block_cases(folder) == ["case_00000"]
-    assert blocks.read_manifest(folder) == {"schema": 1, "method": "two-phase", "postprocess": {}}
+    assert blocks.read_manifest(folder) == MANIFEST
 
 
 def test_the_scan_of_a_block(folder: Path, scan: Path) -> None:
     assert blocks.scan_of(folder, "case_00000") == (scan, file_digest(scan))
 
 
-def said(error: pytest.ExceptionInfo[InputError], path: Path, problem: str) -> None:
+def one_line(error: pytest.ExceptionInfo[InputError], path: Path, problem: str) -> None:
     assert str(error.value).startswith(f"{path}: ")
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
@@ -301,24 +305,24 @@ def test_a_scan_that_has_changed(folder: Path, scan: Path) -> None:
     scan.write_bytes(b"another scan")
     with pytest.raises(InputError) as error:
         blocks.scan_of(folder, "case_00000")
-    said(error, scan, "has changed since")
+    one_line(error, scan, "has changed since")
 
 
 def test_a_scan_that_is_gone(folder: Path, scan: Path) -> None:
     scan.unlink()
     with pytest.raises(InputError) as error:
         blocks.scan_of(folder, "case_00000")
-    said(error, scan, "is gone")
+    one_line(error, scan, "is gone")
 
 
 def test_a_folder_without_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(InputError) as error:
         blocks.block_cases(folder)
-    said(error, folder, "holds no probabilities")
+    one_line(error, folder, "holds no probabilities")
     with pytest.raises(InputError) as error:
         blocks.read_manifest(folder)
-    said(error, folder / "manifest.json", "can't be read")
+    one_line(error, folder / "manifest.json", "there is no such file")
 
 
 def test_priors_in_another_order_are_another_recipe(folder: Path) -> None:
@@ -326,10 +330,10 @@ def test_priors_in_another_order_are_another_recipe(folder: Path) -> None:
     turned = dict(reversed(steps.items()))
     assert steps == turned
     assert recipe(postprocess=steps) == recipe(postprocess=dict(steps)) != recipe(postprocess=turned)
-    blocks.claim_manifest(folder / "new", {"postprocess": steps})
-    blocks.claim_manifest(folder / "new", {"postprocess": steps})
+    blocks.claim_manifest(folder / "new", {**MANIFEST, "postprocess": steps})
+    blocks.claim_manifest(folder / "new", {**MANIFEST, "postprocess": steps})
     with pytest.raises(UsageError, match="another model"):
-        blocks.claim_manifest(folder / "new", {"postprocess": turned})
+        blocks.claim_manifest(folder / "new", {**MANIFEST, "postprocess": turned})
 
 
 def test_a_model_that_was_moved_is_the_same_model(folder: Path) -> None:
@@ -337,17 +341,17 @@ def test_a_model_that_was_moved_is_the_same_model(folder: Path) -> None:
     recipes = [recipe(models=[model["model"]]) for model in models]
     assert recipes[0] == recipes[1] != recipes[2]
     for model in models[:2]:
-        blocks.claim_manifest(folder / "new", model)
+        blocks.claim_manifest(folder / "new", {**MANIFEST, **model})
         assert blocks.read_manifest(folder / "new")["model"] == model["model"], "where it lies now"
     with pytest.raises(UsageError, match="another model"):
-        blocks.claim_manifest(folder / "new", models[2])
+        blocks.claim_manifest(folder / "new", {**MANIFEST, **models[2]})
 
 
 def test_a_folder_without_cases(tmp_path: Path) -> None:
-    blocks.claim_manifest(tmp_path, {})
+    blocks.claim_manifest(tmp_path, MANIFEST)
     with pytest.raises(InputError) as error:
         blocks.block_cases(tmp_path)
-    said(error, tmp_path, "holds no probabilities")
+    one_line(error, tmp_path, "holds no probabilities")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all"])
@@ -355,7 +359,7 @@ def test_a_damaged_array(folder: Path, content: bytes) -> None:
     (folder / "case_00000.npy").write_bytes(content)
     with pytest.raises(InputError) as error:
         blocks.read_block(folder, "case_00000")
-    said(error, folder / "case_00000.npy", "can't be read")
+    one_line(error, folder / "case_00000.npy", "can't be read")
 
 
 def test_a_truncated_array(folder: Path) -> None:
@@ -363,20 +367,20 @@ def test_a_truncated_array(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(InputError) as error:
         blocks.read_block(folder, "case_00000")
-    said(error, path, "can't be read")
+    one_line(error, path, "can't be read")
 
 
 def test_an_array_that_is_not_its_boxs(folder: Path) -> None:
     np.save(folder / "case_00000.npy", np.zeros((3, 1, 1, 3), np.float16))
     with pytest.raises(InputError) as error:
         blocks.read_block(folder, "case_00000")
-    said(error, folder / "case_00000.npy", "its box says otherwise")
+    one_line(error, folder / "case_00000.npy", "its shape is (3, 1, 1, 3), not its box's")
 
 
 def test_a_missing_case(folder: Path) -> None:
     with pytest.raises(InputError) as error:
         blocks.read_block(folder, "case_00001")
-    said(error, folder / "case_00001.json", "can't be read")
+    one_line(error, folder / "case_00001.json", "there is no such file")
 
 
 def test_another_schema(folder: Path) -> None:
@@ -384,4 +388,4 @@ def test_another_schema(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 0}))
     with pytest.raises(InputError) as error:
         blocks.read_block(folder, "case_00000")
-    said(error, path, "is not of schema 1")
+    one_line(error, path, "schema 0")

@@ -16,6 +16,7 @@ from nifti_files import save
 from kitseg import config
 from kitseg.commands.preprocess import preprocess
 from kitseg.errors import InputError, KitsegError
+from kitseg.measurement.phase import contrast
 from kitseg.models.run_folder import Run
 from kitseg.runtime.device import Machine
 from kitseg.splits import Fold, Split
@@ -59,7 +60,7 @@ class Stored:
 
     @property
     def files(self) -> CaseFiles:
-        return CaseFiles(self.case, "kits19")
+        return CaseFiles(self.case, "kits19", contrast)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def stored(tmp_path: Path) -> Stored:
 
 def test_a_training_is_prepared_from_more_cases_than_files_may_be_open(stored: Stored, tmp_path: Path) -> None:
     names = tuple(f"case_{number:05d}" for number in range(MANY))
-    split = Split((Fold(names[5:], names[:5], ()),), (), 0, "kits19")
+    split = Split((Fold(names[5:], names[:5]),), "kits19")
     plan = Plan(
         METHOD,
         config.method_of(METHOD),
@@ -92,8 +93,10 @@ def test_a_training_is_prepared_from_more_cases_than_files_may_be_open(stored: S
     )
     with more_files(12):
         prepare(plan, Unit("coarse"))
-    assert len(plan.run.read_info()["cases"]) == MANY
-    assert plan.run.read_info()["experience"]["slice_mm"] == [4, 4]
+    assert len(plan.run.read_info().cases) == MANY
+    domain = plan.run.read_info().experience
+    assert domain is not None
+    assert domain.slice_mm == (4, 4)
     assert plan.run.stage(0, "coarse").places.read_text().count('"case_') == MANY
 
 
@@ -114,7 +117,7 @@ def test_a_store_that_cannot_be_opened_is_not_made_again(stored: Stored) -> None
         assert not is_fresh(stored.files, stored.folder, SPEC.grid)
         with pytest.raises(KitsegError, match="too many files are open") as caught:
             store_case(stored.files, stored.folder, SPEC.grid)
-    assert str(caught.value).startswith(f"{stored.folder}: ")
+    assert str(caught.value).startswith(f"{stored.folder}/meta.json: ")
     assert (stored.folder / "meta.json").stat() == written
     (outcome,) = preprocess([stored.case], [SPEC.grid], stored.root, "kits19", 1, lambda _: None)
     assert outcome.state == "unchanged"

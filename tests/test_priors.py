@@ -126,9 +126,9 @@ def test_a_broken_file_does_not_stop_the_others(truth: Path) -> None:
 
 
 def test_a_ct_on_another_grid_is_named(truth: Path) -> None:
-    image = save(truth / "data/case_00001/imaging.nii.gz", np.zeros((20, 60, 61), np.int16), IPL)
+    save(truth / "data/case_00001/imaging.nii.gz", np.zeros((20, 60, 61), np.int16), IPL)
     found, _ = fitted(truth, code=1)
-    assert str(image) in found["failed"]["case_00001"]
+    assert "case_00001/segmentation.nii.gz: lies on another grid than its scan" in found["failed"]["case_00001"]
 
 
 def test_cysts_are_kidney_where_the_convention_has_them(truth: Path) -> None:
@@ -178,7 +178,8 @@ def inferred(tmp_path: Path) -> Path:
     )
     blocks.write_block(tmp_path / "p", found, scan, file_digest(scan))
     steps = {"kidneys": KIDNEYS, "shape": None, "dark": DARK}
-    blocks.claim_manifest(tmp_path / "p", {"model": {"method": "two-phase"}, "postprocess": steps})
+    about = {"method": "two-phase", "stage": None, "model": {}, "versions": {}}
+    blocks.claim_manifest(tmp_path / "p", {"channels": list(found.channels), **about, "postprocess": steps})
     return tmp_path
 
 

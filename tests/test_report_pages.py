@@ -153,7 +153,7 @@ def test_a_case_shows_its_provenance(reported: Path) -> None:
     ):
         assert text in found.text
     assert "changed since" not in found.text
-    assert "without a file that says how they were made" in page(reported, HOSTILE).text
+    assert "without a file that states how they were made" in page(reported, HOSTILE).text
 
 
 def test_scores_are_shown(reported: Path) -> None:
@@ -224,7 +224,7 @@ def test_changed_labels_lose_their_flags(reported: Path, tmp_path: Path) -> None
     ("arguments", "words"),
     [
         (["nowhere"], "there is no such folder"),
-        (["predictions", "data", "--scores=predictions/case_00000.json"], "is not of schema 1"),
+        (["predictions", "data", "--scores=predictions/case_00000.json"], "missing required field `schema`"),
         (["predictions", "elsewhere"], "holds no scan of"),
         (["predictions", "-o", "taken"], "was not written by kitseg"),
     ],
@@ -343,7 +343,7 @@ def test_a_strip_places_its_dots() -> None:
         [1],
     ],
 )
-def test_a_nonsense_file_next_to_the_labels(reported: Path, tmp_path: Path, hostile: object) -> None:
+def test_a_record_that_cannot_be_used(reported: Path, tmp_path: Path, hostile: object) -> None:
     shutil.copy(reported / "predictions" / "case_00000.nii.gz", tmp_path)
     (tmp_path / "case_00000.json").write_text(json.dumps(hostile))
     done = kitseg(tmp_path, "report", "case_00000.nii.gz")
@@ -354,10 +354,10 @@ def test_a_nonsense_file_next_to_the_labels(reported: Path, tmp_path: Path, host
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"cases": {"case_00000": 3}}, "is no score file"),
-        ({"cases": {"case_00000": {"kidney": {"dice": "high"}}}}, "is no score file"),
-        ({"strata": [1]}, "is no score file"),
-        ({"schema": 7}, "is not of schema 1"),
+        ({"cases": {"case_00000": 3}}, "can't be read"),
+        ({"cases": {"case_00000": {"kidney": {"dice": "high"}}}}, "can't be read"),
+        ({"strata": [1]}, "can't be read"),
+        ({"schema": 7}, "can't be read (schema 7"),
     ],
 )
 def test_scores_that_are_none(reported: Path, tmp_path: Path, change: dict[str, object], words: str) -> None:

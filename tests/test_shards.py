@@ -14,13 +14,14 @@ from conftest import SMALLEST, kitseg
 from nifti_files import save
 
 from kitseg.commands import evaluate, preprocess
-from kitseg.commands.evaluate import Score, find_jobs, rules, score_work
+from kitseg.commands.evaluate import Job, Score, find_jobs, rules, score_work
 from kitseg.commands.measure import Measured, measure_work, plan_measures
 from kitseg.commands.report import page_work, plan_pages
 from kitseg.report.scores import StudyScores
 from kitseg.report.study_page import CaseRow
 from kitseg.runtime.locks import folder_lock
-from kitseg.runtime.resume import ResultCache, results
+from kitseg.runtime.outcomes import in_parallel
+from kitseg.runtime.resume import ResultCache, join_parts, tasks
 from kitseg.runtime.sharding import Share
 
 CASES = 5
@@ -57,7 +58,7 @@ def test_parts_make_the_tables_of_the_whole(command: tuple[str, ...], maps: Path
     for shard, left in (("2/3", 3), ("3/3", 2)):
         done = kitseg(maps, *command, f"--shard={shard}")
         assert done.code == 0
-        assert f"part {shard}: {left} of {CASES} cases are still to do" in done.text
+        assert f"part {shard}: {left} of {CASES} cases are left" in done.text
         assert not any(path.exists() for path in outputs)
         assert hidden(maps) == [".out.json.cases"]
     assert kitseg(maps, *command, "--shard=1/3").code == 0
@@ -88,45 +89,44 @@ def test_parts_need_a_file_to_meet_in(maps: Path) -> None:
 
 def test_an_interrupted_evaluation_goes_on(maps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kitseg(maps, *EVALUATE).code == 0
-    whole, kept = (maps / "out.json").read_bytes(), maps / ".out.json.cases"
+    whole, cached = (maps / "out.json").read_bytes(), maps / ".out.json.cases"
     scored: list[str] = []
     score_case = evaluate.score_case
 
-    def score(case: str, *rest: Any) -> Score:
+    def score(job: Job, *rest: Any) -> Score:
         if scored == ["case_00000", "case_00001"]:
             raise KeyboardInterrupt
-        scored.append(case)
-        return score_case(case, *rest)
+        scored.append(job.case)
+        return score_case(job, *rest)
 
     monkeypatch.setattr(evaluate, "score_case", score)
     with suppress(KeyboardInterrupt):
         assert kitseg(maps, *EVALUATE).code != 0
-    assert len(list(kept.iterdir())) == 2
+    assert len(list(cached.iterdir())) == 2
     (maps / "pred" / "case_00000.nii.gz").touch()  # it might hold something else now
     scored.clear()
     assert kitseg(maps, *EVALUATE).code == 0
     assert scored == ["case_00000", "case_00002", "case_00003", "case_00004"]
     assert (maps / "out.json").read_bytes() == whole
-    assert not kept.exists()
+    assert not cached.exists()
 
 
 def test_parts_that_end_at_the_same_time(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs, _ = find_jobs(maps / "pred", maps / "ref")
-    kept = ResultCache(maps / ".cases", Score)
-    assert results(score_work(jobs, rules("kits19", None)), kept, Share(0, 2), 1, lambda _: None) is None
-
-    def the_other_ends(score: Score) -> None:
-        if score.case == "case_00003":
-            kept.clear()
-
-    assert results(score_work(jobs, rules("kits19", None)), kept, Share(1, 2), 1, the_other_ends) is None
-    assert "the output is being written by another part" in capsys.readouterr().out
+    works = score_work(find_jobs(maps / "pred", maps / "ref")[0], rules("kits19", None))
+    cache = ResultCache(maps / ".cases", Score)
+    for part in (Share(0, 2), Share(1, 2)):
+        found = in_parallel(tasks(part.take(works), cache), 1)
+        if part.index:
+            assert join_parts(works, cache, part, found) == [cache.find(work) for work in works]
+            cache.clear()  # as the other part does, which ends at the same time
+        assert join_parts(works, cache, part, found) is None
+    assert "another part, which ended at the same time, is writing the output" in capsys.readouterr().out
 
 
 def test_other_rules_are_other_work(maps: Path) -> None:
     jobs, _ = find_jobs(maps / "pred", maps / "ref")
-    keys = {work.key for name in ("kits19", "kits21", "kits23") for work in score_work(jobs, rules(name, None))}
-    assert len(keys) == 3 * CASES
+    works = [work for name in ("kits19", "kits21", "kits23") for work in score_work(jobs, rules(name, None))]
+    assert len({work.made["recipe"] for work in works}) == 3 * CASES
 
 
 def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
@@ -137,26 +137,26 @@ def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
     assert pages == [*(f"case_{number:05d}.html" for number in range(CASES)), "index.html"]
     assert all(page in (maps / "report" / "index.html").read_text() for page in pages[:-1])
     (work, *_) = page_work(plan_pages(maps / "pred", [], StudyScores(), maps / "report"))
-    kept = ResultCache(maps / ".cases", CaseRow)
-    made = kept.do(work)
-    assert kept.find(work) == made
+    cache = ResultCache(maps / ".cases", CaseRow)
+    made = cache.do(work)
+    assert cache.find(work) == made
     assert work.makes is not None
     work.makes.unlink()
-    assert kept.find(work) is None
+    assert cache.find(work) is None
 
 
-def test_what_is_kept_is_what_was_found(maps: Path) -> None:
+def test_what_is_cached_is_what_was_found(maps: Path) -> None:
     jobs, _ = find_jobs(maps / "pred", maps / "ref")
     for kind, work in (
         (Score, score_work(jobs, rules("kits23", None))[0]),
         (Measured, measure_work(plan_measures(maps / "pred", None), "kits19")[0]),
     ):
-        kept: ResultCache[Any] = ResultCache(maps / kind.__name__, kind)
-        made = kept.do(work)
-        assert kept.find(work) == made
-        (file,) = kept.folder.iterdir()
+        cache: ResultCache[Any] = ResultCache(maps / kind.__name__, kind)
+        made = cache.do(work)
+        assert cache.find(work) == made
+        (file,) = cache.folder.iterdir()
         file.write_text(file.read_text()[:-20])
-        assert kept.find(work) is None, "cut off"
+        assert cache.find(work) is None, "cut off"
 
 
 @pytest.mark.slow

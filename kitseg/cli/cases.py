@@ -23,35 +23,37 @@ Cluster = Annotated[
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """Who works on the cases: ``jobs`` processes here or a cluster; with a shard, on a part of them."""
+    """Where cases are worked on: in ``jobs`` processes here or on a cluster; with a shard, only a part of them."""
 
     jobs: int
     cluster: str | None = None
     shard: str | None = None
 
 
-def gather(title: str, works: Sequence[Work[R]], kept: ResultCache[R] | None, execution: ExecutionOptions) -> list[R]:
-    """The results of all cases, with a bar; failures are said. Ends the command where the output isn't its to write.
+def gather(title: str, works: Sequence[Work[R]], cache: ResultCache[R] | None, execution: ExecutionOptions) -> list[R]:
+    """The results of all cases, with a bar and a line for each error; ends the command if another part has the output.
 
     Raises:
-        UsageError: a part without an output, where the parts could meet.
+        UsageError: a part without an output, where the parts could be joined.
     """
     from kitseg.runtime.dask import on_cluster
-    from kitseg.runtime.resume import results
+    from kitseg.runtime.outcomes import in_parallel
+    from kitseg.runtime.resume import join_parts, tasks
     from kitseg.runtime.sharding import Share
 
-    share, failed = Share.asked(execution.shard), []
-    if share.of > 1 and kept is None:
+    share = Share.asked(execution.shard)
+    if share.of > 1 and cache is None:
         raise UsageError("the parts of the work meet in a file: name it with --json or --csv")
-    with on_cluster(execution.cluster), console.bar(title, len(share.take(works))) as step:
+    mine = share.take(works)
+    with on_cluster(execution.cluster), console.bar(title, len(mine)) as step:
 
         def done(result: R) -> None:
             step()
             if result.error:
-                failed.append(result.case)
                 console.print_error(result.error)
 
-        found = results(works, kept, share, execution.jobs, done)
-    if found is None:
-        raise typer.Exit(int(bool(failed)))
-    return found
+        found: list[R] = in_parallel(tasks(mine, cache), execution.jobs, done)
+    joined = join_parts(works, cache, share, found) if cache and share.of > 1 else found
+    if joined is None:
+        raise typer.Exit(int(any(result.error for result in found)))
+    return joined

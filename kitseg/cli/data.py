@@ -54,8 +54,7 @@ def phantom(
 
     tasks = (delayed(write_case)(out.absolute(), seed, index, matrix) for index in range(cases))
     with console.bar("phantoms", cases) as step:
-        for _ in in_parallel(tasks, jobs, ordered=False):
-            step()
+        in_parallel(tasks, jobs, lambda _: step(), ordered=False)
     console.print_line(f"{cases} phantoms in {out}")
 
 
@@ -99,11 +98,9 @@ def check(
     from kitseg.volumes.kits import list_cases
 
     known_convention(convention)
-    cases, reports = list_cases(data), []
+    cases = list_cases(data)
     with console.bar("check", len(cases)) as step:
-        for found in in_parallel((delayed(check_case)(case, convention) for case in cases), jobs):
-            reports.append(found)
-            step()
+        reports = in_parallel((delayed(check_case)(case, convention) for case in cases), jobs, lambda _: step())
     table = console.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney without tumor (ml)", "tumor (ml)", "")
     for r in reports:
         state = "[green]ok[/]" if r.ok else "[red]" + escape("; ".join(r.problems)) + "[/]"
@@ -264,11 +261,11 @@ def _report_copies(outcomes: Sequence[Copied], folder: Path) -> None:
             console.print_error(outcome.reason)
         elif outcome.state == "rejected":
             console.print_line(f"{outcome.name}: rejected, {escape(outcome.reason)}")
-    kept = [outcome.facts for outcome in outcomes if outcome.state == "kept" and outcome.facts]
+    kept = [outcome.dice for outcome in outcomes if outcome.state == "kept"]
     new = sum(outcome.new for outcome in outcomes)
     console.print_line(
         f"{len(kept)} of {len(outcomes)} pairs gave a new case in {folder}; {new} were registered in this call"
     )
     if kept:
-        before, after = (fmean(facts[key] for facts in kept) for key in ("dice_before", "dice_after"))
+        before, after = map(fmean, zip(*kept, strict=True))
         console.print_line(f"mean Dice of the kidneys: {before:.2f} before registration, {after:.2f} after")

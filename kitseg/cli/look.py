@@ -93,7 +93,7 @@ def report(
     from kitseg.runtime.resume import ResultCache
     from kitseg.runtime.sharding import Share
 
-    known = read_scores(scores, study_scores) if scores else StudyScores()
+    known = study_scores(read_scores(scores)) if scores else StudyScores()
     tasks = pages.plan_pages(predictions, data, known, output)
     kept, part = ResultCache(output.absolute() / ".cases", CaseRow), Share.asked(shard).part
     with folder_lock(output, "pages", part):

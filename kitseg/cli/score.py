@@ -48,7 +48,7 @@ def fit_priors(
     maps = priors.training_labels(labels, split, fold)
     with console.bar("fit-priors", len(maps)) as step:
 
-        def done(finding: priors.Finding) -> None:
+        def done(finding: priors.CaseTumors) -> None:
             step()
             if finding.error:
                 console.print_error(finding.error)
@@ -144,7 +144,7 @@ def choose(
 
     if output.suffix != ".yaml":
         raise UsageError(f"{output}: the ensemble file must be a .yaml file. Change --output")
-    steps.spare(output)
+    steps.check_choice_output(output)
     search = steps.open_search(runs, labelled_cases(data))
     for number, recipes in enumerate(steps.rounds(search), 1):
         with console.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:

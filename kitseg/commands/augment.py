@@ -1,8 +1,8 @@
 """Registered copies of training cases: which pairs, made in parallel, and the split that trains with them.
 
 ``<folder>/<reference>_from_<floating>/`` holds a copy: image and labels of the floating case in the shape of the
-reference, and ``origin.json``. ``rejected/`` says why a pair gave none, ``fold_<k>.json`` which pairs a fold asked for,
-and ``splits.json`` is the run's split with the copies.
+reference, and ``origin.json``. ``rejected/`` holds the reasons why other pairs gave none, ``fold_<k>.json`` the pairs
+of a fold, and ``splits.json`` the run's split with the copies.
 """
 
 from __future__ import annotations
@@ -24,21 +24,15 @@ from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.models.run_folder import Run
 from kitseg.patches.registration import Labelled, Settings, register_copy
 from kitseg.patches.warp import problem
-from kitseg.runtime.files import atomic_write, file_digest, read_json, write_json
+from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.outcomes import in_parallel
+from kitseg.runtime.provenance import FileFormat
 from kitseg.splits import Split, read_split, with_copies, write_split
 from kitseg.types import Case
-from kitseg.volumes.kits import IMAGE, LABEL, ORIGIN, ORIGIN_SCHEMA, find_cases
-from kitseg.volumes.nifti import (
-    PHANTOM_MARK,
-    is_phantom,
-    read_image,
-    read_labels,
-    write_image,
-    write_labels,
-)
+from kitseg.volumes.kits import COPY_ORIGIN, IMAGE, LABEL, ORIGIN, find_cases
+from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, read_image, read_labels, write_image, write_labels
+from kitseg.volumes.scan import check_grid
 
-SCHEMA = 1
 DIRECTIONS = ("partner-to-hard", "hard-to-partner")
 
 
@@ -65,22 +59,31 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """The copy's name, which says it all: the same pair gives the same copy, whichever fold asks for it."""
+        """The copy's name: the same pair gives the same copy in every fold."""
         return f"{self.reference.id}_from_{self.floating.id}"
 
 
 @dataclass(frozen=True)
 class Copied:
-    """What became of a pair: ``kept``, ``rejected`` or ``failed``, in words; ``new`` is False where it was done before.
+    """The outcome of a pair: ``kept``, ``rejected`` or ``failed``; ``new`` is False where it was done before.
 
-    facts: of the registration, as ``origin.json`` has them.
+    dice: overlap of the kidneys before and after registration.
     """
 
     name: str
     state: str
     new: bool
     reason: str = ""
-    facts: Mapping[str, Any] | None = None
+    dice: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class _FoldPairs:
+    fold: int
+    pairs: tuple[str, ...]
+
+
+_FOLD_PAIRS = FileFormat(_FoldPairs, 1)
 
 
 def training_scans(split: Split, fold: int, cases: Iterable[Case]) -> dict[str, Case]:
@@ -130,45 +133,42 @@ def choose_pairs(ranked: Sequence[str], cases: Mapping[str, Case], choice: PairS
 def make_copies(
     pairs: Sequence[Pair], to: Path, convention: str, jobs: int, on_done: Callable[[Copied], None]
 ) -> list[Copied]:
-    """Register each pair and write what passes; one that fails doesn't stop the others, and what is done is skipped.
+    """Register each pair and write the copies that pass; a failure doesn't stop the others, and done pairs are skipped.
 
     A registration uses one thread, so as many run at a time as there are jobs.
 
     Raises:
         KitsegError: a worker was killed.
     """
-    to = to.absolute()  # worker processes may stand in another folder
+    to = to.absolute()  # worker processes may have another working folder
     tasks = (delayed(_make)(pair, to, convention) for pair in pairs)
-    outcomes = []
-    for outcome in in_parallel(tasks, jobs, ordered=False):
-        outcomes.append(outcome)
-        on_done(outcome)
-    return sorted(outcomes, key=lambda outcome: outcome.name)
+    return sorted(in_parallel(tasks, jobs, on_done, ordered=False), key=lambda outcome: outcome.name)
 
 
 def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
-    """How many pairs have neither a copy nor a reason why there is none."""
+    """How many pairs have been neither copied nor rejected."""
     return sum(not _is_done(pair, to, convention) for pair in pairs)
 
 
 def write_request(to: Path, fold: int, choice: PairSelection, pairs: Sequence[Pair]) -> None:
-    """Write which pairs a fold asks for."""
-    write_json(to / f"fold_{fold}.json", SCHEMA, {"fold": fold, **asdict(choice), "pairs": [p.name for p in pairs]})
+    """Write the pairs of a fold."""
+    content = {"fold": fold, **asdict(choice), "pairs": [pair.name for pair in pairs]}
+    _FOLD_PAIRS.write(to / f"fold_{fold}.json", content)
 
 
 def write_augmented_split(run: Run, to: Path) -> Split:
-    """``splits.json``: the run's split with the copies that each fold asked for, as far as they were kept.
+    """``splits.json``: the run's split with the copies of each fold's pairs, where they weren't rejected.
 
     Raises:
         KitsegError: the folder's copies were made for another split.
     """
     split = read_split(run.split)
     for path in sorted(to.glob("fold_*.json")):
-        asked = read_json(path, SCHEMA)
-        kept = [name for name in asked["pairs"] if (to / name / ORIGIN).exists()]
-        copies = [case for name in kept for case in find_cases(to / name)]
+        asked = _FOLD_PAIRS.read(path)
+        made = [name for name in asked.pairs if (to / name / ORIGIN).exists()]
+        copies = [case for name in made for case in find_cases(to / name)]
         try:
-            split = with_copies(split, asked["fold"], copies)
+            split = with_copies(split, asked.fold, copies)
         except (KitsegError, IndexError) as error:
             raise InputError(path, f"belongs to another split ({error})", "Choose another folder with -o.") from error
     write_split(split, to / "splits.json")
@@ -180,12 +180,12 @@ def _make(pair: Pair, to: Path, convention: str) -> Copied:
     try:
         wanted = _wanted(pair, convention)
         return _done(pair, to, wanted) or _copy(pair, to, wanted)
-    except Exception as error:  # whatever it is, the other pairs go on
+    except Exception as error:  # the other pairs continue, whatever the error
         return Copied(pair.name, "failed", True, format_error(pair.name, error))
 
 
 def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
-    """What a copy must be made with, and from.
+    """The settings and files of a copy, as ``CopyOrigin`` records them.
 
     Raises:
         InputError: an unreadable file.
@@ -194,7 +194,7 @@ def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
     return {
         "settings": asdict(Settings()),
         "convention": convention,
-        "made_from": [file_digest(file) for file in files],
+        "made_from": tuple(file_digest(file) for file in files),
     }
 
 
@@ -206,17 +206,16 @@ def _is_done(pair: Pair, to: Path, convention: str) -> bool:
 
 
 def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied | None:
-    """What an earlier call made of a pair with the same settings, scans and labels."""
-    records = ((to / pair.name / ORIGIN, ORIGIN_SCHEMA), (to / "rejected" / f"{pair.name}.json", SCHEMA))
-    for path, schema in records:
-        facts = read_json(path, schema) if path.exists() else {}
-        if facts and all(facts.get(key) == value for key, value in wanted.items()):
-            return Copied(pair.name, "rejected" if facts["reason"] else "kept", False, facts["reason"] or "", facts)
+    """The outcome of an earlier call for a pair, with the same settings, scans and labels."""
+    for path in (to / pair.name / ORIGIN, to / "rejected" / f"{pair.name}.json"):
+        if found := COPY_ORIGIN.find(path, wanted):
+            dice = (found.dice_before, found.dice_after)
+            return Copied(pair.name, "rejected" if found.reason else "kept", False, found.reason or "", dice)
     return None
 
 
 def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
-    """Register a pair and write the copy, or why there is none."""
+    """Register a pair and write the copy, or the reason why it is rejected."""
     begun, name = time.perf_counter(), pair.name
     reference, floating = (_read(case, wanted["convention"]) for case in (pair.reference, pair.floating))
     copy = register_copy(reference, floating, Settings())
@@ -236,16 +235,16 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
     rejected = to / "rejected" / f"{name}.json"
     if reason is not None:
         shutil.rmtree(to / name, ignore_errors=True)
-        write_json(rejected, SCHEMA, facts)
-        return Copied(name, "rejected", True, reason, facts)
+        COPY_ORIGIN.write(rejected, facts)
+        return Copied(name, "rejected", True, reason)
     with atomic_write(to / name) as partial:
         partial.mkdir()
         mark = PHANTOM_MARK if any(is_phantom(case.image) for case in (pair.reference, pair.floating)) else ""
         write_image(partial / IMAGE, copy.image, reference.image.native, mark)
         write_labels(partial / LABEL, copy.label, reference.image.native, mark)
-        write_json(partial / ORIGIN, ORIGIN_SCHEMA, facts)
+        COPY_ORIGIN.write(partial / ORIGIN, facts)
     rejected.unlink(missing_ok=True)
-    return Copied(name, "kept", True, facts=facts)
+    return Copied(name, "kept", True, dice=(copy.quality.dice_before, copy.quality.dice_after))
 
 
 def _read(case: Case, convention: str) -> Labelled:
@@ -257,8 +256,7 @@ def _read(case: Case, convention: str) -> Labelled:
     if case.label is None:
         raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
     image, label = read_image(case.image, case.id), read_labels(case.label, case.id, convention)
-    if not label.geometry.same_as(image.geometry):
-        raise InputError(case.label, "lies on another grid than its image", "Resample it onto the image's grid.")
+    check_grid(case.label, label.geometry, image.geometry)
     if not label.array.any():
-        raise InputError(case.label, "holds no kidney", "Leave the case out of the training, or mend its labels.")
+        raise InputError(case.label, "holds no kidney", "Leave the case out of the training, or fix its labels.")
     return Labelled(image, label)

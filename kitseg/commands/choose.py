@@ -1,4 +1,4 @@
-"""Which runs to average and how to clean their mean, found on cases that none of the networks saw."""
+"""Which runs to average and how to clean their mean, chosen on the runs' out-of-fold predictions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Validated:
 
     @property
     def name(self) -> str:
-        """What to call it in a table."""
+        """Its name in a table."""
         path = self.member.run.resolve()
         name = f"{path.parent.name}/{path.name}" if path.name.startswith("fold_") else path.name
         return name + (" mirrored" if self.member.mirror else "")
@@ -69,7 +69,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Search:
-    """What to choose from: members, the references of the cases that all of them have, the priors by name."""
+    """The search space: members, the references of the cases that all of them have, the priors by name."""
 
     members: Sequence[Validated]
     cases: Sequence[Case]
@@ -115,7 +115,7 @@ def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
 
 
 def rounds(search: Search) -> Iterator[list[Recipe]]:
-    """What to try next, given what was tried: every set of members, then one prior more or less until none helps."""
+    """The recipes to try next: every set of members, then one prior more or less until that improves nothing."""
     yield list(_first(search))
     while True:
         best = winner(search).recipe
@@ -136,12 +136,13 @@ def try_recipes(search: Search, recipes: Sequence[Recipe], jobs: int, on_done: C
     """
     given = (search.members, search.priors, search.convention, recipes)
     tasks = (delayed(_try_case)(case, *given) for case in search.cases)
-    scores: list[list[dict[str, float]]] = []
-    for found in in_parallel(tasks, jobs):
+
+    def done(found: list[dict[str, float]] | str) -> None:
         if isinstance(found, str):
             raise KitsegError(found)
-        scores.append(found)
         on_done()
+
+    scores = in_parallel(tasks, jobs, done)
     for number, recipe in enumerate(recipes):
         by_case = {case.id: found[number] for case, found in zip(search.cases, scores, strict=True)}
         search.tried[recipe] = Tried(recipe, mean_scores(by_case))
@@ -152,11 +153,11 @@ def winner(search: Search) -> Tried:
     return max(search.tried.values(), key=_order)
 
 
-def spare(path: Path) -> None:
-    """Never write over a file that ``write_choice`` didn't write.
+def check_choice_output(path: Path) -> None:
+    """Refuse to replace a file that ``write_choice`` didn't write.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it would be replaced.
     """
     if path.exists() and "\nchosen:\n" not in path.read_text(encoding="utf-8", errors="replace"):
         raise UsageError(f"{path} was not written by `kitseg choose`; give another name with --output")
@@ -243,10 +244,10 @@ def _toggled(steps: Steps, name: str) -> Steps:
 def _try_case(
     case: Case, members: Sequence[Validated], priors: Mapping[str, Any], convention: str, recipes: Sequence[Recipe]
 ) -> list[dict[str, float]] | str:
-    """A case's Dice for each recipe, or in words why there is none."""
+    """A case's Dice for each recipe, or the text of an error."""
     try:
         return _dice_of(case, members, priors, convention, recipes)
-    except Exception as error:  # it may come from a worker process, where a traceback says little
+    except Exception as error:  # in a worker process, whose traceback doesn't help
         return format_error(case.id, error)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +89,18 @@ def write_figures(path: Path, comparison: Comparison) -> None:
 
 
 def sentence(group: PairedGroup) -> str:
-    """The outcome for a group in plain words."""
+    """The outcome for a group as a sentence."""
     name, paired, verdict = f"{group.name} {group.stratum}".strip(), group.paired, group.verdict
     mean = signed(paired.mean)
     if paired.low is None or paired.high is None:
-        return f"{name}: too few cases to say ({paired.n}; it takes {FEWEST}); the mean of B − A is {mean}"
+        return f"{name}: too few cases to judge ({paired.n}; it takes {FEWEST}); the mean of B − A is {mean}"
     if verdict in ("A", "B"):
         sign, count = (1, paired.wins) if verdict == "B" else (-1, paired.losses)
         low, high = sorted((sign * paired.low, sign * paired.high))
-        facts = f"95 % CI {low:.3f} to {high:.3f}, p {p_words(group.p)}, {count} of {paired.n} cases"
+        facts = f"95 % CI {low:.3f} to {high:.3f}, p {format_p(group.p)}, {count} of {paired.n} cases"
         return f"{name}: {verdict} is better by {abs(paired.mean):.3f} ({facts})"
     tally = f"B better in {paired.wins}, A in {paired.losses} of {paired.n} cases"
-    facts = f"95 % CI {interval_words(paired)}, p {p_words(group.p)}, {tally}"
+    facts = f"95 % CI {format_interval(paired)}, p {format_p(group.p)}, {tally}"
     if verdict == "none":
         return f"{name}: no difference shown: the mean of B − A is {mean} ({facts})"
     return f"{name}: not settled, interval and test disagree: the mean of B − A is {mean} ({facts})"
@@ -112,12 +111,12 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−") if round(value, 3) else "0.000"
 
 
-def interval_words(paired: Paired) -> str:
+def format_interval(paired: Paired) -> str:
     """The 95 % interval, a dash where there is none."""
     return "–" if paired.low is None or paired.high is None else f"{signed(paired.low)} to {signed(paired.high)}"
 
 
-def p_words(p: float | None) -> str:
+def format_p(p: float | None) -> str:
     """A p value with its sign, such as ``= 0.012`` or ``< 0.001``; a dash where nothing was tested."""
     if p is None:
         return "–"
@@ -127,14 +126,14 @@ def p_words(p: float | None) -> str:
 def _read(path: Path) -> Side:
     """A score file, or the one in a folder."""
     found = _resolve(path)
-    return read_scores(found, partial(_side, found))
-
-
-def _side(path: Path, content: Mapping[str, Any]) -> Side:
-    cases = {case: {name: _dice(s["dice"]) for name, s in found.items()} for case, found in content["cases"].items()}
-    strata = {case: {k: str(v) for k, v in kinds.items()} for case, kinds in content.get("strata", {}).items()}
+    content, cases = read_scores(found), dict[str, dict[str, float]]()
+    for case, classes in content["cases"].items():
+        for name, figures in classes.items():
+            if (dice := figures.get("dice")) is None or not 0 <= dice <= 1:
+                raise InputError(found, f"{case} has a Dice of {dice} for {name}", "Make it with `kitseg evaluate`.")
+            cases.setdefault(case, {})[name] = dice
     background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
-    return Side(path, str(content["protocol"]), str(content["convention"]), cases, strata, background)
+    return Side(found, content["protocol"], content["convention"], cases, content["strata"], background)
 
 
 def _resolve(path: Path) -> Path:
@@ -147,12 +146,6 @@ def _resolve(path: Path) -> Path:
             return path / place
     places = " or ".join(str(place) for place in _PLACES)
     raise InputError(path, f"the folder holds no {places}", "Name a file of kitseg evaluate --json.")
-
-
-def _dice(value: Any) -> float:
-    if isinstance(value, bool) or not 0 <= value <= 1:  # NaN isn't either
-        raise ValueError(f"a Dice of {value}")
-    return float(value)
 
 
 def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:

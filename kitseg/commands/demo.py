@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kitseg.commands.score_files import SCHEMA
+from kitseg.commands.score_files import read_scores
 from kitseg.errors import KitsegError
 from kitseg.report.page import write_study_page
 from kitseg.report.pictures import case_picture
 from kitseg.runtime.device import versions
-from kitseg.runtime.files import atomic_write, read_json
+from kitseg.runtime.files import atomic_write
 from kitseg.volumes.nifti import read_image, read_labels
 
 Log = Callable[[str], None]
@@ -78,10 +78,11 @@ def demo_commands(scale: Scale) -> list[list[str]]:
 
 def write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
     """Write ``report.png`` and ``report.html`` of a demo; seconds: duration of its commands."""
-    scores = read_json(out / "scores.json", SCHEMA)
-    rows, pictures = [], {}
+    scores = read_scores(out / "scores.json")
+    rows: list[dict[str, str | float]] = []
+    pictures = {}
     for case, classes in scores["cases"].items():
-        rows.append({"case": case, **{name: score["dice"] for name, score in classes.items()}})
+        rows.append({"case": case, **{name: score["dice"] or 0.0 for name, score in classes.items()}})
         pictures[case] = out / "pictures" / f"{case}.png"
         ct = read_image(out / "test" / case / "imaging.nii.gz", case)
         truth = read_labels(out / "test" / case / "segmentation.nii.gz", case)
@@ -93,6 +94,6 @@ def write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
         f"Training: {stage}": out / "runs" / f"{METHOD}-{SIZE}" / "fold_0" / stage / "curves.png"
         for stage in ("coarse", "fine")
     }
-    mean = {name: score["dice"] for name, score in scores["mean"].items()}
+    mean = {name: score["dice"] or 0.0 for name, score in scores["mean"].items()}
     facts = {"Seconds": f"{seconds:.0f}", **versions(), "Commands": " · ".join(commands)}
     write_study_page(out / "report.html", "kitseg demo", rows, mean, pictures, facts, [RESEARCH_USE])

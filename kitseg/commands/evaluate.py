@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError, KitsegError, UsageError, format_error
+from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, to_kits19
-from kitseg.runtime.resume import Work, results
-from kitseg.runtime.sharding import Share
+from kitseg.runtime.resume import Work
 from kitseg.scoring.case import Metrics, score
 from kitseg.scoring.detection import Detection
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
@@ -24,16 +23,17 @@ from kitseg.types import Volume
 from kitseg.volumes.download import parse_cases
 from kitseg.volumes.kits import CLINICAL, case_name, find_labels, read_clinical
 from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.scan import check_grid
 
 PROTOCOL = "kits19"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What to score by.
+    """The rules to score by.
 
-    convention: of the label maps; distances: with what needs the surfaces and the single tumors and so takes seconds,
-    or Dice alone (for kits19).
+    convention: of the label maps; distances: also surface distances and detection, which take seconds, or Dice alone
+    (for kits19).
     """
 
     protocol: Protocol
@@ -65,7 +65,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoreGroup:
-    """Cases that are scored apart: all of them, a fold's, or a stratum's; mean Dice per class."""
+    """A group of cases: all of them, a fold's, or a stratum's; mean Dice per class."""
 
     kind: str
     name: str
@@ -75,12 +75,12 @@ class ScoreGroup:
 
 @dataclass(frozen=True)
 class Job:
-    """A case to score: its files, and further groups that it belongs to."""
+    """A case to score: its files, None for a missing prediction, and the clinical groups that it belongs to."""
 
     case: str
     prediction: Path | None
     reference: Path
-    clinical: Mapping[str, str]
+    clinical: Mapping[str, str] = field(default_factory=dict)
 
 
 def rules(protocol: str, convention: str | None) -> Rules:
@@ -97,7 +97,7 @@ def rules(protocol: str, convention: str | None) -> Rules:
 def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ()) -> tuple[list[Job], list[str]]:
     """The cases in ``predictions``, or the ``required`` ones, where a missing one counts as background.
 
-    And the references that are left out, since nothing was predicted for them and nobody required them.
+    And the references that are left out, since they have no prediction and aren't required.
 
     Raises:
         UsageError: no case to score, or a required case without a reference.
@@ -115,33 +115,31 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
 
 def score_work(jobs: Sequence[Job], rules: Rules) -> list[Work[Score]]:
     """The work on each case; one that fails doesn't stop the others."""
-    return [Work(job.case, (job.prediction, job.reference), partial(_safely, job, rules)) for job in jobs]
+    return [Work(job.case, (job.prediction, job.reference), partial(score_case, job, rules)) for job in jobs]
 
 
-def evaluate(jobs: Sequence[Job], rules: Rules, workers: int, on_done: Callable[[], None]) -> list[Score]:
-    """Score cases, several at a time; one that fails doesn't stop the others."""
-    return results(score_work(jobs, rules), None, Share(), workers, lambda _: on_done()) or []
-
-
-def score_case(case: str, prediction: Path | None, reference: Path, rules: Rules, clinical: Mapping[str, str]) -> Score:
-    """Score one case; a prediction that is missing or can't be used counts as background.
-
-    clinical: further groups that the case belongs to.
-    """
+def score_case(job: Job, rules: Rules) -> Score:
+    """Score one case; a prediction that is missing or can't be used counts as background. Never raises."""
     try:
-        truth = read_labels(reference, case, rules.convention)
-    except KitsegError as error:
-        return Score(case, {}, error=str(error))
-    missing, problem = prediction is None, ""
-    found = np.zeros_like(truth.array)
-    if prediction is not None:
+        truth = read_labels(job.reference, job.case, rules.convention)
+        found, problem = np.zeros_like(truth.array), ""
         try:
-            found = _on_grid(prediction, case, reference, truth)
+            if job.prediction is not None:
+                prediction = read_labels(job.prediction, job.case, None, strict=False)
+                check_grid(job.prediction, prediction.geometry, truth.geometry, str(job.reference))
+                found = prediction.array
         except KitsegError as error:
             problem = f"{error} It counts as background."
-    scored = _score(found, truth, rules)
-    cysts = (bool((found == CYST).any()), bool((truth.array == CYST).any()))
-    return replace(scored, missing=missing, error=problem, strata={**_strata(truth), **clinical}, cysts=cysts)
+        if rules.distances:
+            scored = score(found, truth.array, truth.geometry.spacing, rules.protocol, rules.convention)
+            metrics, detection = scored.metrics, scored.detection
+        else:
+            own, true = (rules.protocol.adopt(labels, rules.convention) for labels in (found, truth.array))
+            metrics, detection = {name: {"dice": dice} for name, dice in kits19_scores(own, true).items()}, None
+        strata, cysts = {**_strata(truth), **job.clinical}, (_has_cyst(found), _has_cyst(truth.array))
+        return Score(job.case, metrics, job.prediction is None, problem, strata, detection, cysts)
+    except Exception as error:  # the other cases continue, whatever the error
+        return Score(job.case, {}, error=format_error(job.case, error))
 
 
 def mean_dice(scores: Sequence[Score]) -> dict[str, float]:
@@ -163,24 +161,24 @@ def groups(scores: Sequence[Score], folds: Mapping[str, int]) -> list[ScoreGroup
 
 
 def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -> list[str]:
-    """What a reader of the scores must know: references without a prediction, and how cysts (label 3) were counted."""
+    """Notes on the scores: references without a prediction, and how cysts (label 3) were counted."""
     scored = [score for score in scores if score.classes]
     found, true = (sum(score.cysts[side] for score in scored) for side in (0, 1))
-    said, own = [], rules.protocol.convention
+    lines, own = [], rules.protocol.convention
     if unscored:
         names = ", ".join(unscored[:5]) + (" and so on" if len(unscored) > 5 else "")
-        said.append(f"{len(unscored)} references have no prediction and are not scored ({names}); --cases counts them")
+        lines.append(f"{len(unscored)} references have no prediction and are not scored ({names}); --cases counts them")
     if scored and rules.convention == "kits23" and own == "kits23" and not found:
         there = f"the references of {true} of {len(scored)} cases do" if true else "nor does a reference"
-        said.append(
+        lines.append(
             f"no prediction holds cysts (label 3), {there}: the mass of a model without cysts is its tumor alone; "
             "for references as KiTS19's, where cysts are kidney, give --convention kits19"
         )
     if rules.convention == "kits19" and own == "kits23":
-        said.append("label convention kits19: cysts are kidney in the references, so mass is the same as tumor")
+        lines.append("label convention kits19: cysts are kidney in the references, so mass is the same as tumor")
     if rules.convention == "kits19" and found:
-        said.append(f"label 3 in the predictions of {found} cases is background: convention kits19 doesn't know it")
-    return said
+        lines.append(f"label 3 in the predictions of {found} cases is background: convention kits19 has no such label")
+    return lines
 
 
 def required_cases(numbers: str | None, split: Path | None, fold: int | None) -> list[str]:
@@ -190,38 +188,14 @@ def required_cases(numbers: str | None, split: Path | None, fold: int | None) ->
         UsageError: both are given, or the split has no such cases.
     """
     if numbers and split:
-        raise UsageError("--cases and --split both say what must be there; give one of them")
+        raise UsageError("--cases and --split both name the required cases; give one of them")
     if numbers:
         return [case_name(number) for number in parse_cases(numbers)]
     return held_out(split, fold)
 
 
-def _safely(job: Job, rules: Rules) -> Score:
-    try:
-        return score_case(job.case, job.prediction, job.reference, rules, job.clinical)
-    except Exception as error:  # whatever it is, the other cases go on
-        return Score(job.case, {}, error=format_error(job.case, error))
-
-
-def _on_grid(prediction: Path, case: str, reference: Path, truth: Volume) -> NDArray[np.uint8]:
-    """Read a prediction that lies on the reference's grid.
-
-    Raises:
-        InputError: it doesn't, or it can't be read.
-    """
-    found = read_labels(prediction, case, None, strict=False)
-    if not found.geometry.same_as(truth.geometry, tolerance=0.1):
-        problem = f"lies on another grid than {reference} (shape or affine)"
-        raise InputError(prediction, problem, "Save it with the shape and affine of the scan.")
-    return found.array
-
-
-def _score(found: NDArray[np.uint8], truth: Volume, rules: Rules) -> Score:
-    if rules.distances:
-        scored = score(found, truth.array, truth.geometry.spacing, rules.protocol, rules.convention)
-        return Score(truth.case_id, scored.metrics, detection=scored.detection)
-    own, true = (rules.protocol.adopt(labels, rules.convention) for labels in (found, truth.array))
-    return Score(truth.case_id, {name: {"dice": dice} for name, dice in kits19_scores(own, true).items()})
+def _has_cyst(labels: NDArray[np.uint8]) -> bool:
+    return bool((labels == CYST).any())
 
 
 def _strata(truth: Volume) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the priors of post-processing do to true labels: the range of tumor shapes, and what each prior costs."""
+"""The priors of post-processing tried on reference labels: the range of tumor shapes, and what each prior removes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from joblib import delayed
 from numpy.typing import NDArray
 
 from kitseg.components import Components, bounding_box
-from kitseg.errors import InputError, KitsegError, UsageError, format_error
+from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import BACKGROUND, to_kits19
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.intensity import RemoveLowHuTumors
@@ -26,6 +26,7 @@ from kitseg.splits import read_split
 from kitseg.types import Box, Geometry, Masks
 from kitseg.volumes.kits import IMAGE, LABEL, find_labels
 from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.scan import check_grid
 
 SCHEMA = 1
 PERCENTILES = (5, 95)
@@ -36,7 +37,7 @@ NEED_CT: dict[str, Prior] = {"dark": RemoveLowHuTumors()}
 
 @dataclass(frozen=True)
 class TrueTumor:
-    """A tumor component of a true label map; ratio: λ₁/λ₂; stays: whether it outlives each prior tried on it."""
+    """A tumor component of a reference; ratio: λ₁/λ₂; stays: whether each prior keeps it."""
 
     case: str
     voxels: int
@@ -46,8 +47,8 @@ class TrueTumor:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A case's tumors; ``error`` says why where its files can't be used."""
+class CaseTumors:
+    """A case's tumors, or the ``error`` that there was."""
 
     case: str
     tumors: Sequence[TrueTumor] = ()
@@ -56,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class PriorCost:
-    """What a prior takes from the tumor components, ml and cases with tumor that it was tried on.
+    """What a prior removes of the tumor components, ml and cases that it was tried on.
 
     lost_cases: those that lose all their tumor.
     """
@@ -73,13 +74,13 @@ class PriorCost:
 
 @dataclass(frozen=True)
 class Fit:
-    """The 5th and 95th percentile of the ratios of ``tumors`` tumors, and what every prior costs."""
+    """The 5th and 95th percentile of the ratios of ``tumors`` tumors, and the cost of every prior."""
 
     low: float
     high: float
     tumors: int
     costs: Sequence[PriorCost]
-    findings: Sequence[Finding]
+    findings: Sequence[CaseTumors]
 
 
 def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[str, Path]:
@@ -102,19 +103,16 @@ def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[
     return {case: labels[case] for case in folds[fold].train}
 
 
-def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: Callable[[Finding], None]) -> Fit:
+def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: Callable[[CaseTumors], None]) -> Fit:
     """The range of the tumors' eigenvalue ratios (components of 10 voxels or more, native grids) and what priors cost.
 
-    A case at a time in each of ``jobs`` processes; ``on_done`` hears of each in their order.
+    In ``jobs`` processes; ``on_done`` is called after each case.
 
     Raises:
         KitsegError: no tumor is large enough to have a shape.
     """
     tasks = (delayed(find_tumors)(case, path.absolute(), convention) for case, path in labels.items())
-    findings: list[Finding] = []
-    for finding in in_parallel(tasks, jobs):
-        findings.append(finding)
-        on_done(finding)
+    findings = in_parallel(tasks, jobs, on_done)
     tumors = [tumor for finding in findings for tumor in finding.tumors]
     ratios = [tumor.ratio for tumor in tumors if tumor.voxels >= MIN_VOXELS]
     if not ratios:
@@ -125,18 +123,18 @@ def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: 
     return Fit(low, high, len(ratios), _costs(tumors, KeepTumorShape(low, high)), findings)
 
 
-def find_tumors(case: str, path: Path, convention: str) -> Finding:
-    """The tumors of a label map and what priors do to each; never raises for a file that can't be used."""
+def find_tumors(case: str, path: Path, convention: str) -> CaseTumors:
+    """The tumors of a label map and which priors keep each. Never raises."""
     try:
         labels = read_labels(path, case, convention)
         box = bounding_box(labels.array != BACKGROUND)
         if box is None:
-            return Finding(case)
+            return CaseTumors(case)
         array = labels.array[box.slices]
         masks = Masks.from_labels(to_kits19(array) if convention == "kits23" else array)
-        return Finding(case, _tumors(case, masks, _ct_beside(path, labels.geometry, box), labels.geometry))
-    except Exception as error:  # whatever it is, the other cases go on
-        return Finding(case, error=format_error(path, error))
+        return CaseTumors(case, _tumors(case, masks, _ct_beside(path, labels.geometry, box), labels.geometry))
+    except Exception as error:  # the other cases continue, whatever the error
+        return CaseTumors(case, error=format_error(path, error))
 
 
 def write_fit(path: Path, fit: Fit) -> None:
@@ -154,8 +152,7 @@ def _ct_beside(path: Path, geometry: Geometry, box: Box) -> NDArray[Any] | None:
     if path.name != LABEL or not image.exists():
         return None
     scan = read_image(image, path.parent.name)
-    if not scan.geometry.same_as(geometry, tolerance=0.1):
-        raise InputError(image, f"lies on another grid than {LABEL} (shape or affine)", "Run `kitseg check`.")
+    check_grid(path, geometry, scan.geometry)
     return scan.array[box.slices]
 
 
@@ -191,7 +188,7 @@ def _costs(tumors: Sequence[TrueTumor], fitted: KeepTumorShape) -> list[PriorCos
 
 
 def _cost(name: str, prior: Any, tumors: Sequence[TrueTumor], stays: Sequence[bool] | NDArray[np.bool_]) -> PriorCost:
-    kept = [tumor for tumor, stay in zip(tumors, stays, strict=True) if stay]
+    left = [tumor for tumor, stay in zip(tumors, stays, strict=True) if stay]
     lost = [tumor for tumor, stay in zip(tumors, stays, strict=True) if not stay]
     cases = {tumor.case for tumor in tumors}
     return PriorCost(
@@ -202,5 +199,5 @@ def _cost(name: str, prior: Any, tumors: Sequence[TrueTumor], stays: Sequence[bo
         cases=len(cases),
         lost_tumors=len(lost),
         lost_ml=sum(tumor.ml for tumor in lost),
-        lost_cases=len(cases - {tumor.case for tumor in kept}),
+        lost_cases=len(cases - {tumor.case for tumor in left}),
     )

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kitseg.commands.case_record import forget, read_record, write_record
 from kitseg.errors import UsageError
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import forget, read_record, recipe, refuse_overwrite, write_record
+from kitseg.runtime.provenance import recipe, refuse_overwrite
 from kitseg.types import Probabilities
 from kitseg.volumes.blocks import block_cases, block_digest, read_block, read_manifest, scan_of
 from kitseg.volumes.nifti import read_image, write_labels
@@ -44,7 +45,7 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
         refuse_scan_overwrite(path, result)
         made = {"recipe": recipe(**facts, block=block_digest(folder, case)), "scan_sha256": digest}
         if before := read_record(to / f"{case}.json", made):
-            return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.get("volumes_ml"))
+            return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.volumes_ml)
         probabilities = read_block(folder, case)
         labels = clean(probabilities, read_image(path, case), steps)
         return write_case(to, labels, probabilities, {"scan": path.name, **facts}, made)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
+from kitseg.commands.case_record import CaseRecord, read_record
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
-from kitseg.measurement.quality import Flag, Quality
 from kitseg.models.members import Ensemble
 from kitseg.models.memory import Limit
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import read_record, recipe, refuse_overwrite
+from kitseg.runtime.provenance import recipe, refuse_overwrite
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.workers import Log
 from kitseg.splits import held_out
@@ -123,14 +123,10 @@ class CasePredictor:
         write_segmentation(path, labels, series, algorithm, self.options.keep_identifiers)
 
 
-def _as_before(facts: Mapping[str, Any], record: Path) -> Outcome:
-    """The outcome of a case that its record holds."""
-    found = facts["quality"]
-    quality = Quality(tuple(Flag(**flag) for flag in found["flags"]), found["phase"])
-    note = "; ".join(filter(None, [facts["note"], UNCHANGED]))
-    return Outcome(
-        facts["case"], note=note, result=record.with_suffix(".nii.gz"), volumes_ml=facts["volumes_ml"], quality=quality
-    )
+def _as_before(before: CaseRecord, record: Path) -> Outcome:
+    """The outcome that a case had, by its record."""
+    note, labels = "; ".join(filter(None, [before.note, UNCHANGED])), record.with_suffix(".nii.gz")
+    return Outcome(before.case, note=note, result=labels, volumes_ml=before.volumes_ml, quality=before.quality)
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:

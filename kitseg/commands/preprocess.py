@@ -1,11 +1,10 @@
-"""Cases onto the grids that a method needs."""
+"""Resample cases onto the grids that a method needs."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from joblib import delayed
@@ -23,7 +22,7 @@ HOURS = 4 * 3600.0  # seconds that another fold, or another call, may take to pr
 
 @dataclass(frozen=True)
 class Stored:
-    """What became of a case on one grid: ``done``, ``unchanged`` or, with ``error`` set, ``failed``."""
+    """The state of a case on one grid: ``done``, ``unchanged`` or, with ``error`` set, ``failed``."""
 
     case: str
     grid: str
@@ -32,7 +31,7 @@ class Stored:
 
 
 def method_grids(method: Method) -> list[Grid]:
-    """The grids of a method's stages, each once, however values return from it."""
+    """The grids of a method's stages, each once."""
     return list({str(stage.grid): stage.grid for stage in method.stages.values()}.values())
 
 
@@ -47,14 +46,15 @@ def preprocess(
 ) -> list[Stored]:
     """Store every case on every grid, in parallel; a broken case doesn't stop the others.
 
-    The folder is claimed where there is something to do, as for a broken case there always is; what another process,
-    such as that of another fold, has done there meanwhile is left as it is. part: of the work, such as ``2/8``.
+    The folder is locked only if some case isn't stored yet; what another process, such as that of another fold, stores
+    meanwhile is kept. part: of the work, such as ``2/8``.
 
     Raises:
-        KitsegError: the disk is too small, a worker was killed, or another process is busy there for hours.
+        KitsegError: the disk is too small, a worker was killed, or another process writes there for hours.
     """
-    to = to.absolute()  # worker processes may stand in another folder
-    outcomes, stale = [], []
+    to = to.absolute()  # worker processes may have another working folder
+    outcomes: list[Stored] = []
+    stale: list[Case] = []
     for case in cases:
         files = CaseFiles(case, convention, contrast)
         if all(is_fresh(files, to / str(grid) / case.id, grid) for grid in grids):
@@ -63,13 +63,17 @@ def preprocess(
             stale.append(case)
     for outcome in outcomes:
         on_done(outcome)
+
+    def done(stored: Sequence[Stored]) -> None:
+        outcomes.extend(stored)
+        for outcome in stored:
+            on_done(outcome)
+
     if stale:
         tasks = (delayed(_store)(case, grids, to, convention) for case in stale)
         with folder_lock(to, "preprocessed cases", part, wait=HOURS):
             _check_disk(stale, grids, to)
-            for outcome in chain.from_iterable(in_parallel(tasks, jobs, ordered=False)):
-                outcomes.append(outcome)
-                on_done(outcome)
+            in_parallel(tasks, jobs, done, ordered=False)
     return sorted(outcomes, key=lambda o: (o.case, o.grid))
 
 
@@ -99,6 +103,6 @@ def _store(case: Case, grids: Sequence[Grid], to: Path, convention: str) -> list
         try:
             state = "done" if store_case(files, to / str(grid) / case.id, grid) else "unchanged"
             outcomes.append(Stored(case.id, str(grid), state))
-        except Exception as error:  # whatever it is, the other cases go on
+        except Exception as error:  # the other cases continue, whatever the error
             outcomes.append(Stored(case.id, str(grid), "failed", format_error(case.image, error)))
     return outcomes

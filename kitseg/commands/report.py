@@ -1,8 +1,7 @@
-"""Pages to look at: one a case, and one about all of them."""
+"""HTML pages of label maps: one for each case, and one of all cases."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.errors import UsageError
+from kitseg.commands.case_record import CaseRecord
+from kitseg.errors import KitsegError, UsageError
 from kitseg.measurement.measure import measure
-from kitseg.measurement.quality import LEVELS, Flag, Quality, assess
+from kitseg.measurement.quality import Quality, assess
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name, refuse_overwrite
 from kitseg.report.scores import ScoreTable, StudyScores
@@ -25,6 +25,7 @@ from kitseg.report.slices import Scene
 from kitseg.report.study_page import CaseRow, thumbnail, write_study
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.outcomes import without_paths
+from kitseg.runtime.provenance import FileFormat
 from kitseg.runtime.resume import Work
 from kitseg.types import Case, Geometry, Volume
 from kitseg.volumes.kits import find_labels
@@ -32,11 +33,12 @@ from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid, read_scan, scan_digest, scans_of_labels
 
 _CONVENTION = "kits23"  # cysts may be there or not
+_ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
 
 
 @dataclass(frozen=True)
 class PageTask:
-    """A case to make a page of: its labels, its scan where there is one, its scores."""
+    """A case for a page: its labels, its scan where there is one, its scores."""
 
     case: str
     labels: Path
@@ -45,8 +47,8 @@ class PageTask:
     to: Path
 
     @property
-    def told(self) -> Path:
-        """The file beside the labels in which ``kitseg predict`` says how they came about; other tools write none."""
+    def record(self) -> Path:
+        """The record of ``kitseg predict`` beside the labels; other tools write none."""
         return self.labels.with_name(self.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
 
@@ -55,7 +57,7 @@ def plan_pages(predictions: Path, data: Sequence[Path], scores: StudyScores, to:
 
     Raises:
         InputError: a path is missing or holds nothing of the kind.
-        UsageError: two files of one name, scans of none of the cases, or pages of another origin in the way.
+        UsageError: two files of one name, scans of none of the cases, or files that kitseg did not write in the way.
     """
     labels, scans = find_labels(predictions), scans_of_labels(data)
     if data and not labels.keys() & scans.keys():
@@ -76,7 +78,7 @@ def page_work(tasks: Sequence[PageTask]) -> list[Work[CaseRow]]:
     return [
         Work(
             task.case,
-            (task.labels, task.told, *(task.scan.files if task.scan else ())),
+            (task.labels, task.record, *(task.scan.files if task.scan else ())),
             partial(make_page, task),
             task.to / page_name(task.case),
         )
@@ -94,7 +96,7 @@ def make_page(task: PageTask) -> CaseRow:
     """Write a case's page; its row of the study."""
     try:
         return _make_page(task)
-    except Exception as error:  # whatever it is, the other cases go on
+    except Exception as error:  # the other cases continue, whatever the error
         paths = [task.labels, task.to, *([task.scan.image] if task.scan else [])]
         return CaseRow(task.case, error=without_paths(task.case, error, paths, task.scan), scores=task.scores)
 
@@ -107,15 +109,15 @@ def _make_page(task: PageTask) -> CaseRow:
     reference = _reference(task, labels)
     scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference)
     findings = measure(scene.labels, scene.geometry, scene.hu)
-    told = _told(task, scene.geometry)
-    quality = told.quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
-    content = CaseContent(task.case, scene, findings, quality, task.scores, told.facts, told.notes)
+    made = _provenance(task, scene.geometry)
+    quality = made.quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
+    content = CaseContent(task.case, scene, findings, quality, task.scores, made.facts, made.notes)
     write_case_page(task.to / page_name(task.case), content)
     return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
 
 
 def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
-    """The case's reference label map, unless it is the very file that the page is about."""
+    """The case's reference label map, unless it is the same file as the labels."""
     path = task.scan.label if task.scan else None
     if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
         return None
@@ -125,72 +127,56 @@ def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """How labels came about: the flags that they came with, facts by name, and what the reader must know of that."""
+class _Provenance:
+    """How labels were made: the flags that they came with, facts by name, notes for the page."""
 
     quality: Quality | None
     facts: Mapping[str, str]
     notes: Sequence[str]
 
 
-def _told(task: PageTask, geometry: Geometry) -> _Told:
-    """What is told by the file beside a label map, where there is one."""
-    path = task.told
+def _provenance(task: PageTask, geometry: Geometry) -> _Provenance:
+    """What the record beside a label map states, where there is one."""
     digest, scan = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
-    if not path.exists():
-        unknown = "The labels came without a file that says how they were made."
-        return _Told(None, _facts(task, geometry, {}, digest, scan), [unknown])
-    try:
-        origin = json.loads(path.read_text(encoding="utf-8"))
-        quality = _quality_in(origin, digest)
-        return _Told(quality, _facts(task, geometry, origin, digest, scan), _notes(origin, digest, scan))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        unusable = f"{path.name} beside the labels can't be used, so that it isn't known how they were made."
-        return _Told(None, _facts(task, geometry, {}, digest, scan), [unusable])
+    record, notes = CaseRecord(), ["The labels came without a file that states how they were made."]
+    if task.record.exists():
+        try:
+            record = _ANY_RECORD.read(task.record)
+            notes = _notes(record, digest, scan)
+        except KitsegError:
+            notes = [f"{task.record.name} beside the labels can't be used: it isn't known how they were made."]
+    quality = record.quality if record.labels_sha256 in (None, digest) else None
+    return _Provenance(quality, _facts(task, geometry, record, digest, scan), notes)
 
 
-def _quality_in(origin: Mapping[str, Any], digest: str) -> Quality | None:
-    """The flags that a prediction came with, as long as its labels are still the same."""
-    found = origin.get("quality")
-    if not found or origin.get("labels_sha256", digest) != digest:
-        return None
-    if any(flag["level"] not in LEVELS for flag in found["flags"]):
-        raise ValueError("a flag of no level")
-    return Quality(tuple(Flag(str(f["name"]), f["level"], str(f["reason"])) for f in found["flags"]), found["phase"])
-
-
-def _notes(origin: Mapping[str, Any], digest: str, scan: str | None) -> list[str]:
-    """What the reader must know of a prediction."""
-    notes = [f"{origin['note'][:1].upper()}{origin['note'][1:]}."] if origin.get("note") else []
-    if origin.get("labels_sha256", digest) != digest:
-        notes.append("The labels were changed since they were predicted; the flags are about what they are now.")
-    if scan and origin.get("scan_sha256") not in (None, scan):
+def _notes(record: CaseRecord, digest: str, scan: str | None) -> list[str]:
+    notes = [f"{record.note[:1].upper()}{record.note[1:]}."] if record.note else []
+    if record.labels_sha256 not in (None, digest):
+        notes.append("The labels were changed since they were predicted; the flags describe the changed labels.")
+    if scan and record.scan_sha256 not in (None, scan):
         notes.append("The scan on this page is not the file that the labels were predicted from.")
     return notes
 
 
-def _facts(
-    task: PageTask, geometry: Geometry, origin: Mapping[str, Any], digest: str, scan: str | None
-) -> dict[str, str]:
-    """How the labels came about, by name."""
+def _facts(task: PageTask, geometry: Geometry, record: CaseRecord, digest: str, scan: str | None) -> dict[str, str]:
+    """How the labels were made, by name."""
     facts = {}
-    scan = scan or origin.get("scan_sha256")
-    if scan:
+    if scan := scan or record.scan_sha256:
         own = "" if task.scan is None else task.scan.id if task.scan.slices else task.scan.image.name
-        facts["Scan"] = f"{origin.get('scan') or own}\nsha256 {scan}"
+        facts["Scan"] = f"{record.scan or own}\nsha256 {scan}"
     depth, height, width = geometry.shape
     down, along, across = geometry.spacing
     facts["Grid"] = f"{width} × {height} × {depth} voxels of {across:.3g} × {along:.3g} × {down:.3g} mm"
     facts["Labels"] = f"{task.labels.name}\nsha256 {digest}"
-    for number, model in enumerate(origin.get("models", []), 1):
+    for number, model in enumerate(record.models, 1):
         facts[f"Model {number}"] = _model(model)
-    if origin:
-        facts["Predicted with"] = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    if record.versions:
+        facts["Predicted with"] = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return {**facts, **_page_facts()}
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    """A model in words: name, folds, weight, configuration and version."""
+    """A model's name, folds, weight, configuration and version."""
     parts = [Path(model["path"]).name]
     if model.get("folds"):
         parts.append(f"folds {', '.join(map(str, model['folds']))}")

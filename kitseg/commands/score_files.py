@@ -1,22 +1,52 @@
-"""Scores on disk: one JSON file for programs, one table for people."""
+"""Scores on disk: a JSON file and a CSV table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 from kitseg.commands.evaluate import Rules, Score, groups, notes
-from kitseg.errors import InputError
 from kitseg.runtime import files
+from kitseg.runtime.provenance import FileFormat
 from kitseg.scoring.detection import tally
 from kitseg.scoring.summary import Summary, summarize
 
-SCHEMA = 1
-_REMEDY = "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`."
+Value = TypeVar("Value")
+_ByFigure = dict[str, dict[str, Value]]  # of each class
 
-View = TypeVar("View")
+
+class _Group(TypedDict):
+    kind: str
+    name: str
+    cases: int
+    dice: dict[str, float]
+
+
+class _DetectionBySize(TypedDict, total=False):
+    sizes: dict[str, dict[str, int | float | None]]
+
+
+class ScoreFile(TypedDict):
+    """The part of a file of ``write_scores`` that is read again; all else is for other programs."""
+
+    protocol: str
+    convention: str
+    cases: dict[str, _ByFigure[float | None]]
+    mean: _ByFigure[float | None]
+    groups: list[_Group]
+    strata: dict[str, dict[str, str]]
+    median: NotRequired[_ByFigure[float | None]]
+    ci95: NotRequired[_ByFigure[tuple[float, float] | None]]
+    undefined: NotRequired[_ByFigure[int]]
+    detection: NotRequired[_DetectionBySize]
+    missing: NotRequired[list[str]]
+    failed: NotRequired[dict[str, str]]
+    notes: NotRequired[list[str]]
+
+
+_FORMAT = FileFormat(ScoreFile, 1, "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`.")
 
 
 def score_summary(scores: Sequence[Score]) -> dict[str, dict[str, Summary]]:
@@ -54,23 +84,20 @@ def write_scores(
     content["detection"] = _detection(scores)
     content["strata"] = {s.case: dict(s.strata) for s in scores if s.strata}
     content["folds"] = dict(folds or {})
-    content["groups"] = [{**asdict(group), "dice": dict(group.dice)} for group in groups(scores, folds or {})]
+    content["groups"] = groups(scores, folds or {})
     content["missing"] = [score.case for score in scores if score.missing]
     content["failed"] = {score.case: score.error for score in scores if score.error}
     content["notes"] = notes(scores, rules, unscored)
-    files.write_json(path, SCHEMA, content)
+    _FORMAT.write(path, content)
 
 
-def read_scores(path: Path, view: Callable[[Mapping[str, Any]], View]) -> View:
-    """What a view finds in the JSON that ``write_scores`` wrote.
+def read_scores(path: Path) -> ScoreFile:
+    """Read a file of ``write_scores``.
 
     Raises:
-        InputError: missing, damaged, of another schema, or without what the view looks for.
+        InputError: missing, damaged, or of another schema.
     """
-    try:
-        return view(files.read_json(path, SCHEMA))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(path, f"is no score file ({type(error).__name__}: {error})", _REMEDY) from error
+    return _FORMAT.read(path)
 
 
 def write_score_table(path: Path, scores: Sequence[Score]) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kitseg import config
-from kitseg.commands.evaluate import PROTOCOL, Rules, Score, score_case
+from kitseg.commands.case_record import read_record
+from kitseg.commands.evaluate import PROTOCOL, Job, Rules, Score, score_case
 from kitseg.commands.infer import manifest_of
 from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import write_scores
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import SCHEMA, Run, find_run, move_aside
@@ -20,7 +21,6 @@ from kitseg.runtime.console import print_plain
 from kitseg.runtime.files import file_digest, identity, read_json
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import read_record
 from kitseg.scoring.protocols import PROTOCOLS
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
@@ -147,7 +147,7 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
         case = by_id[name]
         there = validation.label(case) if validation.is_done(fold, case) else None
         groups = validation.clinical.get(name, {})
-        scores.append(score_case(name, there, case.label or case.image, rules, groups))
+        scores.append(score_case(Job(name, there, case.label or case.image, groups), rules))
         on_done()
     write_scores(validation.run.scores(validation.mirror), scores, rules, folds)
     return scores
@@ -168,10 +168,11 @@ def _check_unseen(run: Run, fold: int, split: Split) -> None:
 def _is_kept(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> bool:
     """Whether a fold's probabilities are kept: computed alike, or all by the same weights on another machine."""
     to = validation.probabilities(fold)
-    if not (to / MANIFEST).exists():
+    try:
+        if is_made_by(to, manifest):
+            return True
+    except InputError:  # missing, or of an earlier version
         return False
-    if is_made_by(to, manifest):
-        return True
     kept = _same_but_for_machine(read_manifest(to), manifest) and all(
         validation.is_done(fold, case) for case in validation.cases[fold]
     )
@@ -185,13 +186,9 @@ def _same_but_for_machine(manifest: Mapping[str, Any], other: Mapping[str, Any])
 
     def made(manifest: Mapping[str, Any]) -> str:
         model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}
-        parts = {**manifest, "model": model, "versions": manifest["versions"]["kitseg"]}
-        return identity({key: value for key, value in parts.items() if key != "schema"})
+        return identity({**manifest, "model": model, "versions": manifest["versions"].get("kitseg")})
 
-    try:
-        return made(manifest) == made(other)
-    except (KeyError, TypeError, AttributeError):  # of an earlier version
-        return False
+    return made(manifest) == made(other)
 
 
 def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDone) -> list[Outcome]:

@@ -207,7 +207,7 @@ def model_facts(model: Model | Run) -> dict[str, Any]:
     """A run's training: whether it was trained on phantoms, and with which version."""
     run = model.run if isinstance(model, Model) else model
     info = run.read_info()
-    return {"phantom": info["phantom"], "trained_with": info["kitseg"]}
+    return {"phantom": info.phantom, "trained_with": info.kitseg}
 
 
 def origin(model: Model) -> dict[str, Any]:

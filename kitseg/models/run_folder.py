@@ -1,12 +1,12 @@
 """Every path of a training run, in one place, and what is written there.
 
 ``runs/<name>/``: ``config.yaml`` (resolved), ``run.json``, ``splits.json``, ``fold_<k>/<stage>/``, and for
-out-of-fold predictions ``fold_<k>/<stage>/inner_<i>/``. A stage's folder holds ``places.json`` (where it looks),
-``guides/`` (what it is told), ``best/`` (weights), ``last.ckpt`` (full state; ``previous.ckpt`` the one
-before it, until it is finished), ``history.csv``, ``curves.png``, ``tensorboard/``, and ``done.json`` once it is
+out-of-fold predictions ``fold_<k>/<stage>/inner_<i>/``. A stage's folder holds ``places.json`` (the region of each
+case), ``guides/`` (further input channels), ``best/`` (weights), ``last.ckpt`` (full state; ``previous.ckpt`` the one
+before it, until the stage is finished), ``history.csv``, ``curves.png``, ``tensorboard/``, and ``done.json`` once it is
 finished. A stage trained in rounds has all this in ``round_<r>/``.
 Cross-validation adds ``fold_<k>/validation/`` (probabilities of the fold's validation cases) and ``validation/`` (label
-maps of all folds, ``scores.json``); ``validation-mirror/`` where each scan was seen mirrored, too.
+maps of all folds, ``scores.json``); ``validation-mirror/`` with test-time augmentation.
 """
 
 from __future__ import annotations
@@ -14,18 +14,60 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kitseg.errors import InputError, UsageError
-from kitseg.runtime.files import read_json
+from kitseg.measurement.quality import TrainingDomain
+from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
 _REMEDY = "Restore it, or train again with --restart."
 
 
 @dataclass(frozen=True)
+class RunInfo:
+    """``run.json``: the version that trained, whether phantoms are among the cases, the cases, the training domain.
+
+    A bundle's has no cases; ``experience`` is None where no case shows a kidney.
+    """
+
+    kitseg: str
+    phantom: bool
+    cases: tuple[str, ...] = ()
+    experience: TrainingDomain | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's file below its stage's folder, its hash, its validation score."""
+
+    file: str
+    sha256: str
+    val_score: float | None = None
+
+    def __post_init__(self) -> None:
+        path = Path(self.file)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{self.file} is not in this folder")
+
+
+@dataclass(frozen=True)
+class TrainedState:
+    """``done.json``: the best checkpoints, best first, and the probability from which foreground counts, if chosen."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    threshold: float | None
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise ValueError("no checkpoints")
+
+
+RUN_INFO, TRAINED_STATE = FileFormat(RunInfo, SCHEMA, _REMEDY), FileFormat(TrainedState, SCHEMA, _REMEDY)
+
+
+@dataclass(frozen=True)
 class StageFolder:
-    """Where one training of one stage lives."""
+    """The folder of one training of one stage."""
 
     path: Path
 
@@ -36,7 +78,7 @@ class StageFolder:
 
     @property
     def last(self) -> Path:
-        """Full state to go on from."""
+        """Full state to resume from."""
         return self.path / "last.ckpt"
 
     @property
@@ -46,21 +88,21 @@ class StageFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to resume from."""
         return self.last.exists() or self.previous.exists()
 
     @property
     def places(self) -> Path:
-        """Where this stage looks at each case."""
+        """This stage's region of each case."""
         return self.path / "places.json"
 
     def guide(self, case: str) -> Path:
-        """What this stage is told about a case by the stage before it."""
+        """A case's further input channels, made from the earlier stage's output."""
         return self.path / "guides" / f"{case}.npy"
 
     @property
     def done(self) -> Path:
-        """Written last; its presence says that the training is finished."""
+        """Written last; while it is missing the training is not finished."""
         return self.path / "done.json"
 
     def inner(self, number: int) -> StageFolder:
@@ -77,7 +119,7 @@ class StageFolder:
         Raises:
             InputError: missing or damaged.
         """
-        return self._finished()[1]
+        return TRAINED_STATE.read(self.done).threshold
 
     def checkpoints(self) -> list[tuple[Path, str]]:
         """The finished training's best checkpoints with their hashes, best first.
@@ -86,25 +128,11 @@ class StageFolder:
             InputError: not finished, damaged, or a checkpoint is missing.
         """
         if not self.done.exists():
-            raise InputError(self.path, "is not trained to its end", "Call `kitseg train` again: it goes on.")
-        rows, _ = self._finished()
-        for path, _ in rows:
-            if not path.exists():
-                raise InputError(path, "is missing", _REMEDY)
+            raise InputError(self.path, "is not trained to its end", "Call `kitseg train` again: it resumes.")
+        rows = [(self.path / row.file, row.sha256) for row in TRAINED_STATE.read(self.done).checkpoints]
+        if missing := next((path for path, _ in rows if not path.exists()), None):
+            raise InputError(missing, "is missing", _REMEDY)
         return rows
-
-    def _finished(self) -> tuple[list[tuple[Path, str]], float | None]:
-        """The checkpoints with their hashes, and the threshold."""
-        content = read_json(self.done, SCHEMA)
-        try:
-            rows = [(self.path / _below(row["file"]), str(row["sha256"])) for row in content["checkpoints"]]
-            threshold = None if content["threshold"] is None else float(content["threshold"])
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(self.done, f"doesn't say how the training ended ({reason})", _REMEDY) from error
-        if not rows:
-            raise InputError(self.done, "names no checkpoint", _REMEDY)
-        return rows, threshold
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,7 @@ class Run:
 
     @property
     def info(self) -> Path:
-        """What the run learned from."""
+        """The facts of its training."""
         return self.path / "run.json"
 
     @property
@@ -128,24 +156,24 @@ class Run:
         """The split that the run was trained with."""
         return self.path / "splits.json"
 
-    def read_info(self) -> dict[str, Any]:
-        """What the run learned from.
+    def read_info(self) -> RunInfo:
+        """The facts of its training.
 
         Raises:
             InputError: missing or damaged.
         """
-        return read_json(self.info, SCHEMA)
+        return RUN_INFO.read(self.info)
 
     def stage(self, fold: int, stage: str) -> StageFolder:
-        """Where a stage of a fold lives."""
+        """The folder of a stage of a fold."""
         return StageFolder(self.fold(fold) / stage)
 
     def fold(self, number: int) -> Path:
-        """Where a fold lives."""
+        """A fold's folder."""
         return self.path / f"fold_{number}"
 
     def beliefs(self, fold: int, mirror: bool) -> Path:
-        """Probabilities of a fold's validation cases; ``mirror``: each scan was seen mirrored, too."""
+        """Probabilities of a fold's validation cases; ``mirror``: with test-time augmentation."""
         return self.fold(fold) / _validation(mirror)
 
     def validation(self, mirror: bool) -> Path:
@@ -160,14 +188,6 @@ class Run:
         """The folds in which ``stage`` is finished."""
         numbers = (int(p.name[5:]) for p in self.path.glob("fold_*") if p.name[5:].isdigit())
         return sorted(n for n in numbers if self.stage(n, stage).done.exists())
-
-
-def _below(name: str) -> Path:
-    """A file in the folder that names it, never one outside."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{name} is not in this folder")
-    return path
 
 
 def _validation(mirror: bool) -> str:

@@ -37,32 +37,13 @@ class StudyScores:
 
 
 def study_scores(content: Mapping[str, Any]) -> StudyScores:
-    """Convert the content of a file of ``kitseg evaluate --json``.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: it contains no scores.
-    """
+    """What to show of a file of ``kitseg evaluate --json``, as ``score_files.read_scores`` reads it."""
     groups = content["groups"]
     kinds = dict.fromkeys(group["kind"] for group in groups)
     order = {kind: tuple(group["name"] for group in groups if group["kind"] == kind) for kind in kinds}
     tables = (_summary(content), _groups(groups), _detection(content.get("detection", {})))
     shown = tuple(table for table in tables if table.rows)
-    return StudyScores(_cases(content["cases"]), shown, _strata(content["strata"]), order, _notes(content))
-
-
-def _cases(cases: Mapping[str, Any]) -> dict[str, ScoreTable]:
-    """The metrics of each case by class, numbers or None."""
-    return {
-        case: {
-            name: {metric: None if value is None else float(value) for metric, value in metrics.items()}
-            for name, metrics in classes.items()
-        }
-        for case, classes in cases.items()
-    }
-
-
-def _strata(strata: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    return {case: {kind: str(name) for kind, name in kinds.items()} for case, kinds in strata.items()}
+    return StudyScores(content["cases"], shown, content["strata"], order, _notes(content))
 
 
 def display_name(name: str) -> str:

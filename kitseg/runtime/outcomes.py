@@ -1,9 +1,9 @@
-"""A verb's work, case by case: what became of each."""
+"""A command's work case by case, here or in parallel, and the outcome of each case."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +12,7 @@ from joblib import Parallel
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kitseg.errors import InputError, KitsegError, format_error
+from kitseg.runtime.dask import cluster_results, connected
 from kitseg.runtime.signals import raise_again
 from kitseg.types import Case
 
@@ -25,7 +26,7 @@ UNCHANGED = "unchanged"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case; ``error`` says why where there is no result."""
+    """The outcome of a case: its result, or the ``error`` that there was."""
 
     case: str
     error: str = ""
@@ -43,7 +44,7 @@ def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> l
         begun = time.perf_counter()
         try:
             outcome = work(case)
-        except Exception as error:
+        except Exception as error:  # the other cases continue, whatever the error
             raise_again()
             name = case.id if isinstance(case, Case) else case
             outcome = Outcome(name, error=format_error(name, error))
@@ -53,7 +54,7 @@ def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> l
 
 
 def without_paths(name: str, error: Exception, paths: Sequence[Path], scan: Case | None) -> str:
-    """An error in words that may be written down: without these paths' folders, of DICOM without any file's name."""
+    """An error's text for a file that others may read: without these paths' folders, of DICOM without file names."""
     if isinstance(error, InputError) and scan and scan.slices:
         return f"{name}: {error.problem}. {error.remedy}"
     text = format_error(name, error)
@@ -63,14 +64,27 @@ def without_paths(name: str, error: Exception, paths: Sequence[Path], scan: Case
     return text
 
 
-def in_parallel(tasks: Iterable[Any], jobs: int, ordered: bool = True) -> Iterator[Any]:
-    """The results of delayed tasks, as they come where their order doesn't matter.
+def in_parallel(
+    tasks: Iterable[Any], jobs: int, on_done: Callable[[Any], None] = lambda _: None, ordered: bool = True
+) -> list[Any]:
+    """The results of joblib's delayed tasks, done in ``jobs`` processes, or by the cluster of ``dask.on_cluster``.
+
+    on_done: is called with each result; ordered: in the tasks' order, else as they are done.
 
     Raises:
-        KitsegError: a worker process was killed.
+        KitsegError: a worker process was killed, or the cluster failed.
     """
+    tasks, found = list(tasks), []
+    client, kind = connected(), "generator" if ordered else "generator_unordered"
     try:
-        yield from Parallel(n_jobs=jobs, return_as="generator" if ordered else "generator_unordered")(tasks)
+        for result in (
+            cluster_results(client, tasks, ordered)
+            if client
+            else Parallel(n_jobs=jobs if len(tasks) > 1 else 1, return_as=kind)(tasks)
+        ):
+            found.append(result)
+            on_done(result)
     except TerminatedWorkerError as error:
         remedy = "The machine may be short of memory: call again with a smaller --jobs."
         raise KitsegError(f"a worker process was killed. {remedy}") from error
+    return found

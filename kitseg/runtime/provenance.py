@@ -1,65 +1,170 @@
-"""The file beside a case's labels: how they came about, and by that whether they would come out the same again."""
+"""Typed JSON files, and whether outputs are still current by the record beside them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from kitseg.errors import InputError, UsageError
-from kitseg.runtime.files import file_digest, identity, read_json, write_json
+import msgspec
+import numpy as np
 
-SCHEMA = 4
-RECORD = ("versions", "kitseg")  #: the part that tells a record from any other file
+from kitseg.errors import InputError, KitsegError, UsageError, fault, format_error
+from kitseg.runtime.files import check_regular, file_digest, identity, read_errors, write_text
+
+AGAIN = "Make it again with the command that wrote it."
+LIMIT = 2**28  # bytes: a larger file is not one of kitseg's
+RECORD = ("versions", "kitseg")  #: the key by which a case's record is known
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Header:
+    schema: int
+
+
+@dataclass(frozen=True)
+class FileFormat(Generic[T]):
+    """A JSON file format.
+
+    kind: a type whose fields are checked (a dataclass, a TypedDict), while other keys of the file are ignored; schema:
+    the number in its key ``schema``, None for files without one; remedy: what to do about a file that can't be used.
+    """
+
+    kind: type[T]
+    schema: int | None
+    remedy: str = AGAIN
+
+    def read(self, path: Path) -> T:
+        """Read a file.
+
+        Raises:
+            InputError: missing, damaged, of another schema, or a field of another type. KitsegError: the machine fails,
+                see ``errors.fault``.
+        """
+        try:
+            if check_regular(path) > LIMIT:
+                raise ValueError(f"larger than {LIMIT >> 20} MiB")
+            return self.parse(path.read_bytes())
+        except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+            raise unreadable(path, error, self.remedy) from error
+
+    def parse(self, data: bytes) -> T:
+        """The content of a file.
+
+        Raises:
+            ValueError, RecursionError, msgspec.MsgspecError: it can't be used.
+        """
+        if self.schema is not None and (found := msgspec.json.decode(data, type=_Header).schema) != self.schema:
+            raise ValueError(f"schema {found}, this version of kitseg reads {self.schema}")
+        return msgspec.json.decode(data, type=self.kind, dec_hook=_matrix)
+
+    def write(self, path: Path, content: T | Mapping[str, Any]) -> None:
+        """Write a file: an instance of ``kind``, or what it holds as a mapping."""
+        fields = content if isinstance(content, Mapping) else vars(content)
+        write_text(path, json.dumps({"schema": self.schema, **fields}, indent=1, default=_plain) + "\n")
+
+    def find(
+        self, path: Path, made: Mapping[str, Any], outputs: Callable[[T], Mapping[Path, str]] = lambda _: {}
+    ) -> T | None:
+        """A record, if its outputs are current: made like this, and still as they were written.
+
+        Args:
+            path: of the record.
+            made: what decides the outputs' content (settings, hashes, ``Source`` files), by the record's attributes.
+            outputs: the hash of each output file, from the record.
+
+        Returns:
+            None where the record or an output is missing, damaged, or made from anything else.
+
+        Raises:
+            KitsegError: the machine fails, see ``errors.fault``.
+        """
+        try:
+            record = self.read(path)
+            current = all(_agree(getattr(record, name), value) for name, value in made.items())
+            return record if current and all(file_digest(p) == d for p, d in outputs(record).items()) else None
+        except InputError:
+            return None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that something was made from: its size in bytes, its time of change in ns, its hash if that is known."""
+
+    size: int = 0
+    mtime: int = 0
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, path: Path, digest: bool = False) -> Source:
+        """A file as it is now.
+
+        Raises:
+            InputError: it is missing or can't be read.
+        """
+        with read_errors(path):
+            state = path.stat()
+        return cls(state.st_size, state.st_mtime_ns, file_digest(path) if digest else None)
+
+    def is_same(self, other: Source) -> bool:
+        """Whether size and time, or else the hashes, agree."""
+        if (self.size, self.mtime) == (other.size, other.mtime):
+            return True
+        return self.sha256 is not None and self.sha256 == other.sha256
+
+
+def unreadable(path: Path, error: Exception, remedy: str) -> KitsegError:
+    """An error of reading a file that kitseg wrote: an InputError, or a KitsegError where the machine failed."""
+    if fault(error):
+        return KitsegError(format_error(path, error))
+    missing = isinstance(error, FileNotFoundError)
+    return InputError(path, "there is no such file" if missing else f"can't be read ({_line(error)})", remedy)
 
 
 def recipe(**parts: Any) -> str:
-    """A hash of all that decides what a scan's labels will be: of a model its own hash, but not where it lies."""
+    """A hash of everything that decides an output, as plain values; of a model its own hash counts, not its path."""
     return hashlib.sha256(identity(parts).encode()).hexdigest()
 
 
-def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:
-    """Write a case's record, after its files, whose hashes it holds.
-
-    made: the ``recipe`` and the hash of the scan, ``scan_sha256``.
-    """
-    digests = {file.name: file_digest(file) for file in files}
-    write_json(path, SCHEMA, {**facts, **made, "labels_sha256": digests[files[0].name], "files": digests})
-
-
-def read_record(path: Path, made: Mapping[str, str]) -> dict[str, Any] | None:
-    """A case's record if it was made like this, and all its files are there as they were written; else None."""
-    try:
-        facts = read_json(path, SCHEMA)
-        whole = all(file_digest(path.with_name(name)) == digest for name, digest in facts["files"].items())
-    except (InputError, OSError, KeyError, TypeError, AttributeError, ValueError):
-        return None
-    return facts if whole and all(facts.get(key) == value for key, value in made.items()) else None
-
-
-def forget(path: Path, files: Sequence[Path]) -> None:
-    """Remove a case's record before its files are written anew, and those of its files that won't be."""
-    with suppress(InputError, KeyError, TypeError, AttributeError, ValueError):
-        for name in read_json(path, SCHEMA)["files"]:
-            if name.startswith(f"{path.stem}.") and path.with_name(name) not in files:
-                path.with_name(name).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-
-
 def refuse_overwrite(path: Path, mark: Sequence[str] = RECORD) -> None:
-    """Never write over a file of another origin, which is one without the part that JSON of this kind has.
+    """Refuse to replace a file that kitseg did not write, which lacks the key ``mark``.
 
     Raises:
-        UsageError: it would.
+        UsageError: it would be replaced.
     """
     if path.exists():
         try:
-            reduce(getitem, mark, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reduce(getitem, mark, FileFormat(dict[str, Any], None).read(path))
+        except (InputError, KeyError, TypeError) as error:
             problem = "was not written by this command, or is damaged"
             raise UsageError(f"{path} {problem}; choose another folder with --output, or delete it") from error
+
+
+def _agree(recorded: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Source):
+        return isinstance(recorded, Source) and recorded.is_same(wanted)
+    if isinstance(wanted, dict) and isinstance(recorded, dict):
+        return recorded.keys() == wanted.keys() and all(_agree(recorded[key], wanted[key]) for key in wanted)
+    return bool(recorded == wanted)
+
+
+def _matrix(kind: Any, value: Any) -> Any:
+    """An affine, the only array in kitseg's JSON files."""
+    if (matrix := np.array(value, np.float64)).shape != (4, 4):
+        raise ValueError("an affine has 4 x 4 numbers")
+    return matrix
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else vars(value)
+
+
+def _line(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())

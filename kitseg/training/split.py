@@ -41,14 +41,8 @@ def look_at(
         KitsegError: memory, disk or the system failed, which is no fault of a case.
     """
     tasks = (delayed(_look)(case, convention, read) for case in _scans(cases))
-    traits, errors = [], []
-    for found in in_parallel(tasks, jobs):
-        if isinstance(found, Traits):
-            traits.append(found)
-        else:
-            errors.append(found)
-        on_done()
-    return traits, errors
+    found = in_parallel(tasks, jobs, lambda _: on_done())
+    return [one for one in found if isinstance(one, Traits)], [one for one in found if not isinstance(one, Traits)]
 
 
 def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: int) -> Split:

@@ -1,63 +1,99 @@
-"""Probabilities on disk: what ``infer``, ``ensemble`` and ``postprocess`` hand to each other.
+"""Probabilities on disk: what ``infer``, ``ensemble`` and ``postprocess`` pass to each other.
 
 ``<folder>/<case>.npy`` holds (K, D, H, W) float16 inside a box of the scan's grid, ``<case>.json`` the channels, the
-box, the scan's geometry, path and hash, and ``manifest.json`` what made them and what post-processing they expect. A
-case's JSON is written last and holds the hash of its numbers, so that it tells what is done.
+box, the scan's geometry, path and hash, and ``manifest.json`` the model and the post-processing that it expects. A
+case's JSON is written last and holds the hash of its array, so that it marks the case as done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from kitseg.errors import InputError, UsageError
-from kitseg.runtime.files import atomic_write, file_digest, identity, read_json, write_json
+from kitseg.runtime.files import atomic_write, file_digest, identity
+from kitseg.runtime.provenance import FileFormat, unreadable
 from kitseg.trust import check_file
 from kitseg.types import Box, Geometry, Probabilities
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-BLOCK = ("box", "start")  #: the part that tells a case's JSON from any other file
+BLOCK = ("box", "start")  #: the key by which a case's JSON is known
+_AGAIN = "Run `kitseg infer` again."
+
+
+@dataclass(frozen=True)
+class _Scan:
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The JSON beside a case's array; sha256: of the array; made_from: hashes of the blocks whose mean it is."""
+
+    case: str
+    channels: tuple[str, ...]
+    box: Box
+    geometry: Geometry
+    native: Geometry
+    scan: _Scan
+    sha256: str
+    made_from: tuple[str, ...] = ()
+
+    @property
+    def scan_sha256(self) -> str:
+        return self.scan.sha256
+
+
+class Manifest(TypedDict):
+    """What made a folder of probabilities, and what post-processing they expect.
+
+    stage: the ``stage[.head]`` whose output it is, None for the method's; members: of a mean, its folders.
+    """
+
+    channels: list[str]
+    method: str
+    stage: str | None
+    model: dict[str, Any]
+    postprocess: dict[str, Any]
+    versions: dict[str, str]
+    members: NotRequired[list[dict[str, Any]]]
+
+
+_BLOCK = FileFormat(_Block, SCHEMA, _AGAIN)
+_MANIFEST = FileFormat(Manifest, SCHEMA, _AGAIN)
 
 
 def write_block(
     folder: Path, probabilities: Probabilities, scan: Path, digest: str, made_from: Sequence[str] = ()
 ) -> None:
-    """Write a case's probabilities; the scan they belong to is named with its hash.
+    """Write a case's probabilities, with the path and the hash of their scan.
 
-    made_from: the hashes of the blocks that they are the mean of.
+    made_from: the hashes of the blocks whose mean they are.
     """
     block, about = folder / f"{probabilities.case_id}.npy", folder / f"{probabilities.case_id}.json"
     about.unlink(missing_ok=True)
     with atomic_write(block) as partial:
         np.save(partial, probabilities.array)
-    content = {
-        "case": probabilities.case_id,
-        "channels": probabilities.channels,
-        "box": {"start": probabilities.box.start, "stop": probabilities.box.stop},
-        "geometry": _plain(probabilities.geometry),
-        "native": _plain(probabilities.native),
-        "scan": {"path": str(scan.absolute()), "sha256": digest},
-        "made_from": list(made_from),
-        "sha256": file_digest(block),
-    }
-    write_json(about, SCHEMA, content)
+    found = probabilities
+    source, sha256 = _Scan(str(scan.absolute()), digest), file_digest(block)
+    fields = (found.case_id, found.channels, found.box, found.geometry, found.native)
+    _BLOCK.write(about, _Block(*fields, source, sha256, tuple(made_from)))
 
 
 def is_unchanged(folder: Path, case_id: str, digest: str, made_from: Sequence[str] = ()) -> bool:
-    """Whether a case's probabilities are there as they were written, from this scan and these blocks, by their hashes.
+    """Whether a case's probabilities are current: from the scan and the blocks of these hashes, and as written.
 
-    The folder's manifest says that they are of the same model.
+    That they are of the same model, the folder's manifest ensures.
     """
-    try:
-        meta = _meta(folder, case_id)
-        whole = block_digest(folder, case_id) == file_digest(folder / f"{case_id}.npy")
-    except (InputError, OSError):
-        return False
-    return whole and meta["scan"]["sha256"] == digest and meta.get("made_from") == list(made_from)
+    made = {"scan_sha256": digest, "made_from": tuple(made_from)}
+    array = folder / f"{case_id}.npy"
+    return _BLOCK.find(folder / f"{case_id}.json", made, lambda block: {array: block.sha256}) is not None
 
 
 def block_digest(folder: Path, case_id: str) -> str:
@@ -66,7 +102,7 @@ def block_digest(folder: Path, case_id: str) -> str:
     Raises:
         InputError: missing or damaged.
     """
-    return str(_meta(folder, case_id)["sha256"])
+    return _BLOCK.read(folder / f"{case_id}.json").sha256
 
 
 def read_block(folder: Path, case_id: str) -> Probabilities:
@@ -75,30 +111,29 @@ def read_block(folder: Path, case_id: str) -> Probabilities:
     Raises:
         InputError: missing, damaged, or of another shape than its box.
     """
-    meta = _meta(folder, case_id)
-    path, channels, box = folder / f"{case_id}.npy", tuple(meta["channels"]), _box(meta)
+    block, path = _BLOCK.read(folder / f"{case_id}.json"), folder / f"{case_id}.npy"
     try:
-        array = np.load(path, mmap_mode=None if 0 in box.size else "r")
+        array = np.load(path, mmap_mode=None if 0 in block.box.size else "r")
+        if array.shape != (shape := (len(block.channels), *block.box.size)):
+            raise ValueError(f"its shape is {array.shape}, not its box's, {shape}")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(path, f"can't be read ({error})", "Run `kitseg infer` again.") from error
-    if array.shape != (len(channels), *box.size):
-        raise InputError(path, f"has shape {array.shape}, its box says otherwise", "Run `kitseg infer` again.")
-    return Probabilities(array, channels, box, _geometry(meta["geometry"]), _geometry(meta["native"]), case_id)
+        raise unreadable(path, error, _AGAIN) from error
+    return Probabilities(array, block.channels, block.box, block.geometry, block.native, case_id)
 
 
 def scan_of(folder: Path, case_id: str) -> tuple[Path, str]:
     """The scan that a case's probabilities belong to, and its hash.
 
     Raises:
-        InputError: the scan is gone or has changed since.
+        InputError: the scan is missing or has changed since.
     """
-    scan = _meta(folder, case_id)["scan"]
-    path = Path(scan["path"])
+    scan = _BLOCK.read(folder / f"{case_id}.json").scan
+    path = Path(scan.path)
     if not path.exists():
         raise InputError(path, "is gone, and post-processing reads its HU", "Put the scan back, or infer again.")
-    if file_digest(path) != scan["sha256"]:
-        raise InputError(path, f"has changed since {folder} was made", "Run `kitseg infer` again.")
-    return path, scan["sha256"]
+    if file_digest(path) != scan.sha256:
+        raise InputError(path, f"has changed since {folder} was made", _AGAIN)
+    return path, scan.sha256
 
 
 def recorded_scan_digest(folder: Path, case_id: str) -> str | None:
@@ -107,7 +142,8 @@ def recorded_scan_digest(folder: Path, case_id: str) -> str | None:
     Raises:
         InputError: damaged.
     """
-    return str(_meta(folder, case_id)["scan"]["sha256"]) if (folder / f"{case_id}.json").exists() else None
+    path = folder / f"{case_id}.json"
+    return _BLOCK.read(path).scan.sha256 if path.exists() else None
 
 
 def block_cases(folder: Path) -> list[str]:
@@ -123,7 +159,7 @@ def block_cases(folder: Path) -> list[str]:
 
 
 def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write what made the folder's probabilities and what post-processing they expect.
+    """Write a folder's manifest.
 
     Raises:
         UsageError: the folder holds probabilities that something else made.
@@ -131,45 +167,24 @@ def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     if (folder / MANIFEST).exists() and not is_made_by(folder, content):
         problem = "holds probabilities of another model, stage or version, or computed on another device"
         raise UsageError(f"{folder} {problem}; choose another folder")
-    write_json(folder / MANIFEST, SCHEMA, content)
+    _MANIFEST.write(folder / MANIFEST, content)
 
 
 def is_made_by(folder: Path, content: Mapping[str, Any]) -> bool:
-    """Whether this made the folder's probabilities, wherever its model lay; the order of the priors counts.
+    """Whether a folder's manifest equals this one, wherever the model was; the order of the priors counts.
 
     Raises:
         InputError: missing or damaged.
     """
-    return identity(read_manifest(folder)) == identity({"schema": SCHEMA, **content})
+    return identity(read_manifest(folder)) == identity(content)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what ``claim_manifest`` wrote.
+def read_manifest(folder: Path) -> Manifest:
+    """Read a folder's manifest.
 
     Raises:
         InputError: missing or damaged, or with post-processing that kitseg must not run.
     """
-    manifest = read_json(folder / MANIFEST, SCHEMA)
-    check_file(folder / MANIFEST, manifest.get("postprocess"))
+    manifest = _MANIFEST.read(folder / MANIFEST)
+    check_file(folder / MANIFEST, manifest["postprocess"])
     return manifest
-
-
-def _meta(folder: Path, case_id: str) -> dict[str, Any]:
-    path = folder / f"{case_id}.json"
-    meta = read_json(path, SCHEMA)
-    if missing := {"channels", "box", "geometry", "native", "scan", "sha256"} - set(meta):
-        raise InputError(path, f"lacks {', '.join(sorted(missing))}", "Run `kitseg infer` again.")
-    return meta
-
-
-def _plain(geometry: Geometry) -> dict[str, Any]:
-    return {"shape": geometry.shape, "affine": geometry.affine.tolist()}
-
-
-def _geometry(plain: Mapping[str, Any]) -> Geometry:
-    z, y, x = plain["shape"]
-    return Geometry((z, y, x), np.array(plain["affine"]))
-
-
-def _box(meta: Mapping[str, Any]) -> Box:
-    return Box(tuple(meta["box"]["start"]), tuple(meta["box"]["stop"]))

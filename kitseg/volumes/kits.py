@@ -1,28 +1,56 @@
 """Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz`` and flat folders of NIfTI files.
 
-Beside the cases, ``patients.csv`` (columns case and patient) may say which of them show the same patient, and
-``kits.json`` is what the challenge knows of its patients.
+Beside the cases, ``patients.csv`` (columns case and patient) may state which of them show the same patient, and
+``kits.json`` holds the challenge's clinical data.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from kitseg.errors import InputError, UsageError, printable
-from kitseg.runtime.files import read_json
+from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
 PATIENTS, CLINICAL = "patients.csv", "kits.json"
-ORIGIN, ORIGIN_SCHEMA = "origin.json", 1
 SUFFIXES = (".nii.gz", ".nii")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
+
+
+@dataclass(frozen=True)
+class CopyOrigin:
+    """How a registered copy was made, or why it was rejected, which is its ``reason``.
+
+    patients, sources: the patients and the cases that it shows; settings, convention, made_from: the registration's
+    settings, the label convention and the hashes of the files; dice_before, dice_after: overlap of the kidneys.
+    """
+
+    patients: tuple[str, ...]
+    sources: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    convention: str = ""
+    made_from: tuple[str, ...] = ()
+    reason: str | None = None
+    dice_before: float = 0.0
+    dice_after: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Clinical:
+    case_id: str
+    tumor_histologic_subtype: str | None = None
+    surgical_procedure: str | None = None
+
+
+ORIGIN, COPY_ORIGIN = "origin.json", FileFormat(CopyOrigin, 1, "Make the copy again with `kitseg augment`.")
+_CLINICAL = FileFormat(list[_Clinical], None, "Take it from the KiTS19 repository.")
 
 
 def case_number(name: str) -> int | None:
@@ -42,9 +70,9 @@ def case_name(number: int) -> str:
 
 
 def scan_id(path: Path) -> str:
-    """What to call a scan: its folder's name in the KiTS layout, else the file's name without ``.nii.gz``.
+    """A scan's id: its folder's name in the KiTS layout, else the file's name without ``.nii.gz``.
 
-    Control characters and bytes that are no UTF-8 are spelt out, so that the name can be written and shown anywhere.
+    Control characters and bytes that are not UTF-8 are escaped, so that the name can be written and shown anywhere.
     """
     return printable(path.absolute().parent.name) if path.name == IMAGE else _stem(path)
 
@@ -58,11 +86,11 @@ def case_of(folder: Path) -> Case:
 def list_cases(data: Path) -> list[Case]:
     """Every case in a folder, sorted by id, also those whose image is missing from their ``case_*`` folder.
 
-    What bears a scan's name is one, be it a folder or a broken link: reading it will say what is wrong. A folder holds
+    Everything with a scan's name counts, even a folder or a broken link: reading it reports the problem. A folder holds
     cases in the KiTS layout, or is one case itself, or holds NIfTI files (which have no labels).
 
     Raises:
-        InputError: the folder is missing or holds nothing of the kind.
+        InputError: the folder is missing or holds no cases.
         UsageError: two files have the same id.
     """
     _check_folder(data)
@@ -89,9 +117,9 @@ def read_patients(path: Path) -> dict[str, str]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [(row["case"].strip(), row["patient"].strip()) for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise InputError(path, "is no table of cases", "It needs the columns case and patient.") from error
+        raise InputError(path, "is not a table of cases", "It needs the columns case and patient.") from error
     if odd := sorted({case for case, patient in rows if not patient or (case, patient) not in dict(rows).items()}):
-        raise InputError(path, f"gives no patient, or two, to {', '.join(odd)}", "Mend the file.")
+        raise InputError(path, f"gives no patient, or two, to {', '.join(odd)}", "Fix the file.")
     return dict(rows)
 
 
@@ -103,14 +131,11 @@ def read_clinical(path: Path) -> dict[str, dict[str, str]]:
     """
     if not path.exists():
         return {}
-    keys = {"histology": "tumor_histologic_subtype", "surgery": "surgical_procedure"}
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return {row["case_id"]: {name: str(row[key]) for name, key in keys.items() if row.get(key)} for row in rows}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            path, "is not the challenge's list of patients", "Take it from the KiTS19 repository."
-        ) from error
+    groups = {
+        row.case_id: {"histology": row.tumor_histologic_subtype, "surgery": row.surgical_procedure}
+        for row in _CLINICAL.read(path)
+    }
+    return {case: {name: group for name, group in found.items() if group} for case, found in groups.items()}
 
 
 def labelled_cases(folders: Sequence[Path]) -> list[Case]:
@@ -123,7 +148,7 @@ def labelled_cases(folders: Sequence[Path]) -> list[Case]:
     patients = {case: whose for folder in folders for case, whose in read_patients(folder / PATIENTS).items()}
     if strange := sorted(patients.keys() - {case.id for case in found}):
         problem = f"names {', '.join(strange)}, which no data folder holds"
-        raise InputError(folders[0] / PATIENTS, problem, "Mend the names, or give the folder of these cases, too.")
+        raise InputError(folders[0] / PATIENTS, problem, "Fix the names, or give the folder of these cases, too.")
     cases = [_with_origin(case, patients) for case in found if case.label is not None]
     if not cases:
         raise InputError(folders[0], "holds no case with a segmentation", f"Add case_00000/{LABEL} and so on.")
@@ -167,7 +192,7 @@ def collect_scans(paths: Sequence[Path]) -> list[Case]:
 
 
 def label_id(name: str) -> str:
-    """What a case's files meet under: ``case_00210`` where a name holds a KiTS number, else the name itself."""
+    """The id that labels and scans share: ``case_00210`` where a name holds a KiTS number, else the name itself."""
     number = case_number(name)
     return name if number is None else case_name(number)
 
@@ -197,13 +222,8 @@ def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
     path = case.image.with_name(ORIGIN)
     if case.image.name != IMAGE or not os.path.lexists(path):
         return replace(case, patients=(patients[case.id],)) if case.id in patients else case
-    origin = read_json(path, ORIGIN_SCHEMA)
-    try:
-        return replace(case, patients=tuple(origin["patients"]), sources=tuple(origin["sources"]))
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            path, "doesn't say patients and sources", "Make the copy again with `kitseg augment`."
-        ) from error
+    origin = COPY_ORIGIN.read(path)
+    return replace(case, patients=origin.patients, sources=origin.sources)
 
 
 def _label_id(path: Path) -> str:
@@ -234,7 +254,7 @@ def _flat(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """What is in a folder; hidden ones are somebody's half-written ones."""
+    """The files and folders in a folder, but for hidden ones, which may be half-written."""
     try:
         return [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:

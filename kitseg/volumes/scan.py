@@ -66,14 +66,14 @@ def scans_of_labels(paths: Sequence[Path]) -> dict[str, Case]:
     return found
 
 
-def check_grid(path: Path, labels: Geometry, scan: Geometry) -> None:
-    """Check that a label map is on its scan's grid.
+def check_grid(path: Path, labels: Geometry, scan: Geometry, of: str = "its scan") -> None:
+    """Check that a label map lies on its scan's grid; ``of`` names what else it is compared with, for the error.
 
     Raises:
         InputError: it isn't.
     """
     if not labels.same_as(scan, TOLERANCE):
-        problem = f"lies on another grid than its scan (shape {labels.shape} and {scan.shape}, or affine)"
+        problem = f"lies on another grid than {of} (shape {labels.shape} and {scan.shape}, or affine)"
         raise InputError(path, problem, "Save it with the shape and affine of the scan.")
 
 

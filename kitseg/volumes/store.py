@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError, KitsegError, fault, format_error
+from kitseg.errors import InputError, KitsegError
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
-from kitseg.runtime.files import atomic_write, file_digest, write_text
-from kitseg.types import Case, Geometry, Grid, Volume, triple
-from kitseg.volumes.nifti import (
-    canonical_geometry,
-    is_phantom,
-    read_geometry,
-    read_image,
-    read_labels,
-)
+from kitseg.runtime.files import atomic_write
+from kitseg.runtime.provenance import FileFormat, Source, unreadable
+from kitseg.types import Case, Geometry, Grid, Triple, Volume
+from kitseg.volumes.nifti import canonical_geometry, is_phantom, read_geometry, read_image, read_labels
 from kitseg.volumes.resample import grid_geometry, nearest, to_grid
+from kitseg.volumes.scan import check_grid
 
-SCHEMA = 3
 FOREGROUND_PER_LABEL = 10_000
 BYTES_PER_VOXEL = 3
+_META, _AGAIN = "meta.json", "Run `kitseg preprocess` again."
 DescribeContrast = Callable[[Volume, NDArray[np.uint8]], dict[str, float | None]]
 
 
@@ -105,9 +100,7 @@ class CaseFiles:
         if self.case.label is None:
             return None
         label = read_labels(self.case.label, self.case.id, self.convention)
-        if not label.geometry.same_as(self.scan.geometry):
-            problem, remedy = "lies on another grid than its image", "Resample it onto the image's grid."
-            raise InputError(self.case.label, problem, remedy)
+        check_grid(self.case.label, label.geometry, self.scan.geometry)
         return label.array if self.convention == "kits19" else to_kits19(label.array)
 
     @cached_property
@@ -118,46 +111,81 @@ class CaseFiles:
         return self.describe_contrast(self.scan, self.labels)
 
     @cached_property
-    def sources(self) -> dict[str, dict[str, int | str]]:
-        """Size, time and hash of the files."""
-        return _sources(self.case, digest=True)
+    def sources(self) -> dict[str, Source]:
+        """The files with size, time and hash, by role."""
+        return self._sources(digest=True)
+
+    @property
+    def stamps(self) -> dict[str, Source]:
+        """The files with size and time, by role; none of them is read."""
+        return self._sources(digest=False)
+
+    def _sources(self, digest: bool) -> dict[str, Source]:
+        files = {"image": self.case.image, "label": self.case.label}
+        return {role: Source.of(path, digest) for role, path in files.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """A stored case's description: the fields of a ``StoredCase``, and what it was made from."""
+
+    grid: Grid
+    convention: str
+    case: str
+    shape: Triple
+    affine: NDArray[np.float64]
+    statistics: tuple[float, float]
+    phantom: bool
+    spacing: tuple[float, float, float]
+    kidney_hu: float | None
+    aorta_hu: float | None
+    sources: dict[str, Source]
+
+
+_FORMAT = FileFormat(_Meta, 3, _AGAIN)
 
 
 def is_fresh(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     """Whether a case is stored from files whose size and time are still the same; none of them is read."""
     try:
-        meta = _stored(files, folder, grid)
-        return meta is not None and _stamps(meta["sources"]) == _stamps(_sources(files.case, digest=False))
-    except (OSError, KitsegError):
+        return _is_whole(folder) and _FORMAT.find(folder / _META, _made(files, grid, files.stamps)) is not None
+    except KitsegError:
         return False
 
 
 def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
-    """Preprocess a case into ``folder``; False where that is already done and nothing has changed since.
+    """Preprocess a case into ``folder``; False where it is stored already and nothing has changed since.
 
     Raises:
         InputError: an unreadable image or label, or a label on another lattice than its image.
-        KitsegError: the machine fails at what is stored, which therefore stays.
+        KitsegError: the machine fails at reading what is stored, which stays as it is.
     """
-    if is_fresh(files, folder, grid) or _is_same(files, folder, grid):
+    if is_fresh(files, folder, grid):
+        return False
+    if _is_whole(folder) and (meta := _FORMAT.find(folder / _META, _made(files, grid, files.sources))):
+        _FORMAT.write(folder / _META, replace(meta, sources=files.sources))  # files with a new time, but the same hash
         return False
     scan, labels = files.scan, files.labels
     image, lattice = image_on_grid(scan, grid)
     arrays: dict[str, NDArray[Any]] = {"image": image}
     if labels is not None:
         arrays |= _label_arrays(nearest(labels, lattice.shape))
-    meta = {
-        **_wanted(files, grid),
-        "case": files.case.id,
-        "shape": lattice.shape,
-        "affine": lattice.affine.tolist(),
-        "statistics": statistics(image),
-        "phantom": is_phantom(files.case.image),
-        "spacing": scan.geometry.spacing,
-        **files.contrast,
-        "sources": files.sources,
-    }
-    _write(folder, arrays, meta)
+    meta = _Meta(
+        **_made(files, grid, files.sources),
+        case=files.case.id,
+        shape=lattice.shape,
+        affine=lattice.affine,
+        statistics=statistics(image),
+        phantom=is_phantom(files.case.image),
+        spacing=scan.geometry.spacing,
+        kidney_hu=files.contrast["kidney_hu"],
+        aorta_hu=files.contrast["aorta_hu"],
+    )
+    with atomic_write(folder) as partial:
+        partial.mkdir()
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        _FORMAT.write(partial / _META, meta)
     return True
 
 
@@ -168,20 +196,14 @@ def open_case(folder: Path) -> StoredCase:
         InputError: the case was never stored, by another version, or its files are damaged.
         KitsegError: the machine fails, see ``errors.fault``.
     """
-    again = "Run `kitseg preprocess` again."
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["schema"] != SCHEMA:
-            raise InputError(folder, f"has schema {meta['schema']}, this version reads {SCHEMA}", again)
-        return _mapped(folder, meta)
-    except FileNotFoundError as error:
-        raise InputError(folder, "is not preprocessed", again) from error
-    except (ValueError, EOFError, OSError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error, "is damaged", again) from error
+        return _mapped(folder, _FORMAT.read(folder / _META))
+    except (ValueError, EOFError, OSError) as error:
+        raise unreadable(folder, error, _AGAIN) from error
 
 
 def open_guide(path: Path) -> NDArray[np.float16]:
-    """Map what a stage is told about a case into memory, (G, D, H, W).
+    """Map a case's guide channels, made from an earlier stage's output, into memory, (G, D, H, W).
 
     Raises:
         InputError: missing or damaged.
@@ -190,7 +212,7 @@ def open_guide(path: Path) -> NDArray[np.float16]:
     try:
         guide: NDArray[np.float16] = np.load(path, mmap_mode="c")
     except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(path, error, "can't be read", "Begin this stage again with --restart --stage.") from error
+        raise unreadable(path, error, "Begin this stage again with --restart --stage.") from error
     return guide
 
 
@@ -198,11 +220,6 @@ def store_bytes(case: Case, grid: Grid) -> int:
     """Disk that the stored case takes, from its header alone."""
     shape = grid_geometry(canonical_geometry(read_geometry(case.image)), grid).shape
     return int(np.prod(shape)) * BYTES_PER_VOXEL
-
-
-def _unreadable(path: Path, error: Exception, problem: str, remedy: str) -> KitsegError:
-    """A fault of the machine as what it is; any other error is one of what is stored."""
-    return KitsegError(format_error(path, error)) if fault(error) else InputError(path, f"{problem} ({error})", remedy)
 
 
 def _label_arrays(label: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -219,22 +236,9 @@ def _label_arrays(label: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     return {"label": label, "foreground": np.concatenate(rows).astype(np.int32), "slices": slices}
 
 
-def _sources(case: Case, digest: bool) -> dict[str, dict[str, int | str]]:
-    """Size, time and, where asked, hash of the files of a case."""
-    files = {"image": case.image, "label": case.label}
-    found: dict[str, dict[str, int | str]] = {}
-    for role, path in files.items():
-        if path is not None:
-            state = path.stat()
-            found[role] = {"size": state.st_size, "mtime": state.st_mtime_ns}
-            if digest:
-                found[role]["sha256"] = file_digest(path)
-    return found
-
-
-def _mapped(folder: Path, meta: Mapping[str, Any]) -> StoredCase:
-    """The arrays of a stored case, of the shapes and kinds that its description says."""
-    grid, labelled = Geometry(triple(meta["shape"]), np.array(meta["affine"])), "label" in meta["sources"]
+def _mapped(folder: Path, meta: _Meta) -> StoredCase:
+    """The arrays of a stored case, of the shapes and types that its description states."""
+    grid, labelled = Geometry(meta.shape, meta.affine), "label" in meta.sources
     image = np.load(folder / "image.npy", mmap_mode="c")
     label = np.load(folder / "label.npy", mmap_mode="c") if labelled else None
     foreground = np.load(folder / "foreground.npy") if labelled else np.empty((0, 4), np.int32)
@@ -242,49 +246,18 @@ def _mapped(folder: Path, meta: Mapping[str, Any]) -> StoredCase:
     found = [(array.shape, array.dtype) for array in (image, label) if array is not None]
     if found != [(grid.shape, np.int16), (grid.shape, np.uint8)][: len(found)]:
         raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
-    mean, deviation = meta["statistics"]
-    seen = (meta["phantom"], tuple(meta["spacing"]), meta["kidney_hu"], meta["aorta_hu"])
-    return StoredCase(meta["case"], image, label, foreground, slices, (mean, deviation), grid, *seen)
+    seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu)
+    return StoredCase(meta.case, image, label, foreground, slices, *seen)
 
 
-def _stamps(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Any, Any]]:
-    return {role: (source["size"], source["mtime"]) for role, source in sources.items()}
-
-
-def _digests(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {role: source["sha256"] for role, source in sources.items()}
-
-
-def _wanted(files: CaseFiles, grid: Grid) -> dict[str, Any]:
-    """What a stored case must say of itself, whatever its files hold."""
-    return {"schema": SCHEMA, "grid": asdict(replace(grid, back=Grid.back)), "convention": files.convention}
-
-
-def _stored(files: CaseFiles, folder: Path, grid: Grid) -> dict[str, Any] | None:
-    """What a case says of itself that is stored whole and as wanted; None for any other."""
+def _is_whole(folder: Path) -> bool:
     try:
         open_case(folder)
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-    except (InputError, FileNotFoundError):
-        return None
-    return meta if all(meta.get(key) == value for key, value in _wanted(files, grid).items()) else None
-
-
-def _is_same(files: CaseFiles, folder: Path, grid: Grid) -> bool:
-    """Whether the files, though touched, hold what was stored; their new times are noted, to be believed next time."""
-    meta = _stored(files, folder, grid)
-    try:
-        if meta is None or _digests(files.sources) != _digests(meta["sources"]):
-            return False
-    except OSError:
+    except InputError:
         return False
-    write_text(folder / "meta.json", json.dumps({**meta, "sources": files.sources}))
     return True
 
 
-def _write(folder: Path, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> None:
-    with atomic_write(folder) as partial:
-        partial.mkdir()
-        for name, array in arrays.items():
-            np.save(partial / f"{name}.npy", array)
-        (partial / "meta.json").write_text(json.dumps(meta))
+def _made(files: CaseFiles, grid: Grid, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """What decides the content of a stored case; how probabilities return from the grid doesn't."""
+    return {"grid": replace(grid, back=Grid.back), "convention": files.convention, "sources": sources}

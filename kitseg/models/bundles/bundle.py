@@ -25,7 +25,6 @@ from kitseg.models.ensemble_file import Member, parse_members
 from kitseg.models.model import open_stage
 from kitseg.models.postprocessing import build_steps
 from kitseg.models.run_folder import Run, StageFolder
-from kitseg.models.training_domain import model_training_domain
 from kitseg.models.weights import shapes
 from kitseg.runtime.files import file_digest, read_json, write_text
 
@@ -150,9 +149,8 @@ def _check(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _check_run(run: Run) -> None:
     method, info = config.method_of(config.read(run.config)), run.read_info()
-    if not isinstance(info["phantom"], bool) or not re.fullmatch(r"[\w.+]{1,40}", info["kitseg"]):
+    if not re.fullmatch(r"[\w.+]{1,40}", info.kitseg):
         raise ValueError("run.json does not state what it was trained with")
-    model_training_domain(run)
     folds = run.folds(list(method.stages)[-1])
     if not folds:
         raise ValueError("a run in it has no trained fold")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def export(model: Path, to: Path, weights: str | None = None, labels: str | None
         raise UsageError(f"{to}: the name of a bundle must end in {SUFFIX}")
     members, steps = members_of(model)
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
-    usual = CODE_LICENSE if all(part.run.read_info()["phantom"] for part in parts) else KITS19_LICENSE
+    usual = CODE_LICENSE if all(part.run.read_info().phantom for part in parts) else KITS19_LICENSE
     labels = labels or usual
     if not all(map(trust.is_line, (weights or labels, labels))):
         raise UsageError("a license must be a name or a line of up to 200 characters")
@@ -89,11 +89,11 @@ def _facts(part: ExportedMember) -> dict[str, Any]:
         for name, spec in part.method.stages.items()
     }
     trained = {
-        "kitseg": info["kitseg"],
-        "phantom": info["phantom"],
+        "kitseg": info.kitseg,
+        "phantom": info.phantom,
         "cases": len(split.cases - set(split.test)),
         "split_sha256": file_digest(part.run.split),
-        "experience": info.get("experience"),
+        "experience": info.experience and asdict(info.experience),
     }
     return {
         "run": part.name,
@@ -110,9 +110,7 @@ def _facts(part: ExportedMember) -> dict[str, Any]:
 
 def _files(part: ExportedMember) -> Files:
     yield f"{part.name}/config.yaml", part.run.config.read_bytes()
-    info = part.run.read_info()
-    seen = {key: info.get(key) for key in ("kitseg", "phantom", "experience")}  # but no names of cases
-    yield f"{part.name}/run.json", _json(seen)
+    yield f"{part.name}/run.json", _json(asdict(replace(part.run.read_info(), cases=())))  # no case by its name
     for fold in part.folds:
         for stage in part.method.stages:
             yield from _stage_files(part.run.stage(fold, stage), f"{part.name}/fold_{fold}/{stage}")

@@ -1,0 +1,63 @@
+"""The record beside a case's label map, ``<case>.json``: what the labels were made from, and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kitseg.errors import InputError
+from kitseg.measurement.quality import Quality
+from kitseg.runtime.files import file_digest
+from kitseg.runtime.provenance import FileFormat
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """What kitseg reads of a record.
+
+    files: hashes of the case's files by name; labels_sha256: of the label map among them; scan, scan_sha256: the scan's
+    name and hash; recipe, block_sha256: hashes of the settings and of the probabilities, where labels depend on them;
+    models, versions: what predicted; volumes_ml, note, quality: what was found.
+    """
+
+    case: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    labels_sha256: str | None = None
+    scan: str | None = None
+    scan_sha256: str | None = None
+    recipe: str | None = None
+    block_sha256: str | None = None
+    models: tuple[dict[str, Any], ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    volumes_ml: dict[str, float] | None = None
+    note: str = ""
+    quality: Quality | None = None
+
+
+CASE_RECORD = FileFormat(CaseRecord, 4)
+
+
+def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:
+    """Write a case's record, after its files, whose hashes it holds.
+
+    made: the hashes of what the labels were made from, by the names of ``CaseRecord``.
+    """
+    digests = {file.name: file_digest(file) for file in files}
+    CASE_RECORD.write(path, {**facts, **made, "labels_sha256": digests[files[0].name], "files": digests})
+
+
+def read_record(path: Path, made: Mapping[str, str]) -> CaseRecord | None:
+    """A case's record, if its files are current (see ``FileFormat.find``); else None."""
+    return CASE_RECORD.find(path, made, lambda record: {path.with_name(name): d for name, d in record.files.items()})
+
+
+def forget(path: Path, files: Sequence[Path]) -> None:
+    """Remove a case's record before its files are written again, and those of its files that won't be."""
+    with suppress(InputError):
+        for name in CASE_RECORD.read(path).files:
+            if name.startswith(f"{path.stem}.") and path.with_name(name) not in files:
+                path.with_name(name).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
