@@ -1,4 +1,4 @@
-"""The same files from a dask cluster as from this machine; a cluster that fails, in words."""
+"""The same files from a dask cluster as from this machine; a cluster that fails."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def end(*processes: subprocess.Popen[bytes]) -> None:
     for process in processes:
         process.terminate()
     for process in processes:
-        process.wait(30)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,9 @@ def test_a_cluster_makes_the_same_files(address: str, phantoms: Path, tmp_path: 
     assert len(found[0]) == 2 + 2 + 2 * 2 * 5, "labels, tables, and five files a case on each of two grids"
 
 
-def test_a_worker_that_dies_is_told(address: str) -> None:
+def test_a_killed_worker_is_reported(address: str) -> None:
     with pytest.raises(KitsegError, match="a dask worker was killed"), on_cluster(address):
-        list(in_parallel([delayed(os._exit)(1)], 1))
+        in_parallel([delayed(os._exit)(1)], 1)
 
 
 def test_a_scheduler_that_is_not_there(tmp_path: Path, phantoms: Path) -> None:
@@ -125,7 +125,6 @@ def test_workers_that_can_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_cluster_without_workers_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "ALONE", 2.0)
-    monkeypatch.setattr(cluster, "LOOK", 0.5)
     head, address = scheduler(tmp_path)
     worker = dask(tmp_path / "worker", "worker", address.replace("dask", "tcp"), "--nthreads=1", "--no-nanny")
     try:
@@ -133,6 +132,19 @@ def test_a_cluster_without_workers_left(tmp_path: Path, monkeypatch: pytest.Monk
         with on_cluster(address):
             worker.kill()
             with pytest.raises(KitsegError, match="has had no workers for 2 s"):
-                list(in_parallel([delayed(time.sleep)(60)], 1))
+                in_parallel([delayed(time.sleep)(60)], 1)
+    finally:
+        end(worker, head)
+
+
+def test_a_cluster_that_is_shut_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "PATIENCE", 30.0)
+    head, address = scheduler(tmp_path)
+    worker = dask(tmp_path / "worker", "worker", address.replace("dask", "tcp"), "--nthreads=1", "--no-nanny")
+    try:
+        with on_cluster(address):
+            head.kill()
+            with pytest.raises(KitsegError, match="the dask cluster was shut down"):
+                in_parallel([delayed(time.sleep)(60)], 1)
     finally:
         end(worker, head)

@@ -69,14 +69,15 @@ def cluster_results(client: Client, tasks: Sequence[Any], ordered: bool) -> Iter
                 yield _result(done.pop(key))
                 waiting = [other for other in waiting if other.key != key]
     finally:
-        client.cancel(waiting)
+        with suppress(OSError):
+            client.cancel(waiting)
 
 
 def _as_done(client: Client, futures: Sequence[Future[Any]]) -> Iterator[Future[Any]]:
     """The futures as they end.
 
     Raises:
-        KitsegError: there has been no worker for ``ALONE`` seconds.
+        KitsegError: there has been no worker for ``ALONE`` seconds, or no scheduler answers.
     """
     from distributed import as_completed
 
@@ -84,11 +85,18 @@ def _as_done(client: Client, futures: Sequence[Future[Any]]) -> Iterator[Future[
     while not ended.is_empty():
         if ended.has_ready():
             yield next(ended)
-        elif client.nthreads():
+        elif _has_workers(client):
             last_worker = time.monotonic()
             time.sleep(POLL)
         elif time.monotonic() - last_worker > ALONE:
             raise KitsegError(f"the dask cluster has had no workers for {ALONE:.0f} s: {_RESTART}")
+
+
+def _has_workers(client: Client) -> bool:
+    try:
+        return bool(client.nthreads())
+    except OSError as error:
+        raise KitsegError(f"the dask cluster was shut down: {_RESTART}") from error
 
 
 def _result(future: Future[Any]) -> Any:
