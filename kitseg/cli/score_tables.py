@@ -70,7 +70,7 @@ def _show_detection(scores: Sequence[Score]) -> None:
 
 def show_comparison(comparison: Comparison) -> None:
     """Print a table of the paired differences, and a sentence on the outcome of each class."""
-    from kitseg.commands.compare import interval_words, p_words, sentence, signed
+    from kitseg.commands.compare import format_interval, format_p, sentence, signed
 
     table = console.table("", "n", "mean A", "mean B", "B − A", "95 % CI", "p", "B better", "same", "A better")
     for group in comparison.groups:
@@ -79,8 +79,8 @@ def show_comparison(comparison: Comparison) -> None:
         paired, name = group.paired, f"  {group.kind}: {group.stratum}" if group.kind else group.name
         means = (console.cell(paired.mean_a), console.cell(paired.mean_b), signed(paired.mean))
         counts = (str(count) for count in (paired.wins, paired.ties, paired.losses))
-        p = p_words(group.p).removeprefix("= ")
-        table.add_row(escape(name), str(paired.n), *means, interval_words(paired), p, *counts)
+        p = format_p(group.p).removeprefix("= ")
+        table.add_row(escape(name), str(paired.n), *means, format_interval(paired), p, *counts)
     console.out.print(table)
     for group in comparison.groups:
         if not group.kind:
