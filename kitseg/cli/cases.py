@@ -52,7 +52,7 @@ def gather(title: str, works: Sequence[Work[R]], cache: ResultCache[R] | None, e
             if result.error:
                 console.print_error(result.error)
 
-        found: list[R] = in_parallel(tasks(mine, cache), execution.jobs, done)
+        found: list[R] = in_parallel(tasks(mine, cache), execution.jobs if len(mine) > 1 else 1, done)
     joined = join_parts(works, cache, share, found) if cache and share.of > 1 else found
     if joined is None:
         raise typer.Exit(int(any(result.error for result in found)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -54,7 +54,7 @@ def on_cluster(address: str | None) -> Iterator[None]:
         client.close(timeout=PATIENCE)
 
 
-def cluster_results(client: Client, tasks: Sequence[Any], ordered: bool) -> Iterator[Any]:
+def cluster_results(client: Client, tasks: Iterable[Any], ordered: bool) -> Iterator[Any]:
     """The results of joblib's delayed tasks, in their order or as they are done.
 
     Raises:

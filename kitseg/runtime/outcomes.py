@@ -74,14 +74,11 @@ def in_parallel(
     Raises:
         KitsegError: a worker process was killed, or the cluster failed.
     """
-    tasks, found = list(tasks), []
     client, kind = connected(), "generator" if ordered else "generator_unordered"
+    found = []
     try:
-        for result in (
-            cluster_results(client, tasks, ordered)
-            if client
-            else Parallel(n_jobs=jobs if len(tasks) > 1 else 1, return_as=kind)(tasks)
-        ):
+        running = cluster_results(client, tasks, ordered) if client else Parallel(n_jobs=jobs, return_as=kind)(tasks)
+        for result in running:
             found.append(result)
             on_done(result)
     except TerminatedWorkerError as error:
