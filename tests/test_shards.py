@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,13 @@ from conftest import SMALLEST, kitseg
 from nifti_files import save
 
 from kitseg.commands import evaluate, preprocess
-from kitseg.commands.evaluate import Job, Score, find_jobs, rules, score_work
-from kitseg.commands.measure import Measured, measure_work, plan_measures
-from kitseg.commands.report import page_work, plan_pages
+from kitseg.commands.evaluate import Job, Score, find_jobs, rules, score_case
+from kitseg.commands.measure import Measured, measure_case, plan_measures
+from kitseg.commands.report import make_page, plan_pages
 from kitseg.report.scores import StudyScores
 from kitseg.report.study_page import CaseRow
 from kitseg.runtime.locks import folder_lock
-from kitseg.runtime.outcomes import in_parallel
-from kitseg.runtime.resume import ResultCache, join_parts, tasks
+from kitseg.runtime.resume import ResultCache
 from kitseg.runtime.sharding import Share
 
 CASES = 5
@@ -38,6 +39,10 @@ def maps(tmp_path: Path) -> Path:
             labels[1:3, 2 + shift : 5, 2 : 4 + case] = 2
             save(tmp_path / name / f"case_{case:05d}.nii.gz", labels)
     return tmp_path
+
+
+def scores(folder: Path, protocol: str) -> ResultCache[Score]:
+    return ResultCache(folder / ".cases", Score, partial(score_case, rules=rules(protocol, None)))
 
 
 def hidden(folder: Path) -> list[str]:
@@ -93,11 +98,12 @@ def test_an_interrupted_evaluation_goes_on(maps: Path, monkeypatch: pytest.Monke
     scored: list[str] = []
     score_case = evaluate.score_case
 
-    def score(job: Job, *rest: Any) -> Score:
+    @functools.wraps(score_case)
+    def score(job: Job, **rest: Any) -> Score:
         if scored == ["case_00000", "case_00001"]:
             raise KeyboardInterrupt
         scored.append(job.case)
-        return score_case(job, *rest)
+        return score_case(job, **rest)
 
     monkeypatch.setattr(evaluate, "score_case", score)
     with suppress(KeyboardInterrupt):
@@ -112,21 +118,21 @@ def test_an_interrupted_evaluation_goes_on(maps: Path, monkeypatch: pytest.Monke
 
 
 def test_parts_that_end_at_the_same_time(maps: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    works = score_work(find_jobs(maps / "pred", maps / "ref")[0], rules("kits19", None))
-    cache = ResultCache(maps / ".cases", Score)
+    jobs, _ = find_jobs(maps / "pred", maps / "ref")
+    cache = scores(maps, "kits19")
     for part in (Share(0, 2), Share(1, 2)):
-        found = in_parallel(tasks(part.take(works), cache), 1)
+        found = [cache.do(job) for job in part.take(jobs)]
         if part.index:
-            assert join_parts(works, cache, part, found) == [cache.find(work) for work in works]
+            assert cache.join_parts(jobs, part, found) == [cache.find(job) for job in jobs]
             cache.clear()  # as the other part does, which ends at the same time
-        assert join_parts(works, cache, part, found) is None
+        assert cache.join_parts(jobs, part, found) is None
     assert "another part, which ended at the same time, is writing the output" in capsys.readouterr().out
 
 
 def test_other_rules_are_other_work(maps: Path) -> None:
     jobs, _ = find_jobs(maps / "pred", maps / "ref")
-    works = [work for name in ("kits19", "kits21", "kits23") for work in score_work(jobs, rules(name, None))]
-    assert len({work.made["recipe"] for work in works}) == 3 * CASES
+    made = [scores(maps, name).made(job)["recipe"] for name in ("kits19", "kits21", "kits23") for job in jobs]
+    assert len(set(made)) == 3 * CASES
 
 
 def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
@@ -136,27 +142,27 @@ def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
     pages = sorted(path.name for path in (maps / "report").iterdir())
     assert pages == [*(f"case_{number:05d}.html" for number in range(CASES)), "index.html"]
     assert all(page in (maps / "report" / "index.html").read_text() for page in pages[:-1])
-    (work, *_) = page_work(plan_pages(maps / "pred", [], StudyScores(), maps / "report"))
-    cache = ResultCache(maps / ".cases", CaseRow)
-    made = cache.do(work)
-    assert cache.find(work) == made
-    assert work.makes is not None
-    work.makes.unlink()
-    assert cache.find(work) is None
+    (task, *_) = plan_pages(maps / "pred", [], StudyScores(), maps / "report")
+    cache = ResultCache(maps / ".cases", CaseRow, partial(make_page))
+    made = cache.do(task)
+    assert cache.find(task) == made
+    task.output.unlink()
+    assert cache.find(task) is None
 
 
 def test_what_is_cached_is_what_was_found(maps: Path) -> None:
     jobs, _ = find_jobs(maps / "pred", maps / "ref")
-    for kind, work in (
-        (Score, score_work(jobs, rules("kits23", None))[0]),
-        (Measured, measure_work(plan_measures(maps / "pred", None), "kits19")[0]),
-    ):
-        cache: ResultCache[Any] = ResultCache(maps / kind.__name__, kind)
-        made = cache.do(work)
-        assert cache.find(work) == made
+    measures = ResultCache(maps / "measured", Measured, partial(measure_case, convention="kits19"))
+    caches: list[tuple[ResultCache[Any], Any]] = [
+        (scores(maps, "kits23"), jobs[0]),
+        (measures, plan_measures(maps / "pred", None)[0]),
+    ]
+    for cache, task in caches:
+        made = cache.do(task)
+        assert cache.find(task) == made
         (file,) = cache.folder.iterdir()
         file.write_text(file.read_text()[:-20])
-        assert cache.find(work) is None, "cut off"
+        assert cache.find(task) is None, "cut off"
 
 
 @pytest.mark.slow

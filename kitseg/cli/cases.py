@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -12,7 +13,7 @@ from kitseg.errors import UsageError
 from kitseg.runtime import console
 
 if TYPE_CHECKING:
-    from kitseg.runtime.resume import Result, ResultCache, Work
+    from kitseg.runtime.resume import Result, ResultCache, Task
 
 R = TypeVar("R", bound="Result")
 Cluster = Annotated[
@@ -30,21 +31,25 @@ class ExecutionOptions:
     shard: str | None = None
 
 
-def gather(title: str, works: Sequence[Work[R]], cache: ResultCache[R] | None, execution: ExecutionOptions) -> list[R]:
-    """The results of all cases, with a bar and a line for each error; ends the command if another part has the output.
+def gather(
+    title: str, tasks: Sequence[Task], work: partial[R] | ResultCache[R], execution: ExecutionOptions
+) -> list[R]:
+    """The results of all tasks, with a bar and a line for each error; ends the command if another part has the output.
 
     Raises:
         UsageError: a part without an output, where the parts could be joined.
     """
+    from joblib import delayed
+
     from kitseg.runtime.dask import on_cluster
     from kitseg.runtime.outcomes import in_parallel
-    from kitseg.runtime.resume import join_parts, tasks
     from kitseg.runtime.sharding import Share
 
     share = Share.asked(execution.shard)
+    cache = None if isinstance(work, partial) else work
     if share.of > 1 and cache is None:
         raise UsageError("the parts of the work meet in a file: name it with --json or --csv")
-    mine = share.take(works)
+    mine, do = share.take(tasks), delayed(work if isinstance(work, partial) else work.do)
     with on_cluster(execution.cluster), console.bar(title, len(mine)) as step:
 
         def done(result: R) -> None:
@@ -52,8 +57,8 @@ def gather(title: str, works: Sequence[Work[R]], cache: ResultCache[R] | None, e
             if result.error:
                 console.print_error(result.error)
 
-        found: list[R] = in_parallel(tasks(mine, cache), execution.jobs if len(mine) > 1 else 1, done)
-    joined = join_parts(works, cache, share, found) if cache and share.of > 1 else found
+        found: list[R] = in_parallel(map(do, mine), execution.jobs if len(mine) > 1 else 1, done)
+    joined = cache.join_parts(tasks, share, found) if cache and share.of > 1 else found
     if joined is None:
         raise typer.Exit(int(any(result.error for result in found)))
     return joined

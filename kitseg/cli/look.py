@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,15 +44,15 @@ def measure(
 
     known_convention(convention)
     tasks = steps.plan_measures(labels, ct)
-    output = report or table
-    kept = ResultCache.beside(output, steps.Measured) if output else None
-    results = gather("measure", steps.measure_work(tasks, convention), kept, ExecutionOptions(jobs, cluster, shard))
+    output, work = report or table, partial(steps.measure_case, convention=convention)
+    cache = ResultCache.beside(output, steps.Measured, work) if output else None
+    results = gather("measure", tasks, cache or work, ExecutionOptions(jobs, cluster, shard))
     if report:
         steps.write_findings(report, results, convention)
     if table:
         steps.write_lesion_table(table, results)
-    if kept:
-        kept.clear()
+    if cache:
+        cache.clear()
     _show_findings(results)
     exit_if(any(result.error for result in results))
 
@@ -95,11 +96,11 @@ def report(
 
     known = study_scores(read_scores(scores)) if scores else StudyScores()
     tasks = pages.plan_pages(predictions, data, known, output)
-    kept, part = ResultCache(output.absolute() / ".cases", CaseRow), Share.asked(shard).part
-    with folder_lock(output, "pages", part):
-        rows = gather("report", pages.page_work(tasks), kept, ExecutionOptions(jobs, cluster, shard))
+    cache = ResultCache(output.absolute() / ".cases", CaseRow, partial(pages.make_page))
+    with folder_lock(output, "pages", Share.asked(shard).part):
+        rows = gather("report", tasks, cache, ExecutionOptions(jobs, cluster, shard))
         pages.write_index(output, rows, known)
-        kept.clear()
+        cache.clear()
     for row in rows:
         for flag in row.quality.flags if row.quality else ():
             console.print_line(f"[{COLOURS[flag.level]}]{flag.level}[/] {escape(f'{row.case}: {flag.reason}')}")

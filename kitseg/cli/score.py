@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -95,9 +96,9 @@ def evaluate(
         known_convention(convention)
     rules = scoring.rules(protocol, convention)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
-    output = report or table
-    kept = ResultCache.beside(output, scoring.Score) if output else None
-    scores = gather("evaluate", scoring.score_work(found, rules), kept, ExecutionOptions(jobs, cluster, shard))
+    output, work = report or table, partial(scoring.score_case, rules=rules)
+    cache = ResultCache.beside(output, scoring.Score, work) if output else None
+    scores = gather("evaluate", found, cache or work, ExecutionOptions(jobs, cluster, shard))
     show_scores(scores, rules)
     for note in scoring.notes(scores, rules, unscored):
         console.print_line(f"[yellow]{escape(note)}[/]")
@@ -105,8 +106,8 @@ def evaluate(
         write_scores(report, scores, rules, unscored=unscored)
     if table:
         write_score_table(table, scores)
-    if kept:
-        kept.clear()
+    if cache:
+        cache.clear()
     exit_if(any(score.missing or score.error for score in scores))
 
 

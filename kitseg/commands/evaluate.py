@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, to_kits19
-from kitseg.runtime.resume import Work
+from kitseg.runtime.resume import Task
 from kitseg.scoring.case import Metrics, score
 from kitseg.scoring.detection import Detection
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
@@ -74,13 +73,17 @@ class ScoreGroup:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Task):
     """A case to score: its files, None for a missing prediction, and the clinical groups that it belongs to."""
 
-    case: str
     prediction: Path | None
     reference: Path
     clinical: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Prediction and reference."""
+        return (self.reference, *([self.prediction] if self.prediction else []))
 
 
 def rules(protocol: str, convention: str | None) -> Rules:
@@ -111,11 +114,6 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
     clinical = read_clinical(references / CLINICAL)
     jobs = [Job(case, found.get(case), truth[case], clinical.get(case, {})) for case in cases]
     return jobs, [] if required else sorted(truth.keys() - found.keys())
-
-
-def score_work(jobs: Sequence[Job], rules: Rules) -> list[Work[Score]]:
-    """The work on each case; one that fails doesn't stop the others."""
-    return [Work(job.case, (job.prediction, job.reference), partial(score_case, job, rules)) for job in jobs]
 
 
 def score_case(job: Job, rules: Rules) -> Score:

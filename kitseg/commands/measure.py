@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from kitseg.measurement.measure import measure
 from kitseg.measurement.mesh import stl, surface, volume
 from kitseg.runtime import files
 from kitseg.runtime.outcomes import without_paths
-from kitseg.runtime.resume import Work
+from kitseg.runtime.resume import Task
 from kitseg.types import Case
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.nifti import read_labels
@@ -30,12 +29,16 @@ PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUM
 
 
 @dataclass(frozen=True)
-class MeasureTask:
+class MeasureTask(Task):
     """A label map to measure, with its CT where there is one."""
 
-    case: str
     labels: Path
     scan: Case | None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Label map and CT."""
+        return (self.labels, *(self.scan.files if self.scan else ()))
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,6 @@ def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
-def measure_work(tasks: Sequence[MeasureTask], convention: str) -> list[Work[Measured]]:
-    """What there is to do of each case; a failed one is an error."""
-    return [
-        Work(task.case, (task.labels, *(task.scan.files if task.scan else ())), partial(measure_case, task, convention))
-        for task in tasks
-    ]
-
-
 def measure_case(task: MeasureTask, convention: str) -> Measured:
     """Measure a case; never raises for a file that can't be used."""
     try:
@@ -95,7 +90,7 @@ def measure_case(task: MeasureTask, convention: str) -> Measured:
         if scan:
             check_grid(task.labels, labels.geometry, scan.geometry)
         return Measured(task.case, measure(labels.array, labels.geometry, scan.array if scan else None))
-    except Exception as error:  # whatever it is, the other cases go on
+    except Exception as error:  # the other cases continue, whatever the error
         paths = [task.labels, *([task.scan.image] if task.scan else [])]
         return Measured(task.case, error=without_paths(task.case, error, paths, task.scan))
 

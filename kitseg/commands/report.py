@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from kitseg.report.study_page import CaseRow, thumbnail, write_study
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.outcomes import without_paths
 from kitseg.runtime.provenance import FileFormat
-from kitseg.runtime.resume import Work
+from kitseg.runtime.resume import Task
 from kitseg.types import Case, Geometry, Volume
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.nifti import read_labels
@@ -37,10 +36,9 @@ _ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
 
 
 @dataclass(frozen=True)
-class PageTask:
+class PageTask(Task):
     """A case for a page: its labels, its scan where there is one, its scores."""
 
-    case: str
     labels: Path
     scan: Case | None
     scores: ScoreTable
@@ -50,6 +48,16 @@ class PageTask:
     def record(self) -> Path:
         """The record of ``kitseg predict`` beside the labels; other tools write none."""
         return self.labels.with_name(self.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Label map, its record and scan."""
+        return (self.labels, self.record, *(self.scan.files if self.scan else ()))
+
+    @property
+    def output(self) -> Path:
+        """The page."""
+        return self.to / page_name(self.case)
 
 
 def plan_pages(predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path) -> list[PageTask]:
@@ -70,19 +78,6 @@ def plan_pages(predictions: Path, data: Sequence[Path], scores: StudyScores, to:
     return [
         PageTask(case, path.absolute(), scans.get(case), scores.cases.get(case, {}), to.absolute())
         for case, path in sorted(labels.items())
-    ]
-
-
-def page_work(tasks: Sequence[PageTask]) -> list[Work[CaseRow]]:
-    """The work of making each case's page; one that fails is a row with an error."""
-    return [
-        Work(
-            task.case,
-            (task.labels, task.record, *(task.scan.files if task.scan else ())),
-            partial(make_page, task),
-            task.to / page_name(task.case),
-        )
-        for task in tasks
     ]
 
 
@@ -112,7 +107,7 @@ def _make_page(task: PageTask) -> CaseRow:
     made = _provenance(task, scene.geometry)
     quality = made.quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     content = CaseContent(task.case, scene, findings, quality, task.scores, made.facts, made.notes)
-    write_case_page(task.to / page_name(task.case), content)
+    write_case_page(task.output, content)
     return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
 
 
