@@ -13,6 +13,7 @@ import pytest
 from conftest import Result, kitseg
 from nifti_files import save
 
+import kitseg as kitseg_package
 from kitseg.scoring.case import score
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.scoring.protocols import PROTOCOLS
@@ -42,6 +43,27 @@ def write(folder: Path, *maps: np.ndarray) -> Path:
 def evaluate(folder: Path, *options: str) -> tuple[Result, dict[str, Any]]:
     done = kitseg(folder, "evaluate", "pred", "ref", "--json", "scores.json", "--jobs=1", *options)
     return done, json.loads((folder / "scores.json").read_text()) if (folder / "scores.json").exists() else {}
+
+
+class Reached(BaseException):
+    """Raised at the end of a trip; no command catches it."""
+
+
+def test_the_trip_to_the_surfaces_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kitseg's own frames, from the command line's first to the one that measures surfaces."""
+
+    def reached(*_: object) -> None:
+        raise Reached
+
+    write(tmp_path / "ref", labels())
+    write(tmp_path / "pred", labels())
+    monkeypatch.setattr("kitseg.scoring.case.surfaces", reached)
+    with pytest.raises(Reached) as caught:
+        evaluate(tmp_path)
+    own = Path(kitseg_package.__file__).parent
+    frames = [entry.name for entry in caught.traceback if own in Path(entry.path).parents]
+    assert frames[0] == "main"
+    assert len(frames) + 1 <= 9, [*frames, "surfaces"]
 
 
 @pytest.mark.parametrize("protocol", ["kits21", "kits23"])

@@ -47,7 +47,9 @@ def score(
     check_shapes(pred, ref)
     box = _foreground(pred).union(_foreground(ref))
     pred, ref = (protocol.adopt(labels[box.slices], convention) for labels in (pred, ref))
-    metrics = {name: _metrics(pred, ref, spacing, target) for name, target in protocol.targets.items()}
+    metrics = {}
+    for name, target in protocol.targets.items():
+        metrics[name] = _metrics(pred, ref, spacing, target)
     return CaseScore(metrics, detect(pred == TUMOR, ref == TUMOR, spacing))
 
 
