@@ -89,6 +89,6 @@ def start_from(module: nn.Module, path: Path, folder: StageFolder, loud: bool) -
 def _training_cases(run: Run, folds: Collection[int]) -> set[str]:
     """The cases that networks of these folds were trained on; a bundle states only those of all folds."""
     if not run.split.exists():
-        return set(run.read_info().get("cases", ()))
+        return set(run.read_info().cases)
     split = read_split(run.split)
     return {case for fold in folds for case in split.folds[fold].train}
