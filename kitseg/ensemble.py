@@ -76,11 +76,11 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
 def mean_in_slabs(members: Callable[[], Iterable[tuple[Probabilities, float]]], slices: int) -> Probabilities:
     """The same mean, some slices at a time, for members that can be read again and again.
 
-    Holds the result in float16, and of the sum and of one member a slab; ``members`` are asked for anew for each slab,
+    Holds the result in float16, and of the sum and of one member a slab; ``members`` is called again for each slab,
     so that memory-mapped ones don't stay in memory.
 
     Raises:
-        ValueError: see ``mean``.
+        ValueError: see ``Mean``.
     """
     extents = [(member.box, len(member.channels)) for member, _ in members()]
     box = reduce(Box.union, [box for box, _ in extents], Box((0, 0, 0), (0, 0, 0)))
@@ -158,12 +158,12 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
-    """The same belief in ``channels``, which ``common_channels`` gave."""
+    """The same probabilities in ``channels``, which ``common_channels`` gave."""
     return probabilities if probabilities.channels == channels else exclusive(probabilities)
 
 
 def exclusive(probabilities: Probabilities) -> Probabilities:
-    """The same belief with the channels background, kidney and tumor, which exclude each other.
+    """The same probabilities with the channels background, kidney and tumor, which exclude each other.
 
     From foreground F and tumor T that stand alone: tumor min(T, F), kidney F − tumor, background 1 − F.
 

@@ -138,8 +138,8 @@ def test_engines_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "device", "precision", "said"),
     [
-        ("onnx", "cpu", "auto", "no engine 'onnx'"),
-        ("torch", "cpu", "int8", "no precision 'int8'"),
+        ("onnx", "cpu", "auto", "unknown engine 'onnx'"),
+        ("torch", "cpu", "int8", "unknown precision 'int8'"),
         ("openvino", "cuda", "auto", "--device cpu"),
     ],
 )

@@ -143,7 +143,7 @@ def manifest_of(model: Model, stage: str | None, postprocess: Mapping[str, Any] 
         "method": model.method.name,
         "stage": stage,
         "model": origin(model),
-        # the priors look at the kidneys, so they can't judge an output without them
+        # the priors need the kidneys, so that an output without them gets none
         "postprocess": steps if {"kidney", "foreground"} & set(model.outputs) else {},
         "versions": versions(),
     }

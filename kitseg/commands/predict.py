@@ -92,7 +92,7 @@ class CasePredictor:
 
     def predict(self, source: Case) -> Outcome:
         """Labels, figures and a picture of a scan, unless they are there; its record is written last."""
-        begun, record = time.perf_counter(), self.to / f"{source.id}.json"
+        start, record = time.perf_counter(), self.to / f"{source.id}.json"
         made = {"recipe": self.recipe, "scan_sha256": scan_digest(source)}
         if before := read_record(record, made):
             return _as_before(before, record)
@@ -106,7 +106,7 @@ class CasePredictor:
             more[".dcm"] = partial(self._write_segmentation, labels=found.labels, source=source)
         facts = {
             "scan": source.id if source.slices else source.image.name,
-            "seconds": round(time.perf_counter() - begun, 2),
+            "seconds": round(time.perf_counter() - start, 2),
             "findings": asdict(found.findings),
             "quality": {"level": found.quality.level, **asdict(found.quality), "agreement": found.agreement},
             **self.facts,

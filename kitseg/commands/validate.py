@@ -160,8 +160,8 @@ def _check_unseen(run: Run, fold: int, split: Split) -> None:
         UsageError: it was.
     """
     for path in sorted(run.fold(fold).glob("*/**/places.json")):
-        learned = read_json(path, SCHEMA)["train"]
-        if foreign := sorted(set(learned) - set(split.folds[fold].train)):
+        trained = read_json(path, SCHEMA)["train"]
+        if foreign := sorted(set(trained) - set(split.folds[fold].train)):
             raise UsageError(f"{path.parent} was trained on {', '.join(foreign)}, which {run.split} holds out")
 
 
@@ -182,7 +182,7 @@ def _is_kept(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> 
 
 
 def _same_but_for_machine(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the same weights and the same kitseg made the outputs of two manifests, on whatever machine."""
+    """Whether the same weights and the same kitseg made the outputs of two manifests, on any machine."""
 
     def made(manifest: Mapping[str, Any]) -> str:
         model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}

@@ -1,1 +1,1 @@
-"""A trained stage sees a whole case."""
+"""Prediction of whole cases by trained stages."""

@@ -43,8 +43,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def activation_bytes(see: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> int:
-    """The most bytes that live at a time while a network on the meta device sees a float32 input of ``shape``."""
+def activation_bytes(predict: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> int:
+    """The most bytes that live at a time while a network on the meta device processes a float32 input of ``shape``."""
     with torch.inference_mode(), Watch() as watch:
-        see(torch.empty(shape, device="meta"))
+        predict(torch.empty(shape, device="meta"))
     return int(watch.peak)

@@ -1,4 +1,4 @@
-"""How a network sees a region that may be larger than what it was trained on."""
+"""How a network passes over a region that may be larger than the patches it was trained on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Window(Protocol):
         ...
 
     def part(self, region: Triple) -> Triple:
-        """The shape of what the network sees at a time of a region of this shape."""
+        """The shape of the network's input at a time, for a region of this shape."""
         ...
 
 

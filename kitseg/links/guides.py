@@ -1,7 +1,7 @@
-"""What a stage is told by the one before it, voxel by voxel, on the grid that both share.
+"""Guides: the output of one stage as input of the next, voxel by voxel, on the grid that both share.
 
 A guide is an array (G, D, H, W). Its last channel is a mask: a slice in which it is empty is background, and the
-network isn't asked about it.
+network isn't run on it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Link(Protocol):
     """How the earlier stage's output reaches a network."""
 
     channels: int  # of the network's input
-    in_training: bool  # whether the network learns with a guide too
+    in_training: bool  # whether the network is trained with a guide too
 
     def guide(self, probability: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float16]:
-        """What is known of a scan: (G, D, H, W).
+        """The guide of a scan: (G, D, H, W).
 
         Args:
             probability: (D, H, W) of foreground, from the earlier stage.
-            foreground: (D, H, W) what it takes for foreground; in training, what the label says.
+            foreground: (D, H, W), that probability thresholded; in training, the label's foreground.
         """
         ...
 
@@ -41,7 +41,7 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class SliceGate:
-    """Slices without foreground are background without a look at them (two-stage paper, section 2.3).
+    """Slices without foreground are background, and the network isn't run on them (two-stage paper, section 2.3).
 
     fill_gaps: whether a slice between two slices with foreground passes too.
     """
@@ -58,7 +58,7 @@ class SliceGate:
         return np.broadcast_to(passes.astype(np.float16)[:, None, None], foreground.shape)[None]
 
     def __call__(self, image: Tensor, guide: Tensor) -> Tensor:
-        """The image as it is."""
+        """The image, unchanged."""
         return image
 
 

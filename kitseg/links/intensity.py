@@ -1,4 +1,4 @@
-"""From Hounsfield units to what a network sees."""
+"""From Hounsfield units to a network's intensities."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AIR = -1000.0
 
 
 class Intensity(Protocol):
-    """How a network sees Hounsfield units; any shape, float32."""
+    """Scales Hounsfield units for a network; any shape, float32."""
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """The scaled intensities; ``statistics``: mean and standard deviation of the whole scan in HU."""
@@ -31,13 +31,13 @@ class ClipScale:
     shift: float = 0.0
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
-        """The scaled intensities; the scan's statistics make no difference."""
+        """The scaled intensities; the scan's statistics are not used."""
         return hu.float().clamp(self.low, self.high).sub_(self.shift).div_(self.scale)
 
 
 @dataclass(frozen=True)
 class ZScore:
-    """Zero mean and unit variance over the whole scan, whatever is cropped later; the guided-unetpp paper is silent."""
+    """Zero mean and unit variance over the whole scan, not the crop; the guided-unetpp paper doesn't specify it."""
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """The scaled intensities; a scan of one value becomes 0."""

@@ -1,4 +1,4 @@
-"""Where on its grid a stage works, given what an earlier stage found."""
+"""The region of its grid that a stage runs on, given what an earlier stage found."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kitseg.components import Components, bounding_box, keep_kidneys
 from kitseg.types import Box, Geometry, Triple, triple
 
 SKIN = -300  # HU: between air with its partial volumes and fat
-TABLE, LOOK_EVERY = 9.0, 3.5  # mm: thicker than a table's shell; how often the body is looked at
+TABLE, LOOK_EVERY = 9.0, 3.5  # mm: thicker than a table's shell; the distance of the samples that find the body
 
 
 @dataclass(frozen=True)
 class RegionContext:
-    """What is known of a case before a stage looks at it.
+    """The information about a case before a stage runs on it.
 
     grid: the stage's lattice; hu: the scan on it, (D, H, W); guide: labels (D, H, W) that an earlier stage found (in
     training: true ones), None for a first stage; guide_grid: the guide's lattice, over the same extent as ``grid``.
@@ -33,14 +33,14 @@ class RegionContext:
 
 
 class Region(Protocol):
-    """The box of a stage's grid that the stage sees."""
+    """The box of a stage's grid that the stage runs on."""
 
     def shape(self, grid: Geometry) -> Triple:
         """The box in voxels of ``grid``."""
         ...
 
     def __call__(self, known: RegionContext) -> Box | None:
-        """The box on the stage's grid; it may reach outside. None where there is nothing to see."""
+        """The box on the stage's grid; it may reach outside. None where there is nothing to run on."""
         ...
 
 
@@ -59,7 +59,7 @@ class WholeVolume:
 
 @dataclass(frozen=True)
 class Body:
-    """The box around the patient: neither the air beside him nor the table, which no kidney lies in.
+    """The box around the patient, without the air and the table around it.
 
     Body is the largest part of what is denser than ``SKIN`` and thicker than ``TABLE``.
     """
@@ -87,7 +87,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Square:
-    """Every slice as a square of ``pixels``, or some of its rows; a slice that is no square lies in its middle.
+    """Every slice as a square of ``pixels``, or some of its rows; a slice that is not square lies in its middle.
 
     rows: from where to where, as shares of the square's height; (0.5, 1) is the posterior half of the body
     (dual-unet, "the lower half").
@@ -97,7 +97,7 @@ class Square:
     rows: Sequence[float] = (0.0, 1.0)
 
     def __call__(self, known: RegionContext) -> Box:
-        """The box on the stage's grid; the guide makes no difference."""
+        """The box on the stage's grid; the guide is not used."""
         (depth, height, width), (_, rows, columns) = known.grid.shape, self.shape(known.grid)
         top = -((self.pixels - height) // 2) + round(self.pixels * self.rows[0])
         left = -((columns - width) // 2)
@@ -138,7 +138,7 @@ class FixedAroundForeground:
         return Box((z, y, x), (z + size[0], y + size[1], x + size[2]))
 
     def shape(self, grid: Geometry) -> Triple:
-        """The box in voxels, whatever the grid."""
+        """The box in voxels, the same on every grid."""
         z, y, x = self.size
         return z, y, x
 

@@ -111,7 +111,7 @@ def load_model(
 
 
 def read_any_scan(scan: Image, affine: ArrayLike | None = None) -> Volume:
-    """A scan from whatever ``LoadedModel.predict`` takes.
+    """A scan from anything that ``LoadedModel.predict`` takes.
 
     Raises:
         InputError: it can't be used. UsageError: a folder with several scans.

@@ -59,7 +59,7 @@ class Limit:
 
 
 def parse_size(text: str | None) -> int | None:
-    """``6GB``, ``6000 MB``, ``5.5GiB`` or plain bytes as a number; None where there is no text.
+    """``6GB``, ``6000 MB``, ``5.5GiB`` or plain bytes as a number; None for no text.
 
     Raises:
         UsageError: anything else.

@@ -157,7 +157,7 @@ def open_model(
         path: a run's folder or a fold's.
         device: ``auto``, ``cpu`` or ``cuda``.
         output: the ``stage[.head]`` whose own channels are predicted; the method's where it is None.
-        mirror: test-time augmentation: each stage also sees every scan flipped left to right, and averages the two.
+        mirror: test-time augmentation: each stage also predicts every scan flipped left to right, and averages the two.
         engine: ``torch``, ``openvino``, or ``auto``: OpenVINO on a CPU where it is installed.
         precision: ``f32``, ``bf16``, or ``auto``: the training's on a GPU, float32 on a CPU.
 
@@ -172,11 +172,11 @@ def open_model(
     folds = [fold] if fold is not None else run.folds(chain[-1])
     if not folds:
         raise InputError(path, f"has no finished {chain[-1]} stage", "Call `kitseg train` again: it resumes.")
-    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing gives Python's lock free; more would crowd a disk
+    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases Python's lock; more would overload a disk
         list(pool.map(sound_checkpoints, (run.stage(number, name) for number in folds for name in chain)))
     where = torch_device(device)
     engines = {name: choose_engine(engine, where, precision, method.stages[name]) for name in chain}
-    if isinstance(shared := engines[chain[0]], OpenVino):  # so that one compiled network at a time is in memory
+    if isinstance(shared := engines[chain[0]], OpenVino):  # one compiled network at a time is in memory
         engines = dict.fromkeys(chain, shared)
     opened = {name: open_stage(method.stages[name], where, engines[name], mirror) for name in chain}
     stages = {
@@ -211,9 +211,9 @@ def choose_engine(name: str, device: torch.device, precision: str, spec: StageSp
         UsageError: an unknown name, or OpenVINO where it can't be used.
     """
     if name not in ENGINES:
-        raise UsageError(f"there is no engine '{name}'; there are {', '.join(ENGINES)}")
+        raise UsageError(f"unknown engine '{name}'; choose from {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
-        raise UsageError(f"there is no precision '{precision}'; there are {', '.join(PRECISIONS)}")
+        raise UsageError(f"unknown precision '{precision}'; choose from {', '.join(PRECISIONS)}")
     kind = _training_precision(device, spec) if precision == "auto" else PRECISIONS[precision]
     if name == "openvino" and device.type != "cpu":
         raise UsageError("OpenVINO computes on the CPU here; add --device cpu")

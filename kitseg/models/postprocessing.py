@@ -21,13 +21,13 @@ def build_steps(specs: Mapping[str, Any], without: Sequence[str] = ()) -> list[P
     """The priors of a method in their order, but for those ``without``; one that is null is switched off.
 
     Raises:
-        UsageError: a prior that isn't there, or priors without names.
+        UsageError: an unknown prior, or priors without names.
     """
     if not isinstance(specs, Mapping):
         raise UsageError(f"postprocess is {specs!r}; it must name each prior, such as kidneys: {{_target_: ...}}")
     if unknown := [name for name in without if name not in {*specs, EVERY_PRIOR}]:
         there = ", ".join([*specs, EVERY_PRIOR])
-        raise UsageError(f"--without {' '.join(unknown)}: there is no such prior; there are {there}")
+        raise UsageError(f"--without {' '.join(unknown)}: unknown prior; choose from {there}")
     left = {} if EVERY_PRIOR in without else specs
     return [config.build(spec) for name, spec in left.items() if spec is not None and name not in without]
 

@@ -52,14 +52,14 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
             return load_file(path, device=str(device))
         state = torch.load(path, map_location=device, weights_only=True, mmap=True)["state_dict"]
     except UnpicklingError as error:
-        problem = "holds more than weights or is damaged, and nothing in it was run"
+        problem = "holds more than weights or is damaged; nothing in it was run"
         raise InputError(path, problem, _REMEDY) from error
     except Exception as error:  # a damaged file can make its reader raise anything
         if fault(error):
             raise
         raise InputError(path, f"can't be loaded ({_reason(error)})", _REMEDY) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(path, "holds no weights", _REMEDY)
+        raise InputError(path, "doesn't hold weights", _REMEDY)
     return {name.removeprefix("model."): value for name, value in state.items() if not name.startswith("loss.")}
 
 
@@ -83,7 +83,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise InputError(path, f"holds no weights ({_reason(error)})", _REMEDY) from error
+        raise InputError(path, f"doesn't hold weights ({_reason(error)})", _REMEDY) from error
 
 
 def _reason(error: Exception) -> str:

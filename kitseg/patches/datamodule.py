@@ -1,4 +1,4 @@
-"""What a stage is fed: patches to learn from, whole cases to be scored on."""
+"""The data of a stage: patches for training, whole cases for validation."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ AHEAD = 2  # batches that each of them loads ahead
 
 @dataclass(frozen=True)
 class WholeCase:
-    """A validation case: its region as the network sees it (C, d, H, W), the slices seen, and its label on the grid.
+    """A validation case: the network's input (C, d, H, W) for its region, and its label (D, H, W) on the grid.
 
-    ``image`` and ``region`` are None where there is nothing to see; ``seen`` (D,) says which slices of the region
-    ``image`` holds.
+    ``image`` and ``region`` are None where there is no input; ``seen`` (D,): the slices of the region that ``image``
+    holds.
     """
 
     id: str
@@ -60,7 +60,7 @@ class WholeCases(Dataset[WholeCase]):
         folder, place = self.places[index]
         case = open_case(folder)
         if case.label is None:
-            raise ValueError(f"{case.id} has no label to be scored against")
+            raise ValueError(f"{case.id} has no label to score against")
         if place.box is None:
             return WholeCase(case.id, None, np.zeros(0, np.bool_), None, np.asarray(case.label))
         image, seen = self.input_transform.region(case.image, case.statistics, place.box, place.read_guide())
@@ -79,7 +79,7 @@ def batch_per_rank(batch: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class StageCases:
-    """Stored cases of a stage and where it looks at each: to learn from, and to be scored on."""
+    """Stored cases of a stage with its region in each: for training and for validation."""
 
     train: FolderPlaces
     val: FolderPlaces
@@ -87,10 +87,10 @@ class StageCases:
 
 @dataclass(frozen=True)
 class Feed:
-    """How a stage is fed.
+    """How a stage's patches are drawn and batched.
 
-    sampler: where patches lie; augmentation: TorchIO's transforms of a patch in HU; input_transform: what the network
-    sees of it; batch: global batch size, over all ranks; micro_batch_size: patches a rank computes at a time; seed:
+    sampler: where patches lie; augmentation: TorchIO's transforms of a patch in HU; input_transform: makes the
+    network's input; batch: global batch size, over all ranks; micro_batch_size: patches a rank computes at a time; seed:
     random seed; workers: loader processes per rank.
     """
 
@@ -103,7 +103,7 @@ class Feed:
     workers: int
 
     def transform(self, patch: tio.Subject) -> tio.Subject:
-        """A patch, augmented, as the network sees it."""
+        """A patch, augmented, as the network's input."""
         for change in self.augmentation:
             patch = change(patch)
         label = patch.get_image("label")
@@ -115,14 +115,14 @@ class StageData(pl.LightningDataModule):
     """The patches and cases of one stage.
 
     Args:
-        find: tells the cases; called when training starts, on every rank, after the first rank has prepared them.
-        feed: how they are drawn.
+        find: gives the cases; called when training starts, on every rank, after the first rank has prepared them.
+        feed: how patches are drawn and batched.
     """
 
     def __init__(self, find: Callable[[], StageCases], feed: Feed) -> None:
         super().__init__()
         self.find, self.feed = find, feed
-        self.given = 0  # batches of the epoch at hand, in an earlier session
+        self.given = 0  # batches of the current epoch that an earlier session has given
 
     def setup(self, stage: str) -> None:
         """Open the cases."""
@@ -162,12 +162,12 @@ class StageData(pl.LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of the epoch at hand this rank has had."""
+        """How many batches of the current epoch this rank has had."""
         loop = self.trainer
         return {"given": 0 if loop is None else (loop.fit_loop.batch_idx + 1) % int(loop.num_training_batches)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after these batches."""
+        """Resume after these batches."""
         self.given = state_dict["given"]
 
     def _workers(self, batch: int) -> int:

@@ -1,4 +1,4 @@
-"""TorchIO's queue made addressable: a patch is a function of (seed, epoch, index), whoever draws it."""
+"""TorchIO's queue made addressable: a patch is a function of (seed, epoch, index), on any rank and in any worker."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class PatchQueue(tio.Queue):
     """A queue whose patches are looked up by (epoch, index) instead of popped.
 
     TorchIO's queue ignores the index and keeps state, because filling it means loading volumes. Mapped volumes cost
-    nothing to open, so every patch is drawn when asked for, with a generator seeded by (seed, epoch, index): the same
+    nothing to open, so every patch is drawn on access, with a generator seeded by (seed, epoch, index): the same
     patch with any number of workers and ranks.
 
     Args:
         subjects: the cases. sampler: where patches lie, and how many a case gives.
-        transform: applied to each patch. seed: of everything random here.
+        transform: applied to each patch. seed: random seed.
     """
 
     def __init__(

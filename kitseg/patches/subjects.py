@@ -1,4 +1,4 @@
-"""Preprocessed cases as TorchIO subjects that read no more than a patch."""
+"""Preprocessed cases as TorchIO subjects of which only patches are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kitseg.volumes.store import StoredCase, open_case, open_guide
 
 @dataclass(frozen=True)
 class StageInput:
-    """Where on its grid a stage looks at a case, and the file with what it is told there (see ``links.guides``).
+    """A stage's region on its grid of a case, and the file with its guide (see ``links.guides``).
 
     ``box`` is None where the earlier stage found nothing.
     """
@@ -34,10 +34,10 @@ class StageInput:
 
 
 class CaseSubjects(tio.SubjectsDataset):
-    """Subjects of stored cases, opened when asked for, their voxels left on disk.
+    """Subjects of stored cases, opened on access, their voxels left on disk.
 
     Args:
-        places: where the stage looks at each case, by the case's folder; each has a box.
+        places: the stage's region in each case, by the case's folder; each has a box.
     """
 
     def __init__(self, places: Mapping[Path, StageInput]) -> None:
@@ -61,7 +61,7 @@ def subject_of(case: StoredCase, place: StageInput) -> tio.Subject:
     and ``region``.
     """
     if case.label is None or place.box is None:
-        raise ValueError(f"{case.id} has no label to learn from, or no place to look at")
+        raise ValueError(f"{case.id} has no label or no region to train on")
     # TorchIO's own reader copies whole volumes; a tensor over the mapping reads the pages of a patch only.
     images: dict[str, tio.Image] = {
         "image": tio.ScalarImage(tensor=torch.from_numpy(case.image)[None], affine=case.grid.affine),

@@ -94,7 +94,7 @@ class Stage(pl.LightningModule):
             self.log("train/loss", mean, on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
-        """Share what the ranks know, before the epoch's checkpoint is written.
+        """Average running statistics over the ranks, before the epoch's checkpoint is written.
 
         A schedule that waits for a plateau of the loss steps here: Lightning would do it after that checkpoint, and a
         training that resumes from there would never have taken the step.
