@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.spatial import cKDTree
 
 from kitseg.components import Components, kidneys_among
 from kitseg.labels import BACKGROUND, KIDNEY
@@ -102,6 +101,8 @@ def _give_to_nearer(by_number: NDArray[np.uint8], found: Components, spacing: tu
     """Assign every component without a side to the kidney with the nearer surface."""
     if by_number[1:].all():
         return
+    from scipy.spatial import cKDTree  # imported here: predicting a scan can begin without it
+
     by_voxel = by_number[found.numbers]
     stray = np.argwhere((found.numbers > 0) & (by_voxel == 0))
     numbers = found.numbers[tuple(stray.T)]

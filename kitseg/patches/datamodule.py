@@ -90,8 +90,8 @@ class Feed:
     """How a stage's patches are drawn and batched.
 
     sampler: where patches lie; augmentation: TorchIO's transforms of a patch in HU; input_transform: makes the
-    network's input; batch: global batch size, over all ranks; micro_batch_size: patches a rank computes at a time; seed:
-    random seed; workers: loader processes per rank.
+    network's input; batch: global batch size, over all ranks; micro_batch_size: patches a rank computes at a time;
+    seed: random seed; workers: loader processes per rank.
     """
 
     sampler: PaddedSampler

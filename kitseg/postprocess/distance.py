@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.spatial import cKDTree
 
 from kitseg.components import Components, kidneys_among
 from kitseg.types import Masks
@@ -43,6 +42,8 @@ def distances_mm(
 
     The nearest voxels of two components lie on their surfaces, so only surface voxels are compared.
     """
+    from scipy.spatial import cKDTree  # imported here: predicting a scan can begin without it
+
     inside = components.numbers > 0
     surface = inside & ~ndimage.binary_erosion(inside)
     number = components.numbers[surface]

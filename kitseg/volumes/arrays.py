@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kitseg.errors import InputError
 from kitseg.labels import CONVENTIONS
 from kitseg.types import Geometry, Volume, triple
+from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import check_affine
 from kitseg.volumes.nifti import as_ct, canonical_geometry, turn_to_canonical
 

@@ -13,17 +13,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from isal import igzip, isal_zlib
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError, HeaderTypeError
-from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
 from kitseg.runtime.files import check_regular, read_errors
 from kitseg.types import Geometry, triple
+from kitseg.volumes._nibabel import nibabel
 
 MAX_VOXELS = 2**30  # three times the largest CT of the challenge
 MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
@@ -36,7 +33,12 @@ _SNIFF = 1024  # bytes; the larger of the two header types has 540
 _igzip: Any = igzip  # untyped, as is nibabel
 _isal: Any = isal_zlib
 _nib: Any = nibabel
-_HEADERS = (ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError)
+_HEADERS = (
+    _nib.filebasedimages.ImageFileError,
+    _nib.spatialimages.HeaderDataError,
+    _nib.spatialimages.HeaderTypeError,
+    _nib.wrapstruct.WrapStructError,
+)
 _BROKEN = (*_HEADERS, EOFError, OSError, zlib.error, _isal.error, ValueError, OverflowError)
 _quiet = logging.getLogger(__name__)
 _quiet.disabled = True
@@ -75,7 +77,7 @@ def read_header(path: Path) -> Any:
         kinds = (_nib.Nifti1Header, _nib.Nifti2Header)
         kind = next((kind for kind in kinds if kind.may_contain_header(start)), None)
         if kind is None:
-            raise ImageFileError("no NIfTI header")
+            raise _nib.filebasedimages.ImageFileError("no NIfTI header")
         header = kind.from_fileobj(BytesIO(start[: kind.sizeof_hdr]), check=False)
         spaced = header["sform_code"] > 0 or (header["pixdim"][1:4] != 0).all()
         header.check_fix(logger=_quiet, error_level=40)

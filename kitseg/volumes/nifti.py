@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-import nibabel
 import numpy as np
 from isal import igzip
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from kitseg.errors import InputError
 from kitseg.labels import CONVENTIONS
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry, Volume, triple
+from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_errors, open_voxels, read_header
 
 #: ``descrip`` in the header of a synthetic scan.

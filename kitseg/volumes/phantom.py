@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from kitseg.errors import InputError
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
+from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
 from kitseg.volumes.phantom_canvas import (
     FAT,
