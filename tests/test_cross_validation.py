@@ -379,4 +379,4 @@ def test_a_split_leaves_no_case_out_for_a_fault_of_the_machine(tmp_path: Path) -
 def test_a_fold_that_is_no_number(tmp_path: Path) -> None:
     done = kitseg(tmp_path, "train", "--fold=first")
     assert done.code == 2
-    assert "--fold first: it takes a fold's number, from 0 on, or all" in done.text
+    assert "--fold first" in done.text

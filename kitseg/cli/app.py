@@ -40,12 +40,12 @@ PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
 Data = Annotated[Path, typer.Argument(help="Folder of cases: case_00000/imaging.nii.gz, or flat .nii.gz files.")]
 DataFolders = Annotated[list[Path], typer.Option("--data", help="Folder of labelled cases; may be repeated.")]
 Method = Annotated[
-    str, typer.Option(metavar="NAME|FILE", help="A method that `kitseg methods` lists, or its own YAML file.")
+    str, typer.Option(metavar="NAME|FILE", help="A method listed by `kitseg methods`, or your own YAML file.")
 ]
-Size = Annotated[str, typer.Option(help="A block of the method's sizes, such as paper, small or tiny.")]
+Size = Annotated[str, typer.Option(help="One of the method's sizes, such as paper, small or tiny.")]
 Set = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a configuration key; stages.*.KEY=VALUE: of each stage."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a configuration key (stages.*.KEY: of every stage)."),
 ]
 ConfigDir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of your own methods and stages, laid out like kitseg's conf.")
@@ -63,7 +63,7 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         callback=_trust,
-        help="Open models with parts that aren't kitseg's, and run the code of their author.",
+        help="Open models with parts from outside kitseg, which runs their author's code.",
     ),
 ]
 
@@ -77,9 +77,10 @@ def _check_jobs(jobs: int) -> int:
 Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases processed in parallel; -1: one per core.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Gpus = Annotated[
-    int | None, typer.Option(min=0, help="GPUs on this machine, one process each; 0: the CPU; by default one, if any.")
+    int | None,
+    typer.Option(min=0, help="GPUs on this machine, one process each; 0: the CPU. Default: one if available."),
 ]
-Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU, with --device cpu.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU; needs --device cpu.")]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Bit-identical results in every run; slower on a GPU.")
 ]

@@ -14,20 +14,20 @@ from kitseg.runtime import console
 
 @app.command(epilog="Example: kitseg export runs/two-phase-paper -o two-phase.kitseg")
 def export(
-    model: Annotated[Path, typer.Argument(help="A run (its finished folds), one fold of it, or an ensemble file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle: a file that ends in .kitseg.")],
+    model: Annotated[Path, typer.Argument(help="A run (its finished folds), one of its folds, or an ensemble file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle, a .kitseg file.")],
     weights_license: Annotated[
         str | None,
-        typer.Option(metavar="LICENSE", help="The weights' license, where it isn't the labels'."),
+        typer.Option(metavar="LICENSE", help="License of the weights. Default: that of the labels."),
     ] = None,
     labels_license: Annotated[
-        str | None, typer.Option(metavar="LICENSE", help="The training labels' license, where they aren't KiTS19's.")
+        str | None, typer.Option(metavar="LICENSE", help="License of the training labels. Default: that of KiTS19.")
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Pack a trained model into one file to pass on: weights, configuration, licenses, and no case by its name.
+    """Export a trained model as one file for sharing: weights, configuration and licenses, without names of cases.
 
-    `kitseg predict --model` opens it anywhere; nothing in it is ever executed.
+    `kitseg predict --model` opens it on any machine, without executing code from the file.
     """
     from kitseg.models.bundles.export import export as write_bundle
     from kitseg.runtime.files import file_digest

@@ -1,4 +1,4 @@
-"""Commands for training."""
+"""Commands for training and the overview: methods, train, demo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 
 from kitseg.cli.app import (
     ConfigDir,
+    DataFolders,
     Deterministic,
     Device,
     Gpus,
@@ -40,7 +41,7 @@ EVERY_FOLD = "all"
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What of a run a call of `kitseg train` trains, and from which cases."""
+    """The parts of a run that a call of `kitseg train` trains, and their cases."""
 
     data: Sequence[Path]
     jobs: int
@@ -66,43 +67,41 @@ def train(
     method: Method = "two-phase",
     size: Size = "paper",
     config_dir: ConfigDir = None,
-    fold: Annotated[str, typer.Option(help="The outer fold, or all: each in turn, then cross-validation.")] = "0",
-    stage: Annotated[str | None, typer.Option(help="Train this stage only.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per stage.")] = None,
+    fold: Annotated[str, typer.Option(help="The fold to train, or all: every fold, then cross-validation.")] = "0",
+    stage: Annotated[str | None, typer.Option(help="Train only this stage.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs of each stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     gpus: Gpus = None,
     device: Device = "auto",
     processes: Processes = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines; run it on each (docs/how-to/distributed.md).")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines (docs/how-to/distributed.md).")] = 1,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Processes that load patches, for each GPU; by default 8, or its share of the cores."),
+        typer.Option(min=0, help="Data loader processes per rank. Default: on a GPU up to 8, on the CPU 0."),
     ] = None,
     save_every: Annotated[
         float,
         typer.Option(
-            metavar="MINUTES", min=0, help="Minutes between two saves within an epoch; the end of each is saved anyway."
+            metavar="MINUTES", min=0, help="Interval of checkpoints within an epoch, besides those after each epoch."
         ),
     ] = 10.0,
-    data: Annotated[list[Path], typer.Option(help="Folder of labelled cases; several times for several.")] = [  # noqa: B006
-        Path("data")
-    ],
+    data: DataFolders = [Path("data")],  # noqa: B006
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
-    split: Annotated[Path, typer.Option(help="The split file; written where there is none.")] = Path("splits.json"),
+    split: Annotated[Path, typer.Option(help="The split file, created if it doesn't exist.")] = Path("splits.json"),
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
-    name: Annotated[str | None, typer.Option(help="The run's name; METHOD-SIZE by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run. Default: METHOD-SIZE.")] = None,
     jobs: Jobs = -1,
     deterministic: Deterministic = False,
     init_from: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Start from the weights of a run, fold, bundle or checkpoint.")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Move an earlier training aside and begin again.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Rename an earlier training and start a new one.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan, try a step of each stage, and stop.")
+        bool, typer.Option("--dry-run", help="Show the plan and run one training step of each stage only.")
     ] = False,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Train a method's stages in order; the same command resumes where an earlier one stopped."""
+    """Train the stages of a method in order. Running the same command again resumes."""
     from kitseg import config
     from kitseg.models.run_folder import Run
     from kitseg.runtime.device import Machine, be_deterministic
@@ -148,10 +147,10 @@ def train(
 
 @app.command(epilog="Example: kitseg demo")
 def demo(
-    out: Annotated[Path | None, typer.Argument(help="Folder for all it makes: demo, or demo-quick.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Smallest possible: does the installation work?")] = False,
+    out: Annotated[Path | None, typer.Argument(help="Output folder. Default: demo, or demo-quick.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A minimal demo, to test the installation.")] = False,
 ) -> None:
-    """The whole tool on phantoms, in minutes: every command it stands for is printed."""
+    """Run the whole workflow on phantoms in minutes, and print every command."""
     from kitseg.commands.demo import run_demo
 
     run_demo(out or Path("demo-quick" if quick else "demo"), quick, console.print_line)
@@ -159,7 +158,7 @@ def demo(
 
 def _fold(text: str) -> int:
     if not text.isdecimal():
-        raise UsageError(f"--fold {text}: it takes a fold's number, from 0 on, or {EVERY_FOLD}")
+        raise UsageError(f"--fold {text}: give the number of a fold, from 0, or {EVERY_FOLD}")
     return int(text)
 
 
@@ -175,11 +174,11 @@ def _rehearse(begin: Start, wanted: TrainRequest) -> None:
         if wanted.stage in (None, name):
             console.print_line(f"{name}: one training step works, its loss is {try_step(spec):.4f}")
     if wanted.every_fold:
-        console.print_line(f"that is one fold; all {len(plan.split.folds)} take about as many times as long")
+        console.print_line(f"times are for one fold; all {len(plan.split.folds)} folds take that many times as long")
 
 
 def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator[Training]:
-    """Prepare the cases, then give the trainings of the fold, or of every fold; ``failed`` gets the cases that did."""
+    """Preprocess the cases, then yield the trainings of the fold or folds; failed cases are added to ``failed``."""
     from kitseg.training.train import trainings_of_fold
     from kitseg.volumes.kits import labelled_cases
 
@@ -189,7 +188,7 @@ def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator
     failed |= preprocess_cases(cases, begin.config, begin.store, wanted.jobs)
     good = [case for case in cases if case.id not in failed]
     if not good:
-        raise KitsegError(f"{wanted.data[0]}: no case could be preprocessed; see above")
+        raise KitsegError(f"{wanted.data[0]}: no case could be preprocessed. See the errors above")
     plan = begin.claim(good, wanted.jobs)
     _show_plan(plan, good, wanted.stage)
     folds = range(len(plan.split.folds)) if wanted.every_fold else [plan.fold]
@@ -200,7 +199,7 @@ def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator
 
 
 def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:
-    """The trainings that a plan holds, with their size and an estimate of their time."""
+    """Print the trainings of a plan, with their size and an estimate of their time."""
     from kitseg.training.cost import estimates
 
     machine = plan.machine

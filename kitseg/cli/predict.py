@@ -128,7 +128,7 @@ def predict(
         list[str],
         typer.Option(
             help="A run, one of its folds, an ensemble file, a bundle or hf://owner/name@revision; may be repeated: "
-            "probabilities are averaged."
+            "probabilities are averaged. Default: the only finished run in runs."
         ),
     ] = [],  # noqa: B006
     weights: Annotated[str | None, typer.Option(help="Weights of the models, such as 2,1. Default: equal.")] = None,
