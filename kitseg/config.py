@@ -1,14 +1,14 @@
 """A run as data: composing it, reading it back, and building objects from it. The only module that knows Hydra.
 
-``kitseg.yaml`` and a method's file are composed with the files that they name, in two steps: the first shows the
-method's ``sizes`` and stages, the second adds the chosen size and what the user changes.
+``kitseg.yaml``, a method's file and the files that it names are composed in two steps: the first shows the method's
+``sizes`` and stages, the second adds the chosen size and what the user changes.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kitseg import trust
-from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.errors import InputError, UsageError
 from kitseg.method import (
     OPTIONAL,
     Method,
@@ -35,12 +35,12 @@ from kitseg.method import (
     parse_source,
     stage_outputs,
 )
-from kitseg.method_files import MethodFile, find_method, method_files, own_folder, search
+from kitseg.method_files import BUILT_IN, MethodFile, find_method, method_files
 from kitseg.parts import check_arguments
 
 __all__ = [
     "Config", "Method", "Rounds", "Source", "StageSpec", "build", "compose", "differences", "dump", "head_of",
-    "method_of", "names", "needed", "parse_source", "read", "sizes", "stage_outputs", "summaries",
+    "method_of", "needed", "parse_source", "read", "stage_outputs", "summaries",
 ]  # fmt: skip
 
 Config = dict[str, Any]
@@ -73,23 +73,26 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
         UsageError: an unknown method, size or key, or a value of the wrong form. InputError: an unusable method file.
     """
     file = find_method(method, config_dir)
-    folders = search(file, config_dir)
-    described = _described(file, folders)
-    known = _sizes(described)
+    described = _described(file)
+    known = described.get("sizes") or {"paper": {}}
     if size not in known:
         raise UsageError(f"there is no size '{size}' of {file.name}; there are {', '.join(known)}")
     for override in overrides:
         if not re.match(r"(?!hydra\.|method=|size=)[A-Za-z]\S*=", override):
             raise UsageError(f"--set {override}: write it as KEY=VALUE, for a key that is there")
-    ConfigStore.instance().store(CHOSEN, {"name": size, **known[size]}, "size")
-    changes = [f"+size={CHOSEN}", *(["~sizes"] if "sizes" in described else []), *_optional_keys(described)]
+    ConfigStore.instance().store(CHOSEN, {"name": size, **(known[size] or {})}, "size")
+    changes = [f"+size={CHOSEN}", *(["~sizes"] if "sizes" in described else [])]
+    for name, stage in described["stages"].items():
+        changes += [f"+stages.{name}.{key}=null" for key in OPTIONAL if key not in stage]
     general = [override for override in overrides if override.startswith(EACH_STAGE)]
     changes += [f"stages.{name}.{o.removeprefix(EACH_STAGE)}" for o in general for name in described["stages"]]
     changes += [override for override in overrides if override not in general]
     try:
-        plain = OmegaConf.to_container(_hydra(folders, changes), resolve=True, throw_on_missing=True)
+        plain = OmegaConf.to_container(_hydra(file, changes), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own checks raise any of them
-        raise _explained(file, str(error), lambda: compose(method, size, (), config_dir), overrides) from error
+        if not overrides:
+            raise _unusable(file, error) from error
+        raise _explained(compose(method, size, (), config_dir), overrides, str(error)) from error
     configuration = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
     for key, least in {"seed": 0, "folds": 2, "nested_folds": 2, "test_cases": 0, "keep_best": 1}.items():
         value = configuration[key]
@@ -97,27 +100,8 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
             raise UsageError(f"{key} is {value!r}; it must be a whole number from {least} on")
     trust.approve(configuration)
     if file.own:
-        check_arguments(configuration, file.path)
-        try:
-            method_of(configuration)
-        except UsageError as error:
-            raise _unusable(file, error) from error
+        _check_own(file, configuration)
     return configuration
-
-
-def sizes(method: str, config_dir: Path | None = None) -> list[str]:
-    """The names of a method's sizes.
-
-    Raises:
-        UsageError: an unknown method. InputError: an unusable method file.
-    """
-    file = find_method(method, config_dir)
-    return list(_sizes(_described(file, search(file, config_dir))))
-
-
-def names() -> list[str]:
-    """The methods that kitseg comes with."""
-    return [file.name for file in method_files() if file.folder == own_folder()]
 
 
 def summaries(config_dir: Path | None = None) -> dict[MethodFile, Config]:
@@ -126,7 +110,7 @@ def summaries(config_dir: Path | None = None) -> dict[MethodFile, Config]:
     Raises:
         InputError: an unusable method file.
     """
-    return {file: _described(file, search(file, config_dir)) for file in method_files(config_dir)}
+    return {file: _described(file) for file in method_files(config_dir)}
 
 
 def read(path: Path) -> Config:
@@ -171,14 +155,14 @@ def build(spec: Any, **more: Any) -> Any:
         raise UsageError(" ".join(str(error).split())) from error
 
 
-def _described(file: MethodFile, folders: Sequence[Path]) -> Config:
+def _described(file: MethodFile) -> Config:
     """A method's files composed without a size, interpolations as they stand."""
     try:
         content = OmegaConf.load(file.path)
         if not OmegaConf.is_dict(content):
             raise ValueError("it must be a mapping")
         ConfigStore.instance().store(CHOSEN, content, "method", "_global_")
-        described: Any = OmegaConf.to_container(_hydra(folders, []), resolve=False)
+        described: Any = OmegaConf.to_container(_hydra(file, []), resolve=False)
     except (OSError, yaml.YAMLError, HydraException, OmegaConfBaseException, ValueError) as error:
         raise _unusable(file, error) from error
     stages = described.get("stages")
@@ -187,24 +171,24 @@ def _described(file: MethodFile, folders: Sequence[Path]) -> Config:
     return {str(key): value for key, value in described.items()}
 
 
-def _hydra(folders: Sequence[Path], changes: Sequence[str]) -> Any:
+def _hydra(file: MethodFile, changes: Sequence[str]) -> Any:
     """The composed configuration; a file in an earlier folder takes the place of the same in a later one."""
-    quoted = ("'file://" + re.sub(r"(['\\\\])", r"\\\1", str(folder)) + "'" for folder in folders[1:])
-    with initialize_config_dir(str(folders[0]), version_base="1.3"):
-        ConfigStore.instance().store(CHOSEN, OmegaConf.load(own_folder() / "kitseg.yaml"))
+    first, *others = file.folders
+    quoted = ("'file://" + re.sub(r"(['\\\\])", r"\\\1", str(folder)) + "'" for folder in others)
+    ConfigStore.instance().store(CHOSEN, OmegaConf.load(BUILT_IN / "kitseg.yaml"))
+    with initialize_config_dir(str(first), version_base="1.3"):
         return hydra_compose(CHOSEN, [f"hydra.searchpath=[{','.join(quoted)}]", f"method={CHOSEN}", *changes])
 
 
-def _sizes(described: Config) -> dict[str, Config]:
-    """A method's sizes; one without any has the size ``paper``, which is empty."""
-    found = described.get("sizes") or {"paper": {}}
-    return {str(name): dict(block or {}) for name, block in found.items()}
-
-
-def _optional_keys(described: Config) -> Iterator[str]:
-    """What adds the optional keys that a stage's file doesn't state, so that ``--set`` reaches them."""
-    for name, stage in described["stages"].items():
-        yield from (f"+stages.{name}.{key}=null" for key in OPTIONAL if key not in stage)
+def _check_own(file: MethodFile, configuration: Config) -> None:
+    """Import the parts of a user's own method, and make sure that it describes one."""
+    for folder in file.own:
+        trust.import_from(folder)
+    check_arguments(configuration, file.path)
+    try:
+        method_of(configuration)
+    except UsageError as error:
+        raise _unusable(file, error) from error
 
 
 def _unusable(file: MethodFile, reason: object) -> InputError:
@@ -212,25 +196,14 @@ def _unusable(file: MethodFile, reason: object) -> InputError:
     return InputError(file.path, f"can't be used as a method ({text})", "See docs/methods.")
 
 
-def _explained(file: MethodFile, message: str, plain: Callable[[], Config], overrides: Sequence[str]) -> KitsegError:
+def _explained(composed: Config, overrides: Sequence[str], message: str) -> UsageError:
     """Hydra's message in a line; where a key isn't there, with the keys that are."""
-    if not overrides:
-        return _unusable(file, message)
-    try:
-        composed = plain()
-    except KitsegError as error:  # what the user changes has nothing to do with it
-        return error
     for key in (override.partition("=")[0] for override in overrides):
-        if f"'{key}'" in message or key.startswith(EACH_STAGE):
-            there: Any = composed
-            known: list[str] = []
-            for part in key.split("."):
-                part = next(iter(there), part) if part == "*" else part
-                known = list(there) if isinstance(there, dict) else []
-                if part not in known:
-                    break
-                there = there[part]
-            return UsageError(f"--set {key}: there is no such key; there are {', '.join(known)}")
+        there: Any = composed
+        for part in key.split("."):
+            if isinstance(there, dict) and part != "*" and part not in there:
+                return UsageError(f"--set {key}: there is no such key; there are {', '.join(there)}")
+            there = there.get(part, next(iter(there.values()), None)) if isinstance(there, dict) else None
     return UsageError(f"--set {' '.join(overrides)}: {' '.join(message.split())}")
 
 

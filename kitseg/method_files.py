@@ -12,34 +12,29 @@ from dataclasses import dataclass
 from importlib import import_module, metadata, resources
 from pathlib import Path
 
-from kitseg import trust
 from kitseg.errors import InputError, UsageError
 
 GROUP = "kitseg.methods"
+BUILT_IN = Path(str(resources.files("kitseg.conf")))
 
 
 @dataclass(frozen=True)
 class MethodFile:
     """The YAML file that describes a method.
 
-    origin: ``kitseg``, a distribution's name or a folder; folder: the configuration folder; own: whether it is the
-    user's, and may have Python modules beside it.
+    origin: ``kitseg``, a distribution's name, or the path that the user gave; own: the user's folders, which may hold
+    Python modules; folders: all configuration folders to look into, in order.
     """
 
     path: Path
     origin: str
-    folder: Path
-    own: bool = False
+    own: tuple[Path, ...]
+    folders: tuple[Path, ...]
 
     @property
     def name(self) -> str:
         """The method's name on the command line."""
         return self.path.stem
-
-
-def own_folder() -> Path:
-    """The configuration folder that kitseg comes with."""
-    return Path(str(resources.files("kitseg.conf")))
 
 
 def find_method(method: str, config_dir: Path | None = None) -> MethodFile:
@@ -49,13 +44,18 @@ def find_method(method: str, config_dir: Path | None = None) -> MethodFile:
         UsageError: an unknown name, or one that several packages give. InputError: there is no such file.
     """
     if "/" in method or method.endswith((".yaml", ".yml")):
-        return _by_path(Path(method))
+        path = Path(method).absolute()
+        if not path.is_file():
+            raise InputError(method, "does not exist", "Give the path of a method's YAML file, or a method's name.")
+        folder = path.parent.parent if path.parent.name == "method" else path.parent
+        own = tuple(dict.fromkeys([folder, *([config_dir.absolute()] if config_dir else [])]))
+        return MethodFile(path, method, own, (*own, BUILT_IN))
     known = method_files(config_dir)
     found = [file for file in known if file.name == method]
     if not found:
         names = ", ".join(dict.fromkeys(file.name for file in known))
         raise UsageError(f"there is no method '{method}'; there are {names}, and --method takes a YAML file's path")
-    if len(found) > 1 and not found[0].own:
+    if len(found) > 1 and found[0].origin != str(config_dir):
         raise UsageError(f"'{method}' is a method of {' and of '.join(f.origin for f in found)}; give its file's path")
     return found[0]
 
@@ -66,29 +66,20 @@ def method_files(config_dir: Path | None = None) -> list[MethodFile]:
     Raises:
         InputError: ``config_dir`` has no methods. UsageError: a package's entry point can't be loaded.
     """
-    own: list[MethodFile] = []
-    if config_dir is not None:
-        folder = config_dir.absolute()
-        own = list(_in_folder(folder, str(config_dir), own=True))
-        if not own:
-            raise InputError(config_dir, "has no method/*.yaml", "Give a folder that is laid out like kitseg's conf.")
-    return [*own, *_in_folder(own_folder(), "kitseg"), *_of_packages()]
+    own = () if config_dir is None else (config_dir.absolute(),)
+    folders = [*((str(config_dir), folder) for folder in own), ("kitseg", BUILT_IN), *_packages()]
+    found = [
+        MethodFile(path, origin, own, tuple(dict.fromkeys([*own, folder, BUILT_IN])))
+        for origin, folder in folders
+        for path in sorted((folder / "method").glob("*.yaml"))
+    ]
+    if config_dir is not None and found[0].origin != str(config_dir):
+        raise InputError(config_dir, "has no method/*.yaml", "Give a folder that is laid out like kitseg's conf.")
+    return found
 
 
-def _in_folder(folder: Path, origin: str, own: bool = False) -> Iterator[MethodFile]:
-    for path in sorted((folder / "method").glob("*.yaml")):
-        yield MethodFile(path, origin, folder, own)
-
-
-def _by_path(path: Path) -> MethodFile:
-    if not path.is_file():
-        raise InputError(path, "does not exist", "Give the path of a method's YAML file, or a method's name.")
-    folder = path.absolute().parent
-    folder = folder.parent if folder.name == "method" else folder
-    return MethodFile(path.absolute(), str(path), folder, own=True)
-
-
-def _of_packages() -> Iterator[MethodFile]:
+def _packages() -> Iterator[tuple[str, Path]]:
+    """The configuration folders of installed packages, each with the name of its distribution."""
     for point in metadata.entry_points(group=GROUP):
         origin = point.dist.name if point.dist else point.value
         try:
@@ -96,14 +87,4 @@ def _of_packages() -> Iterator[MethodFile]:
         except Exception as error:  # whatever a package raises when it is imported
             reason = f"{type(error).__name__}: {error}"
             raise UsageError(f"{origin}: its entry point {GROUP}: {point.name} can't be loaded ({reason})") from error
-        yield from _in_folder(folder, origin)
-
-
-def search(files: MethodFile, config_dir: Path | None) -> list[Path]:
-    """The configuration folders to look into, in order; the user's are searched for Python modules from now on."""
-    own = [files.folder] if files.own else []
-    own += [] if config_dir is None or config_dir.absolute() in own else [config_dir.absolute()]
-    for folder in own:
-        trust.import_from(folder)
-    given = [] if files.own else [files.folder]
-    return list(dict.fromkeys([*own, *given, own_folder()]))
+        yield origin, folder

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import kitseg, once
 
 from kitseg import config
@@ -28,6 +29,10 @@ SMALLER = {
     "two-stage": ("size.pixels=64", "size.width=8"),
 }
 SLICES_EVERY = 12.0  # mm
+FILES = sorted((Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
+METHODS = [file.stem for file in FILES]
+#: Every method with each of its sizes.
+SIZES = [(file.stem, size) for file in FILES for size in yaml.safe_load(file.read_text())["sizes"]]
 
 
 def working_folder(folder: Path, phantoms: Path, cases: int, every: float = SLICES_EVERY) -> Path:

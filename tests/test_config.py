@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_runs import SIZES
 
 from kitseg import config
 from kitseg.config import Source
@@ -16,8 +17,6 @@ from kitseg.method import OPTIONAL
 from kitseg.nets.vnet import VNet
 from kitseg.stages.base import Stage
 from kitseg.stages.model import StageModel
-
-EVERY = [(method, size) for method in config.names() for size in config.sizes(method)]
 
 composed = cache(config.compose)
 
@@ -38,12 +37,6 @@ def problem(*overrides: str) -> str:
 # --- what there is ---------------------------------------------------------------------------------------------------
 
 
-def test_the_methods_are_the_files_in_conf() -> None:
-    files = sorted(file.stem for file in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
-    assert config.names() == files
-    assert config.sizes("two-phase") == ["paper", "small", "tiny"]
-
-
 def test_the_whole_run() -> None:
     run = composed("two-phase", "paper")
     assert {k: run[k] for k in ("seed", "folds", "keep_best", "convention", "chain")} == {
@@ -57,7 +50,7 @@ def test_the_whole_run() -> None:
     ]
 
 
-@pytest.mark.parametrize(("method", "size"), EVERY)
+@pytest.mark.parametrize(("method", "size"), SIZES)
 def test_every_method_composes_and_builds_at_every_size(method: str, size: str) -> None:
     run = composed(method, size)
     found = config.method_of(run)
@@ -113,7 +106,7 @@ def test_an_optional_key_that_the_file_leaves_out(override: str, key: str, value
     assert getattr(stage("coarse", f"stages.coarse.{override}"), key) == value
 
 
-@pytest.mark.parametrize(("method", "size"), EVERY)
+@pytest.mark.parametrize(("method", "size"), SIZES)
 def test_every_optional_key_is_there(method: str, size: str) -> None:
     for name, found in composed(method, size)["stages"].items():
         assert set(OPTIONAL) <= set(found), name
@@ -293,7 +286,7 @@ def test_heads_that_are_not_there(stages: Any, text: str, said: str) -> None:
 # --- written and read ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "size"), EVERY)
+@pytest.mark.parametrize(("method", "size"), SIZES)
 def test_a_configuration_there_and_back(tmp_path: Path, method: str, size: str) -> None:
     run = composed(method, size)
     (tmp_path / "config.yaml").write_text(config.dump(run), encoding="utf-8")

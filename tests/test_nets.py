@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_runs import SIZES
 from torch import Tensor, nn
 
 from kitseg import config
@@ -80,7 +81,7 @@ def test_parameters_as_in_the_paper(method: str, stage: str) -> None:
     assert millions(paper_net(method, stage)) == pytest.approx(PARAMETERS[method][stage], rel=0.005)
 
 
-@pytest.mark.parametrize(("method", "size"), [(m, s) for m in config.names() for s in config.sizes(m)])
+@pytest.mark.parametrize(("method", "size"), SIZES)
 @pytest.mark.parametrize("shape", [(60, 512, 512), (48, 512, 796)])
 def test_every_network_takes_the_patches_and_regions_it_is_given(method: str, size: str, shape: Triple) -> None:
     """On a typical scan and on the unusual one of KiTS19; without memory."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_runs import METHODS
 from torch import Tensor
 
 from kitseg import config
@@ -19,7 +20,7 @@ from kitseg.inference.windows import Slices
 from kitseg.models.model import Checkpoint, build_input_transform, choose_engine, open_stage
 from kitseg.stages.model import StageModel, build_model
 
-STAGES = [(name, stage) for name in config.names() for stage in config.compose(name, "tiny")["chain"]]
+STAGES = [(name, stage) for name in METHODS for stage in config.compose(name, "tiny")["chain"]]
 CPU = torch.device("cpu")
 installed = pytest.mark.skipif(not has_openvino(), reason="OpenVINO is not installed")
 

@@ -193,10 +193,10 @@ def test_methods_of_a_folder_and_of_a_package_are_listed(lab: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("old", "new", "facts"),
     [
-        ("nets.UNet", "nets.UNnet", ["stages.voxels.module.net", "UNnet", "UNet"]),
+        ("nets.UNet", "nets.UNnet", ["stages.voxels.module.net", "UNnet"]),
         ("_target_: lab_parts.Brighter", "_target_: lab_part.Brighter", ["stages.voxels.augmentation[0]", "lab_part"]),
-        ("in_channels", "chanels_in", ["stages.voxels.module.net", "chanels_in", "in_channels"]),
-        ("lr: 0.01", "rate: 0.01", ["stages.voxels.module.optimizer", "rate", "lr"]),
+        ("in_channels", "chanels_in", ["stages.voxels.module.net", "chanels_in"]),
+        ("lr: 0.01", "rate: 0.01", ["stages.voxels.module.optimizer", "rate"]),
         ("    batch: 4\n", "", ["stages.voxels", "batch"]),
         ("chain: [voxels]\n", "", ["chain"]),
         ("chain: [voxels]\n", "chain: [voxels\n", ["lab.yaml"]),
