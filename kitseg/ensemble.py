@@ -1,4 +1,4 @@
-"""Means of probabilities, how far their members agree, and the masks that follow from them."""
+"""Ensembles: weighted means of probabilities, agreement between members, and the masks derived from a mean."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ EXCLUSIVE, NESTED = ("background", "kidney", "tumor"), ("foreground", "tumor")
 
 
 class Mean:
-    """The weighted mean of members, summed in float32 in their order, rounded to float16 at the end.
+    """The weighted mean of members, summed in float32 in their order and rounded to float16 at the end.
 
-    Holds the running sum and one member at a time; a single member is its own mean. Where a member's box ends, its
-    background has probability 1.
+    Keeps only the running sum and one member in memory. Outside a member's box, its background has probability 1.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class Mean:
         """Add a member.
 
         Raises:
-            ValueError: it has other channels or lies on another grid than the first.
+            ValueError: its channels or its grid differ from the first member's.
         """
         first = self._first
         if first is None:
@@ -52,13 +51,13 @@ class Mean:
         self._weights += weight
 
     def result(self) -> Probabilities:
-        """The mean; afterwards nothing can be added.
+        """The mean; no members can be added afterwards.
 
         Raises:
             ValueError: no members.
         """
         if self._first is None:
-            raise ValueError("a mean needs at least one member")
+            raise ValueError("the mean needs at least one member")
         if self._total.ndim != 4:
             return self._first
         self._total /= np.float32(self._weights)
@@ -74,10 +73,10 @@ def mean(members: Iterable[tuple[Probabilities, float]]) -> Probabilities:
 
 
 def mean_in_slabs(members: Callable[[], Iterable[tuple[Probabilities, float]]], slices: int) -> Probabilities:
-    """The same mean, some slices at a time, for members that can be read again and again.
+    """The same mean, computed slab by slab, for members that can be read repeatedly.
 
-    Holds the result in float16, and of the sum and of one member a slab; ``members`` is called again for each slab,
-    so that memory-mapped ones don't stay in memory.
+    Keeps the result in float16 and one slab of the sum and of a member in memory; ``members`` is called for each slab,
+    so that memory-mapped members are released.
 
     Raises:
         ValueError: see ``Mean``.
@@ -96,11 +95,11 @@ def mean_in_slabs(members: Callable[[], Iterable[tuple[Probabilities, float]]], 
 
 
 class EnsembleAgreement:
-    """How far the members of a mean agree on kidney (with tumor) and tumor, counted as they come.
+    """The agreement of an ensemble's members on kidney (with tumor) and tumor, accumulated member by member.
 
-    The agreement is the Dice coefficient over all pairs of members, pooled: with n members of M at a voxel,
-    2 Σ n (n − 1) / 2 / ((M − 1) Σ n). Where they find less than a speck on average, they agree. It keeps one byte a
-    voxel and class, however many the members are.
+    The agreement is the Dice coefficient pooled over all pairs of members: with n of M members at a voxel,
+    2 Σ n (n − 1) / 2 / ((M − 1) Σ n). It is 1 if they find less than a speck on average. It needs one byte per voxel
+    and class for any number of members.
     """
 
     CLASSES = ("kidney", "tumor")
@@ -110,7 +109,7 @@ class EnsembleAgreement:
         self._votes = np.zeros((len(self.CLASSES), 0, 0, 0), np.uint8)
 
     def add(self, member: Probabilities) -> None:
-        """Count a member."""
+        """Add a member."""
         self.members, self._voxel_ml = self.members + 1, member.geometry.voxel_ml
         if not member.array.size:
             return
@@ -125,7 +124,7 @@ class EnsembleAgreement:
         inside[1] += masks.tumor
 
     def agreement(self) -> dict[str, float] | None:
-        """Dice over all pairs of members by class, 1 where they found next to nothing; None for a single member."""
+        """Dice over all pairs of members by class, 1 if they found almost nothing; None for a single member."""
         if self.members < 2:
             return None
         histograms = [np.bincount(votes.reshape(-1), minlength=2).astype(np.float64) for votes in self._votes]
@@ -140,12 +139,12 @@ class EnsembleAgreement:
 
 
 def can_weigh(weights: Sequence[float]) -> bool:
-    """Whether a mean can have these weights: finite, none negative, not all 0."""
+    """Whether the weights are valid: finite, not negative, not all 0."""
     return all(math.isfinite(weight) and weight >= 0 for weight in weights) and sum(weights) > 0
 
 
 def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """The channels that members of these channels are averaged in: their own, or the three exclusive ones if mixed.
+    """The channels in which members are averaged: their own if equal, else background, kidney and tumor.
 
     Raises:
         ValueError: channels that can't be averaged with each other.
@@ -158,17 +157,17 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
-    """The same probabilities in ``channels``, which ``common_channels`` gave."""
+    """Convert probabilities to ``channels``, the result of ``common_channels``."""
     return probabilities if probabilities.channels == channels else exclusive(probabilities)
 
 
 def exclusive(probabilities: Probabilities) -> Probabilities:
-    """The same probabilities with the channels background, kidney and tumor, which exclude each other.
+    """Convert probabilities to the mutually exclusive channels background, kidney and tumor.
 
-    From foreground F and tumor T that stand alone: tumor min(T, F), kidney F − tumor, background 1 − F.
+    From independent foreground F and tumor T: tumor min(T, F), kidney F − tumor, background 1 − F.
 
     Raises:
-        ValueError: channels from which these don't follow.
+        ValueError: channels that can't be converted.
     """
     if probabilities.channels == EXCLUSIVE:
         return probabilities
@@ -182,16 +181,16 @@ def exclusive(probabilities: Probabilities) -> Probabilities:
 def to_masks(probabilities: Probabilities) -> Masks:
     """Foreground and tumor inside the probabilities' box, (D, H, W) of that box.
 
-    With a channel "background" the channels exclude each other: each voxel belongs to the most probable one (of equals
-    to the first). Without it each channel stands for itself: probability above 0.5. The foreground is the channel
-    "foreground" where there is one, else "kidney" ∪ "tumor", and empty where there is no "kidney" either.
+    With a channel "background" the channels are mutually exclusive, and each voxel gets the most probable one (the
+    first of equal ones). Without it channels are independent, with a threshold of 0.5. The foreground is the channel
+    "foreground" if there is one, else "kidney" ∪ "tumor", and empty without "kidney".
 
     Raises:
-        ValueError: a channel of another name.
+        ValueError: an unknown channel.
     """
     names, array = probabilities.channels, probabilities.array
     if strange := sorted(set(names) - set(CHANNELS)):
-        raise ValueError(f"channels named {', '.join(strange)}; masks come from {', '.join(CHANNELS)}")
+        raise ValueError(f"unknown channels {', '.join(strange)}; masks need {', '.join(CHANNELS)}")
     masks = Masks(np.zeros(probabilities.box.size, np.bool_), np.zeros(probabilities.box.size, np.bool_))
     for start in range(0, array.shape[1], SLAB):
         part = slice(start, start + SLAB)
@@ -215,13 +214,13 @@ def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np
 
 def _same_kind(first: Probabilities, other: Probabilities) -> None:
     if other.channels != first.channels:
-        raise ValueError(f"{other.case_id} has channels {other.channels} here and {first.channels} there")
+        raise ValueError(f"{other.case_id}: members have different channels {other.channels} and {first.channels}")
     if not other.geometry.same_as(first.geometry):
-        raise ValueError(f"{other.case_id} lies on two different grids")
+        raise ValueError(f"{other.case_id}: members have different grids")
 
 
 def _add(total: NDArray[np.float32], box: Box, member: Probabilities, weight: np.float32) -> None:
-    """Add a member to a sum over a box that holds the member's, slice by slice so that nothing is copied whole."""
+    """Add a member to a sum over a box that contains the member's, slice by slice to avoid a copy of the whole."""
     background = [i for i, channel in enumerate(member.channels) if channel == "background"]
     if not member.array.size:
         total[background] += weight
@@ -236,7 +235,7 @@ def _add(total: NDArray[np.float32], box: Box, member: Probabilities, weight: np
 
 
 def _cut(member: Probabilities, slab: Box) -> Probabilities:
-    """The part of a member that lies in a slab."""
+    """The part of a member in a slab."""
     part = member.box.moved(slab.start).clip(slab.size).placed(slab.start)
     return replace(member, array=member.array[(slice(None), *part.moved(member.box.start).slices)], box=part)
 

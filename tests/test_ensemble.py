@@ -191,15 +191,15 @@ def test_members_are_let_go() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "words"),
+    ("other", "fact"),
     [
-        (belief([[1], [0]], row(0, 1), channels=("background", "kidney")), "has channels"),
-        (belief([[1], [0], [0]], row(0, 1), channels=("background", "tumor", "kidney")), "has channels"),
-        (belief([[1], [0], [0]], row(0, 1), (1, 1, 7)), "two different grids"),
+        (belief([[1], [0]], row(0, 1), channels=("background", "kidney")), "different channels"),
+        (belief([[1], [0], [0]], row(0, 1), channels=("background", "tumor", "kidney")), "different channels"),
+        (belief([[1], [0], [0]], row(0, 1), (1, 1, 7)), "different grids"),
     ],
 )
-def test_members_that_do_not_fit(other: Probabilities, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_members_that_do_not_fit(other: Probabilities, fact: str) -> None:
+    with pytest.raises(ValueError, match=fact):
         mean([(belief([[0], [1], [0]], row(0, 1)), 1), (other, 1)])
 
 

@@ -217,7 +217,7 @@ def test_batches_of_an_epoch(folders: list[Path], batch: int, micro_batch_size: 
 
 def test_an_epoch_without_patches_is_refused(folders: list[Path]) -> None:
     data = stage_data(folders, ForegroundSampler((4, 4, 4), 0.5, 0), 4, 4)
-    with pytest.raises(KitsegError, match="0 patches an epoch are too few"):
+    with pytest.raises(KitsegError, match="0 patches per epoch are too few"):
         data.train_dataloader()
 
 

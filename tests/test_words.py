@@ -48,10 +48,7 @@ TEXTS = ("kitseg/**/*.py", "kitseg/**/*.j2", "conf/**/*.yaml", "docs/**/*.md", "
 PENDING = (
     "kitseg/cli/cases.py",
     "kitseg/commands",
-    "kitseg/ensemble.py",
-    "kitseg/links",
     "kitseg/models",
-    "kitseg/patches",
     "kitseg/runtime",
     "kitseg/splits.py",
     "kitseg/training",

@@ -1,1 +1,1 @@
-"""Prediction of whole cases by trained stages."""
+"""Inference of trained stages on whole cases."""

@@ -1,4 +1,4 @@
-"""A scan passes through a method's stages; their probabilities return to the scan's own grid."""
+"""Run a scan through a method's stages, and resample their probabilities to the scan's own grid."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEGLIGIBLE = 0.01
 
 
 class Predictor(Protocol):
-    """A trained stage, its checkpoints averaged."""
+    """A trained stage, averaged over its checkpoints."""
 
     @property
     def spec(self) -> StageSpec:
@@ -37,17 +37,17 @@ class Predictor(Protocol):
 
     @property
     def input_transform(self) -> InputTransform:
-        """From HU and an earlier stage's output to the network's input."""
+        """Converts HU and an earlier stage's output to the network's input."""
         ...
 
     @property
     def threshold(self) -> float | None:
-        """The probability from which foreground counts, where the training has chosen one."""
+        """The foreground threshold chosen in training, or None."""
         ...
 
     @property
     def region(self) -> Region:
-        """Where on its grid it works."""
+        """The region of its grid that it processes."""
         ...
 
     def predict(self, image: Tensor, head: str) -> Tensor:
@@ -57,9 +57,9 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """The probabilities of a stage's head: (K, d, h, w) in a box of the stage's grid; None where it had no input.
+    """The probabilities of a stage's head: (K, d, h, w) in a box of the stage's grid; None without input.
 
-    threshold: the probability from which foreground counts; the most probable channel where it is None.
+    threshold: foreground threshold; None for the most probable channel.
     """
 
     array: Tensor | None
@@ -86,9 +86,9 @@ class Output:
 
 @dataclass(frozen=True)
 class StageView:
-    """The part of a scan that a stage's network gets: a box of its grid, and the input (C, d, h, w) there.
+    """The input of a stage's network: a box of its grid, and the input (C, d, h, w) there.
 
-    slices: which of the box's slices the input holds, (D,). Without any of them the network isn't asked.
+    slices: which of the box's slices the input contains, (D,). Without slices the network is not run.
     """
 
     grid: Geometry
@@ -97,7 +97,7 @@ class StageView:
     image: Tensor
 
     def place(self, stage: Predictor, values: Tensor | None) -> Output:
-        """Probabilities of the input (K, d, h, w) in the whole box; None where the network wasn't asked."""
+        """Extend probabilities of the input (K, d, h, w) to the whole box; None if the network was not run."""
         channels, back = stage.spec.channels, stage.spec.grid.back
         if values is None:
             return Output(None, EMPTY, self.grid, channels, stage.threshold, back)
@@ -107,7 +107,7 @@ class StageView:
 def view_of(stage: Predictor, hu: NDArray[np.int16], grid: Geometry, earlier: Mapping[str, Output]) -> StageView:
     """The input of a stage for a scan on the stage's grid, (D, H, W) HU.
 
-    earlier: the outputs of the stages before it, by name.
+    earlier: the outputs of earlier stages, by name.
     """
     box = region_for(stage, grid, hu, earlier)
     if box is None:
@@ -125,7 +125,7 @@ def run_on_grid(
 
 
 def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -> NDArray[np.float16] | None:
-    """The guide of a stage with a link, from the stage before it, on the whole of ``grid``.
+    """The guide of a stage with a link, from the previous stage, on the whole of ``grid``.
 
     Raises:
         UsageError: the two stages work on different grids.
@@ -135,12 +135,12 @@ def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -
         return None
     before = earlier[stage.spec.inputs[0]]
     if before.grid.shape != grid.shape:
-        raise UsageError(f"stage {stage.spec.name} is guided by {stage.spec.inputs[0]}, so both need the same grid")
+        raise UsageError(f"stages {stage.spec.name} and {stage.spec.inputs[0]} are linked and need the same grid")
     return link.guide(before.foreground(), before.labels() > 0)
 
 
 def region_for(stage: Predictor, grid: Geometry, hu: NDArray[np.int16], earlier: Mapping[str, Output]) -> Box | None:
-    """The box of ``grid`` that a stage works on, given the scan and the outputs of the earlier stages."""
+    """The box of ``grid`` that a stage processes, given the scan and the outputs of the earlier stages."""
     if not stage.spec.inputs:
         return stage.region(RegionContext(grid, hu=hu))
     guide = earlier[stage.spec.inputs[0]]
@@ -148,7 +148,7 @@ def region_for(stage: Predictor, grid: Geometry, hu: NDArray[np.int16], earlier:
 
 
 def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:
-    """The outputs of the wanted (stage, head) pairs, as ``stage.head``; earlier stages run where they are needed."""
+    """The outputs of the requested (stage, head) pairs, as ``stage.head``; earlier stages run if needed."""
     found: dict[str, Output] = {}
     on_grid = cache(lambda grid: image_on_grid(scan, grid))
     for name, stage in stages.items():
@@ -157,16 +157,16 @@ def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tu
         for head in heads:
             values = stage.predict(view.image, head) if view.slices.any() else None
             found[f"{name}.{head}"] = found[name] = view.place(stage, values)
-        del view  # its input would stay in memory beside the next one's
+        del view  # frees its input before the next stage's
     return {f"{name}.{head}": found[f"{name}.{head}"] for name, head in wanted}
 
 
 def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan: Volume) -> Probabilities:
-    """The named channels on the scan's own grid, in the smallest box outside which foreground is negligible (< 1 %).
+    """The named channels on the scan's own grid, in the smallest box outside which foreground is below 1 %.
 
     Args:
         outputs: by ``stage.head``.
-        channels: where each channel of the result comes from.
+        channels: the source of each channel of the result.
         scan: the scan.
     """
     parts = {key: _foreground_part(output) for key, output in outputs.items()}
@@ -188,7 +188,7 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
 
 
 def _foreground_part(output: Output) -> tuple[NDArray[np.float32], Box]:
-    """The part of an output inside the grid and around its foreground, one voxel wider than that."""
+    """The part of an output inside the grid around its foreground, with a margin of one voxel."""
     if output.array is None:
         return np.empty((0, 0, 0, 0), np.float32), EMPTY
     box = output.box.clip(output.grid.shape)

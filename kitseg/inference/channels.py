@@ -1,6 +1,6 @@
-"""What the channels of a stage's output mean.
+"""The meaning of a stage's output channels.
 
-With a channel ``background`` they exclude each other (softmax); without one, each stands alone (sigmoid).
+With a channel ``background`` they are mutually exclusive (softmax), without one they are independent (sigmoid).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
 
-#: ``foreground`` is kidney with tumor; alone it is written with the kidney's id.
+#: ``foreground`` is kidney with tumor; without a tumor channel it gets the kidney's id.
 IDS = {"background": BACKGROUND, "kidney": KIDNEY, "foreground": KIDNEY, "tumor": TUMOR}
 
 
 def target_ids(label: Tensor, channels: Sequence[str]) -> Tensor:
-    """The index of each voxel's true channel; 1 where the only channel is true, 0 elsewhere.
+    """The index of each voxel's true channel; for a single channel, 1 where it is true and 0 elsewhere.
 
     Args:
         label: label ids of any shape.
@@ -36,8 +36,7 @@ def label_ids(values: Tensor, channels: Sequence[str], threshold: float | None =
     Args:
         values: the probabilities.
         channels: their names.
-        threshold: the probability from which foreground counts; where it is None, the most probable channel, and for
-            a channel alone more than 0.5.
+        threshold: foreground threshold; None for the most probable channel, or above 0.5 for a single channel.
     """
     ids = torch.tensor([IDS[channel] for channel in channels], dtype=torch.uint8)
     if threshold is not None:
@@ -51,14 +50,14 @@ def label_ids(values: Tensor, channels: Sequence[str], threshold: float | None =
 
 
 def foreground(values: Tensor, channels: Sequence[str]) -> Tensor:
-    """The probability of anything but background, (D, H, W)."""
+    """The probability of foreground (not background), (D, H, W)."""
     if "background" in channels:
         return 1 - values[channels.index("background")]
     return values.amax(dim=0)
 
 
 def spread(values: Tensor, seen: NDArray[np.bool_], channels: Sequence[str]) -> Tensor:
-    """Probabilities of the slices that were seen, (K, d, H, W), among all slices (D,); the others are background."""
+    """Extend probabilities of the processed slices, (K, d, H, W), to all slices (D,) with background."""
     if seen.all():
         return values
     out = values.new_zeros(len(values), len(seen), *values.shape[2:])

@@ -1,4 +1,4 @@
-"""What runs a trained network: PyTorch, or OpenVINO on a CPU."""
+"""Inference engines for trained networks: PyTorch, or OpenVINO on a CPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from kitseg.inference.windows import Predict
 
-# Where OpenVINO finds this package of its own, it reports its import to Google Analytics.
+# With this package installed, OpenVINO reports its import to Google Analytics.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
-EXAMPLE = 32  # voxels along each axis of what a network is traced with; other shapes can follow
+EXAMPLE = 32  # voxels along each axis of the input for tracing; other shapes are possible later
 
 
 class Network(Protocol):
@@ -26,7 +26,7 @@ class Network(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         ...
 
     def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
@@ -43,11 +43,11 @@ class Trained(Protocol):
         ...
 
     def load(self) -> Network:
-        """The network that holds them, until others are loaded."""
+        """The network with these weights, valid until others are loaded."""
         ...
 
     def drop(self) -> None:
-        """Free the memory that they take."""
+        """Free their memory."""
         ...
 
 
@@ -55,13 +55,13 @@ class Engine(Protocol):
     """Runs a network with trained weights."""
 
     def __call__(self, weights: Trained, head: int) -> Predict:
-        """One head's probabilities, (N, C, d, h, w) -> (N, K, d, h, w) float32, until others are loaded."""
+        """Computes one head's probabilities, (N, C, d, h, w) -> (N, K, d, h, w) float32, until others are loaded."""
         ...
 
 
 @dataclass(frozen=True)
 class Torch:
-    """PyTorch. ``kind``: of numbers in autocast, float32 where it is None."""
+    """PyTorch. kind: data type of autocast; None for float32."""
 
     kind: torch.dtype | None = None
 
@@ -77,7 +77,7 @@ class Torch:
 
 @dataclass
 class OpenVino:
-    """OpenVINO on the CPU; keeps the last network that it has compiled, in which the weights are a second time.
+    """OpenVINO on the CPU; keeps the last compiled network, which has its own copy of the weights.
 
     kind: float32 or bfloat16.
     """
@@ -90,7 +90,7 @@ class OpenVino:
         return f"OpenVINO, {_name(self.kind)}"
 
     def __call__(self, weights: Trained, head: int) -> Predict:
-        """Predicts one head's probabilities; the network is converted and compiled for each new shape of its input."""
+        """Predicts one head's probabilities; the network is converted and compiled for each new input shape."""
 
         def predict(x: Tensor) -> Tensor:
             if self._at != (at := (weights.name, head, x.shape)):
@@ -109,7 +109,7 @@ class OpenVino:
 
         example = torch.zeros(*x.shape[:2], *(min(n, EXAMPLE) for n in x.shape[2:]))
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing is deprecated, and warns of each check of a shape
+            warnings.simplefilter("ignore")  # tracing is deprecated, and warns about each shape check
             traced: Any = torch.jit.trace(net, example, check_trace=False)  # type: ignore[no-untyped-call]
         frontend = FrontEndManager().load_by_framework("pytorch")
         decoder = TorchScriptPythonDecoder(traced)
@@ -147,7 +147,7 @@ class _Head(nn.Module):
 
 
 def _forget_traces() -> None:
-    """Free what PyTorch keeps of each traced network as long as the process lives; its own tests do it like this."""
+    """Clear PyTorch's cache of traced networks, in the same way as its own tests."""
     from torch.jit import _recursive, _state
 
     torch._C._jit_clear_class_registry()

@@ -1,4 +1,4 @@
-"""How much memory a network needs, without running it."""
+"""The memory that a network needs, computed without running it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the tensors that live at a time; ``peak`` is the most bytes there were."""
+    """Tracks the memory of live tensors; ``peak`` is the maximum in bytes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -23,7 +23,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation and count what it makes."""
+        """Run an operation and count its results."""
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):
@@ -44,7 +44,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def activation_bytes(predict: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> int:
-    """The most bytes that live at a time while a network on the meta device processes a float32 input of ``shape``."""
+    """The peak memory in bytes of a network on the meta device for a float32 input of ``shape``."""
     with torch.inference_mode(), Watch() as watch:
         predict(torch.empty(shape, device="meta"))
     return int(watch.peak)

@@ -1,4 +1,4 @@
-"""How a network passes over a region that may be larger than the patches it was trained on."""
+"""Sliding windows over regions that may be larger than a network's training patches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Window(Protocol):
         ...
 
     def part(self, region: Triple) -> Triple:
-        """The shape of the network's input at a time, for a region of this shape."""
+        """The shape of the network's input for a region of this shape."""
         ...
 
 
@@ -44,16 +44,16 @@ class WholeRegion:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Overlapping windows blended with Hann weights, summed in place as they come.
+    """Overlapping windows blended with Hann weights, accumulated in place.
 
-    size: voxels (slices, rows, columns) of a window; overlap: the share that neighbours have in common on each axis.
+    size: voxels (slices, rows, columns) of a window; overlap: fraction shared by neighbours along each axis.
     """
 
     size: Sequence[int]
     overlap: float
 
     def __call__(self, predict: Predict, region: Tensor) -> Tensor:
-        """The region's probabilities, on the CPU; a region smaller than a window is padded by repeating its edge."""
+        """The region's probabilities, on the CPU; a region smaller than a window gets edge padding."""
         shape = region.shape[1:]
         pad = [max(0, k - n) for k, n in zip(self.size, shape, strict=True)]
         padded = functional.pad(region[None], (0, pad[2], 0, pad[1], 0, pad[0]), mode="replicate")
@@ -75,7 +75,7 @@ class SlidingWindow:
         return z, y, x
 
     def _starts(self, n: int, size: int) -> list[int]:
-        """Where windows begin on an axis of ``n`` voxels; the last one ends where the axis does."""
+        """The starts of windows on an axis of ``n`` voxels; the last window ends at the end of the axis."""
         step = size - int(size * self.overlap) // 2 * 2
         return [*range(0, n - size, step), n - size]
 

@@ -1,1 +1,1 @@
-"""What ties one stage to the next, for training and prediction alike: arrays in, arrays out."""
+"""Links between stages, the same in training and prediction: arrays in, arrays out."""

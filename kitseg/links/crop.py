@@ -1,4 +1,4 @@
-"""Boxes that reach outside their array."""
+"""Crop boxes that may reach outside their array."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kitseg.types import Box
 
 
 def crop(array: NDArray[Any], box: Box, fill: float) -> NDArray[Any]:
-    """The contents of ``box`` from ``array`` (D, H, W), ``fill`` where the box reaches outside."""
+    """The values in ``box`` of ``array`` (D, H, W), padded with ``fill`` outside the array."""
     out = np.empty(box.size, array.dtype)
     crop_into(out, array, box, fill)
     return out
 
 
 def crop_into(out: NDArray[Any], array: NDArray[Any], box: Box, fill: float) -> None:
-    """The same in ``out``, which has the box's size and any type; of a mapped array only the box is read."""
+    """The same, written to ``out`` of the box's size and any type; only the box is read from a memory-mapped array."""
     inside = box.clip((array.shape[0], array.shape[1], array.shape[2]))
     if inside != box:
         out.fill(fill)
@@ -26,6 +26,6 @@ def crop_into(out: NDArray[Any], array: NDArray[Any], box: Box, fill: float) -> 
 
 
 def paste(values: NDArray[Any], box: Box, onto: NDArray[Any]) -> None:
-    """Write ``values``, the contents of ``box``, into ``onto`` (D, H, W), as far as they lie inside."""
+    """Write the part of ``values`` in ``box`` that is inside ``onto`` (D, H, W)."""
     inside = box.clip((onto.shape[0], onto.shape[1], onto.shape[2]))
     onto[inside.slices] = values[inside.moved(box.start).slices]

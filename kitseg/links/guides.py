@@ -1,7 +1,7 @@
-"""Guides: the output of one stage as input of the next, voxel by voxel, on the grid that both share.
+"""Guides: voxelwise input from the previous stage, on the grid that both stages share.
 
-A guide is an array (G, D, H, W). Its last channel is a mask: a slice in which it is empty is background, and the
-network isn't run on it.
+A guide is an array (G, D, H, W). Its last channel is a mask: a slice with an empty mask is background, and the network
+is not applied to it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from kitseg.components import bounding_box
 
 
 class Link(Protocol):
-    """How the earlier stage's output reaches a network."""
+    """Converts an earlier stage's output to input channels of a network."""
 
-    channels: int  # of the network's input
-    in_training: bool  # whether the network is trained with a guide too
+    channels: int  # input channels of the network
+    in_training: bool  # whether the guide is also used in training
 
     def guide(self, probability: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float16]:
-        """The guide of a scan: (G, D, H, W).
+        """The guide of a scan, (G, D, H, W).
 
         Args:
             probability: (D, H, W) of foreground, from the earlier stage.
-            foreground: (D, H, W), that probability thresholded; in training, the label's foreground.
+            foreground: (D, H, W) mask of the foreground; in training, that of the label.
         """
         ...
 
@@ -41,9 +41,9 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class SliceGate:
-    """Slices without foreground are background, and the network isn't run on them (two-stage paper, section 2.3).
+    """Skips slices without foreground, which become background (two-stage paper, section 2.3).
 
-    fill_gaps: whether a slice between two slices with foreground passes too.
+    fill_gaps: whether to include slices between two slices with foreground.
     """
 
     fill_gaps: bool = False
@@ -51,20 +51,20 @@ class SliceGate:
     in_training: bool = False
 
     def guide(self, probability: NDArray[np.float32], foreground: NDArray[np.bool_]) -> NDArray[np.float16]:
-        """(1, D, H, W): 1 on the whole of every slice that passes."""
+        """(1, D, H, W): 1 on every slice that is not skipped."""
         passes = np.asarray(foreground.any((1, 2)))
         if self.fill_gaps:
             passes = passes | (np.roll(passes, 1) & np.roll(passes, -1) & _not_at_the_ends(len(passes)))
         return np.broadcast_to(passes.astype(np.float16)[:, None, None], foreground.shape)[None]
 
     def __call__(self, image: Tensor, guide: Tensor) -> Tensor:
-        """The image, unchanged."""
+        """The image unchanged."""
         return image
 
 
 @dataclass(frozen=True)
 class GuidedByForeground:
-    """mask · concat(y·I, I, (1 − y)·I), and the mask beside it (guided-unetpp paper, section 2).
+    """mask · concat(y·I, I, (1 − y)·I), and the mask as a further channel (guided-unetpp paper, section 2).
 
     y is the probability of foreground, the mask its dilation by a ball.
 
@@ -86,7 +86,7 @@ class GuidedByForeground:
 
 
 def dilate(mask: NDArray[np.bool_], radius: tuple[float, float, float]) -> NDArray[np.bool_]:
-    """A mask (D, H, W) and every voxel nearer to it than ``radius`` (of an ellipsoid, in voxels; strictly nearer)."""
+    """A mask (D, H, W) dilated by an ellipsoid of ``radius`` in voxels (distances strictly below the radius)."""
     out = np.zeros_like(mask)
     box = bounding_box(mask)
     if box is None:
@@ -99,9 +99,9 @@ def dilate(mask: NDArray[np.bool_], radius: tuple[float, float, float]) -> NDArr
 
 
 def recall_threshold(probability: NDArray[np.floating], positive: NDArray[np.bool_], recall: float) -> float:
-    """The largest threshold with which ``probability >= threshold`` finds at least ``recall`` of the positives.
+    """The largest threshold for which ``probability >= threshold`` finds at least ``recall`` of the positives.
 
-    Both are (n,). Without positives it is 0.5.
+    Both arrays are (n,). Without positives it is 0.5.
     """
     found = np.sort(probability[positive])
     if not found.size:

@@ -1,4 +1,4 @@
-"""From Hounsfield units to a network's intensities."""
+"""Intensity scaling: from Hounsfield units to the input of a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AIR = -1000.0
 
 
 class Intensity(Protocol):
-    """Scales Hounsfield units for a network; any shape, float32."""
+    """Scales Hounsfield units to a network's input; any shape, float32."""
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """The scaled intensities; ``statistics``: mean and standard deviation of the whole scan in HU."""
@@ -37,9 +37,9 @@ class ClipScale:
 
 @dataclass(frozen=True)
 class ZScore:
-    """Zero mean and unit variance over the whole scan, not the crop; the guided-unetpp paper doesn't specify it."""
+    """Zero mean and unit variance over the whole uncropped scan; not specified in the guided-unetpp paper."""
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
-        """The scaled intensities; a scan of one value becomes 0."""
+        """The scaled intensities; a constant scan becomes 0."""
         mean, deviation = statistics
         return (hu.float() - mean).div_(deviation or 1.0)

@@ -1,4 +1,4 @@
-"""The region of its grid that a stage runs on, given what an earlier stage found."""
+"""Regions: the box of its grid that a stage processes, given the output of an earlier stage."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kitseg.components import Components, bounding_box, keep_kidneys
 from kitseg.types import Box, Geometry, Triple, triple
 
 SKIN = -300  # HU: between air with its partial volumes and fat
-TABLE, LOOK_EVERY = 9.0, 3.5  # mm: thicker than a table's shell; the distance of the samples that find the body
+TABLE, LOOK_EVERY = 9.0, 3.5  # mm: more than the thickness of a table's shell; sampling distance of the body
 
 
 @dataclass(frozen=True)
 class RegionContext:
-    """The information about a case before a stage runs on it.
+    """The input of a region: what is known about a case before a stage runs.
 
-    grid: the stage's lattice; hu: the scan on it, (D, H, W); guide: labels (D, H, W) that an earlier stage found (in
-    training: true ones), None for a first stage; guide_grid: the guide's lattice, over the same extent as ``grid``.
+    grid: the stage's geometry; hu: the scan on it, (D, H, W); guide: labels (D, H, W) predicted by an earlier stage (in
+    training: reference labels), None for a first stage; guide_grid: the guide's geometry, over the same extent.
     """
 
     grid: Geometry
@@ -33,14 +33,14 @@ class RegionContext:
 
 
 class Region(Protocol):
-    """The box of a stage's grid that the stage runs on."""
+    """Computes the box of its grid that a stage processes."""
 
     def shape(self, grid: Geometry) -> Triple:
         """The box in voxels of ``grid``."""
         ...
 
     def __call__(self, known: RegionContext) -> Box | None:
-        """The box on the stage's grid; it may reach outside. None where there is nothing to run on."""
+        """The box on the stage's grid, which may reach outside; None if there is nothing to process."""
         ...
 
 
@@ -59,20 +59,20 @@ class WholeVolume:
 
 @dataclass(frozen=True)
 class Body:
-    """The box around the patient, without the air and the table around it.
+    """The bounding box of the patient, without the surrounding air and the table.
 
-    Body is the largest part of what is denser than ``SKIN`` and thicker than ``TABLE``.
+    The body is the largest component above ``SKIN`` HU after structures thinner than ``TABLE`` are removed.
     """
 
     def shape(self, grid: Geometry) -> Triple:
-        """All of the grid's voxels: a patient may fill them."""
+        """All of the grid's voxels, since a patient may fill them."""
         return grid.shape
 
     def __call__(self, known: RegionContext) -> Box:
-        """The box on the stage's grid; all of it where there is no body."""
+        """The box on the stage's grid; the whole grid without a body."""
         grid, hu = known.grid, known.hu
         if hu is None:
-            raise ValueError("a box around the body needs the scan")
+            raise ValueError("the box around the body needs the scan")
         steps = [max(1, int(LOOK_EVERY / mm)) for mm in grid.spacing]
         dense = hu[tuple(slice(None, None, step) for step in steps)] > SKIN
         across = [math.ceil(TABLE / (step * mm)) for step, mm in zip(steps, grid.spacing, strict=True)]
@@ -87,9 +87,9 @@ class Body:
 
 @dataclass(frozen=True)
 class Square:
-    """Every slice as a square of ``pixels``, or some of its rows; a slice that is not square lies in its middle.
+    """Every slice as a square of ``pixels``, or some of its rows; other slices are centred in the square.
 
-    rows: from where to where, as shares of the square's height; (0.5, 1) is the posterior half of the body
+    rows: first and last row as fractions of the square's height; (0.5, 1) is the posterior half of the body
     (dual-unet, "the lower half").
     """
 
@@ -113,8 +113,8 @@ class Square:
 class FixedAroundForeground:
     """A box of fixed extent around the guide's foreground (two-phase paper, section 3.2).
 
-    Centred on the mid-point of the foreground's bounding box, after dropping the components that can't be kidneys;
-    shifted inside the volume where the volume is larger than the box, centred over it where it is smaller.
+    Centred on the bounding box of the foreground, after removing components too small to be kidneys; shifted inside the
+    volume if that is larger than the box, else centred on it.
 
     size: voxels of the stage's grid (slices, rows, columns); 80 × 240 × 384 in the paper.
     """
@@ -122,10 +122,10 @@ class FixedAroundForeground:
     size: Sequence[int]
 
     def __call__(self, known: RegionContext) -> Box | None:
-        """The box on the stage's grid, None where the guide holds no foreground."""
+        """The box on the stage's grid; None if the guide has no foreground."""
         grid, guide_grid = known.grid, known.guide_grid
         if known.guide is None or guide_grid is None:
-            raise ValueError("a box around the foreground needs a guide")
+            raise ValueError("the box around the foreground needs a guide")
         found = bounding_box(keep_kidneys(known.guide > 0, guide_grid.voxel_ml))
         if found is None:
             return None
@@ -138,13 +138,13 @@ class FixedAroundForeground:
         return Box((z, y, x), (z + size[0], y + size[1], x + size[2]))
 
     def shape(self, grid: Geometry) -> Triple:
-        """The box in voxels, the same on every grid."""
+        """The size of the box, which does not depend on the grid."""
         z, y, x = self.size
         return z, y, x
 
 
 def _start(middle: float, size: int, n: int) -> int:
-    """Where an interval of ``size`` voxels begins on an axis of ``n``."""
+    """The start of an interval of ``size`` voxels on an axis of ``n`` voxels."""
     if n <= size:
         return -((size - n) // 2)
     return int(np.clip(round(middle - size / 2), 0, n - size))

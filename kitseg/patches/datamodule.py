@@ -1,4 +1,4 @@
-"""The data of a stage: patches for training, whole cases for validation."""
+"""The DataModule of a stage: patches for training, whole cases for validation."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
 FolderPlaces = Mapping[Path, StageInput]
-SHARED_MEMORY = Path("/dev/shm")  # where loader processes leave what they load
-AHEAD = 2  # batches that each of them loads ahead
+SHARED_MEMORY = Path("/dev/shm")  # through which loader processes pass batches
+AHEAD = 2  # batches that each loader process prefetches
 
 
 @dataclass(frozen=True)
 class WholeCase:
-    """A validation case: the network's input (C, d, H, W) for its region, and its label (D, H, W) on the grid.
+    """A validation case: the network's input of its region (C, d, H, W), and its label on the grid.
 
-    ``image`` and ``region`` are None where there is no input; ``seen`` (D,): the slices of the region that ``image``
-    holds.
+    ``image`` and ``region`` are None if there is nothing to process; ``seen`` (D,) marks the slices of the region that
+    ``image`` contains.
     """
 
     id: str
@@ -60,7 +60,7 @@ class WholeCases(Dataset[WholeCase]):
         folder, place = self.places[index]
         case = open_case(folder)
         if case.label is None:
-            raise ValueError(f"{case.id} has no label to score against")
+            raise ValueError(f"{case.id} has no label, which validation needs")
         if place.box is None:
             return WholeCase(case.id, None, np.zeros(0, np.bool_), None, np.asarray(case.label))
         image, seen = self.input_transform.region(case.image, case.statistics, place.box, place.read_guide())
@@ -68,18 +68,18 @@ class WholeCases(Dataset[WholeCase]):
 
 
 def steps_per_batch(share: int, micro_batch_size: int) -> int:
-    """In how many equal parts a rank takes its share of a batch, each of at most ``micro_batch_size`` patches."""
+    """The number of equal parts of a rank's share of a batch, each of at most ``micro_batch_size`` patches."""
     return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= micro_batch_size)
 
 
 def batch_per_rank(batch: int, ranks: int) -> int:
-    """A rank's share of a global batch; at least 1, so that the global batch is never below the number of ranks."""
+    """A rank's share of a global batch; at least 1, so that the global batch is at least the number of ranks."""
     return max(1, batch // ranks)
 
 
 @dataclass(frozen=True)
 class StageCases:
-    """Stored cases of a stage with its region in each: for training and for validation."""
+    """The training and validation cases of a stage with their inputs."""
 
     train: FolderPlaces
     val: FolderPlaces
@@ -87,10 +87,10 @@ class StageCases:
 
 @dataclass(frozen=True)
 class Feed:
-    """How a stage's patches are drawn and batched.
+    """The data loading settings of a stage.
 
-    sampler: where patches lie; augmentation: TorchIO's transforms of a patch in HU; input_transform: makes the
-    network's input; batch: global batch size, over all ranks; micro_batch_size: patches a rank computes at a time;
+    sampler: draws patches; augmentation: TorchIO transforms of a patch in HU; input_transform: converts it to the
+    network's input; batch: global batch size over all ranks; micro_batch_size: patches that a rank processes at a time;
     seed: random seed; workers: loader processes per rank.
     """
 
@@ -103,11 +103,11 @@ class Feed:
     workers: int
 
     def transform(self, patch: tio.Subject) -> tio.Subject:
-        """A patch, augmented, as the network's input."""
+        """The network's input from a patch, augmented."""
         for change in self.augmentation:
             patch = change(patch)
         label = patch.get_image("label")
-        label.set_data(label.data.to(torch.uint8))  # float32 where a transform has resampled it, and batches mix both
+        label.set_data(label.data.to(torch.uint8))  # transforms that resample it return float32
         return transform_patch(patch, self.input_transform)
 
 
@@ -115,14 +115,14 @@ class StageData(pl.LightningDataModule):
     """The patches and cases of one stage.
 
     Args:
-        find: gives the cases; called when training starts, on every rank, after the first rank has prepared them.
-        feed: how patches are drawn and batched.
+        find: returns the cases; called when training starts, on every rank, after the first rank has prepared them.
+        feed: the settings of data loading.
     """
 
     def __init__(self, find: Callable[[], StageCases], feed: Feed) -> None:
         super().__init__()
         self.find, self.feed = find, feed
-        self.given = 0  # batches of the current epoch that an earlier session has given
+        self.given = 0  # batches of the current epoch in an earlier session
 
     def setup(self, stage: str) -> None:
         """Open the cases."""
@@ -134,9 +134,9 @@ class StageData(pl.LightningDataModule):
         """Batches of patches for this rank."""
         rank, ranks = self._share()
         share = batch_per_rank(self.feed.batch, ranks)
-        there = min(share, len(self.queue) // ranks)  # an epoch may hold less than a batch
+        there = min(share, len(self.queue) // ranks)  # an epoch may have less than a batch
         if not there:
-            raise KitsegError(f"{len(self.queue)} patches an epoch are too few for {ranks} ranks: add labelled cases")
+            raise KitsegError(f"{len(self.queue)} patches per epoch are too few for {ranks} ranks. Add labelled cases")
         size = min(there, share // steps_per_batch(share, self.feed.micro_batch_size))
         start = (self.trainer.current_epoch if self.trainer else 0, self.given * size)
         workers = self._workers(size)
@@ -151,18 +151,18 @@ class StageData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """This rank's validation cases, one at a time."""
         rank, ranks = self._share()
-        # a rank without a case of its own repeats one, so that all ranks meet at the end; scores are merged by case
+        # a rank without a case repeats one, so that all ranks synchronize at the end; scores are merged by case
         mine: Sequence[int] = range(rank, len(self.cases), ranks) or [rank % len(self.cases)]
         return DataLoader(self.cases, batch_size=None, sampler=mine)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Patches go to the device at once, whole cases window by window."""
+        """Move patches to the device; whole cases are moved window by window."""
         if isinstance(batch, WholeCase):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of the current epoch this rank has had."""
+        """The number of batches of the current epoch that this rank has processed."""
         loop = self.trainer
         return {"given": 0 if loop is None else (loop.fit_loop.batch_idx + 1) % int(loop.num_training_batches)}
 
@@ -171,7 +171,7 @@ class StageData(pl.LightningDataModule):
         self.given = state_dict["given"]
 
     def _workers(self, batch: int) -> int:
-        """The loader processes asked for, or 0 where shared memory can't hold what they load ahead."""
+        """The requested number of loader processes, or 0 if shared memory is too small for prefetching."""
         asked = self.feed.workers
         if not asked or not SHARED_MEMORY.exists():
             return asked

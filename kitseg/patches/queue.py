@@ -1,4 +1,4 @@
-"""TorchIO's queue made addressable: a patch is a function of (seed, epoch, index), on any rank and in any worker."""
+"""A deterministic TorchIO queue: each patch is a function of (seed, epoch, index) only."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Address = tuple[int, int]
 class PatchQueue(tio.Queue):
     """A queue whose patches are looked up by (epoch, index) instead of popped.
 
-    TorchIO's queue ignores the index and keeps state, because filling it means loading volumes. Mapped volumes cost
-    nothing to open, so every patch is drawn on access, with a generator seeded by (seed, epoch, index): the same
-    patch with any number of workers and ranks.
+    TorchIO's queue ignores the index and keeps state, because filling it loads volumes. Memory-mapped volumes are cheap
+    to open, so every patch is drawn on access, with a generator seeded by (seed, epoch, index): the same patch for any
+    number of workers and ranks.
 
     Args:
-        subjects: the cases. sampler: where patches lie, and how many a case gives.
+        subjects: the cases. sampler: draws the patches, with the number per case.
         transform: applied to each patch. seed: random seed.
     """
 
@@ -57,25 +57,25 @@ class PatchQueue(tio.Queue):
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Torch's generator, which TorchIO draws from, seeded by ``numbers`` inside the block and restored after it."""
+    """Seed PyTorch's global generator, which TorchIO uses, by ``numbers``, and restore it after the block."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(*numbers))  # and leave a GPU's generator alone
+        torch.default_generator.manual_seed(seed_of(*numbers))  # without the GPU's generator
         yield
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that follows from the numbers."""
+    """A seed derived from the numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
 class AddressSampler(Sampler[Address]):
-    """Addresses (epoch, index) of one rank; all ranks together give each index of the epoch once.
+    """Addresses (epoch, index) of one rank; all ranks together cover each index of the epoch once.
 
-    The indices that don't fill a last global batch are left out, so that every rank has as many batches.
+    Indices of an incomplete last global batch are left out, so that all ranks have the same number of batches.
 
     Args:
-        queue: what is addressed. batch: global batch size. rank, ranks: which share this is.
-        start: the epoch to begin with, and how many of the rank's addresses in it were given before.
+        queue: the addressed queue. batch: global batch size. rank, ranks: this rank and their number.
+        start: the first epoch, and the number of its addresses that this rank has already processed.
     """
 
     def __init__(self, queue: Sized, batch: int, rank: int, ranks: int, start: Address = (0, 0)) -> None:

@@ -1,4 +1,4 @@
-"""Preprocessed cases as TorchIO subjects of which only patches are read."""
+"""Preprocessed cases as TorchIO subjects that read only the pages of a patch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kitseg.volumes.store import StoredCase, open_case, open_guide
 
 @dataclass(frozen=True)
 class StageInput:
-    """A stage's region on its grid of a case, and the file with its guide (see ``links.guides``).
+    """The region of a case that a stage processes, and the file of its guide (see ``links.guides``).
 
-    ``box`` is None where the earlier stage found nothing.
+    ``box`` is None if the earlier stage found nothing.
     """
 
     box: Box | None
@@ -34,10 +34,10 @@ class StageInput:
 
 
 class CaseSubjects(tio.SubjectsDataset):
-    """Subjects of stored cases, opened on access, their voxels left on disk.
+    """Subjects of stored cases, opened on access and memory-mapped.
 
     Args:
-        places: the stage's region in each case, by the case's folder; each has a box.
+        places: the stage's input of each case, by the case's folder; each has a box.
     """
 
     def __init__(self, places: Mapping[Path, StageInput]) -> None:
@@ -45,19 +45,19 @@ class CaseSubjects(tio.SubjectsDataset):
         super().__init__(self.folders, load_getitem=False)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tio.Subject:
-        """The subject: see ``subject_of``."""
+        """The subject; see ``subject_of``."""
         folder = self.folders[index]
         return subject_of(_opened(folder, (folder / "meta.json").stat().st_mtime_ns), self.places[index])
 
     @staticmethod
     def _parse_subjects_list(subjects_list: Any) -> None:
-        """Folders stand for subjects here, which ``__getitem__`` opens."""
+        """Keep the folders, which ``__getitem__`` opens as subjects."""
 
 
 def subject_of(case: StoredCase, place: StageInput) -> tio.Subject:
     """A TorchIO subject over the memory-mapped arrays of ``case``.
 
-    It holds ``image`` (HU), ``label``, perhaps ``guide``, and of the case ``foreground``, ``slices``, ``statistics``
+    It has ``image`` (HU), ``label``, optionally ``guide``, and the case's ``foreground``, ``slices``, ``statistics``
     and ``region``.
     """
     if case.label is None or place.box is None:
