@@ -23,21 +23,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kitseg.api import (
-        LoadedModel,
-        Prediction,
-        evaluate,
-        load_method,
-        load_model,
-        measure,
-        predict,
-        preprocess,
-        train,
-    )
+    from kitseg.api import evaluate, load_method, load_model, measure, predict, preprocess, train
+    from kitseg.models.members import Ensemble, Prediction
 
 __version__ = "0.1.0"
 __all__ = [
-    "LoadedModel",
+    "Ensemble",
     "Prediction",
     "__version__",
     "evaluate",

@@ -18,27 +18,40 @@ from kitseg.commands.preprocess import Stored
 from kitseg.config import Method
 from kitseg.errors import KitsegError
 from kitseg.measurement.findings import Findings
-from kitseg.models.loaded import FilePath, Image, LoadedModel, Prediction, load_model, read_any_scan
+from kitseg.models.members import Ensemble, Prediction, open_ensemble
 from kitseg.runtime import console
 from kitseg.runtime.outcomes import Outcome
 from kitseg.runtime.sharding import Share
 from kitseg.scoring.case import CaseScore
 from kitseg.types import Case, Volume
-from kitseg.volumes.arrays import labels_from, scan_from
-from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.arrays import Image, labels_from, scan_from
 from kitseg.volumes.scan import check_grid, find_scans, read_scan
 
-__all__ = [
-    "LoadedModel",
-    "Prediction",
-    "evaluate",
-    "load_method",
-    "load_model",
-    "measure",
-    "predict",
-    "preprocess",
-    "train",
-]
+FilePath = Path | str
+Models = Ensemble | FilePath | Sequence[FilePath]
+
+
+def load_model(
+    model: FilePath | Sequence[FilePath],
+    device: str = "auto",
+    engine: str = "auto",
+    precision: str = "auto",
+    mirror: bool = False,
+) -> Ensemble:
+    """Load a run, a fold of one, an ensemble file or a bundle, or several, whose probabilities are averaged.
+
+    Args:
+        model: paths, or addresses such as ``hf://owner/name@revision``.
+        device: auto, cpu or cuda.
+        engine: auto (OpenVINO on a CPU where it is installed), torch or openvino.
+        precision: auto (the training's on a GPU, float32 on a CPU), f32 or bf16.
+        mirror: test-time augmentation, left-right flip.
+
+    Raises:
+        UsageError: not a model, or a device or engine that isn't there. InputError: unfinished or damaged.
+    """
+    paths = [model] if isinstance(model, Path | str) else list(model)
+    return open_ensemble(paths, device, mirror=mirror, engine=engine, precision=precision)
 
 
 def load_method(method: FilePath, size: str = "paper", overrides: Sequence[str] = ()) -> Method:
@@ -56,22 +69,18 @@ def load_method(method: FilePath, size: str = "paper", overrides: Sequence[str] 
 
 
 @overload
-def predict(
-    scans: Image | Sequence[Image], model: LoadedModel | FilePath | Sequence[FilePath], output: None = None
-) -> list[Prediction]: ...
+def predict(scans: Image | Sequence[Image], model: Models, output: None = None) -> list[Prediction]: ...
 @overload
-def predict(
-    scans: FilePath | Sequence[FilePath], model: LoadedModel | FilePath | Sequence[FilePath], output: FilePath
-) -> list[Outcome]: ...
+def predict(scans: FilePath | Sequence[FilePath], model: Models, output: FilePath) -> list[Outcome]: ...
 def predict(
     scans: Image | Sequence[Image],
-    model: LoadedModel | FilePath | Sequence[FilePath],
+    model: Models,
     output: FilePath | None = None,
 ) -> list[Prediction] | list[Outcome]:
     """Predict scans; with ``output`` as `kitseg predict` does, into that folder.
 
     Args:
-        scans: one or several: files, folders of them or of DICOM series, or images (see ``LoadedModel.predict``).
+        scans: one or several: files, folders of them or of DICOM series, or images (see ``Ensemble.predict``).
         model: a loaded one, or what ``load_model`` takes.
         output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``; for scans in files only.
 
@@ -81,14 +90,14 @@ def predict(
     Raises:
         KitsegError: a scan can't be used; with ``output``, after the others are done.
     """
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    loaded = model if isinstance(model, Ensemble) else load_model(model)
     given = list(scans) if isinstance(scans, list | tuple) else [scans]
     if output is None:
-        return [loaded.predict_volume(scan) for scan in _scans(given)]
+        return [loaded.predict(scan) for scan in _scans(given)]
     from kitseg.commands.predict import PredictOptions, PredictScans
 
     found = find_scans([Path(str(path)) for path in given])
-    work = PredictScans(lambda: loaded.ensemble, Path(output), PredictOptions(choices=found.choices))
+    work = PredictScans(lambda: loaded, Path(output), PredictOptions(choices=found.choices))
     outcomes = work(found.cases, Share(), lambda _: None, lambda _: None)
     _raise_if([outcome.error for outcome in outcomes])
     return outcomes
@@ -150,7 +159,7 @@ def measure(
     found = _labels(labels, affine, convention)
     if ct is None:
         return measure_labels(found.array, found.geometry)
-    scan = read_any_scan(ct, found.native.affine if affine is None else affine)
+    scan = scan_from(ct, found.native.affine if affine is None else affine)
     check_grid(Path(found.case_id), found.geometry, scan.geometry)
     return measure_labels(found.array, found.geometry, scan.array)
 
@@ -245,10 +254,8 @@ def _scans(given: Sequence[Image]) -> Iterator[Volume]:
 
 
 def _labels(labels: Image | Prediction, affine: ArrayLike | None, convention: str) -> Volume:
-    if isinstance(labels, Path | str):
-        return read_labels(Path(labels), Path(labels).name, convention)
     if isinstance(labels, Prediction):
-        return labels_from(labels.labels, labels.affine, convention, labels.case)
+        return labels_from(labels.labels, labels.affine, convention, labels.proba.case_id)
     return labels_from(labels, affine, convention)
 
 

@@ -19,7 +19,7 @@ from method_runs import untrained
 
 import kitseg
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.models.loaded import LoadedModel, Prediction
+from kitseg.models.members import Ensemble, Prediction
 from kitseg.runtime.files import file_digest, write_json
 
 QUICKEST = ("--set=size.epochs=1", "--set=size.validate_every=1", "--set=folds=3")
@@ -55,12 +55,12 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(run: Path) -> LoadedModel:
+def model(run: Path) -> Ensemble:
     return kitseg.load_model(run, device="cpu", engine="torch")
 
 
 @pytest.fixture(scope="module")
-def prediction(model: LoadedModel, scan: Path) -> Prediction:
+def prediction(model: Ensemble, scan: Path) -> Prediction:
     return model.predict(scan)
 
 
@@ -96,7 +96,7 @@ def test_a_prediction_is_what_the_command_writes(prediction: Prediction, written
 def test_probabilities_lie_in_the_scans_own_axes(prediction: Prediction, run: Path, scan: Path, tmp_path: Path) -> None:
     done = command(tmp_path, "infer", "--run", str(run), "--data", str(scan), "-o", "p", "--engine=torch")
     assert done.code == 0, done.text
-    block, facts = np.load(tmp_path / "p" / "turned.npy"), prediction.on_grid
+    block, facts = np.load(tmp_path / "p" / "turned.npy"), prediction.proba
     assert list(prediction.probabilities) == list(facts.channels) == ["foreground", "tumor"]
     assert np.array_equal(block, facts.array)
     for channel, values in zip(prediction.probabilities.values(), block, strict=True):
@@ -122,7 +122,7 @@ def kinds(path: Path) -> dict[str, tuple[Any, Any]]:
 
 @pytest.mark.parametrize("kind", ["array", "floats", "nibabel", "SimpleITK", "TorchIO image", "TorchIO subject"])
 def test_every_kind_of_image_gives_the_same_labels(
-    model: LoadedModel, prediction: Prediction, scan: Path, kind: str, capfd: pytest.CaptureFixture[str]
+    model: Ensemble, prediction: Prediction, scan: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     image, affine = kinds(scan)[kind]
     before = np.array(image) if isinstance(image, np.ndarray) else None
@@ -135,7 +135,7 @@ def test_every_kind_of_image_gives_the_same_labels(
 
 
 def test_many_scans_with_and_without_a_folder(
-    model: LoadedModel, prediction: Prediction, scan: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    model: Ensemble, prediction: Prediction, scan: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = kitseg.predict([scan, nib.load(scan)], model)
     assert [np.array_equal(one.labels, prediction.labels) for one in found] == [True, True]
@@ -157,12 +157,12 @@ def test_many_scans_with_and_without_a_folder(
         ("missing.nii.gz", None, "missing.nii.gz"),
     ],
 )
-def test_an_image_that_cannot_be_used(model: LoadedModel, image: Any, affine: Any, problem: str) -> None:
+def test_an_image_that_cannot_be_used(model: Ensemble, image: Any, affine: Any, problem: str) -> None:
     with pytest.raises(KitsegError, match=problem):
         model.predict(image, affine)
 
 
-def test_a_failed_scan_is_an_exception(model: LoadedModel, scan: Path, tmp_path: Path) -> None:
+def test_a_failed_scan_is_an_exception(model: Ensemble, scan: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.nii.gz").write_bytes(b"nothing")
     with pytest.raises(KitsegError, match="broken"):
         kitseg.predict([scan, tmp_path / "broken.nii.gz"], model, output=tmp_path / "out")

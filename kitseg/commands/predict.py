@@ -101,9 +101,9 @@ class CasePredictor:
         found = self.model.predict(scan)
         from kitseg.report.pictures import case_picture
 
-        more: dict[str, Write] = {".png": partial(case_picture, ct=scan, labels=found.labels, title=source.id)}
+        more: dict[str, Write] = {".png": partial(case_picture, ct=scan, labels=found.canonical, title=source.id)}
         if self.options.dicom_seg:
-            more[".dcm"] = partial(self._write_segmentation, labels=found.labels, source=source)
+            more[".dcm"] = partial(self._write_segmentation, labels=found.canonical, source=source)
         facts = {
             "scan": source.id if source.slices else source.image.name,
             "seconds": round(time.perf_counter() - start, 2),
@@ -111,7 +111,7 @@ class CasePredictor:
             "quality": {"level": found.quality.level, **asdict(found.quality), "agreement": found.agreement},
             **self.facts,
         }
-        written = write_case(self.to, found.labels, found.probabilities, facts, made, doubts(source, scan), more)
+        written = write_case(self.to, found.canonical, found.proba, facts, made, doubts(source, scan), more)
         return replace(written, quality=found.quality)
 
     def _write_segmentation(self, path: Path, labels: NDArray[np.uint8], source: Case) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
@@ -28,21 +28,49 @@ from kitseg.models.run_folder import Run
 from kitseg.models.training_domain import merge_domains, model_training_domain
 from kitseg.postprocess.prior import Prior
 from kitseg.types import Probabilities, Volume
+from kitseg.volumes.arrays import Image, scan_from, to_nibabel
+from kitseg.volumes.nifti import turn_to_native
 
 
 @dataclass(frozen=True)
-class LabelledScan:
-    """What models find in a scan, on its own grid in orientation (I, P, L).
+class Prediction:
+    """What models find in a scan.
 
-    labels: (D, H, W), cleaned by the post-processing; agreement: by class (see ``ensemble.EnsembleAgreement``), None
-    for a single member.
+    canonical: labels (D, H, W) in orientation (I, P, L), cleaned by the post-processing; proba: the probabilities that
+    they follow from; findings: kidneys and lesions in mm, ml and HU; quality: flags with their reasons, and the
+    contrast phase; agreement: Dice between the members of an ensemble by class, None for a single member.
     """
 
-    labels: NDArray[np.uint8]
-    probabilities: Probabilities
+    canonical: NDArray[np.uint8]
+    proba: Probabilities
     findings: Findings
     quality: Quality
-    agreement: dict[str, float] | None
+    agreement: Mapping[str, float] | None
+
+    @cached_property
+    def labels(self) -> NDArray[np.uint8]:
+        """The labels in the scan's own shape and axes."""
+        return np.ascontiguousarray(turn_to_native(self.canonical, self.proba.native))
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """(4, 4), from the labels' voxel indices to mm in RAS+."""
+        return self.proba.native.affine
+
+    @property
+    def image(self) -> Any:
+        """The labels as a nibabel image."""
+        return to_nibabel(self.labels, self.affine)
+
+    @cached_property
+    def probabilities(self) -> dict[str, NDArray[np.float16]]:
+        """The probabilities by channel, each in the scan's own shape and axes."""
+        found = {}
+        for channel, values in zip(self.proba.channels, self.proba.array, strict=True):
+            whole = np.full(self.proba.geometry.shape, channel == "background", np.float16)
+            whole[self.proba.box.slices] = values
+            found[channel] = turn_to_native(whole, self.proba.native)
+        return found
 
 
 @dataclass(frozen=True)
@@ -53,15 +81,25 @@ class Ensemble:
     weights: tuple[float, ...]
     postprocess: Mapping[str, Any]
 
-    def predict(self, scan: Volume) -> LabelledScan:
-        """Labels, findings and quality flags of a scan."""
+    def predict(self, image: Image | Volume, affine: ArrayLike | None = None) -> Prediction:
+        """Labels, probabilities, findings and quality flags of one scan.
+
+        Args:
+            image: a NIfTI file or the folder of a DICOM series, an array in HU with its ``affine``, an image of
+                nibabel, SimpleITK or TorchIO, or a scan that has been read.
+            affine: (4, 4), from an array's voxel indices to mm in RAS+.
+
+        Raises:
+            InputError: it can't be used. UsageError: a folder with several scans.
+        """
+        scan = image if isinstance(image, Volume) else scan_from(image, affine)
         probabilities, agreement = self.predict_proba(scan)
         from kitseg.measurement.measure import measure  # trimesh and networkx take long to import
 
         labels = clean(probabilities, scan, self.steps)
         findings = measure(labels, scan.geometry, scan.array)
         quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.training_domain)
-        return LabelledScan(labels, probabilities, findings, quality, agreement)
+        return Prediction(labels, probabilities, findings, quality, agreement)
 
     def predict_proba(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
         """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.

@@ -1,4 +1,4 @@
-"""Scans and label maps in memory: NumPy arrays with an affine, and the image objects of other libraries.
+"""Scans and label maps of any kind: files, NumPy arrays with an affine, and the image objects of other libraries.
 
 The libraries are recognized by what their objects offer, so that none of them is imported here.
 """
@@ -11,28 +11,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, UsageError
 from kitseg.labels import CONVENTIONS
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import check_affine
-from kitseg.volumes.nifti import as_ct, canonical_geometry, turn_to_canonical
+from kitseg.volumes.nifti import as_ct, canonical_geometry, read_labels, turn_to_canonical
+from kitseg.volumes.scan import find_scans, read_scan
 
+#: A path, an array (with an affine), or an image of nibabel, SimpleITK or TorchIO.
+Image = Any
 _CONVERT = "Give a 3D array with its affine, or an image of nibabel, SimpleITK or TorchIO"
 
 
-def scan_from(image: Any, affine: ArrayLike | None = None, name: str = "scan") -> Volume:
+def scan_from(image: Image, affine: ArrayLike | None = None, name: str = "scan") -> Volume:
     """A CT as (D, H, W) HU in orientation (I, P, L).
 
     Args:
-        image: an array, whose axes its affine describes as in nibabel; a nibabel, SimpleITK or TorchIO image; or a
-            TorchIO subject with one intensity image.
+        image: a NIfTI file or the folder of a DICOM series; an array, whose axes its affine describes as in nibabel; a
+            nibabel, SimpleITK or TorchIO image; or a TorchIO subject with one intensity image.
         affine: (4, 4), from an array's voxel indices to mm in RAS+; for arrays only.
         name: stands for a file's name in errors.
 
     Raises:
-        InputError: not a 3D image of finite numbers on a regular grid.
+        InputError: not a 3D image of finite numbers on a regular grid. UsageError: a folder with several scans.
     """
+    if isinstance(image, Path | str):
+        cases = find_scans([Path(image)]).cases
+        if len(cases) != 1:
+            raise UsageError(f"{image} holds {len(cases)} scans to segment; give one, or call kitseg.predict")
+        return read_scan(cases[0])
     array, native = _native(image, affine, name)
     hu = as_ct(np.array(turn_to_canonical(array, native)), 1.0, 0.0)
     if hu.dtype.kind == "f" and not np.isfinite(hu).all():
@@ -40,12 +48,14 @@ def scan_from(image: Any, affine: ArrayLike | None = None, name: str = "scan") -
     return Volume(hu, canonical_geometry(native), native, name)
 
 
-def labels_from(image: Any, affine: ArrayLike | None, convention: str, name: str = "labels") -> Volume:
+def labels_from(image: Image, affine: ArrayLike | None, convention: str, name: str = "labels") -> Volume:
     """A label map as (D, H, W) uint8 in orientation (I, P, L); see ``scan_from``.
 
     Raises:
         InputError: not a 3D image on a regular grid, or values that the label convention doesn't have.
     """
+    if isinstance(image, Path | str):
+        return read_labels(Path(image), Path(image).name, convention)
     array, native = _native(image, affine, name)
     known = list(CONVENTIONS[convention])
     if odd := np.setdiff1d(np.unique(array), known).tolist():
@@ -59,7 +69,7 @@ def to_nibabel(array: NDArray[Any], affine: NDArray[np.float64]) -> Any:
     return nibabel.Nifti1Image(array, affine)
 
 
-def _native(image: Any, affine: ArrayLike | None, name: str) -> tuple[NDArray[Any], Geometry]:
+def _native(image: Image, affine: ArrayLike | None, name: str) -> tuple[NDArray[Any], Geometry]:
     array, matrix = _parts(image, affine, name)
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "biuf":
         raise InputError(name, f"it has the shape {array.shape} and the type {array.dtype}", _CONVERT)
@@ -69,7 +79,7 @@ def _native(image: Any, affine: ArrayLike | None, name: str) -> tuple[NDArray[An
     return array, Geometry(triple(array.shape), matrix)
 
 
-def _parts(image: Any, affine: ArrayLike | None, name: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def _parts(image: Image, affine: ArrayLike | None, name: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """The array of an image, in the axes of its affine (RAS+)."""
     if hasattr(image, "get_images"):  # a TorchIO subject
         images = image.get_images(intensity_only=True)
