@@ -27,7 +27,7 @@ def stage(name: str, *overrides: str) -> config.StageSpec:
 
 
 def problem(*overrides: str) -> str:
-    """What a user is told about ``--set`` with these overrides."""
+    """The error that a user sees for ``--set`` with these overrides."""
     with pytest.raises(UsageError) as error:
         config.method_of(config.compose("two-phase", "paper", overrides))
     assert "\n" not in str(error.value)
@@ -247,7 +247,7 @@ def test_sources(stages: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("nope.kidney", "no stage 'nope'; there are coarse, fine"),
         ("fine.3.kidney", "no head of fine '3'; there are 1, 2"),
@@ -257,10 +257,10 @@ def test_sources(stages: Any) -> None:
         ("", "no stage ''"),
     ],
 )
-def test_sources_that_are_not_there(stages: Any, text: str, said: str) -> None:
+def test_sources_that_are_not_there(stages: Any, text: str, expected: str) -> None:
     with pytest.raises(UsageError) as error:
         config.parse_source(text, stages)
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_heads(stages: Any) -> None:
@@ -270,17 +270,17 @@ def test_heads(stages: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("nope", "no stage 'nope'; there are coarse, fine"),
         ("fine.3", "no head of fine '3'; there are 1, 2"),
         ("fine.2.kidney", "no head of fine '2.kidney'; there are 1, 2"),
     ],
 )
-def test_heads_that_are_not_there(stages: Any, text: str, said: str) -> None:
+def test_heads_that_are_not_there(stages: Any, text: str, expected: str) -> None:
     with pytest.raises(UsageError) as error:
         config.head_of(text, stages)
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 # --- written and read ------------------------------------------------------------------------------------------------

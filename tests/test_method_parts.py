@@ -38,7 +38,7 @@ def two_stage(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
 
 
 def outputs(run: Path, scan: Path) -> dict[str, Output]:
-    """What both stages of two-stage believe of a scan, on their grid, which is the phantoms' own."""
+    """What both stages of two-stage predict for a scan, on their grid, which is the phantoms' own."""
     stages = open_model(run, "cpu").stages[0]
     return run_chain(read_image(scan, CASE), stages, [("slices", "main"), ("segment", "main")])
 
@@ -47,7 +47,7 @@ def slice_probabilities(output: Output) -> np.ndarray:
     """The classifier's probability of foreground, a number a slice."""
     assert output.array is not None
     values = output.array[1].numpy()
-    assert (values == values[:, :1, :1]).all(), "the classifier says one thing of a whole slice"
+    assert (values == values[:, :1, :1]).all(), "the classifier gives one probability for a whole slice"
     return values[:, 0, 0]
 
 
@@ -103,8 +103,8 @@ def guided(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     return once(tmp_path_factory, "guided-inner", make)
 
 
-def told(guided: Path, case: str, trained: Path) -> tuple[StoredCase, Output]:
-    """A stored case and what a trained foreground network believes of it."""
+def predicted_by(guided: Path, case: str, trained: Path) -> tuple[StoredCase, Output]:
+    """A stored case and what a trained foreground network predicts for it."""
     spec = open_model(guided / run_of("guided-unetpp"), "cpu").method.stages["foreground"]
     stored = open_case(guided / "preprocessed" / str(spec.grid) / case)
     predictor = open_stage(spec, torch.device("cpu")).trained_in(StageFolder(trained))
@@ -131,9 +131,9 @@ def test_a_training_case_is_guided_by_the_network_that_has_not_seen_it(guided: P
     for case, (probability, mask) in guides(guided, "train"):
         number = next(i for i, part in enumerate(fold["inner"]) if case in part["val"])
         assert case not in read(foreground / f"inner_{number}" / "places.json")["train"]
-        stored, inner = told(guided, case, foreground / f"inner_{number}")
+        stored, inner = predicted_by(guided, case, foreground / f"inner_{number}")
         assert np.array_equal(probability, inner.foreground().astype(np.float16))
-        _, outer = told(guided, case, foreground)
+        _, outer = predicted_by(guided, case, foreground)
         assert not np.array_equal(probability, outer.foreground().astype(np.float16))
         assert np.array_equal(mask, dilated(np.asarray(stored.label) > 0)), "its mask is the label's"
         assert 0 < (mask > 0).sum() < mask.size
@@ -145,7 +145,7 @@ def test_a_validation_case_is_guided_by_the_stage_itself(guided: Path) -> None:
     found = dict(guides(guided, "val"))
     assert list(found) == read(guided / "splits.json")["folds"][0]["val"]
     for case, (probability, mask) in found.items():
-        _, outer = told(guided, case, stage_folder(guided, "guided-unetpp", "foreground"))
+        _, outer = predicted_by(guided, case, stage_folder(guided, "guided-unetpp", "foreground"))
         assert np.array_equal(probability, outer.foreground().astype(np.float16))
         assert np.array_equal(mask, dilated(outer.labels() > 0)), "its mask is the network's"
 
@@ -183,7 +183,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
-    """Networks that learn nothing, told to stop after two validations that bring nothing; without the shape filter."""
+    """Networks that learn nothing, and stop after two validations that bring nothing; without the shape filter."""
 
     def make(folder: Path) -> None:
         stop = [f"--set=stages.{stage}.stop_after=2" for stage in ("kidneys", "tumors")]
