@@ -7,6 +7,7 @@ convention kits23). Affines map voxel indices to millimetres in RAS+, as nibabel
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import overload
 
@@ -23,6 +24,7 @@ from kitseg.runtime import console
 from kitseg.runtime.outcomes import Outcome
 from kitseg.runtime.sharding import Share
 from kitseg.scoring.case import CaseScore
+from kitseg.trust import everything
 from kitseg.types import Case, Volume
 from kitseg.volumes.arrays import Image, labels_from, scan_from
 from kitseg.volumes.scan import check_grid, find_scans, read_scan
@@ -37,6 +39,7 @@ def load_model(
     engine: str = "auto",
     precision: str = "auto",
     mirror: bool = False,
+    trust: bool = False,
 ) -> Ensemble:
     """Load a run, a fold of one, an ensemble file or a bundle, or several, whose probabilities are averaged.
 
@@ -46,12 +49,14 @@ def load_model(
         engine: auto (OpenVINO on a CPU where it is installed), torch or openvino.
         precision: auto (the training's on a GPU, float32 on a CPU), f32 or bf16.
         mirror: test-time augmentation, left-right flip.
+        trust: also load parts that aren't kitseg's, which runs the code of the model's author.
 
     Raises:
         UsageError: not a model, or a device or engine that isn't there. InputError: unfinished or damaged.
     """
     paths = [model] if isinstance(model, Path | str) else list(model)
-    return open_ensemble(paths, device, mirror=mirror, engine=engine, precision=precision)
+    with everything() if trust else nullcontext():
+        return open_ensemble(paths, device, mirror=mirror, engine=engine, precision=precision)
 
 
 def load_method(method: FilePath, size: str = "paper", overrides: Sequence[str] = ()) -> Method:

@@ -126,15 +126,12 @@ def approve(spec: Any) -> None:
 
 @contextmanager
 def everything() -> Iterator[None]:
-    """Let this process and its children build any part inside the block: ``--trust``."""
-    before = os.environ.get(APPROVED)
-    os.environ[APPROVED] = EVERYTHING
+    """Approve the parts of every file that is read inside the block: ``--trust``."""
+    os.environ[APPROVED] = f"{os.environ.get(APPROVED, '')} {EVERYTHING}"
     try:
         yield
     finally:
-        os.environ.pop(APPROVED)
-        if before is not None:
-            os.environ[APPROVED] = before
+        os.environ[APPROVED] = " ".join(entry for entry in os.environ[APPROVED].split() if entry != EVERYTHING)
 
 
 def record(spec: Any) -> str | None:

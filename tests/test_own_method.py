@@ -13,8 +13,8 @@ import yaml
 from conftest import Result, kitseg, kitseg_process
 from method_runs import labels_of, untrained, working_folder
 
-from kitseg import trust
-from kitseg.errors import UsageError
+from kitseg import load_model, trust
+from kitseg.errors import InputError, UsageError
 from kitseg.types import Geometry
 from kitseg.volumes.nifti import write_image
 
@@ -240,13 +240,12 @@ def test_a_model_with_os_system_in_it_does_nothing(tmp_path: Path, command: tupl
     run = untrained(tmp_path / "run")
 
     def infect(part: dict[str, str]) -> None:
-        content = yaml.safe_load((run / "config.yaml").read_text())
-        for stage in content["stages"].values():
-            stage["intensity"] = part if file == "config.yaml" else stage["intensity"]
-        (run / "config.yaml").write_text(trust.dump(content))
+        if file == "config.yaml":
+            put_into(run, part)
         ensemble = {"schema": 1, "members": [{"run": "run"}], "postprocess": {"evil": part}}
         (tmp_path / "ensemble.yaml").write_text(trust.dump(ensemble))
-        manifest = {"schema": 1, "channels": ["kidney"], "postprocess": {"evil": part}, "model": {}}
+        made = {"channels": ["kidney"], "method": "dual-unet", "stage": None, "model": {}, "versions": {}}
+        manifest = {"schema": 1, **made, "postprocess": {"evil": part}}
         (tmp_path / "probabilities" / "manifest.json").write_text(json.dumps(manifest))
 
     (tmp_path / "probabilities").mkdir()
@@ -267,6 +266,24 @@ def test_a_model_with_os_system_in_it_does_nothing(tmp_path: Path, command: tupl
         assert not (tmp_path / "canary").exists()
         kitseg(tmp_path, *command, "--trust")
         assert (tmp_path / "canary").exists(), "the test would notice"
+
+
+def put_into(run: Path, part: dict[str, str]) -> None:
+    """Make a part the intensity transform of every stage of a run."""
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    for stage in content["stages"].values():
+        stage["intensity"] = part
+    (run / "config.yaml").write_text(trust.dump(content))
+
+
+def test_the_library_trusts_a_model_only_if_asked(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    put_into(untrained(tmp_path / "run"), {"_target_": "os.makedirs", "name": str(canary), "exist_ok": True})
+    with pytest.raises(InputError, match="makedirs"):
+        load_model(tmp_path / "run")
+    assert not canary.exists()
+    load_model(tmp_path / "run", trust=True)
+    assert canary.exists()
 
 
 def test_a_recorded_part_with_other_arguments_is_not_trusted() -> None:

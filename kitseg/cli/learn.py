@@ -23,6 +23,7 @@ from kitseg.cli.app import (
     Processes,
     Set,
     Size,
+    Trust,
     app,
     choose_ranks,
     cross_validate,
@@ -95,6 +96,7 @@ def train(
     init_from: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Start from the weights of a run, fold, bundle or checkpoint.")
     ] = None,
+    trust: Trust = False,
     restart: Annotated[bool, typer.Option("--restart", help="Rename an earlier training and start a new one.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and run one training step of each stage only.")
