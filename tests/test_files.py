@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kitseg.errors import InputError, KitsegError
-from kitseg.runtime.files import HOST, atomic_write, read_json, write_json, write_text
+from kitseg.errors import KitsegError
+from kitseg.runtime.files import HOST, atomic_write, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -157,25 +157,6 @@ def test_a_folder_in_the_way_of_a_file_stays(tmp_path: Path) -> None:
     one_line(error, str(tmp_path / "a"))
     assert names(tmp_path) == ["a"]
     assert names(tmp_path / "a") == ["mine"]
-
-
-def test_json_there_and_back(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", 3, {"case": "case_00000", "spacing": (3.0, 0.5)})
-    assert read_json(tmp_path / "a.json", 3) == {"schema": 3, "case": "case_00000", "spacing": [3.0, 0.5]}
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'"schema"', b'{"schema": 2}', b"{}"])
-def test_json_that_cannot_be_used(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        read_json(path, 3)
-    one_line(error, str(path))
-
-
-def test_json_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file"):
-        read_json(tmp_path / "a.json", 3)
 
 
 def test_another_process_half_written_file_is_left_alone(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Score:
-    """A case's figures per class; ``missing`` where there was no prediction, ``error`` where it can't be scored.
+    """A case's metrics per class; ``missing`` where there was no prediction, ``error`` where it can't be scored.
 
     strata: the groups that its reference belongs to, by kind; cysts: whether the prediction and the reference hold
     label 3.
@@ -59,7 +59,7 @@ class Score:
     @property
     def dice(self) -> dict[str, float]:
         """Dice per class."""
-        return {name: dice for name, figures in self.classes.items() if (dice := figures["dice"]) is not None}
+        return {name: dice for name, metrics in self.classes.items() if (dice := metrics["dice"]) is not None}
 
 
 @dataclass(frozen=True)

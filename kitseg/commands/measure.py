@@ -43,7 +43,7 @@ class MeasureTask(Task):
 
 @dataclass(frozen=True)
 class Measured:
-    """A case's findings; ``error`` says why there are none."""
+    """A case's findings, or the ``error`` that there was."""
 
     case: str
     findings: Findings = field(default_factory=lambda: Findings((), ()))
@@ -103,9 +103,9 @@ def write_findings(path: Path, results: Sequence[Measured], convention: str) -> 
 
 
 def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
-    """Write a CSV row for each kidney and each lesion of every case; ``kind`` says which.
+    """Write a CSV row for each kidney and each lesion of every case; ``kind`` is kidney, tumor or cyst.
 
-    A case without any has a row whose note says so, or why it can't be measured.
+    A case without any has a row with a note: nothing found, or the error.
     """
     kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
     columns = list(dict.fromkeys(["case", "kind", "side", *kept, "note"]))

@@ -133,7 +133,7 @@ def _scans(data: Path) -> dict[int, Path]:
 def _entry(number: int, path: Path | None, scan: Path | None, predictions: Path, data: Path) -> Entry:
     case, missing = case_name(number), []
     if path is None:
-        remedy = "Predict it too, or say with --cases what is to be submitted"
+        remedy = "Predict it too, or name the cases to submit with --cases"
         missing.append(f"{case}: {predictions} has no prediction of it. {remedy}")
     if scan is None:
         remedy = f"Fetch it: kitseg download kits19 --to {data} --cases {number}"
@@ -168,7 +168,7 @@ def _checked(number: int, path: Path, scan: Path) -> Entry:
 
 @contextmanager
 def _noting(problems: list[str]) -> Iterator[None]:
-    """Note a file that can't be used and go on."""
+    """Add the error of a file that can't be used to the problems, and continue."""
     try:
         yield
     except InputError as error:

@@ -16,9 +16,9 @@ from kitseg.commands.score_files import write_scores
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
-from kitseg.models.run_folder import SCHEMA, Run, find_run, move_aside
+from kitseg.models.run_folder import STAGE_INPUTS, Run, find_run, move_aside
 from kitseg.runtime.console import print_plain
-from kitseg.runtime.files import file_digest, identity, read_json
+from kitseg.runtime.files import file_digest, identity
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
 from kitseg.scoring.protocols import PROTOCOLS
@@ -160,7 +160,7 @@ def _check_unseen(run: Run, fold: int, split: Split) -> None:
         UsageError: it was.
     """
     for path in sorted(run.fold(fold).glob("*/**/places.json")):
-        trained = read_json(path, SCHEMA)["train"]
+        trained = STAGE_INPUTS.read(path).train
         if foreign := sorted(set(trained) - set(split.folds[fold].train)):
             raise UsageError(f"{path.parent} was trained on {', '.join(foreign)}, which {run.split} holds out")
 

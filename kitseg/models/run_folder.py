@@ -37,7 +37,7 @@ class RunInfo:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class BestCheckpoint:
     """A checkpoint's file below its stage's folder, its hash, its validation score."""
 
     file: str
@@ -52,17 +52,38 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainedState:
-    """``done.json``: the best checkpoints, best first, and the probability from which foreground counts, if chosen."""
+    """``done.json``: the best checkpoints, best first, and the probability from which foreground counts, if chosen.
 
-    checkpoints: tuple[Checkpoint, ...]
+    epochs: of the training; None in a run of an earlier version.
+    """
+
+    checkpoints: tuple[BestCheckpoint, ...]
     threshold: float | None
+    epochs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.checkpoints:
             raise ValueError("no checkpoints")
 
 
+@dataclass(frozen=True)
+class StageInputRow:
+    """A case's region (start and stop of its box), and its guide's path from the stage's folder; None without."""
+
+    box: tuple[int, int, int, int, int, int] | None
+    guide: str | None
+
+
+@dataclass(frozen=True)
+class StageInputFile:
+    """``places.json``: a stage's training and validation cases."""
+
+    train: dict[str, StageInputRow]
+    val: dict[str, StageInputRow]
+
+
 RUN_INFO, TRAINED_STATE = FileFormat(RunInfo, SCHEMA, _REMEDY), FileFormat(TrainedState, SCHEMA, _REMEDY)
+STAGE_INPUTS = FileFormat(StageInputFile, SCHEMA, _REMEDY)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files and folders appear under their name whole or not at all."""
+"""Files and folders that appear under their name whole or not at all."""
 
 from __future__ import annotations
 
@@ -117,36 +117,22 @@ def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, 
         table.writerows(rows)
 
 
-def write_json(path: Path, schema: int, content: Mapping[str, Any]) -> None:
-    """Write a JSON object with its schema version."""
-    write_text(path, json.dumps({"schema": schema, **content}, indent=1) + "\n")
-
-
-def read_json(path: Path, schema: int) -> dict[str, Any]:
-    """Read what ``write_json`` wrote.
-
-    Raises:
-        InputError: missing, damaged, or of another schema.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(path, f"can't be read ({error})", "Make it again with the command that wrote it.") from error
-    if not isinstance(content, dict) or content.get("schema") != schema:
-        raise InputError(path, f"is not of schema {schema}", "Make it again with this version of kitseg.")
-    return content
+def write_json(path: Path, schema: int | None, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with its schema version; dataclasses and arrays in it become objects and lists."""
+    write_text(path, json.dumps({"schema": schema, **content}, indent=1, default=_plain) + "\n")
 
 
 def identity(content: Mapping[str, Any]) -> str:
-    """What tells two JSON objects apart, as text: the order of their parts, too, but no ``path`` or ``folder`` in them.
-
-    So the same model is the same wherever it lies.
-    """
+    """JSON text of plain values, in their order, without any ``path`` or ``folder``: a model is the same anywhere."""
 
     def placeless(part: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in part.items() if key not in ("path", "folder")}
 
     return json.dumps(json.loads(json.dumps(content, default=str), object_hook=placeless))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else vars(value)
 
 
 def _replace(partial: Path, path: Path, replaced: Path) -> None:
@@ -181,7 +167,7 @@ def _sync(path: Path) -> None:
 
 
 def _is_stray(partial: Path) -> bool:
-    """Whether nobody writes to a partial any more: its process is gone, or on another machine, it is a day old."""
+    """Whether no process writes to a partial any more: its own has ended, or on another machine it is a day old."""
     host, process = partial.name.split(".")[2:4]
     if host == HOST:
         return not _is_alive(process)

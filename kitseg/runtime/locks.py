@@ -22,11 +22,11 @@ FOREVER = 1e9  # seconds: the watch decides; with no limit at all filelock speak
 
 @contextmanager
 def folder_lock(folder: Path, what: str, part: str = "", wait: float = 0.0) -> Iterator[None]:
-    """Keep a folder to this process while it writes there; ``what`` it writes is for the error.
+    """Lock a folder while this process writes there; ``what`` it writes is for the error.
 
     A hidden lock file in the folder names the process and its host, and is refreshed while that lives. The lock of a
     process that is dead, or on another host silent for a minute, is taken over. ``part``, such as ``2/8``: those
-    without a case in common write side by side. ``wait``: seconds that another process may have, which is said.
+    without a case in common write side by side. ``wait``: seconds to wait for another process, after a line about it.
 
     Raises:
         KitsegError: another process writes there, or the folder can't be written to.
@@ -45,7 +45,7 @@ def folder_lock(folder: Path, what: str, part: str = "", wait: float = 0.0) -> I
 
 
 def _overlap(lock: str, other: str) -> bool:
-    """Whether what two locks are held for has cases in common: parts k/n and j/m are dealt every n-th and m-th case."""
+    """Whether two locks' parts share cases: parts k/n and j/m take every n-th and every m-th case."""
     one, two = (re.fullmatch(r"\.kitseg\.(\d+)-of-(\d+)\.lock", name) for name in (lock, other))
     if not (one and two):
         return True
@@ -76,20 +76,20 @@ def _locked(path: Path, what: str, wait: float) -> Iterator[None]:
 
 
 class _Watch:
-    """Looks at a lock file until it is free: one that its owner refreshes meanwhile is alive."""
+    """Watches a lock file until it is free; an owner that refreshes it meanwhile is alive."""
 
     def __init__(self, lock: SoftFileLease, path: Path, wait: float) -> None:
         self.lock, self.path, self.patience = lock, path, time.monotonic() + wait
-        self.said, self.ended = False, True
+        self.reported, self.ended = False, True
         self._begin()
 
     @property
     def holder(self) -> str:
-        """Who held it when this began to look."""
+        """The process that held it when the watch began."""
         return f"process {self.owner.pid} on {self.owner.hostname}" if self.owner else "another process"
 
     def acquire(self) -> None:
-        """Get the lock; afterwards ``ended`` says whether its owner had died.
+        """Get the lock; afterwards ``ended`` is whether its owner had died.
 
         Raises:
             Timeout: its owner lives.
@@ -121,9 +121,9 @@ class _Watch:
         self.seen, self.since = changed, time.monotonic()
         if self.since > self.patience:
             return True
-        if not self.said:
+        if not self.reported:
             print_plain(f"{self.path.parent}: {self.holder} is writing there; this waits until it has finished")
-        self.said = True
+        self.reported = True
         return False
 
 
@@ -136,7 +136,7 @@ def _changed(path: Path) -> int | None:
 
 
 def _give_way(loss: LeaseCompromise) -> None:
-    """End where the lock is gone or another's, as after this process was suspended; one out of reach is only told."""
+    """End this process if it lost the lock, as after it was suspended; report a lock that can't be refreshed."""
     if loss.reason == "refresh-failed":
         return print_plain(f"{loss.lock_file} can't be refreshed ({loss.error}): let no other command write there")
     os.kill(os.getpid(), signal.SIGTERM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -15,7 +14,7 @@ import msgspec
 import numpy as np
 
 from kitseg.errors import InputError, KitsegError, UsageError, fault, format_error
-from kitseg.runtime.files import check_regular, file_digest, identity, read_errors, write_text
+from kitseg.runtime.files import check_regular, file_digest, identity, read_errors, write_json
 
 AGAIN = "Make it again with the command that wrote it."
 LIMIT = 2**28  # bytes: a larger file is not one of kitseg's
@@ -51,24 +50,16 @@ class FileFormat(Generic[T]):
         try:
             if check_regular(path) > LIMIT:
                 raise ValueError(f"larger than {LIMIT >> 20} MiB")
-            return self.parse(path.read_bytes())
+            data = path.read_bytes()
+            if self.schema is not None and (found := msgspec.json.decode(data, type=_Header).schema) != self.schema:
+                raise ValueError(f"schema {found}, this version of kitseg reads {self.schema}")
+            return msgspec.json.decode(data, type=self.kind, dec_hook=_matrix)
         except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             raise unreadable(path, error, self.remedy) from error
 
-    def parse(self, data: bytes) -> T:
-        """The content of a file.
-
-        Raises:
-            ValueError, RecursionError, msgspec.MsgspecError: it can't be used.
-        """
-        if self.schema is not None and (found := msgspec.json.decode(data, type=_Header).schema) != self.schema:
-            raise ValueError(f"schema {found}, this version of kitseg reads {self.schema}")
-        return msgspec.json.decode(data, type=self.kind, dec_hook=_matrix)
-
     def write(self, path: Path, content: T | Mapping[str, Any]) -> None:
         """Write a file: an instance of ``kind``, or what it holds as a mapping."""
-        fields = content if isinstance(content, Mapping) else vars(content)
-        write_text(path, json.dumps({"schema": self.schema, **fields}, indent=1, default=_plain) + "\n")
+        write_json(path, self.schema, content if isinstance(content, Mapping) else vars(content))
 
     def find(
         self, path: Path, made: Mapping[str, Any], outputs: Callable[[T], Mapping[Path, str]] = lambda _: {}
@@ -77,7 +68,7 @@ class FileFormat(Generic[T]):
 
         Args:
             path: of the record.
-            made: what decides the outputs' content (settings, hashes, ``Source`` files), by the record's attributes.
+            made: what decides the outputs' content (settings, hashes, ``InputFile`` files), by the record's attributes.
             outputs: the hash of each output file, from the record.
 
         Returns:
@@ -95,7 +86,7 @@ class FileFormat(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """A file that something was made from: its size in bytes, its time of change in ns, its hash if that is known."""
 
     size: int = 0
@@ -103,7 +94,7 @@ class Source:
     sha256: str | None = None
 
     @classmethod
-    def of(cls, path: Path, digest: bool = False) -> Source:
+    def of(cls, path: Path, digest: bool = False) -> InputFile:
         """A file as it is now.
 
         Raises:
@@ -113,7 +104,7 @@ class Source:
             state = path.stat()
         return cls(state.st_size, state.st_mtime_ns, file_digest(path) if digest else None)
 
-    def is_same(self, other: Source) -> bool:
+    def is_same(self, other: InputFile) -> bool:
         """Whether size and time, or else the hashes, agree."""
         if (self.size, self.mtime) == (other.size, other.mtime):
             return True
@@ -148,8 +139,8 @@ def refuse_overwrite(path: Path, mark: Sequence[str] = RECORD) -> None:
 
 
 def _agree(recorded: Any, wanted: Any) -> bool:
-    if isinstance(wanted, Source):
-        return isinstance(recorded, Source) and recorded.is_same(wanted)
+    if isinstance(wanted, InputFile):
+        return isinstance(recorded, InputFile) and recorded.is_same(wanted)
     if isinstance(wanted, dict) and isinstance(recorded, dict):
         return recorded.keys() == wanted.keys() and all(_agree(recorded[key], wanted[key]) for key in wanted)
     return bool(recorded == wanted)
@@ -160,10 +151,6 @@ def _matrix(kind: Any, value: Any) -> Any:
     if (matrix := np.array(value, np.float64)).shape != (4, 4):
         raise ValueError("an affine has 4 x 4 numbers")
     return matrix
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else vars(value)
 
 
 def _line(error: Exception) -> str:

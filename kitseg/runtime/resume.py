@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from kitseg import __version__
 from kitseg.runtime.console import print_line
-from kitseg.runtime.provenance import FileFormat, Source, recipe
+from kitseg.runtime.provenance import FileFormat, InputFile, recipe
 from kitseg.runtime.sharding import Share
 
 
@@ -46,7 +46,7 @@ class Result(Protocol):
 
     @property
     def error(self) -> str:
-        """Why there is no result; such a case is tried again."""
+        """The error, empty if there is none; a case with one is tried again."""
 
 
 R = TypeVar("R", bound=Result)
@@ -55,7 +55,7 @@ R = TypeVar("R", bound=Result)
 @dataclass(frozen=True)
 class _Cached(Generic[R]):
     recipe: str
-    sources: dict[str, Source]
+    sources: dict[str, InputFile]
     result: R
 
 
@@ -77,7 +77,7 @@ class ResultCache(Generic[R]):
 
     def made(self, task: Task) -> dict[str, Any]:
         """What decides a result: the work, the task, kitseg's version, size and time of the files."""
-        sources = {str(path): Source.of(path) for path in task.files if path.exists()}
+        sources = {str(path): InputFile.of(path) for path in task.files if path.exists()}
         name, arguments = self.work.func.__qualname__, repr((task, self.work.keywords))
         return {"recipe": recipe(version=__version__, name=name, arguments=arguments), "sources": sources}
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from kitseg import __version__, config
 from kitseg.config import Config, StageSpec
-from kitseg.models.run_folder import SCHEMA, Run, StageFolder
-from kitseg.runtime.files import read_json, write_json
+from kitseg.models.run_folder import SCHEMA, TRAINED_STATE, Run, StageFolder
+from kitseg.runtime.provenance import FileFormat
+
+
+@dataclass(frozen=True)
+class _Raises:
+    raised: list[dict[str, Any]]
+
+
+_RAISES = FileFormat(_Raises, SCHEMA)
 
 
 def only_more_epochs(old: Config, new: Config) -> bool:
@@ -25,7 +34,7 @@ def record_raise(run: Run, old: Config, new: Config) -> None:
     """Append the epochs before and after to the run's ``epochs.json``."""
     rows = _raises(run)
     row = {"kitseg": __version__, "from": _epochs(old), "to": _epochs(new)}
-    write_json(run.path / "epochs.json", SCHEMA, {"raised": [*rows, row]})
+    _RAISES.write(run.path / "epochs.json", {"raised": [*rows, row]})
 
 
 def missing_epochs(run: Run, spec: StageSpec, folder: StageFolder) -> int:
@@ -36,13 +45,13 @@ def missing_epochs(run: Run, spec: StageSpec, folder: StageFolder) -> int:
     rows = _raises(run)
     if spec.rounds is not None or not rows:
         return 0
-    done: int = read_json(folder.done, SCHEMA).get("epochs", rows[0]["from"][spec.name])
-    return max(0, spec.epochs - done)
+    done: int | None = TRAINED_STATE.read(folder.done).epochs
+    return max(0, spec.epochs - (rows[0]["from"][spec.name] if done is None else done))
 
 
 def _raises(run: Run) -> list[dict[str, Any]]:
     path = run.path / "epochs.json"
-    return list(read_json(path, SCHEMA)["raised"]) if path.exists() else []
+    return _RAISES.read(path).raised if path.exists() else []
 
 
 def _epochs(configuration: Config) -> dict[str, int]:

@@ -16,14 +16,12 @@ from kitseg.models.model import open_stage
 from kitseg.models.run_folder import find_run
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import Machine, torch_device
-from kitseg.runtime.files import read_json, write_json
+from kitseg.runtime.provenance import FileFormat
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.splits import read_split
 from kitseg.training.plan import Plan, Unit, open_stored
 from kitseg.training.train import Log, train_units
 from kitseg.training.trainer import settings_of
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,17 @@ class Ranked:
     def dice(self) -> float:
         """The mean of both, by which cases are ranked."""
         return (self.kidney + self.tumor) / 2
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    stage: str
+    checkpoints: list[str]
+    cases: list[str]
+    ranking: list[Ranked]
+
+
+_RANKING = FileFormat(_Ranking, 1)
 
 
 def ranking_stage(method: Method) -> StageSpec:
@@ -91,12 +100,12 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
     train_units(plan, wanted, log)
     judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
     state = {"stage": spec.name, "checkpoints": judges, "cases": sorted(cases)}
-    if path.exists() and (old := read_json(path, SCHEMA)) and all(old[key] == value for key, value in state.items()):
-        return [Ranked(row["case"], row["kidney"], row["tumor"]) for row in old["ranking"]]
+    if old := _RANKING.find(path, state):
+        return old.ranking
     with bar("rank", len(cases)) as step:
         ranked = [row for unit in wanted for row in _judge(plan, spec, unit, cases, step)]
     ranked.sort(key=lambda row: (row.dice, row.case))
-    write_json(path, SCHEMA, {**state, "ranking": [{**asdict(row), "dice": row.dice} for row in ranked]})
+    _RANKING.write(path, {**state, "ranking": [{**asdict(row), "dice": row.dice} for row in ranked]})
     return ranked
 
 

@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kitseg.config import StageSpec
-from kitseg.models.run_folder import SCHEMA, StageFolder
-from kitseg.runtime.files import read_json, write_json
+from kitseg.models.run_folder import STAGE_INPUTS, TRAINED_STATE, StageFolder
 
 
 def next_round(folder: StageFolder, spec: StageSpec) -> int | None:
@@ -25,19 +24,19 @@ def next_round(folder: StageFolder, spec: StageSpec) -> int | None:
 
 def prepare_round(folder: StageFolder, spec: StageSpec, number: int, seed: int) -> int:
     """Write where a round looks: all validation cases, and a random share of the training cases; how many these are."""
-    content, round_ = read_json(folder.places, SCHEMA), folder.round(number)
-    cases = sorted(content["train"])
+    content, round_ = STAGE_INPUTS.read(folder.places), folder.round(number)
+    cases = sorted(content.train)
     if number and spec.rounds is not None:
         count = max(1, round(spec.rounds.share * len(cases)))
         cases = sorted(random.Random(f"{seed}/{number}").sample(cases, count))
     up = os.path.relpath(folder.path, round_.path)
-    sides = {"train": {case: content["train"][case] for case in cases}, "val": content["val"]}
+    sides = {"train": {case: content.train[case] for case in cases}, "val": content.val}
     moved = {
-        side: {case: {**row, "guide": row["guide"] and f"{up}/{row['guide']}"} for case, row in rows.items()}
+        side: {case: replace(row, guide=row.guide and f"{up}/{row.guide}") for case, row in rows.items()}
         for side, rows in sides.items()
     }
     if not round_.places.exists():
-        write_json(round_.places, SCHEMA, moved)
+        STAGE_INPUTS.write(round_.places, moved)
     return len(cases)
 
 
@@ -61,17 +60,17 @@ def describe_rounds(folder: StageFolder) -> str:
 def conclude(folder: StageFolder) -> None:
     """Record that the loop is done: the best round's checkpoints are the stage's."""
     best = _best(folder)
-    content = read_json(folder.round(best).done, SCHEMA)
-    rows = [{**row, "file": f"round_{best}/{row['file']}"} for row in content["checkpoints"]]
+    found = TRAINED_STATE.read(folder.round(best).done)
+    rows = [replace(row, file=f"round_{best}/{row.file}") for row in found.checkpoints]
     rounds = {"scores": _scores(folder), "best": best}
-    write_json(folder.done, SCHEMA, {"checkpoints": rows, "threshold": content["threshold"], "rounds": rounds})
+    TRAINED_STATE.write(folder.done, {"checkpoints": rows, "threshold": found.threshold, "rounds": rounds})
 
 
 def _scores(folder: StageFolder) -> list[float]:
     """The best validation score of each finished round."""
     scores: list[float] = []
     while (done := folder.round(len(scores)).done).exists():
-        scores.append(read_json(done, SCHEMA)["checkpoints"][0]["val_score"])
+        scores.append(TRAINED_STATE.read(done).checkpoints[0].val_score or 0.0)
     return scores
 
 

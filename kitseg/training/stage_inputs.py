@@ -14,13 +14,13 @@ from kitseg.config import StageSpec
 from kitseg.inference.chain import Output, Predictor, run_on_grid
 from kitseg.links.regions import RegionContext
 from kitseg.models.model import build_input_transform, open_stage
-from kitseg.models.run_folder import SCHEMA, StageFolder
+from kitseg.models.run_folder import SCHEMA, STAGE_INPUTS, StageFolder, StageInputRow
 from kitseg.models.training_domain import training_facts
 from kitseg.patches.datamodule import StageCases
 from kitseg.patches.subjects import StageInput
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import torch_device
-from kitseg.runtime.files import atomic_write, read_json, write_json
+from kitseg.runtime.files import atomic_write, write_json
 from kitseg.training.plan import Plan, Unit, open_stored
 from kitseg.types import Box
 
@@ -50,9 +50,9 @@ def write_places(folder: StageFolder, train: Places, val: Places) -> None:
 
 def read_places(folder: StageFolder, store: Path) -> StageCases:
     """The stored cases of a stage and where it looks at each."""
-    content = read_json(folder.places, SCHEMA)
+    content = STAGE_INPUTS.read(folder.places)
     train, val = (
-        {store / case: _place(row, folder) for case, row in content[side].items()} for side in ("train", "val")
+        {store / case: _place(row, folder) for case, row in rows.items()} for rows in (content.train, content.val)
     )
     return StageCases(train, val)
 
@@ -65,14 +65,9 @@ def _plain(place: StageInput, folder: StageFolder) -> dict[str, Any]:
     }
 
 
-def _place(row: Mapping[str, Any], folder: StageFolder) -> StageInput:
-    guide = None if row["guide"] is None else folder.path / row["guide"]
-    return StageInput(None if row["box"] is None else _box(row["box"]), guide)
-
-
-def _box(numbers: Sequence[int]) -> Box:
-    z0, y0, x0, z1, y1, x1 = numbers
-    return Box((z0, y0, x0), (z1, y1, x1))
+def _place(row: StageInputRow, folder: StageFolder) -> StageInput:
+    guide = None if row.guide is None else folder.path / row.guide
+    return StageInput(None if row.box is None else Box(row.box[:3], row.box[3:]), guide)
 
 
 def _find(plan: Plan, unit: Unit, cases: Sequence[str], side: str) -> dict[str, StageInput]:

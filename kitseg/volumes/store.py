@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError, KitsegError
 from kitseg.labels import KIDNEY, TUMOR, to_kits19
 from kitseg.runtime.files import atomic_write
-from kitseg.runtime.provenance import FileFormat, Source, unreadable
+from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.types import Case, Geometry, Grid, Triple, Volume
 from kitseg.volumes.nifti import canonical_geometry, is_phantom, read_geometry, read_image, read_labels
 from kitseg.volumes.resample import grid_geometry, nearest, to_grid
@@ -37,7 +37,7 @@ class StoredCase:
 
     foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
     statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
-    kidney_hu, aorta_hu: what its contrast phase shows in (see ``measure.phase``), None where it can't be told.
+    kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown.
     """
 
     id: str
@@ -75,7 +75,7 @@ def statistics(image: NDArray[np.int16]) -> tuple[float, float]:
 class CaseFiles:
     """A case's files, each read once, when first asked for, however many grids are made of them.
 
-    convention: of the label; describe_contrast: kidney and aorta HU of a scan and its labels (see ``measure.phase``).
+    convention: of the label; describe_contrast: kidney and aorta HU from scan and labels (see ``measurement.phase``).
     """
 
     def __init__(self, case: Case, convention: str, describe_contrast: DescribeContrast | None = None) -> None:
@@ -111,18 +111,18 @@ class CaseFiles:
         return self.describe_contrast(self.scan, self.labels)
 
     @cached_property
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, InputFile]:
         """The files with size, time and hash, by role."""
         return self._sources(digest=True)
 
     @property
-    def stamps(self) -> dict[str, Source]:
+    def stamps(self) -> dict[str, InputFile]:
         """The files with size and time, by role; none of them is read."""
         return self._sources(digest=False)
 
-    def _sources(self, digest: bool) -> dict[str, Source]:
+    def _sources(self, digest: bool) -> dict[str, InputFile]:
         files = {"image": self.case.image, "label": self.case.label}
-        return {role: Source.of(path, digest) for role, path in files.items() if path is not None}
+        return {role: InputFile.of(path, digest) for role, path in files.items() if path is not None}
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class _Meta:
     spacing: tuple[float, float, float]
     kidney_hu: float | None
     aorta_hu: float | None
-    sources: dict[str, Source]
+    sources: dict[str, InputFile]
 
 
 _FORMAT = FileFormat(_Meta, 3, _AGAIN)
@@ -258,6 +258,6 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _made(files: CaseFiles, grid: Grid, sources: Mapping[str, Source]) -> dict[str, Any]:
+def _made(files: CaseFiles, grid: Grid, sources: Mapping[str, InputFile]) -> dict[str, Any]:
     """What decides the content of a stored case; how probabilities return from the grid doesn't."""
     return {"grid": replace(grid, back=Grid.back), "convention": files.convention, "sources": sources}

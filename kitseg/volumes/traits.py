@@ -1,4 +1,4 @@
-"""What is known of a labelled case before any network has seen it."""
+"""Properties of a labelled case, from its files alone, that a split balances."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_traits(case: Case, convention: str) -> Traits:
 
 
 def read_whole(case: Case, convention: str) -> Traits:
-    """The same of a case whose CT nobody has read yet: it is read, too, and must lie where the labels do.
+    """The same, after a check of the CT: it is read, and must lie on the labels' grid.
 
     Raises:
         InputError: no label, a file that can't be read, or labels on another grid.

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from kitseg.errors import KitsegError, UsageError
 from kitseg.models.bundles.bundle import SUFFIX, Bundle, cache_folder, cached, open_bundle
-from kitseg.runtime.files import read_json, write_json
+from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
 SCHEME = "hf://"
@@ -44,6 +44,9 @@ class Found:
     sha256: str
 
 
+_FOUND = FileFormat(Found, SCHEMA)
+
+
 def fetch_bundle(text: str) -> Bundle:
     """The bundle at an address, from the cache where it was fetched before.
 
@@ -55,7 +58,7 @@ def fetch_bundle(text: str) -> Bundle:
     if not match:
         raise UsageError(f"{text}: write it as hf://owner/name@revision, where the revision is a commit or a tag")
     address = Address(match[1], match[2])
-    pinned = read_json(address.record, SCHEMA)["sha256"] if address.record.exists() else None
+    pinned = _FOUND.read(address.record).sha256 if address.record.exists() else None
     if pinned and (bundle := cached(pinned)):
         return bundle
     found = _ask(address)
@@ -64,7 +67,7 @@ def fetch_bundle(text: str) -> Bundle:
             f"{address}: holds another bundle than before. Give a commit as revision, or remove {address.record}"
         )
     bundle = open_bundle(_download(address, found), found.sha256)
-    write_json(address.record, SCHEMA, {"address": str(address), **asdict(found)})
+    _FOUND.write(address.record, {"address": str(address), **asdict(found)})
     return bundle
 
 

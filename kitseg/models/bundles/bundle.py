@@ -26,7 +26,8 @@ from kitseg.models.model import open_stage
 from kitseg.models.postprocessing import build_steps
 from kitseg.models.run_folder import Run, StageFolder
 from kitseg.models.weights import shapes
-from kitseg.runtime.files import file_digest, read_json, write_text
+from kitseg.runtime.files import file_digest, write_text
+from kitseg.runtime.provenance import FileFormat
 
 SUFFIX = ".kitseg"
 LICENSED = ("code", "weights", "labels")
@@ -50,7 +51,7 @@ class Bundle:
         Raises:
             InputError: damaged.
         """
-        return read_json(self.path / MANIFEST, SCHEMA)
+        return FileFormat(dict[str, Any], SCHEMA).read(self.path / MANIFEST)
 
     def is_complete(self) -> bool:
         """Whether every file exists and has the manifest's hash."""
