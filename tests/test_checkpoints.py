@@ -92,7 +92,7 @@ def test_other_ranks_in_the_middle_of_an_epoch(
     so_far = EpochSoFar(seed=0)
     so_far.load_state_dict({str(rank): {"loss": 1.0, "patches": patches, "buffers": []} for rank in range(ranks)})
     so_far.on_train_start(trainer(), pl.LightningModule())
-    assert ("epoch 0 was begun by 2 ranks and is ended by 1" in capsys.readouterr().err) == warned
+    assert ("epoch 0 was started with 2 ranks and resumes with 1" in capsys.readouterr().err) == warned
 
 
 def test_a_restart_leaves_a_living_training_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,5 +182,5 @@ def test_all_ranks_end_together(free_port: int, end: str, codes: list[int], word
 def test_a_place_where_nobody_can_meet() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         launch = Launch(nodes=2, address="127.0.0.1", port=taken.getsockname()[1])
-        with pytest.raises(UsageError, match=r"can't meet at 127\.0\.0\.1.*MASTER_PORT to a free port"):
+        with pytest.raises(UsageError, match=r"can't connect to 127\.0\.0\.1.*MASTER_PORT to a free port"):
             RankCoordinator(launch, "gloo", [])

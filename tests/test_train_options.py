@@ -158,7 +158,7 @@ class Call:
 @slow
 @pytest.mark.parametrize(
     ("model", "code", "words"),
-    [("missing", 2, "missing"), ("hostile.ckpt", 1, "nothing in it was run"), ("other.ckpt", 1, "no weight that fits")],
+    [("missing", 2, "missing"), ("hostile.ckpt", 1, "in it was run"), ("other.ckpt", 1, "no weights that match")],
 )
 def test_a_model_that_no_training_can_start_from(work: Path, model: str, code: int, words: str) -> None:
     torch.save({"state_dict": Call()}, work / "hostile.ckpt", pickle_module=pickle)

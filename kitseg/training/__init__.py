@@ -1,1 +1,1 @@
-"""One training of a stage after another: what is planned, where it looks, how it runs, saves and ends."""
+"""Training of a method's stages: planning, inputs of the stages, the training loop, checkpoints and ranks."""

@@ -1,4 +1,4 @@
-"""The state of an epoch between two batches, and a training's history, learning curve and progress bar."""
+"""Callbacks: the state within an epoch, the history with its learning curve, and the progress bar."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ NOT_FINITE = (
 
 
 class EpochSoFar(pl.Callback):
-    """What an epoch has gathered so far: the losses of its batches, and each rank's own statistics of BatchNorm.
+    """The state within an epoch: the losses of its batches, and each rank's statistics of BatchNorm.
 
-    Travels in the checkpoint. Dropout of a batch follows from (seed, epoch, number of the batch, rank), not from the
-    batches before it.
+    It is saved in the checkpoint. The random numbers of a batch depend on (seed, epoch, number of the batch, rank)
+    only, not on earlier batches.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.earlier: Mapping[str, Any] = {}  # what each rank had gathered in another session
+        self.earlier: Mapping[str, Any] = {}  # the state of each rank from an earlier session
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Stage) -> None:  # type: ignore[override]
-        """Restore what this rank had gathered."""
+        """Restore the state of this rank."""
         mine = self.earlier.get(str(trainer.global_rank))
         if mine is not None:
             pl_module.epoch_loss = mine["loss"], mine["patches"]
@@ -48,14 +48,14 @@ class EpochSoFar(pl.Callback):
         begun = any(part["patches"] for part in self.earlier.values())
         if begun and len(self.earlier) != trainer.world_size and trainer.is_global_zero:
             console.print_error(
-                f"epoch {trainer.current_epoch} was begun by {len(self.earlier)} ranks and is ended by "
-                f"{trainer.world_size}: in the rest of it, patches may be left out or taken twice"
+                f"epoch {trainer.current_epoch} was started with {len(self.earlier)} ranks and resumes with "
+                f"{trainer.world_size}: some of its patches may be skipped or used twice"
             )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Draw from a generator of the batch's own."""
+        """Seed the random generator for this batch."""
         torch.manual_seed(seed_of(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
 
     def on_train_batch_end(
@@ -64,7 +64,7 @@ class EpochSoFar(pl.Callback):
         """Check the batch's loss.
 
         Raises:
-            KitsegError: it is NaN or infinite; the batch's cases are named.
+            KitsegError: it is NaN or infinite; the message names the batch's cases.
         """
         loss = float(outputs["loss"])
         if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
@@ -74,20 +74,20 @@ class EpochSoFar(pl.Callback):
             raise KitsegError(f"the loss became NaN or infinite in {where}. {NOT_FINITE}.")
 
     def state_dict(self) -> dict[str, Any]:
-        """What each rank has gathered."""
+        """The state of each rank."""
         loss, patches = self.module.epoch_loss
         mine = {"loss": loss, "patches": patches, "buffers": [b.cpu() for b in self.module.buffers()]}
         return {str(rank): part for rank, part in enumerate(of_all_ranks(mine))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until training starts."""
+        """Keep the state until training starts."""
         self.earlier = state_dict
 
 
 class History(pl.Callback):
-    """One row an epoch into ``history.csv`` and ``curves.png``.
+    """Writes one row per epoch to ``history.csv``, and draws ``curves.png``.
 
-    Travels in the checkpoint, so that a resumed training continues it.
+    It is saved in the checkpoint, so that a resumed training continues it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class History(pl.Callback):
         self.validated = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the epoch's row and, now and then, redraw the curve."""
+        """Add the epoch's row, and redraw the curve from time to time."""
         metrics = trainer.callback_metrics.items()
         fresh = {key: float(value) for key, value in metrics if self.validated or not key.startswith("val/")}
         self.rows = [*self.rows, {"epoch": trainer.current_epoch, **fresh}]
@@ -110,7 +110,7 @@ class History(pl.Callback):
                 self._draw()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the whole curve."""
+        """Draw the complete curve."""
         if trainer.is_global_zero and self.rows:
             self._draw()
 
@@ -132,7 +132,7 @@ class History(pl.Callback):
 
 
 class EpochBar(pl.Callback):
-    """One bar over all epochs with the time left, the loss and the last validation Dice."""
+    """A progress bar over all epochs with the remaining time, the loss and the last validation Dice."""
 
     def __init__(self, title: str) -> None:
         self.bar = Progress(
@@ -155,12 +155,12 @@ class EpochBar(pl.Callback):
             self.task = self.bar.add_task(self.title, total=trainer.max_epochs, completed=done, state="")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Move by one batch."""
+        """Advance by one batch."""
         if trainer.is_global_zero:
             self.bar.advance(self.task, 1 / max(1, int(trainer.num_training_batches)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the epoch's figures."""
+        """Show the epoch's loss and scores."""
         if trainer.is_global_zero:
             values = {
                 key.partition("/")[2].removeprefix("dice_"): float(value)
@@ -171,9 +171,9 @@ class EpochBar(pl.Callback):
             self.bar.update(self.task, completed=trainer.current_epoch + 1, state=state)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the screen in order."""
+        """Close the bar."""
         self.bar.stop()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar after an error."""
         self.bar.stop()

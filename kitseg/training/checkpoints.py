@@ -1,9 +1,9 @@
-"""The checkpoints of a training: the best ones' weights, and the whole state to resume from.
+"""The checkpoints of a training: the weights of the best ones, and the full state to resume from.
 
-``last.ckpt`` is written after every epoch, within a long epoch every so many minutes, and when a signal asks the
-process to end. The one before it stays as ``previous.ckpt`` until the training is done: where the last can't be read,
-training resumes from there. Either gives the same weights as an undisturbed training, because what happens in a batch
-follows from (seed, epoch, number of the batch, rank), and what an epoch has gathered so far travels in the checkpoint.
+``last.ckpt`` is written after every epoch, at an interval within long epochs, and when a signal asks the process to
+end. The checkpoint before it is kept as ``previous.ckpt`` until the training is done; training resumes from it if the
+last one can't be read. Both give the same weights as an uninterrupted training, because each batch depends only on
+(seed, epoch, number of the batch, rank), and the state within an epoch is saved in the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from kitseg.training.callbacks import NOT_FINITE
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints appear under their name whole or not at all, also where the folder is on another disk."""
+    """Writes checkpoints atomically, also if the folder is on another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write under another name, then rename; ``storage_options``: the name that the file before it gets, if any."""
+        """Write to a temporary name, then rename; ``storage_options``: name to keep the previous file under, if any."""
         with atomic_write(Path(path)) as partial:
             torch.save(checkpoint, partial)
             if storage_options is not None and Path(path).exists():
@@ -40,10 +40,10 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class BestCheckpoints(ModelCheckpoint):
-    """The best checkpoints by validation Dice, found also after the run's folder has moved."""
+    """Keeps the best checkpoints by validation Dice, also after the run's folder has been moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the earlier session's checkpoints, wherever they lay then."""
+        """Take over the checkpoints of an earlier session, also from a moved folder."""
         here = {path: str(Path(str(self.dirpath)) / Path(path).name) for path in state_dict["best_k_models"]}
         moved = {**state_dict, "dirpath": self.dirpath}
         moved["best_k_models"] = {here[path]: dice for path, dice in state_dict["best_k_models"].items()}
@@ -56,16 +56,16 @@ class BestCheckpoints(ModelCheckpoint):
         return {Path(path).name for path in self.best_k_models}
 
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
-        """No: a checkpoint to resume from may still count it among the best; see ``LastCheckpoint``."""
+        """Never: a state to resume from may still refer to it; see ``LastCheckpoint``."""
         return False
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes the state to resume from, and ends the training where a signal asks for it.
+    """Writes the state to resume from, and ends the training after a signal.
 
     Args:
-        folder: where. best: its best checkpoints, of which those are removed that no state counts any more.
-        every: seconds between two within an epoch. start: what this training resumes from.
+        folder: output folder. best: its best checkpoints; those that no state refers to are removed.
+        every: seconds between checkpoints within an epoch. start: the checkpoint that this training resumes from.
     """
 
     def __init__(self, folder: StageFolder, best: BestCheckpoints, every: float, start: Path | None) -> None:
@@ -73,14 +73,14 @@ class LastCheckpoint(Checkpoint):
         self.whole = start in (None, folder.last)  # else last.ckpt is damaged, and must not become previous.ckpt
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on a signal waits for the end of a step."""
+        """From now on, a signal takes effect at the end of a step."""
         self.saved, self.counted = time.monotonic(), self.best.names()
         signals.defer(True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save in time; not between the parts of a batch, nor after an epoch's last, whose validation is to come."""
+        """Save at the interval, but not between the parts of a batch, nor before the validation after an epoch."""
         done = batch_idx + 1
         if done % trainer.accumulate_grad_batches or done >= trainer.num_training_batches:
             return
@@ -93,12 +93,12 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on nothing has to be saved; a signal that came after the last epoch ends the training."""
+        """Stop saving; a signal that arrived after the last epoch ends the training."""
         signals.defer(False)
         self._end_if_asked(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """From here on nothing can be saved."""
+        """Stop saving."""
         signals.defer(False)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -115,16 +115,16 @@ class LastCheckpoint(Checkpoint):
         self._end_if_asked(trainer)
 
     def _end_if_asked(self, trainer: pl.Trainer) -> None:
-        """End on all ranks where a signal has reached one of them."""
+        """End all ranks if one of them received a signal."""
         if trainer.strategy.reduce_boolean_decision(signals.interrupted(), all=False):
             signals.end_training()
 
 
 def start_of(folder: StageFolder) -> Path | None:
-    """The checkpoint that a training resumes from; None where it starts.
+    """The checkpoint that a training resumes from; None for a new training.
 
     Raises:
-        InputError: there is one, but none can be read.
+        InputError: there are checkpoints, but none can be read.
     """
     found = [path for path in (folder.last, folder.previous) if path.exists()]
     problems = {path: _damage(path) for path in found}
@@ -140,16 +140,16 @@ def start_of(folder: StageFolder) -> Path | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What keeps a checkpoint from being loaded, if anything; torch itself doesn't compare the checksums."""
+    """The reason why a checkpoint can't be loaded, or an empty text; PyTorch doesn't verify checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 return f"its part {damaged} is damaged"
-        with warnings.catch_warnings(action="ignore"):  # damaged bytes may look like another version of PyTorch
+        with warnings.catch_warnings(action="ignore"):  # damaged files may be taken for another version of PyTorch
             torch.load(path, map_location="meta", weights_only=True)
     except UnpicklingError:
-        return "it holds more than a training's state or is damaged, and nothing in it was run"
-    except Exception as error:  # a damaged file can make its reader raise anything
+        return "it is damaged or contains more than a training's state; no code in it was executed"
+    except Exception as error:  # damaged files can raise any error
         if fault(error):
             raise
         return str(error).splitlines()[0] if str(error) else type(error).__name__

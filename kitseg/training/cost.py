@@ -1,4 +1,4 @@
-"""What a training costs, before it starts."""
+"""Estimates of the time and memory of a training, before it starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BYTES_PER_PARAMETER = 16  # the weight, its gradient, and the two moments of Ada
 
 @dataclass(frozen=True)
 class Cost:
-    """What one patch costs: voxels, patches a case and epoch, parameters, operations forward, memory in training."""
+    """Voxels of a patch, patches per case and epoch, parameters, operations of a forward pass, memory in training."""
 
     patch: Triple
     per_case: float
@@ -38,11 +38,11 @@ class Cost:
 
 
 def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[str, ...]], list[str]]:
-    """A row for each training: its cases, global batch, patch, steps, parameters, about what memory and time it takes.
+    """One row per training (cases, global batch, patch, steps, parameters, estimated memory and time), and notes.
 
-    The time is the network's arithmetic at the speed at which this machine does a convolution now, and that of loading
-    patches, as long as one takes now; the memory is that of weights, gradients, optimizer and of what the network keeps
-    for its backward pass. Notes state what the table can't, such as where loading takes longer than computing.
+    The time consists of the network's operations at this machine's measured speed of a convolution, and of the measured
+    time to load patches; the memory consists of weights, gradients, optimizer and the activations that the backward
+    pass needs. Notes report, for example, that loading takes longer than computing.
     """
     notes = _unlike_here(plan.machine)
     speed = _flops_per_second(plan.machine)
@@ -85,11 +85,11 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
 
 
 def _unlike_here(machine: Machine) -> list[str]:
-    """A note where the training is planned for GPUs that aren't here."""
+    """A note if the training is planned for GPUs that this machine doesn't have."""
     here = torch.cuda.device_count()
     if machine.kind == "cpu" or machine.ranks <= here:
         return []
-    return [f"planned for {machine.ranks} GPU(s), torch finds {here} here: the times are those of this machine"]
+    return [f"planned for {machine.ranks} GPU(s), but this machine has {here}: the times are for this machine"]
 
 
 def _cost(spec: StageSpec, example: Case) -> Cost:
@@ -113,7 +113,7 @@ def _cost(spec: StageSpec, example: Case) -> Cost:
 
 
 def _kept_bytes(module: StageModel, x: torch.Tensor) -> int:
-    """What the forward pass of a patch keeps for the backward pass, each tensor once."""
+    """The activations that the forward pass of a patch keeps for the backward pass, each tensor once."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def _kept_bytes(module: StageModel, x: torch.Tensor) -> int:
 
 
 def _flops_per_second(machine: Machine) -> float:
-    """The speed of a 5³ convolution of 16 channels here, now."""
+    """The measured speed of a 5³ convolution of 16 channels on this machine."""
     device = torch.device(machine.kind if torch.cuda.is_available() else "cpu")
     with torch.device(device), torch.inference_mode():
         layer, x = nn.Conv3d(16, 16, 5, padding=2), torch.randn(1, 16, 48, 48, 48)

@@ -1,8 +1,8 @@
-"""One training on several ranks: every process runs the same command, and loops over the same trainings.
+"""Training on several ranks: every process runs the same command, and loops over the same trainings.
 
-Only the first process looks at what is on disk and decides what is trained next; the others receive each training
-through a TCPStore, and wait for it there without using a GPU. PyTorch's process group is opened once, with the first
-training. Where one process fails, a thread in each of the others ends it: a collective operation would wait for hours.
+Only the first process reads the disk and decides what is trained next; the others receive each training through a
+TCPStore, and wait there without using a GPU. PyTorch's process group is opened once, with the first training. If one
+process fails, a thread in each of the others ends that process, since a collective operation would wait for hours.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from kitseg.runtime.launcher import Launch
 from kitseg.runtime.signals import PATIENCE, Stopped, end_now
 
 T = TypeVar("T")
-PAUSE, PARTING = 0.1, 8.0  # seconds: between two looks; for the others to read the last message
-ARRIVAL = timedelta(minutes=10)  # within which all processes must have come
+PAUSE, PARTING = 0.1, 8.0  # seconds: polling interval; time for the others to read the last message
+ARRIVAL = timedelta(minutes=10)  # within which all processes must have connected
 COLLECTIVE = timedelta(hours=6)  # ranks validate cases of different sizes
 FAILED, CAME, GONE = "failed", "came", "gone"
 
 
 class RankCoordinator:
-    """The processes that train together, as a context: where one of them fails, all end.
+    """A context manager for the processes of a training: if one of them fails, all end.
 
     Args:
-        launch: which of them this is. backend: of PyTorch's process group.
+        launch: identifies this process. backend: of PyTorch's process group.
         arguments: of kitseg, for the processes that this one starts.
 
     Raises:
-        UsageError: they don't find each other. KitsegError: another process has failed.
+        UsageError: the processes can't connect. KitsegError: another process has failed.
     """
 
     def __init__(self, launch: Launch, backend: str, arguments: Sequence[str]) -> None:
         self.launch, self.backend, self.arguments = launch, backend, arguments
         self.children: list[subprocess.Popen[bytes]] = []
         self.over, self.failed = threading.Event(), threading.Event()
-        self.problem = "it was killed, or can't be reached any more"
+        self.problem = "it was killed, or can no longer be reached"
         if launch.of > 1:
             self.place, self.store = _open_store(launch)
             self.parent = os.getppid() if launch.local else None
@@ -93,7 +93,7 @@ class RankCoordinator:
                 number += 1
 
     def _send(self, number: int, training: Any) -> None:
-        """Hand on a training by its number; the last message has the number -1."""
+        """Publish a training by its number; the last message has the number -1."""
         key = "last" if number < 0 else f"training {number}"
         self.store.set(key, pickle.dumps(training))  # type: ignore[arg-type]  # which takes bytes, too
 
@@ -118,8 +118,8 @@ class RankCoordinator:
         self.store.add(CAME, 1)
         if not self._wait_for(CAME, ARRIVAL.total_seconds()):
             raise UsageError(
-                f"{self.store.add(CAME, 0)} of {self.launch.of} processes have come to {self.launch.address}:"
-                f"{self.place}: start kitseg on every node, or leave --nodes away"
+                f"only {self.store.add(CAME, 0)} of {self.launch.of} processes connected to {self.launch.address}:"
+                f"{self.place}. Start kitseg on every node, or omit --nodes"
             )
         store = PrefixStore("group", self.store)
         dist.init_process_group(
@@ -127,7 +127,7 @@ class RankCoordinator:
         )
 
     def _wait_for(self, event: str, seconds: float) -> bool:
-        """Whether it has happened to all processes within this time."""
+        """Whether all processes have reached this point within the time."""
         end = time.monotonic() + seconds
         while int(self.store.add(event, 0)) < self.launch.of:
             if time.monotonic() > end:
@@ -137,7 +137,7 @@ class RankCoordinator:
         return True
 
     def _failure(self) -> BaseException:
-        """What this process ends with where another has failed; one line for all ranks of a machine."""
+        """The error of this process after another has failed; one line for all ranks of a machine."""
         if self.launch.local:
             return SystemExit(1)
         return KitsegError(f"another process of the training has ended: {self.problem}")
@@ -151,7 +151,7 @@ class RankCoordinator:
             child.wait()
 
     def _watch(self) -> None:
-        """End this process where another has ended, unless it ends by itself then: it knows better why."""
+        """End this process after another has ended, unless it ends by itself with its own error."""
         store = _connect(self.launch, self.place, is_master=False)
         while not self.over.wait(PAUSE):
             content = self._look(store)
@@ -166,14 +166,14 @@ class RankCoordinator:
             return
 
     def _look(self, store: Store) -> dict[str, Any] | None:
-        """What another process has ended with, if one has."""
+        """The error of another process, if one has failed."""
         problem = ""
         for local, child in enumerate(self.children, start=1):
             if child.poll():
                 how = f"was killed by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "failed"
                 problem = f"rank {local} of machine {self.launch.node} {how}"
         if self.parent is not None and os.getppid() != self.parent:
-            problem = "the process that started this one is gone"
+            problem = "the process that started this one has ended"
         try:
             if store.check([FAILED]):
                 found: dict[str, Any] = json.loads(store.get(FAILED))
@@ -181,12 +181,12 @@ class RankCoordinator:
             if problem:
                 store.set(FAILED, json.dumps({"problem": problem, "signal": 0}))
         except RuntimeError:
-            problem = problem or "the first process is gone; its own message states why"
+            problem = problem or "the first process has ended; see its own error"
         return {"problem": problem, "signal": 0} if problem else None
 
 
 def _is_broken(error: RuntimeError) -> bool:
-    """Whether the connection to another rank has broken: gloo's errors have no type of their own."""
+    """Whether the error is a lost connection to another rank; gloo has no error type for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
@@ -197,21 +197,21 @@ def _as_message(index: int, error: BaseException) -> str:
 
 
 def _open_store(launch: Launch) -> tuple[int, Store]:
-    """What all processes read and write, and its port."""
+    """The store shared by all processes, and its port."""
     try:
         store = _connect(launch, launch.port, is_master=launch.index == 0 and not launch.agent)
     except RuntimeError as error:
         place, reason = f"{launch.address}:{launch.port}", str(error).splitlines()[0]
         raise UsageError(
-            f"the training's processes can't meet at {place} ({reason}): set MASTER_ADDR to an address of machine 0 "
-            "that all can reach, and MASTER_PORT to a free port there"
+            f"the training's processes can't connect to {place} ({reason}). Set MASTER_ADDR to an address of machine 0 "
+            "that all machines can reach, and MASTER_PORT to a free port on it"
         ) from error
     port: int = store.underlying_store.port  # type: ignore[attr-defined]
     return port, store
 
 
 def _connect(launch: Launch, port: int, is_master: bool) -> Store:
-    """A connection of its own: one that waits keeps other threads waiting."""
+    """A separate connection, because a waiting connection blocks other threads."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = TCPStore(launch.address, port, is_master=is_master, timeout=ARRIVAL, wait_for_workers=False)
     return PrefixStore(f"kitseg {attempt}", store)

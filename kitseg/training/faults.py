@@ -1,4 +1,4 @@
-"""What stops a training, with the setting that helps."""
+"""Failures of the machine in a training, with the settings that help."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault
 
 _LESS = "--set stages.STAGE.micro_batch_size=1 (fewer patches at a time, the same batch) or a smaller --size"
-#: What happened, and what helps a training.
+#: Remedies by the failure.
 SETTINGS = {
     MEMORY: f"Use fewer --workers, {_LESS}, then call again to resume",
     GPU: f"Use {_LESS}",
@@ -19,7 +19,7 @@ SETTINGS = {
 
 @contextmanager
 def in_settings(folder: Path) -> Iterator[None]:
-    """Report a fault of the machine inside as an error in one line.
+    """Convert a failure of the machine inside the block to an error in one line.
 
     Raises:
         KitsegError: memory, disk or a loader process failed.

@@ -1,4 +1,4 @@
-"""One training of one stage: Lightning's part."""
+"""The training of a stage with Lightning."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from kitseg.training.trainer import Settings, make_trainer, silence_lightning
 class Training:
     """One training of a stage.
 
-    folder: where it goes; store: the cases on its grid; keep: how many of its best checkpoints; settings: the
-    configuration's ``trainer``; start: the checkpoint whose weights it starts from, None for a fresh network.
+    folder: output folder; store: the cases on its grid; keep: number of best checkpoints to keep; settings: the
+    configuration's ``trainer``; start: the checkpoint whose weights it starts from, None for random weights.
     """
 
     spec: StageSpec
@@ -54,7 +54,7 @@ def fit(training: Training, machine: Machine) -> None:
     """Train one stage into its folder, or resume where an earlier call stopped.
 
     Raises:
-        KitsegError: the loss became NaN or infinite, a checkpoint can't be read, memory or disk are short.
+        KitsegError: the loss became NaN or infinite, a checkpoint can't be read, memory or disk are exhausted.
         SystemExit: a signal asked this process to end; the state is saved.
     """
     silence_lightning()
@@ -91,7 +91,7 @@ def _title(folder: StageFolder) -> str:
 
 
 def make_feed(spec: StageSpec, seed: int, workers: int) -> Feed:
-    """How a stage is fed.
+    """The data loading settings of a stage.
 
     Raises:
         UsageError: a part can't be built.
@@ -108,7 +108,7 @@ def make_feed(spec: StageSpec, seed: int, workers: int) -> Feed:
 
 
 def _finish(training: Training, best: BestCheckpoints, device: torch.device, data: StageData) -> None:
-    """Keep the best checkpoints only, choose a threshold where the stage has one, and write ``done.json``."""
+    """Keep only the best checkpoints, choose a threshold if the stage has one, and write ``done.json``."""
     folder = training.folder
     if not best.best_k_models:
         raise KitsegError(f"{folder.path}: the training ended without a validated checkpoint")

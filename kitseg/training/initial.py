@@ -1,4 +1,4 @@
-"""Weights that a training starts from: of a run, a fold, a bundle, or a checkpoint file."""
+"""Initial weights of a training: from a run, a fold, a bundle, or a checkpoint file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kitseg.runtime.files import file_digest, write_json
 from kitseg.splits import read_split
 
 CHECKPOINTS = (".ckpt", ".safetensors")
-SHOWN = 5  # names of weights on the screen; the run's record holds all
+SHOWN = 5  # names of weights on the screen; the run's record lists all
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The checkpoint that each stage starts from, and the cases that it was trained on, as far as that is known."""
+    """The checkpoint that each stage starts from, and the cases that it was trained on, if known."""
 
     stages: Mapping[str, Path]
     cases: Collection[str] = ()
@@ -34,7 +34,7 @@ class InitialWeights:
 def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
     """The weights for a method's stages: a run's stages of the same names, or one checkpoint file for each.
 
-    Of a run with several finished folds, ``fold`` where it is finished, else the first.
+    Of a run with several finished folds, ``fold`` is used if it is finished, else the first.
 
     Raises:
         UsageError: no model, several, or none with such a stage. InputError: damaged weights.
@@ -57,17 +57,17 @@ def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
 
 
 def start_from(module: nn.Module, path: Path, folder: StageFolder, loud: bool) -> None:
-    """Load those weights of a checkpoint that fit by name and shape.
+    """Load those weights of a checkpoint that match by name and shape.
 
-    loud: print what fits and what doesn't, and write it to the training's ``initial.json``.
+    loud: print the matching and missing weights, and write them to the training's ``initial.json``.
 
     Raises:
-        InputError: none fits, or the file is damaged; nothing in it is executed.
+        InputError: no weights match, or the file is damaged; no code in it is executed.
     """
     own, found = module.state_dict(), read_weights(path, torch.device("cpu"))
     taken = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
     if not taken:
-        raise InputError(path, "holds no weight that fits this stage by name and shape", "Choose another model.")
+        raise InputError(path, "contains no weights that match this stage by name and shape", "Choose another model.")
     module.load_state_dict({**own, **taken})
     if not loud:
         return

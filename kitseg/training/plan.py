@@ -1,4 +1,4 @@
-"""What to train: a configuration, a fold of a split, and the trainings that follow from them."""
+"""Training plans: a configuration, a fold of a split, and the trainings of its stages."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from kitseg.training.trainer import DEFAULT, Settings, settings_of
 from kitseg.types import Case
 from kitseg.volumes.store import StoredCase, open_case
 
-MOMENT = 30.0  # seconds that another fold may take to write the run's own files
+MOMENT = 30.0  # seconds to wait for another fold to write the run's files
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train and where.
+    """The trainings of a fold of a run.
 
-    config: resolved; method, settings: its method and its ``trainer``; run: where it goes; fold: an outer fold of
-    ``split``; store: preprocessed cases; initial: the model whose weights the stages start from.
+    config: resolved; method, settings: its method and its ``trainer``; run: output; fold: an outer fold of ``split``;
+    store: preprocessed cases; initial: the model whose weights the stages start from.
     """
 
     config: Config
@@ -52,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Unit:
-    """One training: a stage on the outer fold, or on an inner one for out-of-fold predictions; or a round of it."""
+    """One training: a stage on the outer fold, or on a nested fold for out-of-fold predictions; or a round of it."""
 
     stage: str
     inner: int | None = None
@@ -63,7 +63,7 @@ class Unit:
         return self.stage + inner + ("" if self.round is None else f"/round_{self.round}")
 
     def folder(self, plan: Plan) -> StageFolder:
-        """Where this training lives."""
+        """The folder of this training."""
         folder = plan.run.stage(plan.fold, self.stage)
         folder = folder if self.inner is None else folder.inner(self.inner)
         return folder if self.round is None else folder.round(self.round)
@@ -75,7 +75,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Start:
-    """What a call of `kitseg train` asks for, before anything is prepared."""
+    """The request of a call of `kitseg train`, before anything is prepared."""
 
     config: Config
     run: Run
@@ -96,35 +96,35 @@ class Start:
         return settings_of(self.config)
 
     def check(self) -> None:
-        """Make sure that the configuration, and the model to start from, can be used.
+        """Check the configuration and the model to start from.
 
         Raises:
-            UsageError: a value that can't be used, or no such model. InputError: its weights are damaged.
+            UsageError: an invalid value or a missing model. InputError: its weights are damaged.
         """
         _ = self.settings
         if self.initial:
             find_initial(self.initial, self.method, self.fold)
 
     def claim(self, cases: Sequence[Case], jobs: int) -> Plan:
-        """The plan for these preprocessed cases; split and run are written, or checked against what is there."""
+        """The plan for these preprocessed cases; split and run are written, or checked against existing files."""
         claim_run(self.run, self.config, claim_split(self.split, cases, self.config, jobs))
         if problem := trust.record(self.config):
             console.print_plain(problem)
         return self._plan(read_split(self.run.split))
 
     def rehearse(self, cases: Sequence[Case]) -> Plan:
-        """The plan without writing anything, and without looking into the label maps."""
+        """The plan without writing anything, and without reading label maps."""
         there = self.split.exists()
         return self._plan(read_split(self.split) if there else new_split(unseen_traits(cases), self.config))
 
     def restart(self, stage: str | None, every_fold: bool = False) -> list[Path]:
-        """Move the old run aside: the whole of it where its configuration or split differs, or for every fold.
+        """Rename the old run: all of it if its configuration or split differs, or if every fold is restarted.
 
-        Otherwise the fold alone, or the stage with the later ones that build on it and what cross-validation made of
-        them. Gives the new names.
+        Otherwise only the fold, or the stage with its dependent stages and cross-validation results. Returns the new
+        names.
 
         Raises:
-            KitsegError: a training lives there.
+            KitsegError: a training is running there.
         """
         if not self.run.config.exists():
             return []
@@ -150,7 +150,7 @@ class Start:
 
 
 def _moved_aside(paths: Sequence[Path]) -> list[Path]:
-    """Rename what no living training writes to."""
+    """Rename a folder that no running training writes to."""
     for folder in sorted({lock.parent for path in paths for lock in path.rglob(".kitseg*.lock")}):
         with folder_lock(folder, "training"):
             pass
@@ -158,7 +158,7 @@ def _moved_aside(paths: Sequence[Path]) -> list[Path]:
 
 
 def _dependent(method: Method, stage: str) -> list[str]:
-    """The stages that build on a stage, directly or not."""
+    """The stages that depend on a stage, directly or indirectly."""
     found = [stage]
     for name, spec in method.stages.items():
         if set(spec.inputs) & set(found):
@@ -167,12 +167,12 @@ def _dependent(method: Method, stage: str) -> list[str]:
 
 
 def claim_run(run: Run, configuration: Config, split: Split) -> None:
-    """Write what the run is, or make sure that it is the same as before; folds may start at the same moment.
+    """Write the run's configuration and split, or check them against existing ones; folds may start concurrently.
 
-    A configuration that only raises epochs takes the place of the old one, and is recorded.
+    A configuration that only raises epochs replaces the old one, and is recorded.
 
     Raises:
-        UsageError: the folder holds a run of another configuration or split.
+        UsageError: the folder contains a run of another configuration or split.
     """
     with folder_lock(run.path, "configuration", wait=MOMENT):
         if not run.config.exists():
@@ -182,7 +182,7 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
         changed = config.differences(old, configuration)
         raised = bool(changed) and only_more_epochs(old, configuration)
         if changed and not raised:
-            remedy = "Use --restart to move the old run aside, or --name for a run of its own."
+            remedy = "Use --restart to rename the old run, or --name for a new run."
             raise UsageError(f"{run.path} was made with another configuration. {remedy}", details=changed)
         if read_split(run.split) != split:
             raise UsageError(f"{run.path} was trained with another split: {run.split}. Use that one, or --restart.")

@@ -27,7 +27,7 @@ SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # voxels of a patch's edg
 
 
 def try_step(spec: StageSpec) -> float:
-    """Build all parts of a stage and train it one step on random data, on the smallest patch that its network takes.
+    """Build all parts of a stage and run one training step on random data, with the network's smallest patch size.
 
     Returns:
         The loss.
@@ -47,7 +47,7 @@ def try_step(spec: StageSpec) -> float:
         optimizer.step()
     except KitsegError:
         raise
-    except Exception as error:  # of anybody's network, loss, optimizer or augmentation
+    except Exception as error:  # from any network, loss, optimizer or augmentation
         if fault(error):
             raise
         raise UsageError(
@@ -58,7 +58,7 @@ def try_step(spec: StageSpec) -> float:
 
 
 def seconds_to_load(spec: StageSpec, folder: Path) -> float | None:
-    """How long one patch of a stored case takes to be read, augmented and scaled here; None where there is none."""
+    """The measured time to read, augment and scale one patch of a stored case; None without stored cases."""
     if not (folder / "meta.json").exists():
         return None
     case = open_case(folder)
@@ -72,7 +72,7 @@ def seconds_to_load(spec: StageSpec, folder: Path) -> float | None:
     if not len(queue):
         return None
     seconds = []
-    for epoch in range(2):  # the first one also opens files and loads libraries
+    for epoch in range(2):  # the first also opens files and imports libraries
         begun = time.perf_counter()
         _ = queue[epoch, 0]
         seconds.append(time.perf_counter() - begun)
@@ -80,7 +80,7 @@ def seconds_to_load(spec: StageSpec, folder: Path) -> float | None:
 
 
 def _smallest_patch(spec: StageSpec, feed: Feed) -> Triple:
-    """The smallest of some patch sizes that the network takes, computed without values."""
+    """The smallest patch size that the network accepts, computed on the meta device."""
     with torch.device("meta"):
         model = build_model(spec).train()
     channels = 1 if feed.input_transform.link is None else feed.input_transform.link.channels

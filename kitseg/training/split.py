@@ -1,4 +1,4 @@
-"""The split file: made once from the cases' labels, then the same for every verb."""
+"""The split file: created once from the cases' labels, then used by all commands."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Reader = Callable[[Case, str], Traits]
 
 
 def new_split(traits: Iterable[Traits], configuration: Config) -> Split:
-    """A split as the configuration asks for."""
+    """Create a split with the settings of the configuration."""
     keys = ("folds", "nested_folds", "test_cases", "seed", "convention")
     return make_split(traits, *(configuration[key] for key in keys))
 
 
 def unseen_traits(cases: Iterable[Case]) -> list[Traits]:
-    """What is known of scans without reading them: their patients."""
+    """The traits of scans that are known without reading them: their patients."""
     return [Traits(case.id, (case.patients or (case.id,))[0], 0, 0) for case in _scans(cases)]
 
 
 def look_at(
     cases: Sequence[Case], convention: str, jobs: int, on_done: Callable[[], None], read: Reader = read_whole
 ) -> tuple[list[Traits], list[str]]:
-    """The traits of the scans among the cases, read in parallel, and what couldn't be read, in words.
+    """The traits of the scans among the cases, read in parallel, and the errors of unreadable cases.
 
     Raises:
-        KitsegError: memory, disk or the system failed, which is no fault of a case.
+        KitsegError: memory, disk or the system failed, which is not the fault of a case.
     """
     tasks = (delayed(_look)(case, convention, read) for case in _scans(cases))
     found = in_parallel(tasks, jobs, lambda _: on_done())
@@ -46,11 +46,10 @@ def look_at(
 
 
 def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: int) -> Split:
-    """The split file, made now where there is none yet.
+    """Read the split file, or create it if it doesn't exist.
 
     Raises:
-        KitsegError: the file is damaged, of another convention, names cases that aren't there, or has a patient on two
-            sides.
+        KitsegError: the file is damaged, of another convention, names missing cases, or has a patient on two sides.
     """
     if not path.exists():
         with bar("split", len(_scans(cases))) as step:
@@ -61,20 +60,20 @@ def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: 
     split = read_split(path)
     if split.convention != configuration["convention"]:
         wanted = configuration["convention"]
-        raise UsageError(f"{path} is of label convention {split.convention}, the configuration of {wanted}")
+        raise UsageError(f"{path} has the label convention {split.convention}, the configuration {wanted}")
     if missing := sorted(split.cases - {case.id for case in cases}):
         raise KitsegError(
-            f"{path} names {', '.join(missing)}, which the data folder lacks, or which can't be preprocessed. "
-            "Add or mend them, or mend the file."
+            f"{path}: cases {', '.join(missing)} are missing in the data folder, or can't be preprocessed. "
+            "Add or fix them, or fix the file."
         )
     shown = {case.id: case.patients for case in cases if case.patients}
     if problem := same_patient(split, {**split.patients, **shown}):
-        raise KitsegError(f"{path}: {problem}. Mend the file, or delete it and have it made again.")
+        raise KitsegError(f"{path}: {problem}. Fix the file, or delete it to create a new one.")
     return split
 
 
 def report_split(split: Split, traits: Iterable[Traits]) -> list[tuple[Any, ...]]:
-    """A row for each fold's validation cases and the test set: name, cases, median tumor ml, cases by thickness."""
+    """One row per fold's validation cases and for the test set: name, cases, median tumor ml, cases by thickness."""
     by_case = {case.case: case for case in traits}
     parts = {f"fold {i}": fold.val for i, fold in enumerate(split.folds)}
     parts |= {"test": split.test} if split.test else {}
@@ -95,7 +94,7 @@ def _scans(cases: Iterable[Case]) -> list[Case]:
 def _look(case: Case, convention: str, read: Reader) -> Traits | str:
     try:
         return read(case, convention)
-    except Exception as error:  # whatever is wrong with a case, the others go on
+    except Exception as error:  # an error in a case does not stop the others
         words = format_error(case.image.parent, error)
         if fault(error) or (error.__cause__ and fault(error.__cause__)):
             raise KitsegError(words) from None

@@ -1,4 +1,4 @@
-"""Training a method: its stages in order, each fed by the ones before it."""
+"""Train a method: its stages in order, each with the output of earlier stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Log = Callable[[str], None]
 
 
 def train_units(plan: Plan, wanted: Sequence[Unit], log: Log) -> None:
-    """Train these in order, in this process; what is trained already is left as it is."""
+    """Train these in order, in this process; finished trainings are skipped."""
     for training in trainings(plan, wanted, log):
         fit(training, plan.machine)
 
@@ -29,7 +29,7 @@ def trainings_of_fold(plan: Plan, stage: str | None, log: Log) -> Iterator[Train
     """The trainings of a fold's stages in order, or of one of them; see ``trainings``.
 
     Raises:
-        UsageError: a stage that isn't there, or whose earlier stage isn't trained yet.
+        UsageError: an unknown stage, or one whose earlier stage isn't trained yet.
     """
     method = plan.method
     if stage is not None and stage not in method.stages:
@@ -38,9 +38,9 @@ def trainings_of_fold(plan: Plan, stage: str | None, log: Log) -> Iterator[Train
 
 
 def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training]:
-    """What is left to train, in order; whoever asks for the next has finished the one before.
+    """The unfinished trainings, in order; each must be finished before the next is requested.
 
-    The folder of a training is locked, and its inputs are prepared, before it is given.
+    The folder of a training is locked, and its inputs are prepared, before it is yielded.
     """
     initial = _initial_weights(plan, log) if plan.initial else {}
     for unit in wanted:
@@ -61,20 +61,20 @@ def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training
 
 
 def _initial_weights(plan: Plan, log: Log) -> Mapping[str, Path]:
-    """The checkpoint that each stage starts from; validation cases that these were trained on are reported."""
+    """The checkpoint that each stage starts from; warns about validation cases that it was trained on."""
     found = find_initial(str(plan.initial), plan.method, plan.fold)
     if seen := sorted(set(plan.part.val) & set(found.cases)):
         names = ", ".join(seen[:5]) + (" …" if len(seen) > 5 else "")
-        log(f"{plan.initial} was trained on validation cases of fold {plan.fold}: their scores are too good ({names})")
+        log(f"{plan.initial} was trained on validation cases of fold {plan.fold}: scores are biased ({names})")
     return found.stages
 
 
 def _reopen(unit: Unit, folder: StageFolder, more: int, log: Log) -> None:
-    """Make a finished training an unfinished one, which its last checkpoint resumes."""
+    """Mark a finished training as unfinished, to resume from its last checkpoint."""
     if not folder.last.exists():
-        remedy = "Restore it, or begin this stage again with --restart --stage."
+        remedy = "Restore it, or restart this stage with --restart --stage."
         raise InputError(folder.last, f"is missing, so {unit} can't be trained for {more} more epochs", remedy)
-    log(f"{unit}: {more} more epochs; regions and guides stay those that it was trained with")
+    log(f"{unit}: {more} more epochs; its regions and guides are unchanged")
     folder.done.unlink()
 
 
@@ -90,7 +90,7 @@ def _training(plan: Plan, unit: Unit, start: Path | None, log: Log) -> Training:
 
 
 def _rounds(plan: Plan, unit: Unit, start: Path | None, log: Log) -> Iterator[Training]:
-    """Trainings that each start from the best weights so far, until one improves nothing."""
+    """Trainings that each start from the best weights so far, until one brings no improvement."""
     folder, spec = unit.folder(plan), plan.method.stages[unit.stage]
     most = 0 if spec.rounds is None else spec.rounds.most
     while (number := rounds.next_round(folder, spec)) is not None:
@@ -106,6 +106,6 @@ def _check_earlier(plan: Plan, unit: Unit) -> None:
     for name in plan.method.stages[unit.stage].inputs:
         if not plan.run.stage(plan.fold, name).done.exists():
             raise UsageError(
-                f"stage {unit.stage} builds on stage {name}, which isn't trained to its end in {plan.run.path}: "
-                f"train it first with --stage {name}, or leave --stage away"
+                f"stage {unit.stage} builds on stage {name}, whose training in {plan.run.path} is not finished. "
+                f"Train it first with --stage {name}, or omit --stage"
             )

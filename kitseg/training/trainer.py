@@ -1,4 +1,4 @@
-"""Lightning's trainer as a run's configuration asks for it."""
+"""Lightning's trainer with the settings of a run's configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LOGGERS: Mapping[str, Callable[[Path], Logger]] = {
 
 
 class _Started(LightningEnvironment):
-    """The ranks of a training, which have been started before Lightning."""
+    """The ranks of a training, which were started before Lightning."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def make_trainer(
         strategy=DDPStrategy(broadcast_buffers=False) if machine.world > 1 else "auto",
         precision=spec.precision if accelerator == "cuda" else "32-true",  # type: ignore[arg-type]
         max_epochs=spec.epochs,
-        default_root_dir=folder,  # or Lightning would look for SLURM's checkpoints where it was started
+        default_root_dir=folder,  # otherwise Lightning searches the working directory for SLURM's checkpoints
         accumulate_grad_batches=steps_per_batch(batch_per_rank(spec.batch, machine.world), spec.micro_batch_size),
         gradient_clip_val=settings["gradient_clip"],
         check_val_every_n_epoch=_validate_every(spec),
@@ -117,7 +117,7 @@ def _callbacks(settings: Settings) -> list[pl.Callback]:
 
 
 def _validate_every(spec: StageSpec) -> int:
-    """The configured number of epochs, or the next smaller one with which the last epoch is validated too."""
+    """The configured number of epochs, or the next smaller number with a validation after the last epoch."""
     return max(n for n in range(1, spec.validate_every + 1) if spec.epochs % n == 0)
 
 
