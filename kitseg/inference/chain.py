@@ -33,26 +33,21 @@ class Predictor(Protocol):
     @property
     def spec(self) -> StageSpec:
         """The stage's specification."""
-        ...
 
     @property
     def input_transform(self) -> InputTransform:
         """Converts HU and an earlier stage's output to the network's input."""
-        ...
 
     @property
     def threshold(self) -> float | None:
         """The foreground threshold chosen in training, or None."""
-        ...
 
     @property
     def region(self) -> Region:
         """The region of its grid that it processes."""
-        ...
 
     def predict(self, image: Tensor, head: str) -> Tensor:
         """(K, D, H, W) float32 probabilities of a region (C, D, H, W), on the CPU."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,9 @@ class Network(Protocol):
     @property
     def device(self) -> torch.device:
         """The device of its weights."""
-        ...
 
     def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
         """The probabilities of one head, (N, C, d, h, w) -> (N, K, d, h, w) float32."""
-        ...
 
 
 class Trained(Protocol):
@@ -40,15 +38,12 @@ class Trained(Protocol):
     @property
     def name(self) -> Hashable:
         """Identifies them."""
-        ...
 
     def load(self) -> Network:
         """The network with these weights, valid until others are loaded."""
-        ...
 
     def drop(self) -> None:
         """Free their memory."""
-        ...
 
 
 class Engine(Protocol):
@@ -56,7 +51,6 @@ class Engine(Protocol):
 
     def __call__(self, weights: Trained, head: int) -> Predict:
         """Computes one head's probabilities, (N, C, d, h, w) -> (N, K, d, h, w) float32, until others are loaded."""
-        ...
 
 
 @dataclass(frozen=True)

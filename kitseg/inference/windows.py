@@ -22,11 +22,9 @@ class Window(Protocol):
 
     def __call__(self, predict: Predict, region: Tensor) -> Tensor:
         """The region's probabilities, on the CPU."""
-        ...
 
     def part(self, region: Triple) -> Triple:
         """The shape of the network's input for a region of this shape."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,9 @@ class Link(Protocol):
             probability: (D, H, W) of foreground, from the earlier stage.
             foreground: (D, H, W) mask of the foreground; in training, that of the label.
         """
-        ...
 
     def __call__(self, image: Tensor, guide: Tensor) -> Tensor:
         """The network's input (channels, d, h, w) from the scaled image (1, d, h, w) and the guide (G, d, h, w)."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ class Intensity(Protocol):
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """The scaled intensities; ``statistics``: mean and standard deviation of the whole scan in HU."""
-        ...
 
 
 @dataclass(frozen=True)

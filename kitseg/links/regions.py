@@ -37,11 +37,9 @@ class Region(Protocol):
 
     def shape(self, grid: Geometry) -> Triple:
         """The box in voxels of ``grid``."""
-        ...
 
     def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid, which may reach outside; None if there is nothing to process."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from joblib import Parallel
-from joblib.externals.loky.process_executor import TerminatedWorkerError
-
 from kitseg.errors import InputError, KitsegError, format_error
 from kitseg.runtime.dask import cluster_results, connected
 from kitseg.runtime.signals import raise_again
@@ -74,6 +71,9 @@ def in_parallel(
     Raises:
         KitsegError: a worker process was killed, or the cluster failed.
     """
+    from joblib import Parallel  # imported here: most commands start sooner without it
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
     client, kind = connected(), "generator" if ordered else "generator_unordered"
     found = []
     try:
