@@ -154,7 +154,7 @@ def test_a_second_call_does_nothing_and_a_lost_copy_is_made_again_alone(augmente
     ("options", "words"),
     [
         (("--worst=3", "--partners=2"), "need 5 training cases, the fold has 4"),
-        (("--direction=sideways",), "there is no direction 'sideways'"),
+        (("--direction=sideways",), "direction 'sideways'"),
         (("--fold=7",), "there is no fold 7"),
         (("--run=runs/none",), "neither a run nor a fold"),
     ],

@@ -183,7 +183,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.code == 0, result.text
     assert "only A has case_00099: left out" in result.text
     assert "in B, missing or failed and so scored as background: case_00003" in result.text
-    assert "kidney: no difference shown" in result.text
+    assert "kidney: no significant difference" in result.text
     assert "tumor: B is better by 0.124 (95 % CI 0.1" in result.text
     assert "p < 0.001, 20 of 20 cases)" in result.text
     assert "corrected for 2 tests" in result.text
@@ -230,9 +230,9 @@ def test_nested_classes_are_compared_in_their_own_protocol(phantoms: Path, tmp_p
 @pytest.mark.parametrize(
     ("change", "words", "code"),
     [
-        ({"cases": {"case_00500": {"kidney": {"dice": 0.5}}}}, "share no case", 2),
-        ({"convention": "kits23"}, "evaluate both with the same --protocol and --convention", 2),
-        ({"protocol": "kits21"}, "evaluate both with the same --protocol and --convention", 2),
+        ({"cases": {"case_00500": {"kidney": {"dice": 0.5}}}}, "no case in common", 2),
+        ({"convention": "kits23"}, "the same --protocol and --convention", 2),
+        ({"protocol": "kits21"}, "the same --protocol and --convention", 2),
         ({"protocol": None, "cases": 3}, "b.json: can't be read", 1),
         ({"schema": 7}, "schema 7", 1),
         ({"cases": {"case_00000": {"kidney": {"dice": 1.5}}}}, "a Dice of 1.5", 1),
@@ -264,7 +264,7 @@ def test_damaged_missing_and_the_same_file(tmp_path: Path) -> None:
         assert result.code == 1
         assert "b.json" in result.text
     assert "there is no such file or folder" in kitseg(tmp_path, "compare", "a.json", "c.json").text
-    assert "holds no scores.json or" in kitseg(tmp_path, "compare", "a.json", ".").text
+    assert "has no scores.json or" in kitseg(tmp_path, "compare", "a.json", ".").text
     same = kitseg(tmp_path, "compare", "a.json", "a.json")
     assert same.code == 2
     assert "the same file" in same.text

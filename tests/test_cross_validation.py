@@ -131,7 +131,7 @@ def test_the_folds_that_are_there_so_far(validated: Path, tmp_path: Path) -> Non
     assert len(scores(tmp_path, "runs/part")["cases"]) == 4
     lacking = kitseg(tmp_path, "choose", "runs/part", str(validated / RUNS[1]), f"--data={validated / 'data'}")
     assert lacking.code == 2
-    assert "has no out-of-fold predictions" in lacking.text
+    assert "has no current out-of-fold predictions" in lacking.text
 
 
 def test_a_fold_alone_keeps_the_scores_of_the_others(validated: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_stage_begun_again_takes_its_validation_along(validated: Path, tmp_pat
     assert (folder / RUNS[1] / "fold_1/validation.old-1").exists()
     refused = kitseg(folder, "choose", RUNS[1], "-o", "x.yaml")
     assert refused.code == 2
-    assert "has no out-of-fold predictions" in refused.text
+    assert "has no current out-of-fold predictions" in refused.text
 
 
 def test_a_validation_case_that_is_not_there(validated: Path, tmp_path: Path) -> None:

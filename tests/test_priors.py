@@ -100,8 +100,8 @@ def test_only_the_training_cases_of_a_fold(truth: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--fold=0",), "take both --split and --fold"),
-        (("--split=splits.json",), "take both --split and --fold"),
+        (("--fold=0",), "--split and --fold"),
+        (("--split=splits.json",), "--split and --fold"),
         (("--split=splits.json", "--fold=1"), "has no fold 1"),
         (("--split=splits.json", "--fold=0"), "has no labels of case_00009"),
         (("--convention=kits21",), "label convention 'kits21'"),
@@ -155,7 +155,7 @@ def test_labels_without_tumor(tmp_path: Path) -> None:
     save(tmp_path / "data/patient.nii.gz", labels_with(), IPL)
     result = kitseg(tmp_path, "fit-priors", "--labels=data", "--jobs=1")
     assert result.code == 1
-    assert "no shape to fit" in result.text
+    assert "no shape can be fitted" in result.text
 
 
 # --- a method's priors -----------------------------------------------------------------------------------------------

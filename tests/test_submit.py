@@ -205,7 +205,7 @@ def test_only_a_zip_is_written(folder: Path, name: str) -> None:
     before = file_of(folder, 210).read_bytes()
     result = kitseg(folder, "submit", "predictions", "-o", name, FOUR)
     assert result.code == 2
-    assert "give a name such as kits19.zip" in result.text
+    assert "must be a .zip file" in result.text
     assert file_of(folder, 210).read_bytes() == before
 
 

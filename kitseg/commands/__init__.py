@@ -1,1 +1,1 @@
-"""One function a verb: the steps of the journey in order."""
+"""The commands' steps, from scans to results; used by the command line and the Python API."""

@@ -1,4 +1,4 @@
-"""Registered copies of training cases: which pairs, made in parallel, and the split that trains with them.
+"""Augmentation by registration: selection of pairs, parallel registration, and the split that includes the copies.
 
 ``<folder>/<reference>_from_<floating>/`` holds a copy: image and labels of the floating case in the shape of the
 reference, and ``origin.json``. ``rejected/`` holds the reasons why other pairs gave none, ``fold_<k>.json`` the pairs
@@ -38,7 +38,7 @@ DIRECTIONS = ("partner-to-hard", "hard-to-partner")
 
 @dataclass(frozen=True)
 class PairSelection:
-    """Which pairs: the ``worst`` cases, each with ``partners`` others drawn at random, and who takes whose shape."""
+    """The selection of pairs: the ``worst`` cases, each with ``partners`` random others, and the direction."""
 
     worst: int
     partners: int
@@ -47,19 +47,19 @@ class PairSelection:
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
-            raise UsageError(f"there is no direction '{self.direction}'; there are {', '.join(DIRECTIONS)}")
+            raise UsageError(f"unknown direction '{self.direction}'. Choose {' or '.join(DIRECTIONS)}")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The floating case is given the shape of the reference."""
+    """The floating case is warped to the anatomy of the reference."""
 
     reference: Case
     floating: Case
 
     @property
     def name(self) -> str:
-        """The copy's name: the same pair gives the same copy in every fold."""
+        """The copy's name, the same for a pair in every fold."""
         return f"{self.reference.id}_from_{self.floating.id}"
 
 
@@ -94,15 +94,15 @@ def training_scans(split: Split, fold: int, cases: Iterable[Case]) -> dict[str, 
     """
     by_id = {case.id: case for case in cases}
     if missing := sorted(set(split.folds[fold].train) - set(by_id)):
-        raise KitsegError(f"the data lack {', '.join(missing)} of the run's split: give their folder with --data")
+        raise KitsegError(f"cases {', '.join(missing)} of the run's split are missing. Give their folder with --data")
     return {name: by_id[name] for name in split.folds[fold].train if not by_id[name].sources}
 
 
 def check_enough(count: int, choice: PairSelection) -> None:
-    """Refuse a choice for which there are too few training cases.
+    """Refuse a selection that needs more training cases than there are.
 
     Raises:
-        UsageError: there are.
+        UsageError: there are too few training cases.
     """
     if choice.worst + choice.partners > count:
         asked = f"--worst {choice.worst} and --partners {choice.partners}"
@@ -110,7 +110,7 @@ def check_enough(count: int, choice: PairSelection) -> None:
 
 
 def choose_pairs(ranked: Sequence[str], cases: Mapping[str, Case], choice: PairSelection) -> list[Pair]:
-    """Each hard case with its partners, none of which is hard; the draw depends on the seed and the hard case alone.
+    """Pair each hard case with random partners that are not hard; depends on the seed and the hard case only.
 
     Args:
         ranked: training cases, the hardest first.
@@ -146,7 +146,7 @@ def make_copies(
 
 
 def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
-    """How many pairs have been neither copied nor rejected."""
+    """The number of pairs that are neither kept nor rejected yet."""
     return sum(not _is_done(pair, to, convention) for pair in pairs)
 
 

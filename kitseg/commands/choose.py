@@ -1,4 +1,4 @@
-"""Which runs to average and how to clean their mean, chosen on the runs' out-of-fold predictions."""
+"""Choose the ensemble of runs and its post-processing on the runs' out-of-fold predictions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kitseg.types import Case, Probabilities
 from kitseg.volumes.blocks import MANIFEST, read_block, read_manifest, recorded_scan_digest
 from kitseg.volumes.nifti import read_image, read_labels
 
-ALL_SUBSETS_UP_TO = 5  # members; of more, sets of up to three and the whole
+ALL_SUBSETS_UP_TO = 5  # members; with more, only subsets of up to three and all members
 
 Steps = tuple[str, ...]
 
@@ -96,8 +96,8 @@ def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
         there = [validated for validated in found if validated is not None]
         if not there:
             raise UsageError(
-                f"{path} has no out-of-fold predictions by the networks that are there now, of every fold: "
-                f"`kitseg train --fold all` trains what is missing, `kitseg validate {path}` predicts"
+                f"{path} has no current out-of-fold predictions of every fold. "
+                f"Train missing folds with `kitseg train --fold all`, then run `kitseg validate {path}`"
             )
         members += there
         splits.append(read_split(run.split))
@@ -109,13 +109,13 @@ def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
         raise UsageError("the runs were trained with different label conventions")
     by_id = {case.id: case for case in cases}
     if missing := sorted(members[0].folders.keys() - by_id.keys()):
-        raise UsageError(f"{', '.join(missing)} can't be found; give their folder with --data")
+        raise UsageError(f"cases {', '.join(missing)} are missing. Give their folder with --data")
     references = [by_id[name] for name in sorted(members[0].folders)]
     return Search(members, references, splits[0].convention, _all_priors(members))
 
 
 def rounds(search: Search) -> Iterator[list[Recipe]]:
-    """The recipes to try next: every set of members, then one prior more or less until that improves nothing."""
+    """The recipes to try next: all subsets of members, then one prior more or less while that improves Dice."""
     yield list(_first(search))
     while True:
         best = winner(search).recipe
@@ -149,7 +149,7 @@ def try_recipes(search: Search, recipes: Sequence[Recipe], jobs: int, on_done: C
 
 
 def winner(search: Search) -> Tried:
-    """The best that was tried; of equals the one with fewer members, then fewer priors."""
+    """The best recipe; of equal ones that with fewer members, then fewer priors."""
     return max(search.tried.values(), key=_order)
 
 
@@ -160,11 +160,11 @@ def check_choice_output(path: Path) -> None:
         UsageError: it would be replaced.
     """
     if path.exists() and "\nchosen:\n" not in path.read_text(encoding="utf-8", errors="replace"):
-        raise UsageError(f"{path} was not written by `kitseg choose`; give another name with --output")
+        raise UsageError(f"{path} was not written by `kitseg choose`. Give another name with --output")
 
 
 def write_choice(path: Path, search: Search) -> None:
-    """The winner as an ensemble file, with everything that was tried."""
+    """Write the best recipe as an ensemble file, with all recipes that were tried."""
     best = winner(search)
     members = [search.members[i].member for i in best.recipe.members]
     steps = {name: search.priors[name] for name in best.recipe.steps}
@@ -172,7 +172,7 @@ def write_choice(path: Path, search: Search) -> None:
 
 
 def ranked(search: Search) -> list[Tried]:
-    """What was tried, the best first."""
+    """The recipes that were tried, the best first."""
     return sorted(search.tried.values(), key=_order, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""Two score files, case by case: who is better, by how much, and whether chance explains it."""
+"""Compare two score files case by case: paired differences with confidence intervals and tests."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Comparison:
 
     @property
     def tests(self) -> int:
-        """The strata's tests, for whose number their p values are corrected."""
+        """The number of tests of strata, by which their p values are corrected."""
         return sum(group.holm is not None for group in self.groups)
 
     def notes(self) -> list[str]:
-        """What isn't compared, and which cases count as background, in lines."""
+        """Notes on cases that are left out, and on cases scored as background."""
         lines = []
         for name, one, other in (("A", self.a, self.b), ("B", self.b, self.a)):
             if alone := sorted(one.cases.keys() - other.cases.keys()):
@@ -60,25 +60,25 @@ def compare(a: Path, b: Path) -> Comparison:
     """Compare two score files, or the ones in two folders (``scores.json`` or ``validation/scores.json``).
 
     Raises:
-        UsageError: both are the same file, by different rules or without a case in common.
+        UsageError: both are the same file, or have different protocols or no case in common.
         InputError: one is missing or damaged, or both give a case another stratum.
     """
     one, other = _read(a), _read(b)
     if one.path.resolve() == other.path.resolve():
-        raise UsageError(f"{a} and {b} are the same file: give the scores of two methods")
+        raise UsageError(f"{a} and {b} are the same file. Give the scores of two methods")
     if (one.protocol, one.convention) != (other.protocol, other.convention):
         rules = [
             f"{side.path} was scored by {side.protocol} with labels as in {side.convention}" for side in (one, other)
         ]
-        raise UsageError(f"{' and '.join(rules)}: evaluate both with the same --protocol and --convention")
+        raise UsageError(f"{' and '.join(rules)}. Evaluate both with the same --protocol and --convention")
     groups = compare_cases(one.cases, other.cases, _strata(one, other))
     if not groups:
-        raise UsageError(f"{one.path} and {other.path} share no case: evaluate both on the same cases")
+        raise UsageError(f"{one.path} and {other.path} have no case in common. Evaluate both on the same cases")
     return Comparison(one, other, groups)
 
 
 def write_figures(path: Path, comparison: Comparison) -> None:
-    """Write every figure as JSON, with the differences of all cases."""
+    """Write all results as JSON, with the differences of all cases."""
     a, b = comparison.a, comparison.b
     content: dict[str, Any] = {"protocol": a.protocol, "convention": a.convention, "a": str(a.path), "b": str(b.path)}
     content["only_a"] = sorted(a.cases.keys() - b.cases.keys())
@@ -102,8 +102,8 @@ def sentence(group: PairedGroup) -> str:
     tally = f"B better in {paired.wins}, A in {paired.losses} of {paired.n} cases"
     facts = f"95 % CI {format_interval(paired)}, p {format_p(group.p)}, {tally}"
     if verdict == "none":
-        return f"{name}: no difference shown: the mean of B − A is {mean} ({facts})"
-    return f"{name}: not settled, interval and test disagree: the mean of B − A is {mean} ({facts})"
+        return f"{name}: no significant difference: the mean of B − A is {mean} ({facts})"
+    return f"{name}: inconclusive, interval and test disagree: the mean of B − A is {mean} ({facts})"
 
 
 def signed(value: float) -> str:
@@ -140,12 +140,12 @@ def _resolve(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise InputError(path, "there is no such file or folder", "Name a file of kitseg evaluate --json.")
+        raise InputError(path, "there is no such file or folder", "Give a file from `kitseg evaluate --json`.")
     for place in _PLACES:
         if (path / place).is_file():
             return path / place
     places = " or ".join(str(place) for place in _PLACES)
-    raise InputError(path, f"the folder holds no {places}", "Name a file of kitseg evaluate --json.")
+    raise InputError(path, f"the folder has no {places}", "Give a file from `kitseg evaluate --json`.")
 
 
 def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:

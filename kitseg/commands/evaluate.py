@@ -1,4 +1,4 @@
-"""Predictions against references by a challenge's rules."""
+"""Score predictions against references by a challenge's protocol."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PROTOCOL = "kits19"
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules to score by.
+    """The scoring rules.
 
-    convention: of the label maps; distances: also surface distances and detection, which take seconds, or Dice alone
-    (for kits19).
+    convention: of the label maps; distances: whether to compute surface distances and detection, which takes seconds,
+    or only Dice (for kits19).
     """
 
     protocol: Protocol
@@ -87,13 +87,13 @@ class Job(Task):
 
 
 def rules(protocol: str, convention: str | None) -> Rules:
-    """The rules of a protocol, by its own label convention where none is given.
+    """The rules of a protocol, by default with its own label convention.
 
     Raises:
-        UsageError: there is no such protocol.
+        UsageError: an unknown protocol.
     """
     if protocol not in PROTOCOLS:
-        raise UsageError(f"there is no protocol '{protocol}'; there are {', '.join(PROTOCOLS)}")
+        raise UsageError(f"unknown protocol '{protocol}'. Choose from {', '.join(PROTOCOLS)}")
     return Rules(PROTOCOLS[protocol], convention or PROTOCOLS[protocol].convention)
 
 
@@ -105,12 +105,12 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
     Raises:
         UsageError: no case to score, or a required case without a reference.
     """
-    # absolute, because worker processes may stand in another folder
+    # absolute, because worker processes may have another working directory
     found, truth = find_labels(predictions.absolute()), find_labels(references.absolute())
     cases = sorted(required) or sorted(found)
     if lacking := [case for case in cases if case not in truth]:
-        remedy = "move them elsewhere, or name the cases to score with --cases"
-        raise UsageError(f"{references} has no reference for {', '.join(lacking)}: {remedy}")
+        remedy = "Remove these predictions, or select the cases to score with --cases"
+        raise UsageError(f"{references} has no reference for {', '.join(lacking)}. {remedy}")
     clinical = read_clinical(references / CLINICAL)
     jobs = [Job(case, found.get(case), truth[case], clinical.get(case, {})) for case in cases]
     return jobs, [] if required else sorted(truth.keys() - found.keys())
@@ -165,12 +165,12 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -
     lines, own = [], rules.protocol.convention
     if unscored:
         names = ", ".join(unscored[:5]) + (" and so on" if len(unscored) > 5 else "")
-        lines.append(f"{len(unscored)} references have no prediction and are not scored ({names}); --cases counts them")
+        lines.append(f"{len(unscored)} references without a prediction are not scored ({names}); --cases includes them")
     if scored and rules.convention == "kits23" and own == "kits23" and not found:
         there = f"the references of {true} of {len(scored)} cases do" if true else "nor does a reference"
         lines.append(
-            f"no prediction holds cysts (label 3), {there}: the mass of a model without cysts is its tumor alone; "
-            "for references as KiTS19's, where cysts are kidney, give --convention kits19"
+            f"no prediction has cysts (label 3), {there}: for a model without cysts, mass equals tumor; "
+            "for references as in KiTS19, where cysts are kidney, use --convention kits19"
         )
     if rules.convention == "kits19" and own == "kits23":
         lines.append("label convention kits19: cysts are kidney in the references, so mass is the same as tumor")
@@ -180,13 +180,13 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -
 
 
 def required_cases(numbers: str | None, split: Path | None, fold: int | None) -> list[str]:
-    """The cases that must be there: from ``--cases 210-299``, a split file's test set, or a fold's validation cases.
+    """The required cases: from ``--cases 210-299``, a split file's test set, or a fold's validation cases.
 
     Raises:
         UsageError: both are given, or the split has no such cases.
     """
     if numbers and split:
-        raise UsageError("--cases and --split both name the required cases; give one of them")
+        raise UsageError("--cases and --split exclude each other. Give one of them")
     if numbers:
         return [case_name(number) for number in parse_cases(numbers)]
     return held_out(split, fold)

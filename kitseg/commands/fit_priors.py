@@ -1,4 +1,4 @@
-"""The priors of post-processing tried on reference labels: the range of tumor shapes, and what each prior removes."""
+"""Test the post-processing priors on reference labels: the range of tumor shapes, and the tumors each prior removes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TrueTumor:
 
 @dataclass(frozen=True)
 class CaseTumors:
-    """A case's tumors, or the ``error`` that there was."""
+    """A case's tumors, or its ``error``."""
 
     case: str
     tumors: Sequence[TrueTumor] = ()
@@ -57,9 +57,9 @@ class CaseTumors:
 
 @dataclass(frozen=True)
 class PriorCost:
-    """What a prior removes of the tumor components, ml and cases that it was tried on.
+    """The tumor components, ml and cases that a prior was tested on, and how many of each it removes.
 
-    lost_cases: those that lose all their tumor.
+    lost_cases: cases that lose all their tumor.
     """
 
     prior: str
@@ -94,7 +94,7 @@ def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[
     if split is None and fold is None:
         return labels
     if split is None or fold is None:
-        raise UsageError("the training cases of a fold take both --split and --fold")
+        raise UsageError("--split and --fold must be given together")
     folds = read_split(split).folds
     if not 0 <= fold < len(folds):
         raise UsageError(f"{split} has no fold {fold}: {len(folds)} folds, from 0 on")
@@ -117,14 +117,14 @@ def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: 
     ratios = [tumor.ratio for tumor in tumors if tumor.voxels >= MIN_VOXELS]
     if not ratios:
         raise KitsegError(
-            f"none of {len(findings)} cases holds a tumor of {MIN_VOXELS} voxels: there is no shape to fit"
+            f"none of {len(findings)} cases has a tumor of at least {MIN_VOXELS} voxels, so no shape can be fitted"
         )
     low, high = (round(float(value), DECIMALS) for value in np.percentile(ratios, PERCENTILES))
     return Fit(low, high, len(ratios), _costs(tumors, KeepTumorShape(low, high)), findings)
 
 
 def find_tumors(case: str, path: Path, convention: str) -> CaseTumors:
-    """The tumors of a label map and which priors keep each. Never raises."""
+    """The tumors of a label map, and the priors that keep each of them. Never raises."""
     try:
         labels = read_labels(path, case, convention)
         box = bounding_box(labels.array != BACKGROUND)
@@ -147,7 +147,7 @@ def write_fit(path: Path, fit: Fit) -> None:
 
 
 def _ct_beside(path: Path, geometry: Geometry, box: Box) -> NDArray[Any] | None:
-    """The HU in a box where a CT lies beside the labels, as in the KiTS layout."""
+    """The HU in a box, if there is a CT next to the labels, as in the KiTS layout."""
     image = path.with_name(IMAGE)
     if path.name != LABEL or not image.exists():
         return None

@@ -60,7 +60,7 @@ class Inference:
                 scan has the manifest's name. KitsegError: another process writes there.
         """
         if taken := next((scan for scan in scans if f"{scan.id}.json" == MANIFEST), None):
-            raise UsageError(f"{taken.image}: {MANIFEST} beside the probabilities is not a scan's. Rename the scan")
+            raise UsageError(f"{taken.image}: the name {MANIFEST} is reserved in the output folder. Rename the scan")
         for scan in scans:
             refuse_overwrite(self.to / f"{scan.id}.json", BLOCK)
         model = self.open_model()
@@ -94,20 +94,20 @@ def average(
             in the way.
     """
     if len(weights) != len(folders) or not ensemble.can_weigh(weights):
-        raise UsageError(f"{len(folders)} folders need as many weights that aren't negative, not {list(weights)}")
+        raise UsageError(f"{len(folders)} folders need the same number of non-negative weights, not {list(weights)}")
     if to.resolve() in [folder.resolve() for folder in folders]:
-        raise UsageError(f"{to} is one of the folders to average; choose another one for the mean")
+        raise UsageError(f"{to} is one of the folders to average. Choose another output folder")
     cases = block_cases(folders[0])
     for folder in folders[1:]:
         if odd := sorted(set(cases) ^ set(block_cases(folder))):
-            raise UsageError(f"{folders[0]} and {folder} don't hold the same cases: {', '.join(odd)}")
+            raise UsageError(f"{folders[0]} and {folder} have different cases: {', '.join(odd)}")
     for case in cases:
         refuse_overwrite(to / f"{case}.json", BLOCK)
     manifests = [read_manifest(folder) for folder in folders]
     try:
         channels = ensemble.common_channels([tuple(manifest["channels"]) for manifest in manifests])
     except ValueError as error:
-        raise UsageError(f"the folders hold different channels: {error}") from error
+        raise UsageError(f"the folders have different channels: {error}") from error
     members = [
         {"folder": str(f), "weight": w, "model": m["model"]}
         for f, w, m in zip(folders, weights, manifests, strict=True)

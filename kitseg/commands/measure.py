@@ -1,4 +1,4 @@
-"""Label maps measured, and their surfaces as STL files."""
+"""Measure label maps, and write their surfaces as STL files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kitseg.volumes.scan import check_grid, read_scan, scans_of_labels
 
 SCHEMA = 1
 DECIMALS = 3
-#: What a mesh can be of: label ids.
+#: The parts that a mesh can show, by their label ids.
 PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUMOR,), "cyst": (CYST,)}
 
 
@@ -43,7 +43,7 @@ class MeasureTask(Task):
 
 @dataclass(frozen=True)
 class Measured:
-    """A case's findings, or the ``error`` that there was."""
+    """A case's findings, or its ``error``."""
 
     case: str
     findings: Findings = field(default_factory=lambda: Findings((), ()))
@@ -78,7 +78,7 @@ def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     if len(maps) == len(scans) == 1 and not any(scan.slices for scan in scans.values()):
         scans = dict(zip(maps, scans.values(), strict=True))
     if ct and (missing := sorted(maps.keys() - scans.keys())):
-        raise UsageError(f"{ct} holds no scan of {', '.join(missing[:5])}: add it, or measure without --ct")
+        raise UsageError(f"{ct} has no scan of {', '.join(missing[:5])}. Add it, or measure without --ct")
     return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
@@ -121,9 +121,9 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
         UsageError: there is no such part, or the output's name doesn't end in .stl.
     """
     if part not in PARTS:
-        raise UsageError(f"there is no part '{part}'; there are {', '.join(PARTS)}")
+        raise UsageError(f"unknown part '{part}'. Choose from {', '.join(PARTS)}")
     if to.suffix.lower() != ".stl":
-        raise UsageError(f"{to}: the mesh is an STL file; give a name that ends in .stl")
+        raise UsageError(f"{to}: the mesh must be an .stl file. Change --output")
     segmentation = read_labels(labels, labels.name, convention)
     mask = np.isin(segmentation.array, PARTS[part])
     if not mask.any():

@@ -74,7 +74,7 @@ def check_output(output: Path) -> None:
         UsageError: it doesn't end in .zip, or is a folder.
     """
     if output.suffix.lower() != ".zip" or output.is_dir():
-        raise UsageError(f"{output}: the submission is one zip file; give a name such as kits19.zip")
+        raise UsageError(f"{output}: the submission must be a .zip file. Change --output")
 
 
 def check_submission(
@@ -126,18 +126,18 @@ def _scans(data: Path) -> dict[int, Path]:
     for case in find_cases(data):
         number = case_number(case.id)
         if number is not None and found.setdefault(number, case.image) != case.image:
-            raise UsageError(f"{found[number]} and {case.image} are both scans of {case_name(number)}. Remove one")
+            raise UsageError(f"{found[number]} and {case.image} are scans of the same {case_name(number)}. Remove one")
     return found
 
 
 def _entry(number: int, path: Path | None, scan: Path | None, predictions: Path, data: Path) -> Entry:
     case, missing = case_name(number), []
     if path is None:
-        remedy = "Predict it too, or name the cases to submit with --cases"
+        remedy = "Predict it, or select the cases to submit with --cases"
         missing.append(f"{case}: {predictions} has no prediction of it. {remedy}")
     if scan is None:
-        remedy = f"Fetch it: kitseg download kits19 --to {data} --cases {number}"
-        missing.append(f"{case}: there is no scan to check against, {data / case / IMAGE}. {remedy}")
+        remedy = f"Download it: kitseg download kits19 --to {data} --cases {number}"
+        missing.append(f"{case}: the scan {data / case / IMAGE} is missing. {remedy}")
     if path is None or scan is None:
         return Entry(number, path, problems=tuple(missing))
     return _checked(number, path, scan)
