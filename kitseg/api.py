@@ -210,7 +210,7 @@ def train(
         data: folders of labelled cases.
         folder: gets ``preprocessed``, ``splits.json`` and ``runs``.
         size: one of the method's sizes.
-        overrides: ``KEY=VALUE`` for any key of the configuration, such as ``size.epochs=10``.
+        overrides: ``KEY=VALUE`` for any key of the configuration, such as ``stages.*.epochs=10``.
         fold: the outer fold.
         device: auto, cpu or cuda.
 
@@ -228,12 +228,13 @@ def train(
     from kitseg.volumes.kits import labelled_cases
 
     configuration, to, machine = config.compose(str(method), size, overrides), Path(folder), Machine(device)
-    run, store = Run(to / "runs" / f"{Path(method).stem}-{size}"), to / "preprocessed"
+    run, store = Run(to / "runs" / f"{configuration['name']}-{size}"), to / "preprocessed"
+    begin = Start(configuration, run, fold, to / "splits.json", store, machine)
+    begin.check()
     with console.silent():
         cases = labelled_cases(_paths(data))
-        _preprocess(cases, config.method_of(configuration), store, configuration["convention"], -1)
-        plan = Start(configuration, run, fold, to / "splits.json", store, machine).claim(cases, -1)
-        for training in trainings_of_fold(plan, None, lambda _: None):
+        _preprocess(cases, begin.method, store, configuration["convention"], -1)
+        for training in trainings_of_fold(begin.claim(cases, -1), None, lambda _: None):
             fit(training, machine)
     return run.path
 
