@@ -37,14 +37,6 @@ EVERYTHING = "*"
 _folders: list[str] = []  # of the user's own Python code
 
 
-class UntrustedPart(UsageError):
-    """A part that is neither kitseg's nor this user's own."""
-
-    def __init__(self, target: str) -> None:
-        problem = f"the configuration names {target!r}, which is not a part that kitseg builds from"
-        super().__init__(f"{problem}; if you trust its author, add --trust, which runs such code")
-
-
 def parse(text: str) -> Any:
     """The plain values of a YAML text.
 
@@ -86,12 +78,12 @@ def check(spec: Any) -> None:
     """Make sure that no text asks for an interpolation, and that every part may be built here.
 
     Raises:
-        UsageError: an interpolation. UntrustedPart: a part that must not be built.
+        UsageError: an interpolation, or a part that must not be built.
     """
     _check_plain(spec)
     for part in _foreign(spec):
         if not (_is_approved(_digest(part)) or _is_recorded(part)):
-            raise UntrustedPart(str(part["_target_"]))
+            raise _untrusted(str(part["_target_"]))
     approve(spec)
 
 
@@ -103,17 +95,17 @@ def check_before_build(spec: Any) -> None:
     """
     _check_plain(spec)
     for target in _targets(spec):
-        if not PARTS.fullmatch(target) and _is_approved(target):
-            continue
         if not PARTS.fullmatch(target):
-            raise UntrustedPart(target)
+            if not _is_approved(target):
+                raise _untrusted(target)
+            continue
         module, _, name = target.rpartition(".")
         try:
             found = getattr(import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise UsageError(f"the configuration names {target!r}, which does not exist") from error
         if not isinstance(found, type) or not f"{found.__module__}.".startswith(f"{module}."):
-            raise UntrustedPart(target)
+            raise _untrusted(target)
 
 
 def approve(spec: Any) -> None:
@@ -140,9 +132,8 @@ def record(spec: Any) -> str | None:
     Returns:
         In one line, why it could not be recorded; None where it was, or there are only parts of kitseg.
     """
-    parts = list(_foreign(spec))
     try:
-        for part in parts:
+        for part in _foreign(spec):
             path = _records() / _digest(part)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
@@ -176,6 +167,11 @@ def name(text: Any) -> str:
 def is_line(text: Any) -> bool:
     """Whether this is a text for a line on the screen."""
     return isinstance(text, str) and 0 < len(text) <= 200 and text.isprintable()
+
+
+def _untrusted(target: str) -> UsageError:
+    problem = f"the configuration names {target!r}, which is not a part that kitseg builds from"
+    return UsageError(f"{problem}; if you trust its author, add --trust, which runs such code")
 
 
 def _records() -> Path:
