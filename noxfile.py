@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 PEERS = ("nnunetv2", "monai", "torchio")
 FAST = (
     *("agreement", "components", "config", "detection", "files", "kits", "links", "losses", "measure", "nifti"),
-    *("postprocess", "project", "resample", "scoring", "splits", "surface", "windows"),
+    *("postprocess", "project", "resample", "scoring", "splits", "surface", "windows", "words"),
 )
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
