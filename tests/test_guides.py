@@ -1,4 +1,4 @@
-"""What a stage is told by the one before it: masks against explicit loops, thresholds and inputs by hand."""
+"""Guides from one stage to the next: masks against explicit loops, thresholds and inputs by hand."""
 
 from __future__ import annotations
 
@@ -219,9 +219,9 @@ def test_the_classifiers_threshold_finds_the_slices_that_it_was_chosen_for() -> 
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageInput]:
+def guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageInput]:
     """A stored case of 6 slices of 8 × 8 whose guide says, as its HU do, where a voxel lies."""
-    root = tmp_path_factory.mktemp("told")
+    root = tmp_path_factory.mktemp("guided")
     native = Geometry((6, 8, 8), np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [-1.0, 0, 0, 0], [0, 0, 0, 1]]))
     numbers = np.arange(6 * 8 * 8).reshape(native.shape)
     label = np.zeros(native.shape, np.uint8)
@@ -238,9 +238,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageInput]:
 
 @pytest.mark.parametrize("patch_size", [(3, 4, 4), (10, 12, 12)])
 def test_a_guide_is_cropped_and_padded_like_its_image(
-    told: tuple[Path, StageInput], patch_size: tuple[int, ...]
+    guided: tuple[Path, StageInput], patch_size: tuple[int, ...]
 ) -> None:
-    folder, place = told
+    folder, place = guided
     to_input = partial(transform_patch, transform=InputTransform(HU, GuidedByForeground((1, 1, 1))))
     queue = PatchQueue(CaseSubjects({folder: place}), ForegroundSampler(patch_size, 0.5, 5), to_input, 0)
     for index in range(5):
@@ -258,9 +258,9 @@ def test_a_guide_is_cropped_and_padded_like_its_image(
         assert int(mask.sum()) == (4 * 64 if patch_size[0] == 10 else 16 * int((~outside).sum()))
 
 
-def test_a_patch_without_a_guide_is_the_image_alone(told: tuple[Path, StageInput]) -> None:
+def test_a_patch_without_a_guide_is_the_image_alone(guided: tuple[Path, StageInput]) -> None:
     """A gated stage learns without its gate."""
-    folder, place = told
+    folder, place = guided
     queue = PatchQueue(
         CaseSubjects({folder: StageInput(place.box)}),
         SliceSampler(),
@@ -272,8 +272,8 @@ def test_a_patch_without_a_guide_is_the_image_alone(told: tuple[Path, StageInput
     assert "guide" not in patch
 
 
-def test_a_region_shows_the_slices_of_its_mask(told: tuple[Path, StageInput]) -> None:
-    folder, place = told
+def test_a_region_shows_the_slices_of_its_mask(guided: tuple[Path, StageInput]) -> None:
+    folder, place = guided
     for region, seen in (
         (Box((0, 0, 0), (6, 8, 8)), [0, 1, 1, 1, 1, 0]),
         (Box((-2, -1, 0), (3, 9, 8)), [0, 0, 0, 1, 1]),
@@ -301,8 +301,8 @@ def test_a_region_without_a_guide_is_seen_whole() -> None:
     assert torch.equal(image[0, 1:], torch.arange(24).reshape(2, 3, 4) / 1000)
 
 
-def test_a_case_whose_mask_is_empty_is_not_looked_at(told: tuple[Path, StageInput], tmp_path: Path) -> None:
-    folder, place = told
+def test_a_case_whose_mask_is_empty_is_not_predicted(guided: tuple[Path, StageInput], tmp_path: Path) -> None:
+    folder, place = guided
     np.save(tmp_path / "empty.npy", np.zeros((1, 6, 8, 8), np.float16))
     case = WholeCases({folder: StageInput(place.box, tmp_path / "empty.npy")}, InputTransform(HU, SliceGate()))[0]
     assert case.image is None

@@ -1,4 +1,4 @@
-"""How much memory a prediction needs, told before it starts."""
+"""The memory that a prediction needs, estimated before it starts."""
 
 from __future__ import annotations
 

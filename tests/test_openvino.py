@@ -137,19 +137,19 @@ def test_engines_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "precision", "said"),
+    ("name", "device", "precision", "problem"),
     [
         ("onnx", "cpu", "auto", "unknown engine 'onnx'"),
         ("torch", "cpu", "int8", "unknown precision 'int8'"),
         ("openvino", "cuda", "auto", "--device cpu"),
     ],
 )
-def test_engines_that_are_not_there(name: str, device: str, precision: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_engines_that_are_not_there(name: str, device: str, precision: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
         choose_engine(name, torch.device(device), precision, spec_of("dual-unet", "kidneys"))
 
 
-def test_missing_openvino_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_openvino_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kitseg.models.model.has_openvino", lambda: False)
     spec = spec_of("dual-unet", "kidneys")
     with pytest.raises(UsageError, match="pip install"):

@@ -60,7 +60,7 @@ def test_what_it_is_computed_with_counts_and_where_it_lies_does_not(run: Path, t
 
 
 def validate(run: Path, data: Path) -> dict[str, str]:
-    """Predict the validation case of a run's fold; what is said of each case."""
+    """Predict the validation case of a run's fold; the note of each case."""
     outcomes = predict_folds(plan_validation(run, [data], mirror=False), "cpu", lambda _: None)
     return {outcome.case: outcome.error or outcome.note for outcome in outcomes}
 
@@ -161,7 +161,7 @@ def test_probabilities_and_labels_never_take_the_place_of_another_file(run: Path
     ):
         before = {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()}
         refused = kitseg(tmp_path, *verb, to)
-        said = " ".join(refused.text.split())
-        assert refused.code == 2, said
-        assert f"{to}/a.json was not written by this command, or is damaged; choose another folder" in said
+        printed = " ".join(refused.text.split())
+        assert refused.code == 2, printed
+        assert f"{to}/a.json was not written by this command, or is damaged; choose another folder" in printed
         assert {path.name: path.read_bytes() for path in (tmp_path / to).iterdir()} == before
