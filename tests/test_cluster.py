@@ -46,9 +46,9 @@ def scheduler(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def end(*processes: subprocess.Popen[bytes]) -> None:
+    """End one after the other: a worker that outlives its scheduler looks for it for a while."""
     for process in processes:
         process.terminate()
-    for process in processes:
         process.wait(60)
 
 
