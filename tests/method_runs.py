@@ -53,9 +53,14 @@ def smaller(method: str) -> list[str]:
     return [f"--set={change}" for change in SMALLER.get(method, ())]
 
 
+def quick(method: str) -> list[str]:
+    """The options of a method's quickest training."""
+    return [f"--method={method}", *QUICK, *smaller(method)]
+
+
 def train(folder: Path, method: str, *options: str) -> str:
     """Train into ``runs/METHOD-tiny``; what was printed."""
-    done = kitseg(folder, "train", f"--method={method}", *QUICK, *smaller(method), *options)
+    done = kitseg(folder, "train", *quick(method), *options)
     assert done.code == 0, done.text
     return done.text
 

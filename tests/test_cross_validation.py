@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import kitseg, once
-from method_runs import QUICK, working_folder
+from method_runs import quick, working_folder
 
 from kitseg.ensemble import mean
 from kitseg.errors import KitsegError
@@ -39,7 +39,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     def make(folder: Path) -> None:
         working_folder(folder, phantoms, CASES)
         for method in METHODS:
-            done = kitseg(folder, "train", f"--method={method}", "--fold=all", *QUICK)
+            done = kitseg(folder, "train", *quick(method), "--fold=all")
             assert done.code == 0, done.text
 
     return once(tmp_path_factory, "cross_validation", make)
@@ -109,7 +109,7 @@ def test_histology_and_surgery_where_the_challenges_list_is_there(validated: Pat
 
 
 def test_it_goes_on_when_called_again(validated: Path) -> None:
-    again = kitseg(validated, "train", "--method=progressive", "--fold=all", *QUICK)
+    again = kitseg(validated, "train", *quick("progressive"), "--fold=all")
     assert again.code == 0, again.text
     assert again.text.count("trained already") == 3
     assert again.text.count("unchanged") == 1 + CASES  # the preprocessed cases in one line, and each prediction
@@ -184,7 +184,7 @@ def test_choosing_spares_other_files(validated: Path) -> None:
 def test_a_stage_begun_again_takes_its_validation_along(validated: Path, tmp_path: Path) -> None:
     folder = tmp_path / "again"
     shutil.copytree(validated, folder)
-    options = (*QUICK, "--method=two-stage", "--fold=1", "--stage=segment", "--restart")
+    options = (*quick("two-stage"), "--fold=1", "--stage=segment", "--restart")
     done = kitseg(folder, "train", *options)
     assert done.code == 0, done.text
     assert not (folder / RUNS[1] / "fold_1/validation").exists()
@@ -341,7 +341,7 @@ def test_a_split_by_command_holds_patients_together(validated: Path, tmp_path: P
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "splits.json").read_bytes()
     apart = {"schema": 1, "convention": "kits19", "folds": [{"train": ["case_00000"], "val": ["case_00003"]}]}
     (tmp_path / "apart.json").write_text(json.dumps(apart))
-    refused = kitseg(tmp_path, "train", "--method=progressive", "--split=apart.json", *QUICK)
+    refused = kitseg(tmp_path, "train", *quick("progressive"), "--split=apart.json")
     assert refused.code == 1
     assert "patient Ann on two sides: case_00000, case_00003" in refused.text
     (tmp_path / "data/patients.csv").write_text("case,patient\ncase_00000,Ann\ncase_00000,Bea\n")

@@ -242,7 +242,7 @@ def test_a_store_cut_anywhere_is_noticed_and_made_again(stored: Stored, name: st
     before = numbers(stored.folder)
     whole = (stored.folder / name).read_bytes()
     (stored.folder / name).write_bytes(whole[: min(int(len(whole) * share), len(whole) - 1)])
-    with pytest.raises(InputError, match="is damaged") as caught:
+    with pytest.raises(InputError, match="kitseg preprocess") as caught:
         open_case(stored.folder)
     assert str(caught.value).startswith(f"{stored.folder}: ")
     assert stored.again()
@@ -253,7 +253,7 @@ def test_a_store_cut_anywhere_is_noticed_and_made_again(stored: Stored, name: st
 @pytest.mark.parametrize("name", ["image.npy", "label.npy", "foreground.npy", "slices.npy", "meta.json"])
 def test_a_store_without_a_file_is_noticed_and_made_again(stored: Stored, name: str) -> None:
     (stored.folder / name).unlink()
-    with pytest.raises(InputError, match="is not preprocessed"):
+    with pytest.raises(InputError, match="kitseg preprocess"):
         open_case(stored.folder)
     assert stored.again()
     assert open_case(stored.folder).label is not None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import kitseg, kitseg_process, once
-from method_runs import QUICK, history, method_of, read, run_of, stage_folder, train, working_folder
+from method_runs import history, method_of, quick, read, run_of, stage_folder, train, working_folder
 from test_going_on import kill_when
 
 from kitseg.stages.model import build_model
@@ -121,7 +121,7 @@ def test_a_round_trains_on(whole: Path) -> None:
 
 def test_a_training_killed_in_a_round_ends_with_the_same_weights(whole: Path, scans: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(scans / "data")
-    process = kitseg_process(tmp_path, "train", "--method=progressive", *QUICK, *ROUNDS)
+    process = kitseg_process(tmp_path, "train", *quick("progressive"), *ROUNDS)
     kill_when((segment(tmp_path) / "round_1" / "last.ckpt").exists, process)
     assert (segment(tmp_path) / "round_0" / "done.json").exists()
     assert not (segment(tmp_path) / "round_1" / "done.json").exists()
@@ -143,7 +143,7 @@ def test_a_training_killed_in_a_round_ends_with_the_same_weights(whole: Path, sc
 
 def test_a_finished_loop_is_left_alone(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / run_of("progressive")).rglob("*") if path.is_file()}
-    again = kitseg(whole, "train", "--method=progressive", *QUICK, *ROUNDS)
+    again = kitseg(whole, "train", *quick("progressive"), *ROUNDS)
     assert again.code == 0, again.text
     assert "segment: trained already" in again.text
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -156,7 +156,7 @@ def test_two_processes_go_on_with_the_rounds(whole: Path, tmp_path: Path, monkey
     (segment(tmp_path) / "done.json").unlink()
     last = sorted(segment(tmp_path).glob("round_*"))[-1]
     shutil.rmtree(last)
-    command = ("train", "--method=progressive", *QUICK, *ROUNDS, "--device=cpu", "--processes=2")
+    command = ("train", *quick("progressive"), *ROUNDS, "--device=cpu", "--processes=2")
     done = kitseg(tmp_path, *command)
     assert done.code == 0, done.text
     assert "2 × CPU" in done.text
