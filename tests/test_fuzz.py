@@ -244,7 +244,7 @@ def test_a_store_cut_anywhere_is_noticed_and_made_again(stored: Stored, name: st
     (stored.folder / name).write_bytes(whole[: min(int(len(whole) * share), len(whole) - 1)])
     with pytest.raises(InputError, match="kitseg preprocess") as caught:
         open_case(stored.folder)
-    assert str(caught.value).startswith(f"{stored.folder}: ")
+    assert str(caught.value).startswith(str(stored.folder))
     assert stored.again()
     assert numbers(stored.folder) == before
     assert not stored.again()
