@@ -31,7 +31,7 @@ HOLD = """
     from pathlib import Path
     from kitseg.runtime import locks as claim
     claim.HEARTBEAT = 0.2
-    with claim.claimed(Path(sys.argv[1]), "labels", sys.argv[2]):
+    with claim.folder_lock(Path(sys.argv[1]), "labels", sys.argv[2]):
         print("held", flush=True)
         time.sleep(60)
 """
@@ -142,10 +142,10 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 SHARE = """
     import sys, time
     from pathlib import Path
-    from kitseg.runtime.locks import claimed
+    from kitseg.runtime.locks import folder_lock
     print("ready", flush=True)
     sys.stdin.readline()
-    with claimed(Path(sys.argv[1]), "labels", sys.argv[2]):
+    with folder_lock(Path(sys.argv[1]), "labels", sys.argv[2]):
         time.sleep(0.5)
 """
 
