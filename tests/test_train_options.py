@@ -16,6 +16,7 @@ from conftest import SMALLEST, Result, kitseg, once
 from kitseg import config
 from kitseg.cli.app import choose_ranks
 from kitseg.errors import UsageError
+from kitseg.nets.vnet import VNet
 from kitseg.runtime.device import Machine
 from kitseg.splits import read_split
 from kitseg.training import cost
@@ -247,6 +248,33 @@ def test_loading_that_takes_longer_than_computing_is_stated(work: Path, monkeypa
         monkeypatch.setattr(cost, "seconds_to_load", lambda spec, folder, seconds=seconds: seconds)
         _, notes = cost.estimates(replace(plan, machine=Machine("cpu", workers=workers)), cases[0], "coarse")
         assert any("loading patches takes" in note for note in notes) == noted
+
+
+# --- the way to the network ------------------------------------------------------------------------------------------
+
+
+class Reached(Exception):
+    """Raised where the trip ends."""
+
+
+@slow
+def test_the_trip_from_the_command_line_to_the_network_is_short(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kitseg's own frames in a training step: main, train, fit, training_step, losses, logits, forward."""
+    forward = VNet.forward
+
+    def reached(self: VNet, x: torch.Tensor, *more: Any) -> Any:
+        if x.device.type == "meta":  # the estimate's
+            return forward(self, x, *more)
+        raise Reached
+
+    monkeypatch.setattr(VNet, "forward", reached)
+    with pytest.raises(Reached) as caught:
+        kitseg(work, "train", *QUICK, "--runs=trip")
+    own = Path(config.__file__).parent
+    frames = [entry.name for entry in caught.traceback if own in Path(entry.path).parents]
+    assert frames[0] == "main"
+    assert "training_step" in frames
+    assert len(frames) + 1 <= 9, [*frames, "forward"]
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from kitseg.inference.chain import Predictor
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
 from kitseg.models.model import build_input_transform, open_stage
-from kitseg.models.run_folder import SCHEMA, StageFolder
+from kitseg.models.run_folder import TRAINED_STATE, BestCheckpoint, StageFolder, TrainedState
 from kitseg.patches.datamodule import Feed, StageData
 from kitseg.runtime.device import Machine, torch_device
-from kitseg.runtime.files import file_digest, write_json
+from kitseg.runtime.files import file_digest
 from kitseg.stages.base import Stage
 from kitseg.training.callbacks import EpochBar, EpochSoFar, History
 from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
@@ -116,13 +116,13 @@ def _finish(training: Training, best: BestCheckpoints, device: torch.device, dat
     kept = [folder.best / Path(path).name for path, _ in ranked]
     for stray in set(folder.best.glob("*.ckpt")) - set(kept):
         stray.unlink()
-    rows = [
-        {"file": f"{path.parent.name}/{path.name}", "val_score": float(score), "sha256": file_digest(path)}
+    rows = tuple(
+        BestCheckpoint(f"{path.parent.name}/{path.name}", file_digest(path), float(score))
         for path, (_, score) in zip(kept, ranked, strict=True)
-    ]
+    )
     predictor = replace(open_stage(training.spec, device), checkpoints=tuple(kept))
     threshold = predictor.model.threshold(_validation(predictor, data))
-    write_json(folder.done, SCHEMA, {"checkpoints": rows, "threshold": threshold, "epochs": training.spec.epochs})
+    TRAINED_STATE.write(folder.done, TrainedState(rows, threshold, training.spec.epochs))
     folder.previous.unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,11 @@ def make_trainer(
 
 def _logger(name: str, folder: Path) -> Logger:
     try:
+        if name == "wandb":
+            import_module(name).finish()  # the run of the training before, which wandb would continue
         return LOGGERS[name](folder)
     except ModuleNotFoundError as error:
-        raise UsageError(f"trainer.logger={name} needs a package: pip install kitseg[{name}]") from error
+        raise UsageError(f"trainer.logger={name}: {error}; pip install kitseg[{name}] adds it") from error
 
 
 def _callbacks(settings: Settings) -> list[pl.Callback]:
