@@ -195,13 +195,13 @@ def test_a_broken_case_in_the_data_is_left_out(augmented: Path, tmp_path: Path) 
 def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> None:
     whole, other, short = (written(tmp_path / name) for name in ("case_0", "case_1", "case_2"))
     short.image.write_bytes(short.image.read_bytes()[:2000])
-    told: list[Copied] = []
-    outcomes = make_copies([Pair(short, whole), Pair(whole, other)], tmp_path / "to", "kits19", 1, told.append)
+    done: list[Copied] = []
+    outcomes = make_copies([Pair(short, whole), Pair(whole, other)], tmp_path / "to", "kits19", 1, done.append)
     assert {outcome.name: outcome.state for outcome in outcomes} == {
         "case_0_from_case_1": "kept",
         "case_2_from_case_0": "failed",
     }
-    assert len(told) == 2
+    assert len(done) == 2
     assert str(short.image) in next(outcome.reason for outcome in outcomes if outcome.state == "failed")
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["case_0_from_case_1"]
 

@@ -170,7 +170,7 @@ def test_another_process_half_written_file_is_left_alone(tmp_path: Path) -> None
 
 
 def test_another_machine_has_a_day(tmp_path: Path) -> None:
-    """Whether a process of another machine still runs can't be told from here."""
+    """Whether a process of another machine still runs can't be known from here."""
     young, old = (tmp_path / f".partial.elsewhere.{process}.a" for process in (1, 999_999_999))
     for other, age in ((young, 3600), (old, 25 * 3600)):
         other.touch()

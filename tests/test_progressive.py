@@ -1,4 +1,4 @@
-"""Progressive is trained in rounds, each from the best weights so far; a killed loop goes on where it stood."""
+"""Progressive is trained in rounds, each from the best weights so far; a killed loop resumes."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_training_killed_in_a_round_ends_with_the_same_weights(whole: Path, sc
     drawn = read(segment(tmp_path) / "round_1" / "places.json")
 
     printed = train(tmp_path, "progressive", *ROUNDS)
-    assert "segment/round_1: goes on" in printed
+    assert "segment/round_1: resumes" in printed
     assert "segment/round_0: " not in printed
     assert read(segment(tmp_path) / "round_1" / "places.json") == drawn
     assert without_hashes(segment(tmp_path)) == without_hashes(segment(whole))

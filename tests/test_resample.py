@@ -35,7 +35,7 @@ def half_voxel(there: int, here: int) -> NDArray[np.float64]:
 
 
 def ramp(grid: Triple, box: Box) -> NDArray[np.float64]:
-    """A sum of ramps along the three axes, in shares of the extent, over the voxels of ``box``; it goes on outside."""
+    """A sum of ramps along the three axes, in fractions of the extent, over the voxels of ``box``, also outside."""
     parts = [(np.arange(a, b) + 0.5) / n for a, b, n in zip(box.start, box.stop, grid, strict=True)]
     z, y, x = np.meshgrid(*parts, indexing="ij")
     return z + 2 * y - 4 * x
