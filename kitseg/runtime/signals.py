@@ -45,9 +45,6 @@ def interrupted() -> bool:
 def defer(on: bool) -> None:
     """From now on SIGTERM and SIGUSR1 are only remembered, until ``end_training``; or no longer."""
     _Request.deferred = on
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, handle)  # Lightning has set handlers of its own
 
 
 def raise_again() -> None:

@@ -28,7 +28,7 @@ from kitseg.runtime.launcher import Launch
 from kitseg.runtime.signals import PATIENCE, Stopped, end_now
 
 T = TypeVar("T")
-PAUSE, PARTING = 0.1, 8.0  # seconds: polling interval; time for the others to read the last message
+PAUSE, MOMENT, PARTING = 0.1, 1.0, 8.0  # seconds: between two looks; to end; for others to read the last message
 ARRIVAL = timedelta(minutes=10)  # within which all processes must have connected
 COLLECTIVE = timedelta(hours=6)  # ranks validate cases of different sizes
 FAILED, CAME, GONE = "failed", "came", "gone"
@@ -48,6 +48,7 @@ class RankCoordinator:
     def __init__(self, launch: Launch, backend: str, arguments: Sequence[str]) -> None:
         self.launch, self.backend, self.arguments = launch, backend, arguments
         self.children: list[subprocess.Popen[bytes]] = []
+        self.number = 0  # of the signal that has ended another process
         self.over, self.failed = threading.Event(), threading.Event()
         self.problem = "it was killed, or can no longer be reached"
         if launch.of > 1:
@@ -138,6 +139,8 @@ class RankCoordinator:
 
     def _failure(self) -> BaseException:
         """The error of this process after another has failed; one line for all ranks of a machine."""
+        if self.number:
+            return Stopped(128 + self.number)
         if self.launch.local:
             return SystemExit(1)
         return KitsegError(f"another process of the training has ended: {self.problem}")
@@ -157,10 +160,10 @@ class RankCoordinator:
             content = self._look(store)
             if content is None:
                 continue
-            self.problem, number = content["problem"], content["signal"]
+            self.problem, self.number = content["problem"], content["signal"]
             self.failed.set()
-            if number:
-                return os.kill(os.getpid(), number)
+            if self.number and not self.over.wait(MOMENT):  # after a training step, all ranks end by themselves
+                return os.kill(os.getpid(), self.number)
             if not self.over.wait(PATIENCE):
                 end_now(1, str(self._failure()))
             return

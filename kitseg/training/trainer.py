@@ -80,7 +80,7 @@ def make_trainer(
         UsageError: the logger isn't installed.
     """
     accelerator = machine.accelerator
-    return pl.Trainer(
+    made = pl.Trainer(
         accelerator=accelerator,
         devices=machine.ranks,
         num_nodes=machine.nodes,
@@ -100,6 +100,9 @@ def make_trainer(
         enable_model_summary=False,
         log_every_n_steps=1,
     )
+    # runtime.signals has handlers of its own; Lightning's for SIGTERM waits inside for the other ranks, and hangs
+    made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return made
 
 
 def _logger(name: str, folder: Path) -> Logger:
