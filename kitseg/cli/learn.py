@@ -110,7 +110,7 @@ def train(
     from kitseg.runtime.launcher import Launch, is_started_again
     from kitseg.runtime.signals import requeued
     from kitseg.training.ddp import RankCoordinator
-    from kitseg.training.fit import fit
+    from kitseg.training.fit import Training, fit
     from kitseg.training.plan import Start
 
     if restart and is_started_again():
@@ -135,7 +135,11 @@ def train(
     launch, machine = Launch.here(nodes).agreed(machine)
     backend, begin = "nccl" if machine.accelerator == "cuda" else "gloo", replace(begin, machine=machine)
     coordinator = RankCoordinator(launch, backend, sys.argv[1:])
-    mine = coordinator.share(partial(_trainings, begin, wanted, failed))
+    mine = coordinator.share(
+        partial(_trainings, begin, wanted, failed),
+        Training.plain,
+        partial(Training.of, method=begin.method, settings=begin.settings),
+    )
     with requeued(), coordinator, closing(mine) as trainings:
         for training in trainings:
             fit(training, machine)

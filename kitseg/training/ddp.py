@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -76,27 +75,35 @@ class RankCoordinator:
         if lost:
             raise self._failure() from None
 
-    def share(self, trainings: Callable[[], Iterable[T]]) -> Generator[T, None, None]:
-        """The first process's trainings, in every process; only the first calls ``trainings``."""
+    def share(
+        self,
+        trainings: Callable[[], Iterable[T]],
+        encode: Callable[[T], Any] = lambda training: training,
+        decode: Callable[[Any], T] = lambda message: message,
+    ) -> Generator[T, None, None]:
+        """The first process's trainings, in every process; only the first calls ``trainings``.
+
+        encode, decode: a training as plain values, which the others receive as JSON, and back.
+        """
         if self.launch.of == 1:
             yield from trainings()
         elif self.launch.index == 0:
             for number, training in enumerate(trainings()):
-                self._send(number, training)
+                self._send(number, encode(training))
                 self._join()
                 yield training
             self._send(-1, None)
         else:
             number = 0
-            while (training := self._receive(number)) is not None:
+            while (message := self._receive(number)) is not None:
                 self._join()
-                yield training
+                yield decode(message)
                 number += 1
 
-    def _send(self, number: int, training: Any) -> None:
+    def _send(self, number: int, message: Any) -> None:
         """Publish a training by its number; the last message has the number -1."""
         key = "last" if number < 0 else f"training {number}"
-        self.store.set(key, pickle.dumps(training))  # type: ignore[arg-type]  # which takes bytes, too
+        self.store.set(key, json.dumps(message))
 
     def _receive(self, number: int) -> Any:
         """The training of this number; None after the last."""
@@ -105,7 +112,7 @@ class RankCoordinator:
                 return None
             if self.failed.wait(PAUSE):
                 raise self._failure()
-        return pickle.loads(self.store.get(f"training {number}"))
+        return json.loads(self.store.get(f"training {number}"))
 
     def _join(self) -> None:
         """Start the other processes of this machine, and open the process group; once."""

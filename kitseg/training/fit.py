@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,7 +15,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
 
 from kitseg import config
-from kitseg.config import StageSpec
+from kitseg.config import Method, StageSpec
 from kitseg.errors import KitsegError
 from kitseg.inference.chain import Predictor
 from kitseg.inference.channels import spread
@@ -48,6 +49,20 @@ class Training:
     keep: int
     settings: Settings
     start: Path | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """What another process needs that has the same configuration, as plain values."""
+        files = {"folder": self.folder.path, "store": self.store, "start": self.start}
+        paths = {name: path and str(path) for name, path in files.items()}
+        return {"stage": self.spec.name, "epochs": self.spec.epochs, "seed": self.seed, "keep": self.keep, **paths}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any], method: Method, settings: Settings) -> Training:
+        """The inverse of ``plain``."""
+        spec = replace(method.stages[plain["stage"]], epochs=plain["epochs"])
+        start = plain["start"] and Path(plain["start"])
+        folder, store = StageFolder(Path(plain["folder"])), Path(plain["store"])
+        return cls(spec, folder, store, plain["seed"], plain["keep"], settings, start)
 
 
 def fit(training: Training, machine: Machine) -> None:
