@@ -76,10 +76,10 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
     described = _described(file)
     known = described.get("sizes") or {"paper": {}}
     if size not in known:
-        raise UsageError(f"there is no size '{size}' of {file.name}; there are {', '.join(known)}")
+        raise UsageError(f"{file.name} has no size '{size}'. Choose from {', '.join(known)}")
     for override in overrides:
         if not re.match(r"(?!hydra\.|method=|size=)[A-Za-z]\S*=", override):
-            raise UsageError(f"--set {override}: write it as KEY=VALUE, for a key that is there")
+            raise UsageError(f"--set {override}: write KEY=VALUE, such as stages.*.epochs=50")
     ConfigStore.instance().store(CHOSEN, {"name": size, **(known[size] or {})}, "size")
     changes = [f"+size={CHOSEN}", *(["~sizes"] if "sizes" in described else [])]
     for name, stage in described["stages"].items():
@@ -97,7 +97,7 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
     for key, least in {"seed": 0, "folds": 2, "nested_folds": 2, "test_cases": 0, "keep_best": 1}.items():
         value = configuration[key]
         if not isinstance(value, int) or value < least:
-            raise UsageError(f"{key} is {value!r}; it must be a whole number from {least} on")
+            raise UsageError(f"{key} is {value!r}; it must be a whole number, {least} or more")
     trust.approve(configuration)
     if file.own:
         _check_own(file, configuration)
@@ -202,7 +202,7 @@ def _explained(composed: Config, overrides: Sequence[str], message: str) -> Usag
         there: Any = composed
         for part in key.split("."):
             if isinstance(there, dict) and part != "*" and part not in there:
-                return UsageError(f"--set {key}: there is no such key; there are {', '.join(there)}")
+                return UsageError(f"--set {key}: unknown key. Choose from {', '.join(there)}")
             there = there.get(part, next(iter(there.values()), None)) if isinstance(there, dict) else None
     return UsageError(f"--set {' '.join(overrides)}: {' '.join(message.split())}")
 

@@ -176,7 +176,7 @@ def _check_guide(stage: StageSpec, stages: Mapping[str, StageSpec]) -> None:
 def _count(config: Mapping[str, Any], stage: str, key: str) -> int:
     value = config[key]
     if not isinstance(value, int) or value < 1:
-        raise UsageError(f"stages.{stage}.{key} is {value!r}; it must be a whole number from 1 on")
+        raise UsageError(f"stages.{stage}.{key} is {value!r}; it must be a whole number, 1 or more")
     return value
 
 

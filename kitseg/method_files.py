@@ -54,7 +54,7 @@ def find_method(method: str, config_dir: Path | None = None) -> MethodFile:
     found = [file for file in known if file.name == method]
     if not found:
         names = ", ".join(dict.fromkeys(file.name for file in known))
-        raise UsageError(f"there is no method '{method}'; there are {names}, and --method takes a YAML file's path")
+        raise UsageError(f"unknown method '{method}'. Choose from {names}, or give the path of a .yaml file")
     if len(found) > 1 and found[0].origin != str(config_dir):
         raise UsageError(f"'{method}' is a method of {' and of '.join(f.origin for f in found)}; give its file's path")
     return found[0]

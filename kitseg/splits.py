@@ -77,7 +77,8 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
     held = _spread(patients, test, rng)
     rest = [patient for patient in patients if patient not in held]
     if len(rest) < 2:
-        raise KitsegError(f"{len(rest)} labelled patient(s) can't be split into training and validation: add cases")
+        kept = f"{len(rest)} labelled patient(s) besides {len(held)} test patient(s)"
+        raise KitsegError(f"{kept} can't be split into training and validation, which needs 2 or more: add cases")
     outer = []
     for train, val in _parts(rest, folds, rng):
         nested = [FoldPart(_names(t), _names(v)) for t, v in _parts(train, inner, rng)] if len(train) > 1 else []
@@ -218,7 +219,7 @@ def held_out(path: Path | None, fold: int | None) -> list[str]:
         return []
     split = read_split(path)
     if fold is not None and not 0 <= fold < len(split.folds):
-        raise UsageError(f"{path} has no fold {fold}: {len(split.folds)} folds, from 0 on")
+        raise UsageError(f"{path} has no fold {fold}, only folds 0 to {len(split.folds) - 1}")
     cases = split.test if fold is None else split.folds[fold].val
     if not cases:
         raise UsageError(f"{path} has no test cases; --fold takes a fold's validation cases")

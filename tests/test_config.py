@@ -139,7 +139,7 @@ def test_a_key_of_one_stage() -> None:
 def test_a_mistyped_key(override: str, key: str, known: list[str]) -> None:
     text = problem(override)
     assert f"{key}:" in text
-    listed = text.split("there are ")[1].split(", ")
+    listed = text.split("Choose from ")[1].split(", ")
     assert set(known) <= set(listed)
 
 
@@ -167,7 +167,7 @@ def test_a_wrong_value_is_named(override: str) -> None:
 
 
 def test_an_unknown_method_or_size() -> None:
-    with pytest.raises(UsageError, match=r"there is no method 'two-fase'; there are .*two-phase"):
+    with pytest.raises(UsageError, match=r"unknown method 'two-fase'. Choose from .*two-phase"):
         config.compose("two-fase", "paper")
     with pytest.raises(UsageError, match="no size 'large' of two-phase; there are paper, small, tiny"):
         config.compose("two-phase", "large")

@@ -270,7 +270,7 @@ def test_several_models_are_averaged_like_their_folders(validated: Path) -> None
     assert [(len(model["folds"]), model["weight"]) for model in facts["models"]] == [(3, 2), (1, 1)]
     bad = kitseg(validated, "predict", "test", *both, "--weights=1", "-o", "p/bad")
     assert bad.code == 2
-    assert "2 models need as many weights" in bad.text
+    assert "2 model(s), but the weights" in bad.text
     assert kitseg(validated, "predict", "test", *both, "--weights=nan,1", "-o", "p/bad").code == 2
 
 

@@ -163,5 +163,5 @@ def test_more_gpus_than_there_are(alone: Path, tmp_path: Path) -> None:
     options = [option for option in TRAIN if option != "--device=cpu"]
     result = kitseg(beside(alone, tmp_path), *options, "--gpus=99")
     assert result.code == 2
-    assert "99 GPU(s) asked for" in result.text
+    assert "99 GPU(s) requested" in result.text
     assert not (tmp_path / "runs").exists()

@@ -45,10 +45,12 @@ Method = Annotated[
 Size = Annotated[str, typer.Option(help="One of the method's sizes, such as paper, small or tiny.")]
 Set = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a configuration key (stages.*.KEY: of every stage)."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a configuration key (stages.*.KEY: in every stage); may be repeated."
+    ),
 ]
 ConfigDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Folder of your own methods and stages, laid out like kitseg's conf.")
+    Path | None, typer.Option(metavar="DIR", help="Folder of your own methods and stages (docs/how-to/own-method.md).")
 ]
 
 
@@ -63,7 +65,7 @@ Trust = Annotated[
     typer.Option(
         "--trust",
         callback=_trust,
-        help="Open models with parts from outside kitseg, which runs their author's code.",
+        help="Allow models with parts from outside kitseg: code of their authors will run.",
     ),
 ]
 
@@ -84,7 +86,9 @@ Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU; needs
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Bit-identical results in every run; slower on a GPU.")
 ]
-Shard = Annotated[str | None, typer.Option(metavar="K/N", help="Process only part K of N of the cases, such as 2/8.")]
+Shard = Annotated[
+    str | None, typer.Option(metavar="K/N", help="Process only part K (1 to N) of N parts of the cases, such as 2/8.")
+]
 Split = Annotated[Path | None, typer.Option(help="Split file: only its test cases, or the cases of --fold.")]
 Fold = Annotated[int | None, typer.Option(help="With --split: only the validation cases of this fold.")]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Test-time augmentation: left-right flip.")]
@@ -93,7 +97,9 @@ Precision = Annotated[str, typer.Option(help="auto (as in training on a GPU, f32
 MaxMemory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory limit, such as 6GB; scans that may need more are refused.")
 ]
-Convention = Annotated[str, typer.Option(help="Label convention: kits19 (cysts are kidney) or kits23 (cysts are 3).")]
+Convention = Annotated[
+    str, typer.Option(help="Label convention: kits19 (cysts labelled as kidney) or kits23 (cysts labelled 3).")
+]
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def check(
     jobs: Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
 ) -> None:
-    """Check each case: readable files, labels on the scan's grid, valid label values, HU, a single series."""
+    """Check each case: readable files, labels on the scan's grid, valid label values, scans in HU, one series."""
     from dataclasses import asdict
 
     from joblib import delayed
@@ -144,8 +144,16 @@ def split(
     data: Annotated[list[Path], typer.Argument(help="Folders of labelled cases.")] = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="The split file.")] = Path("splits.json"),
     folds: Annotated[int, typer.Option(min=2, help="Number of cross-validation folds.")] = 5,
-    nested_folds: Annotated[int, typer.Option(min=2, help="Nested folds within each fold's training cases.")] = 3,
-    test_cases: Annotated[int, typer.Option(min=0, help="Number of patients held out from every fold.")] = 0,
+    nested_folds: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="Nested folds within each fold's training cases, for stages trained on another stage's predictions.",
+        ),
+    ] = 3,
+    test_cases: Annotated[
+        int, typer.Option(min=0, help="Number of patients (not cases) that no fold uses: a test set.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed and cases give the same split.")] = 0,
     convention: Convention = "kits19",
     jobs: Jobs = -1,
@@ -173,6 +181,8 @@ def split(
     for row in report_split(made, traits):
         table.add_row(*map(console.cell, row))
     console.out.print(table)
+    if len(made.folds) < folds:
+        console.print_line(f"{len(made.folds)} folds instead of {folds}: there are too few patients for more")
     console.print_line(f"{len(traits)} cases split: {output}")
     exit_if(bool(errors))
 

@@ -78,7 +78,7 @@ def train(
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines (docs/how-to/distributed.md).")] = 1,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Data loader processes per rank. Default: on a GPU up to 8, on the CPU 0."),
+        typer.Option(min=0, help="Data loader processes per GPU or process. Default: on a GPU up to 8, on the CPU 0."),
     ] = None,
     save_every: Annotated[
         float,

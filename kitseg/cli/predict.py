@@ -48,7 +48,9 @@ def infer(
     ] = None,
     data: Annotated[Path, typer.Option(help="A scan, or a folder of scans or cases.")] = Path("data"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = PROBABILITIES,
-    stage: Annotated[str | None, typer.Option(help="Output of one stage, such as coarse or fine.1.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Output of one stage: coarse, or fine.1 for the first network of fine.")
+    ] = None,
     mirror: Mirror = False,
     split: Split = None,
     fold: Fold = None,
@@ -71,9 +73,10 @@ def infer(
     from kitseg.models.members import choose_run, only_member
     from kitseg.models.memory import parse_size
     from kitseg.models.model import open_model
-    from kitseg.runtime.device import deterministically
+    from kitseg.runtime.device import Machine, deterministically
 
     device, ranks = choose_ranks(gpus, processes, device)
+    _ = Machine(device, ranks).accelerator  # before any process is started
     scans = choose_scans([data], split, fold)
     if scans.choices:
         raise UsageError(f"{data} contains DICOM files. Use `kitseg predict`, or convert them to NIfTI")
@@ -107,7 +110,7 @@ def postprocess(
     folder: Annotated[Path, typer.Argument(help="Folder of probabilities.")] = Path("ensemble"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = PREDICTIONS,
     without: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Leave out this prior, or all; may be repeated.")
+        list[str], typer.Option(metavar="NAME", help="Leave out this post-processing step, or all; may be repeated.")
     ] = [],  # noqa: B006
     trust: Trust = False,
 ) -> None:
@@ -158,17 +161,18 @@ def predict(
 
     The most suitable CT of each DICOM study is selected; series.csv states the reason for every series.
 
-    The probabilities of several models are averaged (the folds of a run first). The post-processing is that of the
-    ensemble file (see `kitseg choose`), or else of the first model.
+    The probabilities of a run's folds are averaged first, then those of several models. The post-processing is that
+    of the ensemble file (see `kitseg choose`), or else of the first model.
 
     Running it again resumes: cases that are done and unchanged are skipped.
     """
     from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans
     from kitseg.models.members import choose_run, locate, open_ensemble
     from kitseg.models.memory import parse_size
-    from kitseg.runtime.device import deterministically
+    from kitseg.runtime.device import Machine, deterministically
 
     device, ranks = choose_ranks(gpus, processes, device)
+    _ = Machine(device, ranks).accelerator  # before any process is started
     found = choose_scans(scans, split, fold, series)
     models = [locate(one) for one in model] or [choose_run(Path("runs")).path]
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision)

@@ -69,7 +69,8 @@ def evaluate(
     convention: Annotated[
         str | None,
         typer.Option(
-            help="Label convention: kits19 (cysts are kidney) or kits23. Default: the protocol's.", show_default=False
+            help="Label convention: kits19 (cysts labelled as kidney) or kits23. Default: the protocol's.",
+            show_default=False,
         ),
     ] = None,
     cases: Annotated[

@@ -109,7 +109,7 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
     found, truth = find_labels(predictions.absolute()), find_labels(references.absolute())
     cases = sorted(required) or sorted(found)
     if lacking := [case for case in cases if case not in truth]:
-        remedy = "Remove these predictions, or select the cases to score with --cases"
+        remedy = "Give the folder that holds them, or select the cases to score with --cases"
         raise UsageError(f"{references} has no reference for {', '.join(lacking)}. {remedy}")
     clinical = read_clinical(references / CLINICAL)
     jobs = [Job(case, found.get(case), truth[case], clinical.get(case, {})) for case in cases]

@@ -97,7 +97,7 @@ def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[
         raise UsageError("--split and --fold must be given together")
     folds = read_split(split).folds
     if not 0 <= fold < len(folds):
-        raise UsageError(f"{split} has no fold {fold}: {len(folds)} folds, from 0 on")
+        raise UsageError(f"{split} has no fold {fold}, only folds 0 to {len(folds) - 1}")
     if missing := sorted(set(folds[fold].train) - set(labels)):
         raise UsageError(f"{folder} has no labels of {', '.join(missing)}, which {split} trains on")
     return {case: labels[case] for case in folds[fold].train}

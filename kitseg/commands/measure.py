@@ -128,7 +128,9 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
     mask = np.isin(segmentation.array, PARTS[part])
     if not mask.any():
         what = (
-            "is all background" if not (segmentation.array != BACKGROUND).any() else f"holds no {part} by {convention}"
+            "contains only background"
+            if not (segmentation.array != BACKGROUND).any()
+            else f"contains no {part} (label convention {convention})"
         )
         raise InputError(labels, what, "There is nothing to make a mesh of")
     vertices, faces = surface(mask, segmentation.geometry)

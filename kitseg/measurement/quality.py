@@ -167,7 +167,7 @@ def border_flags(parts: Parts) -> Iterator[Flag]:
             if touches and found.numbers.size and visible[found.numbers.take(plane, axis)].any():
                 cut.append(name)
     if cut:
-        edges = f"the {' and the '.join(cut)} edge{'s' if len(cut) > 1 else ''}"
+        edges = f"the {' and '.join(filter(None, [', '.join(cut[:-1]), cut[-1]]))} edge{'s' if len(cut) > 1 else ''}"
         reason = f"Kidney or tumor reaches {edges} of the scan and may be cut off: sizes are lower bounds."
         yield Flag("cut-off", AMBER, reason)
 

@@ -52,9 +52,9 @@ def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
         trust.check_file(path, content["postprocess"])
         return parse_members(content, path.parent)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = f" ({' '.join(str(error).split())})" if isinstance(error, OSError | ValueError) else ""
         remedy = "Write it with `kitseg choose`, or give a run's folder."
-        raise InputError(path, f"is not an ensemble file ({type(error).__name__}: {reason})", remedy) from error
+        raise InputError(path, f"is not an ensemble file{reason}", remedy) from error
 
 
 def parse_members(content: Mapping[str, Any], folder: Path) -> tuple[list[Member], Mapping[str, Any]]:

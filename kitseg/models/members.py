@@ -155,7 +155,9 @@ def open_ensemble(
     """
     shares = list(weights) if weights else [1.0] * len(paths)
     if len(shares) != len(paths) or not ensemble.can_weigh(shares):
-        raise UsageError(f"{len(paths)} models need as many weights that aren't negative, not {shares}")
+        raise UsageError(
+            f"{len(paths)} model(s), but the weights {shares}: give each model one, 0 or more, and not all 0"
+        )
     members, recipes = [], []
     for path, share in zip(paths, shares, strict=True):
         found, recipe = members_of(path)

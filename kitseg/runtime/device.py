@@ -45,7 +45,9 @@ class Machine:
         """
         gpus = torch.cuda.device_count()
         if self.device == "cuda" and self.ranks > gpus:
-            raise UsageError(f"{self.ranks} GPU(s) asked for, torch finds {gpus} here")
+            raise UsageError(
+                f"{self.ranks} GPU(s) requested, but torch finds {gpus} here; choose fewer, or --device cpu"
+            )
         torch_device(self.device)
         return self.kind
 
@@ -79,7 +81,7 @@ def torch_device(name: str) -> torch.device:
         UsageError: an unknown name, or no GPU where one is asked for.
     """
     if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"there is no device '{name}'; there are auto, cpu, cuda")
+        raise UsageError(f"unknown device '{name}'. Choose from auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():

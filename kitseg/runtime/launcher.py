@@ -57,7 +57,7 @@ def gpu_index(count: int) -> int:
     """
     index = local_rank() if "LOCAL_RANK" in os.environ else local_rank() % count
     if index >= count:
-        raise UsageError(f"{index + 1} GPU(s) asked for, torch finds {count} here")
+        raise UsageError(f"{index + 1} GPU(s) requested, but torch finds {count} here; choose fewer, or --device cpu")
     return index
 
 

@@ -37,7 +37,7 @@ class Share:
         """
         match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--shard {text}: it takes a part and their number, from 1/8 to 8/8 for eight parts")
+            raise UsageError(f"--shard {text}: write K/N with K from 1 to N, such as 2/8")
         return cls(int(match[1]) - 1, int(match[2]))
 
     @classmethod

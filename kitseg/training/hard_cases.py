@@ -73,7 +73,7 @@ def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
     found, _ = find_run(run)
     split = read_split(found.split)
     if fold >= len(split.folds):
-        raise UsageError(f"there is no fold {fold}: {len(split.folds)} folds, from 0 on")
+        raise UsageError(f"there is no fold {fold}: the split has folds 0 to {len(split.folds) - 1}")
     made, machine = config.read(found.config), Machine(device)
     plan = Plan(made, config.method_of(made), settings_of(made), found, split, fold, store, machine)
     if not plan.part.inner:

@@ -143,7 +143,7 @@ class Start:
 
     def _plan(self, split: Split) -> Plan:
         if self.fold >= len(split.folds):
-            raise UsageError(f"there is no fold {self.fold}: {len(split.folds)} folds, from 0 on")
+            raise UsageError(f"there is no fold {self.fold}: the split has folds 0 to {len(split.folds) - 1}")
         return Plan(
             self.config, self.method, self.settings, self.run, split, self.fold, self.store, self.machine, self.initial
         )
@@ -192,7 +192,13 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
 
 
 def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
-    """The trainings of a fold in order, or those of one stage."""
+    """The trainings of a fold in order, or those of one stage.
+
+    Raises:
+        UsageError: an unknown stage.
+    """
+    if stage is not None and stage not in method.stages:
+        raise UsageError(f"{method.name} has no stage '{stage}'. Choose from {', '.join(method.stages)}")
     found = []
     for name in method.stages:
         found.append(Unit(name))

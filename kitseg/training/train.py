@@ -31,10 +31,7 @@ def trainings_of_fold(plan: Plan, stage: str | None, log: Log) -> Iterator[Train
     Raises:
         UsageError: an unknown stage, or one whose earlier stage isn't trained yet.
     """
-    method = plan.method
-    if stage is not None and stage not in method.stages:
-        raise UsageError(f"{method.name} has no stage '{stage}'; it has {', '.join(method.stages)}")
-    return trainings(plan, units(method, plan.part, stage), log)
+    return trainings(plan, units(plan.method, plan.part, stage), log)
 
 
 def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training]:

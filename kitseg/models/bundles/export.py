@@ -54,6 +54,8 @@ def export(model: Path, to: Path, weights: str | None = None, labels: str | None
     """
     if to.suffix != SUFFIX:
         raise UsageError(f"{to}: the name of a bundle must end in {SUFFIX}")
+    if model.suffix == SUFFIX and model.is_file():
+        raise UsageError(f"{model} is a bundle already; copy the file to share it")
     members, steps = members_of(model)
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
     usual = CODE_LICENSE if all(part.run.read_info().phantom for part in parts) else KITS19_LICENSE
