@@ -169,7 +169,7 @@ def test_a_wrong_value_is_named(override: str) -> None:
 def test_an_unknown_method_or_size() -> None:
     with pytest.raises(UsageError, match=r"unknown method 'two-fase'. Choose from .*two-phase"):
         config.compose("two-fase", "paper")
-    with pytest.raises(UsageError, match="no size 'large' of two-phase; there are paper, small, tiny"):
+    with pytest.raises(UsageError, match=r"two-phase has no size 'large'. Choose from paper, small, tiny"):
         config.compose("two-phase", "large")
 
 

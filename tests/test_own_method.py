@@ -187,7 +187,7 @@ def test_methods_of_a_folder_and_of_a_package_are_listed(lab: Path, monkeypatch:
     assert (origins["wide"], origins["packaged"], origins["dual-unet"]) == ("conf", "lab-methods", "kitseg")
     for method, sizes in (("packaged", "quick"), ("wide", "paper, small, tiny")):
         text = refused(kitseg(lab, "train", f"--method={method}", "--config-dir=conf", "--size=huge"))
-        assert f"{method}; there are {sizes}" in text
+        assert f"{method} has no size 'huge'. Choose from {sizes}" in text
 
 
 @pytest.mark.parametrize(
