@@ -105,7 +105,8 @@ def test_histology_and_surgery_where_the_challenges_list_is_there(validated: Pat
     (data / "kits.json").write_text("[3]")
     broken = kitseg(validated, "validate", RUNS[0], f"--data={data}")
     assert broken.code == 1
-    assert "kits.json: can't be read" in broken.text and "KiTS19 repository" in broken.text
+    assert "kits.json: can't be read" in broken.text
+    assert "KiTS19 repository" in broken.text
 
 
 def test_it_goes_on_when_called_again(validated: Path) -> None:
@@ -151,7 +152,8 @@ def test_a_fold_of_another_split_is_refused(validated: Path, tmp_path: Path) -> 
     path.write_text(json.dumps(split))
     done = kitseg(tmp_path, "validate", "runs/mixed", f"--data={validated / 'data'}")
     assert done.code == 2
-    assert "was trained on case_" in done.text and "holds out" in done.text
+    assert "was trained on case_" in done.text
+    assert "holds out" in done.text
 
 
 def test_a_scan_that_has_changed_is_predicted_again(validated: Path, tmp_path: Path) -> None:
