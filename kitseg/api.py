@@ -19,7 +19,7 @@ from kitseg.commands.preprocess import Stored
 from kitseg.config import Method
 from kitseg.errors import KitsegError
 from kitseg.measurement.findings import Findings
-from kitseg.models.members import Ensemble, Prediction, open_ensemble
+from kitseg.models.members import Ensemble, Prediction, choose_run, open_ensemble
 from kitseg.runtime import console
 from kitseg.runtime.outcomes import Outcome
 from kitseg.runtime.sharding import Share
@@ -74,20 +74,26 @@ def load_method(method: FilePath, size: str = "paper", overrides: Sequence[str] 
 
 
 @overload
-def predict(scans: Image | Sequence[Image], model: Models, output: None = None) -> list[Prediction]: ...
+def predict(
+    scans: Image | Sequence[Image], model: Models | None = None, output: None = None, device: str = "auto"
+) -> list[Prediction]: ...
 @overload
-def predict(scans: FilePath | Sequence[FilePath], model: Models, output: FilePath) -> list[Outcome]: ...
+def predict(
+    scans: FilePath | Sequence[FilePath], model: Models | None = None, *, output: FilePath, device: str = "auto"
+) -> list[Outcome]: ...
 def predict(
     scans: Image | Sequence[Image],
-    model: Models,
+    model: Models | None = None,
     output: FilePath | None = None,
+    device: str = "auto",
 ) -> list[Prediction] | list[Outcome]:
     """Predict scans; with ``output`` as `kitseg predict` does, into that folder.
 
     Args:
         scans: one or several: files, folders of them or of DICOM series, or images (see ``Ensemble.predict``).
-        model: a loaded one, or what ``load_model`` takes.
+        model: a loaded one, or what ``load_model`` takes; the only finished run in ``runs/`` where it is None.
         output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``; for scans in files only.
+        device: auto, cpu or cuda; a loaded model has its own.
 
     Returns:
         A prediction for each scan; with ``output`` an outcome, which holds the label file, volumes in ml and flags.
@@ -95,14 +101,15 @@ def predict(
     Raises:
         KitsegError: a scan can't be used; with ``output``, after the others are done.
     """
-    loaded = model if isinstance(model, Ensemble) else load_model(model)
+    if not isinstance(model, Ensemble):
+        model = load_model(model or choose_run(Path("runs")).path, device)
     given = list(scans) if isinstance(scans, list | tuple) else [scans]
     if output is None:
-        return [loaded.predict(scan) for scan in _scans(given)]
+        return [model.predict(scan) for scan in _scans(given)]
     from kitseg.commands.predict import PredictOptions, PredictScans
 
     found = find_scans([Path(str(path)) for path in given])
-    work = PredictScans(lambda: loaded, Path(output), PredictOptions(choices=found.choices))
+    work = PredictScans(lambda: model, Path(output), PredictOptions(choices=found.choices))
     outcomes = work(found.cases, Share(), lambda _: None, lambda _: None)
     _raise_if([outcome.error for outcome in outcomes])
     return outcomes
