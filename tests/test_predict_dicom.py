@@ -161,7 +161,7 @@ def test_a_folder_without_any_ct_is_an_error_with_the_reasons(
 def test_a_dicom_segmentation_needs_a_dicom_series(trained: Path, tmp_path: Path) -> None:
     done = predict(trained, trained / "test" / "case_00000", tmp_path, "--format=dicom-seg")
     assert done.code == 2
-    assert "no DICOM series" in done.text
+    assert "not a DICOM series" in done.text
 
 
 def test_other_commands_refuse_dicom(trained: Path, archive: Path, tmp_path: Path) -> None:
