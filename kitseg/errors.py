@@ -24,7 +24,7 @@ _SYSTEM = {
     errno.ESTALE: ("the network folder was lost", "Run the command again when it is back"),
     errno.ETIMEDOUT: ("the network or a network folder does not respond", "Run the command again when it does"),
     errno.ENOTCONN: ("the network or a network folder was lost", "Run the command again when it is back"),
-    errno.EEXIST: ("a file or folder of this name already exists", "Choose another name"),
+    errno.EEXIST: ("a file is in the place of a folder", "Choose another name"),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one"),
 }
 MEMORY = (

@@ -138,7 +138,7 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(KitsegError) as error, atomic_write(tmp_path / "runs" / "a.txt"):
         pytest.fail("there is nowhere to write to")
-    one_line(error, str(tmp_path / "runs" / "a.txt"), "can't be written", "Choose a folder that is writable")
+    one_line(error, str(tmp_path / "runs" / "a.txt"), "can't be written", "Choose another name")
     assert names(tmp_path) == ["runs"]
 
 

@@ -109,7 +109,7 @@ def test_what_cannot_be_a_mesh(tmp_path: Path) -> None:
     labels = paint(geometry, LEFT_KIDNEY)
     nibabel.save(nibabel.Nifti1Image(labels, geometry.affine), tmp_path / "one.nii.gz")
     for arguments, code, fact in (
-        (("--of=tumor",), 1, "holds no tumor"),
+        (("--of=tumor",), 1, "contains no tumor"),
         (("--of=liver",), 2, "part 'liver'"),
         (("-o", "kidney.obj"), 2, ".stl"),
     ):
