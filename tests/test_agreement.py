@@ -26,23 +26,23 @@ def member(seed: int, box: Box) -> Probabilities:
     return Probabilities(array, CHANNELS, box, LATTICE, LATTICE, "case_00000")
 
 
-def masks(belief: Probabilities) -> dict[str, np.ndarray]:
-    found = ensemble.to_masks(belief)
+def masks(probabilities: Probabilities) -> dict[str, np.ndarray]:
+    found = ensemble.to_masks(probabilities)
     whole = {name: np.zeros(LATTICE.shape, bool) for name in ("kidney", "tumor")}
-    if belief.array.size:
-        whole["kidney"][belief.box.slices], whole["tumor"][belief.box.slices] = found.either, found.tumor
+    if probabilities.array.size:
+        whole["kidney"][probabilities.box.slices], whole["tumor"][probabilities.box.slices] = found.either, found.tumor
     return whole
 
 
 def test_agreement_is_dice_pooled_over_all_pairs() -> None:
     boxes = [Box((0, 0, 0), (2, 3, 4)), Box((1, 1, 1), (4, 6, 8)), Box((0, 0, 0), (0, 0, 0)), Box((0, 2, 2), (4, 4, 4))]
-    beliefs, votes = [member(seed, box) for seed, box in enumerate(boxes)], ensemble.EnsembleAgreement()
-    for belief in beliefs:
-        votes.add(belief)
+    members, votes = [member(seed, box) for seed, box in enumerate(boxes)], ensemble.EnsembleAgreement()
+    for probabilities in members:
+        votes.add(probabilities)
     found = votes.agreement()
     assert found is not None
     for name in ("kidney", "tumor"):
-        pairs = [(masks(a)[name], masks(b)[name]) for a, b in itertools.combinations(beliefs, 2)]
+        pairs = [(masks(a)[name], masks(b)[name]) for a, b in itertools.combinations(members, 2)]
         both, total = sum((a & b).sum() for a, b in pairs), sum(a.sum() + b.sum() for a, b in pairs)
         assert found[name] == pytest.approx(2 * both / total, abs=1e-12)
 

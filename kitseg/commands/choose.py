@@ -198,9 +198,9 @@ def _validated(run: Run, fold: int | None, mirror: bool) -> Validated | None:
     """The out-of-fold probabilities of all folds of a run, or of one; None where some are missing or outdated."""
     split, method = read_split(run.split), config.method_of(config.read(run.config))
     numbers = range(len(split.folds)) if fold is None else [fold]
-    folders = {case: run.beliefs(n, mirror) for n in numbers for case in split.folds[n].val}
+    folders = {case: run.fold_probabilities(n, mirror) for n in numbers for case in split.folds[n].val}
     for number in numbers:
-        folder = run.beliefs(number, mirror)
+        folder = run.fold_probabilities(number, mirror)
         if not (folder / MANIFEST).exists() or not run.stage(number, list(method.stages)[-1]).done.exists():
             return None
         made_by = read_manifest(folder).get("model", {}).get("sha256")

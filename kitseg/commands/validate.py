@@ -63,7 +63,7 @@ class Validation:
 
     def probabilities(self, fold: int) -> Path:
         """Where a fold's probabilities go."""
-        return self.run.beliefs(fold, self.mirror)
+        return self.run.fold_probabilities(fold, self.mirror)
 
     def hash_of(self, case: Case) -> str:
         """The hash of a case's scan."""

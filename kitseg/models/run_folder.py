@@ -193,7 +193,7 @@ class Run:
         """A fold's folder."""
         return self.path / f"fold_{number}"
 
-    def beliefs(self, fold: int, mirror: bool) -> Path:
+    def fold_probabilities(self, fold: int, mirror: bool) -> Path:
         """Probabilities of a fold's validation cases; ``mirror``: with test-time augmentation."""
         return self.fold(fold) / _validation(mirror)
 

@@ -138,7 +138,7 @@ class Start:
             return _moved_aside([self.run.fold(self.fold), *scores])
         stages = [stage, *_dependent(self.method, stage)]
         trained = [self.run.stage(fold, name).path for fold in folds for name in stages]
-        predicted = [self.run.beliefs(fold, mirror) for fold in folds for mirror in (False, True)]
+        predicted = [self.run.fold_probabilities(fold, mirror) for fold in folds for mirror in (False, True)]
         return _moved_aside([*trained, *predicted, *scores])
 
     def _plan(self, split: Split) -> Plan:
