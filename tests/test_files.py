@@ -142,6 +142,13 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["runs"]
 
 
+def test_a_killed_loader_process_is_not_a_problem_of_the_file(tmp_path: Path) -> None:
+    killed = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        fail_halfway(tmp_path / "a.txt", killed)
+    assert names(tmp_path) == []
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(KitsegError) as error:
         fail_halfway(tmp_path / "a.txt", OSError(errno.ENOSPC, "No space left on device"))

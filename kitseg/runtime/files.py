@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kitseg.errors import InputError, KitsegError, fault, format_error
+from kitseg.errors import LOADER, InputError, KitsegError, fault, format_error
 
 HOST = re.sub(r"[^\w-]", "-", platform.node())[:30]  # on a shared disk, two machines have processes of one id
 A_DAY = 86_400  # seconds
@@ -43,8 +43,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _sync(partial)
         _replace(partial, path, replaced)
     except Exception as error:
-        if not isinstance(error, OSError) and fault(error) is None:
-            raise
+        if not isinstance(error, OSError) and fault(error) in (None, LOADER):
+            raise  # PyTorch reports a killed loader process wherever the main thread is, as here
         if (other := _other_file(error, partial, path)) is not None:
             raise KitsegError(format_error(other, error)) from error
         reason, helps = fault(error) or (getattr(error, "strerror", None) or error, "Choose a folder that is writable")
