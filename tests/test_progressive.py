@@ -79,17 +79,6 @@ def test_the_rounds_go_on_until_one_brings_nothing(whole: Path) -> None:
     check_the_loop(whole, most=2)
 
 
-def test_the_rounds_are_told(whole: Path) -> None:
-    printed = (whole / "printed.txt").read_text()
-    scores = scores_of(whole)
-    assert "segment/round_0: starts" in printed
-    for number in range(1, len(scores)):
-        assert f"segment/round_{number}: starts" in printed
-        assert f"round {number} of at most 2, on 4 cases" in printed
-    assert "validation scores by round " + ", ".join(f"{score:.4f}" for score in scores) in printed
-    assert f"the best is round {scores.index(max(scores))}, which is kept" in printed
-
-
 def test_a_round_sees_four_fifths_of_the_cases(whole: Path) -> None:
     fold = read(whole / "splits.json")["folds"][0]
     assert (len(fold["train"]), len(fold["val"])) == (5, 1)
@@ -112,11 +101,6 @@ def test_a_round_starts_from_the_best_weights(scans: Path, tmp_path: Path) -> No
     for other in others:
         assert all(torch.equal(first[f"model.{name}"], other[f"model.{name}"]) for name in names)
     check_the_loop(tmp_path, most=1)
-
-
-def test_a_round_trains_on(whole: Path) -> None:
-    first, second = (weights(segment(whole) / f"round_{number}" / "last.ckpt") for number in (0, 1))
-    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_training_killed_in_a_round_ends_with_the_same_weights(whole: Path, scans: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from patients import SHAPE, SPACING, patient, volume
 
 from kitseg.patches.registration import Copy, Labelled, Settings, coarse, register, register_copy
-from kitseg.patches.warp import AIR, RegistrationQuality, Warp, jacobian, judge, problem, warped
+from kitseg.patches.warp import AIR, RegistrationQuality, Warp, judge, problem, warped
 from kitseg.types import Geometry
 
 FAST = Settings(spacing=SPACING)
@@ -120,16 +120,16 @@ def test_jacobian_by_hand() -> None:
     z, y, x = np.indices((6, 7, 8)).astype(np.float32)
     spacing = np.array([2.0, 1.0, 0.5])
     field = np.stack([0.1 * 2 * z, -0.5 * y + 3, 0.2 * 0.5 * x + 0.7 * y])
-    assert np.allclose(jacobian(field, spacing), 1.1 * 0.5 * 1.2, atol=1e-5)
+    assert np.allclose(Warp(field, spacing).jacobian, 1.1 * 0.5 * 1.2, atol=1e-5)
     mixed = np.stack([0.3 * y, 0.4 * 2 * z, 0 * x])
-    assert np.allclose(jacobian(mixed, spacing), 1 - 0.3 * 0.4, atol=1e-5)
-    assert np.allclose(jacobian(IDENTITY, spacing), 1)
+    assert np.allclose(Warp(mixed, spacing).jacobian, 1 - 0.3 * 0.4, atol=1e-5)
+    assert np.allclose(Warp(IDENTITY, spacing).jacobian, 1)
 
 
 def test_jacobian_of_a_curved_field_is_numpys_gradient() -> None:
     u = np.square(np.arange(9, dtype=np.float32))[None, :, None] * np.ones((5, 1, 4), np.float32) / 20
     field = np.stack([0 * u, u, 0 * u])
-    assert np.allclose(jacobian(field, np.array([1.0, 2.0, 1.0])), 1 + np.gradient(u, 2.0, axis=1), atol=1e-5)
+    assert np.allclose(Warp(field, np.array([1.0, 2.0, 1.0])).jacobian, 1 + np.gradient(u, 2.0, axis=1), atol=1e-5)
 
 
 def test_a_fold_is_seen_and_refused() -> None:

@@ -15,7 +15,6 @@ from kitseg.models.run_folder import SCHEMA, StageFolder
 from kitseg.patches.subjects import StageInput
 from kitseg.runtime.files import write_json
 from kitseg.training import rounds
-from kitseg.training.plan import Unit
 from kitseg.training.stage_inputs import read_places, write_places
 from kitseg.types import Box
 
@@ -185,13 +184,3 @@ def test_the_best_rounds_checkpoints_are_the_stages(folder: StageFolder) -> None
     done = json.loads(folder.done.read_text())
     assert done["rounds"] == {"scores": [0.5, 0.7, 0.6], "best": 1}
     assert done["checkpoints"][0]["val_score"] == 0.7
-
-
-def test_the_rounds_as_a_text(folder: StageFolder) -> None:
-    finish(folder, 0.5, 0.7)
-    assert rounds.describe_rounds(folder) == "validation scores by round 0.5000, 0.7000: the best is round 1"
-
-
-def test_the_name_of_a_round() -> None:
-    assert str(Unit("segment", round=3)) == "segment/round_3"
-    assert str(Unit("segment", 1, 3)) == "segment/inner_1/round_3"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.types import Box
+from kitseg.types import Box, triple
 
 
 def crop(array: NDArray[Any], box: Box, fill: float) -> NDArray[Any]:
@@ -19,7 +19,7 @@ def crop(array: NDArray[Any], box: Box, fill: float) -> NDArray[Any]:
 
 def crop_into(out: NDArray[Any], array: NDArray[Any], box: Box, fill: float) -> None:
     """The same, written to ``out`` of the box's size and any type; only the box is read from a memory-mapped array."""
-    inside = box.clip((array.shape[0], array.shape[1], array.shape[2]))
+    inside = box.clip(triple(array.shape))
     if inside != box:
         out.fill(fill)
     out[inside.moved(box.start).slices] = array[inside.slices]
@@ -27,5 +27,5 @@ def crop_into(out: NDArray[Any], array: NDArray[Any], box: Box, fill: float) -> 
 
 def paste(values: NDArray[Any], box: Box, onto: NDArray[Any]) -> None:
     """Write the part of ``values`` in ``box`` that is inside ``onto`` (D, H, W)."""
-    inside = box.clip((onto.shape[0], onto.shape[1], onto.shape[2]))
+    inside = box.clip(triple(onto.shape))
     onto[inside.slices] = values[inside.moved(box.start).slices]

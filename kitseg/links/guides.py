@@ -17,6 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from kitseg.components import bounding_box
+from kitseg.types import triple
 
 
 class Link(Protocol):
@@ -52,7 +53,7 @@ class SliceGate:
         """(1, D, H, W): 1 on every slice that is not skipped."""
         passes = np.asarray(foreground.any((1, 2)))
         if self.fill_gaps:
-            passes = passes | (np.roll(passes, 1) & np.roll(passes, -1) & _not_at_the_ends(len(passes)))
+            passes[1:-1] |= passes[:-2] & passes[2:]  # NumPy buffers overlapping operands
         return np.broadcast_to(passes.astype(np.float16)[:, None, None], foreground.shape)[None]
 
     def __call__(self, image: Tensor, guide: Tensor) -> Tensor:
@@ -89,8 +90,7 @@ def dilate(mask: NDArray[np.bool_], radius: tuple[float, float, float]) -> NDArr
     box = bounding_box(mask)
     if box is None:
         return out
-    depth, height, width = mask.shape
-    near = box.grown(math.ceil(max(radius))).clip((depth, height, width))
+    near = box.grown(math.ceil(max(radius))).clip(triple(mask.shape))
     scale = [1 / r for r in radius]
     out[near.slices] = ndimage.distance_transform_edt(~mask[near.slices], sampling=scale) < 1 - 1e-9
     return out
@@ -106,9 +106,3 @@ def recall_threshold(probability: NDArray[np.floating], positive: NDArray[np.boo
         return 0.5
     allowed = math.floor((1 - recall) * found.size + 1e-9)
     return float(found[allowed])
-
-
-def _not_at_the_ends(n: int) -> NDArray[np.bool_]:
-    inside = np.ones(n, np.bool_)
-    inside[[0, -1]] = False
-    return inside

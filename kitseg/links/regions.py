@@ -43,19 +43,6 @@ class Region(Protocol):
 
 
 @dataclass(frozen=True)
-class WholeVolume:
-    """The whole grid."""
-
-    def shape(self, grid: Geometry) -> Triple:
-        """All of its voxels."""
-        return grid.shape
-
-    def __call__(self, known: RegionContext) -> Box:
-        """The box from the first voxel to the last."""
-        return Box((0, 0, 0), known.grid.shape)
-
-
-@dataclass(frozen=True)
 class Body:
     """The bounding box of the patient, without the surrounding air and the table.
 
@@ -132,13 +119,12 @@ class FixedAroundForeground:
             (a + b) / 2 * n / m
             for a, b, n, m in zip(found.start, found.stop, grid.shape, guide_grid.shape, strict=True)
         ]
-        z, y, x = (_start(c, k, n) for c, k, n in zip(middle, size, grid.shape, strict=True))
-        return Box((z, y, x), (z + size[0], y + size[1], x + size[2]))
+        start = [_start(c, k, n) for c, k, n in zip(middle, size, grid.shape, strict=True)]
+        return Box(triple(start), triple(np.add(start, size)))
 
     def shape(self, grid: Geometry) -> Triple:
         """The size of the box, which does not depend on the grid."""
-        z, y, x = self.size
-        return z, y, x
+        return triple(self.size)
 
 
 def _start(middle: float, size: int, n: int) -> int:

@@ -30,12 +30,7 @@ class MaskedCrossEntropy(nn.Module):
     """
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """The loss, a scalar.
-
-        Args:
-            logits: (N, K, *spatial).
-            target: (N, *spatial) int64 class ids.
-            mask: (N, 1, *spatial), 0 or 1.
+        """The loss, a scalar, of logits (N, K, *spatial), class ids (N, *spatial) int64 and a mask (N, 1, *spatial).
 
         Raises:
             ValueError: the shapes don't match.

@@ -24,12 +24,9 @@ class DeepSupervision(nn.Module):
         self.loss, self.weights = loss, tuple(weights)
 
     def forward(self, heads: Sequence[Tensor], target: Tensor, *more: Tensor) -> Tensor:
-        """The loss, a scalar.
+        """The loss, a scalar, of logits (N, K, *spatial) of different sizes and class ids (N, *spatial) of full size.
 
-        Args:
-            heads: logits (N, K, *spatial), of different sizes.
-            target: (N, *spatial) int64 class ids at full size.
-            more: further inputs of the loss, (N, 1, *spatial) at full size.
+        more: further inputs of the loss, (N, 1, *spatial) of full size.
 
         Raises:
             ValueError: the numbers of heads and weights differ.

@@ -25,11 +25,7 @@ class SoftDice(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar.
-
-        Args:
-            logits: (N, K, *spatial).
-            target: (N, *spatial) int64 class ids.
+        """The loss, a scalar, of logits (N, K, *spatial) and class ids (N, *spatial) int64.
 
         Raises:
             ValueError: the shapes don't match.
@@ -59,11 +55,7 @@ class BCEDice(nn.Module):
         self.bce, self.dice, self.smooth = bce, dice, smooth
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar.
-
-        Args:
-            logits: (N, 1, *spatial).
-            target: (N, *spatial) int64, 0 or 1.
+        """The loss, a scalar, of logits (N, 1, *spatial) and a target (N, *spatial) int64 of 0 and 1.
 
         Raises:
             ValueError: the shapes don't match.

@@ -41,11 +41,7 @@ class FocalTversky(nn.Module):
         self.classes = list(classes)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar.
-
-        Args:
-            logits: (N, K, *spatial).
-            target: (N, *spatial) int64 class ids.
+        """The loss, a scalar, of logits (N, K, *spatial) and class ids (N, *spatial) int64.
 
         Raises:
             ValueError: the shapes don't match.

@@ -19,33 +19,18 @@ SLICE: Kernel = (1, 3, 3)  #: a 2D convolution of each slice, padded with zeros
 VOLUME: Kernel = (3, 3, 3)  #: a 3D convolution, padded by replication
 
 
-def padding(kernel: Kernel) -> Kernel:
-    """The padding that preserves the grid size."""
-    return kernel[0] // 2, kernel[1] // 2, kernel[2] // 2
-
-
-def stride(kernel: Kernel) -> Kernel:
-    """The stride that halves (or, transposed, doubles) each axis along which the kernel is larger than 1."""
-    return 1 + kernel[0] // 2, 1 + kernel[1] // 2, 1 + kernel[2] // 2
-
-
 def convolution(channels_in: int, channels_out: int, kernel: Kernel, halve: bool = False) -> nn.Conv3d:
-    """A convolution without bias that preserves the grid size, or halves it along the kernel's axes."""
-    return nn.Conv3d(
-        channels_in,
-        channels_out,
-        kernel,
-        stride=stride(kernel) if halve else 1,
-        padding=padding(kernel),
-        padding_mode="replicate" if kernel == VOLUME else "zeros",
-        bias=False,
-    )
+    """A convolution without bias that preserves the grid size, or halves it along the axes of a kernel size of 3."""
+    pad, stride = (kernel[0] // 2, 1, 1), (1 + kernel[0] // 2, 2, 2) if halve else 1
+    conv = nn.Conv3d(channels_in, channels_out, kernel, stride, pad, bias=False)
+    conv.padding_mode = "replicate" if kernel == VOLUME else "zeros"
+    return conv
 
 
 def transposed(channels_in: int, channels_out: int, kernel: Kernel, bias: bool = False) -> nn.ConvTranspose3d:
-    """A transposed convolution that doubles the grid size along the kernel's axes."""
-    pad = padding(kernel)
-    return nn.ConvTranspose3d(channels_in, channels_out, kernel, stride(kernel), pad, output_padding=pad, bias=bias)
+    """A transposed convolution that doubles the grid size along the axes of a kernel size of 3."""
+    pad, stride = (kernel[0] // 2, 1, 1), (1 + kernel[0] // 2, 2, 2)
+    return nn.ConvTranspose3d(channels_in, channels_out, kernel, stride, pad, output_padding=pad, bias=bias)
 
 
 class NormReLU(nn.Sequential):
@@ -125,14 +110,13 @@ class ForegroundNet(nn.Module):
         to_3d = nn.Sequential(
             block(convolution(width, width, SLICE, halve=True)), block(convolution(width, w2, VOLUME))
         )
-        self.downs = nn.ModuleList(
-            [
-                DownStage(block(convolution(4, width, SLICE)), width, SLICE, convs=1),
-                DownStage(to_3d, w2, VOLUME, convs=1),
-                DownStage(block(convolution(w2, w4, VOLUME, halve=True)), w4, VOLUME, convs=2),
-                DownStage(block(convolution(w4, w8, VOLUME, halve=True)), w8, VOLUME, convs=2),
-            ]
+        downs = (
+            DownStage(block(convolution(4, width, SLICE)), width, SLICE, convs=1),
+            DownStage(to_3d, w2, VOLUME, convs=1),
+            DownStage(block(convolution(w2, w4, VOLUME, halve=True)), w4, VOLUME, convs=2),
+            DownStage(block(convolution(w4, w8, VOLUME, halve=True)), w8, VOLUME, convs=2),
         )
+        self.downs = nn.ModuleList(downs)
         self.ups = nn.ModuleList([UpStage(w4, VOLUME), UpStage(w2, VOLUME), UpStage(width, SLICE)])
         self.head = transposed(width, classes, SLICE, bias=True)
 

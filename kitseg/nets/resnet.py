@@ -19,55 +19,33 @@ def conv_norm(channels_in: int, channels_out: int, kernel: int, stride: int = 1)
 
 
 class ResidualBlock(nn.Module):
-    """ReLU(body(x) + x): (N, in, H, W) -> (N, out, H/stride, W/stride).
+    """ReLU(body(x) + shortcut(x)): (N, in, H, W) -> (N, out, H/stride, W/stride).
 
-    If the shape changes, the shortcut is a 1×1 convolution with BatchNorm.
+    Basic: two 3×3 convolutions, ``width`` channels out. Bottleneck: 1×1, 3×3 and 1×1, 4·``width`` channels out, with
+    the stride in the 3×3, as in current implementations; in He et al. it is in the first 1×1. If the shape changes, the
+    shortcut is a 1×1 convolution with BatchNorm.
     """
 
-    def __init__(self, body: nn.Sequential, channels_in: int, channels_out: int, stride: int) -> None:
+    def __init__(self, channels_in: int, width: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
-        same = channels_in == channels_out and stride == 1
-        self.body = body
-        self.shortcut = nn.Identity() if same else conv_norm(channels_in, channels_out, 1, stride)
+        channels_out = 4 * width if bottleneck else width
+        if bottleneck:
+            convs = [
+                conv_norm(channels_in, width, 1),
+                conv_norm(width, width, 3, stride),
+                conv_norm(width, channels_out, 1),
+            ]
+        else:
+            convs = [conv_norm(channels_in, width, 3, stride), conv_norm(width, width, 3)]
         self.relu = nn.ReLU(inplace=True)
+        self.body = nn.Sequential(*(layer for conv in convs for layer in (conv, self.relu)))[:-1]
+        same = channels_in == channels_out and stride == 1
+        self.shortcut = nn.Identity() if same else conv_norm(channels_in, channels_out, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ReLU(body(x) + shortcut(x))."""
         out: Tensor = self.relu(self.body(x) + self.shortcut(x))
         return out
-
-
-class BasicBlock(ResidualBlock):
-    """Basic block: two 3×3 convolutions with ``width`` output channels."""
-
-    expansion = 1
-
-    def __init__(self, channels_in: int, width: int, stride: int) -> None:
-        body = nn.Sequential(
-            conv_norm(channels_in, width, 3, stride),
-            nn.ReLU(inplace=True),
-            conv_norm(width, width, 3),
-        )
-        super().__init__(body, channels_in, width, stride)
-
-
-class Bottleneck(ResidualBlock):
-    """Bottleneck block: 1×1, 3×3 and 1×1 convolutions with 4·``width`` output channels.
-
-    The stride is in the 3×3 convolution, as in current implementations; in He et al. it is in the first 1×1.
-    """
-
-    expansion = 4
-
-    def __init__(self, channels_in: int, width: int, stride: int) -> None:
-        body = nn.Sequential(
-            conv_norm(channels_in, width, 1),
-            nn.ReLU(inplace=True),
-            conv_norm(width, width, 3, stride),
-            nn.ReLU(inplace=True),
-            conv_norm(width, 4 * width, 1),
-        )
-        super().__init__(body, channels_in, 4 * width, stride)
 
 
 class ResNet(nn.Module):
@@ -90,7 +68,6 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"a ResNet's depth must be 18, 34 or 50, not {depth}")
-        block = Bottleneck if depth == 50 else BasicBlock
         self.stem = nn.Sequential(
             conv_norm(channels_in, width, 7, stride=2),
             nn.ReLU(inplace=True),
@@ -101,8 +78,8 @@ class ResNet(nn.Module):
         for i, count in enumerate(BLOCKS[depth]):
             stage = nn.Sequential()
             for k in range(count):
-                stage.append(block(channels, width * 2**i, stride=2 if i and not k else 1))
-                channels = width * 2**i * block.expansion
+                stage.append(ResidualBlock(channels, width * 2**i, 2 if i and not k else 1, depth == 50))
+                channels = width * 2**i * (4 if depth == 50 else 1)
             self.stages.append(stage)
         self.head = nn.Linear(channels, classes)
         he_normal(self)

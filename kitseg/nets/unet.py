@@ -22,14 +22,11 @@ class DoubleConv(nn.Sequential):
     """Two blocks of conv 3², BatchNorm and ReLU; padded to preserve H and W. No bias, because BatchNorm has a shift."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels_out, channels_out, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(inplace=True),
-        )
+        layers: list[nn.Module] = []
+        for channels in (channels_in, channels_out):
+            conv = nn.Conv2d(channels, channels_out, kernel_size=3, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
 
 
 class UpStage(nn.Module):

@@ -17,14 +17,11 @@ class ConvBlock(nn.Sequential):
     """Two blocks of conv 3², ReLU and dropout; padded to preserve H and W. No norm, as in the authors' code."""
 
     def __init__(self, channels_in: int, channels_out: int, dropout: float) -> None:
-        super().__init__(
-            nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Conv2d(channels_out, channels_out, kernel_size=3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-        )
+        layers: list[nn.Module] = []
+        for channels in (channels_in, channels_out):
+            conv = nn.Conv2d(channels, channels_out, kernel_size=3, padding=1)
+            layers += [conv, nn.ReLU(inplace=True), nn.Dropout(dropout)]
+        super().__init__(*layers)
 
 
 class NestedNode(nn.Module):

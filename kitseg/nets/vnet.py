@@ -13,15 +13,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 
-class ConvBlock(nn.Sequential):
-    """Conv 5³, InstanceNorm, PReLU; preserves the shape. The paper's BatchNorm is replaced because the batch is 1."""
+def block(conv: nn.Conv3d | nn.ConvTranspose3d) -> nn.Sequential:
+    """Convolution, InstanceNorm, PReLU. The paper's BatchNorm is replaced because the batch is 1."""
+    return nn.Sequential(conv, nn.InstanceNorm3d(conv.out_channels, affine=True), nn.PReLU(conv.out_channels))
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(
-            nn.Conv3d(channels_in, channels_out, kernel_size=5, padding=2),
-            nn.InstanceNorm3d(channels_out, affine=True),
-            nn.PReLU(channels_out),
-        )
+
+def blocks(width: int, count: int) -> nn.Sequential:
+    """Blocks with a convolution 5³ of ``width`` channels; they preserve the shape."""
+    return nn.Sequential(*(block(nn.Conv3d(width, width, kernel_size=5, padding=2)) for _ in range(count)))
 
 
 class ThinConv(nn.Conv3d):
@@ -73,13 +72,9 @@ class DownStage(nn.Module):
     def __init__(self, channels_in: int, convs: int, dropout: float) -> None:
         super().__init__()
         width = 2 * channels_in
-        self.down = nn.Sequential(
-            nn.Conv3d(channels_in, width, kernel_size=2, stride=2),
-            nn.InstanceNorm3d(width, affine=True),
-            nn.PReLU(width),
-        )
+        self.down = block(nn.Conv3d(channels_in, width, kernel_size=2, stride=2))
         self.dropout = nn.Dropout3d(dropout)
-        self.convs = nn.Sequential(*(ConvBlock(width, width) for _ in range(convs)))
+        self.convs = blocks(width, convs)
         self.act = nn.PReLU(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,14 +89,9 @@ class UpStage(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, convs: int, dropout: float) -> None:
         super().__init__()
-        half = channels_out // 2
         self.dropout = nn.Dropout3d(dropout)
-        self.up = nn.Sequential(
-            nn.ConvTranspose3d(channels_in, half, kernel_size=2, stride=2),
-            nn.InstanceNorm3d(half, affine=True),
-            nn.PReLU(half),
-        )
-        self.convs = nn.Sequential(*(ConvBlock(channels_out, channels_out) for _ in range(convs)))
+        self.up = block(nn.ConvTranspose3d(channels_in, channels_out // 2, kernel_size=2, stride=2))
+        self.convs = blocks(channels_out, convs)
         self.act = nn.PReLU(channels_out)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:

@@ -84,7 +84,9 @@ def register_copy(reference: Labelled, floating: Labelled, settings: Settings) -
         ValueError: a scan without a kidney. RuntimeError: SimpleITK's registration failed.
     """
     fixed, moving = coarse(reference, settings), coarse(floating, settings)
-    start, found = shifted(fixed, moving), register(fixed, moving, settings)
+    shift = (moving.middle - fixed.middle).astype(np.float32)
+    start = Warp(np.broadcast_to(shift[:, None, None, None], (3, 2, 2, 2)), fixed.spacing)
+    found = register(fixed, moving, settings)
     onto = reference.image.geometry
     label = warped(found, floating.label, onto)
     quality = judge(found, (warped(start, floating.label, onto), label), reference.label, floating.label)
@@ -118,19 +120,8 @@ def register(reference: Scan, floating: Scan, settings: Settings) -> Warp:
     found = sitk.CompositeTransform([affine, sitk.DisplacementFieldTransform(_demons(fixed, near, settings))])
     lattice = (fixed.GetSize(), fixed.GetOrigin(), fixed.GetSpacing(), fixed.GetDirection())
     shifts = sitk.GetArrayFromImage(sitk.TransformToDisplacementField(found, sitk.sitkVectorFloat64, *lattice))
-    field = np.moveaxis(shifts[..., ::-1], -1, 0) + between(reference, floating)[:, None, None, None]
+    field = np.moveaxis(shifts[..., ::-1], -1, 0) + (floating.middle - reference.middle)[:, None, None, None]
     return Warp(field.astype(np.float32), reference.spacing)
-
-
-def between(reference: Scan, floating: Scan) -> Point:
-    """The offset (z, y, x) in mm from the reference's ``middle`` to the floating scan's."""
-    return floating.middle - reference.middle
-
-
-def shifted(reference: Scan, floating: Scan) -> Warp:
-    """The warp before registration, which aligns the ``middle`` points."""
-    shift = between(reference, floating).astype(np.float32)
-    return Warp(np.broadcast_to(shift[:, None, None, None], (3, 2, 2, 2)), reference.spacing)
 
 
 def _affine(fixed: sitk.Image, moving: sitk.Image, settings: Settings) -> sitk.AffineTransform:

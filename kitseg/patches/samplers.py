@@ -13,7 +13,7 @@ from torchio.data.sampler.sampler import RandomSampler
 from kitseg.links.crop import crop_into
 from kitseg.links.intensity import AIR
 from kitseg.patches.subjects import region_of
-from kitseg.types import Box, Triple
+from kitseg.types import Box, Triple, triple
 
 FOREGROUND, TUMOR = 0, 1  # the columns of a subject's ``slices``
 SHARES = {None: 1.0, "foreground": 0.36, "tumor": 0.126}  # of the slices of the KiTS19 training scans
@@ -74,19 +74,17 @@ class ForegroundSampler(PatchSampler):
     """
 
     def __init__(self, patch_size: Sequence[int], foreground: float, per_case: int) -> None:
-        z, y, x = patch_size
-        super().__init__((z, y, x), per_case)
+        super().__init__(triple(patch_size), per_case)
         self.foreground = foreground
 
     def size(self, region: Triple) -> Triple:
         """The patch size, which does not depend on the region."""
-        z, y, x = self.patch_size.tolist()
-        return z, y, x
+        return triple(self.patch_size)
 
     def draw(self, subject: tio.Subject, number: int) -> Box:
         """A box of the patch size, inside the region if that is large enough, else centred on it."""
         region = region_of(subject)
-        centre = self._foreground_voxel(subject) if _uniform() < self.foreground else None
+        centre = self._foreground_voxel(subject) if float(torch.rand(())) < self.foreground else None
         start = []
         for axis, (size, low, high) in enumerate(zip(self.patch_size.tolist(), region.start, region.stop, strict=True)):
             room = high - low - size
@@ -169,8 +167,8 @@ class SliceSampler(PaddedSampler):
 
     def _positive(self, subject: tio.Subject) -> Tensor:
         """Which slices of the region contain the class."""
-        region, slices = region_of(subject), torch.as_tensor(subject["slices"])
-        inside = slices[region.start[0] : region.stop[0]]
+        region = region_of(subject)
+        inside = torch.as_tensor(subject["slices"])[region.start[0] : region.stop[0]]
         if self.holding is None:
             return torch.ones(len(inside), dtype=torch.bool)
         return inside[:, TUMOR if self.holding == "tumor" else FOREGROUND]
@@ -195,15 +193,9 @@ def patch_of(subject: tio.Subject, box: Box) -> tio.Subject:
     return tio.Subject(**images, location=location, statistics=subject["statistics"], case=subject["case"])
 
 
-def _uniform() -> float:
-    return float(torch.rand(()))
-
-
 def _integer(below: int) -> int:
     return int(torch.randint(below, ()))
 
 
 def _box(start: Sequence[int], size: Sequence[int]) -> Box:
-    z, y, x = start
-    stop: Triple = (z + size[0], y + size[1], x + size[2])
-    return Box((z, y, x), stop)
+    return Box(triple(start), triple(np.add(start, size)))

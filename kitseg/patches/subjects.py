@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import torchio as tio
 from numpy.typing import NDArray
 
 from kitseg.links.input_transform import InputTransform
-from kitseg.types import Box
+from kitseg.types import Box, triple
 from kitseg.volumes.store import StoredCase, open_case, open_guide
 
 
@@ -96,6 +96,5 @@ def _opened(folder: Path, written: int) -> StoredCase:
 
 def region_of(subject: tio.Subject) -> Box:
     """The region of a subject as a box."""
-    values: Sequence[int] = np.asarray(subject["region"]).tolist()
-    z0, y0, x0, z1, y1, x1 = values
-    return Box((z0, y0, x0), (z1, y1, x1))
+    values = torch.as_tensor(subject["region"])
+    return Box(triple(values[:3]), triple(values[3:]))

@@ -35,7 +35,12 @@ class Warp:
     @property
     def jacobian(self) -> Field:
         """(d, h, w) Jacobian determinant of the map: the local volume change; negative where the map folds."""
-        return jacobian(self.field, self.spacing)
+        rows = np.empty((*self.field.shape[1:], 3, 3), np.float32)
+        for i, part in enumerate(self.field):
+            for j, mm in enumerate(self.spacing):
+                rows[..., i, j] = np.gradient(part, mm, axis=j) + (i == j)
+        determinant: Field = np.linalg.det(rows)
+        return determinant
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,6 @@ def warped(warp: Warp, floating: Volume, onto: Geometry) -> NDArray[Any]:
         values = ndimage.map_coordinates(floating.array, there, mode="constant", **how)
         out[first : first + SLAB] = np.rint(values) if out.dtype == np.int16 else values
     return out
-
-
-def jacobian(field: NDArray[Any], spacing: Point) -> Field:
-    """(d, h, w) determinant of I + ∂u/∂p for displacements u (3, d, h, w) in mm; central differences."""
-    rows = np.empty((*field.shape[1:], 3, 3), np.float32)
-    for i, part in enumerate(field):
-        for j, mm in enumerate(spacing):
-            rows[..., i, j] = np.gradient(part, mm, axis=j) + (i == j)
-    determinant: Field = np.linalg.det(rows)
-    return determinant
 
 
 def judge(

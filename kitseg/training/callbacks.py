@@ -85,10 +85,7 @@ class EpochSoFar(pl.Callback):
 
 
 class History(pl.Callback):
-    """Writes one row per epoch to ``history.csv``, and draws ``curves.png``.
-
-    It is saved in the checkpoint, so that a resumed training continues it.
-    """
+    """Writes one row per epoch to ``history.csv``, and draws ``curves.png``; saved in the checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.rows, self.drawn = folder, list[dict[str, float]](), time.monotonic()
@@ -105,14 +102,16 @@ class History(pl.Callback):
         self.rows = [*self.rows, {"epoch": trainer.current_epoch, **fresh}]
         self.validated = False
         if trainer.is_global_zero:
-            self._write()
+            columns = list(dict.fromkeys(key for row in self.rows for key in row))
+            write_table(self.folder / "history.csv", columns, self.rows)
             if time.monotonic() - self.drawn > CURVE_EVERY:
-                self._draw()
+                learning_curve(self.folder / "curves.png", self.rows)
+                self.drawn = time.monotonic()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the complete curve."""
         if trainer.is_global_zero and self.rows:
-            self._draw()
+            learning_curve(self.folder / "curves.png", self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""
@@ -121,14 +120,6 @@ class History(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the rows of an earlier session."""
         self.rows = state_dict["rows"]
-
-    def _write(self) -> None:
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        write_table(self.folder / "history.csv", columns, self.rows)
-
-    def _draw(self) -> None:
-        learning_curve(self.folder / "curves.png", self.rows)
-        self.drawn = time.monotonic()
 
 
 class EpochBar(pl.Callback):

@@ -44,7 +44,10 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
     time to load patches; the memory consists of weights, gradients, optimizer and the activations that the backward
     pass needs. Notes report, for example, that loading takes longer than computing.
     """
-    notes = _unlike_here(plan.machine)
+    notes, here = [], torch.cuda.device_count()
+    if plan.machine.kind != "cpu" and plan.machine.ranks > here:
+        planned = f"planned for {plan.machine.ranks} GPU(s), but this machine has {here}"
+        notes.append(f"{planned}: the times are for this machine")
     speed = _flops_per_second(plan.machine)
     costs = {spec.name: _cost(spec, example) for spec in plan.method.stages.values()}
     stored = plan.part.train[0]
@@ -68,28 +71,11 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
             )
         hours = max(hours, loading / workers) if workers else hours + loading
         later = f" + {spec.rounds.epochs} a round" if spec.rounds else ""
-        rows.append(
-            (
-                str(unit),
-                str(spec.grid),
-                f"{len(part.train)} + {len(part.val)} val",
-                str(batch),
-                " × ".join(map(str, cost.patch)),
-                f"{spec.epochs}{later} × {steps}",
-                f"{cost.parameters / 1e6:.2f} M",
-                f"{cost.gigabytes:.1f} GB",
-                _duration(hours),
-            )
-        )
+        cases, patch = f"{len(part.train)} + {len(part.val)} val", " × ".join(map(str, cost.patch))
+        trained = f"{spec.epochs}{later} × {steps}"
+        size, memory = f"{cost.parameters / 1e6:.2f} M", f"{cost.gigabytes:.1f} GB"
+        rows.append((str(unit), str(spec.grid), cases, str(batch), patch, trained, size, memory, _duration(hours)))
     return rows, notes
-
-
-def _unlike_here(machine: Machine) -> list[str]:
-    """A note if the training is planned for GPUs that this machine doesn't have."""
-    here = torch.cuda.device_count()
-    if machine.kind == "cpu" or machine.ranks <= here:
-        return []
-    return [f"planned for {machine.ranks} GPU(s), but this machine has {here}: the times are for this machine"]
 
 
 def _cost(spec: StageSpec, example: Case) -> Cost:
@@ -131,17 +117,10 @@ def _flops_per_second(machine: Machine) -> float:
     device = torch.device(machine.kind if torch.cuda.is_available() else "cpu")
     with torch.device(device), torch.inference_mode():
         layer, x = nn.Conv3d(16, 16, 5, padding=2), torch.randn(1, 16, 48, 48, 48)
-        layer(x)
-        _wait(device)
+        layer(x).sum().item()  # waits for the GPU
         begun = time.perf_counter()
-        layer(x)
-        _wait(device)
+        layer(x).sum().item()
     return 2 * 125 * 16 * 16 * 48**3 / (time.perf_counter() - begun)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _duration(hours: float) -> str:

@@ -89,21 +89,16 @@ class RankCoordinator:
             yield from trainings()
         elif self.launch.index == 0:
             for number, training in enumerate(trainings()):
-                self._send(number, encode(training))
+                self.store.set(f"training {number}", json.dumps(encode(training)))
                 self._join()
                 yield training
-            self._send(-1, None)
+            self.store.set("last", "")
         else:
             number = 0
             while (message := self._receive(number)) is not None:
                 self._join()
                 yield decode(message)
                 number += 1
-
-    def _send(self, number: int, message: Any) -> None:
-        """Publish a training by its number; the last message has the number -1."""
-        key = "last" if number < 0 else f"training {number}"
-        self.store.set(key, json.dumps(message))
 
     def _receive(self, number: int) -> Any:
         """The training of this number; None after the last."""

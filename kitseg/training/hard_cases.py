@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from kitseg import config
-from kitseg.config import Method, StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.chain import run_on_grid
+from kitseg.method import Method, StageSpec
 from kitseg.models.model import open_stage
 from kitseg.models.run_folder import find_run
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import Machine, torch_device
 from kitseg.runtime.provenance import FileFormat
 from kitseg.scoring.kits19 import kits19_scores
-from kitseg.splits import read_split
-from kitseg.training.plan import Plan, Unit, open_stored
-from kitseg.training.train import Log, train_units
-from kitseg.training.trainer import settings_of
+from kitseg.training.fit import fit
+from kitseg.training.plan import Plan, Start, Unit, open_stored
+from kitseg.training.train import Log, trainings
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A training case's Dice on the stage's grid, by an inner fold that validated on it."""
+    """A training case's Dice on the stage's grid, by an inner fold that validated on it; ``dice``: the mean of both."""
 
     case: str
     kidney: float
     tumor: float
-
-    @property
-    def dice(self) -> float:
-        """The mean of both, by which cases are ranked."""
-        return (self.kidney + self.tumor) / 2
+    dice: float
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,7 @@ def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
         UsageError: no run, no such fold, or a method that can't rank.
     """
     found, _ = find_run(run)
-    split = read_split(found.split)
-    if fold >= len(split.folds):
-        raise UsageError(f"there is no fold {fold}: the split has folds 0 to {len(split.folds) - 1}")
-    made, machine = config.read(found.config), Machine(device)
-    plan = Plan(made, config.method_of(made), settings_of(made), found, split, fold, store, machine)
+    plan = Start(config.read(found.config), found, fold, found.split, store, Machine(device)).rehearse(())
     if not plan.part.inner:
         raise UsageError(f"fold {fold} has no inner folds, so no network can judge its training cases")
     ranking_stage(plan.method)
@@ -97,7 +88,8 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
     spec = ranking_stage(plan.method)
     wanted = [Unit(spec.name, number) for number in range(len(plan.part.inner))]
     log(f"ranking the training cases of fold {plan.fold} by {len(wanted)} inner folds of stage {spec.name}")
-    train_units(plan, wanted, log)
+    for training in trainings(plan, wanted, log):
+        fit(training, plan.machine)
     judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
     state = {"stage": spec.name, "checkpoints": judges, "cases": sorted(cases)}
     if old := _RANKING.find(path, state):
@@ -105,7 +97,7 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
     with bar("rank", len(cases)) as step:
         ranked = [row for unit in wanted for row in _judge(plan, spec, unit, cases, step)]
     ranked.sort(key=lambda row: (row.dice, row.case))
-    _RANKING.write(path, {**state, "ranking": [{**asdict(row), "dice": row.dice} for row in ranked]})
+    _RANKING.write(path, {**state, "ranking": ranked})
     return ranked
 
 
@@ -117,6 +109,7 @@ def _judge(plan: Plan, spec: StageSpec, unit: Unit, cases: Collection[str], step
         if case in cases:
             stored = open_stored(plan, spec, case)
             output = run_on_grid(stored.image, stored.grid, predictor, spec.heads[-1], {})
-            found.append(Ranked(case, **kits19_scores(output.labels(), np.asarray(stored.label))))
+            dice = kits19_scores(output.labels(), np.asarray(stored.label))
+            found.append(Ranked(case, **dice, dice=(dice["kidney"] + dice["tumor"]) / 2))
             step()
     return found

@@ -120,8 +120,7 @@ class Start:
     def restart(self, stage: str | None, every_fold: bool = False) -> list[Path]:
         """Rename the old run: all of it if its configuration or split differs, or if every fold is restarted.
 
-        Otherwise only the fold, or the stage with its dependent stages and cross-validation results. Returns the new
-        names.
+        Otherwise only the fold, or the stage with its dependent stages and cross-validation results. Returns new names.
 
         Raises:
             KitsegError: a training is running there.
@@ -136,7 +135,10 @@ class Start:
         scores = [self.run.scores(mirror) for mirror in (False, True)]
         if stage is None:
             return _moved_aside([self.run.fold(self.fold), *scores])
-        stages = [stage, *_dependent(self.method, stage)]
+        stages = [stage]
+        for name, spec in self.method.stages.items():
+            if set(spec.inputs) & set(stages):
+                stages.append(name)
         trained = [self.run.stage(fold, name).path for fold in folds for name in stages]
         predicted = [self.run.fold_probabilities(fold, mirror) for fold in folds for mirror in (False, True)]
         return _moved_aside([*trained, *predicted, *scores])
@@ -155,15 +157,6 @@ def _moved_aside(paths: Sequence[Path]) -> list[Path]:
         with folder_lock(folder, "training"):
             pass
     return moved_aside(paths)
-
-
-def _dependent(method: Method, stage: str) -> list[str]:
-    """The stages that depend on a stage, directly or indirectly."""
-    found = [stage]
-    for name, spec in method.stages.items():
-        if set(spec.inputs) & set(found):
-            found.append(name)
-    return found[1:]
 
 
 def claim_run(run: Run, configuration: Config, split: Split) -> None:

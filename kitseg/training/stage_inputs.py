@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,7 @@ def write_places(folder: StageFolder, train: Mapping[str, StageInput], val: Mapp
     def plain(found: StageInput) -> StageInputRow:
         box, guide = found.box, found.guide
         return StageInputRow(
-            None if box is None else (*box.start, *box.stop),
-            None if guide is None else os.path.relpath(guide, folder.path),
+            (*box.start, *box.stop) if box else None, os.path.relpath(guide, folder.path) if guide else None
         )
 
     sides = ({case: plain(found) for case, found in side.items()} for side in (train, val))
@@ -59,8 +59,8 @@ def read_places(folder: StageFolder, store: Path) -> StageCases:
     """
 
     def parsed(place: StageInputRow) -> StageInput:
-        box = None if place.box is None else Box(place.box[:3], place.box[3:])
-        return StageInput(box, None if place.guide is None else folder.path / place.guide)
+        box = place.box and Box(place.box[:3], place.box[3:])
+        return StageInput(box, folder.path / place.guide if place.guide else None)
 
     places = STAGE_INPUTS.read(folder.places)
     train, val = ({store / case: parsed(row) for case, row in side.items()} for side in (places.train, places.val))
@@ -88,7 +88,7 @@ class _Inputs:
         with bar(f"{self.spec.name}: regions ({side})", len(cases), shown=self.earlier is not None) as step:
             for case in cases:
                 scan = open_stored(self.plan, self.spec, case)
-                output = self._output(case, scan, predictors.get(case))
+                output = self._output(case, predictors[case]) if case in predictors else None
                 if (box := self._box(scan, output, side)) is not None or side == "val":
                     found[case] = StageInput(box, self._guide(scan, output, side))
                 step()
@@ -105,23 +105,17 @@ class _Inputs:
         judges = [self.earlier.trained_in(outer.inner(number)) for number in range(len(inner))]
         return {case: judge for judge, part in zip(judges, inner, strict=True) for case in part.val}
 
-    def _output(self, case: str, scan: StoredCase, predictor: Predictor | None) -> Output | None:
-        """The earlier stage's prediction of a case; None without a predictor."""
-        if predictor is None:
-            return None
-        same = predictor.spec.grid == self.spec.grid
-        seen = scan if same else open_stored(self.plan, predictor.spec, case)
+    def _output(self, case: str, predictor: Predictor) -> Output:
+        """The earlier stage's prediction of a case."""
+        seen = open_stored(self.plan, predictor.spec, case)
         return run_on_grid(seen.image, seen.grid, predictor, predictor.spec.heads[-1], {})
 
     def _box(self, scan: StoredCase, output: Output | None, side: str) -> Box | None:
-        box: Box | None = None
-        if self.earlier is None:
-            box = self.region(RegionContext(scan.grid, hu=scan.image))
-        elif output is not None:
-            box = self.region(RegionContext(scan.grid, output.labels(), output.grid, scan.image))
-        if self.earlier is not None and box is None and side == "train":
-            box = self.region(RegionContext(scan.grid, np.asarray(scan.label), scan.grid, scan.image))
-        return box
+        context = RegionContext(scan.grid, hu=scan.image)
+        labelled = replace(context, guide=scan.label, guide_grid=scan.grid) if self.earlier else context
+        found = replace(context, guide=output.labels(), guide_grid=output.grid) if output else labelled
+        box: Box | None = self.region(found)
+        return self.region(labelled) if box is None and side == "train" else box
 
     def _guide(self, scan: StoredCase, output: Output | None, side: str) -> Path | None:
         """Write the guide of a stage with a link; in training its mask comes from the label."""

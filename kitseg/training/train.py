@@ -11,18 +11,12 @@ from kitseg.models.run_folder import StageFolder
 from kitseg.runtime.locks import folder_lock
 from kitseg.training import rounds
 from kitseg.training.epochs import missing_epochs
-from kitseg.training.fit import Training, fit
+from kitseg.training.fit import Training
 from kitseg.training.initial import find_initial
 from kitseg.training.plan import Plan, Unit, units
 from kitseg.training.stage_inputs import prepare
 
 Log = Callable[[str], None]
-
-
-def train_units(plan: Plan, wanted: Sequence[Unit], log: Log) -> None:
-    """Train these in order, in this process; finished trainings are skipped."""
-    for training in trainings(plan, wanted, log):
-        fit(training, plan.machine)
 
 
 def trainings_of_fold(plan: Plan, stage: str | None, log: Log) -> Iterator[Training]:
