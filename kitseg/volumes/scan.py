@@ -81,13 +81,13 @@ def read_scan(case: Case) -> Volume:
     """Read a case's CT as (D, H, W) HU in orientation (I, P, L).
 
     Raises:
-        InputError: it can't be used; see ``nifti.read_image`` and ``dicom.read_slices``.
+        InputError: it can't be used; see ``nifti.read_image`` and ``dicom.series.read_series``.
     """
     if not case.slices:
         return read_image(case.image, case.id)
-    from kitseg.volumes.dicom.series import read_slices
+    from kitseg.volumes.dicom.series import open_series, read_series
 
-    return read_slices(case.slices, case.id)
+    return read_series(open_series(case.slices, case.id))
 
 
 def scan_geometry(case: Case) -> Geometry:

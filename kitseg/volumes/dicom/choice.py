@@ -48,14 +48,6 @@ class SeriesChoice:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Preference:
-    """A criterion for series, of which the highest value is preferred; words: the advantage of the better series."""
-
-    value: Callable[[Series], float]
-    words: str
-
-
 def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[SeriesChoice]:
     """Choose one CT of each study, or the wanted series; returns all series with a reason, grouped by study.
 
@@ -79,7 +71,7 @@ def write_series_table(path: Path, choices: Sequence[SeriesChoice], keep_identif
 
     Without ``keep_identifiers`` it contains no UID, path, date or free text of the files.
     """
-    rows = [{**_facts(choice), **(_identifiers(choice.series) if keep_identifiers else {})} for choice in choices]
+    rows = [_facts(choice) | (_identifiers(choice.series) if keep_identifiers else {}) for choice in choices]
     write_table(path, rows[0] if rows else ["case"], rows)
 
 
@@ -110,11 +102,7 @@ def _named(found: Sequence[Series], wanted: Sequence[str]) -> list[SeriesChoice]
 def _of_study(study: Sequence[Series]) -> list[SeriesChoice]:
     excluded = {series: _exclusion(series) for series in study}
     fit = [series for series in study if not excluded[series]]
-    best = (
-        min(fit, key=lambda series: ([-preference.value(series) for preference in PREFERENCES], series.case_id))
-        if fit
-        else None
-    )
+    best = min(fit, key=lambda series: ([-value(series) for value, _ in PREFERENCES], series.case_id), default=None)
     return [_decide(series, best, excluded[series], len(fit)) for series in study]
 
 
@@ -122,15 +110,12 @@ def _decide(series: Series, best: Series | None, excluded: str, fit: int) -> Ser
     if excluded or best is None:
         return SeriesChoice(series, False, excluded)
     if series is not best:
-        lost = next(
-            (preference.words for preference in PREFERENCES if preference.value(series) < preference.value(best)),
-            "is equivalent, and first by name",
-        )
-        return SeriesChoice(series, False, series.problem or f"{best.case_id} {lost}")
+        better = (words for value, words in PREFERENCES if value(series) < value(best))
+        lost = f"{best.case_id} {next(better, 'is equivalent, and first by name')}"
+        return SeriesChoice(series, False, series.problem or lost)
     reason = "the only suitable CT of its study" if fit == 1 else f"the best of {fit} suitable CT series of its study"
-    return SeriesChoice(
-        series, True, "; ".join(filter(None, [f"{reason}: {_what(series)}", series.problem, series.note]))
-    )
+    reasons = (f"{reason}: {_what(series)}", series.problem, series.note)
+    return SeriesChoice(series, True, "; ".join(filter(None, reasons)))
 
 
 def _exclusion(series: Series) -> str:
@@ -186,27 +171,27 @@ def _spacing(series: Series) -> float:
     return series.stack.native.spacing[2] if series.stack else 99.0
 
 
-#: In order of priority: the first in which two series differ decides.
-PREFERENCES = (
-    _Preference(lambda s: s.stack is not None, "can be read as a volume"),
-    _Preference(lambda s: not _is_elsewhere(s), "does not show another part of the body"),
-    _Preference(lambda s: "ORIGINAL" in s.headers[0].image_type, "is original, not derived"),
-    _Preference(lambda s: coverage(s) >= WHOLE_KIDNEYS, f"covers {WHOLE_KIDNEYS:.0f} mm or more"),
-    _Preference(_contrast, "has contrast according to its headers"),
-    _Preference(_earliness, "is of an earlier contrast phase"),
-    _Preference(lambda s: not _sharp(s), "has a soft-tissue kernel"),
-    _Preference(lambda s: -round(max(_spacing(s), FINE_ENOUGH), 2), "has thinner slices"),
-    _Preference(lambda s: round(coverage(s), -1), "covers more"),
+#: In order of priority, what is preferred where it is higher, and the advantage: the first in which two series differ
+#: decides.
+PREFERENCES: tuple[tuple[Callable[[Series], float], str], ...] = (
+    (lambda s: s.stack is not None, "can be read as a volume"),
+    (lambda s: not _is_elsewhere(s), "does not show another part of the body"),
+    (lambda s: "ORIGINAL" in s.headers[0].image_type, "is original, not derived"),
+    (lambda s: coverage(s) >= WHOLE_KIDNEYS, f"covers {WHOLE_KIDNEYS:.0f} mm or more"),
+    (_contrast, "has contrast according to its headers"),
+    (_earliness, "is of an earlier contrast phase"),
+    (lambda s: not _sharp(s), "has a soft-tissue kernel"),
+    (lambda s: -round(max(_spacing(s), FINE_ENOUGH), 2), "has thinner slices"),
+    (lambda s: round(coverage(s), -1), "covers more"),
 )
 
 
 def _what(series: Series) -> str:
     if series.stack is None:
         return f"{len(series.headers)} files"
-    words = [f"{len(series.headers)} slices {_spacing(series):.3g} mm apart"]
-    return ", ".join(
-        [*words, "with contrast" if _contrast(series) else "contrast unknown", "sharp kernel" * _sharp(series)]
-    ).rstrip(", ")
+    contrast = "with contrast" if _contrast(series) else "contrast unknown"
+    sharp = ", sharp kernel" if _sharp(series) else ""
+    return f"{len(series.headers)} slices {_spacing(series):.3g} mm apart, {contrast}{sharp}"
 
 
 def _facts(choice: SeriesChoice) -> dict[str, object]:

@@ -6,41 +6,15 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom.tag import Tag
 from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from kitseg.errors import InputError
-
-_TAGS = [
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "FrameOfReferenceUID",
-    "PatientID",
-    "SeriesDescription",
-    "Modality",
-    "ImageType",
-    "BodyPartExamined",
-    "ContrastBolusAgent",
-    "ConvolutionKernel",
-    "SliceThickness",
-    "AcquisitionNumber",
-    "TemporalPositionIdentifier",
-    "NumberOfFrames",
-    "RescaleType",
-    "SamplesPerPixel",
-    "Rows",
-    "Columns",
-    "PixelSpacing",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-]
 
 
 @dataclass(frozen=True)
@@ -95,28 +69,22 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's preamble (128 bytes, then ``DICM``).
-
-    Raises:
-        PermissionError: no permission to read it.
-    """
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except PermissionError:
-        raise
-    except OSError:
-        return False
+    """Whether a file has DICOM's preamble (128 bytes, then ``DICM``); False if it can't be read."""
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as stream:
+                return stream.read(132)[128:] == b"DICM"
+    return False
 
 
 def read_dicom_header(path: Path) -> Header | None:
-    """Read the header of a DICOM file; None for a DICOMDIR, which only lists other files."""
+    """Read the header of a file; None if it isn't DICOM, or a DICOMDIR, which only lists other files."""
+    if not is_dicom(path):
+        return Header(path, broken=True) if path.is_file() and not os.access(path, os.R_OK) else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns about values that kitseg checks itself or doesn't use
         try:
-            found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[Tag(name) for name in _TAGS])
+            found = pydicom.dcmread(path, stop_before_pixels=True)
             sop_class = _text(found, "SOPClassUID") or str(found.file_meta.get("MediaStorageSOPClassUID", ""))
             if sop_class == MediaStorageDirectoryStorage:
                 return None

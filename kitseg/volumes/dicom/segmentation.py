@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from kitseg.labels import CONVENTIONS, CYST, KIDNEY, TUMOR
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
 from kitseg.volumes.dicom.headers import Header, made_up_uid
-from kitseg.volumes.dicom.series import Series
+from kitseg.volumes.dicom.series import Series, stack_of
 from kitseg.volumes.nifti import turn_to_native
 
 #: Written into every segmentation object; at most 64 characters.
@@ -32,17 +31,10 @@ NOTICE = "For research use only. kitseg is not a medical device."
 
 SERIES_NUMBER = 900  # beyond the numbers that scanners use
 _codes: Any = codes
-_WHO = [
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "AccessionNumber",
-    "StudyID",
-    "StudyDate",
-    "StudyTime",
-    "ReferringPhysicianName",
-]
+_WHO = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber",
+    "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName",
+)  # fmt: skip
 _COLORS = {KIDNEY: (200, 110, 90), TUMOR: (250, 220, 60), CYST: (90, 160, 240)}  # RGB
 
 
@@ -66,12 +58,10 @@ def write_segmentation(
     Raises:
         InputError: the series forms no volume, or a header can no longer be read.
     """
-    if series.stack is None:
-        raise InputError(series.folder, f"{series.case_id}: {series.problem}", "Use --format nifti")
-    native = series.stack.native
-    planes = turn_to_native(labels, native).transpose(2, 1, 0)
-    frames = np.ascontiguousarray(planes[list(series.stack.slots)])
-    sources = [_source(header, series, native, keep_identifiers) for header in series.stack.headers]
+    stack = stack_of(series)
+    planes = turn_to_native(labels, stack.native).transpose(2, 1, 0)
+    frames = np.ascontiguousarray(planes[list(stack.slots)])
+    sources = [_source(header, series, stack.native, keep_identifiers) for header in stack.headers]
     segments = [KIDNEY, TUMOR] + [CYST] * bool((frames == CYST).any())
     with warnings.catch_warnings(), atomic_write(path) as partial:
         warnings.simplefilter("ignore")
@@ -124,8 +114,7 @@ def _valid(kind: str, uid: str) -> str:
 def _who(header: Header) -> pydicom.Dataset:
     """The attributes of patient and study."""
     try:
-        tags: list[Any] = ["SpecificCharacterSet", *_WHO]
-        source = pydicom.dcmread(header.path, stop_before_pixels=True, specific_tags=tags)
+        source = pydicom.dcmread(header.path, stop_before_pixels=True, specific_tags=list(_WHO))
     except Exception as error:
         raise InputError(header.path, f"its header can't be read ({error})", "Export the series again") from error
     if source.get("PatientSex") not in ("M", "F", "O"):
@@ -140,22 +129,18 @@ def _decimals(*numbers: float) -> list[DSfloat]:
 
 def _segment(label: int, algorithm: Algorithm, series: Series) -> SegmentDescription:
     sct, name = _codes.SCT, CONVENTIONS["kits23"][label]
-    kinds: dict[int, Sequence[Any]] = {
-        KIDNEY: (sct.AnatomicalStructure, sct.Kidney),
-        TUMOR: (sct.MorphologicallyAbnormalStructure, sct.Neoplasm),
-        CYST: (sct.MorphologicallyAbnormalStructure, sct.Cyst),
-    }
+    kidney = label == KIDNEY
     return SegmentDescription(
         segment_number=label,
         segment_label=name,
-        segmented_property_category=kinds[label][0],
-        segmented_property_type=kinds[label][1],
+        segmented_property_category=sct.AnatomicalStructure if kidney else sct.MorphologicallyAbnormalStructure,
+        segmented_property_type={KIDNEY: sct.Kidney, TUMOR: sct.Neoplasm, CYST: sct.Cyst}[label],
         algorithm_type="AUTOMATIC",
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name=algorithm.name, family=_codes.DCM.ArtificialIntelligence, version=algorithm.version
         ),
         tracking_id=f"{series.case_id} {name}",
         tracking_uid=made_up_uid("tracking", series.case_id, name),
-        anatomic_regions=None if label == KIDNEY else [sct.Kidney],
+        anatomic_regions=None if kidney else [sct.Kidney],
         display_color=CIELabColor.from_rgb(*_COLORS[label]),
     )

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -85,11 +84,7 @@ class Series:
 
 def holds_dicom(folder: Path) -> bool:
     """Whether any file below a folder is DICOM, except files named as NIfTI; stops at the first."""
-    for path in walk(folder):
-        with suppress(PermissionError):
-            if not path.name.lower().endswith(SUFFIXES) and is_dicom(path):
-                return True
-    return False
+    return any(not path.name.lower().endswith(SUFFIXES) and is_dicom(path) for path in walk(folder))
 
 
 def find_series(*folders: Path) -> list[Series]:
@@ -103,7 +98,7 @@ def find_series(*folders: Path) -> list[Series]:
     """
     groups: dict[tuple[str, str], list[Header]] = {}
     for path in chain.from_iterable(map(walk, folders)):
-        if header := _header(path):
+        if header := read_dicom_header(path):
             place = header.series or str(path if header.broken else path.parent)
             groups.setdefault((place, header.patient), []).append(header)
     named = [(_uid(headers), headers) for group in groups.values() for headers in _by_study(group)]
@@ -127,13 +122,14 @@ def read_series(series: Series) -> Volume:
         InputError: the slices form no CT volume, or one of them can't be read.
     """
     first, made = series.headers[0], stack_of(series)
+    problem = ""
     if first.modality != "CT" or first.samples != 1:
-        raise InputError(
-            series.folder, f"{series.case_id}: the modality is {first.modality or 'unknown'}, not CT", _REMEDY
-        )
+        problem = f"the modality is {first.modality or 'unknown'}, not CT"
+    elif math.prod(made.native.shape) > MAX_VOXELS:
+        problem = f"more than {MAX_VOXELS} voxels"
+    if problem:
+        raise InputError(series.folder, f"{series.case_id}: {problem}", _REMEDY)
     native = made.native
-    if int(np.prod(native.shape, dtype=object)) > MAX_VOXELS:
-        raise InputError(series.folder, f"{series.case_id}: more than {MAX_VOXELS} voxels", _REMEDY)
     planes = np.empty(native.shape[::-1], np.int16)
     for header, slot in zip(made.headers, made.slots, strict=True):
         planes[slot] = _read_slice(header)
@@ -154,23 +150,10 @@ def stack_of(series: Series) -> Stack:
     return series.stack
 
 
-def read_slices(files: Sequence[Path], case_id: str) -> Volume:
-    """Read the series of these files; see ``read_series``."""
-    return read_series(open_series(files, case_id))
-
-
 def pseudonym(kind: str, uid: str) -> str:
     """A reproducible pseudonym of a UID: ``kind`` and 10 hex digits of its SHA-256."""
     digest = hashlib.sha256(uid.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{kind}_{digest[:10]}"
-
-
-def _header(path: Path) -> Header | None:
-    """The header of a DICOM file; None for other files, a broken header for a file without read permission."""
-    try:
-        return read_dicom_header(path) if is_dicom(path) else None
-    except PermissionError:
-        return Header(path, broken=True)
 
 
 def _by_study(headers: Sequence[Header]) -> list[list[Header]]:
@@ -184,15 +167,14 @@ def _by_study(headers: Sequence[Header]) -> list[list[Header]]:
 
 
 def _stacks(headers: Sequence[Header], uid: str, shared: bool) -> list[Series]:
-    """The stacks of a series; all except the largest get a number."""
-    name = pseudonym("series", uid + (_content(headers) if shared else ""))
+    """The stacks of a series; all except the largest get a number.
+
+    The hash of a slice's file distinguishes series that share a UID, without revealing a patient's ID.
+    """
+    first = min(headers, key=lambda header: (header.instance, header.position)).path
+    name = pseudonym("series", uid + (file_digest(first) if shared else ""))
     parts = enumerate(split_stacks(headers), start=1)
     return [replace(_series(part, f"{name}_{n}" if n > 1 else name), shared=shared) for n, part in parts]
-
-
-def _content(headers: Sequence[Header]) -> str:
-    """The hash of a slice's file, which distinguishes series of one UID without revealing a patient's ID."""
-    return file_digest(min(headers, key=lambda header: (header.instance, header.position)).path)
 
 
 def _uid(headers: Sequence[Header]) -> str:
@@ -202,13 +184,11 @@ def _uid(headers: Sequence[Header]) -> str:
 
 
 def _series(headers: Sequence[Header], case_id: str) -> Series:
-    made: Stack | None = None
-    problem = "its header can't be read" if headers[0].broken else ""
     try:
-        made = None if problem else stack(headers)
+        made = stack(headers)
     except Unstackable as reason:
-        problem = str(reason)
-    return Series(case_id, made.headers if made else tuple(headers), made, problem)
+        return Series(case_id, tuple(headers), None, str(reason))
+    return Series(case_id, made.headers, made)
 
 
 def _read_slice(header: Header) -> NDArray[np.int16]:
@@ -228,7 +208,10 @@ def _read_slice(header: Header) -> NDArray[np.int16]:
 
 
 def _hounsfield(found: pydicom.Dataset, stored: NDArray[Any]) -> NDArray[np.int16]:
-    slope, intercept = (_number(found.get(f"Rescale{name}"), default) for name, default in _RESCALE)
+    slope, intercept = (
+        default if found.get(name) in (None, "") else float(found[name].value)
+        for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
+    )
     if slope == 0 or not math.isfinite(slope + intercept):
         raise ValueError("rescale slope is 0, or slope or intercept is not finite")
     hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
@@ -239,13 +222,6 @@ def _hounsfield(found: pydicom.Dataset, stored: NDArray[Any]) -> NDArray[np.int1
             hu[(stored >= low) & (stored <= high)] = AIR
     clipped: NDArray[np.int16] = hu.clip(AIR, _INT16.max).astype(np.int16)
     return clipped
-
-
-_RESCALE = (("Slope", 1.0), ("Intercept", 0.0))
-
-
-def _number(value: Any, default: float) -> float:
-    return default if value is None or value == "" else float(value)
 
 
 def _padding(found: pydicom.Dataset) -> tuple[int, int] | None:

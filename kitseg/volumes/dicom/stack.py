@@ -66,6 +66,8 @@ def stack(headers: Sequence[Header]) -> Stack:
         Unstackable: they form no regular grid; the message contains no file name.
     """
     first = headers[0]
+    if first.broken:
+        raise Unstackable("its header can't be read")
     if first.frames > 1:
         raise Unstackable("it is an enhanced multi-frame CT, several slices in one file")
     if not first.position or not first.row_axis or not first.spacing:
