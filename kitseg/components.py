@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kitseg.types import Box, Triple
+from kitseg.types import Box, Triple, triple
 
 SPECK_ML = 0.1  # smaller components are not kidneys
 TILE = 8  # voxels along each axis; as bytes, 8 of them are a 64-bit word
@@ -26,7 +26,7 @@ def bounding_box(mask: NDArray[np.bool_]) -> Box | None:
         if not hit.size:
             return None
         start[axis], stop[axis] = int(hit[0]), int(hit[-1]) + 1
-    return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    return Box(triple(start), triple(stop))
 
 
 def clusters(mask: NDArray[np.bool_]) -> list[Box]:
@@ -44,7 +44,8 @@ def clusters(mask: NDArray[np.bool_]) -> list[Box]:
             boxes = [other for other in boxes if other not in near]
             box, apart = reduce(Box.union, near, box), not near
         boxes.append(box)
-    return [_in_voxels(box).clip(_shape(mask)) for box in boxes]
+    corners = ((triple(TILE * n for n in box.start), triple(TILE * n for n in box.stop)) for box in boxes)
+    return [Box(start, stop).clip(triple(mask.shape)) for start, stop in corners]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class Components:
     @classmethod
     def of(cls, mask: NDArray[np.bool_]) -> Components:
         """Find the components of a mask."""
-        shape = _shape(mask)
-        box = bounding_box(mask)
+        shape, box = triple(mask.shape), bounding_box(mask)
         if box is None:
             nowhere = Box((0, 0, 0), (0, 0, 0))
             return cls(shape, nowhere, np.zeros((0, 0, 0), np.uint8), np.zeros(1, np.int64))
@@ -164,16 +164,6 @@ def _tiles(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return tiles
 
 
-def _in_voxels(box: Box) -> Box:
-    (a, b, c), (d, e, f) = box.start, box.stop
-    return Box((TILE * a, TILE * b, TILE * c), (TILE * d, TILE * e, TILE * f))
-
-
 def _overlap(one: Box, other: Box) -> bool:
     sides = zip(one.start, one.stop, other.start, other.stop, strict=True)
     return all(a < d and c < b for a, b, c, d in sides)
-
-
-def _shape(mask: NDArray[Any]) -> Triple:
-    depth, height, width = mask.shape
-    return depth, height, width

@@ -141,7 +141,7 @@ def test_every_edge_is_named() -> None:
     labels = two_kidneys()
     labels[:, 20:40, 10:20] = 1
 
-    assert "the top and bottom edges" in flags(labels)["cut-off"].reason
+    assert "edge of the scan (top, bottom)" in flags(labels)["cut-off"].reason
 
 
 def test_a_speck_at_the_edge_cuts_nothing() -> None:

@@ -16,7 +16,7 @@ from kitseg.scoring.case import Metrics, score
 from kitseg.scoring.detection import Detection
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.scoring.protocols import PROTOCOLS, Protocol
-from kitseg.scoring.strata import SIZES, THICKNESSES, in_order, size_class, thickness_class
+from kitseg.scoring.strata import THICKNESSES, in_order, size_of_volume, thickness_class
 from kitseg.splits import held_out
 from kitseg.types import Volume
 from kitseg.volumes.download import parse_cases
@@ -200,4 +200,4 @@ def _strata(truth: Volume) -> dict[str, str]:
     """The groups of a reference by the volume of its tumor and by its slices."""
     tumor_ml = int((to_kits19(truth.array) == TUMOR).sum()) * truth.geometry.voxel_ml
     thickness = thickness_class(truth.geometry.spacing[0])
-    return {"tumor size": SIZES[size_class(tumor_ml)], "slices": THICKNESSES[thickness]}
+    return {"tumor size": size_of_volume(tumor_ml), "slices": THICKNESSES[thickness]}

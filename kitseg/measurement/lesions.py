@@ -84,10 +84,10 @@ def contact_area(lesion: NDArray[np.bool_], parenchyma: NDArray[np.bool_], geome
         return 0.0
     axes = geometry.affine[:3, :3]
     across = normals(vertices, faces)
-    double = np.linalg.norm(across, axis=1, keepdims=True)
-    outward = np.divide(across, double, out=np.zeros_like(across), where=double > 0) @ axes / geometry.spacing
+    double = np.linalg.norm(across, axis=1)
+    outward = across @ axes / geometry.spacing
     centres = (vertices[faces].astype(np.float64).mean(axis=1) - geometry.affine[:3, 3]) @ np.linalg.inv(axes).T
-    step = outward / np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-9)
+    step = outward / np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-12)
     next_voxel = np.rint(centres + _OUTWARD * step).astype(int)
     on_grid = ((next_voxel >= 0) & (next_voxel < geometry.shape)).all(axis=1)
     touches = on_grid.copy()

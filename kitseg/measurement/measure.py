@@ -32,6 +32,13 @@ class _Component:
     mask: NDArray[np.bool_]
     box: Box
 
+    def near(self, margin: int, shape: Triple) -> tuple[Box, NDArray[np.bool_]]:
+        """The box with a margin inside a grid of ``shape``, and the mask in it."""
+        near = self.box.grown(margin).clip(shape)
+        mask = np.zeros(near.size, np.bool_)
+        mask[self.box.moved(near.start).slices] = self.mask
+        return near, mask
+
 
 @dataclass(frozen=True)
 class _Scene:
@@ -93,9 +100,7 @@ def _give_one_side(component: _Component, labels: NDArray[np.uint8], sides: NDAr
     own = np.bincount(part[component.mask], minlength=max(NAMES) + 1)
     if np.count_nonzero(own) == 1:
         return
-    near = component.box.grown(1).clip(labels.shape)
-    mask = np.zeros(near.size, np.bool_)
-    mask[component.box.moved(near.start).slices] = component.mask
+    near, mask = component.near(1, triple(labels.shape))
     touching = ndimage.binary_dilation(mask, np.ones((3, 3, 3))) & (labels[near.slices] == KIDNEY)
     contact = np.bincount(sides[near.slices][touching], minlength=own.size)
     part[component.mask] = max(NAMES, key=lambda code: (contact[code], own[code]))
@@ -106,6 +111,8 @@ def _lesion(number: int, component: _Component, scene: _Scene) -> Lesion:
     mask, spacing = component.mask, scene.geometry.spacing
     code = int(scene.sides[component.box.slices][mask][0])
     planes = scene.outlines[code]
+    near, whole = component.near(_MARGIN, scene.geometry.shape)
+    parenchyma = scene.labels[near.slices] == KIDNEY
     axial = axial_diameter(mask, spacing)
     hu = None if scene.hu is None else scene.hu[component.box.slices][mask].astype(np.float64)
     return Lesion(
@@ -117,7 +124,7 @@ def _lesion(number: int, component: _Component, scene: _Scene) -> Lesion:
         diameter_mm=diameter(mask, spacing),
         size_class=size_class(axial) if component.kind == "tumor" else None,
         exophytic=None if planes is None else share_outside(mask, component.box.start, spacing, planes),
-        contact_mm2=None if planes is None else _contact(component, scene),
+        contact_mm2=None if planes is None else contact_area(whole, parenchyma, scene.geometry.crop(near)),
         hu_mean=None if hu is None else float(hu.mean()),
         hu_sd=None if hu is None else float(hu.std()),
         centre=_middle_voxel(component, spacing, scene.origin),
@@ -125,39 +132,18 @@ def _lesion(number: int, component: _Component, scene: _Scene) -> Lesion:
     )
 
 
-def _contact(component: _Component, scene: _Scene) -> float | None:
-    near = component.box.grown(_MARGIN).clip(scene.labels.shape)
-    mask = np.zeros(near.size, np.bool_)
-    mask[component.box.moved(near.start).slices] = component.mask
-    return contact_area(mask, scene.labels[near.slices] == KIDNEY, scene.geometry.crop(near))
-
-
 def _middle_voxel(component: _Component, spacing: tuple[float, float, float], origin: Triple) -> Triple:
     """The lesion's voxel nearest to its centre of mass, in coordinates of the scan."""
-    mask = component.mask
-    counts = (mask.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3))
-    middle = np.array([np.average(np.arange(len(count)), weights=count) for count in counts])
-    nearest = min(_nearest(plane, z, middle, spacing) for z, plane in enumerate(mask) if plane.any())
-    return triple(np.array(nearest[1:]) + component.box.start + origin)
-
-
-def _nearest(
-    plane: NDArray[np.bool_], z: int, point: NDArray[np.float64], spacing: tuple[float, float, float]
-) -> tuple[float, int, int, int]:
-    """The distance in mm from a point to the nearest voxel of a slice, and that voxel."""
-    y, x = np.nonzero(plane)
-    distances = np.linalg.norm((np.stack([np.full_like(y, z), y, x], axis=1) - point) * spacing, axis=1)
-    first = int(distances.argmin())
-    return float(distances[first]), z, int(y[first]), int(x[first])
+    places = np.nonzero(component.mask)
+    squares = sum(((axis - axis.mean()) * mm) ** 2 for axis, mm in zip(places, spacing, strict=True))
+    nearest = np.argmin(squares)
+    start = component.box.placed(origin).start
+    return triple(first + axis[nearest] for first, axis in zip(start, places, strict=True))
 
 
 def _kidneys(scene: _Scene) -> tuple[Kidney, ...]:
     """The kidneys with parenchyma, and their volumes."""
-    kidneys = []
-    for side in (RIGHT, LEFT):
-        here = scene.sides == CODES[side]
-        parenchyma = int((here & (scene.labels == KIDNEY)).sum())
-        if parenchyma:
-            ml = scene.geometry.voxel_ml
-            kidneys.append(Kidney(side, int(here.sum()) * ml, parenchyma * ml))
-    return tuple(kidneys)
+    ml = scene.geometry.voxel_ml
+    here = {side: scene.sides == CODES[side] for side in (RIGHT, LEFT)}
+    parenchyma = {side: int((mask & (scene.labels == KIDNEY)).sum()) for side, mask in here.items()}
+    return tuple(Kidney(side, int(here[side].sum()) * ml, count * ml) for side, count in parenchyma.items() if count)

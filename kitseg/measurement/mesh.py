@@ -43,7 +43,7 @@ def surface(mask: NDArray[np.bool_], geometry: Geometry, coarse: float | None = 
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)
     inside = np.pad(mask[box.slices], _MARGIN)
     spacing = np.array(geometry.spacing)
-    field = _signed_distance(inside, geometry.spacing)
+    field = -edt.sdf(inside, anisotropy=geometry.spacing, parallel=1)  # mm to the boundary, negative inside
     step = np.ones(3)
     if coarse is not None and (coarse > spacing).any():
         field, step = _sampled(field, np.maximum(coarse / spacing, 1))
@@ -51,8 +51,9 @@ def surface(mask: NDArray[np.bool_], geometry: Geometry, coarse: float | None = 
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)
     vertices, faces, _, _ = marching_cubes(field, 0, spacing=tuple(step * spacing), gradient_direction="descent")
     points = _with_volume(_smooth(vertices, faces), faces, int(inside.sum()) * geometry.voxel_ml * 1000)
-    world = to_world(points / spacing + box.start - _MARGIN, geometry)
-    if np.linalg.det(geometry.affine[:3, :3]) < 0:
+    axes = geometry.affine[:3, :3]
+    world = (points / spacing + box.start - _MARGIN) @ axes.T + geometry.affine[:3, 3]
+    if np.linalg.det(axes) < 0:
         faces = faces[:, ::-1]
     return world.astype(np.float32), np.ascontiguousarray(faces, np.int32)
 
@@ -62,16 +63,10 @@ def voxel_faces(mask: NDArray[np.bool_]) -> tuple[int, ...]:
     return tuple(int(np.count_nonzero(np.diff(mask, axis=axis))) for axis in range(mask.ndim))
 
 
-def to_world(voxels: NDArray[Any], geometry: Geometry) -> NDArray[np.float64]:
-    """Convert voxel positions (N, 3), which may be fractional, to mm, RAS+."""
-    world: NDArray[np.float64] = voxels @ geometry.affine[:3, :3].T + geometry.affine[:3, 3]
-    return world
-
-
 def normals(vertices: NDArray[Any], faces: NDArray[Any]) -> NDArray[np.float64]:
     """Each face's normal (M, 3), as long as twice the face's area."""
-    a, b, c = (vertices[faces[:, corner]].astype(np.float64) for corner in range(3))
-    return np.cross(b - a, c - a)
+    across: NDArray[np.float64] = trimesh.triangles.cross(vertices[faces].astype(np.float64))
+    return across
 
 
 def volume(vertices: NDArray[Any], faces: NDArray[Any]) -> float:
@@ -82,20 +77,9 @@ def volume(vertices: NDArray[Any], faces: NDArray[Any]) -> float:
 
 def stl(vertices: Vertices, faces: Faces) -> bytes:
     """A surface as a binary STL file; 3D Slicer reads the coordinate system ``SPACE=RAS`` from its header."""
-    triangle = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
-    triangles = np.zeros(len(faces), triangle)
-    across = normals(vertices, faces)
-    length = np.linalg.norm(across, axis=1, keepdims=True)
-    triangles["normal"] = np.divide(across, length, out=np.zeros_like(across), where=length > 0)
-    triangles["corners"] = vertices[faces]
     header = b"kitseg; millimetres; SPACE=RAS".ljust(80)
-    return header + len(faces).to_bytes(4, "little") + bytes(triangles.tobytes())
-
-
-def _signed_distance(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> NDArray[np.float32]:
-    """The distance in mm from each voxel's centre to the nearest one across the mask's boundary, negative inside."""
-    signed: NDArray[np.float32] = -edt.sdf(np.ascontiguousarray(mask), anisotropy=spacing, parallel=1)
-    return signed
+    content: bytes = trimesh.exchange.stl.export_stl(trimesh.Trimesh(vertices, faces, process=False))
+    return header + content[len(header) :]
 
 
 def _sampled(field: NDArray[np.float32], step: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -121,17 +105,11 @@ def _smooth(vertices: NDArray[Any], faces: Faces) -> NDArray[np.float64]:
 def _with_volume(vertices: NDArray[np.float64], faces: Faces, mm3: float) -> NDArray[np.float64]:
     """The vertices moved along their normals by one length so that they enclose ``mm3`` (Newton's method)."""
     for _ in range(_STEPS):
-        vertices = _moved(vertices, faces, mm3)
+        across = normals(vertices, faces)
+        area = np.linalg.norm(across, axis=1).sum() / 2
+        outward = np.zeros_like(vertices)
+        for corner in range(3):
+            np.add.at(outward, faces[:, corner], across)
+        outward /= np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-12)
+        vertices = vertices + outward * ((mm3 - volume(vertices, faces)) / area)
     return vertices
-
-
-def _moved(vertices: NDArray[np.float64], faces: Faces, mm3: float) -> NDArray[np.float64]:
-    across = normals(vertices, faces)
-    area = np.linalg.norm(across, axis=1).sum() / 2
-    at_vertices = np.zeros_like(vertices)
-    for corner in range(3):
-        np.add.at(at_vertices, faces[:, corner], across)
-    length = np.linalg.norm(at_vertices, axis=1, keepdims=True)
-    outward = np.divide(at_vertices, length, out=np.zeros_like(at_vertices), where=length > 0)
-    moved: NDArray[np.float64] = vertices + outward * ((mm3 - volume(vertices, faces)) / area)
-    return moved

@@ -28,7 +28,7 @@ FAR_MM = 10.0
 AGREEMENT = {
     "kidney": (0.90, 0.80),
     "tumor": (0.70, 0.40),
-}  # Dice over all pairs: amber below the first, red below the second
+}  # Dice over all pairs; below: amber, red
 NEAR_HU, FAR_HU = 20.0, 60.0  # outside the range in training: amber, red
 SPACING_TOLERANCE = 0.1
 BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
@@ -41,10 +41,6 @@ class Flag:
     name: str
     level: str
     reason: str
-
-    def __post_init__(self) -> None:
-        if self.level not in LEVELS:
-            raise ValueError(f"a flag's level is one of {', '.join(LEVELS)}, not {self.level}")
 
 
 @dataclass(frozen=True)
@@ -150,9 +146,7 @@ def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, fin
     if not alone.any() or not holds.any() or not _kidneys(findings):
         return
     gap = distances_mm(parts.components, holds, geometry.spacing)[alone].max()
-    reason = (
-        f"{tumor_ml[alone].sum():.1f} ml of tumor are separate from the kidneys, up to {gap:.0f} mm from the nearest."
-    )
+    reason = f"{tumor_ml[alone].sum():.1f} ml of tumor are separate from the kidneys, up to {gap:.0f} mm from them."
     yield Flag("tumor-far", RED if gap > FAR_MM else AMBER, reason)
 
 
@@ -167,9 +161,8 @@ def border_flags(parts: Parts) -> Iterator[Flag]:
             if touches and found.numbers.size and visible[found.numbers.take(plane, axis)].any():
                 cut.append(name)
     if cut:
-        edges = f"the {' and '.join(filter(None, [', '.join(cut[:-1]), cut[-1]]))} edge{'s' if len(cut) > 1 else ''}"
-        reason = f"Kidney or tumor reaches {edges} of the scan and may be cut off: sizes are lower bounds."
-        yield Flag("cut-off", AMBER, reason)
+        reason = f"Kidney or tumor reaches the edge of the scan ({', '.join(cut)}) and may be cut off"
+        yield Flag("cut-off", AMBER, f"{reason}: sizes are lower bounds.")
 
 
 def volume_flags(findings: Findings) -> Iterator[Flag]:
@@ -217,12 +210,9 @@ def spacing_flags(geometry: Geometry, training_domain: TrainingDomain) -> Iterat
     spans = (("slices", (slices,), training_domain.slice_mm), ("pixels", pixels, training_domain.pixel_mm))
     for name, values, (low, high) in spans:
         smallest, largest = low * (1 - SPACING_TOLERANCE), high * (1 + SPACING_TOLERANCE)
-        strange = [value for value in values if not smallest <= value <= largest]
-        if strange:
-            reason = (
-                f"The {name} are {strange[0]:.2f} mm apart; in training they were {low:.2f} to {high:.2f} mm apart."
-            )
-            yield Flag("spacing", AMBER, reason)
+        if strange := [value for value in values if not smallest <= value <= largest]:
+            reason = f"The {name} are {strange[0]:.2f} mm apart"
+            yield Flag("spacing", AMBER, f"{reason}; in training they were {low:.2f} to {high:.2f} mm apart.")
 
 
 def _kidneys(findings: Findings) -> list[Kidney]:

@@ -119,7 +119,8 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
     if paired.n < FEWEST:
         return paired
     low, high = mean_interval(differences)
-    return replace(paired, low=low, high=high, p=_signed_rank(differences))
+    p = float(stats.wilcoxon(differences, zero_method="pratt").pvalue) if differences.any() else 1.0
+    return replace(paired, low=low, high=high, p=p)
 
 
 def compare_cases(a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[PairedGroup]:
@@ -174,7 +175,3 @@ def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, s
         PairedGroup(name, kind, stratum, tuple(m), compare([a[c][name] for c in m], [b[c][name] for c in m]))
         for (kind, stratum), m in members.items()
     ]
-
-
-def _signed_rank(differences: NDArray[np.float64]) -> float:
-    return float(stats.wilcoxon(differences, zero_method="pratt").pvalue) if differences.any() else 1.0

@@ -77,17 +77,15 @@ def detect(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: tuple[float
 def tally(detections: Iterable[Detection]) -> dict[str, Tally]:
     """Count the tumors of all cases, in total and by diameter (of predicted tumors, their own diameter)."""
     cases = list(detections)
-    truth = [tumor for case in cases for tumor in case.reference]
-    found = [tumor for case in cases for tumor in case.predicted]
-    return {size: _count(_of(size, truth), _of(size, found)) for size in (ALL, *SIZES[1:])}
-
-
-def _of(size: str, tumors: list[Tumor]) -> list[Tumor]:
-    return [tumor for tumor in tumors if size in (ALL, size_of(tumor.diameter_mm))]
-
-
-def _count(truth: list[Tumor], found: list[Tumor]) -> Tally:
-    return Tally(len(truth), sum(t.matched for t in truth), len(found), sum(t.matched for t in found))
+    tumors = (
+        [tumor for case in cases for tumor in case.reference],
+        [tumor for case in cases for tumor in case.predicted],
+    )
+    counts = {}
+    for size in (ALL, *SIZES[1:]):
+        truth, found = ([t.matched for t in side if size in (ALL, size_of(t.diameter_mm))] for side in tumors)
+        counts[size] = Tally(len(truth), sum(truth), len(found), sum(found))
+    return counts
 
 
 def _overlaps(found: Components, truth: Components) -> NDArray[np.float64]:

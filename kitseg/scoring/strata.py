@@ -13,16 +13,13 @@ def thickness_class(millimetres: float) -> int:
     return int(millimetres > 1.01) + int(millimetres > 3.01)
 
 
-def size_class(ml: float) -> int:
-    """The index in ``SIZES`` of a tumor volume, by the diameter of a ball of that volume.
-
-    4 and 7 cm separate the stages T1a, T1b and T2 (TNM classification of renal tumors).
-    """
-    return 0 if ml <= 0 else SIZES.index(size_of(10 * (6 * ml / math.pi) ** (1 / 3)))
+def size_of_volume(ml: float) -> str:
+    """The entry of ``SIZES`` for a tumor volume, by the diameter of a ball of that volume."""
+    return SIZES[0] if ml <= 0 else size_of(10 * (6 * ml / math.pi) ** (1 / 3))
 
 
 def size_of(diameter_mm: float) -> str:
-    """The entry of ``SIZES`` for a tumor of this diameter."""
+    """The entry of ``SIZES`` for a tumor of this diameter: 4 and 7 cm separate the stages T1a, T1b and T2 (TNM)."""
     return SIZES[1 + int(diameter_mm > 40) + int(diameter_mm > 70)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def _changes(array: NDArray[np.generic]) -> NDArray[np.float32]:
 
 
 def _check(case: Case, convention: str) -> CaseReport:
-    image, problems = _read(nifti.read_image, case.image, case.id)
+    image, problems = _read(nifti.read_image, case.image)
     if image is None:
         return CaseReport(case.id, problems)
     low, high = float(image.array.min()), float(image.array.max())
@@ -99,26 +100,19 @@ def _check(case: Case, convention: str) -> CaseReport:
     problems += _lattice_problems(image.geometry) + _hu_problems(image.array, low, high)
     kidney_ml, tumor_ml = None, None
     if case.label is not None:
-        labels, unreadable = _read(lambda path, name: nifti.read_labels(path, name, convention), case.label, case.id)
+        labels, unreadable = _read(partial(nifti.read_labels, convention=convention), case.label)
         problems += unreadable
         if labels is not None:
-            kidney_ml, tumor_ml = _volumes(labels)
+            foreground, tumor = np.count_nonzero(labels.array), np.count_nonzero(labels.array == TUMOR)
+            kidney_ml, tumor_ml = ((foreground - tumor) * labels.geometry.voxel_ml, tumor * labels.geometry.voxel_ml)
             problems += _label_problems(labels, image.geometry)
-    return CaseReport(
-        case.id,
-        problems,
-        image.geometry.shape,
-        image.geometry.spacing,
-        nifti.axis_codes(image.native),
-        (low, high),
-        kidney_ml,
-        tumor_ml,
-    )
+    seen = (image.geometry.shape, image.geometry.spacing, nifti.axis_codes(image.native), (low, high))
+    return CaseReport(case.id, problems, *seen, kidney_ml, tumor_ml)
 
 
-def _read(read: Callable[[Path, str], Volume], path: Path, name: str) -> tuple[Volume | None, list[str]]:
+def _read(read: Callable[[Path, str], Volume], path: Path) -> tuple[Volume | None, list[str]]:
     try:
-        return read(path, name), []
+        return read(path, path.name), []
     except InputError as error:
         return None, [f"{path.name}: {error.problem}. {error.remedy}"]
 
@@ -141,12 +135,6 @@ def _hu_problems(array: NDArray[np.generic], low: float, high: float) -> list[st
     if start is not None:
         problems.append(f"discontinuity before slice {start} of {len(array)}: a second series, or missing slices")
     return problems
-
-
-def _volumes(labels: Volume) -> tuple[float, float]:
-    """Volumes of kidney (with cysts) and of tumor in ml."""
-    foreground, tumor = int(np.count_nonzero(labels.array)), int(np.count_nonzero(labels.array == TUMOR))
-    return (foreground - tumor) * labels.geometry.voxel_ml, tumor * labels.geometry.voxel_ml
 
 
 def _label_problems(labels: Volume, geometry: Geometry) -> list[str]:

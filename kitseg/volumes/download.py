@@ -5,7 +5,6 @@ Existing files are skipped, so that an interrupted download resumes at the unfin
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,10 +15,9 @@ from pathlib import Path
 
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.volumes import nifti
-from kitseg.volumes.kits import IMAGE, LABEL, case_name
+from kitseg.volumes.kits import CLINICAL, IMAGE, LABEL, case_name, read_clinical
 
 CASES, LABELLED_CASES = 300, 210
-CLINICAL = "kits.json"
 GIVE_UP = 3  # failed cases in a row, after which the network is assumed to be down
 _STAGING = ".download"
 
@@ -105,7 +103,7 @@ def _attempt(name: str, fetch: Callable[[], None]) -> list[KitsegError]:
 
 def _fetch_clinical(to: Path, source: DownloadSource) -> None:
     if not (to / CLINICAL).exists():
-        _place(_staged_from_github(to, CLINICAL, source), to / CLINICAL, _read_json)
+        _place(_staged_from_github(to, CLINICAL, source), to / CLINICAL, read_clinical)
 
 
 def _fetch_case(to: Path, number: int, source: DownloadSource) -> None:
@@ -140,13 +138,9 @@ def _place(staged: Path, target: Path, read: Callable[[Path], object]) -> None:
     """Move a readable staged file to its target; delete an unreadable one, so that it is downloaded again."""
     try:
         read(staged)
-    except (InputError, ValueError):
+    except InputError:
         staged.unlink()
         raise
     target.parent.mkdir(exist_ok=True)
     staged.chmod(target.parent.stat().st_mode & 0o666)  # pooch's files are readable by their owner only
     os.replace(staged, target)
-
-
-def _read_json(path: Path) -> object:
-    return json.loads(path.read_text(encoding="utf-8"))

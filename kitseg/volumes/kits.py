@@ -131,11 +131,11 @@ def read_clinical(path: Path) -> dict[str, dict[str, str]]:
     """
     if not path.exists():
         return {}
-    groups = {
-        row.case_id: {"histology": row.tumor_histologic_subtype, "surgery": row.surgical_procedure}
+    names = {"histology": "tumor_histologic_subtype", "surgery": "surgical_procedure"}
+    return {
+        row.case_id: {name: group for name, field in names.items() if (group := getattr(row, field))}
         for row in _CLINICAL.read(path)
     }
-    return {case: {name: group for name, group in found.items() if group} for case, found in groups.items()}
 
 
 def labelled_cases(folders: Sequence[Path]) -> list[Case]:
@@ -234,10 +234,8 @@ def _is_missing(path: Path) -> bool:
     """Whether there is nothing of that name; what lies behind a folder that may not be read isn't missing."""
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
 
 

@@ -38,7 +38,7 @@ def read_geometry(path: Path) -> Geometry:
     Raises:
         InputError: the file is missing, broken or not a 3D NIfTI file, or its geometry is not plausible for a CT.
     """
-    return geometry_of(Path(path), read_header(Path(path)))
+    return geometry_of(path, read_header(path))
 
 
 def canonical_geometry(native: Geometry) -> Geometry:
@@ -74,10 +74,7 @@ def read_image(path: Path, case_id: str) -> Volume:
     Raises:
         InputError: see ``read_geometry``; also for truncated data and values that are not finite.
     """
-    path = Path(path)
-    header = read_header(path)
-    native = geometry_of(path, header)
-    stored, slope, offset = _stored(path, header, native)
+    native, stored, slope, offset = _stored(path)
     array = as_ct(stored, slope, offset)
     if array.dtype.kind == "f" and not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise InputError(path, "it contains NaN or infinite values", "Export the scan again")
@@ -93,15 +90,11 @@ def read_labels(path: Path, case_id: str, convention: str | None = "kits19", str
         InputError: see ``read_image``; also for values outside the convention, which become background if ``strict`` is
             False.
     """
-    path = Path(path)
-    header = read_header(path)
-    native = geometry_of(path, header)
-    stored, slope, offset = _stored(path, header, native)
+    native, stored, slope, offset = _stored(path)
     known = np.array(list(CONVENTIONS[convention]) if convention else range(256), np.uint8)  # consecutive from 0
     if stored.dtype == np.uint8 and (slope, offset) == (1, 0) and stored.max() <= known.max():
         return Volume(stored, canonical_geometry(native), native, case_id)
-    labels = np.empty(stored.shape, np.uint8)
-    strange: set[float] = set()
+    labels, strange = np.empty(stored.shape, np.uint8), set[float]()
     for row, plane in zip(labels, stored, strict=True):
         with np.errstate(over="ignore", invalid="ignore"):
             values = plane if (slope, offset) == (1, 0) else plane * slope + offset
@@ -120,7 +113,7 @@ def write_labels(path: Path, labels: NDArray[np.uint8], native: Geometry, descri
     Raises:
         InputError: the file can't be written.
     """
-    _write(Path(path), labels, np.dtype(np.uint8), native, description)
+    _write(path, labels, np.dtype(np.uint8), native, description)
 
 
 def write_image(path: Path, array: NDArray[np.int16], native: Geometry, description: str = "") -> None:
@@ -129,21 +122,19 @@ def write_image(path: Path, array: NDArray[np.int16], native: Geometry, descript
     Raises:
         InputError: the file can't be written.
     """
-    _write(Path(path), array, np.dtype(np.int16), native, description)
+    _write(path, array, np.dtype(np.int16), native, description)
 
 
 def stores_plain_integers(path: Path) -> bool:
     """Whether a file contains unscaled integers on three axes."""
     header = read_header(path)
-    scale = header.get_slope_inter()
-    return bool(
-        header.get_data_dtype().kind in "iu" and scale in ((1, 0), (None, None)) and len(header.get_data_shape()) == 3
-    )
+    unscaled = header.get_slope_inter() in ((1, 0), (None, None))
+    return unscaled and header.get_data_dtype().kind in "iu" and len(header.get_data_shape()) == 3
 
 
 def is_phantom(path: Path) -> bool:
     """Whether a scan is synthetic, which ``PHANTOM_MARK`` in its header shows."""
-    return bool(read_header(Path(path))["descrip"].item() == PHANTOM_MARK.encode())
+    return bool(read_header(path)["descrip"].item() == PHANTOM_MARK.encode())
 
 
 def knows_orientation(path: Path) -> bool:
@@ -157,11 +148,13 @@ def axis_codes(geometry: Geometry) -> str:
     return "".join(_orientations.aff2axcodes(geometry.affine))
 
 
-def _stored(path: Path, header: Any, native: Geometry) -> tuple[NDArray[Any], float, float]:
-    """The stored values with axes (I, P, L), and the slope and offset that convert them to HU.
+def _stored(path: Path) -> tuple[Geometry, NDArray[Any], float, float]:
+    """The native geometry, the stored values with axes (I, P, L), and the slope and offset that convert them to HU.
 
     Reads to the end of the file, where gzip's checksum is.
     """
+    header = read_header(path)
+    native = geometry_of(path, header)
     check_size(path, header, native)
     array = np.empty(canonical_geometry(native).shape, header.get_data_dtype())
     with open_errors(path), open_voxels(path) as stream:
@@ -172,7 +165,7 @@ def _stored(path: Path, header: Any, native: Geometry) -> tuple[NDArray[Any], fl
             problem = "there are many bytes after the last voxel: header and voxels don't match"
             raise InputError(path, problem, COPY_AGAIN)
     slope, offset = header.get_slope_inter()
-    return array, 1.0 if slope is None else slope, 0.0 if offset is None else offset
+    return native, array, 1.0 if slope is None else slope, 0.0 if offset is None else offset
 
 
 def _fill(view: NDArray[Any], stream: IO[bytes]) -> bool:

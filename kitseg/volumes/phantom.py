@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -20,11 +19,9 @@ from kitseg.errors import InputError
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
-from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
 from kitseg.volumes.phantom_canvas import (
     FAT,
-    FLUID,
     Array,
     Canvas,
     Grid,
@@ -33,28 +30,14 @@ from kitseg.volumes.phantom_canvas import (
     SmoothField,
     Subject,
     ellipsoid,
-    offset,
 )
-from kitseg.volumes.phantom_organs import (
-    bowel,
-    great_vessels,
-    liver,
-    lungs,
-    muscles,
-    ribs,
-    spine,
-    spleen,
-    stomach,
-    table,
-    trunk,
-)
-
-_nib: Any = nibabel  # untyped
+from kitseg.volumes.phantom_organs import paint_body
 
 THICKNESSES = (0.5, 0.75, 1.0, 1.25, 2.0, 2.5, 3.0, 4.0, 5.0)
 THICKNESS_WEIGHTS = (0.04, 0.04, 0.08, 0.08, 0.08, 0.12, 0.26, 0.1, 0.2)
 MOST_SLICES = 395
 SINGLE_KIDNEY, CYSTIC = 0.08, 0.4
+FLUID = 12.0  # HU
 
 
 # --- the kidneys -----------------------------------------------------------------------------------------------------
@@ -87,7 +70,7 @@ class KidneyShape:
 
     def local(self, grid: Grid) -> list[Array]:
         """Coordinates in the kidney's own axes, in which the bean is straight."""
-        z, y, x = offset(grid, self.center)
+        z, y, x = (axis - np.float32(c) for axis, c in zip(grid, self.center, strict=True))
         long, lateral, dorsal = (a * z + b * y + c * x for a, b, c in self.frame.tolist())
         return [long, lateral + self.bend * (long / self.radii[0]) ** 2, dorsal]
 
@@ -102,9 +85,9 @@ class KidneyShape:
     def distances(self, grid: Grid) -> tuple[Array, Array, list[Array]]:
         """Signed distance to the capsule and to the sinus, and the local coordinates."""
         local = self.local(grid)
-        capsule = ellipsoid(local, self.radii) + 1.3 * self.surface(grid)
+        capsule = ellipsoid(local, (0, 0, 0), self.radii) + 1.3 * self.surface(grid)
         mouth = [local[0], local[1] + 0.75 * self.radii[1], local[2]]
-        sinus = ellipsoid(mouth, (0.46 * self.radii[0], 0.8 * self.radii[1], 0.44 * self.radii[2]))
+        sinus = ellipsoid(mouth, (0, 0, 0), (0.46 * self.radii[0], 0.8 * self.radii[1], 0.44 * self.radii[2]))
         return capsule, sinus + 1.5 * self.surface(grid), local
 
 
@@ -131,7 +114,7 @@ class LesionShape:
     def window(self, canvas: Canvas) -> tuple[Index, Grid, Array]:
         """The window around the lesion, and the signed distance to it inside the retroperitoneum."""
         index, grid = canvas.around(self.center, 1.5 * self.radius + 8)
-        ball = ellipsoid(offset(grid, self.center), (self.radius,) * 3) + 0.1 * self.radius * self.bumps(grid)
+        ball = ellipsoid(grid, self.center, (self.radius,) * 3) + 0.1 * self.radius * self.bumps(grid)
         room = np.maximum(canvas.cavity[index] + 2, 25 - self.side * grid[2])
         return index, grid, np.maximum(ball, room)
 
@@ -260,10 +243,8 @@ def make_case(
     who = Subject.draw(rng)
     axes, spacing = _lattice(who, rng, matrix)
     canvas = Canvas(axes, edge=max(spacing[1], 1.0))
-    trunk(canvas, who, rng)
-    table(canvas, who)
-    for organ in (lungs, bowel, liver, spleen, stomach, spine, muscles, ribs, great_vessels, _kidneys):
-        organ(canvas, who, rng)
+    paint_body(canvas, who, rng)
+    _kidneys(canvas, who, rng)
     affine = np.eye(4)
     affine[:3, :3] = 0.0 - np.diag(spacing)[::-1]
     return _acquire(canvas, spacing, rng), canvas.label, affine

@@ -12,13 +12,13 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
-Grid = tuple[Array, Array, Array]
+Grid = tuple[Array, ...]  # three axes
 Point = tuple[float, float, float]
 Corner = Point | Array
 Index = tuple[slice, slice, slice]
 Paint = Callable[[Grid], Array]
 
-AIR, GAS, LUNG, FAT, SKIN, FLUID, MUSCLE, BOWEL_WALL = -1000.0, -900.0, -830.0, -105.0, 20.0, 12.0, 58.0, 75.0
+AIR, FAT = -1000.0, -105.0  # HU
 
 
 class SmoothField:
@@ -88,7 +88,7 @@ class Canvas:
         start = [int(np.searchsorted(axis, v)) for axis, v in zip(self.axes, low, strict=True)]
         stop = [int(np.searchsorted(axis, v)) for axis, v in zip(self.axes, high, strict=True)]
         z, y, x = (slice(a, b) for a, b in zip(start, stop, strict=True))
-        return (z, y, x), _open_grid(self.axes[0][z], self.axes[1][y], self.axes[2][x])
+        return (z, y, x), np.ix_(self.axes[0][z], self.axes[1][y], self.axes[2][x])
 
     def around(self, center: Point, reach: float) -> tuple[Index, Grid]:
         """The window within a distance in mm of a centre."""
@@ -98,7 +98,7 @@ class Canvas:
         """The whole scan in slabs, to keep temporary arrays small."""
         for start in range(0, len(self.axes[0]), 16):
             z = slice(start, start + 16)
-            yield (z, slice(None), slice(None)), _open_grid(self.axes[0][z], self.axes[1], self.axes[2])
+            yield (z, slice(None), slice(None)), np.ix_(self.axes[0][z], self.axes[1], self.axes[2])
 
     def paint(self, index: Index, distance: Array, value: float | Array, label: int | None = None) -> None:
         """Fill where the signed distance is negative, with a soft edge as from the partial volume effect."""
@@ -116,10 +116,11 @@ class Canvas:
             distance = np.maximum(capsule(grid, a, b) - radius, self.cavity[index])
             self.paint(index, distance, value(grid) if callable(value) else value)
 
-
-def _open_grid(z: Array, y: Array, x: Array) -> Grid:
-    """The three axes shaped to broadcast to a volume."""
-    return z[:, None, None], y[None, :, None], x[None, None, :]
+    def blob(self, center: Point, radii: Point, value: float) -> None:
+        """Paint an ellipsoid inside the cavity."""
+        index, grid = self.around(center, max(radii) + 8)
+        distance = ellipsoid(grid, center, radii)
+        self.paint(index, np.maximum(distance, self.cavity[index]), value)
 
 
 def capsule(grid: Grid, a: Point, b: Point) -> Array:
@@ -131,27 +132,9 @@ def capsule(grid: Grid, a: Point, b: Point) -> Array:
     return np.asarray(np.sqrt(squares), np.float32)
 
 
-def finer(points: Sequence[Point], pieces: int) -> list[Point]:
-    """A path with each of its segments divided into pieces."""
-    return [tuple(p) for a, b in pairwise(points) for p in np.linspace(a, b, pieces, endpoint=False).tolist()]
-
-
-def ellipsoid(offset: Sequence[Array], radii: Point) -> Array:
-    """Approximate signed distance to an ellipsoid from offsets to its centre."""
+def ellipsoid(grid: Sequence[Array], center: Point, radii: Point) -> Array:
+    """Approximate signed distance to an ellipsoid."""
+    offset = [axis - np.float32(c) for axis, c in zip(grid, center, strict=True)]
     k0 = np.sqrt(sum((o / r) ** 2 for o, r in zip(offset, radii, strict=True)))
     k1 = np.sqrt(sum((o / r**2) ** 2 for o, r in zip(offset, radii, strict=True)))
     return np.asarray(k0 * (k0 - 1) / np.maximum(k1, 1e-6), np.float32)
-
-
-def offset(grid: Grid, center: Point) -> list[Array]:
-    """Coordinates relative to a centre."""
-    return [axis - np.float32(c) for axis, c in zip(grid, center, strict=True)]
-
-
-def blob(canvas: Canvas, center: Point, radii: Point, value: float, bump: SmoothField | None = None) -> None:
-    """Paint an ellipsoid inside the cavity, with bumps of 3 mm if a field is given."""
-    index, grid = canvas.around(center, max(radii) + 8)
-    distance = ellipsoid(offset(grid, center), radii)
-    if bump is not None:
-        distance += 3 * bump(grid)
-    canvas.paint(index, np.maximum(distance, canvas.cavity[index]), value)

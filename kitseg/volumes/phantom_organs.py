@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -9,32 +10,29 @@ import numpy as np
 from numpy.random import Generator
 
 from kitseg.volumes.phantom_canvas import (
-    BOWEL_WALL,
     FAT,
-    GAS,
-    LUNG,
-    MUSCLE,
-    SKIN,
     Array,
     Canvas,
     Grid,
+    Point,
     SmoothField,
     Subject,
-    blob,
     capsule,
     ellipsoid,
-    finer,
-    offset,
 )
 
+GAS, LUNG, SKIN, MUSCLE, BOWEL_WALL = -900.0, -830.0, 20.0, 58.0, 75.0  # HU
 VERTEBRA_PITCH = 36.0
 ORAL_CONTRAST = 0.4
 
 
-# --- the trunk -------------------------------------------------------------------------------------------------------
+def paint_body(canvas: Canvas, who: Subject, rng: Generator) -> None:
+    """Paint everything but the kidneys, in the order in which later organs cover earlier ones."""
+    for organ in (_trunk, _table, _lungs, _bowel, _liver, _spleen, _stomach, _spine, _muscles, _ribs, _great_vessels):
+        organ(canvas, who, rng)
 
 
-def trunk(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _trunk(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint skin, subcutaneous fat, muscle wall and the fat of the cavity."""
     outline, strands, depot = SmoothField(rng, 70), SmoothField(rng, 7), SmoothField(rng, 60)
     waist = 1 + rng.uniform(-0.04, 0.04) * np.sin(canvas.axes[0] / 90)[:, None, None]
@@ -55,7 +53,7 @@ def trunk(canvas: Canvas, who: Subject, rng: Generator) -> None:
         canvas.paint(index, canvas.cavity[index], FAT + 9 * strands(grid) + 4 * depot(grid))
 
 
-def table(canvas: Canvas, who: Subject) -> None:
+def _table(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint the scanner's table: a thin curved shell behind the back."""
     top = who.half_depth + 1.4 * who.wall + 1.5 * who.fat
     for index, grid in canvas.slabs():
@@ -65,17 +63,17 @@ def table(canvas: Canvas, who: Subject) -> None:
         canvas.paint(index, np.where(body, np.float32(1e3), shell), -250.0)
 
 
-def lungs(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _lungs(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint the lung bases: the part of the cavity above the diaphragm's dome."""
     dome = (rng.uniform(125, 150), who.half_depth * 1.02, who.half_width * 1.02)
     vessels = SmoothField(rng, 5)
     index, grid = canvas.window((-400, -400, -400), (-20, 400, 400))
-    outside = 1 - ellipsoid(offset(grid, (0, -3, 0)), dome)
+    outside = 1 - ellipsoid(grid, (0, -3, 0), dome)
     canvas.paint(index, np.maximum(outside - 2.5, canvas.cavity[index]), MUSCLE)
     canvas.paint(index, np.maximum(outside, canvas.cavity[index] + 1), LUNG + 45 * np.maximum(vessels(grid), 0) ** 2)
 
 
-def spine(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _spine(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint vertebrae with cortical shell, discs, canal and processes."""
     center = who.spine_y
     cortex, marrow, shift = rng.uniform(320, 480), rng.uniform(130, 210), rng.uniform(0, VERTEBRA_PITCH)
@@ -99,7 +97,7 @@ def spine(canvas: Canvas, who: Subject, rng: Generator) -> None:
     canvas.paint(index, canal + 0 * z, 35.0)
 
 
-def muscles(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _muscles(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint psoas, quadratus lumborum and erector spinae of both sides."""
     bulk, marbling = rng.uniform(0.85, 1.15), SmoothField(rng, 5)
     index, grid = canvas.window((-400, -30, -100), (400, 130, 100))
@@ -114,7 +112,7 @@ def muscles(canvas: Canvas, who: Subject, rng: Generator) -> None:
     canvas.paint(index, inside, MUSCLE + 8 * marbling(grid))
 
 
-def ribs(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _ribs(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint the last ribs from the spine to the flank, and the iliac crests."""
     low = rng.uniform(-70, -45)
     crest = rng.uniform(85, 110)
@@ -137,17 +135,14 @@ def ribs(canvas: Canvas, who: Subject, rng: Generator) -> None:
     canvas.paint(index, wing + 2.2, 150.0)
 
 
-# --- the viscera -----------------------------------------------------------------------------------------------------
-
-
-def liver(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _liver(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint right and left lobe, portal and hepatic veins, gallbladder."""
     value, low = who.enhanced(85, 112) + rng.normal(0, 7), rng.uniform(-85, -65)
     bump, grain = SmoothField(rng, 45), SmoothField(rng, 6)
     right, left = who.at(low, -5, -68), who.at(low - 25, -48, 5)
     index, grid = canvas.window((-400, -400, -400), (low + 110, 400, 110))
-    a = ellipsoid(offset(grid, right), (rng.uniform(82, 105), 80, 66))
-    b = ellipsoid(offset(grid, left), (45, 34, 80))
+    a = ellipsoid(grid, right, (rng.uniform(82, 105), 80, 66))
+    b = ellipsoid(grid, left, (45, 34, 80))
     blend = np.maximum(12 - abs(a - b), 0) ** 2 / 48
     renal_bed = grid[1] - 8 - 0.8 * (abs(grid[2]) - 68) - 1.3 * np.maximum(-50 - grid[0], 0)
     distance = np.maximum(np.minimum(a, b) - blend, 0.7 * renal_bed) + 4 * bump(grid)
@@ -161,21 +156,21 @@ def liver(canvas: Canvas, who: Subject, rng: Generator) -> None:
         canvas.tube([gate, middle, tip], [5, 4.5, 3], vein)
     canvas.tube([who.at(15, -15, -8), gate], 6.5, vein)
     if rng.uniform() < 0.75:
-        blob(canvas, who.at(low + 40, -48, -52), (24, 15, 13), 10)
+        canvas.blob(who.at(low + 40, -48, -52), (24, 15, 13), 10)
 
 
-def spleen(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _spleen(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint a crescent under the left diaphragm."""
     value, center = who.enhanced(125, 118) + rng.normal(0, 6), who.at(rng.uniform(-85, -65), 22, 100)
     bump = SmoothField(rng, 35)
     index, grid = canvas.around(center, 85)
-    outer = ellipsoid(offset(grid, center), (rng.uniform(45, 60), 52, 34))
+    outer = ellipsoid(grid, center, (rng.uniform(45, 60), 52, 34))
     hollow = 38 - np.hypot(grid[1] - center[1] + 12, grid[2] - center[2] + 42)
     distance = np.maximum(np.maximum(outer, hollow) + 2 * bump(grid), canvas.cavity[index] + 3)
     canvas.paint(index, distance, value)
 
 
-def stomach(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _stomach(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint the stomach with wall, content and an air bubble in front, and the pancreas behind it."""
     course = [(-95, -5, 62), (-70, -35, 62), (-45, -52, 45), (-32, -52, 12), (-30, -42, -18)]
     path = [who.at(*p) for p in course]
@@ -186,7 +181,7 @@ def stomach(canvas: Canvas, who: Subject, rng: Generator) -> None:
     canvas.tube(path, [r - 4 for r in radii], partial(_fluid_level, level=level, content=content))
     gland, tail = who.enhanced(105, 85), rng.uniform(-50, -25)
     head = [(18, -12, -42), (0, -18, -28), (-12, -24, 0), (-25, -12, 30)]
-    lobules = finer([*(who.at(*p) for p in head), who.at(tail, 4, 62)], 5)
+    lobules = _finer([*(who.at(*p) for p in head), who.at(tail, 4, 62)], 5)
     canvas.tube(lobules, rng.uniform(6.5, 11, len(lobules)).tolist(), gland)
 
 
@@ -202,12 +197,12 @@ def _stool(grid: Grid, texture: SmoothField) -> Array:
     return np.where(uneven > 0.7, np.float32(-500), -20 + 50 * uneven)
 
 
-def bowel(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _bowel(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint the colon with haustra, gas and stool, and loops of small bowel with fluid or oral contrast."""
     right = [(135, 12, -98), (20, 8, -100), (5, -55, -75)]
     frame = [*right, (25, -72, 0), (0, -55, 75), (-45, 0, 103), (20, 28, 106), (135, 20, 98)]
     knots = np.array([who.at(*p) for p in frame]) + rng.normal(0, 7, (len(frame), 3))
-    colon = finer(knots.tolist(), 6)
+    colon = _finer(knots.tolist(), 6)
     radii = rng.uniform(11, 22, len(colon))
     canvas.tube(colon, radii.tolist(), BOWEL_WALL)
     canvas.tube(colon, (radii - 2.5).tolist(), partial(_stool, texture=SmoothField(rng, 5)))
@@ -221,7 +216,7 @@ def bowel(canvas: Canvas, who: Subject, rng: Generator) -> None:
         canvas.tube(loop, radius - 2.5, partial(_fluid_level, level=level, content=content))
 
 
-def great_vessels(canvas: Canvas, who: Subject, rng: Generator) -> None:
+def _great_vessels(canvas: Canvas, who: Subject, rng: Generator) -> None:
     """Paint aorta, vena cava, iliac and mesenteric vessels, and a few lymph nodes next to them."""
     aorta, cava = who.enhanced(290, 165) + rng.normal(0, 15), who.enhanced(115, 160)
     front = who.spine_y - 27
@@ -235,4 +230,9 @@ def great_vessels(canvas: Canvas, who: Subject, rng: Generator) -> None:
     canvas.tube([(-15, front - 24, -6), (90, front - 36, -20)], 5, cava + 10)
     for _ in range(rng.integers(2, 9)):
         node = (rng.uniform(-50, 90), front + rng.uniform(-12, 8), rng.choice((-38, -6, 23)) + rng.uniform(-4, 4))
-        blob(canvas, node, tuple(rng.uniform(2.5, 8, 3)), rng.uniform(60, 100))
+        canvas.blob(node, tuple(rng.uniform(2.5, 8, 3)), rng.uniform(60, 100))
+
+
+def _finer(points: Sequence[Point], pieces: int) -> list[Point]:
+    """A path with each of its segments divided into pieces."""
+    return [tuple(p) for a, b in pairwise(points) for p in np.linspace(a, b, pieces, endpoint=False).tolist()]

@@ -44,8 +44,8 @@ def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
     files = [path for path in paths if path not in archives]
     if series and not archives:
         raise UsageError("--series needs DICOM files, but none were found")
-    cases, choices = collect_scans(files) if files else [], _choose(archives, series)
-    cases += [_case(choice) for choice in choices if choice.chosen]
+    choices = _choose(archives, series) if archives else []
+    cases = [*collect_scans(files), *(_case(choice) for choice in choices if choice.chosen)]
     return Scans(tuple(distinct(cases)), tuple(choices))
 
 
@@ -122,8 +122,6 @@ def _holds_dicom(folder: Path) -> bool:
 
 
 def _choose(archives: Sequence[Path], wanted: Sequence[str]) -> list[SeriesChoice]:
-    if not archives:
-        return []
     from kitseg.volumes.dicom.choice import choose_series
     from kitseg.volumes.dicom.series import find_series
 

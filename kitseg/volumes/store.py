@@ -73,7 +73,7 @@ def statistics(image: NDArray[np.int16]) -> tuple[float, float]:
 
 
 class CaseFiles:
-    """A case's files, each read once, when first asked for, however many grids are made of them.
+    """A case's files, each read once, when first asked for; a file that can't be used raises an InputError.
 
     convention: of the label; describe_contrast: kidney and aorta HU from scan and labels (see ``measurement.phase``).
     """
@@ -83,20 +83,12 @@ class CaseFiles:
 
     @cached_property
     def scan(self) -> Volume:
-        """The CT.
-
-        Raises:
-            InputError: it can't be read.
-        """
+        """The CT."""
         return read_image(self.case.image, self.case.id)
 
     @cached_property
     def labels(self) -> NDArray[np.uint8] | None:
-        """The label map in the kits19 convention, on the scan's lattice.
-
-        Raises:
-            InputError: it can't be read, or lies on another lattice.
-        """
+        """The label map in the kits19 convention, on the scan's lattice."""
         if self.case.label is None:
             return None
         label = read_labels(self.case.label, self.case.id, self.convention)
@@ -113,16 +105,7 @@ class CaseFiles:
     @cached_property
     def sources(self) -> dict[str, InputFile]:
         """The files with size, time and hash, by role."""
-        return self._sources(digest=True)
-
-    @property
-    def stamps(self) -> dict[str, InputFile]:
-        """The files with size and time, by role; none of them is read."""
-        return self._sources(digest=False)
-
-    def _sources(self, digest: bool) -> dict[str, InputFile]:
-        files = {"image": self.case.image, "label": self.case.label}
-        return {role: InputFile.of(path, digest) for role, path in files.items() if path is not None}
+        return _sources(self.case, digest=True)
 
 
 @dataclass(frozen=True)
@@ -148,7 +131,8 @@ _FORMAT = FileFormat(_Meta, 3, _AGAIN)
 def is_fresh(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     """Whether a case is stored from files whose size and time are still the same; none of them is read."""
     try:
-        return _is_whole(folder) and _FORMAT.find(folder / _META, _made(files, grid, files.stamps)) is not None
+        made = _made(files, grid, _sources(files.case, digest=False))
+        return _is_whole(folder) and _FORMAT.find(folder / _META, made) is not None
     except KitsegError:
         return False
 
@@ -248,6 +232,11 @@ def _mapped(folder: Path, meta: _Meta) -> StoredCase:
         raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
     seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu)
     return StoredCase(meta.case, image, label, foreground, slices, *seen)
+
+
+def _sources(case: Case, digest: bool) -> dict[str, InputFile]:
+    files = {"image": case.image, "label": case.label}
+    return {role: InputFile.of(path, digest) for role, path in files.items() if path is not None}
 
 
 def _is_whole(folder: Path) -> bool:

@@ -24,11 +24,7 @@ def read_traits(case: Case, convention: str) -> Traits:
 
 
 def read_whole(case: Case, convention: str) -> Traits:
-    """The same, after a check of the CT: it is read, and must lie on the labels' grid.
-
-    Raises:
-        InputError: no label, a file that can't be read, or labels on another grid.
-    """
+    """The same, after a check of the CT: it is read, and an InputError is raised unless it lies on the labels' grid."""
     geometry = read_image(case.image, case.id).geometry
     traits = read_traits(case, convention)
     if case.label is not None:
