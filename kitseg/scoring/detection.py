@@ -76,14 +76,10 @@ def detect(pred: NDArray[np.bool_], ref: NDArray[np.bool_], spacing: tuple[float
 
 def tally(detections: Iterable[Detection]) -> dict[str, Tally]:
     """Count the tumors of all cases, in total and by diameter (of predicted tumors, their own diameter)."""
-    cases = list(detections)
-    tumors = (
-        [tumor for case in cases for tumor in case.reference],
-        [tumor for case in cases for tumor in case.predicted],
-    )
-    counts = {}
+    cases, counts = list(detections), {}
+    sides = [t for case in cases for t in case.reference], [t for case in cases for t in case.predicted]
     for size in (ALL, *SIZES[1:]):
-        truth, found = ([t.matched for t in side if size in (ALL, size_of(t.diameter_mm))] for side in tumors)
+        truth, found = ([t.matched for t in side if size in (ALL, size_of(t.diameter_mm))] for side in sides)
         counts[size] = Tally(len(truth), sum(truth), len(found), sum(found))
     return counts
 
