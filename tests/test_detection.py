@@ -47,12 +47,6 @@ def test_as_many_pairs_as_possible_come_before_overlap() -> None:
     assert matched(pred, ref) == ([True, True], [True, True])
 
 
-def test_voxels_that_touch_by_a_corner_are_one_tumor() -> None:
-    made = np.zeros((3, 4, 5), bool)
-    made[0, 0, 0] = made[1, 1, 1] = made[2, 2, 2] = True
-    assert len(detect(made, made, SPACING).reference) == 1
-
-
 def test_size_and_volume_of_a_tumor() -> None:
     (tumor,) = detect(mask((0, 31)), mask((0, 31)), SPACING).predicted
     assert tumor.diameter_mm == pytest.approx(30, abs=1)
@@ -78,13 +72,3 @@ def test_counts_by_size() -> None:
     assert (counts[ALL].recall, counts[ALL].precision) == (2 / 3, 1 / 3)
     assert (counts["up to 4 cm"].recall, counts["up to 4 cm"].precision) == (1, None)
     assert tally([])[ALL].recall is None
-
-
-def test_as_many_pairs_as_possible() -> None:
-    """A chain of tumors, each overlapping the next: the pairs with the most overlap would leave one over."""
-    pred, ref = np.zeros((1, 1, 200), np.bool_), np.zeros((1, 1, 200), np.bool_)
-    for n in range(4):
-        ref[..., 30 * n : 30 * n + 20] = True
-        pred[..., 30 * n + 14 : 30 * n + 41] = True
-    found = detect(pred, ref, (1, 1, 1))
-    assert [tumor.matched for tumor in found.reference] == [True] * 4

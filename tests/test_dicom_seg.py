@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import AXIAL, PACKED, WHO, WORDS, hu, uid, write_series
-from test_dicom import ANY
+from test_dicom import ANY, only
 
 from kitseg.errors import InputError
 from kitseg.volumes.dicom.segmentation import NOTICE, Algorithm, write_segmentation
@@ -17,6 +17,7 @@ from kitseg.volumes.dicom.series import Series, find_series, read_series
 from kitseg.volumes.phantom import make_case
 
 BY = Algorithm("kitseg two-phase", "0.1.0")
+SHAPE = (12, 8, 10)
 
 
 def random_labels(shape: tuple[int, int, int], highest: int = 2) -> np.ndarray:
@@ -64,6 +65,15 @@ def by_highdicom(path: Path, series: Series) -> dict[str, np.ndarray]:
     return dict(zip(instances, planes, strict=True))
 
 
+def written(folder: Path, labels: np.ndarray, keep_identifiers: bool = False, **tags: object) -> pydicom.Dataset:
+    """A segmentation of a series with these tags, which lies on it."""
+    write_series(folder / "in", hu(), **tags)
+    write_segmentation(folder / "out.dcm", labels, only(folder / "in"), BY, keep_identifiers)
+    if labels.any():
+        lies_on(folder / "out.dcm", labels, only(folder / "in"))
+    return pydicom.dcmread(folder / "out.dcm")
+
+
 def lies_on(path: Path, labels: np.ndarray, series: Series) -> None:
     expected, bits, read = on_slices(labels, series), by_pydicom(path), by_highdicom(path, series)
     assert set(bits) <= set(expected) == set(read)
@@ -71,11 +81,6 @@ def lies_on(path: Path, labels: np.ndarray, series: Series) -> None:
     for instance, plane in expected.items():
         assert np.array_equal(read[instance], plane)
         assert np.array_equal(bits.get(instance, np.zeros_like(plane)), plane)
-
-
-def only(folder: Path) -> Series:
-    (series,) = find_series(folder)
-    return series
 
 
 @pytest.mark.parametrize("name", ANY)
@@ -100,10 +105,7 @@ def test_with_a_second_series_mixed_in_and_a_slice_missing(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("syntax", PACKED)
 def test_on_compressed_series(tmp_path: Path, syntax: str) -> None:
-    write_series(tmp_path / "in", hu(), syntax=syntax)
-    labels = random_labels((12, 8, 10))
-    write_segmentation(tmp_path / "out.dcm", labels, only(tmp_path / "in"), BY)
-    lies_on(tmp_path / "out.dcm", labels, only(tmp_path / "in"))
+    written(tmp_path, random_labels(SHAPE), syntax=syntax)
 
 
 def test_a_phantom(tmp_path: Path) -> None:
@@ -118,8 +120,7 @@ def test_a_phantom(tmp_path: Path) -> None:
 
 
 def test_what_it_says(tmp_path: Path) -> None:
-    write_series(tmp_path / "in", hu())
-    write_segmentation(tmp_path / "out.dcm", random_labels((12, 8, 10)), only(tmp_path / "in"), BY)
+    written(tmp_path, random_labels(SHAPE))
     found = highdicom.seg.segread(tmp_path / "out.dcm")
     assert [found.get_segment_description(n).segment_label for n in found.segment_numbers] == ["kidney", "tumor"]
     kidney, tumor = found.SegmentSequence
@@ -136,17 +137,12 @@ def test_what_it_says(tmp_path: Path) -> None:
 
 
 def test_cysts_are_a_segment_where_there_are_any(tmp_path: Path) -> None:
-    write_series(tmp_path / "in", hu())
-    labels = random_labels((12, 8, 10), highest=3)
-    write_segmentation(tmp_path / "out.dcm", labels, only(tmp_path / "in"), BY)
-    lies_on(tmp_path / "out.dcm", labels, only(tmp_path / "in"))
-    segments = pydicom.dcmread(tmp_path / "out.dcm").SegmentSequence
+    segments = written(tmp_path, random_labels(SHAPE, highest=3)).SegmentSequence
     assert [segment.SegmentLabel for segment in segments] == ["kidney", "tumor", "cyst"]
 
 
 def test_no_kidney_at_all(tmp_path: Path) -> None:
-    write_series(tmp_path / "in", hu())
-    write_segmentation(tmp_path / "out.dcm", np.zeros((12, 8, 10), np.uint8), only(tmp_path / "in"), BY)
+    written(tmp_path, np.zeros(SHAPE, np.uint8))
     planes = by_pydicom(tmp_path / "out.dcm")
     assert len(planes) == 12
     assert not any(plane.any() for plane in planes.values())
@@ -155,7 +151,7 @@ def test_no_kidney_at_all(tmp_path: Path) -> None:
 
 def test_nothing_identifies_the_patient(tmp_path: Path) -> None:
     write_series(tmp_path / "Zwiebelfisch", hu())
-    write_segmentation(tmp_path / "out.dcm", random_labels((12, 8, 10)), only(tmp_path / "Zwiebelfisch"), BY)
+    write_segmentation(tmp_path / "out.dcm", random_labels(SHAPE), only(tmp_path / "Zwiebelfisch"), BY)
     written = (tmp_path / "out.dcm").read_bytes()
     for word in WORDS:
         assert word not in written, word
@@ -164,22 +160,15 @@ def test_nothing_identifies_the_patient(tmp_path: Path) -> None:
 
 
 def test_identifiers_are_kept_when_asked(tmp_path: Path) -> None:
-    write_series(tmp_path / "in", hu(), SpecificCharacterSet="ISO_IR 192", PatientName="Zwiebelfisch^Hännelore")
-    labels = random_labels((12, 8, 10))
-    write_segmentation(tmp_path / "out.dcm", labels, only(tmp_path / "in"), BY, keep_identifiers=True)
-    lies_on(tmp_path / "out.dcm", labels, only(tmp_path / "in"))
-    found = pydicom.dcmread(tmp_path / "out.dcm")
+    who = {"SpecificCharacterSet": "ISO_IR 192", "PatientName": "Zwiebelfisch^Hännelore"}
+    found = written(tmp_path, random_labels(SHAPE), keep_identifiers=True, **who)
     assert found.PatientName == "Zwiebelfisch^Hännelore"
     assert (found.PatientID, found.StudyDate, found.PatientSex) == ("PID-4711-XYZ", "20190823", "F")
 
 
 def test_files_without_uids(tmp_path: Path) -> None:
     nameless = {"SeriesInstanceUID": "", "StudyInstanceUID": "", "FrameOfReferenceUID": ""}
-    write_series(tmp_path / "in", hu(), **nameless)
-    labels = random_labels((12, 8, 10))
-    write_segmentation(tmp_path / "out.dcm", labels, only(tmp_path / "in"), BY)
-    lies_on(tmp_path / "out.dcm", labels, only(tmp_path / "in"))
-    assert pydicom.dcmread(tmp_path / "out.dcm").StudyInstanceUID.startswith("2.25.")
+    assert written(tmp_path, random_labels(SHAPE), **nameless).StudyInstanceUID.startswith("2.25.")
 
 
 def test_a_series_that_makes_no_volume(tmp_path: Path) -> None:

@@ -8,15 +8,15 @@ import json
 import shutil
 from pathlib import Path
 
-import highdicom
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 from conftest import Result, kitseg
 from dicom_files import WORDS, write_series
+from test_dicom_seg import lies_on
 
-from kitseg.volumes.nifti import read_image
+from kitseg.volumes.dicom.series import find_series
+from kitseg.volumes.nifti import read_image, read_labels
 
 pytestmark = pytest.mark.slow
 MODEL = "--model=runs/two-phase-tiny"
@@ -75,24 +75,9 @@ def test_the_labels_are_those_of_the_same_scan_as_nifti(trained: Path, predicted
 
 
 def test_the_segmentation_lies_voxel_for_voxel_on_the_series(archive: Path, predicted: Path) -> None:
-    labels = np.asarray(nib.load(one(predicted, "series_*.nii.gz")).dataobj).transpose(2, 1, 0)  # slices from below
-    files = (archive / "Zwiebelfisch_Hannelore" / "ST01" / "SE01").iterdir()
-    headers = [header for header in map(pydicom.dcmread, files) if "LOCALIZER" not in header.ImageType]
-    headers.sort(key=lambda header: header.ImagePositionPatient[2])
-    names = [header.SOPInstanceUID for header in headers]
-    seg = one(predicted, "*.dcm")
-
-    by_highdicom = highdicom.seg.segread(seg).get_pixels_by_source_instance(names, combine_segments=True)
-    assert np.array_equal(by_highdicom, labels)
-
-    plain, by_pydicom = pydicom.dcmread(seg), np.zeros_like(labels)
-    bits = np.unpackbits(np.frombuffer(plain.PixelData, np.uint8), bitorder="little")
-    frames = bits[: int(plain.NumberOfFrames) * plain.Rows * plain.Columns].reshape(-1, plain.Rows, plain.Columns)
-    for frame, says in zip(frames, plain.PerFrameFunctionalGroupsSequence, strict=True):
-        number = says.SegmentIdentificationSequence[0].ReferencedSegmentNumber
-        source = says.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
-        by_pydicom[names.index(source)][frame == 1] = number
-    assert np.array_equal(by_pydicom, labels)
+    labels, name = one(predicted, "series_*.nii.gz"), one(predicted, "*.dcm").stem
+    (series,) = [series for series in find_series(archive) if series.case_id == name]
+    lies_on(one(predicted, "*.dcm"), read_labels(labels, "a").array, series)
 
 
 def test_the_table_gives_a_reason_for_each_series(predicted: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.types import Box, Geometry, Grid, Triple
-from kitseg.volumes.resample import box_on, from_grid, grid_geometry, nearest, over, sample_linear, to_grid
+from kitseg.volumes.resample import box_on, from_grid, grid_geometry, nearest, over, to_grid
 
 few = settings(max_examples=30, deadline=None)
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
@@ -57,20 +57,10 @@ def test_to_grid_is_scipys(source: Triple, target: Triple, seed: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
-def test_to_grid_in_more_than_one_slab() -> None:
-    found = to_grid(image((50, 4, 3)), (37, 5, 3))
-    expected = scipys(image((50, 4, 3)), [half_voxel(37, 50), half_voxel(5, 4), half_voxel(3, 3)])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
-
-
 def test_to_grid_by_hand() -> None:
     row = np.array([0, 8, 16], np.int16).reshape(1, 1, 3)
     assert to_grid(row, (1, 1, 6)).ravel().tolist() == [0, 2, 6, 10, 14, 16]  # the edges are held
     assert to_grid(np.array([0, 8, 16, 4], np.int16).reshape(1, 4, 1), (1, 2, 1)).ravel().tolist() == [4, 10]
-
-
-def test_to_grid_spreads_a_single_slice() -> None:
-    assert np.array_equal(to_grid(image((1, 2, 2)), (3, 2, 2)), np.repeat(image((1, 2, 2)), 3, axis=0))
 
 
 @given(shapes)
@@ -217,15 +207,6 @@ def returned(values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: st
     return found, filled
 
 
-def test_ramps_come_back_exactly() -> None:
-    """A grid twice as coarse, with a voxel more on every side: all numbers are exact in float16."""
-    grid, scan = (2, 4, 8), (4, 8, 16)
-    box = whole(grid).grown(1)
-    found, filled = returned(ramp(grid, box), box, grid, scan)
-    assert filled == whole(scan)
-    assert np.array_equal(found, ramp(scan, filled))
-
-
 @given(shapes, shapes)
 @few
 def test_ramps_come_back_on_any_lattice(grid: Triple, scan: Triple) -> None:
@@ -275,13 +256,6 @@ def test_back_by_nearest_neighbour_takes_the_voxel_that_holds_the_centre(
         assert found[voxel] == values[index]
 
 
-def test_back_by_nearest_neighbour_by_hand() -> None:
-    values = np.array([0.25, 0.75]).reshape(2, 1, 1)
-    found, _ = returned(values, whole((2, 1, 1)), (2, 1, 1), (5, 1, 2), "nearest")
-    assert found[:, 0, 0].tolist() == [0.25, 0.25, 0.75, 0.75, 0.75]  # the third centre lies on the border
-    assert np.array_equal(found[..., 0], found[..., 1])
-
-
 def test_from_grid_of_single_slices() -> None:
     values = np.arange(6).reshape(1, 2, 3) / 8
     found, filled = returned(values, whole((1, 2, 3)), (1, 2, 3), (4, 2, 3))
@@ -289,21 +263,3 @@ def test_from_grid_of_single_slices() -> None:
     assert np.array_equal(found, np.repeat(values, 4, axis=0))
     back, _ = returned(found, filled, (4, 2, 3), (1, 2, 3))
     assert np.array_equal(back, values)
-
-
-def test_anisotropic_axes_do_not_mix() -> None:
-    values = np.broadcast_to(np.arange(8).reshape(8, 1, 1), (8, 2, 4)) / 8
-    found, filled = returned(values, whole((8, 2, 4)), (8, 2, 4), (4, 6, 4))
-    assert filled.size == (4, 6, 4)
-    assert np.array_equal(found, np.broadcast_to(np.array([0.5, 2.5, 4.5, 6.5]).reshape(4, 1, 1) / 8, (4, 6, 4)))
-
-
-def test_constant_probabilities_stay_what_they_are() -> None:
-    found, _ = returned(np.ones((5, 5, 5), np.float32), whole((5, 5, 5)), (5, 5, 5), (7, 11, 13))
-    assert np.unique(found).tolist() == [1.0]
-
-
-def test_sample_linear_holds_its_edges() -> None:
-    line = np.array([3.0, 5.0]).reshape(2, 1, 1)
-    zero = np.zeros(1)
-    assert sample_linear(line, np.array([-9.0, 0.25, 9.0]), zero, zero).ravel().tolist() == [3.0, 3.5, 5.0]
