@@ -69,48 +69,31 @@ _BLOCK = FileFormat(_Block, SCHEMA, _AGAIN)
 _MANIFEST = FileFormat(Manifest, SCHEMA, _AGAIN)
 
 
-def write_block(
-    folder: Path, probabilities: Probabilities, scan: Path, digest: str, made_from: Sequence[str] = ()
-) -> None:
-    """Write a case's probabilities, with the path and the hash of their scan.
-
-    made_from: the hashes of the blocks whose mean they are.
-    """
-    block, about = folder / f"{probabilities.case_id}.npy", folder / f"{probabilities.case_id}.json"
+def write_block(folder: Path, found: Probabilities, scan: Path, digest: str, made_from: Sequence[str] = ()) -> None:
+    """Write a case's probabilities, with path and hash of their scan and hashes of the blocks they are the mean of."""
+    block, about = folder / f"{found.case_id}.npy", folder / f"{found.case_id}.json"
     about.unlink(missing_ok=True)
     with atomic_write(block) as partial:
-        np.save(partial, probabilities.array)
-    found = probabilities
+        np.save(partial, found.array)
     source, sha256 = _Scan(str(scan.absolute()), digest), file_digest(block)
     fields = (found.case_id, found.channels, found.box, found.geometry, found.native)
     _BLOCK.write(about, _Block(*fields, source, sha256, tuple(made_from)))
 
 
 def is_unchanged(folder: Path, case_id: str, digest: str, made_from: Sequence[str] = ()) -> bool:
-    """Whether a case's probabilities are current: from the scan and the blocks of these hashes, and as written.
-
-    That they are of the same model, the folder's manifest ensures.
-    """
+    """Whether a case's probabilities are as written and from this scan and these blocks; see also the manifest."""
     made = {"scan_sha256": digest, "made_from": tuple(made_from)}
     array = folder / f"{case_id}.npy"
     return _BLOCK.find(folder / f"{case_id}.json", made, lambda block: {array: block.sha256}) is not None
 
 
 def block_digest(folder: Path, case_id: str) -> str:
-    """The hash of a case's probabilities as they were written.
-
-    Raises:
-        InputError: missing or damaged.
-    """
+    """The hash of a case's probabilities as they were written. Raises InputError: missing or damaged."""
     return _BLOCK.read(folder / f"{case_id}.json").sha256
 
 
 def read_block(folder: Path, case_id: str) -> Probabilities:
-    """Read a case's probabilities, memory-mapped.
-
-    Raises:
-        InputError: missing, damaged, or of another shape than its box.
-    """
+    """A case's probabilities, memory-mapped. Raises InputError: missing, damaged, or of another shape than its box."""
     block, path = _BLOCK.read(folder / f"{case_id}.json"), folder / f"{case_id}.npy"
     try:
         array = np.load(path, mmap_mode=None if 0 in block.box.size else "r")
@@ -122,11 +105,7 @@ def read_block(folder: Path, case_id: str) -> Probabilities:
 
 
 def scan_of(folder: Path, case_id: str) -> tuple[Path, str]:
-    """The scan that a case's probabilities belong to, and its hash.
-
-    Raises:
-        InputError: the scan is missing or has changed since.
-    """
+    """The scan of a case's probabilities, and its hash. Raises InputError: it is missing or has changed since."""
     scan = _BLOCK.read(folder / f"{case_id}.json").scan
     path = Path(scan.path)
     if not path.exists():
@@ -137,21 +116,13 @@ def scan_of(folder: Path, case_id: str) -> tuple[Path, str]:
 
 
 def recorded_scan_digest(folder: Path, case_id: str) -> str | None:
-    """The hash of the scan that a case's probabilities were made from; None where there are none.
-
-    Raises:
-        InputError: damaged.
-    """
+    """The hash of the scan that a case's probabilities were made from; None where there are none."""
     path = folder / f"{case_id}.json"
     return _BLOCK.read(path).scan.sha256 if path.exists() else None
 
 
 def block_cases(folder: Path) -> list[str]:
-    """The cases of a folder of probabilities.
-
-    Raises:
-        InputError: the folder holds none.
-    """
+    """The cases of a folder of probabilities. Raises InputError: the folder holds none."""
     cases = sorted(path.stem for path in folder.glob("*.json") if path.name != MANIFEST and path.name[0] != ".")
     if not cases or not (folder / MANIFEST).exists():
         raise InputError(folder, "holds no probabilities", "Make them with `kitseg infer`.")
@@ -159,11 +130,7 @@ def block_cases(folder: Path) -> list[str]:
 
 
 def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write a folder's manifest.
-
-    Raises:
-        UsageError: the folder holds probabilities that something else made.
-    """
+    """Write a folder's manifest. Raises UsageError: the folder holds probabilities that something else made."""
     if (folder / MANIFEST).exists() and not is_made_by(folder, content):
         problem = "holds probabilities of another model, stage or version, or computed on another device"
         raise UsageError(f"{folder} {problem}; choose another folder")
@@ -171,11 +138,7 @@ def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def is_made_by(folder: Path, content: Mapping[str, Any]) -> bool:
-    """Whether a folder's manifest equals this one, wherever the model was; the order of the priors counts.
-
-    Raises:
-        InputError: missing or damaged.
-    """
+    """Whether a folder's manifest equals this one, wherever the model was; the order of the priors counts."""
     return identity(read_manifest(folder)) == identity(content)
 
 

@@ -124,11 +124,7 @@ def read_patients(path: Path) -> dict[str, str]:
 
 
 def read_clinical(path: Path) -> dict[str, dict[str, str]]:
-    """Each case's histology and surgery from the challenge's ``kits.json``; empty where there is no file.
-
-    Raises:
-        InputError: unreadable, or not a list of cases.
-    """
+    """Each case's histology and surgery from ``kits.json``, if there is one. Raises InputError: not a list of cases."""
     if not path.exists():
         return {}
     names = {"histology": "tumor_histologic_subtype", "surgery": "surgical_procedure"}
@@ -167,10 +163,9 @@ def find_cases(data: Path) -> list[Case]:
         InputError: the folder is missing or holds no scan.
         UsageError: two files have the same id.
     """
-    cases = [case for case in list_cases(data) if not _is_missing(case.image)]
-    if not cases:
-        raise InputError(data, f"none of its case folders holds {IMAGE}", _EXPECTED)
-    return cases
+    if cases := [case for case in list_cases(data) if not _is_missing(case.image)]:
+        return cases
+    raise InputError(data, f"none of its case folders holds {IMAGE}", _EXPECTED)
 
 
 def collect_scans(paths: Sequence[Path]) -> list[Case]:
@@ -184,10 +179,10 @@ def collect_scans(paths: Sequence[Path]) -> list[Case]:
     for path in paths:
         if path.is_dir():
             cases += find_cases(path)
-        elif path.exists():
-            cases.append(Case(scan_id(path), path))
-        else:
+        elif not path.exists():
             raise InputError(path, "there is no such file or folder", "Check the path")
+        else:
+            cases.append(Case(scan_id(path), path))
     return distinct({os.path.realpath(case.image): case for case in cases}.values())
 
 
@@ -260,15 +255,10 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def distinct(cases: Iterable[Case]) -> list[Case]:
-    """The cases sorted by id.
-
-    Raises:
-        UsageError: two have the same id.
-    """
+    """The cases sorted by id. Raises UsageError: two have the same id."""
     by_id: dict[str, Case] = {}
     for case in cases:
-        other = by_id.setdefault(case.id, case)
-        if other is not case:
+        if (other := by_id.setdefault(case.id, case)) is not case:
             raise UsageError(f"{other.image} and {case.image} are both called {case.id}. Rename one of them")
     return [by_id[name] for name in sorted(by_id)]
 

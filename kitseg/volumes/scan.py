@@ -91,11 +91,7 @@ def read_scan(case: Case) -> Volume:
 
 
 def scan_geometry(case: Case) -> Geometry:
-    """The geometry of a case's CT in orientation (I, P, L), from headers alone.
-
-    Raises:
-        InputError: it can't be used.
-    """
+    """The geometry of a case's CT in orientation (I, P, L), from headers alone. Raises InputError: it can't be used."""
     if not case.slices:
         return canonical_geometry(read_geometry(case.image))
     from kitseg.volumes.dicom.series import open_series, stack_of

@@ -54,11 +54,7 @@ class Header:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder except hidden ones, sorted by path.
-
-    Raises:
-        InputError: a folder that can't be read.
-    """
+    """All files below a folder except hidden ones, sorted by path. Raises InputError: a folder that can't be read."""
 
     def refuse(error: OSError) -> None:
         raise InputError(error.filename, f"can't be read ({error.strerror})", "Choose a folder that you may read")

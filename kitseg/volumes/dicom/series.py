@@ -140,11 +140,7 @@ def read_series(series: Series) -> Volume:
 
 
 def stack_of(series: Series) -> Stack:
-    """The stack of a series' slices.
-
-    Raises:
-        InputError: they form no volume.
-    """
+    """The stack of a series' slices. Raises InputError: they form no volume."""
     if series.stack is None:
         raise InputError(series.folder, f"{series.case_id}: {series.problem}", _REMEDY)
     return series.stack
