@@ -1,11 +1,8 @@
-"""Pictures are decoded and looked at pixel by pixel; pages are parsed."""
+"""Pictures are decoded and looked at pixel by pixel."""
 
 from __future__ import annotations
 
-import base64
-import io
 import warnings
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from kitseg.report.page import write_study_page
 from kitseg.report.pictures import case_picture, learning_curve
 from kitseg.types import Geometry, Volume
 
@@ -154,98 +150,3 @@ def test_learning_curve_shows_what_there_is(tmp_path: Path) -> None:
     assert blue(loss).sum() > 400
     assert blue(pixels(tmp_path / "negative.png")).sum() > 400
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".png"] * 5
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta", "link", "img"}:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.text.append(data.strip())
-
-
-@pytest.fixture
-def page(tmp_path: Path) -> tuple[Page, str, bytes]:
-    png = tmp_path / "case.png"
-    learning_curve(png, [])
-    path = tmp_path / "study.html"
-    write_study_page(
-        path,
-        title="Study <of> & more",
-        rows=[{"case": "<script>alert(1)</script>", "kidney": 0.9126, "tumor": 0.5}, {"case": "b", "kidney": 1.0}],
-        mean={"kidney": 0.9563, "tumor": 0.5},
-        pictures={"<script>alert(1)</script>": png},
-        facts={"Command": "kitseg demo <out>"},
-        notes=["Drawn, not scanned."],
-    )
-    html = path.read_text(encoding="utf-8")
-    return Page(html), html, png.read_bytes()
-
-
-def test_page_shows_everything(page: tuple[Page, str, bytes]) -> None:
-    parsed, _, _ = page
-    assert parsed.open == []
-    table = parsed.text[parsed.text.index("Case") : parsed.text.index("Pictures")]
-    name = "<script>alert(1)</script>"
-    assert table == ["Case", "kidney", "tumor", name, "0.913", "0.500", "b", "1.000", "–", "Mean", "0.956", "0.500"]
-    for text in ("Study <of> & more", "For research use only.", "Drawn, not scanned.", "Command", "kitseg demo <out>"):
-        assert text in parsed.text
-    assert any("not a medical device" in text.lower() for text in parsed.text)
-
-
-def test_page_escapes_what_it_is_given(page: tuple[Page, str, bytes]) -> None:
-    parsed, html, _ = page
-    assert "<script" not in html
-    assert not {"script", "of", "out"} & {tag for tag, _ in parsed.tags}
-
-
-def test_page_needs_nothing_else(page: tuple[Page, str, bytes]) -> None:
-    parsed, html, png = page
-    assert "http://" not in html
-    assert "https://" not in html
-    assert "url(" not in html
-    assert "@import" not in html
-    links = [value for _, attributes in parsed.tags for key, value in attributes.items() if key in {"src", "href"}]
-    assert all(link is not None and link.startswith(("data:image/png;base64,", "#")) for link in links)
-    images = [attributes["src"] for tag, attributes in parsed.tags if tag == "img"]
-    assert [base64.b64decode((image or "").split(",")[1]) for image in images] == [png]
-    icon = next(attributes["href"] or "" for tag, attributes in parsed.tags if tag == "link")
-    Image.open(io.BytesIO(base64.b64decode(icon.split(",")[1]))).load()
-
-
-def test_page_links_rows_to_pictures(page: tuple[Page, str, bytes]) -> None:
-    parsed, _, _ = page
-    anchors = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]
-    figures = [attributes["id"] for tag, attributes in parsed.tags if tag == "figure"]
-    assert anchors == [f"#{figure}" for figure in figures] == ["#case-1"]
-
-
-def test_a_missing_picture_leaves_no_page(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
-        write_study_page(tmp_path / "study.html", "t", [], {}, {"a": tmp_path / "gone.png"}, {}, [])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_page_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "study.html"
-    write_study_page(path, "old", [], {}, {}, {}, [])
-    old = path.read_bytes()
-    with pytest.raises(UnicodeEncodeError):
-        write_study_page(path, "no UTF-8 has \udc80", [], {}, {}, {}, [])
-    assert path.read_bytes() == old
-    assert list(tmp_path.iterdir()) == [path]

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kitseg.commands.score_files import read_scores
 from kitseg.errors import KitsegError
-from kitseg.report.page import write_study_page
 from kitseg.report.pictures import case_picture
-from kitseg.runtime.device import versions
-from kitseg.runtime.files import atomic_write
 from kitseg.volumes.nifti import read_image, read_labels
 
 Log = Callable[[str], None]
@@ -44,16 +38,14 @@ def run_demo(out: Path, quick: bool, log: Log) -> None:
     Raises:
         KitsegError: a step failed; its own message has been printed before.
     """
-    begun, scale = time.perf_counter(), QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)
-    commands = demo_commands(scale)
-    for command in commands:
+    for command in demo_commands(QUICK if quick else FULL):
         log(f"\n[bold cyan]$ {shlex.join(['kitseg', *command])}[/]")
         code = subprocess.run([sys.executable, "-m", "kitseg", *command], cwd=out, check=False).returncode
         if code:
             raise KitsegError(f"the demo failed: `kitseg {command[0]}` ended with exit code {code}. See above.")
-    write_report(out, [shlex.join(["kitseg", *command]) for command in commands], time.perf_counter() - begun)
-    log(f"\nOpen [bold]{out / 'report.html'}[/] and [bold]{out / 'pages' / 'index.html'}[/]. {RESEARCH_USE}")
+    write_picture(out)
+    log(f"\nOpen [bold]{out / 'report' / 'index.html'}[/]. {RESEARCH_USE}")
 
 
 def demo_commands(scale: Scale) -> list[list[str]]:
@@ -72,28 +64,14 @@ def demo_commands(scale: Scale) -> list[list[str]]:
         ["ensemble", "probabilities", "-o", "mean"],
         ["postprocess", "mean", "-o", "predictions"],
         ["evaluate", "predictions", "test", "--json", "scores.json"],
-        ["report", "predictions", "test", "--scores", "scores.json", "-o", "pages"],
+        ["report", "predictions", "test", "--scores", "scores.json"],
     ]
 
 
-def write_report(out: Path, commands: Sequence[str], seconds: float) -> None:
-    """Write ``report.png`` and ``report.html`` of a demo; seconds: duration of its commands."""
-    scores = read_scores(out / "scores.json")
-    rows: list[dict[str, str | float]] = []
-    pictures = {}
-    for case, classes in scores["cases"].items():
-        rows.append({"case": case, **{name: score["dice"] or 0.0 for name, score in classes.items()}})
-        pictures[case] = out / "pictures" / f"{case}.png"
-        ct = read_image(out / "test" / case / "imaging.nii.gz", case)
-        truth = read_labels(out / "test" / case / "segmentation.nii.gz", case)
-        found = read_labels(out / "predictions" / f"{case}.nii.gz", case)
-        case_picture(pictures[case], ct, found.array, truth.array, title=f"{case}: reference and prediction")
-    with atomic_write(out / "report.png") as partial:
-        shutil.copyfile(next(iter(pictures.values())), partial)
-    pictures |= {
-        f"Training: {stage}": out / "runs" / f"{METHOD}-{SIZE}" / "fold_0" / stage / "curves.png"
-        for stage in ("coarse", "fine")
-    }
-    mean = {name: score["dice"] or 0.0 for name, score in scores["mean"].items()}
-    facts = {"Seconds": f"{seconds:.0f}", **versions(), "Commands": " · ".join(commands)}
-    write_study_page(out / "report.html", "kitseg demo", rows, mean, pictures, facts, [RESEARCH_USE])
+def write_picture(out: Path) -> None:
+    """Write ``report.png``: CT, reference and prediction of a held-out phantom in three planes."""
+    case = "case_00000"
+    ct = read_image(out / "test" / case / "imaging.nii.gz", case)
+    truth = read_labels(out / "test" / case / "segmentation.nii.gz", case)
+    found = read_labels(out / "predictions" / f"{case}.nii.gz", case)
+    case_picture(out / "report.png", ct, found.array, truth.array, title=f"{case}: reference and prediction")
