@@ -19,7 +19,6 @@ from kitseg.errors import KitsegError, UsageError, fault, format_error
 from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.signals import interruptible
-from kitseg.trust import everything
 
 if TYPE_CHECKING:
     from kitseg.runtime.outcomes import Outcome
@@ -35,71 +34,6 @@ app = typer.Typer(
     add_completion=True,
 )
 COLOURS = {"green": "green", "amber": "yellow", "red": "red"}
-PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
-
-Data = Annotated[Path, typer.Argument(help="Folder of cases: case_00000/imaging.nii.gz, or flat .nii.gz files.")]
-DataFolders = Annotated[list[Path], typer.Option("--data", help="Folder of labelled cases; may be repeated.")]
-Method = Annotated[
-    str, typer.Option(metavar="NAME|FILE", help="A method listed by `kitseg methods`, or your own YAML file.")
-]
-Size = Annotated[str, typer.Option(help="One of the method's sizes, such as paper, small or tiny.")]
-Set = Annotated[
-    list[str],
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a configuration key (stages.*.KEY: in every stage); may be repeated."
-    ),
-]
-ConfigDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Folder of your own methods and stages (docs/how-to/own-method.md).")
-]
-
-
-def _trust(context: typer.Context, given: bool) -> bool:
-    if given:
-        context.with_resource(everything())
-    return given
-
-
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust",
-        callback=_trust,
-        help="Allow models with parts from outside kitseg: code of their authors will run.",
-    ),
-]
-
-
-def _check_jobs(jobs: int) -> int:
-    if jobs == 0:
-        raise UsageError("--jobs 0: give 1 or more, or -1 for the number of cores")
-    return jobs
-
-
-Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases processed in parallel; -1: one per core.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Gpus = Annotated[
-    int | None,
-    typer.Option(min=0, help="GPUs on this machine, one process each; 0: the CPU. Default: one if available."),
-]
-Processes = Annotated[int, typer.Option(min=1, help="Processes on the CPU; needs --device cpu.")]
-Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help="Bit-identical results in every run; slower on a GPU.")
-]
-Shard = Annotated[
-    str | None, typer.Option(metavar="K/N", help="Process only part K (1 to N) of N parts of the cases, such as 2/8.")
-]
-Split = Annotated[Path | None, typer.Option(help="Split file: only its test cases, or the cases of --fold.")]
-Fold = Annotated[int | None, typer.Option(help="With --split: only the validation cases of this fold.")]
-Mirror = Annotated[bool, typer.Option("--mirror", help="Test-time augmentation: left-right flip.")]
-Engine = Annotated[str, typer.Option(help="auto (openvino on a CPU if installed, else torch), torch or openvino.")]
-Precision = Annotated[str, typer.Option(help="auto (as in training on a GPU, f32 on a CPU), f32 or bf16.")]
-MaxMemory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Memory limit, such as 6GB; scans that may need more are refused.")
-]
-Convention = Annotated[
-    str, typer.Option(help="Label convention: kits19 (cysts labelled as kidney) or kits23 (cysts labelled 3).")
-]
 
 
 def main() -> None:
@@ -249,14 +183,6 @@ def _print_outcome(outcome: Outcome) -> None:
     console.print_line(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
     for flag in outcome.quality.flags if outcome.quality else ():
         console.print_line(f"  [{COLOURS[flag.level]}]{flag.level}[/] {escape(flag.reason)}")
-
-
-def known_convention(convention: str) -> None:
-    """Refuse an unknown label convention."""
-    from kitseg.labels import CONVENTIONS
-
-    if convention not in CONVENTIONS:
-        raise UsageError(f"unknown label convention '{convention}'. Choose {' or '.join(CONVENTIONS)}")
 
 
 def exit_if(failed: bool) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kitseg.cli.app import Trust, app
+from kitseg.cli import options as opt
+from kitseg.cli.app import app
 from kitseg.runtime import console
 
 
@@ -23,7 +24,7 @@ def export(
     labels_license: Annotated[
         str | None, typer.Option(metavar="LICENSE", help="License of the training labels. Default: that of KiTS19.")
     ] = None,
-    trust: Trust = False,
+    trust: opt.Trust = False,
 ) -> None:
     """Export a trained model as one file for sharing: weights, configuration and licenses, without names of cases.
 

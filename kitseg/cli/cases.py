@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -16,23 +15,15 @@ if TYPE_CHECKING:
     from kitseg.runtime.resume import Result, ResultCache, Task
 
 R = TypeVar("R", bound="Result")
-Cluster = Annotated[
-    str | None,
-    typer.Option(metavar="dask://HOST:PORT", help="Process the cases on the workers of a dask cluster."),
-]
-
-
-@dataclass(frozen=True)
-class ExecutionOptions:
-    """Where cases are worked on: in ``jobs`` processes here or on a cluster; with a shard, only a part of them."""
-
-    jobs: int
-    cluster: str | None = None
-    shard: str | None = None
 
 
 def gather(
-    title: str, tasks: Sequence[Task], work: partial[R] | ResultCache[R], execution: ExecutionOptions
+    title: str,
+    tasks: Sequence[Task],
+    work: partial[R] | ResultCache[R],
+    jobs: int,
+    cluster: str | None,
+    shard: str | None,
 ) -> list[R]:
     """The results of all tasks, with a bar and a line for each error; ends the command if another part has the output.
 
@@ -45,19 +36,19 @@ def gather(
     from kitseg.runtime.outcomes import in_parallel
     from kitseg.runtime.sharding import Share
 
-    share = Share.asked(execution.shard)
+    share = Share.asked(shard)
     cache = None if isinstance(work, partial) else work
     if share.of > 1 and cache is None:
         raise UsageError("the parts of the work meet in a file: name it with --json or --csv")
     mine, do = share.take(tasks), delayed(work if isinstance(work, partial) else work.do)
-    with on_cluster(execution.cluster), console.bar(title, len(mine)) as step:
+    with on_cluster(cluster), console.bar(title, len(mine)) as step:
 
         def done(result: R) -> None:
             step()
             if result.error:
                 console.print_error(result.error)
 
-        found: list[R] = in_parallel(map(do, mine), execution.jobs if len(mine) > 1 else 1, done)
+        found: list[R] = in_parallel(map(do, mine), jobs if len(mine) > 1 else 1, done)
     joined = cache.join_parts(tasks, share, found) if cache and share.of > 1 else found
     if joined is None:
         raise typer.Exit(int(any(result.error for result in found)))

@@ -10,24 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from kitseg.cli.app import (
-    ConfigDir,
-    Convention,
-    Data,
-    DataFolders,
-    Device,
-    Jobs,
-    Method,
-    Set,
-    Shard,
-    Size,
-    Trust,
-    app,
-    exit_if,
-    known_convention,
-    preprocess_cases,
-)
-from kitseg.cli.cases import Cluster
+from kitseg.cli import options as opt
+from kitseg.cli.app import app, exit_if, preprocess_cases
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.scoring.strata import THICKNESSES
@@ -44,7 +28,7 @@ def phantom(
     cases: Annotated[int, typer.Option(min=1, help="Number of cases.")] = 12,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same cases.")] = 0,
     matrix: Annotated[int, typer.Option(min=64, max=512, help="Pixels along rows and columns.")] = 512,
-    jobs: Jobs = -1,
+    jobs: opt.Jobs = -1,
 ) -> None:
     """Generate synthetic contrast CT cases with labels, for training and testing without patient data."""
     from joblib import delayed
@@ -82,9 +66,9 @@ def download(
 
 @app.command(epilog="Example: kitseg check data --json check.json")
 def check(
-    data: Data = Path("data"),
-    convention: Convention = "kits19",
-    jobs: Jobs = -1,
+    data: opt.Data = Path("data"),
+    convention: opt.Convention = "kits19",
+    jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
 ) -> None:
     """Check each case: readable files, labels on the scan's grid, valid label values, scans in HU, one series."""
@@ -97,7 +81,6 @@ def check(
     from kitseg.volumes.check import check_case
     from kitseg.volumes.kits import list_cases
 
-    known_convention(convention)
     cases = list_cases(data)
     with console.bar("check", len(cases)) as step:
         reports = in_parallel((delayed(check_case)(case, convention) for case in cases), jobs, lambda _: step())
@@ -116,15 +99,15 @@ def check(
 
 @app.command(epilog="Example: kitseg preprocess data --method two-phase --jobs 4")
 def preprocess(
-    data: Data = Path("data"),
+    data: opt.Data = Path("data"),
     to: Annotated[Path, typer.Option(help="Folder for the preprocessed cases.")] = Path("preprocessed"),
-    method: Method = "two-phase",
-    size: Size = "paper",
-    config_dir: ConfigDir = None,
-    jobs: Jobs = -1,
-    cluster: Cluster = None,
-    shard: Shard = None,
-    set_: Set = [],  # noqa: B006
+    method: opt.Method = "two-phase",
+    size: opt.Size = "paper",
+    config_dir: opt.ConfigDir = None,
+    jobs: opt.Jobs = -1,
+    cluster: opt.Cluster = None,
+    shard: opt.Shard = None,
+    set_: opt.Set = [],  # noqa: B006
 ) -> None:
     """Resample every case to the grids of a method. Cases that are done and unchanged are skipped."""
     from kitseg import config
@@ -155,8 +138,8 @@ def split(
         int, typer.Option(min=0, help="Number of patients (not cases) that no fold uses: a test set.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed and cases give the same split.")] = 0,
-    convention: Convention = "kits19",
-    jobs: Jobs = -1,
+    convention: opt.Convention = "kits19",
+    jobs: opt.Jobs = -1,
 ) -> None:
     """Split cases by patient into cross-validation folds with similar tumor volumes and slice thicknesses.
 
@@ -167,7 +150,6 @@ def split(
     from kitseg.training.split import look_at, report_split
     from kitseg.volumes.kits import labelled_cases
 
-    known_convention(convention)
     if output.exists():
         raise UsageError(f"{output} already exists. Choose another name with --output, or delete it")
     cases = labelled_cases(data)
@@ -189,8 +171,8 @@ def split(
 
 @app.command(epilog="Example: kitseg augment --method two-phase --fold 0 --worst 20 --partners 10")
 def augment(
-    method: Method = "two-phase",
-    size: Size = "paper",
+    method: opt.Method = "two-phase",
+    size: opt.Size = "paper",
     run: Annotated[
         Path | None, typer.Option(help="The run whose predictions rank the cases. Default: runs/METHOD-SIZE.")
     ] = None,
@@ -200,15 +182,15 @@ def augment(
     direction: Annotated[
         str, typer.Option(help="partner-to-hard (warp the partner to the hard case's anatomy) or hard-to-partner.")
     ] = "partner-to-hard",
-    data: DataFolders = [Path("data")],  # noqa: B006
+    data: opt.DataFolders = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the new cases.")] = Path("augmented"),
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
     seed: Annotated[int, typer.Option(help="Random seed of the choice of partners.")] = 0,
-    device: Device = "auto",
-    jobs: Jobs = -1,
-    cluster: Cluster = None,
-    shard: Shard = None,
-    trust: Trust = False,
+    device: opt.Device = "auto",
+    jobs: opt.Jobs = -1,
+    cluster: opt.Cluster = None,
+    shard: opt.Shard = None,
+    trust: opt.Trust = False,
 ) -> None:
     """Augment a fold's training set by registration of hard cases with other cases. Running it again resumes.
 

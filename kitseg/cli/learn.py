@@ -12,24 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kitseg.cli.app import (
-    ConfigDir,
-    DataFolders,
-    Deterministic,
-    Device,
-    Gpus,
-    Jobs,
-    Method,
-    Processes,
-    Set,
-    Size,
-    Trust,
-    app,
-    choose_ranks,
-    cross_validate,
-    exit_if,
-    preprocess_cases,
-)
+from kitseg.cli import options as opt
+from kitseg.cli.app import app, choose_ranks, cross_validate, exit_if, preprocess_cases
 from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime import console
 
@@ -52,7 +36,7 @@ class TrainRequest:
 
 
 @app.command(epilog="Example: kitseg methods")
-def methods(config_dir: ConfigDir = None) -> None:
+def methods(config_dir: opt.ConfigDir = None) -> None:
     """List the methods with their stages, paper, published Dice and origin."""
     from kitseg import config
 
@@ -65,16 +49,16 @@ def methods(config_dir: ConfigDir = None) -> None:
 
 @app.command(epilog="Example: kitseg train --method two-phase --size small --fold 0 --gpus 1")
 def train(
-    method: Method = "two-phase",
-    size: Size = "paper",
-    config_dir: ConfigDir = None,
+    method: opt.Method = "two-phase",
+    size: opt.Size = "paper",
+    config_dir: opt.ConfigDir = None,
     fold: Annotated[str, typer.Option(help="The fold to train, or all: every fold, then cross-validation.")] = "0",
     stage: Annotated[str | None, typer.Option(help="Train only this stage.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs of each stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
-    gpus: Gpus = None,
-    device: Device = "auto",
-    processes: Processes = 1,
+    gpus: opt.Gpus = None,
+    device: opt.Device = "auto",
+    processes: opt.Processes = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines (docs/how-to/distributed.md).")] = 1,
     workers: Annotated[
         int | None,
@@ -86,22 +70,22 @@ def train(
             metavar="MINUTES", min=0, help="Interval of checkpoints within an epoch, besides those after each epoch."
         ),
     ] = 10.0,
-    data: DataFolders = [Path("data")],  # noqa: B006
+    data: opt.DataFolders = [Path("data")],  # noqa: B006
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
     split: Annotated[Path, typer.Option(help="The split file, created if it doesn't exist.")] = Path("splits.json"),
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     name: Annotated[str | None, typer.Option(help="Name of the run. Default: METHOD-SIZE.")] = None,
-    jobs: Jobs = -1,
-    deterministic: Deterministic = False,
+    jobs: opt.Jobs = -1,
+    deterministic: opt.Deterministic = False,
     init_from: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Start from the weights of a run, fold, bundle or checkpoint.")
     ] = None,
-    trust: Trust = False,
+    trust: opt.Trust = False,
     restart: Annotated[bool, typer.Option("--restart", help="Rename an earlier training and start a new one.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and run one training step of each stage only.")
     ] = False,
-    set_: Set = [],  # noqa: B006
+    set_: opt.Set = [],  # noqa: B006
 ) -> None:
     """Train the stages of a method in order. Running the same command again resumes."""
     from kitseg import config

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from kitseg.cli.app import COLOURS, PREDICTIONS, Convention, Jobs, Shard, app, exit_if, known_convention
-from kitseg.cli.cases import Cluster, ExecutionOptions, gather
+from kitseg.cli import options as opt
+from kitseg.cli.app import COLOURS, app, exit_if
+from kitseg.cli.cases import gather
 from kitseg.runtime import console
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def measure(
         Path | None,
         typer.Option(help="The scan, or the folder of scans: adds HU, and helps to find the side of a single kidney."),
     ] = None,
-    convention: Convention = "kits19",
-    jobs: Jobs = -1,
-    cluster: Cluster = None,
-    shard: Shard = None,
+    convention: opt.Convention = "kits19",
+    jobs: opt.Jobs = -1,
+    cluster: opt.Cluster = None,
+    shard: opt.Shard = None,
     table: Annotated[
         Path | None, typer.Option("--csv", help="Write one row per kidney and lesion to this file.")
     ] = None,
@@ -42,11 +43,10 @@ def measure(
     from kitseg.commands import measure as steps
     from kitseg.runtime.resume import ResultCache
 
-    known_convention(convention)
     tasks = steps.plan_measures(labels, ct)
     output, work = report or table, partial(steps.measure_case, convention=convention)
     cache = ResultCache.beside(output, steps.Measured, work) if output else None
-    results = gather("measure", tasks, cache or work, ExecutionOptions(jobs, cluster, shard))
+    results = gather("measure", tasks, cache or work, jobs, cluster, shard)
     if report:
         steps.write_findings(report, results, convention)
     if table:
@@ -62,27 +62,26 @@ def mesh(
     labels: Annotated[Path, typer.Argument(metavar="SEG", help="A label map.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The STL file.")] = Path("kidney.stl"),
     of: Annotated[str, typer.Option(help="kidney (both, with lesions), parenchyma, tumor or cyst.")] = "kidney",
-    convention: Convention = "kits19",
+    convention: opt.Convention = "kits19",
 ) -> None:
     """Write the surface of a label map as an STL file, in mm in the patient's space (RAS+)."""
     from kitseg.commands.measure import write_mesh
 
-    known_convention(convention)
     made = write_mesh(labels, output, of, convention)
     console.print_line(escape(f"{made.triangles} triangles, {made.ml:.1f} ml → {output}"))
 
 
 @app.command(epilog="Example: kitseg report predictions data --scores scores.json")
 def report(
-    predictions: Annotated[Path, typer.Argument(help="Folder of label maps, or one of them.")] = PREDICTIONS,
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps, or one of them.")] = opt.PREDICTIONS,
     data: Annotated[
         list[Path], typer.Argument(help="Files or folders of the scans and, if available, the references.")
     ] = [],  # noqa: B006
     scores: Annotated[Path | None, typer.Option(help="A file from `kitseg evaluate --json`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
-    jobs: Jobs = -1,
-    cluster: Cluster = None,
-    shard: Shard = None,
+    jobs: opt.Jobs = -1,
+    cluster: opt.Cluster = None,
+    shard: opt.Shard = None,
 ) -> None:
     """Write HTML pages: one per case and one for the study, each a self-contained file that works offline."""
     from kitseg.commands import report as pages
@@ -98,7 +97,7 @@ def report(
     tasks = pages.plan_pages(predictions, data, known, output)
     cache = ResultCache(output.absolute() / ".cases", CaseRow, partial(pages.make_page))
     with folder_lock(output, "pages", Share.asked(shard).part):
-        rows = gather("report", tasks, cache, ExecutionOptions(jobs, cluster, shard))
+        rows = gather("report", tasks, cache, jobs, cluster, shard)
         pages.write_index(output, rows, known)
         cache.clear()
     for row in rows:

@@ -9,26 +9,8 @@ from typing import Annotated
 
 import typer
 
-from kitseg.cli.app import (
-    PREDICTIONS,
-    PROBABILITIES,
-    Deterministic,
-    Device,
-    Engine,
-    Fold,
-    Gpus,
-    MaxMemory,
-    Mirror,
-    Precision,
-    Processes,
-    Shard,
-    Split,
-    Trust,
-    app,
-    choose_ranks,
-    shared_work,
-    work,
-)
+from kitseg.cli import options as opt
+from kitseg.cli.app import app, choose_ranks, shared_work, work
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 
@@ -47,22 +29,22 @@ def infer(
         typer.Option("--run", "--model", help="A run (mean of its folds), one of its folds, or a bundle of one run."),
     ] = None,
     data: Annotated[Path, typer.Option(help="A scan, or a folder of scans or cases.")] = Path("data"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = PROBABILITIES,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = opt.PROBABILITIES,
     stage: Annotated[
         str | None, typer.Option(help="Output of one stage: coarse, or fine.1 for the first network of fine.")
     ] = None,
-    mirror: Mirror = False,
-    split: Split = None,
-    fold: Fold = None,
-    gpus: Gpus = None,
-    device: Device = "auto",
-    processes: Processes = 1,
-    shard: Shard = None,
-    engine: Engine = "auto",
-    precision: Precision = "auto",
-    deterministic: Deterministic = False,
-    max_memory: MaxMemory = None,
-    trust: Trust = False,
+    mirror: opt.Mirror = False,
+    split: opt.Split = None,
+    fold: opt.Fold = None,
+    gpus: opt.Gpus = None,
+    device: opt.Device = "auto",
+    processes: opt.Processes = 1,
+    shard: opt.Shard = None,
+    engine: opt.Engine = "auto",
+    precision: opt.Precision = "auto",
+    deterministic: opt.Deterministic = False,
+    max_memory: opt.MaxMemory = None,
+    trust: opt.Trust = False,
 ) -> None:
     """Predict class probabilities on each scan's own grid, averaged over the checkpoints of a run.
 
@@ -89,11 +71,11 @@ def infer(
 
 @app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
 def ensemble(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of probabilities.")] = [PROBABILITIES],  # noqa: B006
+    folders: Annotated[list[Path], typer.Argument(help="Folders of probabilities.")] = [opt.PROBABILITIES],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the mean.")] = Path("ensemble"),
     weights: Annotated[str | None, typer.Option(help="Weights of the folders, such as 2,1. Default: equal.")] = None,
-    max_memory: MaxMemory = None,
-    trust: Trust = False,
+    max_memory: opt.MaxMemory = None,
+    trust: opt.Trust = False,
 ) -> None:
     """Average folders of probabilities. The post-processing of the first folder is kept."""
     from kitseg.commands.infer import average
@@ -108,11 +90,11 @@ def ensemble(
 @app.command(epilog="Example: kitseg postprocess ensemble -o predictions")
 def postprocess(
     folder: Annotated[Path, typer.Argument(help="Folder of probabilities.")] = Path("ensemble"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = PREDICTIONS,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = opt.PREDICTIONS,
     without: Annotated[
         list[str], typer.Option(metavar="NAME", help="Leave out this post-processing step, or all; may be repeated.")
     ] = [],  # noqa: B006
-    trust: Trust = False,
+    trust: opt.Trust = False,
 ) -> None:
     """Convert probabilities to labels with the post-processing of the method."""
     from kitseg.commands.postprocess import postprocess as clean_folder
@@ -126,7 +108,7 @@ def predict(
     scans: Annotated[
         list[Path], typer.Argument(help="NIfTI files, case folders, or folders of NIfTI files or DICOM series.")
     ] = [Path("data")],  # noqa: B006
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = PREDICTIONS,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = opt.PREDICTIONS,
     model: Annotated[
         list[str],
         typer.Option(
@@ -135,17 +117,17 @@ def predict(
         ),
     ] = [],  # noqa: B006
     weights: Annotated[str | None, typer.Option(help="Weights of the models, such as 2,1. Default: equal.")] = None,
-    mirror: Mirror = False,
-    split: Split = None,
-    fold: Fold = None,
-    gpus: Gpus = None,
-    device: Device = "auto",
-    processes: Processes = 1,
-    shard: Shard = None,
-    engine: Engine = "auto",
-    precision: Precision = "auto",
-    deterministic: Deterministic = False,
-    max_memory: MaxMemory = None,
+    mirror: opt.Mirror = False,
+    split: opt.Split = None,
+    fold: opt.Fold = None,
+    gpus: opt.Gpus = None,
+    device: opt.Device = "auto",
+    processes: opt.Processes = 1,
+    shard: opt.Shard = None,
+    engine: opt.Engine = "auto",
+    precision: opt.Precision = "auto",
+    deterministic: opt.Deterministic = False,
+    max_memory: opt.MaxMemory = None,
     series: Annotated[
         list[str], typer.Option(help="Select this DICOM series by UID or by its name in series.csv; may be repeated.")
     ] = [],  # noqa: B006
@@ -155,7 +137,7 @@ def predict(
     keep_identifiers: Annotated[
         bool, typer.Option("--keep-identifiers", help="Include patient data in the DICOM output and series.csv.")
     ] = False,
-    trust: Trust = False,
+    trust: opt.Trust = False,
 ) -> None:
     """Segment kidneys and tumors in scans, on each scan's own grid, with lesions, quality flags and a picture.
 

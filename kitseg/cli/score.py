@@ -9,23 +9,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kitseg.cli.app import (
-    PREDICTIONS,
-    Convention,
-    DataFolders,
-    Device,
-    Fold,
-    Jobs,
-    Mirror,
-    Shard,
-    Split,
-    Trust,
-    app,
-    cross_validate,
-    exit_if,
-    known_convention,
-)
-from kitseg.cli.cases import Cluster, ExecutionOptions, gather
+from kitseg.cli import options as opt
+from kitseg.cli.app import app, cross_validate, exit_if
+from kitseg.cli.cases import gather
 from kitseg.cli.score_tables import show_comparison, show_fit, show_scores
 from kitseg.errors import UsageError
 from kitseg.runtime import console
@@ -38,14 +24,13 @@ def fit_priors(
     labels: Annotated[Path, typer.Option(help="Folder of reference label maps, KiTS layout or flat.")] = Path("data"),
     split: Annotated[Path | None, typer.Option(help="Split file: use only the training cases of --fold.")] = None,
     fold: Annotated[int | None, typer.Option(help="With --split: the fold whose training cases are used.")] = None,
-    convention: Convention = "kits19",
-    jobs: Jobs = -1,
+    convention: opt.Convention = "kits19",
+    jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the range and every tumor to this file.")] = None,
 ) -> None:
     """Fit the shape prior to reference tumors and count the tumors that each post-processing prior would remove."""
     from kitseg.commands import fit_priors as priors
 
-    known_convention(convention)
     maps = priors.training_labels(labels, split, fold)
     with console.bar("fit-priors", len(maps)) as step:
 
@@ -63,24 +48,18 @@ def fit_priors(
 
 @app.command(epilog="Example: kitseg evaluate predictions data --protocol kits23 --json scores.json")
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="Folder of label maps to score.")] = PREDICTIONS,
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps to score.")] = opt.PREDICTIONS,
     references: Annotated[Path, typer.Argument(help="Folder of reference label maps.")] = Path("data"),
     protocol: Annotated[str, typer.Option(help="Scoring rules: kits19, kits21 or kits23.")] = "kits19",
-    convention: Annotated[
-        str | None,
-        typer.Option(
-            help="Label convention: kits19 (cysts labelled as kidney) or kits23. Default: the protocol's.",
-            show_default=False,
-        ),
-    ] = None,
+    convention: opt.ProtocolConvention = None,
     cases: Annotated[
         str | None, typer.Option(help="Required cases, such as 210-299; missing ones are scored as background.")
     ] = None,
-    split: Split = None,
-    fold: Fold = None,
-    jobs: Jobs = -1,
-    cluster: Cluster = None,
-    shard: Shard = None,
+    split: opt.Split = None,
+    fold: opt.Fold = None,
+    jobs: opt.Jobs = -1,
+    cluster: opt.Cluster = None,
+    shard: opt.Shard = None,
     table: Annotated[Path | None, typer.Option("--csv", help="Write one row per case and class to this file.")] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
 ) -> None:
@@ -93,13 +72,11 @@ def evaluate(
     from kitseg.commands.score_files import write_score_table, write_scores
     from kitseg.runtime.resume import ResultCache
 
-    if convention:
-        known_convention(convention)
     rules = scoring.rules(protocol, convention)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
-    scores = gather("evaluate", found, cache or work, ExecutionOptions(jobs, cluster, shard))
+    scores = gather("evaluate", found, cache or work, jobs, cluster, shard)
     show_scores(scores, rules)
     for note in scoring.notes(scores, rules, unscored):
         console.print_line(f"[yellow]{escape(note)}[/]")
@@ -115,10 +92,10 @@ def evaluate(
 @app.command(epilog="Example: kitseg validate runs/two-phase-small --data data")
 def validate(
     run: Annotated[Path, typer.Argument(help="A run, or one of its folds.")],
-    data: DataFolders = [Path("data")],  # noqa: B006
-    mirror: Mirror = False,
-    device: Device = "auto",
-    trust: Trust = False,
+    data: opt.DataFolders = [Path("data")],  # noqa: B006
+    mirror: opt.Mirror = False,
+    device: opt.Device = "auto",
+    trust: opt.Trust = False,
 ) -> None:
     """Cross-validate a run: predict each fold's validation cases with its networks and score them together.
 
@@ -131,10 +108,10 @@ def validate(
 @app.command(epilog="Example: kitseg choose runs/two-phase-paper runs/progressive-paper -o ensemble.yaml")
 def choose(
     runs: Annotated[list[Path], typer.Argument(help="Validated runs, or folds of them.")],
-    data: DataFolders = [Path("data")],  # noqa: B006
+    data: opt.DataFolders = [Path("data")],  # noqa: B006
     output: Annotated[Path, typer.Option("--output", "-o", help="The ensemble file.")] = Path("ensemble.yaml"),
-    jobs: Jobs = -1,
-    trust: Trust = False,
+    jobs: opt.Jobs = -1,
+    trust: opt.Trust = False,
 ) -> None:
     """Choose the ensemble of runs and the post-processing with the best out-of-fold Dice.
 
@@ -191,7 +168,7 @@ def compare(
 
 @app.command(epilog="Example: kitseg submit predictions -o kits19.zip")
 def submit(
-    predictions: Annotated[Path, typer.Argument(help="Folder of label maps to submit.")] = PREDICTIONS,
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps to submit.")] = opt.PREDICTIONS,
     output: Annotated[Path, typer.Option("--output", "-o", help="The zip file to write.")] = Path("kits19.zip"),
     data: Annotated[Path, typer.Option(help="Folder of the scans.")] = Path("data"),
     cases: Annotated[str, typer.Option(help="Required cases.")] = "210-299",
