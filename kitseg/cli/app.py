@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,8 +139,10 @@ def choose_ranks(gpus: int | None, processes: int, device: str) -> tuple[str, in
 
 def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -> None:
     """Predict and score the validation cases of a run's finished folds; exit code 1 if a case failed."""
+    from kitseg.cli.score_tables import show_table
     from kitseg.commands import validate as steps
     from kitseg.commands.evaluate import groups
+    from kitseg.report.scores import group_table
 
     plan = steps.plan_validation(run, data, mirror)
     count = sum(len(plan.cases[fold]) for fold in plan.asked)
@@ -148,11 +151,7 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -
     folds = steps.folds_to_score(plan)
     with console.bar("score", len(folds)) as step:
         scores = steps.score_folds(plan, folds, step)
-    table = console.table("by", "", "cases", "kidney", "tumor")
-    for group in groups(scores, folds):
-        dice = (console.cell(group.dice.get(name)) for name in ("kidney", "tumor"))
-        table.add_row(group.kind, escape(group.name), str(group.cases), *dice, end_section=group.kind == "all")
-    console.out.print(table)
+    show_table(group_table([asdict(group) for group in groups(scores, folds)]))
     for score in scores:
         if score.error:
             console.print_error(score.error)

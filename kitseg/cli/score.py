@@ -69,7 +69,7 @@ def evaluate(
     cyst), tumor; these also have surface Dice. Scores are given per case and over all cases.
     """
     from kitseg.commands import evaluate as scoring
-    from kitseg.commands.score_files import write_score_table, write_scores
+    from kitseg.commands.score_files import score_content, write_score_table, write_scores
     from kitseg.runtime.resume import ResultCache
 
     rules = scoring.rules(protocol, convention)
@@ -77,11 +77,10 @@ def evaluate(
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
     scores = gather("evaluate", found, cache or work, jobs, cluster, shard)
-    show_scores(scores, rules)
-    for note in scoring.notes(scores, rules, unscored):
-        console.print_line(f"[yellow]{escape(note)}[/]")
+    content = score_content(scores, rules, {}, unscored)
+    show_scores(scores, content, rules)
     if report:
-        write_scores(report, scores, rules, unscored=unscored)
+        write_scores(report, content)
     if table:
         write_score_table(table, scores)
     if cache:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from kitseg.commands.compare import Comparison
     from kitseg.commands.evaluate import Rules, Score
     from kitseg.commands.fit_priors import Fit
-    from kitseg.scoring.summary import Summary
+    from kitseg.report.scores import Table
 
 
-def show_scores(scores: Sequence[Score], rules: Rules) -> None:
-    """Print the challenge's metrics of each case, all metrics over the cases, and the tumor detection."""
-    from kitseg.commands.score_files import challenge_score, score_summary
+def show_scores(scores: Sequence[Score], content: Mapping[str, Any], rules: Rules) -> None:
+    """Print the challenge's metrics of each case, then what a file of the scores holds over all cases."""
+    from kitseg.report.scores import score_tables
     from kitseg.scoring.protocols import METRICS
 
     shown = [
@@ -32,40 +32,20 @@ def show_scores(scores: Sequence[Score], rules: Rules) -> None:
         metrics = (console.cell(score.classes.get(name, {}).get(metric)) for name, metric in shown)
         table.add_row(score.case, *metrics, f"[red]{note}[/]")
     console.out.print(table)
-    summaries = score_summary(scores)
-    _show_summary(summaries)
-    _show_detection(scores)
-    for metric, value in challenge_score(summaries).items():
+    for over_all in score_tables(content):
+        show_table(over_all)
+    for metric, value in content["score"].items():
         console.print_line(f"{rules.protocol.name}, mean {METRICS[metric]} over the classes: {value:.4f}")
+    for note in content["notes"]:
+        console.print_line(f"[yellow]{escape(note)}[/]")
 
 
-def _show_summary(summaries: Mapping[str, Mapping[str, Summary]]) -> None:
-    from kitseg.scoring.protocols import METRICS
-
-    table = console.table("class", "", "mean", "95 % CI", "median", "cases", "undefined")
-    for name, metrics in summaries.items():
-        for number, (metric, value) in enumerate(metrics.items(), 1):
-            low, high = console.cell(value.low), console.cell(value.high)
-            interval = console.cell(None) if value.low is None else f"{low} to {high}"
-            row = (
-                console.cell(value.mean),
-                interval,
-                console.cell(value.median),
-                str(value.cases),
-                str(value.undefined),
-            )
-            table.add_row(name if number == 1 else "", METRICS[metric], *row, end_section=number == len(metrics))
-    console.out.print(table)
-
-
-def _show_detection(scores: Sequence[Score]) -> None:
-    from kitseg.scoring.detection import tally
-
-    table = console.table("tumors", "in the references", "found", "recall", "predicted", "true", "precision")
-    for size, count in tally(score.detection for score in scores if score.detection).items():
-        truth = (str(count.reference), str(count.found), console.cell(count.recall))
-        table.add_row(size, *truth, str(count.predicted), str(count.true), console.cell(count.precision))
-    console.out.print(table)
+def show_table(table: Table) -> None:
+    """Print a table of a report."""
+    shown = console.table(*table.columns)
+    for name, *values in table.rows:
+        shown.add_row(escape(str(name)), *map(console.cell, values))
+    console.out.print(table.title, shown)
 
 
 def show_comparison(comparison: Comparison) -> None:

@@ -49,12 +49,7 @@ class ScoreFile(TypedDict):
 _FORMAT = FileFormat(ScoreFile, 1, "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`.")
 
 
-def score_summary(scores: Sequence[Score]) -> dict[str, dict[str, Summary]]:
-    """Each class's figures over the scored cases."""
-    return summarize([score.classes for score in scores if score.classes])
-
-
-def challenge_score(summaries: Mapping[str, Mapping[str, Summary]]) -> dict[str, float]:
+def _challenge_score(summaries: Mapping[str, Mapping[str, Summary]]) -> dict[str, float]:
     """What the challenge ranks by: mean Dice, and where it has it mean surface Dice, over cases and classes."""
     found = {}
     for figure in ("dice", "surface_dice"):
@@ -65,29 +60,30 @@ def challenge_score(summaries: Mapping[str, Mapping[str, Summary]]) -> dict[str,
     return found
 
 
-def write_scores(
-    path: Path,
-    scores: Sequence[Score],
-    rules: Rules,
-    folds: Mapping[str, int] | None = None,
-    unscored: Sequence[str] = (),
-) -> None:
-    """Write the scores as JSON; ``folds``: in which fold each case was validated; ``unscored``: see ``find_jobs``."""
-    summaries = score_summary(scores)
+def score_content(
+    scores: Sequence[Score], rules: Rules, folds: Mapping[str, int], unscored: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The scores as plain values; ``folds``: in which fold each case was validated; ``unscored``: see ``find_jobs``."""
+    summaries = summarize([score.classes for score in scores if score.classes])
     content: dict[str, Any] = {"protocol": rules.protocol.name, "convention": rules.convention}
     content["cases"] = {score.case: score.classes for score in scores if score.classes}
     content["mean"] = _each(summaries, lambda s: s.mean)
     content["median"] = _each(summaries, lambda s: s.median)
     content["ci95"] = _each(summaries, lambda s: None if s.low is None else [s.low, s.high])
     content["undefined"] = _each(summaries, lambda s: s.undefined)
-    content["score"] = challenge_score(summaries)
+    content["score"] = _challenge_score(summaries)
     content["detection"] = _detection(scores)
     content["strata"] = {s.case: dict(s.strata) for s in scores if s.strata}
-    content["folds"] = dict(folds or {})
-    content["groups"] = groups(scores, folds or {})
+    content["folds"] = dict(folds)
+    content["groups"] = [asdict(group) for group in groups(scores, folds)]
     content["missing"] = [score.case for score in scores if score.missing]
     content["failed"] = {score.case: score.error for score in scores if score.error}
     content["notes"] = notes(scores, rules, unscored)
+    return content
+
+
+def write_scores(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``score_content`` as JSON."""
     _FORMAT.write(path, content)
 
 

@@ -12,7 +12,7 @@ from kitseg.commands.case_record import read_record
 from kitseg.commands.evaluate import PROTOCOL, Job, Rules, Score, score_case
 from kitseg.commands.infer import manifest_of
 from kitseg.commands.postprocess import facts_of, write_case
-from kitseg.commands.score_files import write_scores
+from kitseg.commands.score_files import score_content, write_scores
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
@@ -149,7 +149,7 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
         groups = validation.clinical.get(name, {})
         scores.append(score_case(Job(name, there, case.label or case.image, groups), rules))
         on_done()
-    write_scores(validation.run.scores(validation.mirror), scores, rules, folds)
+    write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds))
     return scores
 
 

@@ -65,6 +65,8 @@ def number(value: float | str | None, digits: int = 1) -> str:
     return value if isinstance(value, str) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _score(value: str | float | None) -> str:
-    """A table cell: numbers with three decimals, a dash for None."""
+def _score(value: Any) -> str:
+    """A table cell: numbers with three decimals, an interval as two of them, a dash for None."""
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_score, value))
     return number(value, 3) if value is None or isinstance(value, float) else str(value)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kitseg.report.html import number
 from kitseg.scoring.protocols import METRICS
 
 ScoreTable = Mapping[str, Mapping[str, float | None]]
 
 
+Cell = str | float | tuple[float, float] | None
+
+
 @dataclass(frozen=True)
 class Table:
-    """A table of text cells; the first column names the rows."""
+    """A table of values, None where one is not defined; the first column names the rows."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Cell, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,15 @@ class StudyScores:
 
 def study_scores(content: Mapping[str, Any]) -> StudyScores:
     """What to show of a file of ``kitseg evaluate --json``, as ``score_files.read_scores`` reads it."""
-    groups = content["groups"]
-    kinds = dict.fromkeys(group["kind"] for group in groups)
-    order = {kind: tuple(group["name"] for group in groups if group["kind"] == kind) for kind in kinds}
-    tables = (_summary(content), _groups(groups), _detection(content.get("detection", {})))
-    shown = tuple(table for table in tables if table.rows)
-    return StudyScores(content["cases"], shown, content["strata"], order, _notes(content))
+    kinds = dict.fromkeys(group["kind"] for group in content["groups"])
+    order = {kind: tuple(group["name"] for group in content["groups"] if group["kind"] == kind) for kind in kinds}
+    return StudyScores(content["cases"], score_tables(content), content["strata"], order, _notes(content))
+
+
+def score_tables(content: Mapping[str, Any]) -> tuple[Table, ...]:
+    """The metrics over all cases, mean Dice by group, and tumor detection by size; without empty tables."""
+    tables = (_summary(content), group_table(content["groups"]), _detection(content.get("detection", {})))
+    return tuple(table for table in tables if table.rows)
 
 
 def display_name(name: str) -> str:
@@ -51,50 +56,38 @@ def display_name(name: str) -> str:
     return METRICS.get(name, name.replace("_", " "))
 
 
-def _summary(content: Mapping[str, Any]) -> Table:
-    """The summary of each metric over all cases."""
-
-    def row(name: str, metric: str, mean: float | None) -> tuple[str, ...]:
-        median, interval, undefined = (
-            content.get(part, {}).get(name, {}).get(metric) for part in ("median", "ci95", "undefined")
-        )
-        between = " to ".join(number(bound, 3) for bound in interval) if interval else "–"
-        return (
-            f"{display_name(name)}: {display_name(metric)}",
-            number(mean, 3),
-            between,
-            number(median, 3),
-            str(undefined or 0),
-        )
-
-    rows = tuple(row(name, metric, mean) for name, found in content["mean"].items() for metric, mean in found.items())
-    return Table("Over all cases", ("", "mean", "95 % CI", "median", "cases undefined"), rows)
-
-
-def _groups(groups: list[dict[str, Any]]) -> Table:
-    """Mean Dice by stratum."""
+def group_table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """Mean Dice of all cases and of each group."""
     names = list(dict.fromkeys(name for group in groups for name in group["dice"]))
     rows = tuple(
         (
             "all cases" if group["kind"] == "all" else f"{group['kind']}: {group['name']}",
-            str(group["cases"]),
-            *(number(group["dice"].get(name), 3) for name in names),
+            group["cases"],
+            *map(group["dice"].get, names),
         )
         for group in groups
     )
     return Table("Mean Dice by group", ("", "cases", *map(display_name, names)), rows)
 
 
+def _summary(content: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        (
+            f"{display_name(name)}: {display_name(metric)}",
+            mean,
+            *(content.get(part, {}).get(name, {}).get(metric) for part in ("ci95", "median", "undefined")),
+        )
+        for name, metrics in content["mean"].items()
+        for metric, mean in metrics.items()
+    )
+    return Table("Over all cases", ("", "mean", "95 % CI", "median", "cases undefined"), rows)
+
+
 def _detection(detection: Mapping[str, Any]) -> Table:
-    """Tumor detection by size."""
     sizes = detection.get("sizes", {})
     columns = tuple(dict.fromkeys(key for found in sizes.values() for key in found))
-    rows = tuple((size, *(_cell(found.get(key)) for key in columns)) for size, found in sizes.items())
+    rows = tuple((size, *map(found.get, columns)) for size, found in sizes.items())
     return Table("Tumor detection", ("", *map(display_name, columns)), rows)
-
-
-def _cell(value: float | None) -> str:
-    return str(value) if isinstance(value, int) else number(value, 3)
 
 
 def _notes(content: Mapping[str, Any]) -> tuple[str, ...]:

@@ -75,10 +75,10 @@ def bar(title: str, total: int, shown: bool = True) -> Iterator[Callable[[], Non
 
 
 def cell(value: Any) -> str:
-    """A table cell: numbers short, tuples spaced, nothing as a dash."""
+    """A table cell: numbers short, sequences spaced, nothing as a dash."""
     if value is None:
         return "–"
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return " ".join(cell(part) for part in value)
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) <= 1 else f"{value:.4g}"
