@@ -19,7 +19,7 @@ from PIL import Image
 from kitseg.measurement.measure import measure
 from kitseg.report.html import page_name
 from kitseg.report.slices import UNIT, Scene, around, cut, outlines, scroll
-from kitseg.report.strip import Dot, strip
+from kitseg.report.strip import LEFT, RIGHT, Dot, strip
 from kitseg.report.view3d import lesion_mask, view
 from kitseg.runtime.files import file_digest
 from kitseg.types import Geometry
@@ -327,9 +327,9 @@ def test_a_strip_places_its_dots() -> None:
     assert found
     assert [text for _, text in found.ticks] == ["0", "20", "40", "60", "80"]
     (row,) = found.rows
-    width = found.right - found.left
-    assert [placed.x for placed in row.dots] == pytest.approx([found.left + width * v / 80 for v in (0, 30, 60, 70)])
-    assert row.quartiles[1] == pytest.approx(found.left + width * 45 / 80)
+    width = RIGHT - LEFT
+    assert [x for x, _, _ in row.dots] == pytest.approx([LEFT + width * v / 80 for v in (0, 30, 60, 70)])
+    assert row.quartiles[1] == pytest.approx(LEFT + width * 45 / 80)
     assert strip("t", {"a": []}) is None
 
 

@@ -50,7 +50,8 @@ def show_table(table: Table) -> None:
 
 def show_comparison(comparison: Comparison) -> None:
     """Print a table of the paired differences, and a sentence on the outcome of each class."""
-    from kitseg.commands.compare import format_interval, format_p, sentence, signed
+    from kitseg.commands.compare import sentence
+    from kitseg.report.comparison import format_interval, format_p, signed
 
     table = console.table("", "n", "mean A", "mean B", "B − A", "95 % CI", "p", "B better", "same", "A better")
     for group in comparison.groups:

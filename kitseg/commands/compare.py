@@ -9,8 +9,9 @@ from typing import Any
 
 from kitseg.commands.score_files import read_scores
 from kitseg.errors import InputError, UsageError
+from kitseg.report.comparison import format_interval, format_p, signed
 from kitseg.runtime.files import write_json
-from kitseg.scoring.compare import FEWEST, Paired, PairedGroup, compare_cases
+from kitseg.scoring.compare import FEWEST, PairedGroup, compare_cases
 
 SCHEMA = 1
 FIGURES, PICTURE = "comparison.json", "comparison.png"
@@ -104,23 +105,6 @@ def sentence(group: PairedGroup) -> str:
     if verdict == "none":
         return f"{name}: no significant difference: the mean of B − A is {mean} ({facts})"
     return f"{name}: inconclusive, interval and test disagree: the mean of B − A is {mean} ({facts})"
-
-
-def signed(value: float) -> str:
-    """A difference, such as ``+0.012`` or ``−0.003``."""
-    return f"{value:+.3f}".replace("-", "−") if round(value, 3) else "0.000"
-
-
-def format_interval(paired: Paired) -> str:
-    """The 95 % interval, a dash where there is none."""
-    return "–" if paired.low is None or paired.high is None else f"{signed(paired.low)} to {signed(paired.high)}"
-
-
-def format_p(p: float | None) -> str:
-    """A p value with its sign, such as ``= 0.012`` or ``< 0.001``; a dash where nothing was tested."""
-    if p is None:
-        return "–"
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
 def _read(path: Path) -> Side:

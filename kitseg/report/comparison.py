@@ -62,7 +62,7 @@ def comparison_picture(path: Path, groups: Sequence[PairedGroup], a: str, b: str
         for group in of_class:
             place = places[group.kind, group.stratum]
             _draw(panel, group.paired, place)
-            _write_row(table, place, _figures(group))
+            _write_row(table, place, _cells(group))
     _label_rows(grid[0], places)
     figure.supxlabel(_LEGEND, fontsize=9, color="#444444")
     figure.suptitle(f"A: {a}\nB: {b}", fontsize=11, parse_math=False)
@@ -128,19 +128,26 @@ def _write_row(axes: Axes, place: float, texts: Sequence[str], **style: Any) -> 
         axes.text(x, place, text, transform=axes.get_yaxis_transform(), fontsize=9, va="center", **style)
 
 
-def _figures(group: PairedGroup) -> tuple[str, str, str, str]:
-    paired, p = group.paired, group.p
-    if paired.low is None or paired.high is None or p is None:
-        return _signed(paired.mean), "too few", "–", str(paired.n)
-    return _signed(paired.mean), f"{_signed(paired.low)} to {_signed(paired.high)}", _short(p), str(paired.n)
+def _cells(group: PairedGroup) -> tuple[str, str, str, str]:
+    paired = group.paired
+    return signed(paired.mean), format_interval(paired), format_p(group.p).removeprefix("= "), str(paired.n)
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+def signed(value: float) -> str:
+    """A difference, such as ``+0.012`` or ``−0.003``."""
+    return f"{value:+.3f}".replace("-", "−") if round(value, 3) else "0.000"
 
 
-def _short(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+def format_interval(paired: Paired) -> str:
+    """The 95 % interval, a dash where there is none."""
+    return "–" if paired.low is None or paired.high is None else f"{signed(paired.low)} to {signed(paired.high)}"
+
+
+def format_p(p: float | None) -> str:
+    """A p value with its sign, such as ``= 0.012`` or ``< 0.001``; a dash where nothing was tested."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
 def _label_rows(axes: Axes, places: dict[_Row, float]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 LEFT, RIGHT, ROW = 170.0, 880.0, 46.0  # edges of the plot area, and the height of a row
 _GOLDEN = 0.6180339887  # multiples modulo 1 fill the interval evenly
@@ -24,22 +24,13 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A dot's position in the picture."""
-
-    x: float
-    y: float
-    dot: Dot
-
-
-@dataclass(frozen=True)
 class StripRow:
-    """A row of dots with the positions of their quartiles."""
+    """A row of dots, each with its position (x, y), and the positions of their quartiles."""
 
     name: str
     y: float
-    dots: tuple[Placed, ...]
-    quartiles: tuple[float, float, float]
+    dots: tuple[tuple[float, float, Dot], ...]
+    quartiles: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,6 @@ class Strip:
     rows: tuple[StripRow, ...]
     ticks: tuple[tuple[float, str], ...]
     left: float = LEFT
-    right: float = RIGHT
 
     @property
     def height(self) -> float:
@@ -60,30 +50,16 @@ class Strip:
 
 def strip(title: str, groups: Mapping[str, Sequence[Dot]], top: float | None = None) -> Strip | None:
     """Lay out groups of dots on an axis from 0 to ``top``, by default the largest value; None without dots."""
-    filled = {name: dots for name, dots in groups.items() if dots}
+    filled = {name: sorted(dots, key=lambda dot: dot.value) for name, dots in groups.items() if dots}
     if not filled:
         return None
-    ticks = _ticks(top or max(dot.value for dots in filled.values() for dot in dots))
+    largest = top or max(dots[-1].value for dots in filled.values())
+    ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, largest or 1)
     scale = (RIGHT - LEFT) / ticks[-1]
     rows = []
     for number, (name, dots) in enumerate(filled.items()):
         y = ROW * (number + 0.5)
-        q1, q2, q3 = (LEFT + scale * float(q) for q in np.percentile([dot.value for dot in dots], (25, 50, 75)))
-        rows.append(StripRow(f"{name} ({len(dots)})", y, _placed(dots, y, scale), (q1, q2, q3)))
+        placed = ((LEFT + scale * d.value, y + _SPREAD * (n * _GOLDEN % 1 - 0.5), d) for n, d in enumerate(dots))
+        quartiles = LEFT + scale * np.percentile([dot.value for dot in dots], (25, 50, 75))
+        rows.append(StripRow(f"{name} ({len(dots)})", y, tuple(placed), tuple(quartiles.tolist())))
     return Strip(title, tuple(rows), tuple((LEFT + scale * tick, f"{tick:g}") for tick in ticks))
-
-
-def _placed(dots: Sequence[Dot], y: float, scale: float) -> tuple[Placed, ...]:
-    ordered = sorted(dots, key=lambda dot: dot.value)
-    return tuple(
-        Placed(LEFT + scale * dot.value, y + _SPREAD * (n * _GOLDEN % 1 - 0.5), dot) for n, dot in enumerate(ordered)
-    )
-
-
-def _ticks(top: float) -> list[float]:
-    """Round numbers from 0 to at least ``top``, four to ten steps apart."""
-    if top <= 0:
-        return [0.0, 1.0]
-    power = 10.0 ** math.floor(math.log10(top))
-    step = next(s for s in (power / 5, power / 2, power, 2 * power) if top / s <= 6)
-    return [round(step * n, 10) for n in range(math.ceil(top / step - 1e-9) + 1)]
