@@ -123,12 +123,6 @@ def test_thin_and_full_label_maps_are_drawn_without_warning(
     assert pixels(tmp_path / "case.png").shape[2] == 3
 
 
-def test_a_refused_picture_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="prediction and CT differ in shape"):
-        case_picture(tmp_path / "case.png", scan(air()), np.zeros((2, 2, 2), np.uint8))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_learning_curve_shows_what_there_is(tmp_path: Path) -> None:
     falling = [{"epoch": e, "train/loss": 1.0 / (e + 1)} for e in range(5)]
     scored = [row | {"val/dice_kidney": 0.9, "val/dice_tumor": 0.5, "val/score": 0.7} for row in falling]

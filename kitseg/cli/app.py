@@ -104,10 +104,7 @@ def work(title: str, count: int, run: Callable[[Callable[[Outcome], None]], list
 
 
 def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, ranks: int) -> None:
-    """Run a command over the cases of a shard in ``ranks`` processes, or in those of a launcher.
-
-    Exit code 1 if a case failed.
-    """
+    """``work`` on the cases of a shard in ``ranks`` processes, or in those of a launcher."""
     from kitseg.runtime.workers import deal, on_ranks
 
     share, launched = Share.asked(shard), Share.here()
@@ -122,11 +119,7 @@ def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, 
 
 
 def choose_ranks(gpus: int | None, processes: int, device: str) -> tuple[str, int]:
-    """The device and the number of processes from the options.
-
-    Raises:
-        UsageError: they contradict each other.
-    """
+    """The device and the number of processes from the options; UsageError if they contradict each other."""
     if gpus and device == "cpu":
         raise UsageError("--gpus and --device cpu exclude each other")
     if gpus == 0 and device == "cuda":

@@ -25,11 +25,7 @@ def gather(
     cluster: str | None,
     shard: str | None,
 ) -> list[R]:
-    """The results of all tasks, with a bar and a line for each error; ends the command if another part has the output.
-
-    Raises:
-        UsageError: a part without an output, where the parts could be joined.
-    """
+    """The results of all tasks, with a bar and a line for each error; exits if another part has the output."""
     from joblib import delayed
 
     from kitseg.runtime.dask import on_cluster

@@ -37,11 +37,7 @@ def page_name(case: str) -> str:
 
 
 def refuse_overwrite(path: Path) -> None:
-    """Refuse to overwrite a file that kitseg did not write.
-
-    Raises:
-        UsageError: there is such a file.
-    """
+    """Refuse (UsageError) to overwrite a file that kitseg did not write."""
     try:
         with path.open("rb") as file:
             ours = GENERATOR.encode() in file.read(_HEAD)

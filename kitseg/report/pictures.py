@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,23 +59,10 @@ def case_picture(
 
     The planes go through the largest tumor (the reference's, else the prediction's), else through the largest kidney,
     else through the centre. The patient's right, or anterior in the sagittal plane, is on the picture's left; lengths
-    are to scale; the window is level 40, width 400 HU. Rows of the picture: CT, the reference if there is one,
-    prediction.
-
-    Args:
-        path: the PNG to write.
-        ct: scan with array (D, H, W) in orientation (I, P, L), in HU.
-        labels: (D, H, W) predicted label map.
-        reference: (D, H, W) reference label map.
-        title: heading of the picture.
-
-    Raises:
-        ValueError: a label map and the CT differ in shape.
+    are to scale; the window is level 40, width 400 HU. Rows: CT in HU, the reference if there is one, prediction; all
+    of shape (D, H, W) in orientation (I, P, L).
     """
     maps = {"Reference": reference, "Prediction": labels} if reference is not None else {"Prediction": labels}
-    for name, array in maps.items():
-        if array.shape != ct.array.shape:
-            raise ValueError(f"{name.lower()} and CT differ in shape: {array.shape} and {ct.array.shape}")
     at = centre(list(maps.values()), ct.array.shape)
     figure, grid = _canvas(ct, 1 + len(maps), title)
     for row, overlay in zip(grid, [None, *maps.values()], strict=True):
@@ -118,18 +105,13 @@ def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 def centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
     """The centre voxel of the largest tumor, else of the largest kidney, in label maps of ``shape``."""
-    for mask in _masks_by_interest(maps):
+    for mask in (*(labels == TUMOR for labels in maps), *(labels != BACKGROUND for labels in maps)):
         if mask.any():
             where = np.argwhere(keep_kidneys(mask, voxel_ml=1.0, most=1))
             nearest = where[np.argmin(((where - where.mean(0)) ** 2).sum(1))]
             return int(nearest[0]), int(nearest[1]), int(nearest[2])
     z, y, x = (n // 2 for n in shape)
     return z, y, x
-
-
-def _masks_by_interest(maps: Sequence[NDArray[np.uint8]]) -> Iterator[NDArray[np.bool_]]:
-    yield from (labels == TUMOR for labels in maps)
-    yield from (labels != BACKGROUND for labels in maps)
 
 
 def _canvas(ct: Volume, rows: int, title: str) -> tuple[Figure, NDArray[Any]]:

@@ -35,12 +35,7 @@ def connected() -> Client | None:
 
 @contextmanager
 def on_cluster(address: str | None) -> Iterator[None]:
-    """Have the parallel work of a block done by a dask cluster, ``dask://host:port``; on this machine for None.
-
-    Raises:
-        UsageError: another kind of address.
-        KitsegError: dask isn't installed, no scheduler answers, or there are no workers or ones with another kitseg.
-    """
+    """Have the parallel work of a block done by a dask cluster, ``dask://host:port``; on this machine for None."""
     if address is None:
         yield
         return
@@ -55,11 +50,7 @@ def on_cluster(address: str | None) -> Iterator[None]:
 
 
 def cluster_results(client: Client, tasks: Iterable[Any], ordered: bool) -> Iterator[Any]:
-    """The results of joblib's delayed tasks, in their order or as they are done.
-
-    Raises:
-        KitsegError: a task's workers were killed, there are no workers any more, or the cluster was shut down.
-    """
+    """The results of joblib's delayed tasks, in their order or as they are done; KitsegError if the cluster fails."""
     waiting = [client.submit(function, *args, pure=False, **named) for function, args, named in tasks]
     done: dict[Any, Future[Any]] = {}
     try:
@@ -74,11 +65,7 @@ def cluster_results(client: Client, tasks: Iterable[Any], ordered: bool) -> Iter
 
 
 def _as_done(client: Client, futures: Sequence[Future[Any]]) -> Iterator[Future[Any]]:
-    """The futures as they end.
-
-    Raises:
-        KitsegError: there has been no worker for ``ALONE`` seconds, or no scheduler answers.
-    """
+    """The futures as they end; KitsegError if there has been no worker for ``ALONE`` seconds."""
     from distributed import as_completed
 
     ended, last_worker = as_completed(futures, loop=client.loop), time.monotonic()

@@ -38,11 +38,7 @@ class Machine:
 
     @property
     def accelerator(self) -> str:
-        """Lightning's name for the device.
-
-        Raises:
-            UsageError: more GPUs than there are.
-        """
+        """Lightning's name for the device; UsageError for more GPUs than there are."""
         gpus = torch.cuda.device_count()
         if self.device == "cuda" and self.ranks > gpus:
             raise UsageError(
@@ -75,11 +71,7 @@ class Machine:
 
 
 def torch_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
-
-    Raises:
-        UsageError: an unknown name, or no GPU where one is asked for.
-    """
+    """``auto`` is the GPU where there is one; UsageError for an unknown name, or a GPU where there is none."""
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"unknown device '{name}'. Choose from auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():

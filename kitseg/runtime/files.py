@@ -69,11 +69,7 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def check_regular(path: Path) -> int:
-    """The size in bytes of a regular file: not a folder, nor a pipe, which would wait for a writer.
-
-    Raises:
-        InputError: it is something else. OSError: it is missing, or its state can't be read.
-    """
+    """The size in bytes of a regular file; InputError for a folder, and for a pipe, which would wait for a writer."""
     state = os.stat(path)
     if stat.S_ISDIR(state.st_mode):
         raise InputError(path, "it is a folder, not a file", "Name the file")
@@ -83,11 +79,7 @@ def check_regular(path: Path) -> int:
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of the file's bytes, in hex.
-
-    Raises:
-        InputError: it is missing, not a regular file, or can't be read.
-    """
+    """The sha256 of the file's bytes, in hex; InputError if they can't be read."""
     with read_errors(path):
         check_regular(path)
         with path.open("rb") as stream:

@@ -24,11 +24,7 @@ def is_started_again() -> bool:
 
 
 def position() -> tuple[int, int]:
-    """This process's number and the number of processes under torchrun or srun; (0, 1) elsewhere.
-
-    Raises:
-        UsageError: their environment variables contradict each other.
-    """
+    """This process's number and the number of processes under torchrun or srun; (0, 1) elsewhere."""
     for names in LAUNCHERS:
         if all(name in os.environ for name in names):
             index, of = (os.environ[name].strip() for name in names)
@@ -50,11 +46,7 @@ def local_rank() -> int:
 
 
 def gpu_index(count: int) -> int:
-    """Which of the GPUs that this process sees is its own; srun may show each process its own only.
-
-    Raises:
-        UsageError: there are fewer.
-    """
+    """Which of the GPUs that this process sees is its own; srun may show each process its own only."""
     index = local_rank() if "LOCAL_RANK" in os.environ else local_rank() % count
     if index >= count:
         raise UsageError(f"{index + 1} GPU(s) requested, but torch finds {count} here; choose fewer, or --device cpu")
@@ -91,11 +83,7 @@ class Launch:
 
     @classmethod
     def here(cls, nodes: int) -> Launch:
-        """What the environment states: torchrun's, srun's, or NODE_RANK and MASTER_ADDR set by hand for several nodes.
-
-        Raises:
-            UsageError: a variable is missing, or they contradict each other.
-        """
+        """The environment's: torchrun's, srun's, or NODE_RANK and MASTER_ADDR set by hand for several nodes."""
         try:
             if "TORCHELASTIC_RUN_ID" in os.environ:
                 agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
@@ -135,9 +123,6 @@ class Launch:
         """The processes that train, and the machine asked for with as many ranks and nodes.
 
         Where one process a node was started, it starts the other ranks of its node.
-
-        Raises:
-            UsageError: launch and machine contradict each other.
         """
         ranks = asked.ranks if self.per_node == 1 else self.per_node
         for what, wanted, there in (("ranks", asked.ranks, ranks), ("nodes", asked.nodes, self.nodes)):

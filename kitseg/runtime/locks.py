@@ -89,11 +89,7 @@ class _Watch:
         return f"process {self.owner.pid} on {self.owner.hostname}" if self.owner else "another process"
 
     def acquire(self) -> None:
-        """Get the lock; afterwards ``ended`` is whether its owner had died.
-
-        Raises:
-            Timeout: its owner lives.
-        """
+        """Get the lock, or Timeout if its owner lives; afterwards ``ended`` is whether the owner had died."""
         try:
             self.lock.acquire(timeout=FOREVER, poll_interval=0.1, cancel_check=self._decided)
         except Timeout:

@@ -41,12 +41,7 @@ class FileFormat(Generic[T]):
     remedy: str = AGAIN
 
     def read(self, path: Path) -> T:
-        """Read a file.
-
-        Raises:
-            InputError: missing, damaged, of another schema, or a field of another type. KitsegError: the machine fails,
-                see ``errors.fault``.
-        """
+        """Read a file; InputError if it is missing, damaged, of another schema, or a field is of another type."""
         try:
             if check_regular(path) > LIMIT:
                 raise ValueError(f"larger than {LIMIT >> 20} MiB")
@@ -73,9 +68,6 @@ class FileFormat(Generic[T]):
 
         Returns:
             None where the record or an output is missing, damaged, or made from anything else.
-
-        Raises:
-            KitsegError: the machine fails, see ``errors.fault``.
         """
         try:
             record = self.read(path)
@@ -95,11 +87,7 @@ class InputFile:
 
     @classmethod
     def of(cls, path: Path, digest: bool = False) -> InputFile:
-        """A file as it is now.
-
-        Raises:
-            InputError: it is missing or can't be read.
-        """
+        """A file as it is now; InputError if it can't be read."""
         with read_errors(path):
             state = path.stat()
         return cls(state.st_size, state.st_mtime_ns, file_digest(path) if digest else None)

@@ -30,11 +30,7 @@ class Share:
 
     @classmethod
     def parse(cls, text: str) -> Share:
-        """``2/8`` is the second of eight.
-
-        Raises:
-            UsageError: anything else.
-        """
+        """``2/8`` is the second of eight; UsageError for anything else."""
         match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise UsageError(f"--shard {text}: write K/N with K from 1 to N, such as 2/8")
@@ -42,20 +38,12 @@ class Share:
 
     @classmethod
     def here(cls) -> Share:
-        """This process's part under torchrun or srun; all of it elsewhere.
-
-        Raises:
-            UsageError: see ``launcher.position``.
-        """
+        """This process's part under torchrun or srun; all of it elsewhere."""
         return cls(*launcher.position())
 
     @classmethod
     def asked(cls, shard: str | None) -> Share:
-        """The part that ``--shard`` names, or all; where a launcher started several processes, this one's part of it.
-
-        Raises:
-            UsageError: ``shard`` names no part.
-        """
+        """The part that ``--shard`` names, or all; of it, this process's part where a launcher started several."""
         here = cls.here()
         return (cls() if shard is None else cls.parse(shard)).split(here.of)[here.index]
 
