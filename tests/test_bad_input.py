@@ -178,52 +178,6 @@ def test_predict_names_each(trained: Path, small: Patient, tmp_path: Path) -> No
     assert not list((tmp_path / "out").glob(".*"))
 
 
-FIVE = [bad for bad in ALL if bad.name in ("empty", "cut-0.5", "promise-tb", "four-d", "labels-cut")]
-
-
-def good_and_bad(folder: Path, patient: Patient) -> None:
-    """15 good cases and 5 bad ones, in the KiTS layout as ``data`` and flat as ``scans`` and ``labels``."""
-    case_folders(folder / "data", patient, FIVE, 15)
-    flat(folder / "scans", patient, FIVE, 15, patient.ct)
-    flat(folder / "labels", patient, FIVE, 15, patient.labels)
-    (folder / "truth").mkdir()
-    for path in (folder / "labels").iterdir():
-        save(folder / "truth" / path.name, patient.labels, patient.affine)
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (("check", "data"), "15 of 20 cases are valid"),
-        (("preprocess", "data", *SMALLEST), "30 done"),  # on two grids
-        (("measure", "labels", "--json=found.json"), ""),
-        (("evaluate", "labels", "truth"), ""),
-    ],
-)
-def test_of_twenty_with_five_bad_ones_fifteen_are_done(
-    small: Patient, tmp_path: Path, command: tuple[str, ...], words: str
-) -> None:
-    good_and_bad(tmp_path, small)
-    result = kitseg(tmp_path, *command, "--jobs=1")
-    assert result.code == 1
-    assert "Traceback" not in result.text
-    assert words in result.text
-    if command[0] == "measure":
-        found = json.loads((tmp_path / "found.json").read_text())
-        assert (len(found["cases"]), len(found["failed"])) == (15, 5)
-    if command[0] == "evaluate":
-        assert len(set(re.findall(r"good_\d+", result.text))) == 15
-
-
-def test_of_twenty_scans_fifteen_are_predicted(trained: Path, small: Patient, tmp_path: Path) -> None:
-    good_and_bad(tmp_path, small)
-    result = kitseg(trained, "predict", str(tmp_path / "scans"), "-o", str(tmp_path / "out"), MODEL)
-    assert result.code == 1
-    assert len(complaints(result)) == 5
-    assert "15 of 20 cases done" in result.text
-    assert len(list((tmp_path / "out").glob("good_*.nii.gz"))) == 15
-
-
 @pytest.fixture
 def ordinary() -> Iterator[tuple[Path, list[str]]]:
     """A folder, and what to write before a command so that it runs without root's power to read everything."""
@@ -289,12 +243,6 @@ def test_a_scan_without_kidneys_is_reported_as_all_background(trained: Path, tmp
     assert labels.any() or "no kidney or tumor found: all background" in result.text
 
 
-def test_one_volume_in_four_dimensions_is_that_volume(trained: Path, tmp_path: Path) -> None:
-    path = tmp_path / "four.nii.gz"
-    save(path, soft_tissue((20, 20, 20, 1)), AFFINE)
-    assert kitseg(trained, "predict", str(path), "-o", str(tmp_path / "out"), MODEL).code == 0
-
-
 def test_two_scans_with_one_name_are_refused(trained: Path, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -303,22 +251,6 @@ def test_two_scans_with_one_name_are_refused(trained: Path, tmp_path: Path) -> N
     result = kitseg(trained, "predict", *paths, MODEL)
     assert result.code == 2
     assert all(path in result.text.replace("\n", "") for path in paths)
-
-
-def test_a_label_on_another_grid_is_reported_and_the_others_are_done(phantoms: Path, tmp_path: Path) -> None:
-    for number in range(3):
-        target = tmp_path / "data" / f"case_{number:05d}"
-        target.mkdir(parents=True)
-        for name in ("imaging.nii.gz", "segmentation.nii.gz"):
-            (target / name).write_bytes((phantoms / "data" / target.name / name).read_bytes())
-    save(tmp_path / "data" / "case_00001" / "segmentation.nii.gz", np.zeros((20, 64, 64), np.uint8), AFFINE)
-    result = kitseg(tmp_path, "preprocess", "--size=tiny", "--jobs=2")
-    assert result.code == 1
-    assert "case_00001" in result.text
-    assert "4 done" in result.text
-    checked = kitseg(tmp_path, "check", "--jobs=1")
-    assert checked.code == 1
-    assert "2 of 3 cases are valid" in checked.text
 
 
 def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path) -> None:
