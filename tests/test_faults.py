@@ -24,7 +24,7 @@ from kitseg.errors import KitsegError
 from kitseg.patches import datamodule
 from kitseg.patches.queue import PatchQueue
 from kitseg.runtime.locks import folder_lock
-from kitseg.training.faults import in_settings
+from kitseg.training.fit import in_settings
 
 slow = pytest.mark.slow
 thorough = pytest.mark.skipif(os.environ.get("KITSEG_ALL") != "1", reason="one more of its kind, with KITSEG_ALL=1")

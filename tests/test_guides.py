@@ -67,35 +67,15 @@ def test_whole_slices_pass(foreground: list[int], passes: list[int], filled: lis
         assert np.array_equal(guide[0], np.array(expected).reshape(-1, 1, 1) * np.ones(mask.shape))
 
 
-def test_a_gated_network_sees_the_image_as_it_is() -> None:
-    image = torch.randn(1, 2, 3, 4)
-    assert SliceGate()(image, torch.zeros(1, 2, 3, 4)) is image
-
-
 # --- the dilated mask ------------------------------------------------------------------------------------------------
 
 
-def ball(radius: int) -> list[tuple[int, int, int]]:
-    around = range(-radius, radius + 1)
-    return [(i, j, k) for i in around for j in around for k in around if i * i + j * j + k * k < radius * radius]
-
-
 def test_the_mask_is_the_papers_ball() -> None:
-    """Every voxel at i² + j² + k² < 100 of the foreground, also where the ball reaches outside."""
-    foreground = np.zeros((24, 26, 30), bool)
-    foreground[10, 12, 13] = foreground[2, 24, 5] = True
-    expected = np.zeros_like(foreground)
-    offsets = ball(10)
-    assert len(offsets) == 4139
-    assert (6, 8, 0) not in offsets  # on the sphere
-    for voxel in np.argwhere(foreground):
-        for offset in offsets:
-            z, y, x = voxel + offset
-            if 0 <= z < 24 and 0 <= y < 26 and 0 <= x < 30:
-                expected[z, y, x] = True
-    guide = GuidedByForeground((10, 10, 10)).guide(np.zeros(foreground.shape, np.float32), foreground)
-    assert guide.shape == (2, *foreground.shape)
-    assert np.array_equal(guide[1], expected)
+    """Every voxel at i² + j² + k² < 100 of the foreground: (6, 8, 0) lies on the sphere."""
+    foreground = np.zeros((21, 21, 21), bool)
+    foreground[10, 10, 10] = True
+    _, mask = GuidedByForeground((10, 10, 10)).guide(np.zeros(foreground.shape, np.float32), foreground)
+    assert (mask.sum(dtype=int), mask[16, 18, 10], mask[16, 17, 10]) == (4139, 0, 1)
 
 
 def brute(mask: NDArray[np.bool_], radius: tuple[float, float, float]) -> NDArray[np.bool_]:
@@ -175,21 +155,6 @@ def test_the_threshold_by_hand(recall: float, expected: float) -> None:
     assert recall_threshold(probability, positive, recall) == expected
     assert recall_threshold(probability, np.zeros(8, bool), recall) == 0.5
     assert recall_threshold(np.arange(100) / 100, np.ones(100, bool), 0.99) == 0.01
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.booleans()), min_size=1),
-    st.sampled_from([0.5, 0.9, 0.99]),
-)
-@few
-def test_no_larger_threshold_finds_enough(cases: list[tuple[float, bool]], recall: float) -> None:
-    probability, positive = np.array([p for p, _ in cases]), np.array([q for _, q in cases])
-    if not positive.any():
-        return
-    found = recall_threshold(probability, positive, recall)
-    assert (probability[positive] >= found).mean() >= recall
-    for larger in (p for p in set(probability) if p > found):
-        assert (probability[positive] >= larger).mean() < recall
 
 
 def test_the_classifiers_threshold_finds_the_slices_that_it_was_chosen_for() -> None:

@@ -124,12 +124,6 @@ def test_bce_dice_as_monai_has_it(shape: Sequence[int]) -> None:
 # --- masked cross-entropy --------------------------------------------------------------------------------------------
 
 
-def test_masked_cross_entropy_by_hand() -> None:
-    logits = logits_of([0.5, 0.2, 0.7], [0.4, 0.7, 0.2], [0.1, 0.1, 0.1])
-    loss = MaskedCrossEntropy()(logits, ids(0, 1, 2), ids(1, 1, 0)[:, None])
-    assert loss.item() == pytest.approx(-(math.log(0.5) + math.log(0.7)) / (3 * 3))  # three pixels, three channels
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cross_entropy_is_that_of_pytorch(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -111,12 +111,6 @@ def test_drawing_leaves_torchs_generator_alone(folders: list[Path]) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_each_case_comes_as_often_as_asked(folders: list[Path]) -> None:
-    patches = queue(folders, ForegroundSampler((4, 4, 4), 0.0, 3))
-    cases = [patches[(0, index)]["case"] for index in range(len(patches))]
-    assert {cases.count(folder.name) for folder in folders} == {3}
-
-
 def test_foreground_patches_hold_foreground_and_half_of_them_tumor(folders: list[Path]) -> None:
     patches = queue(folders, ForegroundSampler((3, 3, 3), 1.0, 3))
     labels = [patches[(epoch, i)]["label"].data for epoch in range(10) for i in range(12)]
@@ -155,12 +149,6 @@ def test_a_region_moves_by_its_jitter_at_most(folders: list[Path]) -> None:
     assert starts <= {(z, y, 2) for z in range(0, 5) for y in range(1, 4)}
     assert {z for z, _, _ in starts} == {0, 1, 2, 3, 4}
     assert {y for _, y, _ in starts} == {1, 2, 3}
-
-
-def test_ranks_share_an_epoch_without_overlap() -> None:
-    addresses = [list(AddressSampler(range(11), 4, rank, 2)) for rank in (0, 1)]
-    assert len(addresses[0]) == len(addresses[1]) == 4
-    assert sorted(addresses[0] + addresses[1]) == [(0, i) for i in range(8)]
 
 
 def test_a_whole_case_without_region_has_no_image(folders: list[Path]) -> None:

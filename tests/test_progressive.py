@@ -79,16 +79,6 @@ def test_the_rounds_go_on_until_one_brings_nothing(whole: Path) -> None:
     check_the_loop(whole, most=2)
 
 
-def test_a_round_sees_four_fifths_of_the_cases(whole: Path) -> None:
-    fold = read(whole / "splits.json")["folds"][0]
-    assert (len(fold["train"]), len(fold["val"])) == (5, 1)
-    for number in range(len(scores_of(whole))):
-        places = read(segment(whole) / f"round_{number}" / "places.json")
-        assert sorted(places["val"]) == sorted(fold["val"])
-        assert set(places["train"]) <= set(fold["train"])
-        assert len(places["train"]) == (4 if number else 5)
-
-
 def test_a_round_starts_from_the_best_weights(scans: Path, tmp_path: Path) -> None:
     """Without a learning rate no weight moves: each round holds what the first began with."""
     (tmp_path / "data").symlink_to(scans / "data")

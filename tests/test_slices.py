@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torchio as tio
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from kitseg import config
@@ -99,21 +97,6 @@ def test_slices_are_looked_for_in_the_region_alone(folders: list[Path]) -> None:
     assert sorted(epoch(folders, SliceSampler(), 0, box)) == holding(".kt", 3, 7)
 
 
-def test_a_slice_is_what_lies_there(folders: list[Path]) -> None:
-    case = open_case(folders[0])
-    queue = PatchQueue(
-        CaseSubjects({folders[0]: StageInput(Box((0, -1, 0), (10, 7, 8)))}), SliceSampler("tumor"), TRANSFORM, 0
-    )
-    for index in (0, 1):
-        patch = queue[(0, index)]
-        z = int(patch["location"][0])
-        image, label = patch["image"].data[0, 0].numpy(), patch["label"].data[0, 0].numpy()
-        assert np.allclose(image[1:7] * 1000, case.image[z])
-        assert image[[0, 7]].tolist() == [[-1] * 8] * 2
-        assert np.array_equal(label[1:7], case.label[z])
-        assert not label[[0, 7]].any()
-
-
 @pytest.mark.parametrize(("share", "others"), [(0.2, (1, 1)), (0.5, (5, 5)), (0.1, (1, 1)), (0.0, (0, 0))])
 def test_the_share_of_other_slices(folders: list[Path], share: float, others: tuple[int, int]) -> None:
     """Five positive slices of each of two cases: 0.2 of an epoch is one more of each, 0.5 is as many again."""
@@ -187,21 +170,6 @@ def test_the_lower_half() -> None:
     assert half.shape(square) == (5, 128, 256)
     wide = grid_geometry(lattice((5, 512, 796)), Grid(pixels=256))
     assert half(RegionContext(wide)) == Box((0, 83, 0), (5, 211, 256))  # 128 - 45
-
-
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.sampled_from([(0, 1), (0.5, 1), (0.25, 0.75)]))
-@few
-def test_a_square_of_any_size(height: int, width: int, pixels: int, rows: tuple[float, float]) -> None:
-    grid, region = lattice((3, height, width)), Square(pixels, rows)
-    box = region(RegionContext(grid))
-    assert box.size == region.shape(grid)
-    assert box.size[2] == pixels
-    whole = Square(pixels)(RegionContext(grid))
-    assert whole.size == (3, pixels, pixels)
-    for start, stop, n in zip(whole.start[1:], whole.stop[1:], (height, width), strict=True):
-        assert abs((start + stop) - n) <= 1  # in the middle, but for half a pixel
-    upper, lower = (Square(pixels, half)(RegionContext(grid)) for half in ((0, 0.5), (0.5, 1)))
-    assert (upper.start, upper.stop[1], lower.stop) == (whole.start, lower.start[1], whole.stop)
 
 
 def paper(method: str, stage: str) -> tuple[Grid, Any]:
@@ -296,14 +264,6 @@ def test_statistics_are_numpys() -> None:
     assert statistics(image) == pytest.approx((image.mean(dtype=float), image.std(dtype=float)), rel=1e-12)
     assert statistics(np.full((2, 3, 4), -1024, np.int16)) == (-1024, 0)
     assert statistics(np.array([-1, 3], np.int16).reshape(2, 1, 1)) == (1, 2)
-
-
-def test_statistics_of_a_case_are_those_of_its_image_on_the_grid(folders: list[Path]) -> None:
-    for folder in folders:
-        case = open_case(folder)
-        expected = case.image.mean(dtype=float), case.image.std(dtype=float)
-        assert case.statistics == pytest.approx(expected, rel=1e-12)
-        assert subject_of(case, StageInput(Box((0, 0, 0), (1, 1, 1))))["statistics"].dtype == torch.float64
 
 
 def test_hu_by_nearest_neighbour_are_the_scans_own() -> None:

@@ -20,7 +20,16 @@ SHARES = {None: 1.0, "foreground": 0.36, "tumor": 0.126}  # of the slices of the
 
 
 class PaddedSampler(RandomSampler):
-    """Base class of samplers that draw boxes with TorchIO's random generator."""
+    """Base class of samplers that draw boxes with TorchIO's random generator.
+
+    Args:
+        patch_size: voxels (slices, rows, columns), or of all three.
+        per_case: patches per case and epoch.
+    """
+
+    def __init__(self, patch_size: Triple | int, per_case: int = 1) -> None:
+        super().__init__(patch_size)
+        self.per_case = per_case
 
     def size(self, region: Triple) -> Triple:
         """The patch size for a region of this size, in voxels."""
@@ -28,11 +37,11 @@ class PaddedSampler(RandomSampler):
 
     def expected(self, region: Triple) -> float:
         """The approximate number of patches per epoch of a case with a region of this size in voxels."""
-        raise NotImplementedError
+        return self.per_case
 
     def count(self, subject: tio.Subject) -> int:
         """The number of patches per epoch of the subject."""
-        raise NotImplementedError
+        return self.per_case
 
     def draw(self, subject: tio.Subject, number: int) -> Box:
         """The box on the subject's grid of the epoch's patch with this number."""
@@ -44,27 +53,7 @@ class PaddedSampler(RandomSampler):
             yield patch_of(subject, self.draw(subject, number))
 
 
-class PatchSampler(PaddedSampler):
-    """Base class of samplers with a fixed number of patches per case.
-
-    Args:
-        per_case: patches per case and epoch.
-    """
-
-    def __init__(self, patch_size: Triple | int, per_case: int) -> None:
-        super().__init__(patch_size)
-        self.per_case = per_case
-
-    def expected(self, region: Triple) -> float:
-        """The same for every case."""
-        return self.per_case
-
-    def count(self, subject: tio.Subject) -> int:
-        """The same for every case."""
-        return self.per_case
-
-
-class ForegroundSampler(PatchSampler):
+class ForegroundSampler(PaddedSampler):
     """Patches inside the subject's region: some centred on a foreground voxel, the others at random positions.
 
     Args:
@@ -106,7 +95,7 @@ class ForegroundSampler(PatchSampler):
         return voxel
 
 
-class RegionSampler(PatchSampler):
+class RegionSampler(PaddedSampler):
     """The subject's whole region, shifted randomly by up to ``jitter`` voxels (slices, rows, columns)."""
 
     def __init__(self, jitter: Sequence[int], per_case: int) -> None:

@@ -98,11 +98,7 @@ def module_parts(spec: StageSpec) -> tuple[dict[str, Any], Any, dict[str, Any]]:
 
 
 def build_model(spec: StageSpec) -> StageModel:
-    """The untrained model of a stage.
-
-    Raises:
-        UsageError: the configuration names something else there.
-    """
+    """The untrained model of a stage. Raises UsageError: the configuration names something else there."""
     trust.check_before_build(spec.parts["module"])  # what only training builds, too
     model = config.build(module_parts(spec)[0])
     if not isinstance(model, StageModel):

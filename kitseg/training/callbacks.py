@@ -61,11 +61,7 @@ class EpochSoFar(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check the batch's loss.
-
-        Raises:
-            KitsegError: it is NaN or infinite; the message names the batch's cases.
-        """
+        """Check the batch's loss. Raises KitsegError: it is NaN or infinite; the message names the batch's cases."""
         loss = float(outputs["loss"])
         if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
             bad = [] if math.isfinite(loss) else list(batch["case"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kitseg import config
 from kitseg.config import Method, StageSpec
-from kitseg.errors import KitsegError
+from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault
 from kitseg.inference.chain import Predictor
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
@@ -28,10 +29,17 @@ from kitseg.runtime.files import file_digest
 from kitseg.stages.base import Stage
 from kitseg.training.callbacks import EpochBar, EpochSoFar, History
 from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
-from kitseg.training.faults import in_settings
 from kitseg.training.initial import start_from
 from kitseg.training.stage_inputs import read_places
 from kitseg.training.trainer import Settings, make_trainer, silence_lightning
+
+_LESS = "--set stages.STAGE.micro_batch_size=1 (fewer patches at a time, the same batch) or a smaller --size"
+#: Remedies by the failure.
+SETTINGS = {
+    MEMORY: f"Use fewer --workers, {_LESS}, then call again to resume",
+    GPU: f"Use {_LESS}",
+    LOADER: "The machine may be short of memory: resume with fewer --workers; 0 needs no loader processes",
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,22 @@ def fit(training: Training, machine: Machine) -> None:
             _finish(training, best, torch_device(machine.device), data)
 
 
+@contextmanager
+def in_settings(folder: Path) -> Iterator[None]:
+    """Convert a failure of the machine inside the block to an error in one line.
+
+    Raises:
+        KitsegError: memory, disk or a loader process failed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as error:
+        found = fault(error)
+        if found is None:
+            raise
+        raise KitsegError(f"{folder}: {found[0]}. {SETTINGS.get(found, found[1])}.") from error
+
+
 def _title(folder: StageFolder) -> str:
     """The stage's name, with the round or the inner fold."""
     path = folder.path
@@ -106,11 +130,7 @@ def _title(folder: StageFolder) -> str:
 
 
 def make_feed(spec: StageSpec, seed: int, workers: int) -> Feed:
-    """The data loading settings of a stage.
-
-    Raises:
-        UsageError: a part can't be built.
-    """
+    """The data loading settings of a stage. Raises UsageError: a part can't be built."""
     return Feed(
         sampler=config.build(spec.parts["sampler"]),
         augmentation=[config.build(change) for change in spec.parts["augmentation"] or ()],

@@ -185,11 +185,7 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
 
 
 def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
-    """The trainings of a fold in order, or those of one stage.
-
-    Raises:
-        UsageError: an unknown stage.
-    """
+    """The trainings of a fold in order, or those of one stage. Raises UsageError: an unknown stage."""
     if stage is not None and stage not in method.stages:
         raise UsageError(f"{method.name} has no stage '{stage}'. Choose from {', '.join(method.stages)}")
     found = []

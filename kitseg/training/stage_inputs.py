@@ -52,11 +52,7 @@ def write_places(folder: StageFolder, train: Mapping[str, StageInput], val: Mapp
 
 
 def read_places(folder: StageFolder, store: Path) -> StageCases:
-    """The stored cases of a stage with their regions and guides.
-
-    Raises:
-        InputError: missing or damaged.
-    """
+    """The stored cases of a stage with their regions and guides. Raises InputError: missing or damaged."""
 
     def parsed(place: StageInputRow) -> StageInput:
         box = place.box and Box(place.box[:3], place.box[3:])

@@ -74,11 +74,7 @@ def settings_of(configuration: Config) -> Settings:
 def make_trainer(
     spec: StageSpec, folder: Path, machine: Machine, settings: Settings, callbacks: Sequence[pl.Callback]
 ) -> pl.Trainer:
-    """The trainer of a stage; the configured callbacks come last.
-
-    Raises:
-        UsageError: the logger isn't installed.
-    """
+    """The trainer of a stage; the configured callbacks come last. Raises UsageError: the logger isn't installed."""
     accelerator = machine.accelerator
     made = pl.Trainer(
         accelerator=accelerator,
