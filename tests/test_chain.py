@@ -19,7 +19,7 @@ from kitseg.inference.chain import EMPTY, Output, run_chain, run_on_grid, to_sca
 from kitseg.links.guides import GuidedByForeground, Link, SliceGate
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.links.regions import Region, Square, WholeVolume
+from kitseg.links.regions import Region, Square
 from kitseg.types import Box, Geometry, Triple, Volume
 
 SOFTMAX = ("background", "kidney", "tumor")
@@ -40,7 +40,7 @@ class Stub:
     spec: StageSpec
     say: Callable[[Tensor], Tensor]
     link: Link | None = None
-    region: Region = field(default_factory=WholeVolume)
+    region: Region = field(default=Square(4))
     threshold: float | None = None
     seen: list[Tensor] = field(default_factory=list)
 
