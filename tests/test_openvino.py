@@ -32,7 +32,7 @@ def spec_of(method: str, stage: str) -> StageSpec:
 
 def stage_of(spec: StageSpec, seed: int = 0) -> StageModel:
     torch.manual_seed(seed)
-    return build_model(spec).eval()
+    return build_model(spec).eval().requires_grad_(False)
 
 
 def region(spec: StageSpec, *shape: int) -> Tensor:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kitseg.inference.windows import Predict
 
@@ -89,7 +89,13 @@ class OpenVino:
         def predict(x: Tensor) -> Tensor:
             if self._at != (at := (weights.name, head, x.shape)):
                 self._at, self._compiled = (), None
-                self._compiled = self._compile(_Head(weights.load(), head), x)
+                network = partial(weights.load().probabilities, head=head)
+                example = torch.zeros(*x.shape[:2], *(min(n, EXAMPLE) for n in x.shape[2:]))
+                with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # each shape check of the network
+                    # not torch.jit.trace, which takes four times as long and keeps the weights in memory
+                    graph, _ = torch._C._create_graph_by_tracing(network, (example,), lambda _: "", True, False)
+                self._compiled = self._compile(graph, x.shape)
                 weights.drop()
                 self._at = at
             found: Tensor = torch.from_numpy(self._compiled(x.numpy(force=True))[0])
@@ -97,19 +103,14 @@ class OpenVino:
 
         return predict
 
-    def _compile(self, net: nn.Module, x: Tensor) -> Any:
+    def _compile(self, graph: Any, shape: torch.Size) -> Any:
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-        example = torch.zeros(*x.shape[:2], *(min(n, EXAMPLE) for n in x.shape[2:]))
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing is deprecated, and warns about each shape check
-            traced: Any = torch.jit.trace(net, example, check_trace=False)  # type: ignore[no-untyped-call]
         frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchScriptPythonDecoder(traced)
+        decoder = TorchScriptPythonDecoder(None, graph, alias_db=graph.alias_db())
         model = frontend.convert(frontend.load(decoder))
-        _forget_traces()
-        model.reshape(list(x.shape))
+        model.reshape(list(shape))
         how = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.kind == torch.bfloat16 else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -127,26 +128,6 @@ class OpenVino:
 def has_openvino() -> bool:
     """Whether OpenVINO is installed."""
     return find_spec("openvino") is not None
-
-
-class _Head(nn.Module):
-    """One head's probabilities as a module that can be traced."""
-
-    def __init__(self, network: Network, head: int) -> None:
-        super().__init__()
-        self.network, self.head = network, head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network.probabilities(x, self.head)
-
-
-def _forget_traces() -> None:
-    """Clear PyTorch's cache of traced networks, in the same way as its own tests."""
-    from torch.jit import _recursive, _state
-
-    torch._C._jit_clear_class_registry()
-    _recursive.concrete_type_store = _recursive.ConcreteTypeStore()
-    _state._clear_class_state()
 
 
 def _name(kind: torch.dtype) -> str:

@@ -194,7 +194,7 @@ def open_stage(
     """
     with torch.device("meta"):
         model = build_model(spec)
-    allocate(model.eval(), device)
+    allocate(model.eval().requires_grad_(False), device)
     window = build_window(spec)
     if device.type == "cpu" and isinstance(window, Slices):
         window = Slices(batch=1)  # as fast as many slices at once, with less memory
