@@ -13,7 +13,7 @@ from kitseg import ensemble
 from kitseg.errors import InputError
 from kitseg.measurement.quality import TrainingDomain
 from kitseg.models.run_folder import Run
-from kitseg.models.training_domain import merge_domains, model_training_domain, training_facts
+from kitseg.models.training_domain import merge_domains, training_facts
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.store import StoredCase
 
@@ -68,16 +68,16 @@ def test_a_run_records_its_training_domain(tmp_path: Path) -> None:
     expected = TrainingDomain((1, 5), (0.75, 1), (150, 180), (90, 210))
     run = Run(tmp_path)
     run.info.write_text(json.dumps({"schema": 1, "kitseg": "0.1.0", **training_facts(iter(cases))}))
-    assert model_training_domain(run) == expected
+    assert run.read_info().experience == expected
     assert training_facts(cases[2:])["experience"] is None
     assert (run.read_info().cases, run.read_info().phantom) == (("a", "b", "c"), False)
     known = {"schema": 1, "kitseg": "0.1.0", "phantom": True}
     run.info.write_text(json.dumps(known))
-    assert model_training_domain(run) is None
+    assert run.read_info().experience is None
     for damaged in ({"experience": {"slice_mm": 3}}, {"phantom": "no"}, {"kitseg": None}, {"schema": 2}):
         run.info.write_text(json.dumps({**known, **damaged}))
         with pytest.raises(InputError, match=r"run\.json: can't be read .*Restore it, or train again"):
-            model_training_domain(run)
+            run.read_info()
 
 
 def test_models_together_saw_what_any_of_them_saw() -> None:

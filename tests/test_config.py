@@ -183,7 +183,7 @@ def test_an_unknown_method_or_size() -> None:
      "torch.nn.modules.module.Module",
      "torch.nn.init.ones_", "torch.hub.load", "torch.optim.swa_utils.SWALR", "kitseg.nets.vnet.checkpoint",
      "kitseg.nets.VNet", "xkitseg.nets.vnet.VNet", "torch.nn.ReLU; os", "torch.nn.ReLU\n", "",
-     "kitseg.nets.vnet.Tensor", "kitseg.stages.base.Callable", "kitseg.inference.engines.OpenVino",
+     "kitseg.nets.vnet.Tensor", "kitseg.stages.base.Callable", "kitseg.models.engines.OpenVino",
      "kitseg.patches.subjects.Path", "torchio.RandomFlip.__init__", "hydra.utils.instantiate"],
 )  # fmt: skip
 def test_targets_that_are_not_on_the_list(target: str) -> None:

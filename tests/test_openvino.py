@@ -15,9 +15,10 @@ from torch import Tensor
 from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
-from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
 from kitseg.inference.windows import Slices
-from kitseg.models.model import Checkpoint, build_input_transform, choose_engine, open_stage
+from kitseg.models.engines import Engine, OpenVino, Torch, has_openvino
+from kitseg.models.model import build_input_transform, choose_engine, open_stage
+from kitseg.models.weights import Checkpoint
 from kitseg.stages.model import StageModel, build_model
 
 STAGES = [(name, stage) for name in METHODS for stage in config.compose(name, "tiny")["chain"]]

@@ -15,7 +15,7 @@ from kitseg.errors import UsageError
 from kitseg.inference.windows import SlidingWindow
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.models.model import load_weights
+from kitseg.models.weights import Checkpoint
 from kitseg.patches.datamodule import Feed, StageCases, StageData
 from kitseg.patches.samplers import ForegroundSampler
 from kitseg.patches.subjects import StageInput
@@ -129,7 +129,7 @@ def test_weights_of_this_version_and_of_the_one_before(tmp_path: Path, prefix: s
     weights = {f"{prefix}{name}": value for name, value in stage.model.state_dict().items()}
     torch.save({"state_dict": {**weights, "loss.weight": torch.ones(3)}}, tmp_path / "stage.ckpt")
     other = StageModel(nn.Conv3d(1, 3, 3, padding=1), CHANNELS)
-    load_weights(other, tmp_path / "stage.ckpt")
+    Checkpoint(tmp_path / "stage.ckpt", other).load()
     assert torch.equal(other.net.weight, stage.model.net.weight)
 
 

@@ -25,7 +25,7 @@ from kitseg.models.ensemble_file import Member, read_ensemble
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import Run
-from kitseg.models.training_domain import merge_domains, model_training_domain
+from kitseg.models.training_domain import merge_domains
 from kitseg.postprocess.prior import Prior
 from kitseg.types import Probabilities, Volume
 from kitseg.volumes.arrays import Image, scan_from, to_nibabel
@@ -125,7 +125,7 @@ class Ensemble:
     @cached_property
     def training_domain(self) -> TrainingDomain | None:
         """What the models saw in training, taken together; None where one of them doesn't state it."""
-        return merge_domains([model_training_domain(model.run) for model in self.models])
+        return merge_domains([model.run.read_info().experience for model in self.models])
 
     def origin(self) -> list[dict[str, Any]]:
         """The models of a result, with their weights."""
@@ -208,7 +208,7 @@ def only_member(model: Path | str) -> tuple[Member, Mapping[str, Any] | None]:
 
 def describe_model(model: Model) -> str:
     """The model in a line, with its folds, its device, whether phantoms trained it, and a bundle's licenses."""
-    phantoms = "; trained on phantoms, not on patients" if model_facts(model)["phantom"] else ""
+    phantoms = "; trained on phantoms, not on patients" if model.run.read_info().phantom else ""
     mirrored = "; each scan also mirrored" if model.mirror else ""
     folds = ", ".join(map(str, model.folds))
     where = f"{model.device} with {computed_with(model)}"
@@ -230,29 +230,19 @@ def choose_run(runs: Path) -> Run:
     """
     folders = (path for path in sorted(runs.glob("*")) if not re.search(r"\.old-\d+$", path.name))
     finished = [run for run in map(Run, folders) if run.config.exists() and _is_finished(run)]
-    real = [run for run in finished if not model_facts(run)["phantom"]]
+    real = [run for run in finished if not run.read_info().phantom]
     if len(real) == 1:
         return real[0]
     if real:
         raise UsageError("several runs are finished; pick one with --model: " + ", ".join(str(r.path) for r in real))
-    hint = (
-        f" ({', '.join(str(run.path) for run in finished)} trained on phantoms: name it with --model)"
-        if finished
-        else ""
-    )
+    names = ", ".join(str(run.path) for run in finished)
+    hint = f" ({names} trained on phantoms: name it with --model)" if finished else ""
     raise UsageError(f"{runs} holds no finished run{hint}; train one with `kitseg train`, or give --model")
-
-
-def model_facts(model: Model | Run) -> dict[str, Any]:
-    """A run's training: whether it was trained on phantoms, and with which version."""
-    run = model.run if isinstance(model, Model) else model
-    info = run.read_info()
-    return {"phantom": info.phantom, "trained_with": info.kitseg}
 
 
 def origin(model: Model) -> dict[str, Any]:
     """The model of a result, and where it ran: all that two equal results must have in common."""
-    bundle = bundle_of(model.run)
+    bundle, info = bundle_of(model.run), model.run.read_info()
     return {
         "path": f"{bundle.name}{SUFFIX}" if bundle else str(model.run.path),
         **({"bundle": bundle.facts()} if bundle else {}),
@@ -262,7 +252,8 @@ def origin(model: Model) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "engine": computed_with(model),
         "sha256": model.digest(),
-        **model_facts(model),
+        "phantom": info.phantom,
+        "trained_with": info.kitseg,
     }
 
 

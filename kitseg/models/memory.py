@@ -12,8 +12,8 @@ import torch
 
 from kitseg.ensemble import SLAB
 from kitseg.errors import UsageError
-from kitseg.inference.engines import OpenVino, Torch
 from kitseg.inference.memory import activation_bytes
+from kitseg.models.engines import OpenVino, Torch
 from kitseg.models.model import Model, TrainedStage
 from kitseg.stages.model import build_model
 from kitseg.types import Box, Geometry, Probabilities, Triple

@@ -16,36 +16,18 @@ from kitseg import config, ensemble
 from kitseg.config import Method, Source, StageSpec
 from kitseg.errors import InputError, UsageError
 from kitseg.inference.chain import run_chain, to_scan
-from kitseg.inference.engines import Engine, OpenVino, Torch, has_openvino
 from kitseg.inference.windows import Slices, Window
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.regions import Region
+from kitseg.models.engines import Engine, OpenVino, Torch, has_openvino
 from kitseg.models.run_folder import Run, StageFolder, find_run
-from kitseg.models.weights import read_weights, sound_checkpoints
+from kitseg.models.weights import Checkpoint, allocate, sound_checkpoints
 from kitseg.runtime.device import torch_device
 from kitseg.stages.model import StageModel, build_model, build_window
 from kitseg.types import Probabilities, Volume
 
 ENGINES = ("auto", "torch", "openvino")
 PRECISIONS = {"auto": None, "f32": None, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The weights in a file, and the model that they belong to."""
-
-    name: Path
-    model: StageModel
-
-    def load(self) -> StageModel:
-        """The model with these weights; see ``load_weights``."""
-        load_weights(self.model, self.name)
-        return self.model
-
-    def drop(self) -> None:
-        """Keep the network's structure only."""
-        self.model.to("meta")
-        self.model.loaded = None
 
 
 @dataclass(frozen=True)
@@ -228,33 +210,6 @@ def build_input_transform(spec: StageSpec) -> InputTransform:
     """How the input of a stage's network is made."""
     link = spec.parts["link"]
     return InputTransform(config.build(spec.parts["intensity"]), None if link is None else config.build(link))
-
-
-def load_weights(model: StageModel, path: Path) -> None:
-    """Load a checkpoint's weights unless they are loaded already; nothing in the file is executed.
-
-    Raises:
-        InputError: damaged, or of another network.
-    """
-    if model.loaded == path:
-        return
-    if model.device.type == "meta":
-        allocate(model, torch.device("cpu"))
-    try:
-        model.load_state_dict(read_weights(path, model.device))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(path, f"can't be loaded ({reason})", "Restore it, or train again with --restart.") from error
-    model.loaded = path
-
-
-def allocate(model: StageModel, device: torch.device) -> None:
-    """Give a model on the meta device weights without values on another device."""
-    state = {
-        name: torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
-        for name, value in model.state_dict().items()  # Module.to_empty would import sympy, which takes half a second
-    }
-    model.load_state_dict(state, assign=True)
 
 
 def _training_precision(device: torch.device, spec: StageSpec) -> torch.dtype | None:

@@ -11,7 +11,6 @@ maps of all folds, ``scores.json``); ``validation-mirror/`` with test-time augme
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,45 +85,25 @@ RUN_INFO, TRAINED_STATE = FileFormat(RunInfo, SCHEMA, _REMEDY), FileFormat(Train
 STAGE_INPUTS = FileFormat(StageInputFile, SCHEMA, _REMEDY)
 
 
-@dataclass(frozen=True)
 class StageFolder:
-    """The folder of one training of one stage."""
+    """The folder of one training of one stage.
 
-    path: Path
+    best: weights of the best checkpoints; last, previous: full state to resume from, and the one before it until the
+    training is done; places: this stage's region of each case; done: written last, and missing until then.
+    """
 
-    @property
-    def best(self) -> Path:
-        """Weights of the best checkpoints."""
-        return self.path / "best"
-
-    @property
-    def last(self) -> Path:
-        """Full state to resume from."""
-        return self.path / "last.ckpt"
-
-    @property
-    def previous(self) -> Path:
-        """The state before ``last``, until the training is done."""
-        return self.path / "previous.ckpt"
+    def __init__(self, path: Path) -> None:
+        self.path, self.best, self.places, self.done = path, path / "best", path / "places.json", path / "done.json"
+        self.last, self.previous = path / "last.ckpt", path / "previous.ckpt"
 
     @property
     def begun(self) -> bool:
         """Whether there is a state to resume from."""
         return self.last.exists() or self.previous.exists()
 
-    @property
-    def places(self) -> Path:
-        """This stage's region of each case."""
-        return self.path / "places.json"
-
     def guide(self, case: str) -> Path:
         """A case's further input channels, made from the earlier stage's output."""
         return self.path / "guides" / f"{case}.npy"
-
-    @property
-    def done(self) -> Path:
-        """Written last; while it is missing the training is not finished."""
-        return self.path / "done.json"
 
     def inner(self, number: int) -> StageFolder:
         """The same stage trained on an inner fold."""
@@ -156,26 +135,16 @@ class StageFolder:
         return rows
 
 
-@dataclass(frozen=True)
 class Run:
-    """A run: one configuration, its folds."""
+    """A run: one configuration, its folds.
 
-    path: Path
+    config: the resolved configuration; info: the facts of its training; split: what it was trained with.
+    """
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def info(self) -> Path:
-        """The facts of its training."""
-        return self.path / "run.json"
-
-    @property
-    def split(self) -> Path:
-        """The split that the run was trained with."""
-        return self.path / "splits.json"
+    def __init__(self, path: Path) -> None:
+        self.path, self.config, self.info, self.split = (
+            path, path / "config.yaml", path / "run.json", path / "splits.json",
+        )  # fmt: skip
 
     def read_info(self) -> RunInfo:
         """The facts of its training.
@@ -238,8 +207,3 @@ def move_aside(path: Path) -> Path | None:
         number += 1
     path.rename(target)
     return target
-
-
-def moved_aside(paths: Iterable[Path]) -> list[Path]:
-    """``move_aside`` each of the paths; the new names of those that were there."""
-    return [new for new in map(move_aside, paths) if new is not None]

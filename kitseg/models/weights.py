@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,9 +15,49 @@ from torch import Tensor
 from kitseg.errors import InputError, fault
 from kitseg.models.run_folder import StageFolder
 from kitseg.runtime.files import file_digest
+from kitseg.stages.model import StageModel
 
 SAFE = ".safetensors"
 _REMEDY = "Restore it, or train again with --restart."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a file, and the model that they belong to."""
+
+    name: Path
+    model: StageModel
+
+    def load(self) -> StageModel:
+        """The model with these weights, loaded unless they are there already; nothing in the file is executed.
+
+        Raises:
+            InputError: damaged, or of another network.
+        """
+        if self.model.loaded == self.name:
+            return self.model
+        if self.model.device.type == "meta":
+            allocate(self.model, torch.device("cpu"))
+        try:
+            self.model.load_state_dict(read_weights(self.name, self.model.device))
+        except RuntimeError as error:
+            raise InputError(self.name, f"can't be loaded ({_reason(error)})", _REMEDY) from error
+        self.model.loaded = self.name
+        return self.model
+
+    def drop(self) -> None:
+        """Keep the network's structure only."""
+        self.model.to("meta")
+        self.model.loaded = None
+
+
+def allocate(model: StageModel, device: torch.device) -> None:
+    """Give a model on the meta device weights without values on another device."""
+    state = {
+        name: torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+        for name, value in model.state_dict().items()  # Module.to_empty would import sympy, which takes half a second
+    }
+    model.load_state_dict(state, assign=True)
 
 
 def sound_checkpoints(folder: StageFolder) -> tuple[Path, ...]:

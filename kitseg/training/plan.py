@@ -10,7 +10,7 @@ from pathlib import Path
 from kitseg import config, trust
 from kitseg.config import Config, Method, StageSpec
 from kitseg.errors import UsageError
-from kitseg.models.run_folder import Run, StageFolder, moved_aside
+from kitseg.models.run_folder import Run, StageFolder, move_aside
 from kitseg.runtime import console
 from kitseg.runtime.device import Machine
 from kitseg.runtime.files import write_text
@@ -156,7 +156,7 @@ def _moved_aside(paths: Sequence[Path]) -> list[Path]:
     for folder in sorted({lock.parent for path in paths for lock in path.rglob(".kitseg*.lock")}):
         with folder_lock(folder, "training"):
             pass
-    return moved_aside(paths)
+    return [new for path in paths if (new := move_aside(path))]
 
 
 def claim_run(run: Run, configuration: Config, split: Split) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from side import say
 
-from kitseg.inference.engines import OpenVino, Torch, has_openvino
 from kitseg.inference.windows import SlidingWindow
+from kitseg.models.engines import OpenVino, Torch, has_openvino
 
 
 class Stage:

@@ -8,49 +8,18 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kitseg.inference.windows import Predict
+from kitseg.models.weights import Checkpoint
 
 # With this package installed, OpenVINO reports its import to Google Analytics.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EXAMPLE = 32  # voxels along each axis of the input for tracing; other shapes are possible later
-
-
-class Network(Protocol):
-    """A stage's model in memory."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its weights."""
-
-    def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
-        """The probabilities of one head, (N, C, d, h, w) -> (N, K, d, h, w) float32."""
-
-
-class Trained(Protocol):
-    """Trained weights."""
-
-    @property
-    def name(self) -> Hashable:
-        """Identifies them."""
-
-    def load(self) -> Network:
-        """The network with these weights, valid until others are loaded."""
-
-    def drop(self) -> None:
-        """Free their memory."""
-
-
-class Engine(Protocol):
-    """Runs a network with trained weights."""
-
-    def __call__(self, weights: Trained, head: int) -> Predict:
-        """Computes one head's probabilities, (N, C, d, h, w) -> (N, K, d, h, w) float32, until others are loaded."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +31,7 @@ class Torch:
     def __str__(self) -> str:
         return f"PyTorch, {_name(self.kind or torch.float32)}"
 
-    def __call__(self, weights: Trained, head: int) -> Predict:
+    def __call__(self, weights: Checkpoint, head: int) -> Predict:
         """Predicts one head's probabilities on the network's device."""
         network = weights.load()
         predict: Predict = partial(network.probabilities, head=head)
@@ -83,7 +52,7 @@ class OpenVino:
     def __str__(self) -> str:
         return f"OpenVINO, {_name(self.kind)}"
 
-    def __call__(self, weights: Trained, head: int) -> Predict:
+    def __call__(self, weights: Checkpoint, head: int) -> Predict:
         """Predicts one head's probabilities; the network is converted and compiled for each new input shape."""
 
         def predict(x: Tensor) -> Tensor:
@@ -123,6 +92,9 @@ class OpenVino:
         import openvino
 
         return openvino.Core()
+
+
+Engine = Torch | OpenVino
 
 
 def has_openvino() -> bool:
