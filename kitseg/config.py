@@ -39,7 +39,7 @@ from kitseg.method_files import BUILT_IN, MethodFile, find_method, method_files
 from kitseg.parts import check_arguments
 
 __all__ = [
-    "Config", "Method", "Rounds", "Source", "StageSpec", "build", "compose", "differences", "dump", "head_of",
+    "Config", "Method", "Rounds", "Source", "StageSpec", "build", "compose", "differences", "head_of",
     "method_of", "needed", "parse_source", "read", "stage_outputs", "summaries",
 ]  # fmt: skip
 
@@ -114,7 +114,7 @@ def summaries(config_dir: Path | None = None) -> dict[MethodFile, Config]:
 
 
 def read(path: Path) -> Config:
-    """A resolved configuration that ``dump`` made; it may come from anybody, and nothing in it is executed.
+    """A resolved configuration that ``trust.dump`` made; it may come from anybody, and nothing in it is executed.
 
     Raises:
         InputError: missing, damaged, with values that aren't plain, or with parts that kitseg must not build.
@@ -130,11 +130,6 @@ def read(path: Path) -> Config:
     trust.check_file(path, config)
     current: Config = _with_current_names(config)
     return current
-
-
-def dump(config: Config) -> str:
-    """A configuration as YAML."""
-    return trust.dump(config)
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, ValidationError, convert
 
 from kitseg import trust
 from kitseg.errors import UsageError
@@ -12,6 +14,7 @@ from kitseg.types import Grid
 
 PARTS = ("intensity", "region", "sampler", "module", "link", "augmentation")
 OPTIONAL = ("inputs", "guide", "link", "augmentation", "micro_batch_size", "stop_after", "rounds")  # may be null
+Count = Annotated[int, Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,9 @@ class Rounds:
     most: rounds after the first training; share: of the training cases; epochs: of each round.
     """
 
-    most: int
-    share: float
-    epochs: int
-
-    def __post_init__(self) -> None:
-        if self.most < 0 or not 0 < self.share <= 1 or self.epochs < 1:
-            raise ValueError("rounds need most >= 0, a share in (0, 1] and epochs >= 1")
+    most: Annotated[int, Meta(ge=0)]
+    share: Annotated[float, Meta(gt=0, le=1)]
+    epochs: Count
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,15 @@ class StageSpec:
 
     name: str
     inputs: tuple[str, ...]
-    guide: str
+    guide: Literal["labels", "out_of_fold"]
     grid: Grid
     heads: tuple[str, ...]
     channels: tuple[str, ...]
-    batch: int
-    micro_batch_size: int
-    epochs: int
-    validate_every: int
-    stop_after: int | None
+    batch: Count
+    micro_batch_size: Count
+    epochs: Count
+    validate_every: Count
+    stop_after: Count | None
     rounds: Rounds | None
     precision: str
     parts: Mapping[str, Any]
@@ -138,46 +137,32 @@ def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Sourc
 
 
 def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
-    config = {**dict.fromkeys(OPTIONAL), **stated}
+    config = {**dict.fromkeys(OPTIONAL), **stated, "name": name}
+    filled = {
+        "batch": config["batch"],  # checked before what it fills in
+        **config,
+        "inputs": config["inputs"] or (),
+        "guide": config["guide"] or "labels",
+        "micro_batch_size": config["batch"] if config["micro_batch_size"] is None else config["micro_batch_size"],
+        "heads": tuple(map(trust.name, config["heads"])),
+        "channels": tuple(map(trust.name, config["channels"])),
+        "parts": {key: config[key] for key in PARTS},
+    }
+    for key, kind in {"grid": Grid, "rounds": Rounds}.items():
+        if isinstance(config[key], Mapping) and (odd := config[key].keys() - {field.name for field in fields(kind)}):
+            raise UsageError(f"stages.{name}.{key} has no key {', '.join(map(str, odd))}")
     try:
-        return StageSpec(
-            name=name,
-            inputs=tuple(config["inputs"] or ()),
-            guide=config["guide"] or "labels",
-            grid=Grid(**config["grid"]),
-            heads=tuple(map(trust.name, config["heads"])),
-            channels=tuple(map(trust.name, config["channels"])),
-            batch=_count(config, name, "batch"),
-            micro_batch_size=_count(
-                config, name, "batch" if config["micro_batch_size"] is None else "micro_batch_size"
-            ),
-            epochs=_count(config, name, "epochs"),
-            validate_every=_count(config, name, "validate_every"),
-            stop_after=config["stop_after"],
-            rounds=Rounds(**config["rounds"]) if config["rounds"] else None,
-            precision=config["precision"],
-            parts={key: config[key] for key in PARTS},
-        )
-    except KeyError as error:
-        raise UsageError(f"stages.{name} lacks {error}") from error
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"stages.{name}: {error}") from error
+        return convert(filled, StageSpec)
+    except ValidationError as error:
+        problem, _, key = str(error).partition(" - at `$")
+        raise UsageError(f"stages.{name}{key.rstrip('`')}: {problem}") from error
 
 
 def _check_guide(stage: StageSpec, stages: Mapping[str, StageSpec]) -> None:
-    if stage.guide not in ("labels", "out_of_fold"):
-        raise UsageError(f"stages.{stage.name}.guide is {stage.guide!r}; it must be labels or out_of_fold")
     if stage.parts["link"] and not stage.inputs:
         raise UsageError(f"stages.{stage.name}.link needs an earlier stage in stages.{stage.name}.inputs")
     if stage.parts["link"] and str(stage.grid) != str(stages[stage.inputs[0]].grid):
         raise UsageError(f"stage {stage.name} is guided by {stage.inputs[0]}, so both need the same grid")
-
-
-def _count(config: Mapping[str, Any], stage: str, key: str) -> int:
-    value = config[key]
-    if not isinstance(value, int) or value < 1:
-        raise UsageError(f"stages.{stage}.{key} is {value!r}; it must be a whole number, 1 or more")
-    return value
 
 
 def _known(known: Any, name: str, kind: str) -> Any:

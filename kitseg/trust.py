@@ -202,36 +202,30 @@ def _digest(part: Mapping[str, Any]) -> str:
     return hashlib.sha256(dump(dict(part)).encode()).hexdigest()
 
 
-def _foreign(spec: Any) -> Iterator[Mapping[str, Any]]:
+def _foreign(spec: Any) -> list[Mapping[str, Any]]:
     """The outermost parts that are not on the list of ``PARTS``."""
     if isinstance(spec, Mapping) and "_target_" in spec and not PARTS.fullmatch(str(spec["_target_"])):
-        yield spec
-        return
-    for part in _below(spec):
-        yield from _foreign(part)
+        return [spec]
+    below = spec.values() if isinstance(spec, Mapping) else spec if isinstance(spec, list | tuple) else ()
+    return [part for value in below for part in _foreign(value)]
 
 
 def _check_plain(spec: Any) -> None:
-    for text in _texts(spec):
-        if "${" in text:
+    for text in _everything_in(spec):
+        if isinstance(text, str) and "${" in text:
             raise UsageError(f"the configuration holds {text!r}, which is not a plain value")
 
 
-def _texts(spec: Any) -> Iterator[str]:
-    for part in _below(spec):
-        yield from _texts(part)
-    if isinstance(spec, str):
-        yield spec
+def _targets(spec: Any) -> list[str]:
+    return [str(part["_target_"]) for part in _everything_in(spec) if isinstance(part, Mapping) and "_target_" in part]
 
 
-def _targets(spec: Any) -> Iterator[str]:
-    if isinstance(spec, Mapping) and "_target_" in spec:
-        yield str(spec["_target_"])
-    for part in _below(spec):
-        yield from _targets(part)
-
-
-def _below(spec: Any) -> list[Any]:
-    if isinstance(spec, Mapping):
-        return [part for pair in spec.items() for part in pair]
-    return list(spec) if isinstance(spec, list | tuple) else []
+def _everything_in(spec: Any) -> Iterator[Any]:
+    """A value, and all keys and values below it."""
+    todo = [spec]
+    while todo:
+        yield (part := todo.pop())
+        if isinstance(part, Mapping):
+            todo += [*part.values(), *part]
+        elif isinstance(part, list | tuple):
+            todo += part

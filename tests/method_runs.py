@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import kitseg, once
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.config import Method
 from kitseg.models.run_folder import Run
 from kitseg.runtime.files import file_digest, write_json, write_text
@@ -69,7 +69,7 @@ def untrained(folder: Path, method: str = "dual-unet") -> Path:
     """A run whose training changed no weight."""
     torch.manual_seed(0)
     settings = config.compose(method, "tiny", ["size.width=4"])
-    write_text(folder / "config.yaml", config.dump(settings))
+    write_text(folder / "config.yaml", trust.dump(settings))
     write_json(folder / "run.json", 1, {"kitseg": "0.1.0", "phantom": False, "cases": ["somebody"], "experience": None})
     part = {"train": ["somebody"], "val": ["else"], "inner": []}
     split = {"folds": [part], "test": ["third"], "seed": 0, "convention": "kits19", "patients": {}}

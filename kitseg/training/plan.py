@@ -170,7 +170,7 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
     with folder_lock(run.path, "configuration", wait=MOMENT):
         if not run.config.exists():
             write_split(split, run.split)
-            return write_text(run.config, config.dump(configuration))
+            return write_text(run.config, trust.dump(configuration))
         old = {"trainer": DEFAULT, **config.read(run.config)}
         changed = config.differences(old, configuration)
         raised = bool(changed) and only_more_epochs(old, configuration)
@@ -181,7 +181,7 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
             raise UsageError(f"{run.path} was trained with another split: {run.split}. Use that one, or --restart.")
         if raised:
             record_raise(run, old, configuration)
-            write_text(run.config, config.dump(configuration))
+            write_text(run.config, trust.dump(configuration))
 
 
 def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:

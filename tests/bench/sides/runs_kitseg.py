@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import kitseg
-from kitseg import config
+from kitseg import config, trust
 from kitseg.runtime.files import write_json
 from kitseg.stages.model import build_model
 
@@ -21,7 +21,7 @@ run, method, checkpoints = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if not run.exists():
     configuration = config.compose(method, "paper")
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(config.dump(configuration))
+    (run / "config.yaml").write_text(trust.dump(configuration))
     about = {"schema": 1, "kitseg": kitseg.__version__, "phantom": False, "cases": ["case_00000"]}
     (run / "run.json").write_text(json.dumps(about))
     for name, spec in config.method_of(configuration).stages.items():
