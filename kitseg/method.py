@@ -138,6 +138,8 @@ def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Sourc
 
 def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
     config = {**dict.fromkeys(OPTIONAL), **stated, "name": name}
+    if missing := [key for key in ("batch", "grid", "heads", "channels", *PARTS) if key not in config]:
+        raise UsageError(f"stages.{name} lacks {', '.join(missing)}")
     filled = {
         "batch": config["batch"],  # checked before what it fills in
         **config,

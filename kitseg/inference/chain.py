@@ -103,11 +103,19 @@ def view_of(stage: Predictor, hu: NDArray[np.int16], grid: Geometry, earlier: Ma
     """The input of a stage for a scan on the stage's grid, (D, H, W) HU.
 
     earlier: the outputs of earlier stages, by name.
+
+    Raises:
+        UsageError: the stage is linked to an earlier one on another grid.
     """
-    box = region_for(stage, grid, hu, earlier)
+    before, link = (earlier[stage.spec.inputs[0]] if stage.spec.inputs else None), stage.input_transform.link
+    known = RegionContext(grid, hu=hu) if before is None else RegionContext(grid, before.labels(), before.grid, hu)
+    box = stage.region(known)
     if box is None:
         return StageView(grid, EMPTY, np.zeros(0, np.bool_), torch.empty(0))
-    image, slices = stage.input_transform.region(hu, statistics(hu), box, guide_for(stage, grid, earlier))
+    if link and before and before.grid.shape != grid.shape:
+        raise UsageError(f"stages {stage.spec.name} and {stage.spec.inputs[0]} are linked and need the same grid")
+    guide = link.guide(before.foreground(), before.labels() > 0) if link and before else None
+    image, slices = stage.input_transform.region(hu, statistics(hu), box, guide)
     return StageView(grid, box, slices, image)
 
 
@@ -117,29 +125,6 @@ def run_on_grid(
     """The output of one head of a stage for a scan on the stage's grid, (D, H, W) HU; see ``view_of``."""
     view = view_of(stage, hu, grid, earlier)
     return view.place(stage, stage.predict(view.image, head) if view.slices.any() else None)
-
-
-def guide_for(stage: Predictor, grid: Geometry, earlier: Mapping[str, Output]) -> NDArray[np.float16] | None:
-    """The guide of a stage with a link, from the previous stage, on the whole of ``grid``.
-
-    Raises:
-        UsageError: the two stages work on different grids.
-    """
-    link = stage.input_transform.link
-    if link is None:
-        return None
-    before = earlier[stage.spec.inputs[0]]
-    if before.grid.shape != grid.shape:
-        raise UsageError(f"stages {stage.spec.name} and {stage.spec.inputs[0]} are linked and need the same grid")
-    return link.guide(before.foreground(), before.labels() > 0)
-
-
-def region_for(stage: Predictor, grid: Geometry, hu: NDArray[np.int16], earlier: Mapping[str, Output]) -> Box | None:
-    """The box of ``grid`` that a stage processes, given the scan and the outputs of the earlier stages."""
-    if not stage.spec.inputs:
-        return stage.region(RegionContext(grid, hu=hu))
-    guide = earlier[stage.spec.inputs[0]]
-    return stage.region(RegionContext(grid, guide.labels(), guide.grid, hu))
 
 
 def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def he_normal(net: nn.Module) -> None:
     """Initialize all 2D convolutions, also transposed ones, with He-normal weights (fan-in) and zero biases."""
     for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not module.weight.is_meta:  # which would import sympy
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
