@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from kitseg.types import Box, Masks, Probabilities
 
 CHANNELS = ("background", "kidney", "tumor", "foreground")
 SLAB = 16  # slices at a time
+Scalar = TypeVar("Scalar", bound=np.generic)
 EXCLUSIVE, NESTED = ("background", "kidney", "tumor"), ("foreground", "tumor")
 
 
@@ -39,7 +40,10 @@ class Mean:
         if first is None:
             self._first, self._box, self._weights = member, member.box, weight
             return
-        _same_kind(first, member)
+        if member.channels != first.channels:
+            raise ValueError(f"{member.case_id}: members have different channels {member.channels}, {first.channels}")
+        if not member.geometry.same_as(first.geometry):
+            raise ValueError(f"{member.case_id}: members have different grids")
         if self._total.ndim != 4:
             self._total = first.array.astype(np.float32)
             self._total *= np.float32(self._weights)
@@ -114,23 +118,17 @@ class EnsembleAgreement:
         if not member.array.size:
             return
         wider, masks = self._box.union(member.box), to_masks(member)
-        if wider != self._box:
-            votes = np.zeros((len(self.CLASSES), *wider.size), np.uint8)
-            if self._votes.size:
-                votes[(slice(None), *self._box.moved(wider.start).slices)] = self._votes
-            self._votes, self._box = votes, wider
+        self._votes, self._box = _widen(self._votes, self._box, wider, self.CLASSES, 0), wider
         inside = self._votes[(slice(None), *member.box.moved(wider.start).slices)]
         inside[0] += masks.either
         inside[1] += masks.tumor
 
     def agreement(self) -> dict[str, float] | None:
         """Dice over all pairs of members by class, 1 if they found almost nothing; None for a single member."""
-        if self.members < 2:
-            return None
-        histograms = [np.bincount(votes.reshape(-1), minlength=2).astype(np.float64) for votes in self._votes]
-        return {name: self._pooled(counts) for name, counts in zip(self.CLASSES, histograms, strict=True)}
+        return None if self.members < 2 else dict(zip(self.CLASSES, map(self._pooled, self._votes), strict=True))
 
-    def _pooled(self, counts: NDArray[np.float64]) -> float:
+    def _pooled(self, votes: NDArray[np.uint8]) -> float:
+        counts = np.bincount(votes.reshape(-1)).astype(np.float64)
         n = np.arange(len(counts))
         found = float((counts * n).sum())
         if found * self._voxel_ml / self.members < SPECK_ML:
@@ -157,25 +155,15 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
-    """Convert probabilities to ``channels``, the result of ``common_channels``."""
-    return probabilities if probabilities.channels == channels else exclusive(probabilities)
-
-
-def exclusive(probabilities: Probabilities) -> Probabilities:
-    """Convert probabilities to the mutually exclusive channels background, kidney and tumor.
+    """Convert probabilities to ``channels``, the result of ``common_channels``.
 
     From independent foreground F and tumor T: tumor min(T, F), kidney F − tumor, background 1 − F.
-
-    Raises:
-        ValueError: channels that can't be converted.
     """
-    if probabilities.channels == EXCLUSIVE:
+    if probabilities.channels == channels:
         return probabilities
-    if probabilities.channels != NESTED:
-        raise ValueError(f"channels {', '.join(probabilities.channels)} can't be averaged with {', '.join(EXCLUSIVE)}")
     foreground, tumor = probabilities.array
     inside = np.minimum(tumor, foreground)
-    return replace(probabilities, array=np.stack([1 - foreground, foreground - inside, inside]), channels=EXCLUSIVE)
+    return replace(probabilities, array=np.stack([1 - foreground, foreground - inside, inside]), channels=channels)
 
 
 def to_masks(probabilities: Probabilities) -> Masks:
@@ -212,13 +200,6 @@ def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np
     return found.get("foreground", foreground), tumor
 
 
-def _same_kind(first: Probabilities, other: Probabilities) -> None:
-    if other.channels != first.channels:
-        raise ValueError(f"{other.case_id}: members have different channels {other.channels} and {first.channels}")
-    if not other.geometry.same_as(first.geometry):
-        raise ValueError(f"{other.case_id}: members have different grids")
-
-
 def _add(total: NDArray[np.float32], box: Box, member: Probabilities, weight: np.float32) -> None:
     """Add a member to a sum over a box that contains the member's, slice by slice to avoid a copy of the whole."""
     background = [i for i, channel in enumerate(member.channels) if channel == "background"]
@@ -241,12 +222,12 @@ def _cut(member: Probabilities, slab: Box) -> Probabilities:
 
 
 def _widen(
-    values: NDArray[np.floating[Any]], box: Box, wider: Box, channels: tuple[str, ...], background: float
-) -> NDArray[np.float32]:
+    values: NDArray[Scalar], box: Box, wider: Box, channels: tuple[str, ...], background: float
+) -> NDArray[Scalar]:
     """``values`` of ``box`` in a ``wider`` box, with ``background`` in the background channel around it."""
     if box == wider:
         return values
-    out = np.zeros((len(channels), *wider.size), np.float32)
+    out = np.zeros((len(channels), *wider.size), values.dtype)
     out[[i for i, channel in enumerate(channels) if channel == "background"]] = background
     if values.size:
         out[(slice(None), *box.moved(wider.start).slices)] = values

@@ -57,6 +57,16 @@ class Split:
         """Every case of the split."""
         return {case for fold in self.folds for case in (*fold.train, *fold.val)} | set(self.test)
 
+    def fold(self, number: int) -> Fold:
+        """An outer fold.
+
+        Raises:
+            UsageError: there is no such fold.
+        """
+        if not 0 <= number < len(self.folds):
+            raise UsageError(f"there is no fold {number}: the split has folds 0 to {len(self.folds) - 1}")
+        return self.folds[number]
+
 
 _FORMAT = FileFormat(Split, 1, "It needs `schema`, `convention` and `folds`, a list of {train, val, inner}.")
 
@@ -124,14 +134,14 @@ def read_split(path: Path) -> Split:
             their outer one.
     """
     split = _FORMAT.read(path)
-    if problem := _problem(split) or same_patient(split, split.patients):
+    if problem := _problem(split):
         raise InputError(path, problem, "Fix the file; each case and each patient belongs to one side.")
     return split
 
 
 def _check_once(cases: Sequence[str]) -> None:
-    if len(set(cases)) < len(cases):
-        raise ValueError(f"{', '.join(sorted({c for c in cases if cases.count(c) > 1}))} listed twice")
+    if twice := sorted({case for case in cases if cases.count(case) > 1}):
+        raise ValueError(f"{', '.join(twice)} listed twice")
 
 
 _Patient = list[Traits]
@@ -172,14 +182,14 @@ def same_patient(split: Split, patients: Patients) -> str | None:
     """
 
     def shown(cases: Iterable[str]) -> set[str]:
-        return {whom for case in cases for whom in patients.get(case, (case,))}
+        return {whom for case in cases for whom in patients.get(case) or (case,)}
 
     for i, fold in enumerate(split.folds):
         sides = {f"fold {i}": (fold.train, fold.val), "the test set": ((*fold.train, *fold.val), split.test)}
         sides |= {f"inner fold {j} of fold {i}": (part.train, part.val) for j, part in enumerate(fold.inner)}
         for where, (one, other) in sides.items():
             if both := shown(one) & shown(other):
-                cases = sorted(case for case in (*one, *other) if set(patients.get(case, (case,))) & both)
+                cases = sorted(case for case in (*one, *other) if shown([case]) & both)
                 return f"{where} has patient {', '.join(sorted(both))} on two sides: {', '.join(cases)}"
     return None
 
@@ -190,21 +200,12 @@ def _problem(split: Split) -> str | None:
     if split.convention not in list(CONVENTIONS):
         return f"names the label convention '{split.convention}', not one of {', '.join(CONVENTIONS)}"
     for i, fold in enumerate(split.folds):
-        both = set(fold.train) & set(fold.val) | set(split.test) & {*fold.train, *fold.val}
-        if both:
-            return f"fold {i} has {', '.join(sorted(both))} on two sides"
         if not fold.train or not fold.val:
             return f"fold {i} has no training or no validation cases"
         for j, part in enumerate(fold.inner):
-            if not _is_inside(part, fold.train):
+            if not part.train or not part.val or not {*part.train, *part.val} <= set(fold.train):
                 return f"inner fold {j} of fold {i} isn't a split of that fold's training cases"
-    return None
-
-
-def _is_inside(part: FoldPart, cases: Sequence[str]) -> bool:
-    """Whether both sides hold cases, none of them twice, all of them among ``cases``."""
-    train, val = set(part.train), set(part.val)
-    return bool(train and val) and not train & val and train | val <= set(cases)
+    return same_patient(split, split.patients)
 
 
 def held_out(path: Path | None, fold: int | None) -> list[str]:
@@ -218,9 +219,7 @@ def held_out(path: Path | None, fold: int | None) -> list[str]:
             raise UsageError("--fold names a part of a split file; give the file with --split")
         return []
     split = read_split(path)
-    if fold is not None and not 0 <= fold < len(split.folds):
-        raise UsageError(f"{path} has no fold {fold}, only folds 0 to {len(split.folds) - 1}")
-    cases = split.test if fold is None else split.folds[fold].val
+    cases = split.test if fold is None else split.fold(fold).val
     if not cases:
         raise UsageError(f"{path} has no test cases; --fold takes a fold's validation cases")
     return list(cases)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitseg.ensemble import exclusive, mean, mean_in_slabs, to_masks
+from kitseg.ensemble import common_channels, convert, mean, mean_in_slabs, to_masks
 from kitseg.errors import InputError, UsageError
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.provenance import recipe
@@ -72,18 +72,18 @@ def test_background_in_the_gap_between_boxes() -> None:
 def test_two_channels_that_stand_alone_become_three_that_exclude_each_other() -> None:
     """Foreground 0.75 and tumor 0.5; tumor above its foreground is cut to it; nothing at all is background."""
     alone = belief([[0.75, 0.25, 0], [0.5, 0.5, 0]], row(0, 3), channels=("foreground", "tumor"))
-    found = exclusive(alone)
+    found = convert(alone, CHANNELS)
     assert found.channels == CHANNELS
     assert found.array.dtype == np.float16
     assert found.array.reshape(3, 3).tolist() == [[0.25, 0.75, 1], [0.25, 0, 0], [0.5, 0.25, 0]]
-    assert exclusive(found) is found
+    assert convert(found, CHANNELS) is found
     assert mean([(found, 1), (nothing(), 1)]).array.reshape(3, 3)[:, 0].tolist() == [0.625, 0.125, 0.25]
 
 
 def test_an_empty_box_and_other_channels_in_a_mixed_ensemble() -> None:
-    assert exclusive(belief([], EMPTY, channels=("foreground", "tumor"))).array.shape == (3, 0, 0, 0)
+    assert convert(belief([], EMPTY, channels=("foreground", "tumor")), CHANNELS).array.shape == (3, 0, 0, 0)
     with pytest.raises(ValueError, match="can't be averaged"):
-        exclusive(belief([[1]], row(0, 1), channels=("tumor",)))
+        common_channels([CHANNELS, ("tumor",)])
 
 
 def test_weights_by_hand() -> None:

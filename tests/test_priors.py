@@ -102,7 +102,7 @@ def test_only_the_training_cases_of_a_fold(truth: Path) -> None:
     [
         (("--fold=0",), "--split and --fold"),
         (("--split=splits.json",), "--split and --fold"),
-        (("--split=splits.json", "--fold=1"), "has no fold 1"),
+        (("--split=splits.json", "--fold=1"), "there is no fold 1"),
         (("--split=splits.json", "--fold=0"), "has no labels of case_00009"),
         (("--convention=kits21",), "label convention 'kits21'"),
     ],

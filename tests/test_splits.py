@@ -198,11 +198,11 @@ def without(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (users(fold(val=["c", "b"])), "fold 0 has b on two sides"),
-        (users(fold(), fold(val=["a"])), "fold 1 has a on two sides"),
-        (users(fold(), test=["a"]), "fold 0 has a on two sides"),
-        (users(fold(), test=["c"]), "fold 0 has c on two sides"),
-        (users(fold(inner=[fold(train=["a"], val=["a"])])), "inner fold 0 of fold 0 isn't a split"),
+        (users(fold(val=["c", "b"])), "fold 0 has patient b on two sides: b"),
+        (users(fold(), fold(val=["a"])), "fold 1 has patient a on two sides: a"),
+        (users(fold(), test=["a"]), "the test set has patient a on two sides: a"),
+        (users(fold(), test=["c"]), "the test set has patient c on two sides: c"),
+        (users(fold(inner=[fold(train=["a"], val=["a"])])), "inner fold 0 of fold 0 has patient a on two sides"),
         (users(fold(inner=[fold(train=["a"], val=["c"])])), "inner fold 0 of fold 0 isn't a split"),
         (users(fold(), patients={"a": ["Ann"], "c": ["Ann"]}), "fold 0 has patient Ann on two sides: a, c"),
         (users(fold(), patients={"a": ["c"]}), "fold 0 has patient c on two sides: a, c"),

@@ -95,12 +95,10 @@ def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[
         return labels
     if split is None or fold is None:
         raise UsageError("--split and --fold must be given together")
-    folds = read_split(split).folds
-    if not 0 <= fold < len(folds):
-        raise UsageError(f"{split} has no fold {fold}, only folds 0 to {len(folds) - 1}")
-    if missing := sorted(set(folds[fold].train) - set(labels)):
+    train = read_split(split).fold(fold).train
+    if missing := sorted(set(train) - set(labels)):
         raise UsageError(f"{folder} has no labels of {', '.join(missing)}, which {split} trains on")
-    return {case: labels[case] for case in folds[fold].train}
+    return {case: labels[case] for case in train}
 
 
 def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: Callable[[CaseTumors], None]) -> Fit:

@@ -144,8 +144,7 @@ class Start:
         return _moved_aside([*trained, *predicted, *scores])
 
     def _plan(self, split: Split) -> Plan:
-        if self.fold >= len(split.folds):
-            raise UsageError(f"there is no fold {self.fold}: the split has folds 0 to {len(split.folds) - 1}")
+        split.fold(self.fold)  # refuses one that isn't there
         return Plan(
             self.config, self.method, self.settings, self.run, split, self.fold, self.store, self.machine, self.initial
         )
