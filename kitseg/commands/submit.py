@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CONVENTIONS, CYST
 from kitseg.runtime.files import atomic_write, file_digest
-from kitseg.types import Geometry, Volume
+from kitseg.types import Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.kits import IMAGE, case_name, case_number, find_cases, find_labels
 
+T = TypeVar("T")
 _NAMES = CONVENTIONS["kits19"]
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that the same labels make the same zip
 
@@ -78,9 +79,9 @@ def check_output(output: Path) -> None:
 
 
 def check_submission(
-    predictions: Path, data: Path, numbers: Sequence[int], done: Callable[[], None] | None = None
+    predictions: Path, data: Path, numbers: Sequence[int], on_done: Callable[[], None] = lambda: None
 ) -> Submission:
-    """Check the prediction of every required case, by KiTS number, against its scan; ``done`` is called after each.
+    """Check the prediction of every required case, by KiTS number, against its scan; ``on_done`` is called after each.
 
     Reads one label map at a time, and of the scans the headers alone.
 
@@ -92,14 +93,13 @@ def check_submission(
     entries = []
     for number in numbers:
         entries.append(_entry(number, labels.get(case_name(number)), scans.get(number), predictions, data))
-        if done:
-            done()
+        on_done()
     wanted = {case_name(number) for number in numbers}
     return Submission(entries, sorted(labels.keys() - wanted))
 
 
-def write_submission(output: Path, submission: Submission, done: Callable[[], None] | None = None) -> None:
-    """Write the zip, whole or not at all; ``done`` is called after each case.
+def write_submission(output: Path, submission: Submission, on_done: Callable[[], None] = lambda: None) -> None:
+    """Write the zip, whole or not at all; ``on_done`` is called after each case.
 
     A prediction that is right as it is goes in byte by byte; another one as uint8 on the scan's own lattice.
 
@@ -116,8 +116,7 @@ def write_submission(output: Path, submission: Submission, done: Callable[[], No
             info = zipfile.ZipInfo(entry.name, _EPOCH)
             info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every system
             archive.writestr(info, _content(entry))
-            if done:
-                done()
+            on_done()
 
 
 def _scans(data: Path) -> dict[int, Path]:
@@ -131,48 +130,33 @@ def _scans(data: Path) -> dict[int, Path]:
 
 
 def _entry(number: int, path: Path | None, scan: Path | None, predictions: Path, data: Path) -> Entry:
-    case, missing = case_name(number), []
+    case, missing, problems = case_name(number), list[str](), list[str]()
     if path is None:
-        remedy = "Predict it, or select the cases to submit with --cases"
-        missing.append(f"{case}: {predictions} has no prediction of it. {remedy}")
+        missing.append(f"{predictions} has no prediction of it: predict it, or select the cases with --cases")
     if scan is None:
-        remedy = f"Download it: kitseg download kits19 --to {data} --cases {number}"
-        missing.append(f"{case}: the scan {data / case / IMAGE} is missing. {remedy}")
+        remedy = f"download it with `kitseg download kits19 --to {data} --cases {number}`"
+        missing.append(f"the scan {data / case / IMAGE} is missing: {remedy}")
     if path is None or scan is None:
-        return Entry(number, path, problems=tuple(missing))
-    return _checked(number, path, scan)
-
-
-def _checked(number: int, path: Path, scan: Path) -> Entry:
-    case, problems = case_name(number), list[str]()
-    grid: Geometry | None = None
-    stored: Geometry | None = None
-    labels: Volume | None = None
-    digest = ""
-    with _noting(problems):
-        grid = nifti.read_geometry(scan)
-    with _noting(problems):
-        digest = file_digest(path)
-        stored = nifti.read_geometry(path)
+        return Entry(number, path, problems=(f"{case}: {'; '.join(missing)}",))
+    grid, digest = _try(problems, nifti.read_geometry, scan), _try(problems, file_digest, path)
+    stored = _try(problems, nifti.read_geometry, path) if digest else None
     if grid and stored:
         problems += _grid_problems(path, stored, scan, grid)
-    if stored:
-        with _noting(problems):
-            labels = nifti.read_labels(path, case, None)
+    labels = _try(problems, nifti.read_labels, path, case, None) if stored else None
     if labels:
         problems += _value_problems(path, labels.array)
-    named = tuple(f"{case}: {problem}" for problem in problems)
     as_is = not problems and stored is not None and grid is not None and _is_right(path, stored, grid)
-    return Entry(number, path, grid, named, as_is, labels is not None and not labels.array.any(), digest)
+    empty = labels is not None and not labels.array.any()
+    return Entry(number, path, grid, tuple(f"{case}: {one}" for one in problems), as_is, empty, digest or "")
 
 
-@contextmanager
-def _noting(problems: list[str]) -> Iterator[None]:
-    """Add the error of a file that can't be used to the problems, and continue."""
+def _try(problems: list[str], read: Callable[..., T], *arguments: Any) -> T | None:
+    """What ``read`` gives; None for a file that can't be used, whose error is added to the problems."""
     try:
-        yield
+        return read(*arguments)
     except InputError as error:
         problems.append(str(error))
+        return None
 
 
 def _grid_problems(path: Path, stored: Geometry, scan: Path, grid: Geometry) -> list[str]:
