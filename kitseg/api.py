@@ -6,7 +6,7 @@ convention kits23). Affines map voxel indices to millimetres in RAS+, as nibabel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import overload
@@ -105,7 +105,7 @@ def predict(
         model = load_model(model or choose_run(Path("runs")).path, device)
     given = list(scans) if isinstance(scans, list | tuple) else [scans]
     if output is None:
-        return [model.predict(scan) for scan in _scans(given)]
+        return [model.predict(scan) for image in given for scan in _scans(image)]
     from kitseg.commands.predict import PredictOptions, PredictScans
 
     found = find_scans([Path(str(path)) for path in given])
@@ -258,12 +258,8 @@ def _paths(data: FilePath | Sequence[FilePath]) -> list[Path]:
     return [Path(data)] if isinstance(data, Path | str) else [Path(folder) for folder in data]
 
 
-def _scans(given: Sequence[Image]) -> Iterator[Volume]:
-    for scan in given:
-        if isinstance(scan, Path | str):
-            yield from map(read_scan, find_scans([Path(scan)]).cases)
-        else:
-            yield scan_from(scan)
+def _scans(image: Image) -> Iterable[Volume]:
+    return map(read_scan, find_scans([Path(image)]).cases) if isinstance(image, Path | str) else [scan_from(image)]
 
 
 def _labels(labels: Image | Prediction, affine: ArrayLike | None, convention: str) -> Volume:

@@ -67,8 +67,8 @@ def mesh(
     """Write the surface of a label map as an STL file, in mm in the patient's space (RAS+)."""
     from kitseg.commands.measure import write_mesh
 
-    made = write_mesh(labels, output, of, convention)
-    console.print_line(escape(f"{made.triangles} triangles, {made.ml:.1f} ml → {output}"))
+    triangles, ml = write_mesh(labels, output, of, convention)
+    console.print_line(escape(f"{triangles} triangles, {ml:.1f} ml → {output}"))
 
 
 @app.command(epilog="Example: kitseg report predictions data --scores scores.json")

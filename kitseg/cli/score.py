@@ -128,9 +128,9 @@ def choose(
         with console.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:
             steps.try_recipes(search, recipes, jobs, step)
     table = console.table("runs", "post-processing", "kidney", "tumor", "mean")
-    for tried in steps.ranked(search)[:SHOWN]:
-        dice = (console.cell(tried.dice[name]) for name in ("kidney", "tumor"))
-        table.add_row(*map(escape, steps.describe_recipe(search, tried.recipe)), *dice, console.cell(tried.score))
+    for recipe in steps.ranked(search)[:SHOWN]:
+        dice = (console.cell(search.tried[recipe][name]) for name in ("kidney", "tumor", "mean"))
+        table.add_row(*map(escape, steps.describe_recipe(search, recipe)), *dice)
     console.out.print(table)
     steps.write_choice(output, search)
     console.print_line(

@@ -11,6 +11,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,11 @@ def make_copies(
 
 def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
     """The number of pairs that are neither kept nor rejected yet."""
-    return sum(not _is_done(pair, to, convention) for pair in pairs)
+    done = 0
+    for pair in pairs:
+        with suppress(InputError):
+            done += _done(pair, to, _wanted(pair, convention)) is not None
+    return len(pairs) - done
 
 
 def write_request(to: Path, fold: int, choice: PairSelection, pairs: Sequence[Pair]) -> None:
@@ -198,13 +203,6 @@ def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
     }
 
 
-def _is_done(pair: Pair, to: Path, convention: str) -> bool:
-    try:
-        return _done(pair, to, _wanted(pair, convention)) is not None
-    except InputError:
-        return False
-
-
 def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied | None:
     """The outcome of an earlier call for a pair, with the same settings, scans and labels."""
     for path in (to / pair.name / ORIGIN, to / "rejected" / f"{pair.name}.json"):
@@ -224,8 +222,6 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
     facts = {
         "sources": [pair.reference.id, pair.floating.id],
         "patients": sorted(patients),
-        "reference": pair.reference.id,
-        "floating": pair.floating.id,
         **wanted,
         **asdict(copy.quality),
         "reason": reason,

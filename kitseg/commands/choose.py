@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from joblib import delayed
@@ -21,7 +22,7 @@ from kitseg.runtime.files import file_digest
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.splits import read_split
-from kitseg.types import Case, Probabilities
+from kitseg.types import Case
 from kitseg.volumes.blocks import MANIFEST, read_block, read_manifest, recorded_scan_digest
 from kitseg.volumes.nifti import read_image, read_labels
 
@@ -55,27 +56,17 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A recipe with its mean Dice; ``score``: the mean of kidney and tumor, as KiTS19 ranks."""
-
-    recipe: Recipe
-    dice: Mapping[str, float]
-
-    @property
-    def score(self) -> float:
-        """Mean of the classes."""
-        return sum(self.dice.values()) / len(self.dice)
-
-
-@dataclass(frozen=True)
 class Search:
-    """The search space: members, the references of the cases that all of them have, the priors by name."""
+    """The search space: members, the references of the cases that all of them have, the priors by name.
+
+    tried: mean Dice of each recipe by class, and under ``mean`` that of kidney and tumor, as KiTS19 ranks.
+    """
 
     members: Sequence[Validated]
     cases: Sequence[Case]
     convention: str
     priors: Mapping[str, Any]
-    tried: dict[Recipe, Tried] = field(default_factory=dict)
+    tried: dict[Recipe, dict[str, float]] = field(default_factory=dict)
 
     def own(self, member: int) -> Steps:
         """A member's own post-processing, as names of the search's priors."""
@@ -118,13 +109,15 @@ def rounds(search: Search) -> Iterator[list[Recipe]]:
     """The recipes to try next: all subsets of members, then one prior more or less while that improves Dice."""
     yield list(_first(search))
     while True:
-        best = winner(search).recipe
-        nearby = [Recipe(best.members, _toggled(best.steps, name)) for name in search.priors]
+        best = ranked(search)[0]
+        fewer = [tuple(step for step in best.steps if step != name) for name in best.steps]
+        more = [(*best.steps, name) for name in search.priors if name not in best.steps]
+        nearby = (Recipe(best.members, steps) for steps in (*fewer, *more))
         fresh = [recipe for recipe in nearby if recipe not in search.tried]
         if not fresh:
             return
         yield fresh
-        if winner(search).recipe == best:
+        if ranked(search)[0] == best:
             return
 
 
@@ -145,12 +138,17 @@ def try_recipes(search: Search, recipes: Sequence[Recipe], jobs: int, on_done: C
     scores = in_parallel(tasks, jobs, done)
     for number, recipe in enumerate(recipes):
         by_case = {case.id: found[number] for case, found in zip(search.cases, scores, strict=True)}
-        search.tried[recipe] = Tried(recipe, mean_scores(by_case))
+        dice = mean_scores(by_case)
+        search.tried[recipe] = {**dice, "mean": fmean(dice.values())}
 
 
-def winner(search: Search) -> Tried:
-    """The best recipe; of equal ones that with fewer members, then fewer priors."""
-    return max(search.tried.values(), key=_order)
+def ranked(search: Search) -> list[Recipe]:
+    """The recipes that were tried, the best first; of equal ones that with fewer members, then fewer priors."""
+
+    def order(recipe: Recipe) -> tuple[float, int, int]:
+        return -search.tried[recipe]["mean"], len(recipe.members), len(recipe.steps)
+
+    return sorted(search.tried, key=order)
 
 
 def check_choice_output(path: Path) -> None:
@@ -165,15 +163,13 @@ def check_choice_output(path: Path) -> None:
 
 def write_choice(path: Path, search: Search) -> None:
     """Write the best recipe as an ensemble file, with all recipes that were tried."""
-    best = winner(search)
-    members = [search.members[i].member for i in best.recipe.members]
-    steps = {name: search.priors[name] for name in best.recipe.steps}
-    write_ensemble(path, members, steps, {"dice": _figures(best), "tried": [_row(search, t) for t in ranked(search)]})
-
-
-def ranked(search: Search) -> list[Tried]:
-    """The recipes that were tried, the best first."""
-    return sorted(search.tried.values(), key=_order, reverse=True)
+    best, tried = ranked(search)[0], []
+    for recipe in ranked(search):
+        runs, steps = describe_recipe(search, recipe)
+        tried.append({"runs": runs, "postprocess": steps, **_rounded(search.tried[recipe])})
+    members = [search.members[i].member for i in best.members]
+    priors = {name: search.priors[name] for name in best.steps}
+    write_ensemble(path, members, priors, {"dice": _rounded(search.tried[best]), "tried": tried})
 
 
 def describe_recipe(search: Search, recipe: Recipe) -> tuple[str, str]:
@@ -181,17 +177,8 @@ def describe_recipe(search: Search, recipe: Recipe) -> tuple[str, str]:
     return " + ".join(search.members[i].name for i in recipe.members), ", ".join(recipe.steps) or "none"
 
 
-def _order(tried: Tried) -> tuple[float, int, int]:
-    return tried.score, -len(tried.recipe.members), -len(tried.recipe.steps)
-
-
-def _figures(tried: Tried) -> dict[str, float]:
-    return {**{name: round(value, 6) for name, value in tried.dice.items()}, "mean": round(tried.score, 6)}
-
-
-def _row(search: Search, tried: Tried) -> dict[str, Any]:
-    runs, steps = describe_recipe(search, tried.recipe)
-    return {"runs": runs, "postprocess": steps, **_figures(tried)}
+def _rounded(dice: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in dice.items()}
 
 
 def _validated(run: Run, fold: int | None, mirror: bool) -> Validated | None:
@@ -236,17 +223,10 @@ def _first(search: Search) -> Iterator[Recipe]:
                 yield Recipe(members, steps)
 
 
-def _toggled(steps: Steps, name: str) -> Steps:
-    """The steps without ``name``, or with it at their end."""
-    return tuple(step for step in steps if step != name) if name in steps else (*steps, name)
-
-
-def _try_case(
-    case: Case, members: Sequence[Validated], priors: Mapping[str, Any], convention: str, recipes: Sequence[Recipe]
-) -> list[dict[str, float]] | str:
+def _try_case(case: Case, *given: Any) -> list[dict[str, float]] | str:
     """A case's Dice for each recipe, or the text of an error."""
     try:
-        return _dice_of(case, members, priors, convention, recipes)
+        return _dice_of(case, *given)
     except Exception as error:  # in a worker process, whose traceback doesn't help
         return format_error(case.id, error)
 
@@ -263,13 +243,10 @@ def _dice_of(
     scan = read_image(case.image, case.id)
     found: list[dict[str, float]] = []
     for chosen, group in itertools.groupby(recipes, key=lambda recipe: recipe.members):
-        mean = _mean([read_block(members[i].folders[case.id], case.id) for i in chosen])
+        blocks = [read_block(members[i].folders[case.id], case.id) for i in chosen]
+        channels = ensemble.common_channels([block.channels for block in blocks])
+        mean = ensemble.mean((ensemble.convert(block, channels), 1.0) for block in blocks)
         for recipe in group:
             steps = build_steps({name: priors[name] for name in recipe.steps})
             found.append(kits19_scores(clean(mean, scan, steps), truth))
     return found
-
-
-def _mean(blocks: Sequence[Probabilities]) -> Probabilities:
-    channels = ensemble.common_channels([block.channels for block in blocks])
-    return ensemble.mean((ensemble.convert(block, channels), 1.0) for block in blocks)

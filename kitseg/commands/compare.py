@@ -68,9 +68,9 @@ def compare(a: Path, b: Path) -> Comparison:
     if one.path.resolve() == other.path.resolve():
         raise UsageError(f"{a} and {b} are the same file. Give the scores of two methods")
     if (one.protocol, one.convention) != (other.protocol, other.convention):
-        rules = [
+        rules = (
             f"{side.path} was scored by {side.protocol} with labels as in {side.convention}" for side in (one, other)
-        ]
+        )
         raise UsageError(f"{' and '.join(rules)}. Evaluate both with the same --protocol and --convention")
     groups = compare_cases(one.cases, other.cases, _strata(one, other))
     if not groups:
@@ -109,7 +109,10 @@ def sentence(group: PairedGroup) -> str:
 
 def _read(path: Path) -> Side:
     """A score file, or the one in a folder."""
-    found = _resolve(path)
+    found = next((path / place for place in _PLACES if (path / place).is_file()), path)
+    if path.is_dir() and found == path:
+        problem = f"the folder has no {' or '.join(map(str, _PLACES))}"
+        raise InputError(path, problem, "Give a file from `kitseg evaluate --json`.")
     content, cases = read_scores(found), dict[str, dict[str, float]]()
     for case, classes in content["cases"].items():
         for name, figures in classes.items():
@@ -118,18 +121,6 @@ def _read(path: Path) -> Side:
             cases.setdefault(case, {})[name] = dice
     background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
     return Side(found, content["protocol"], content["convention"], cases, content["strata"], background)
-
-
-def _resolve(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise InputError(path, "there is no such file or folder", "Give a file from `kitseg evaluate --json`.")
-    for place in _PLACES:
-        if (path / place).is_file():
-            return path / place
-    places = " or ".join(str(place) for place in _PLACES)
-    raise InputError(path, f"the folder has no {places}", "Give a file from `kitseg evaluate --json`.")
 
 
 def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, to_kits19
@@ -132,10 +131,11 @@ def score_case(job: Job, rules: Rules) -> Score:
             scored = score(found, truth.array, truth.geometry.spacing, rules.protocol, rules.convention)
             metrics, detection = scored.metrics, scored.detection
         else:
-            own, true = (rules.protocol.adopt(labels, rules.convention) for labels in (found, truth.array))
-            metrics, detection = {name: {"dice": dice} for name, dice in kits19_scores(own, true).items()}, None
-        strata, cysts = {**_strata(truth), **job.clinical}, (_has_cyst(found), _has_cyst(truth.array))
-        return Score(job.case, metrics, job.prediction is None, problem, strata, detection, cysts)
+            pair = (rules.protocol.adopt(labels, rules.convention) for labels in (found, truth.array))
+            metrics, detection = {name: {"dice": dice} for name, dice in kits19_scores(*pair).items()}, None
+        own, true = (bool((labels == CYST).any()) for labels in (found, truth.array))
+        strata = {**_strata(truth), **job.clinical}
+        return Score(job.case, metrics, job.prediction is None, problem, strata, detection, (own, true))
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))
 
@@ -190,10 +190,6 @@ def required_cases(numbers: str | None, split: Path | None, fold: int | None) ->
     if numbers:
         return [case_name(number) for number in parse_cases(numbers)]
     return held_out(split, fold)
-
-
-def _has_cyst(labels: NDArray[np.uint8]) -> bool:
-    return bool((labels == CYST).any())
 
 
 def _strata(truth: Volume) -> dict[str, str]:

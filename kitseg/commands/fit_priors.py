@@ -114,9 +114,8 @@ def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: 
     tumors = [tumor for finding in findings for tumor in finding.tumors]
     ratios = [tumor.ratio for tumor in tumors if tumor.voxels >= MIN_VOXELS]
     if not ratios:
-        raise KitsegError(
-            f"none of {len(findings)} cases has a tumor of at least {MIN_VOXELS} voxels, so no shape can be fitted"
-        )
+        found = f"none of {len(findings)} cases has a tumor of at least {MIN_VOXELS} voxels"
+        raise KitsegError(f"{found}, so no shape can be fitted")
     low, high = (round(float(value), DECIMALS) for value in np.percentile(ratios, PERCENTILES))
     return Fit(low, high, len(ratios), _costs(tumors, KeepTumorShape(low, high)), findings)
 
@@ -160,42 +159,25 @@ def _tumors(case: str, masks: Masks, hu: NDArray[Any] | None, geometry: Geometry
     priors = PRIORS if hu is None else {**PRIORS, **NEED_CT}
     values = np.zeros(masks.tumor.shape, np.int16) if hu is None else hu
     left = {name: found.total(prior(masks, values, geometry.spacing).tumor) for name, prior in priors.items()}
-    return [
-        TrueTumor(
-            case,
-            int(found.sizes[number]),
-            float(found.sizes[number] * geometry.voxel_ml),
-            float(ratios[number]),
-            {name: bool(voxels[number]) for name, voxels in left.items()},
-        )
-        for number in range(1, found.sizes.size)
-    ]
+    tumors = []
+    for number, voxels in enumerate(found.sizes.tolist()[1:], 1):
+        stays = {name: bool(kept[number]) for name, kept in left.items()}
+        tumors.append(TrueTumor(case, voxels, voxels * geometry.voxel_ml, float(ratios[number]), stays))
+    return tumors
 
 
 def _costs(tumors: Sequence[TrueTumor], fitted: KeepTumorShape) -> list[PriorCost]:
     ratios, voxels = np.array([t.ratio for t in tumors]), np.array([t.voxels for t in tumors])
-    costs = [
-        _cost(name, shape, tumors, shape.keeps(ratios, voxels))
-        for name, shape in (("shape", KeepTumorShape()), ("shape, fitted", fitted))
-    ]
+    shapes = {"shape": KeepTumorShape(), "shape, fitted": fitted}
+    costs = [_cost(name, shape, tumors, shape.keeps(ratios, voxels)) for name, shape in shapes.items()]
     for name, prior in {**PRIORS, **NEED_CT}.items():
-        tried = [tumor for tumor in tumors if name in tumor.stays]
-        if tried:
+        if tried := [tumor for tumor in tumors if name in tumor.stays]:
             costs.append(_cost(name, prior, tried, [tumor.stays[name] for tumor in tried]))
     return costs
 
 
 def _cost(name: str, prior: Any, tumors: Sequence[TrueTumor], stays: Sequence[bool] | NDArray[np.bool_]) -> PriorCost:
-    left = [tumor for tumor, stay in zip(tumors, stays, strict=True) if stay]
     lost = [tumor for tumor, stay in zip(tumors, stays, strict=True) if not stay]
-    cases = {tumor.case for tumor in tumors}
-    return PriorCost(
-        prior=name,
-        setting=asdict(prior),
-        tumors=len(tumors),
-        ml=sum(tumor.ml for tumor in tumors),
-        cases=len(cases),
-        lost_tumors=len(lost),
-        lost_ml=sum(tumor.ml for tumor in lost),
-        lost_cases=len(cases - {tumor.case for tumor in left}),
-    )
+    cases, left = {t.case for t in tumors}, {t.case for t, stay in zip(tumors, stays, strict=True) if stay}
+    ml, lost_ml = (sum(tumor.ml for tumor in some) for some in (tumors, lost))
+    return PriorCost(name, asdict(prior), len(tumors), ml, len(cases), len(lost), lost_ml, len(cases - left))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kitseg.errors import InputError, UsageError
-from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
+from kitseg.labels import CYST, KIDNEY, TUMOR
 from kitseg.measurement.findings import Findings, Kidney, Lesion
 from kitseg.measurement.measure import measure
 from kitseg.measurement.mesh import stl, surface, volume
@@ -54,14 +54,6 @@ class Measured:
         """Why there is nothing to list; empty where there is something."""
         empty = not (self.findings.kidneys or self.findings.lesions)
         return self.error or ("nothing found" if empty else "")
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """A surface that was written: its triangles, and the volume in it."""
-
-    triangles: int
-    ml: float
 
 
 def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
@@ -113,8 +105,11 @@ def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
     files.write_table(path, columns, ({key: row[key] for key in columns if key in row} for row in rows))
 
 
-def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
+def write_mesh(labels: Path, to: Path, part: str, convention: str) -> tuple[int, float]:
     """Write the surface of a part of a label map (``PARTS``) as STL, in mm, in the patient's space (RAS+).
+
+    Returns:
+        The number of triangles, and the volume in them in ml.
 
     Raises:
         InputError: the label map can't be read or doesn't hold that part.
@@ -127,16 +122,12 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> Mesh:
     segmentation = read_labels(labels, labels.name, convention)
     mask = np.isin(segmentation.array, PARTS[part])
     if not mask.any():
-        what = (
-            "contains only background"
-            if not (segmentation.array != BACKGROUND).any()
-            else f"contains no {part} (label convention {convention})"
-        )
-        raise InputError(labels, what, "There is nothing to make a mesh of")
+        what = f"no {part} (label convention {convention})" if segmentation.array.any() else "only background"
+        raise InputError(labels, f"contains {what}", "There is nothing to make a mesh of")
     vertices, faces = surface(mask, segmentation.geometry)
     with files.atomic_write(to) as partial:
         partial.write_bytes(stl(vertices, faces))
-    return Mesh(len(faces), volume(vertices, faces) / 1000)
+    return len(faces), volume(vertices, faces) / 1000
 
 
 def _rows(result: Measured) -> Iterator[dict[str, Any]]:

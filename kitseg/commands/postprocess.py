@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def write_case(
         more: writers of further files, by the ending of their names.
     """
     case, ml = probabilities.case_id, probabilities.geometry.voxel_ml
-    record, writers = to / f"{case}.json", {".nii.gz": _label_writer(labels, probabilities), **(more or {})}
+    record = to / f"{case}.json"
+    writers: dict[str, Write] = {".nii.gz": partial(write_labels, labels=labels, native=probabilities.native)}
+    writers |= more or {}
     files = [to / f"{case}{ending}" for ending in writers]
     forget(record, files)
     for file, write in zip(files, writers.values(), strict=True):
@@ -106,7 +109,3 @@ def refuse_scan_overwrite(scan: Path, target: Path) -> None:
 def nothing_found(probabilities: Probabilities) -> str:
     """A note where a model found nothing at all."""
     return "" if probabilities.array.size else "no kidney or tumor found: all background"
-
-
-def _label_writer(labels: NDArray[np.uint8], probabilities: Probabilities) -> Write:
-    return lambda path: write_labels(path, labels, probabilities.native)

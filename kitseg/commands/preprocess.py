@@ -53,22 +53,19 @@ def preprocess(
         KitsegError: the disk is too small, a worker was killed, or another process writes there for hours.
     """
     to = to.absolute()  # worker processes may have another working folder
-    outcomes: list[Stored] = []
-    stale: list[Case] = []
-    for case in cases:
-        files = CaseFiles(case, convention, contrast)
-        if all(is_fresh(files, to / str(grid) / case.id, grid) for grid in grids):
-            outcomes += [Stored(case.id, str(grid), "unchanged") for grid in grids]
-        else:
-            stale.append(case)
-    for outcome in outcomes:
-        on_done(outcome)
+    outcomes, stale = list[Stored](), list[Case]()
 
     def done(stored: Sequence[Stored]) -> None:
         outcomes.extend(stored)
         for outcome in stored:
             on_done(outcome)
 
+    for case in cases:
+        files = CaseFiles(case, convention, contrast)
+        if all(is_fresh(files, to / str(grid) / case.id, grid) for grid in grids):
+            done([Stored(case.id, str(grid), "unchanged") for grid in grids])
+        else:
+            stale.append(case)
     if stale:
         tasks = (delayed(_store)(case, grids, to, convention) for case in stale)
         with folder_lock(to, "preprocessed cases", part, wait=HOURS):

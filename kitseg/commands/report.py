@@ -16,7 +16,7 @@ from kitseg import __version__
 from kitseg.commands.case_record import CaseRecord
 from kitseg.errors import KitsegError, UsageError
 from kitseg.measurement.measure import measure
-from kitseg.measurement.quality import Quality, assess
+from kitseg.measurement.quality import assess
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name, refuse_overwrite
 from kitseg.report.scores import ScoreTable, StudyScores
@@ -83,8 +83,7 @@ def plan_pages(predictions: Path, data: Sequence[Path], scores: StudyScores, to:
 
 def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores) -> None:
     """Write the study's page, ``index.html``; a row a case."""
-    facts = {"Cases": str(len(rows)), **_page_facts()}
-    write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, facts)
+    write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, {"Cases": str(len(rows)), **_page_facts()})
 
 
 def make_page(task: PageTask) -> CaseRow:
@@ -104,10 +103,12 @@ def _make_page(task: PageTask) -> CaseRow:
     reference = _reference(task, labels)
     scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference)
     findings = measure(scene.labels, scene.geometry, scene.hu)
-    made = _provenance(task, scene.geometry)
-    quality = made.quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
-    content = CaseContent(task.case, scene, findings, quality, task.scores, made.facts, made.notes)
-    write_case_page(task.output, content)
+    digest, scan_hash = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
+    record, notes = _record(task, digest, scan_hash)
+    quality = record.quality if record.labels_sha256 in (None, digest) else None
+    quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
+    facts = _facts(task, scene.geometry, record, digest, scan_hash)
+    write_case_page(task.output, CaseContent(task.case, scene, findings, quality, task.scores, facts, notes))
     return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
 
 
@@ -121,27 +122,15 @@ def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
     return truth.array
 
 
-@dataclass(frozen=True)
-class _Provenance:
-    """How labels were made: the flags that they came with, facts by name, notes for the page."""
-
-    quality: Quality | None
-    facts: Mapping[str, str]
-    notes: Sequence[str]
-
-
-def _provenance(task: PageTask, geometry: Geometry) -> _Provenance:
-    """What the record beside a label map states, where there is one."""
-    digest, scan = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
-    record, notes = CaseRecord(), ["The labels came without a file that states how they were made."]
-    if task.record.exists():
-        try:
-            record = _ANY_RECORD.read(task.record)
-            notes = _notes(record, digest, scan)
-        except KitsegError:
-            notes = [f"{task.record.name} beside the labels can't be used: it isn't known how they were made."]
-    quality = record.quality if record.labels_sha256 in (None, digest) else None
-    return _Provenance(quality, _facts(task, geometry, record, digest, scan), notes)
+def _record(task: PageTask, digest: str, scan: str | None) -> tuple[CaseRecord, list[str]]:
+    """The record beside a label map, an empty one where there is none, and notes for the page."""
+    if not task.record.exists():
+        return CaseRecord(), ["The labels came without a file that states how they were made."]
+    try:
+        record = _ANY_RECORD.read(task.record)
+    except KitsegError:
+        return CaseRecord(), [f"{task.record.name} beside the labels can't be used: it isn't known how they were made."]
+    return record, _notes(record, digest, scan)
 
 
 def _notes(record: CaseRecord, digest: str, scan: str | None) -> list[str]:

@@ -56,11 +56,6 @@ class Validation:
     clinical: Mapping[str, Mapping[str, str]]
     hashes: dict[Path, str] = field(default_factory=dict)
 
-    @property
-    def labels(self) -> Path:
-        """Where the label maps go."""
-        return self.run.validation(self.mirror) / LABELS
-
     def probabilities(self, fold: int) -> Path:
         """Where a fold's probabilities go."""
         return self.run.fold_probabilities(fold, self.mirror)
@@ -83,11 +78,11 @@ class Validation:
 
     def label(self, case: Case) -> Path:
         """A case's label map."""
-        return self.labels / f"{case.id}.nii.gz"
+        return self.run.validation(self.mirror) / LABELS / f"{case.id}.nii.gz"
 
     def record(self, case: Case) -> Path:
         """How a case's label map came about."""
-        return self.labels / f"{case.id}.json"
+        return self.run.validation(self.mirror) / LABELS / f"{case.id}.json"
 
 
 def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validation:
@@ -131,12 +126,13 @@ def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[
 
 def folds_to_score(validation: Validation) -> dict[str, int]:
     """The fold of each case to score: of the folds asked for, and of those that were predicted whole before."""
-    whole = [
-        fold
-        for fold, cases in validation.cases.items()
-        if len(cases) == len(validation.split.folds[fold].val) and all(validation.is_done(fold, c) for c in cases)
-    ]
-    return {case.id: fold for fold in sorted({*validation.asked, *whole}) for case in validation.cases[fold]}
+
+    def is_whole(fold: int) -> bool:
+        cases, wanted = validation.cases[fold], validation.split.folds[fold].val
+        return len(cases) == len(wanted) and all(validation.is_done(fold, case) for case in cases)
+
+    folds = sorted(fold for fold in validation.cases if fold in validation.asked or is_whole(fold))
+    return {case.id: fold for fold in folds for case in validation.cases[fold]}
 
 
 def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Callable[[], None]) -> list[Score]:
@@ -208,6 +204,8 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         validation.record(case).unlink(missing_ok=True)
         write_block(to, found, case.image, validation.hash_of(case))
         facts = {"scan": case.image.name, **facts_of(manifest)}
-        return write_case(validation.labels, clean(found, scan, steps), found, facts, validation.made(fold, case))
+        return write_case(
+            validation.label(case).parent, clean(found, scan, steps), found, facts, validation.made(fold, case)
+        )
 
     return each(validation.cases[fold], work, on_done)
