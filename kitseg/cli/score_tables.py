@@ -67,8 +67,8 @@ def show_comparison(comparison: Comparison) -> None:
         if not group.kind:
             console.print_line(escape(sentence(group)))
     console.print_line("95 % CI: BCa bootstrap of the mean; p: Wilcoxon signed-rank test, two-sided, not corrected")
-    if comparison.tests:
-        console.print_line(f"p of the strata: Holm-corrected for {comparison.tests} tests")
+    if tests := sum(group.holm is not None for group in comparison.groups):
+        console.print_line(f"p of the strata: Holm-corrected for {tests} tests")
 
 
 def show_fit(fit: Fit) -> None:

@@ -41,11 +41,6 @@ class Comparison:
     b: Side
     groups: list[PairedGroup]
 
-    @property
-    def tests(self) -> int:
-        """The number of tests of strata, by which their p values are corrected."""
-        return sum(group.holm is not None for group in self.groups)
-
     def notes(self) -> list[str]:
         """Notes on cases that are left out, and on cases scored as background."""
         lines = []

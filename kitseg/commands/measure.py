@@ -17,7 +17,7 @@ from kitseg.measurement.mesh import stl, surface, volume
 from kitseg.runtime import files
 from kitseg.runtime.outcomes import without_paths
 from kitseg.runtime.resume import Task
-from kitseg.types import Case
+from kitseg.types import Case, Volume
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid, read_scan, scans_of_labels
@@ -29,8 +29,8 @@ PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUM
 
 
 @dataclass(frozen=True)
-class MeasureTask(Task):
-    """A label map to measure, with its CT where there is one."""
+class LabelTask(Task):
+    """A label map to work on, with its CT where there is one."""
 
     labels: Path
     scan: Case | None
@@ -39,6 +39,23 @@ class MeasureTask(Task):
     def files(self) -> tuple[Path, ...]:
         """Label map and CT."""
         return (self.labels, *(self.scan.files if self.scan else ()))
+
+    def read(self, convention: str) -> tuple[Volume, Volume | None]:
+        """The label map, and the CT on the same grid.
+
+        Raises:
+            InputError: one can't be used, or they lie on different grids.
+        """
+        labels = read_labels(self.labels, self.case, convention)
+        scan = read_scan(self.scan) if self.scan else None
+        if scan:
+            check_grid(self.labels, labels.geometry, scan.geometry)
+        return labels, scan
+
+    def format_error(self, error: Exception) -> str:
+        """An error's text for a file that others may read."""
+        paths = [self.labels, *([self.scan.image] if self.scan else []), *([self.output] if self.output else [])]
+        return without_paths(self.case, error, paths, self.scan)
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class Measured:
         return self.error or ("nothing found" if empty else "")
 
 
-def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
+def plan_measures(labels: Path, ct: Path | None) -> list[LabelTask]:
     """A label map, or those in a folder, each with the scan of the same name.
 
     With one label map and one NIfTI scan, names don't matter.
@@ -71,20 +88,16 @@ def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
         scans = dict(zip(maps, scans.values(), strict=True))
     if ct and (missing := sorted(maps.keys() - scans.keys())):
         raise UsageError(f"{ct} has no scan of {', '.join(missing[:5])}. Add it, or measure without --ct")
-    return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
+    return [LabelTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
-def measure_case(task: MeasureTask, convention: str) -> Measured:
+def measure_case(task: LabelTask, convention: str) -> Measured:
     """Measure a case; never raises for a file that can't be used."""
     try:
-        labels = read_labels(task.labels, task.case, convention)
-        scan = read_scan(task.scan) if task.scan else None
-        if scan:
-            check_grid(task.labels, labels.geometry, scan.geometry)
+        labels, scan = task.read(convention)
         return Measured(task.case, measure(labels.array, labels.geometry, scan.array if scan else None))
     except Exception as error:  # the other cases continue, whatever the error
-        paths = [task.labels, *([task.scan.image] if task.scan else [])]
-        return Measured(task.case, error=without_paths(task.case, error, paths, task.scan))
+        return Measured(task.case, error=task.format_error(error))
 
 
 def write_findings(path: Path, results: Sequence[Measured], convention: str) -> None:

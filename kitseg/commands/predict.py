@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.commands.case_record import CaseRecord, read_record
+from kitseg.commands.case_record import read_record
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
 from kitseg.models.members import Ensemble
@@ -94,7 +94,8 @@ class CasePredictor:
         start, record = time.perf_counter(), self.to / f"{source.id}.json"
         made = {"recipe": self.recipe, "scan_sha256": scan_digest(source)}
         if before := read_record(record, made):
-            return _as_before(before, record)
+            note, labels = "; ".join(filter(None, [before.note, UNCHANGED])), record.with_suffix(".nii.gz")
+            return Outcome(source.id, "", note, labels, before.volumes_ml, before.quality)
         check_memory(self.options.max_memory, self.model.models, scan_geometry(source), source.id)
         scan = read_scan(source)
         found = self.model.predict(scan)
@@ -120,12 +121,6 @@ class CasePredictor:
         methods = " + ".join(sorted({one.method.name for one in self.model.models}))
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
         write_segmentation(path, labels, series, algorithm, self.options.keep_identifiers)
-
-
-def _as_before(before: CaseRecord, record: Path) -> Outcome:
-    """The outcome that a case had, by its record."""
-    note, labels = "; ".join(filter(None, [before.note, UNCHANGED])), record.with_suffix(".nii.gz")
-    return Outcome(before.case, note=note, result=labels, volumes_ml=before.volumes_ml, quality=before.quality)
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:

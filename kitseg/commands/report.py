@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kitseg import __version__
 from kitseg.commands.case_record import CaseRecord
+from kitseg.commands.measure import LabelTask
 from kitseg.errors import KitsegError, UsageError
 from kitseg.measurement.measure import measure
 from kitseg.measurement.quality import assess
@@ -23,24 +24,20 @@ from kitseg.report.scores import ScoreTable, StudyScores
 from kitseg.report.slices import Scene
 from kitseg.report.study_page import CaseRow, thumbnail, write_study
 from kitseg.runtime.files import file_digest
-from kitseg.runtime.outcomes import without_paths
 from kitseg.runtime.provenance import FileFormat
-from kitseg.runtime.resume import Task
-from kitseg.types import Case, Geometry, Volume
+from kitseg.types import Geometry, Volume
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.scan import check_grid, read_scan, scan_digest, scans_of_labels
+from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
 _CONVENTION = "kits23"  # cysts may be there or not
 _ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
 
 
 @dataclass(frozen=True)
-class PageTask(Task):
-    """A case for a page: its labels, its scan where there is one, its scores."""
+class PageTask(LabelTask):
+    """A case for a page, with its scores; to: the folder."""
 
-    labels: Path
-    scan: Case | None
     scores: ScoreTable
     to: Path
 
@@ -52,7 +49,7 @@ class PageTask(Task):
     @property
     def files(self) -> tuple[Path, ...]:
         """Label map, its record and scan."""
-        return (self.labels, self.record, *(self.scan.files if self.scan else ()))
+        return (*super().files, self.record)
 
     @property
     def output(self) -> Path:
@@ -91,15 +88,11 @@ def make_page(task: PageTask) -> CaseRow:
     try:
         return _make_page(task)
     except Exception as error:  # the other cases continue, whatever the error
-        paths = [task.labels, task.to, *([task.scan.image] if task.scan else [])]
-        return CaseRow(task.case, error=without_paths(task.case, error, paths, task.scan), scores=task.scores)
+        return CaseRow(task.case, error=task.format_error(error), scores=task.scores)
 
 
 def _make_page(task: PageTask) -> CaseRow:
-    labels = read_labels(task.labels, task.case, _CONVENTION)
-    scan = read_scan(task.scan) if task.scan else None
-    if scan:
-        check_grid(task.labels, labels.geometry, scan.geometry)
+    labels, scan = task.read(_CONVENTION)
     reference = _reference(task, labels)
     scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference)
     findings = measure(scene.labels, scene.geometry, scene.hu)
