@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,27 +107,24 @@ def test_probabilities_lie_in_the_scans_own_axes(prediction: Prediction, run: Pa
         assert np.array_equal(turned[inside], values)
 
 
-def kinds(path: Path) -> dict[str, tuple[Any, Any]]:
-    """The scan in the other forms that a model takes, each with its affine."""
-    image = nib.load(path)
-    array = np.asarray(image.dataobj)
-    return {
-        "array": (array, image.affine),
-        "floats": (array.astype(np.float64), image.affine),
-        "nibabel": (image, None),
-        "SimpleITK": (SimpleITK.ReadImage(str(path)), None),
-        "TorchIO image": (tio.ScalarImage(path), None),
-        "TorchIO subject": (tio.Subject(ct=tio.ScalarImage(path), mask=tio.LabelMap(path)), None),
-    }
+#: The scan in the other forms that a model takes.
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "array": lambda path: np.asarray(nib.load(path).dataobj),
+    "floats": lambda path: nib.load(path).get_fdata(),
+    "nibabel": nib.load,
+    "SimpleITK": lambda path: SimpleITK.ReadImage(str(path)),
+    "TorchIO image": tio.ScalarImage,
+    "TorchIO subject": lambda path: tio.Subject(ct=tio.ScalarImage(path), mask=tio.LabelMap(path)),
+}
 
 
-@pytest.mark.parametrize("kind", ["array", "floats", "nibabel", "SimpleITK", "TorchIO image", "TorchIO subject"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_gives_the_same_labels(
     model: Ensemble, prediction: Prediction, scan: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    image, affine = kinds(scan)[kind]
+    image = KINDS[kind](scan)
     before = np.array(image) if isinstance(image, np.ndarray) else None
-    found = model.predict(image, affine)
+    found = model.predict(image, None if before is None else nib.load(scan).affine)
     assert np.array_equal(found.labels, prediction.labels)
     assert np.allclose(found.affine, prediction.affine, atol=1e-6)
     assert before is None or np.array_equal(before, image)

@@ -111,13 +111,9 @@ def test_the_split_trains_on_the_copies_of_its_fold_alone(augmented: Path) -> No
     assert set(split.patients) == names
 
 
-def test_the_command_that_comes_next_is_printed(augmented: Path) -> None:
+def test_training_with_the_copies_begins_with_the_options_that_were_printed(augmented: Path) -> None:
     printed = " ".join((augmented / "printed.txt").read_text().split())
-    for words in ("coarse/inner_0: starts", "hard case", "--data data --data augmented --split augmented/splits.json"):
-        assert words in printed
-
-
-def test_training_with_the_copies_begins(augmented: Path) -> None:
+    assert "--data data --data augmented --split augmented/splits.json" in printed
     given = ("--data=data", "--data=augmented", "--split=augmented/splits.json", "--name=more", "--stage=coarse")
     done = kitseg(augmented, "train", *QUICK, *given)
     assert done.code == 0, done.text
@@ -253,8 +249,8 @@ def test_partners_are_never_hard_and_drawn_once(order: list[int], worst: int, pa
 
 
 def copy_of(one: str, other: str, patient_of: dict[str, str]) -> Case:
-    shown = tuple(sorted({patient_of[one], patient_of[other]}))
-    return Case(f"{one}_from_{other}", Path("nowhere"), Path("nowhere"), shown, (one, other))
+    patients = tuple(sorted({patient_of[one], patient_of[other]}))
+    return Case(f"{one}_from_{other}", Path("nowhere"), Path("nowhere"), patients, (one, other))
 
 
 @given(st.data())

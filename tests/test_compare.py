@@ -17,8 +17,7 @@ from kitseg.scoring.compare import compare, compare_cases, holm
 
 
 def of_differences(differences: Any):
-    values = np.asarray(differences, float)
-    return compare(np.zeros_like(values), values)
+    return compare(np.zeros(len(differences)), np.asarray(differences, float))
 
 
 def by_all_signs(differences: np.ndarray) -> float:
@@ -90,12 +89,9 @@ def test_the_interval_follows_the_skew() -> None:
     assert paired.high - mean > mean - paired.low
 
 
-def test_no_difference_at_all() -> None:
+def test_no_difference_and_always_the_same_one() -> None:
     paired = compare([0.5] * 8, [0.5] * 8)
     assert (paired.low, paired.high, paired.p, paired.ties) == (0, 0, 1, 8)
-
-
-def test_always_the_same_difference() -> None:
     paired = compare([0.5] * 8, [0.6] * 8)
     assert (paired.low, paired.high) == (pytest.approx(0.1), pytest.approx(0.1))
     assert paired.p == pytest.approx(2 / 256)
@@ -204,24 +200,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert blue[:, pixels.shape[1] // 2 :].sum() > 5 * blue[:, : pixels.shape[1] // 2].sum()  # B's wins: tumor's panel
 
 
-def test_what_evaluate_writes_is_compared(phantoms: Path, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        done = kitseg(
-            phantoms, "evaluate", "test", "test", "--json", str(tmp_path / name / "validation" / "scores.json")
-        )
+def test_what_evaluate_writes_is_compared_in_its_own_protocol(phantoms: Path, tmp_path: Path) -> None:
+    for name in ("one/scores.json", "other/validation/scores.json"):
+        done = kitseg(phantoms, "evaluate", "test", "test", "--protocol=kits23", f"--json={tmp_path / name}")
         assert done.code == 0, done.text
     result = kitseg(tmp_path, "compare", "one", "other")
     assert result.code == 0, result.text
-    assert "kidney: too few cases to judge (2; it takes 6)" in result.text
+    assert "A: one/scores.json, 2 cases" in result.text
+    assert "B: other/validation/scores.json, 2 cases" in result.text
+    assert "mass: too few cases to judge (2; it takes 6)" in result.text
     assert (tmp_path / "comparison" / "comparison.png").exists()
-
-
-def test_nested_classes_are_compared_in_their_own_protocol(phantoms: Path, tmp_path: Path) -> None:
-    for name in ("one.json", "other.json"):
-        done = kitseg(phantoms, "evaluate", "test", "test", "--protocol=kits23", f"--json={tmp_path / name}")
-        assert done.code == 0, done.text
-    result = kitseg(tmp_path, "compare", "one.json", "other.json")
-    assert result.code == 0, result.text
     found = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert found["protocol"] == "kits23"
     assert {group["class"] for group in found["groups"]} == {"kidney_and_mass", "mass", "tumor"}
@@ -270,22 +258,10 @@ def test_damaged_missing_and_the_same_file(tmp_path: Path) -> None:
     assert "the same file" in same.text
 
 
-def test_a_folder_stands_for_its_scores(tmp_path: Path) -> None:
-    scores(tmp_path / "x" / "scores.json", A)
-    scores(tmp_path / "y" / "validation" / "scores.json", B)
-    result = kitseg(tmp_path, "compare", "x", "y")
-    assert result.code == 0, result.text
-    assert "A: x/scores.json, 20 cases" in result.text
-    assert "B: y/validation/scores.json, 20 cases" in result.text
-
-
 def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
     """Brackets and dollars are no markup and no formulas."""
-    scores(
-        tmp_path / "[red]$x$.json",
-        A,
-        strata={case: {"[bold]kind$": "$a$" if case == CASES[0] else "b"} for case in CASES},
-    )
+    strata = {case: {"[bold]kind$": "$a$" if case == CASES[0] else "b"} for case in CASES}
+    scores(tmp_path / "[red]$x$.json", A, strata=strata)
     scores(tmp_path / "b.json", B)
     result = kitseg(tmp_path, "compare", "[red]$x$.json", "b.json")
     assert result.code == 0, result.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,9 @@ def test_weights_by_hand() -> None:
     a, b = belief([[0], [1], [0]], row(0, 1)), belief([[0], [0], [1]], row(0, 1))
     assert mean([(a, 3), (b, 1)]).array.ravel().tolist() == [0, 0.75, 0.25]
     assert mean([(a, 0.375), (b, 0.125)]).array.ravel().tolist() == [0, 0.75, 0.25]
-
-
-def test_weights_where_a_box_ends() -> None:
-    a, b = belief([[0], [1], [0]], row(0, 1)), belief([[0], [0], [1]], row(1, 2))
-    assert mean([(a, 3), (b, 1)]).array.reshape(3, 2).tolist() == [[0.25, 0.75], [0.75, 0], [0, 0.25]]
+    assert a.array.ravel().tolist() == [0, 1, 0]
+    beside = belief([[0], [0], [1]], row(1, 2))
+    assert mean([(a, 3), (beside, 1)]).array.reshape(3, 2).tolist() == [[0.25, 0.75], [0.75, 0], [0, 0.25]]
 
 
 def test_the_sum_is_float32_and_rounded_once() -> None:
@@ -112,12 +111,6 @@ def test_a_single_member_is_the_identity(weight: float) -> None:
     found = mean([(member, weight)])
     assert np.array_equal(found.array.view(np.uint16), member.array.view(np.uint16))
     assert found.box == member.box
-
-
-def test_a_mean_leaves_its_members_alone() -> None:
-    a, b = belief([[0], [1], [0]], row(0, 1)), belief([[0], [0], [1]], row(0, 1))
-    mean([(a, 1), (b, 1)])
-    assert a.array.ravel().tolist() == [0, 1, 0]
 
 
 def test_channels_without_background_are_0_outside() -> None:
@@ -201,9 +194,6 @@ def test_members_are_let_go() -> None:
 def test_members_that_do_not_fit(other: Probabilities, fact: str) -> None:
     with pytest.raises(ValueError, match=fact):
         mean([(belief([[0], [1], [0]], row(0, 1)), 1), (other, 1)])
-
-
-def test_no_members() -> None:
     with pytest.raises(ValueError, match="at least one member"):
         mean([])
 
@@ -239,11 +229,8 @@ def test_without_background_each_channel_stands_for_itself() -> None:
     assert masks(("tumor",), rows[1]) == ([0, 0, 0, 0], [0, 1, 1, 0])
 
 
-def test_masks_of_nothing() -> None:
+def test_masks_of_nothing_and_of_a_channel_that_means_something_else() -> None:
     assert to_masks(nothing((2, 1, 2))).foreground.shape == (0, 0, 0)
-
-
-def test_masks_of_a_channel_that_means_something_else() -> None:
     with pytest.raises(ValueError, match="slice"):
         to_masks(belief([[1], [0]], row(0, 1), channels=("background", "slice")))
 
@@ -267,7 +254,7 @@ def folder(tmp_path: Path, scan: Path) -> Path:
     return folder
 
 
-def test_a_block_there_and_back(folder: Path) -> None:
+def test_a_block_there_and_back(folder: Path, scan: Path) -> None:
     found = blocks.read_block(folder, "case_00000")
     assert isinstance(found.array, np.memmap)
     assert (found.channels, found.box, found.case_id) == (CHANNELS, row(2, 4), "case_00000")
@@ -277,52 +264,13 @@ def test_a_block_there_and_back(folder: Path) -> None:
         assert here.shape == there.shape
         assert np.array_equal(here.affine, there.affine)
     assert to_masks(mean([(found, 1)])).labels().tolist() == [[[0, 2]]]
-
-
-def test_an_empty_block_there_and_back(tmp_path: Path, scan: Path) -> None:
-    blocks.write_block(tmp_path / "out", nothing(), scan, "0" * 64)
-    found = blocks.read_block(tmp_path / "out", "case_00000")
-    assert (found.box, found.array.shape) == (EMPTY, (3, 0, 0, 0))
-
-
-def test_nothing_but_the_blocks_stays_in_the_folder(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["case_00000.json", "case_00000.npy", "manifest.json"]
     assert blocks.block_cases(folder) == ["case_00000"]
     assert blocks.read_manifest(folder) == MANIFEST
-
-
-def test_the_scan_of_a_block(folder: Path, scan: Path) -> None:
     assert blocks.scan_of(folder, "case_00000") == (scan, file_digest(scan))
-
-
-def one_line(error: pytest.ExceptionInfo[InputError], path: Path, problem: str) -> None:
-    assert str(error.value).startswith(f"{path}: ")
-    assert problem in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_scan_that_has_changed(folder: Path, scan: Path) -> None:
-    scan.write_bytes(b"another scan")
-    with pytest.raises(InputError) as error:
-        blocks.scan_of(folder, "case_00000")
-    one_line(error, scan, "has changed since")
-
-
-def test_a_scan_that_is_gone(folder: Path, scan: Path) -> None:
-    scan.unlink()
-    with pytest.raises(InputError) as error:
-        blocks.scan_of(folder, "case_00000")
-    one_line(error, scan, "is gone")
-
-
-def test_a_folder_without_manifest(folder: Path) -> None:
-    (folder / "manifest.json").unlink()
-    with pytest.raises(InputError) as error:
-        blocks.block_cases(folder)
-    one_line(error, folder, "holds no probabilities")
-    with pytest.raises(InputError) as error:
-        blocks.read_manifest(folder)
-    one_line(error, folder / "manifest.json", "there is no such file")
+    blocks.write_block(folder, nothing(), scan, "0" * 64)
+    empty = blocks.read_block(folder, "case_00000")
+    assert (empty.box, empty.array.shape) == (EMPTY, (3, 0, 0, 0))
 
 
 def test_priors_in_another_order_are_another_recipe(folder: Path) -> None:
@@ -347,45 +295,43 @@ def test_a_model_that_was_moved_is_the_same_model(folder: Path) -> None:
         blocks.claim_manifest(folder / "new", {**MANIFEST, **models[2]})
 
 
-def test_a_folder_without_cases(tmp_path: Path) -> None:
-    blocks.claim_manifest(tmp_path, MANIFEST)
-    with pytest.raises(InputError) as error:
-        blocks.block_cases(tmp_path)
-    one_line(error, tmp_path, "holds no probabilities")
-
-
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array at all"])
-def test_a_damaged_array(folder: Path, content: bytes) -> None:
-    (folder / "case_00000.npy").write_bytes(content)
-    with pytest.raises(InputError) as error:
-        blocks.read_block(folder, "case_00000")
-    one_line(error, folder / "case_00000.npy", "can't be read")
-
-
-def test_a_truncated_array(folder: Path) -> None:
-    path = folder / "case_00000.npy"
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(InputError) as error:
-        blocks.read_block(folder, "case_00000")
-    one_line(error, path, "can't be read")
 
 
-def test_an_array_that_is_not_its_boxs(folder: Path) -> None:
-    np.save(folder / "case_00000.npy", np.zeros((3, 1, 1, 3), np.float16))
-    with pytest.raises(InputError) as error:
-        blocks.read_block(folder, "case_00000")
-    one_line(error, folder / "case_00000.npy", "its shape is (3, 1, 1, 3), not its box's")
-
-
-def test_a_missing_case(folder: Path) -> None:
-    with pytest.raises(InputError) as error:
-        blocks.read_block(folder, "case_00001")
-    one_line(error, folder / "case_00001.json", "there is no such file")
-
-
-def test_another_schema(folder: Path) -> None:
-    path = folder / "case_00000.json"
+def of_another_schema(path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 0}))
+
+
+def of_another_shape(path: Path) -> None:
+    np.save(path, np.zeros((3, 1, 1, 3), np.float16))
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "harm", "named", "problem"),
+    [
+        (blocks.scan_of, "../imaging.nii.gz", lambda path: path.write_bytes(b"another scan"), "", "has changed since"),
+        (blocks.scan_of, "../imaging.nii.gz", Path.unlink, "", "is gone"),
+        (blocks.block_cases, "manifest.json", Path.unlink, ".", "holds no probabilities"),
+        (blocks.block_cases, "case_00000.json", Path.unlink, ".", "holds no probabilities"),
+        (blocks.read_manifest, "manifest.json", Path.unlink, "", "there is no such file"),
+        (blocks.read_block, "case_00000.npy", lambda path: path.write_bytes(b""), "", "can't be read"),
+        (blocks.read_block, "case_00000.npy", lambda path: path.write_bytes(b"\x93NUMPY"), "", "can't be read"),
+        (blocks.read_block, "case_00000.npy", lambda path: path.write_bytes(b"no array at all"), "", "can't be read"),
+        (blocks.read_block, "case_00000.npy", cut, "", "can't be read"),
+        (blocks.read_block, "case_00000.npy", of_another_shape, "", "its shape is (3, 1, 1, 3), not its box's"),
+        (blocks.read_block, "case_00000.json", Path.unlink, "", "there is no such file"),
+        (blocks.read_block, "case_00000.json", of_another_schema, "", "schema 0"),
+    ],
+)
+def test_files_that_cannot_be_used(
+    folder: Path, read: Callable[..., Any], name: str, harm: Callable[[Path], Any], named: str, problem: str
+) -> None:
+    """The error is one line that begins with the path."""
+    path = (folder / name).resolve()
+    harm(path)
     with pytest.raises(InputError) as error:
-        blocks.read_block(folder, "case_00000")
-    one_line(error, path, "schema 0")
+        read(folder, "case_00000") if read in (blocks.scan_of, blocks.read_block) else read(folder)
+    assert str(error.value).startswith(f"{folder if named else path}: ")
+    assert problem in str(error.value)
+    assert "\n" not in str(error.value)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 from conftest import Result, kitseg
@@ -98,16 +97,9 @@ def test_empty_classes_by_the_rules(tmp_path: Path) -> None:
     assert (both["volume_error_relative"], one["volume_error_relative"]) == (None, -1)
     assert content["mean"]["tumor"]["dice"] == 0.5
     assert content["mean"]["tumor"]["hd95_mm"] is None
-    assert content["undefined"]["tumor"] == {
-        **dict.fromkeys(both, 0),
-        "hd95_mm": 2,
-        "assd_mm": 2,
-        "volume_error_relative": 1,
-    }
-    assert content["score"] == {
-        "dice": pytest.approx((1 + 2 * 0.5) / 3),
-        "surface_dice": pytest.approx((1 + 2 * 0.5) / 3),
-    }
+    undefined = {"hd95_mm": 2, "assd_mm": 2, "volume_error_relative": 1}
+    assert content["undefined"]["tumor"] == {**dict.fromkeys(both, 0), **undefined}
+    assert content["score"] == dict.fromkeys(("dice", "surface_dice"), pytest.approx((1 + 2 * 0.5) / 3))
 
 
 def test_label_3_is_background_by_kits19(tmp_path: Path) -> None:
@@ -222,22 +214,18 @@ def test_a_stray_value_in_a_prediction_is_background_and_no_more(tmp_path: Path,
     truth[1:5, 1:5, 1:5], truth[2, 2, 2] = 1, 2
     stray = truth.astype(dtype)
     stray[0, 0, 0] = value
-    for folder, labels in (("ref", truth), ("pred", stray)):
-        (tmp_path / folder).mkdir()
-        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / folder / "case_00000.nii.gz")
-    done = kitseg(tmp_path, "evaluate", "pred", "ref", "--json=s.json")
+    write(tmp_path / "ref", truth)
+    write(tmp_path / "pred", stray)
+    done, content = evaluate(tmp_path)
     assert done.code == 0, done.text
-    scores = json.loads((tmp_path / "s.json").read_text())["cases"]["case_00000"]
-    assert [scores[name]["dice"] for name in ("kidney", "tumor")] == [1, 1]
+    assert [content["cases"]["case_00000"][name]["dice"] for name in ("kidney", "tumor")] == [1, 1]
 
 
 def test_references_without_a_prediction_are_named(tmp_path: Path) -> None:
-    labels = np.ones((4, 4, 4), np.uint8)
-    for name in ("pred/case_00000", "ref/case_00000", "ref/case_00007"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / f"{name}.nii.gz")
-    done = kitseg(tmp_path, "evaluate", "pred", "ref", "--json=s.json")
+    write(tmp_path / "pred", labels())
+    write(tmp_path / "ref", labels(), labels())
+    done, content = evaluate(tmp_path)
     assert done.code == 0, done.text
-    (note,) = json.loads((tmp_path / "s.json").read_text())["notes"]
-    assert "1 references without a prediction are not scored (case_00007)" in note
+    (note,) = content["notes"]
+    assert "1 references without a prediction are not scored (case_00001)" in note
     assert note in " ".join(done.text.split())

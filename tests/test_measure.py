@@ -131,15 +131,12 @@ def test_a_ball_all_inside(spacing: tuple[float, float, float]) -> None:
 # --- sides of what isn't two plain kidneys ----------------------------------------------------------------------------
 
 
-def test_a_single_kidney_is_on_its_side_of_the_frame() -> None:
+def test_a_single_kidney_is_on_its_side_of_the_frame_or_of_the_body() -> None:
+    """Where a CT shows that the body fills the left half of the frame, its middle is column 75."""
     for columns, side in ((slice(10, 35), "right"), (slice(65, 90), "left")):
         labels, geometry = block()
         labels[5:15, 10:25, columns] = KIDNEY
         assert sides(measure(labels, geometry)) == [side]
-
-
-def test_a_single_kidney_is_on_its_side_of_the_body() -> None:
-    """The body fills the left half of the frame: its middle is column 75."""
     labels, geometry = block()
     labels[5:15, 10:25, 54:70] = KIDNEY
     hu = np.full(labels.shape, -1000, np.int16)
@@ -183,17 +180,13 @@ def test_a_horseshoe_kidney_is_cut_at_its_isthmus() -> None:
     assert right.volume_ml + left.volume_ml == pytest.approx((7500 + 180) * 0.008)
 
 
-def test_a_kidney_around_a_large_tumor_is_one_kidney() -> None:
+def test_pieces_on_one_side_are_one_kidney() -> None:
     labels, geometry = block()
-    labels[5:15, 10:30, 55:96] = TUMOR
-    labels[5:15, 10:30, 52:55] = KIDNEY
-    labels[5:15, 10:30, 96:99] = KIDNEY
+    labels[5:15, 10:30, 52:99] = KIDNEY
+    labels[5:15, 10:30, 55:96] = TUMOR  # leaves a piece on either side
     found = measure(labels, geometry)
     assert sides(found) == ["left"]
     assert found.lesions[0].side == "left"
-
-
-def test_two_pieces_on_one_side_are_one_kidney() -> None:
     labels, geometry = block()
     labels[2:9, 10:30, 60:90] = KIDNEY
     labels[11:18, 10:30, 60:90] = KIDNEY
@@ -253,11 +246,6 @@ def test_noise_all_through_a_scan_takes_little_memory() -> None:
     assert peak < 24 * labels.size
     assert found.lesions[0].contact_mm2 is None, "a surface of so many faces isn't made"
     assert found.lesions[0].volume_ml == pytest.approx((labels == TUMOR).sum() / 1000, rel=1e-3)
-
-
-def test_no_kidney_no_findings() -> None:
-    labels, geometry = block()
-    assert measure(labels, geometry) == Findings((), ())
 
 
 @pytest.mark.parametrize(
@@ -322,13 +310,10 @@ def test_a_broken_file_does_not_stop_the_others(maps: Path, tmp_path: Path) -> N
     written = json.loads((tmp_path / "out.json").read_text())
     assert (list(written["cases"]), list(written["failed"])) == (["b"], ["a"])
     assert "a.nii.gz" in written["failed"]["a"]
-
-
-def test_labels_and_scan_of_different_grids(maps: Path, tmp_path: Path) -> None:
     files = str(maps / "labels" / "IPL.nii.gz"), "--ct", str(maps / "ct" / "tilted.nii.gz")
-    done = kitseg(tmp_path, "measure", *files, "--jobs=1")
-    assert done.code == 1
-    assert "another grid" in done.text
+    other = kitseg(tmp_path, "measure", *files, "--jobs=1")
+    assert other.code == 1
+    assert "another grid" in other.text
 
 
 def test_cysts_need_their_convention(tmp_path: Path) -> None:
@@ -341,42 +326,34 @@ def test_cysts_need_their_convention(tmp_path: Path) -> None:
     assert "cyst 1" in done.text
 
 
-LATTICE = Geometry((40, 40, 120), np.array([[0, 0, -2.0, 119], [0, -2, 0, 40], [-3, 0, 0, 0], [0, 0, 0, 1]]))
+#: Boxes over the same rows: label, slices, columns; and the kidneys' ml by side, the lesions' sides.
+BOXES = {
+    "a large false tumor beside the only kidney": (
+        [(KIDNEY, slice(5, 35), slice(80, 92)), (TUMOR, slice(5, 25), slice(112, 118))], {"left": 172.8}, ["left"]
+    ),
+    "a small kidney across the body": (
+        [(KIDNEY, slice(5, 35), slice(25, 37)), (KIDNEY, slice(5, 10), slice(85, 90))], {"right": 129.6, "left": 9}, []
+    ),
+    "a kidney in two pieces and the other one": (
+        [*((KIDNEY, slice(z, z + 12), slice(25, 37)) for z in (5, 20)), (KIDNEY, slice(5, 20), slice(85, 91))],
+        {"right": 103.7, "left": 32.4}, [],
+    ),
+    "a tumor alone in the bed of the other kidney": (
+        [(KIDNEY, slice(5, 35), slice(25, 37)), (TUMOR, slice(5, 11), slice(85, 92))], {"right": 129.6}, ["left"]
+    ),
+}  # fmt: skip
 
 
-def blocks(*parts: tuple[int, slice, int]) -> np.ndarray:
-    """Labels with boxes over the same slices and rows: label, columns (2 mm each, from the patient's right), slices."""
-    labels = np.zeros(LATTICE.shape, np.uint8)
-    for label, columns, slices in parts:
-        labels[5 : 5 + slices, 5:35, columns] = label
-    return labels
-
-
-def side_of_each(labels: np.ndarray) -> dict[str, float]:
-    return {kidney.side: round(kidney.volume_ml, 1) for kidney in measure(labels, LATTICE).kidneys}
-
-
-def test_a_large_false_tumor_beside_the_only_kidney_is_no_second_kidney() -> None:
-    left, spleen = (1, slice(80, 92), 30), (2, slice(112, 118), 20)
-    found = measure(blocks(left, spleen), LATTICE)
-    assert [kidney.side for kidney in found.kidneys] == ["left"]
-    assert [lesion.side for lesion in found.lesions] == ["left"]
-
-
-def test_a_small_kidney_across_the_body_is_the_other_one() -> None:
-    assert side_of_each(blocks((1, slice(25, 37), 30), (1, slice(85, 90), 5))) == {"right": 129.6, "left": 9.0}
-
-
-def test_a_kidney_in_two_pieces_and_the_other_one() -> None:
-    labels = blocks((1, slice(25, 37), 12), (1, slice(85, 91), 15))
-    labels[20:32, 5:35, 25:37] = 1
-    assert side_of_each(labels) == {"right": 103.7, "left": 32.4}
-
-
-def test_a_tumor_alone_in_the_bed_of_the_other_kidney_is_on_that_side() -> None:
-    found = measure(blocks((1, slice(25, 37), 30), (2, slice(85, 92), 6)), LATTICE)
-    assert [(kidney.side, kidney.parenchyma_ml) for kidney in found.kidneys] == [("right", pytest.approx(129.6))]
-    assert [lesion.side for lesion in found.lesions] == ["left"]
+@pytest.mark.parametrize("name", BOXES)
+def test_sides_of_boxes(name: str) -> None:
+    boxes, kidneys, lesions = BOXES[name]
+    geometry = Geometry((40, 40, 120), np.array([[0, 0, -2.0, 119], [0, -2, 0, 40], [-3, 0, 0, 0], [0, 0, 0, 1]]))
+    labels = np.zeros(geometry.shape, np.uint8)
+    for label, slices, columns in boxes:
+        labels[slices, 5:35, columns] = label
+    found = measure(labels, geometry)
+    assert {kidney.side: round(kidney.volume_ml, 1) for kidney in found.kidneys} == kidneys
+    assert [lesion.side for lesion in found.lesions] == lesions
 
 
 def test_an_empty_case_has_a_row(tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ from nifti_files import IPL, save
 from numpy.typing import NDArray
 
 from kitseg import config, trust
+from kitseg.models.postprocessing import build_steps
+from kitseg.postprocess.kidneys import KeepKidneys
 from kitseg.runtime.files import file_digest
+from kitseg.splits import Fold, Split, write_split
+from kitseg.types import Box, Probabilities
 from kitseg.volumes import blocks
 from kitseg.volumes.nifti import read_image, read_labels
 
@@ -77,10 +81,6 @@ def test_the_range_and_the_costs_by_hand(truth: Path) -> None:
     assert tried.pop("dark") == (1, 1)
     assert set(tried.values()) == {(4, 3)}
     assert found["cases"]["case_00003"] == []
-
-
-def test_the_table_says_what_it_counted(truth: Path) -> None:
-    _, text = fitted(truth)
     rows = {line.split()[0]: line for line in text.splitlines() if " of " in line}
     assert "1 of 4" in rows["distance"]
     assert "1 of 3" in rows["distance"]
@@ -88,13 +88,16 @@ def test_the_table_says_what_it_counted(truth: Path) -> None:
     assert "4 of 4 cases read" in text
 
 
+def write_fold(folder: Path, *train: str) -> None:
+    split = Split((Fold(train, ("case_00002",)),), "kits19")
+    write_split(split, folder / "splits.json")
+
+
 def test_only_the_training_cases_of_a_fold(truth: Path) -> None:
-    fold = {"train": ["case_00000", "case_00001"], "val": ["case_00002", "case_00003"]}
-    split = {"schema": 1, "convention": "kits19", "seed": 0, "test": [], "folds": [{**fold, "inner": []}]}
-    (truth / "splits.json").write_text(json.dumps(split))
+    write_fold(truth, "case_00000", "case_00001")
     found, _ = fitted(truth, "--split=splits.json", "--fold=0")
     assert (found["low"], found["high"]) == (1.73, 4.07)
-    assert set(found["cases"]) == set(fold["train"])
+    assert set(found["cases"]) == {"case_00000", "case_00001"}
 
 
 @pytest.mark.parametrize(
@@ -108,27 +111,21 @@ def test_only_the_training_cases_of_a_fold(truth: Path) -> None:
     ],
 )
 def test_calls_that_cannot_be_meant(truth: Path, options: tuple[str, ...], words: str) -> None:
-    fold = {"train": ["case_00000", "case_00009"], "val": ["case_00002"]}
-    split = {"schema": 1, "convention": "kits19", "seed": 0, "test": [], "folds": [{**fold, "inner": []}]}
-    (truth / "splits.json").write_text(json.dumps(split))
+    write_fold(truth, "case_00000", "case_00009")
     result = kitseg(truth, "fit-priors", "--labels=data", "--jobs=1", *options)
     assert result.code == 2
     assert words in result.text
 
 
-def test_a_broken_file_does_not_stop_the_others(truth: Path) -> None:
+def test_a_broken_file_and_a_ct_on_another_grid_do_not_stop_the_others(truth: Path) -> None:
     broken = truth / "data/case_00002/segmentation.nii.gz"
     broken.write_bytes(broken.read_bytes()[:200])
+    save(truth / "data/case_00003/imaging.nii.gz", np.zeros((20, 60, 61), np.int16), IPL)
     found, text = fitted(truth, code=1)
-    assert (found["low"], found["high"], list(found["failed"])) == (1.73, 4.07, ["case_00002"])
+    assert (found["low"], found["high"], list(found["failed"])) == (1.73, 4.07, ["case_00002", "case_00003"])
     assert str(broken) in text
-    assert "3 of 4 cases read" in text
-
-
-def test_a_ct_on_another_grid_is_named(truth: Path) -> None:
-    save(truth / "data/case_00001/imaging.nii.gz", np.zeros((20, 60, 61), np.int16), IPL)
-    found, _ = fitted(truth, code=1)
-    assert "case_00001/segmentation.nii.gz: lies on another grid than its scan" in found["failed"]["case_00001"]
+    assert "case_00003/segmentation.nii.gz: lies on another grid than its scan" in found["failed"]["case_00003"]
+    assert "2 of 4 cases read" in text
 
 
 def test_cysts_are_kidney_where_the_convention_has_them(truth: Path) -> None:
@@ -148,10 +145,6 @@ def test_flat_label_maps_have_no_ct(tmp_path: Path) -> None:
     assert (found["low"], found["high"]) == (1.6, 1.6)
     assert "dark" not in {cost["prior"] for cost in found["priors"]}
     assert "dark: " in text
-
-
-def test_labels_without_tumor(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
     save(tmp_path / "data/patient.nii.gz", labels_with(), IPL)
     result = kitseg(tmp_path, "fit-priors", "--labels=data", "--jobs=1")
     assert result.code == 1
@@ -164,22 +157,28 @@ KIDNEYS = {"_target_": "kitseg.postprocess.kidneys.KeepKidneys", "most": 1}
 DARK = {"_target_": "kitseg.postprocess.intensity.RemoveLowHuTumors"}
 
 
+CHANNELS = ("background", "kidney", "tumor")
+
+
+def write_block(folder: Path, array: NDArray[np.float16], box: Box) -> None:
+    """Write probabilities of the scan in the folder into ``p``."""
+    scan = folder / "case_00000.nii.gz"
+    volume = read_image(scan, "case_00000")
+    found = Probabilities(array, CHANNELS, box, volume.geometry, volume.native, volume.case_id)
+    blocks.write_block(folder / "p", found, scan, file_digest(scan))
+
+
 @pytest.fixture
 def inferred(tmp_path: Path) -> Path:
     """A folder ``p`` of probabilities: a kidney of 4 voxels, beside it a dark tumor, and one voxel elsewhere."""
-    scan = save(tmp_path / "case_00000.nii.gz", np.zeros((3, 4, 12), np.int16), IPL)
-    volume = read_image(scan, "case_00000")
+    save(tmp_path / "case_00000.nii.gz", np.zeros((3, 4, 12), np.int16), IPL)
     array = np.zeros((3, 1, 1, 9), np.float16)
     array[0] = 1
     array[:, 0, 0, 1:5], array[:, 0, 0, 5], array[:, 0, 0, 8] = [[0], [1], [0]], [0, 0, 1], [0, 1, 0]
-    box = blocks.Box((2, 1, 3), (3, 2, 12))
-    found = blocks.Probabilities(
-        array, ("background", "kidney", "tumor"), box, volume.geometry, volume.native, "case_00000"
-    )
-    blocks.write_block(tmp_path / "p", found, scan, file_digest(scan))
+    write_block(tmp_path, array, Box((2, 1, 3), (3, 2, 12)))
     steps = {"kidneys": KIDNEYS, "shape": None, "dark": DARK}
     about = {"method": "two-phase", "stage": None, "model": {}, "versions": {}}
-    blocks.claim_manifest(tmp_path / "p", {"channels": list(found.channels), **about, "postprocess": steps})
+    blocks.claim_manifest(tmp_path / "p", {"channels": list(CHANNELS), **about, "postprocess": steps})
     return tmp_path
 
 
@@ -209,22 +208,12 @@ def test_a_prior_that_is_not_there(inferred: Path) -> None:
 
 
 def test_nothing_found_is_all_background(inferred: Path) -> None:
-    scan = inferred / "case_00000.nii.gz"
-    volume = read_image(scan, "case_00000")
-    box = blocks.Box((0, 0, 0), (0, 0, 0))
-    empty = np.zeros((3, 0, 0, 0), np.float16)
-    found = blocks.Probabilities(
-        empty, ("background", "kidney", "tumor"), box, volume.geometry, volume.native, "case_00000"
-    )
-    blocks.write_block(inferred / "p", found, scan, file_digest(scan))
+    write_block(inferred, np.zeros((3, 0, 0, 0), np.float16), Box((0, 0, 0), (0, 0, 0)))
     assert kitseg(inferred, "postprocess", "p", "-o", "out").code == 0
     assert not read_labels(inferred / "out/case_00000.nii.gz", "case_00000").array.any()
 
 
-def test_a_priors_settings_on_the_command_line(tmp_path: Path) -> None:
-    from kitseg.models.postprocessing import build_steps
-    from kitseg.postprocess.kidneys import KeepKidneys
-
+def test_a_priors_settings_on_the_command_line() -> None:
     run = config.compose("two-phase", "paper", ["postprocess.dark=null", "postprocess.kidneys.min_ml=7"])
     assert build_steps(config.method_of(run).postprocess) == [KeepKidneys(min_ml=7)]
 

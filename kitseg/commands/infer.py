@@ -21,18 +21,7 @@ from kitseg.runtime.provenance import refuse_overwrite
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.workers import Log
 from kitseg.types import Case, Probabilities
-from kitseg.volumes.blocks import (
-    BLOCK,
-    MANIFEST,
-    block_cases,
-    block_digest,
-    claim_manifest,
-    is_unchanged,
-    read_block,
-    read_manifest,
-    scan_of,
-    write_block,
-)
+from kitseg.volumes import blocks
 from kitseg.volumes.nifti import read_image
 from kitseg.volumes.scan import scan_geometry
 
@@ -59,28 +48,27 @@ class Inference:
             UsageError: the folder holds probabilities of something else, a file of another origin is in the way, or a
                 scan has the manifest's name. KitsegError: another process writes there.
         """
-        if taken := next((scan for scan in scans if f"{scan.id}.json" == MANIFEST), None):
-            raise UsageError(f"{taken.image}: the name {MANIFEST} is reserved in the output folder. Rename the scan")
+        if taken := next((scan for scan in scans if f"{scan.id}.json" == blocks.MANIFEST), None):
+            raise UsageError(
+                f"{taken.image}: the name {blocks.MANIFEST} is reserved in the output folder. Rename the scan"
+            )
         for scan in scans:
-            refuse_overwrite(self.to / f"{scan.id}.json", BLOCK)
+            refuse_overwrite(self.to / f"{scan.id}.json", blocks.BLOCK)
         model = self.open_model()
         log(describe_model(model))
-        with folder_lock(self.to, "probabilities", share.part):
-            return self._infer(model, scans, on_done)
-
-    def _infer(self, model: Model, scans: Sequence[Case], on_done: OnDone) -> list[Outcome]:
-        claim_manifest(self.to, manifest_of(model, self.stage, self.postprocess))
 
         def work(case: Case) -> Outcome:
             digest, result = file_digest(case.image), self.to / f"{case.id}.npy"
-            if is_unchanged(self.to, case.id, digest):
+            if blocks.is_unchanged(self.to, case.id, digest):
                 return Outcome(case.id, note=UNCHANGED, result=result)
             check_memory(self.max_memory, [model], scan_geometry(case), case.id)
             probabilities = model.predict_proba(read_image(case.image, case.id))
-            write_block(self.to, probabilities, case.image, digest)
+            blocks.write_block(self.to, probabilities, case.image, digest)
             return Outcome(case.id, note=nothing_found(probabilities), result=result)
 
-        return each(scans, work, on_done)
+        with folder_lock(self.to, "probabilities", share.part):
+            blocks.claim_manifest(self.to, manifest_of(model, self.stage, self.postprocess))
+            return each(scans, work, on_done)
 
 
 def average(
@@ -96,41 +84,39 @@ def average(
         raise UsageError(f"{len(folders)} folders need the same number of non-negative weights, not {list(weights)}")
     if to.resolve() in [folder.resolve() for folder in folders]:
         raise UsageError(f"{to} is one of the folders to average. Choose another output folder")
-    cases = block_cases(folders[0])
+    cases = blocks.block_cases(folders[0])
     for folder in folders[1:]:
-        if odd := sorted(set(cases) ^ set(block_cases(folder))):
+        if odd := sorted(set(cases) ^ set(blocks.block_cases(folder))):
             raise UsageError(f"{folders[0]} and {folder} have different cases: {', '.join(odd)}")
     for case in cases:
-        refuse_overwrite(to / f"{case}.json", BLOCK)
-    manifests = [read_manifest(folder) for folder in folders]
+        refuse_overwrite(to / f"{case}.json", blocks.BLOCK)
+    manifests = [blocks.read_manifest(folder) for folder in folders]
     try:
         channels = ensemble.common_channels([tuple(manifest["channels"]) for manifest in manifests])
     except ValueError as error:
         raise UsageError(f"the folders have different channels: {error}") from error
-    members = [
-        {"folder": str(f), "weight": w, "model": m["model"]}
-        for f, w, m in zip(folders, weights, manifests, strict=True)
-    ]
+    pairs = zip(folders, weights, manifests, strict=True)
+    members = [{"folder": str(folder), "weight": weight, "model": made["model"]} for folder, weight, made in pairs]
     manifest = {**manifests[0], "channels": list(channels), "members": members}
 
     def work(case: str) -> Outcome:
-        (scan, digest), result = scan_of(folders[0], case), to / f"{case}.npy"
-        if any(scan_of(folder, case)[1] != digest for folder in folders[1:]):
+        (scan, digest), result = blocks.scan_of(folders[0], case), to / f"{case}.npy"
+        if any(blocks.scan_of(folder, case)[1] != digest for folder in folders[1:]):
             raise KitsegError(f"{case}: the folders were inferred from different scans. Infer them again.")
-        made_from = [block_digest(folder, case) for folder in folders]
-        if is_unchanged(to, case, digest, made_from):
+        made_from = [blocks.block_digest(folder, case) for folder in folders]
+        if blocks.is_unchanged(to, case, digest, made_from):
             return Outcome(case, note=UNCHANGED, result=result)
 
         def weighed() -> Iterator[tuple[Probabilities, float]]:
-            blocks = (read_block(folder, case) for folder in folders)
-            return zip((ensemble.convert(block, channels) for block in blocks), weights, strict=True)
+            members = (ensemble.convert(blocks.read_block(folder, case), channels) for folder in folders)
+            return zip(members, weights, strict=True)
 
         mean = ensemble.mean_in_slabs(weighed, slab_within(max_memory, [block for block, _ in weighed()], case))
-        write_block(to, mean, scan, digest, made_from)
+        blocks.write_block(to, mean, scan, digest, made_from)
         return Outcome(case, result=result)
 
     with folder_lock(to, "probabilities"):
-        claim_manifest(to, manifest)
+        blocks.claim_manifest(to, manifest)
         return each(cases, work, on_done)
 
 

@@ -24,15 +24,7 @@ from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
 from kitseg.scoring.protocols import PROTOCOLS
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
-from kitseg.volumes.blocks import (
-    MANIFEST,
-    block_digest,
-    claim_manifest,
-    is_made_by,
-    is_unchanged,
-    read_manifest,
-    write_block,
-)
+from kitseg.volumes import blocks
 from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
 from kitseg.volumes.nifti import read_image
 
@@ -68,13 +60,16 @@ class Validation:
 
     def is_done(self, fold: int, case: Case) -> bool:
         """Whether a case is predicted, from the scan as it is now, and its files are as they were written."""
-        if not is_unchanged(self.probabilities(fold), case.id, self.hash_of(case)):
+        if not blocks.is_unchanged(self.probabilities(fold), case.id, self.hash_of(case)):
             return False
         return read_record(self.record(case), self.made(fold, case)) is not None
 
     def made(self, fold: int, case: Case) -> dict[str, str]:
         """What a case's label map was made from."""
-        return {"scan_sha256": self.hash_of(case), "block_sha256": block_digest(self.probabilities(fold), case.id)}
+        return {
+            "scan_sha256": self.hash_of(case),
+            "block_sha256": blocks.block_digest(self.probabilities(fold), case.id),
+        }
 
     def label(self, case: Case) -> Path:
         """A case's label map."""
@@ -165,11 +160,11 @@ def _is_kept(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> 
     """Whether a fold's probabilities are kept: computed alike, or all by the same weights on another machine."""
     to = validation.probabilities(fold)
     try:
-        if is_made_by(to, manifest):
+        if blocks.is_made_by(to, manifest):
             return True
     except InputError:  # missing, or of an earlier version
         return False
-    kept = _same_but_for_machine(read_manifest(to), manifest) and all(
+    kept = _same_but_for_machine(blocks.read_manifest(to), manifest) and all(
         validation.is_done(fold, case) for case in validation.cases[fold]
     )
     if kept:
@@ -193,8 +188,8 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
     if to.exists() and not _is_kept(validation, fold, manifest):
         why = "not finished on this machine and version, or of other weights"
         print_plain(f"{to}: {why}; it is now {move_aside(to)}")
-    if not (to / MANIFEST).exists():
-        claim_manifest(to, manifest)
+    if not (to / blocks.MANIFEST).exists():
+        blocks.claim_manifest(to, manifest)
 
     def work(case: Case) -> Outcome:
         if validation.is_done(fold, case):
@@ -202,7 +197,7 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         scan = read_image(case.image, case.id)
         found = model.predict_proba(scan)
         validation.record(case).unlink(missing_ok=True)
-        write_block(to, found, case.image, validation.hash_of(case))
+        blocks.write_block(to, found, case.image, validation.hash_of(case))
         facts = {"scan": case.image.name, **facts_of(manifest)}
         return write_case(
             validation.label(case).parent, clean(found, scan, steps), found, facts, validation.made(fold, case)
