@@ -42,6 +42,10 @@ class Flag:
     level: str
     reason: str
 
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:  # a record that somebody else wrote
+            raise ValueError(f"a flag's level is one of {', '.join(LEVELS)}, not {self.level}")
+
 
 @dataclass(frozen=True)
 class Quality:
