@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,25 +127,17 @@ def test_two_nodes_of_torchrun(alone: Path, tmp_path: Path, free_port: int) -> N
 
 
 @pytest.mark.skipif(not ALL, reason="minutes on few cores: set KITSEG_ALL=1")
-def test_srun(alone: Path, tmp_path: Path, free_port: int) -> None:
-    tasks = [(["kitseg", *TRAIN, "--stage=coarse"], slurm(task, free_port)) for task in range(2)]
+@pytest.mark.parametrize(
+    ("environment", "options", "ranks"),
+    [(slurm, (), "2 × CPU"), (node, ("--nodes=2", "--processes=2"), "4 × CPU on 2 nodes")],
+)
+def test_srun_and_nodes_started_by_hand(
+    alone: Path, tmp_path: Path, free_port: int, environment: Any, options: Sequence[str], ranks: str
+) -> None:
+    tasks = [(["kitseg", *TRAIN, "--stage=coarse", *options], environment(task, free_port)) for task in range(2)]
     printed = start(beside(alone, tmp_path), tasks)
-    assert printed[0].count("coarse: starts") == 1
-    assert "starts" not in printed[1]
-    check_same_training(alone, tmp_path)
-
-
-@pytest.mark.skipif(not ALL, reason="minutes on few cores: set KITSEG_ALL=1")
-def test_two_nodes_of_two_ranks_started_by_hand(alone: Path, tmp_path: Path, free_port: int) -> None:
-    command = ["kitseg", *TRAIN, "--stage=coarse", "--nodes=2", "--processes=2"]
-    printed = start(beside(alone, tmp_path), [(command, node(number, free_port)) for number in range(2)])
-    assert "4 × CPU on 2 nodes" in printed[0]
-    check_same_training(alone, tmp_path)
-
-
-@pytest.mark.skipif(not ALL, reason="minutes on few cores: set KITSEG_ALL=1")
-def test_four_processes(alone: Path, tmp_path: Path) -> None:
-    start(beside(alone, tmp_path), [(["kitseg", *TRAIN, "--stage=coarse", "--processes=4"], {})])
+    assert [text.count("coarse: starts") for text in printed] == [1, 0]
+    assert ranks in printed[0]
     check_same_training(alone, tmp_path)
 
 

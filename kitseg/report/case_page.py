@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.labels import CYST
-from kitseg.measurement.findings import Findings, Lesion
+from kitseg.measurement.findings import Findings
 from kitseg.measurement.quality import Quality
 from kitseg.report.html import number, write_page
 from kitseg.report.pictures import PLANES, centre
@@ -99,13 +99,14 @@ def _lesion_views(scene: Scene, findings: Findings) -> list[dict[str, Any]]:
         return [
             {"name": "No lesion", "facts": ["through the centre of the labels"], "planes": _planes(scene, at, 1000.0)}
         ]
-    return [_lesion_view(scene, lesion) for lesion in findings.lesions[:_MOST_LESIONS]]
-
-
-def _lesion_view(scene: Scene, lesion: Lesion) -> dict[str, Any]:
-    facts = [f"{number(lesion.volume_ml)} ml", *([lesion.size_class] if lesion.size_class else [])]
-    planes = _planes(scene, lesion.centre, max(_VIEW_MM, _VIEW_DIAMETERS * lesion.diameter_mm))
-    return {"name": title(lesion).capitalize(), "facts": facts, "planes": planes}
+    return [
+        {
+            "name": title(lesion).capitalize(),
+            "facts": [f"{number(lesion.volume_ml)} ml", *filter(None, [lesion.size_class])],
+            "planes": _planes(scene, lesion.centre, max(_VIEW_MM, _VIEW_DIAMETERS * lesion.diameter_mm)),
+        }
+        for lesion in findings.lesions[:_MOST_LESIONS]
+    ]
 
 
 def _planes(scene: Scene, at: Triple, mm: float) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,6 @@ def refuse_overwrite(path: Path) -> None:
         ours = False
     if not ours:
         raise UsageError(f"{path} was not written by kitseg. Choose another folder with --output")
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    """Bytes as a data URI; kind: their media type."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def number(value: float | str | None, digits: int = 1) -> str:

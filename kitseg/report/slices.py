@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from skimage.measure import find_contours
 
 from kitseg.components import bounding_box
 from kitseg.labels import BACKGROUND, CYST, TUMOR
-from kitseg.report.html import data_uri
 from kitseg.types import Box, Geometry, Triple
 
 LEVEL, WIDTH = 40, 400  # HU, the window of soft tissue
@@ -193,7 +193,7 @@ def _encode(hu: NDArray[Any] | None, shape: tuple[int, int], pixels: int) -> str
         image = image.resize((columns, rows), Image.Resampling.BOX)
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=_QUALITY, method=_EFFORT)
-    return data_uri("image/webp", stream.getvalue())
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
 def _path(mask: NDArray[np.bool_], unit: int = UNIT) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -98,12 +99,9 @@ def _badness(row: CaseRow) -> tuple[int, float, int, str]:
 
 
 def _pictured(rows: Sequence[CaseRow]) -> list[CaseRow]:
-    found, used = [], 0
-    for row in rows:
-        used += row.thumbnail.size if row.thumbnail else 0
-        if row.thumbnail and used <= _PICTURES_BYTES:
-            found.append(row)
-    return found
+    drawn = [(row, row.thumbnail.size) for row in rows if row.thumbnail]
+    used = accumulate(size for _, size in drawn)
+    return [row for (row, _), size in zip(drawn, used, strict=True) if size <= _PICTURES_BYTES]
 
 
 def _strips(rows: Sequence[CaseRow], scores: StudyScores) -> list[Strip]:

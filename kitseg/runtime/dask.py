@@ -123,12 +123,12 @@ def _check_versions(client: Client, address: str) -> None:
     workers = client.run(version, "kitseg", on_error="return")
     if not workers:
         raise KitsegError(f"{address}: it has no workers. Start some: dask worker HOST:PORT --nthreads 1")
-    own, found = version("kitseg"), {f"worker {name}": theirs for name, theirs in workers.items()}
+    found = {f"worker {name}": theirs for name, theirs in workers.items()}
     try:
         found["its scheduler"] = client.run_on_scheduler(version, "kitseg")
     except PackageNotFoundError as error:
         found["its scheduler"] = error
     for name, theirs in found.items():
-        if theirs != own:
+        if theirs != (own := version("kitseg")):
             there = f"kitseg {theirs}" if isinstance(theirs, str) else "no kitseg"
             raise KitsegError(f"{address}: {name} has {there}, not {own}. Install the same on every machine.")
