@@ -10,6 +10,7 @@ import pytest
 from kitseg.errors import InputError, UsageError
 from kitseg.types import Case
 from kitseg.volumes import kits
+from kitseg.volumes.names import case_number, pair
 
 
 def touch(*files: Path) -> None:
@@ -34,16 +35,35 @@ def data(tmp_path: Path) -> Path:
     [
         ("case_00210", 210),
         ("prediction_00007", 7),
-        ("00210", 210),
-        ("case_00210_late", 210),
-        ("study_12345_case_00001", 1),
-        ("scan_20190101", None),
-        ("case_210", None),
-        ("patient", None),
+        ("imaging_00210", 210),
+        ("case_00210_0000", 210),
+        *((name, None) for name in ("00210", "P12345_venous", "pat_20101", "series_06181", "case_210", "case_00210_b")),
     ],
 )
-def test_case_number(name: str, number: int | None) -> None:
-    assert kits.case_number(name) == number
+def test_only_the_challenges_names_have_a_number(name: str, number: int | None) -> None:
+    assert case_number(name) == number
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "pairs"),
+    [
+        ("P12345_arterial P12345_venous", "P12345_venous P12345_arterial", "P12345_arterial P12345_venous"),
+        ("bern_00012", "zurich_00012", ""),
+        ("prediction_00007 case_00210", "case_00210 case_00007", "case_00210 case_00007"),
+        ("case_00007 prediction_00007", "prediction_00007 case_00007", "case_00007 prediction_00007"),
+        ("case_00007 prediction_00007", "case_00007", None),
+        ("case_00007", "prediction_00007 imaging_00007", None),
+    ],
+)
+def test_pairs_have_equal_names_or_the_challenges_numbers(names: str, others: str, pairs: str | None) -> None:
+    for here, there in ((names, others), (others, names)):
+        if pairs is None:
+            with pytest.raises(UsageError, match="stand for one KiTS case"):
+                pair(here.split(), there.split())
+        else:
+            found = pair(here.split(), there.split())
+            assert sorted(found) == sorted(name for name in here.split() if pairs)
+            assert set(found.values()) == set(there.split() if pairs else ())
 
 
 def test_scan_id() -> None:
@@ -95,7 +115,7 @@ def test_a_file_is_no_folder(tmp_path: Path, find) -> None:
 
 
 def test_a_single_label_map(tmp_path: Path) -> None:
-    for path, name in (("prediction_00210.nii.gz", "case_00210"), ("case_00003/segmentation.nii.gz", "case_00003")):
+    for path, name in (("prediction_00210.nii.gz", "prediction_00210"), ("P1/segmentation.nii.gz", "P1")):
         touch(tmp_path / path)
         assert kits.find_labels(tmp_path / path) == {name: tmp_path / path}
 
@@ -137,27 +157,39 @@ def test_labels_in_the_kits_layout(data: Path) -> None:
     assert kits.find_labels(data) == {name: data / name / "segmentation.nii.gz" for name in names}
 
 
-def test_flat_labels_meet_by_number(tmp_path: Path) -> None:
-    touch(tmp_path / "prediction_00210.nii.gz", tmp_path / "case_00007.nii.gz", tmp_path / "patient.nii")
-    assert kits.find_labels(tmp_path) == {
-        "case_00007": tmp_path / "case_00007.nii.gz",
-        "case_00210": tmp_path / "prediction_00210.nii.gz",
-        "patient": tmp_path / "patient.nii",
+def test_a_file_and_a_folder_of_one_name_are_not_one_case(data: Path) -> None:
+    touch(data / "case_00000.nii.gz")
+    for find in (kits.find_labels, kits.list_cases):
+        with pytest.raises(UsageError, match=r"case_00000.* are both called case_00000"):
+            find(data)
+
+
+def test_label_maps_of_another_folder(tmp_path: Path) -> None:
+    touch(*(tmp_path / "scans" / f"{name}.nii.gz" for name in ("P12345_arterial", "P12345_venous", "P2")))
+    touch(*(tmp_path / "masks" / f"{name}.nii.gz" for name in ("P12345_arterial", "P12345_venous", "P3")))
+    cases = kits.with_labels(kits.list_cases(tmp_path / "scans"), tmp_path / "masks")
+    assert {case.id: case.label and case.label.name for case in cases} == {
+        "P12345_arterial": "P12345_arterial.nii.gz",
+        "P12345_venous": "P12345_venous.nii.gz",
+        "P2": None,
     }
+    assert kits.left_out([tmp_path / "scans"], cases, tmp_path / "masks") == [
+        f"ignored: 1 label maps in {tmp_path / 'masks'} without a scan: P3",
+        "1 of 3 scans have no label map: P2",
+    ]
+    assert len(kits.labelled_cases([tmp_path / "scans"], tmp_path / "masks")) == 2
 
 
-def test_two_label_maps_of_one_case(tmp_path: Path) -> None:
-    touch(tmp_path / "prediction_00210.nii.gz", tmp_path / "case_00210.nii.gz")
-    with pytest.raises(
-        UsageError, match=r"case_00210\.nii\.gz and .*prediction_00210\.nii\.gz are both called case_00210"
-    ):
-        kits.find_labels(tmp_path)
-
-
-def test_a_dicom_series_has_no_kits_number() -> None:
-    assert kits.case_number("series_06181c640b") is None
-    assert kits.label_id("series_06181c640b_2") == "series_06181c640b_2"
-    assert kits.case_number("prediction_06181") == 6181
+def test_a_raw_data_set_of_nnunet(tmp_path: Path) -> None:
+    touch(
+        *(tmp_path / path for path in ("imagesTr/k_1_0000.nii.gz", "labelsTr/k_1.nii.gz", "imagesTs/k_2_0000.nii.gz"))
+    )
+    touch(tmp_path / "dataset.json")
+    (case,) = kits.list_cases(tmp_path)
+    assert (case.id, case.label) == ("k_1", tmp_path / "labelsTr" / "k_1.nii.gz")
+    assert kits.find_labels(tmp_path) == {"k_1": tmp_path / "labelsTr" / "k_1.nii.gz"}
+    assert [one.id for one in kits.collect_scans([tmp_path / "imagesTs"])] == ["k_2"]
+    assert kits.left_out([tmp_path], [case]) == [f"ignored: 1 NIfTI files in {tmp_path / 'imagesTs'}"]
 
 
 def test_a_name_that_cannot_be_shown_is_spelt_out(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from nifti_files import IPL, SHAPE, save
 
 from kitseg.commands.submit import check_submission, write_submission
 from kitseg.errors import InputError
-from kitseg.volumes.kits import case_name
+from kitseg.volumes.names import case_name
 
 NUMBERS = range(210, 214)
 FOUR = "--cases=210-213"
@@ -204,4 +204,4 @@ def test_two_files_of_one_case_are_refused(folder: Path) -> None:
     save(folder / "predictions" / "prediction_00210.nii.gz", labels(210))
     result = submit(folder)
     assert result.code == 2
-    assert "prediction_00210.nii.gz" in result.text
+    assert "case_00210 and prediction_00210 stand for one KiTS case" in result.text

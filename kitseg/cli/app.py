@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from kitseg import __version__
 from kitseg.errors import KitsegError, UsageError, fault, format_error
-from kitseg.runtime import console
+from kitseg.runtime import console, launcher
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.signals import interruptible
 
@@ -61,6 +61,23 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
     if version:
         console.print_line(f"kitseg {__version__}")
         raise typer.Exit
+
+
+def take_share(shard: str | None) -> Share:
+    """The part of the cases to work on; a line says which it is and why, where it isn't the whole."""
+    share, launched = Share.asked(shard), launcher.described()
+    if share.of > 1:
+        why = f"{launched} in the environment, which launchers set; unset them for all cases" if launched else "--shard"
+        console.print_plain(f"part {share} of the cases only ({why})")
+    return share
+
+
+def show_left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None) -> None:
+    """Print what the folders of these cases hold that is not used."""
+    from kitseg.volumes.kits import left_out
+
+    for line in left_out(data, cases, masks):
+        console.print_line(f"[yellow]{escape(line)}[/]")
 
 
 def preprocess_cases(
@@ -107,7 +124,7 @@ def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, 
     """``work`` on the cases of a shard in ``ranks`` processes, or in those of a launcher."""
     from kitseg.runtime.workers import deal, on_ranks
 
-    share, launched = Share.asked(shard), Share.here()
+    share, launched = take_share(shard), Share.here()
     mine = deal(cases, share)
     log = console.print_plain if launched.index == 0 else lambda text: None
     with outcome_bar(title, len(mine)) as done:
@@ -130,14 +147,14 @@ def choose_ranks(gpus: int | None, processes: int, device: str) -> tuple[str, in
     return "cuda" if gpus else device, gpus or processes
 
 
-def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool) -> None:
+def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool, masks: Path | None = None) -> None:
     """Predict and score the validation cases of a run's finished folds; exit code 1 if a case failed."""
     from kitseg.cli.score_tables import show_table
     from kitseg.commands import validate as steps
     from kitseg.commands.evaluate import groups
     from kitseg.report.scores import group_table
 
-    plan = steps.plan_validation(run, data, mirror)
+    plan = steps.plan_validation(run, data, mirror, masks)
     count = sum(len(plan.cases[fold]) for fold in plan.asked)
     with outcome_bar("validate", count) as done:
         outcomes = steps.predict_folds(plan, device, done)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
+from kitseg.cli.app import take_share
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 
@@ -30,9 +31,8 @@ def gather(
 
     from kitseg.runtime.dask import on_cluster
     from kitseg.runtime.outcomes import in_parallel
-    from kitseg.runtime.sharding import Share
 
-    share = Share.asked(shard)
+    share = take_share(shard)
     cache = None if isinstance(work, partial) else work
     if share.of > 1 and cache is None:
         raise UsageError("the parts of the work meet in a file: name it with --json or --csv")

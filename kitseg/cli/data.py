@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import app, exit_if, preprocess_cases
+from kitseg.cli.app import app, exit_if, preprocess_cases, show_left_out, take_share
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.scoring.strata import THICKNESSES
@@ -67,6 +67,7 @@ def download(
 @app.command(epilog="Example: kitseg check data --json check.json")
 def check(
     data: opt.Data = Path("data"),
+    masks: opt.Masks = None,
     convention: opt.Convention = "kits19",
     jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
@@ -79,9 +80,9 @@ def check(
     from kitseg.runtime.files import write_json
     from kitseg.runtime.outcomes import in_parallel
     from kitseg.volumes.check import check_case
-    from kitseg.volumes.kits import list_cases
+    from kitseg.volumes.kits import list_cases, with_labels
 
-    cases = list_cases(data)
+    cases = with_labels(list_cases(data), masks)
     with console.bar("check", len(cases)) as step:
         reports = in_parallel((delayed(check_case)(case, convention) for case in cases), jobs, lambda _: step())
     table = console.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney without tumor (ml)", "tumor (ml)", "")
@@ -93,6 +94,7 @@ def check(
     if report:
         write_json(report, 1, {"cases": [asdict(r) for r in reports]})
     bad = sum(not r.ok for r in reports)
+    show_left_out([data], cases, masks)
     console.print_line(f"{len(reports) - bad} of {len(reports)} cases are valid")
     exit_if(bad > 0)
 
@@ -100,6 +102,7 @@ def check(
 @app.command(epilog="Example: kitseg preprocess data --method two-phase --jobs 4")
 def preprocess(
     data: opt.Data = Path("data"),
+    masks: opt.Masks = None,
     to: Annotated[Path, typer.Option(help="Folder for the preprocessed cases.")] = Path("preprocessed"),
     method: opt.Method = "two-phase",
     size: opt.Size = "paper",
@@ -112,11 +115,12 @@ def preprocess(
     """Resample every case to the grids of a method. Cases that are done and unchanged are skipped."""
     from kitseg import config
     from kitseg.runtime.dask import on_cluster
-    from kitseg.runtime.sharding import Share
-    from kitseg.volumes.kits import find_cases
+    from kitseg.volumes.kits import find_cases, with_labels
 
-    share, configuration = Share.asked(shard), config.compose(method, size, set_, config_dir)
-    cases = share.take(find_cases(data))
+    share, configuration = take_share(shard), config.compose(method, size, set_, config_dir)
+    cases = with_labels(find_cases(data), masks)
+    show_left_out([data], cases, masks)
+    cases = share.take(cases)
     with on_cluster(cluster):
         failed = preprocess_cases(cases, configuration, to, jobs, share.part)
     exit_if(bool(failed))
@@ -125,6 +129,7 @@ def preprocess(
 @app.command(epilog="Example: kitseg split data -o splits.json --folds 5 --test-cases 20")
 def split(
     data: Annotated[list[Path], typer.Argument(help="Folders of labelled cases.")] = [Path("data")],  # noqa: B006
+    masks: opt.Masks = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The split file.")] = Path("splits.json"),
     folds: Annotated[int, typer.Option(min=2, help="Number of cross-validation folds.")] = 5,
     nested_folds: Annotated[
@@ -152,7 +157,8 @@ def split(
 
     if output.exists():
         raise UsageError(f"{output} already exists. Choose another name with --output, or delete it")
-    cases = labelled_cases(data)
+    cases = labelled_cases(data, masks)
+    show_left_out(data, cases, masks)
     with console.bar("split", len(cases)) as step:
         traits, errors = look_at(cases, convention, jobs, step)
     for error in errors:
@@ -183,6 +189,7 @@ def augment(
         str, typer.Option(help="partner-to-hard (warp the partner to the hard case's anatomy) or hard-to-partner.")
     ] = "partner-to-hard",
     data: opt.DataFolders = [Path("data")],  # noqa: B006
+    masks: opt.Masks = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the new cases.")] = Path("augmented"),
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
     seed: Annotated[int, typer.Option(help="Random seed of the choice of partners.")] = 0,
@@ -200,13 +207,12 @@ def augment(
     from kitseg.commands import augment as copies
     from kitseg.runtime.dask import on_cluster
     from kitseg.runtime.locks import folder_lock
-    from kitseg.runtime.sharding import Share
     from kitseg.training.hard_cases import fold_plan, rank_cases
     from kitseg.volumes.kits import labelled_cases
 
-    choice, share = copies.PairSelection(worst, partners, direction, seed), Share.asked(shard)
+    choice, share = copies.PairSelection(worst, partners, direction, seed), take_share(shard)
     plan = fold_plan(run or Path("runs") / f"{method}-{size}", fold, store, device)
-    known = labelled_cases(data)
+    known = labelled_cases(data, masks)
     cases = copies.training_scans(plan.split, fold, known)
     with on_cluster(cluster):
         failed = preprocess_cases(known, plan.config, store, jobs)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import app, choose_ranks, cross_validate, exit_if, preprocess_cases
+from kitseg.cli.app import app, choose_ranks, cross_validate, exit_if, preprocess_cases, show_left_out
 from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime import console
 
@@ -29,6 +29,7 @@ class TrainRequest:
     """The parts of a run that a call of `kitseg train` trains, and their cases."""
 
     data: Sequence[Path]
+    masks: Path | None
     jobs: int
     stage: str | None
     every_fold: bool
@@ -71,6 +72,7 @@ def train(
         ),
     ] = 10.0,
     data: opt.DataFolders = [Path("data")],  # noqa: B006
+    masks: opt.Masks = None,
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
     split: Annotated[Path, typer.Option(help="The split file, created if it doesn't exist.")] = Path("splits.json"),
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
@@ -112,8 +114,8 @@ def train(
     machine = Machine(device, ranks, nodes, workers, save_every)
     run = Run(runs / (name or f"{configuration['name']}-{size}"))
     begin = Start(configuration, run, first, split, store, machine, init_from)
-    begin.check()
-    wanted, failed = TrainRequest(data, jobs, stage, fold == EVERY_FOLD, restart), set[str]()
+    begin.check(stage)
+    wanted, failed = TrainRequest(data, masks, jobs, stage, fold == EVERY_FOLD, restart), set[str]()
     if dry_run:
         return _rehearse(begin, wanted)
     launch, machine = Launch.here(nodes).agreed(machine)
@@ -157,7 +159,7 @@ def _rehearse(begin: Start, wanted: TrainRequest) -> None:
     from kitseg.training.rehearsal import try_step
     from kitseg.volumes.kits import labelled_cases
 
-    cases = labelled_cases(wanted.data)
+    cases = labelled_cases(wanted.data, wanted.masks)
     plan = begin.rehearse(cases)
     _show_plan(plan, cases, wanted.stage)
     for name, spec in plan.method.stages.items():
@@ -172,7 +174,8 @@ def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator
     from kitseg.training.train import trainings_of_fold
     from kitseg.volumes.kits import labelled_cases
 
-    cases = labelled_cases(wanted.data)
+    cases = labelled_cases(wanted.data, wanted.masks)
+    show_left_out(wanted.data, cases, wanted.masks)
     for old in begin.restart(wanted.stage, wanted.every_fold) if wanted.restart else ():
         console.print_plain(f"the old training is now {old}")
     failed |= preprocess_cases(cases, begin.config, begin.store, wanted.jobs)

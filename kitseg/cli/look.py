@@ -77,6 +77,7 @@ def report(
     data: Annotated[
         list[Path], typer.Argument(help="Files or folders of the scans and, if available, the references.")
     ] = [],  # noqa: B006
+    masks: opt.Masks = None,
     scores: Annotated[Path | None, typer.Option(help="A file from `kitseg evaluate --json`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
     jobs: opt.Jobs = -1,
@@ -94,7 +95,7 @@ def report(
     from kitseg.runtime.sharding import Share
 
     known = study_scores(read_scores(scores)) if scores else StudyScores()
-    tasks = pages.plan_pages(predictions, data, known, output)
+    tasks = pages.plan_pages(predictions, data, known, output, masks)
     cache = ResultCache(output.absolute() / ".cases", CaseRow, partial(pages.make_page))
     with folder_lock(output, "pages", Share.asked(shard).part):
         rows = gather("report", tasks, cache, jobs, cluster, shard)

@@ -14,6 +14,10 @@ PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
 
 Data = Annotated[Path, typer.Argument(help="Folder of cases: case_00000/imaging.nii.gz, or flat .nii.gz files.")]
 DataFolders = Annotated[list[Path], typer.Option("--data", help="Folder of labelled cases; may be repeated.")]
+Masks = Annotated[
+    Path | None,
+    typer.Option("--masks", metavar="DIR", help="Folder of the label maps, if they do not lie beside their scans."),
+]
 Method = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="A method listed by `kitseg methods`, or your own YAML file.")
 ]

@@ -13,6 +13,7 @@ from kitseg.cli import options as opt
 from kitseg.cli.app import app, choose_ranks, shared_work, work
 from kitseg.errors import UsageError
 from kitseg.runtime import console
+from kitseg.runtime.sharding import Share
 
 
 class Format(StrEnum):
@@ -163,7 +164,8 @@ def predict(
         console.print_line(
             f"{len(found.cases)} of {len(found.choices)} DICOM series selected; {output / SERIES_TABLE} states why"
         )
-    options = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, parse_size(max_memory))
+    part, most = Share.asked(shard).part, parse_size(max_memory)
+    options = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, most, part)
     shared_work("predict", found.cases, PredictScans(opened, output, options), shard, ranks)
 
 

@@ -92,6 +92,7 @@ def evaluate(
 def validate(
     run: Annotated[Path, typer.Argument(help="A run, or one of its folds.")],
     data: opt.DataFolders = [Path("data")],  # noqa: B006
+    masks: opt.Masks = None,
     mirror: opt.Mirror = False,
     device: opt.Device = "auto",
     trust: opt.Trust = False,
@@ -101,13 +102,14 @@ def validate(
     Running it again resumes, and adds folds that have finished since. Scores are grouped by fold, tumor size and slice
     thickness, and by histology and surgery if the data folder holds the challenge's kits.json.
     """
-    cross_validate(run, data, device, mirror)
+    cross_validate(run, data, device, mirror, masks)
 
 
 @app.command(epilog="Example: kitseg choose runs/two-phase-paper runs/progressive-paper -o ensemble.yaml")
 def choose(
     runs: Annotated[list[Path], typer.Argument(help="Validated runs, or folds of them.")],
     data: opt.DataFolders = [Path("data")],  # noqa: B006
+    masks: opt.Masks = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The ensemble file.")] = Path("ensemble.yaml"),
     jobs: opt.Jobs = -1,
     trust: opt.Trust = False,
@@ -123,7 +125,7 @@ def choose(
     if output.suffix != ".yaml":
         raise UsageError(f"{output}: the ensemble file must be a .yaml file. Change --output")
     steps.check_choice_output(output)
-    search = steps.open_search(runs, labelled_cases(data))
+    search = steps.open_search(runs, labelled_cases(data, masks))
     for number, recipes in enumerate(steps.rounds(search), 1):
         with console.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:
             steps.try_recipes(search, recipes, jobs, step)

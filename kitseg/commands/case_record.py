@@ -20,7 +20,8 @@ class CaseRecord:
 
     files: hashes of the case's files by name; labels_sha256: of the label map among them; scan, scan_sha256: the scan's
     name and hash; recipe, block_sha256: hashes of the settings and of the probabilities, where labels depend on them;
-    models, versions: what predicted; volumes_ml, note, quality: what was found.
+    models, versions: what predicted; learned_from: those of the models that learned from the scan, None where unknown;
+    volumes_ml, note, quality: what was found.
     """
 
     case: str = ""
@@ -31,6 +32,7 @@ class CaseRecord:
     recipe: str | None = None
     block_sha256: str | None = None
     models: tuple[dict[str, Any], ...] = ()
+    learned_from: tuple[str, ...] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     volumes_ml: dict[str, float] | None = None
     note: str = ""
@@ -38,6 +40,7 @@ class CaseRecord:
 
 
 CASE_RECORD = FileFormat(CaseRecord, 4)
+ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
 
 
 def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:
@@ -52,6 +55,19 @@ def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], 
 def read_record(path: Path, made: Mapping[str, str]) -> CaseRecord | None:
     """A case's record, if its files are current (see ``FileFormat.find``); else None."""
     return CASE_RECORD.find(path, made, lambda record: {path.with_name(name): d for name, d in record.files.items()})
+
+
+def record_of(labels: Path) -> Path:
+    """The record beside a label map; label maps of other tools have none."""
+    return labels.with_name(labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+
+
+def recorded_learning(labels: Path) -> tuple[str, ...]:
+    """The models that learned from the scan of a label map, by the record beside it."""
+    try:
+        return ANY_RECORD.read(record_of(labels)).learned_from or ()
+    except InputError:
+        return ()
 
 
 def forget(path: Path, files: Sequence[Path]) -> None:

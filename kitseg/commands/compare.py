@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.report.comparison import format_interval, format_p, signed
 from kitseg.runtime.files import write_json
 from kitseg.scoring.compare import FEWEST, PairedGroup, compare_cases
+from kitseg.volumes.names import shorten
 
 SCHEMA = 1
 FIGURES, PICTURE = "comparison.json", "comparison.png"
@@ -46,9 +46,9 @@ class Comparison:
         lines = []
         for name, one, other in (("A", self.a, self.b), ("B", self.b, self.a)):
             if alone := sorted(one.cases.keys() - other.cases.keys()):
-                lines.append(f"only {name} has {_listed(alone)}: left out")
+                lines.append(f"only {name} has {shorten(alone, 10)}: left out")
             if nothing := sorted(one.background & one.cases.keys() & other.cases.keys()):
-                lines.append(f"in {name}, missing or failed and so scored as background: {_listed(nothing)}")
+                lines.append(f"in {name}, missing or failed and so scored as background: {shorten(nothing, 10)}")
         return lines
 
 
@@ -151,8 +151,3 @@ def _figures(group: PairedGroup) -> dict[str, Any]:
         "verdict": group.verdict,
         "differences": dict(zip(group.cases, paired.differences.tolist(), strict=True)),
     }
-
-
-def _listed(cases: Sequence[str], most: int = 10) -> str:
-    more = len(cases) - most
-    return ", ".join(cases[:most]) + (f" and {more} more" if more > 0 else "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from kitseg.commands.case_record import recorded_learning
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, to_kits19
 from kitseg.runtime.resume import Task
@@ -18,8 +20,10 @@ from kitseg.scoring.protocols import PROTOCOLS, Protocol
 from kitseg.scoring.strata import THICKNESSES, in_order, size_of_volume, thickness_class
 from kitseg.splits import held_out
 from kitseg.types import Volume
+from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.download import parse_cases
-from kitseg.volumes.kits import CLINICAL, case_name, find_labels, read_clinical
+from kitseg.volumes.kits import CLINICAL, find_labels, read_clinical
+from kitseg.volumes.names import case_name, pair, shorten
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid
 
@@ -44,7 +48,8 @@ class Score:
     """A case's metrics per class; ``missing`` where there was no prediction, ``error`` where it can't be scored.
 
     strata: the groups that its reference belongs to, by kind; cysts: whether the prediction and the reference hold
-    label 3.
+    label 3; itself: whether prediction and reference are one file; learned_from: the models of the prediction that
+    learned from the scan, by its record.
     """
 
     case: str
@@ -54,6 +59,8 @@ class Score:
     strata: Mapping[str, str] = field(default_factory=dict)
     detection: Detection | None = None
     cysts: tuple[bool, bool] = (False, False)
+    itself: bool = False
+    learned_from: tuple[str, ...] = ()
 
     @property
     def dice(self) -> dict[str, float]:
@@ -106,13 +113,16 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
     """
     # absolute, because worker processes may have another working directory
     found, truth = find_labels(predictions.absolute()), find_labels(references.absolute())
-    cases = sorted(required) or sorted(found)
-    if lacking := [case for case in cases if case not in truth]:
+    refuse_scans(predictions, found)
+    refuse_scans(references, truth)
+    known = pair(required or found, truth)
+    if lacking := sorted(set(required or found) - known.keys()):
         remedy = "Give the folder that holds them, or select the cases to score with --cases"
         raise UsageError(f"{references} has no reference for {', '.join(lacking)}. {remedy}")
-    clinical = read_clinical(references / CLINICAL)
-    jobs = [Job(case, found.get(case), truth[case], clinical.get(case, {})) for case in cases]
-    return jobs, [] if required else sorted(truth.keys() - found.keys())
+    cases, clinical = sorted(known.values()), read_clinical(references / CLINICAL)
+    predicted = pair(cases, found)
+    jobs = [Job(case, found.get(predicted.get(case, "")), truth[case], clinical.get(case, {})) for case in cases]
+    return jobs, [] if required else sorted(truth.keys() - set(cases))
 
 
 def score_case(job: Job, rules: Rules) -> Score:
@@ -135,7 +145,10 @@ def score_case(job: Job, rules: Rules) -> Score:
             metrics, detection = {name: {"dice": dice} for name, dice in kits19_scores(*pair).items()}, None
         own, true = (bool((labels == CYST).any()) for labels in (found, truth.array))
         strata = {**_strata(truth), **job.clinical}
-        return Score(job.case, metrics, job.prediction is None, problem, strata, detection, (own, true))
+        itself = job.prediction is not None and os.path.realpath(job.prediction) == os.path.realpath(job.reference)
+        learned_from = recorded_learning(job.prediction) if job.prediction else ()
+        cysts = (own, true)
+        return Score(job.case, metrics, job.prediction is None, problem, strata, detection, cysts, itself, learned_from)
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))
 
@@ -159,12 +172,18 @@ def groups(scores: Sequence[Score], folds: Mapping[str, int]) -> list[ScoreGroup
 
 
 def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -> list[str]:
-    """Notes on the scores: references without a prediction, and how cysts (label 3) were counted."""
+    """Notes on the scores: what they can't be trusted for, references without a prediction, how cysts were counted."""
     scored = [score for score in scores if score.classes]
     found, true = (sum(score.cysts[side] for score in scored) for side in (0, 1))
     lines, own = [], rules.protocol.convention
+    if same := [score.case for score in scored if score.itself]:
+        what = f"{len(same)} of {len(scores)} predictions are the reference file itself ({shorten(same)})"
+        lines.append(f"{what}: these scores measure nothing; give the folder of the predictions")
+    if learned := [score.case for score in scored if score.learned_from]:
+        what = f"the networks learned from the scans of {len(learned)} of {len(scores)} cases ({shorten(learned)})"
+        lines.append(f"{what}: these scores are no measure for new scans")
     if unscored:
-        names = ", ".join(unscored[:5]) + (" and so on" if len(unscored) > 5 else "")
+        names = shorten(unscored)
         lines.append(f"{len(unscored)} references without a prediction are not scored ({names}); --cases includes them")
     if scored and rules.convention == "kits23" and own == "kits23" and not found:
         there = f"the references of {true} of {len(scored)} cases do" if true else "nor does a reference"

@@ -24,7 +24,9 @@ from kitseg.runtime.files import write_json
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.splits import read_split
 from kitseg.types import Box, Geometry, Masks
+from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import IMAGE, LABEL, find_labels
+from kitseg.volumes.names import pair
 from kitseg.volumes.nifti import read_image, read_labels
 from kitseg.volumes.scan import check_grid
 
@@ -91,14 +93,16 @@ def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[
         UsageError: a split without a fold or the other way round, a fold that isn't there, a case without labels.
     """
     labels = find_labels(folder)
+    refuse_scans(folder, labels)
     if split is None and fold is None:
         return labels
     if split is None or fold is None:
         raise UsageError("--split and --fold must be given together")
     train = read_split(split).fold(fold).train
-    if missing := sorted(set(train) - set(labels)):
+    found = pair(train, labels)
+    if missing := sorted(set(train) - found.keys()):
         raise UsageError(f"{folder} has no labels of {', '.join(missing)}, which {split} trains on")
-    return {case: labels[case] for case in train}
+    return {case: labels[name] for case, name in found.items()}
 
 
 def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: Callable[[CaseTumors], None]) -> Fit:

@@ -18,9 +18,10 @@ from kitseg.runtime import files
 from kitseg.runtime.outcomes import without_paths
 from kitseg.runtime.resume import Task
 from kitseg.types import Case, Volume
+from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.scan import check_grid, read_scan, scans_of_labels
+from kitseg.volumes.scan import check_grid, find_scans, read_scan, scans_of_labels
 
 SCHEMA = 1
 DECIMALS = 3
@@ -76,16 +77,19 @@ class Measured:
 def plan_measures(labels: Path, ct: Path | None) -> list[LabelTask]:
     """A label map, or those in a folder, each with the scan of the same name.
 
-    With one label map and one NIfTI scan, names don't matter.
+    With a file for the label map and one NIfTI scan, names don't matter.
 
     Raises:
         InputError: a path is missing or holds nothing of the kind.
         UsageError: two files of one name, or no scan of a case.
     """
     maps = find_labels(labels)
-    scans = scans_of_labels([ct] if ct else [])
-    if len(maps) == len(scans) == 1 and not any(scan.slices for scan in scans.values()):
-        scans = dict(zip(maps, scans.values(), strict=True))
+    refuse_scans(labels, maps)
+    found = find_scans([ct]).cases if ct and labels.is_file() else ()
+    if len(found) == 1 and not found[0].slices:
+        scans = dict(zip(maps, found, strict=True))
+    else:
+        scans = scans_of_labels(maps, [ct] if ct else [])
     if ct and (missing := sorted(maps.keys() - scans.keys())):
         raise UsageError(f"{ct} has no scan of {', '.join(missing[:5])}. Add it, or measure without --ct")
     return [LabelTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]

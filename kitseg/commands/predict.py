@@ -27,6 +27,7 @@ from kitseg.runtime.workers import Log
 from kitseg.splits import held_out
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
+from kitseg.volumes.names import pair
 from kitseg.volumes.scan import Scans, find_scans, knows_its_place, read_scan, scan_digest, scan_geometry
 
 if TYPE_CHECKING:
@@ -40,13 +41,15 @@ class PredictOptions:
     """What `predict` writes beside labels, figures and a picture.
 
     dicom_seg: a DICOM segmentation of each DICOM series; keep_identifiers: who the patient is, into that and the table
-    of series; choices: the series in that table; max_memory: a scan that may need more bytes fails before it is read.
+    of series; choices: the series in that table; max_memory: a scan that may need more bytes fails before it is read;
+    part: of the work, such as ``1/2``, empty for the whole.
     """
 
     dicom_seg: bool = False
     keep_identifiers: bool = False
     choices: Sequence[SeriesChoice] = ()
     max_memory: int | None = None
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class CasePredictor:
             "scan": source.id if source.slices else source.image.name,
             "seconds": round(time.perf_counter() - start, 2),
             "findings": asdict(found.findings),
+            **({"part": self.options.part} if self.options.part else {}),
             "quality": {"level": found.quality.level, **asdict(found.quality), "agreement": found.agreement},
             **self.facts,
         }
@@ -130,9 +134,11 @@ def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, se
         UsageError: a held-out case is missing.
     """
     found, wanted = find_scans(paths, series), held_out(split, fold)
-    if missing := sorted(set(wanted) - {case.id for case in found.cases}):
+    there = pair(wanted, [case.id for case in found.cases])
+    if missing := sorted(set(wanted) - there.keys()):
         raise UsageError(f"{', '.join(missing)} of {split} can't be found in {', '.join(map(str, paths))}")
-    return replace(found, cases=tuple(case for case in found.cases if not wanted or case.id in wanted))
+    chosen = set(there.values())
+    return replace(found, cases=tuple(case for case in found.cases if not wanted or case.id in chosen))
 
 
 def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.commands.case_record import CaseRecord
+from kitseg.commands.case_record import ANY_RECORD, CaseRecord, record_of
 from kitseg.commands.measure import LabelTask
 from kitseg.errors import KitsegError, UsageError
 from kitseg.measurement.measure import measure
@@ -24,14 +24,14 @@ from kitseg.report.scores import ScoreTable, StudyScores
 from kitseg.report.slices import Scene
 from kitseg.report.study_page import CaseRow, thumbnail, write_study
 from kitseg.runtime.files import file_digest
-from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Geometry, Volume
+from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
+from kitseg.volumes.names import pair
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
 _CONVENTION = "kits23"  # cysts may be there or not
-_ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PageTask(LabelTask):
     @property
     def record(self) -> Path:
         """The record of ``kitseg predict`` beside the labels; other tools write none."""
-        return self.labels.with_name(self.labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+        return record_of(self.labels)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -57,23 +57,27 @@ class PageTask(LabelTask):
         return self.to / page_name(self.case)
 
 
-def plan_pages(predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path) -> list[PageTask]:
-    """The cases that there are label maps of, each with the scan of the same name.
+def plan_pages(
+    predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path, masks: Path | None = None
+) -> list[PageTask]:
+    """The cases that there are label maps of, each with its scan; masks: the folder of the references.
 
     Raises:
         InputError: a path is missing or holds nothing of the kind.
         UsageError: two files of one name, scans of none of the cases, or files that kitseg did not write in the way.
     """
-    labels, scans = find_labels(predictions), scans_of_labels(data)
-    if data and not labels.keys() & scans.keys():
+    labels = find_labels(predictions)
+    refuse_scans(predictions, labels)
+    scans, scored = scans_of_labels(labels, data, masks), pair(labels, scores.cases)
+    if data and not scans:
         raise UsageError(f"{', '.join(map(str, data))} holds no scan of {', '.join(sorted(labels)[:3])}")
-    if scores.cases and not labels.keys() & scores.cases.keys():
+    if scores.cases and not scored:
         raise UsageError(f"the scores are of other cases ({', '.join(sorted(scores.cases)[:3])}) than {predictions}")
     refuse_overwrite(to / INDEX)
     for case in labels:
         refuse_overwrite(to / page_name(case))
     return [
-        PageTask(case, path.absolute(), scans.get(case), scores.cases.get(case, {}), to.absolute())
+        PageTask(case, path.absolute(), scans.get(case), scores.cases.get(scored.get(case, ""), {}), to.absolute())
         for case, path in sorted(labels.items())
     ]
 
@@ -120,7 +124,7 @@ def _record(task: PageTask, digest: str, scan: str | None) -> tuple[CaseRecord, 
     if not task.record.exists():
         return CaseRecord(), ["The labels came without a file that states how they were made."]
     try:
-        record = _ANY_RECORD.read(task.record)
+        record = ANY_RECORD.read(task.record)
     except KitsegError:
         return CaseRecord(), [f"{task.record.name} beside the labels can't be used: it isn't known how they were made."]
     return record, _notes(record, digest, scan)

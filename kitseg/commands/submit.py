@@ -17,7 +17,8 @@ from kitseg.labels import CONVENTIONS, CYST
 from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
-from kitseg.volumes.kits import IMAGE, case_name, case_number, find_cases, find_labels
+from kitseg.volumes.kits import IMAGE, find_cases, find_labels
+from kitseg.volumes.names import case_name, pair
 
 T = TypeVar("T")
 _NAMES = CONVENTIONS["kits19"]
@@ -89,13 +90,14 @@ def check_submission(
         UsageError: two files are of the same case.
         InputError: a folder is missing or holds nothing of the kind.
     """
-    labels, scans = find_labels(predictions), _scans(data)
-    entries = []
-    for number in numbers:
-        entries.append(_entry(number, labels.get(case_name(number)), scans.get(number), predictions, data))
+    labels, scans = find_labels(predictions), {case.id: case.image for case in find_cases(data)}
+    wanted = [case_name(number) for number in numbers]
+    found, there, entries = pair(wanted, labels), pair(wanted, scans), []
+    for number, name in zip(numbers, wanted, strict=True):
+        path, scan = labels.get(found.get(name, "")), scans.get(there.get(name, ""))
+        entries.append(_entry(number, path, scan, predictions, data))
         on_done()
-    wanted = {case_name(number) for number in numbers}
-    return Submission(entries, sorted(labels.keys() - wanted))
+    return Submission(entries, sorted(labels.keys() - set(found.values())))
 
 
 def write_submission(output: Path, submission: Submission, on_done: Callable[[], None] = lambda: None) -> None:
@@ -117,16 +119,6 @@ def write_submission(output: Path, submission: Submission, on_done: Callable[[],
             info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every system
             archive.writestr(info, _content(entry))
             on_done()
-
-
-def _scans(data: Path) -> dict[int, Path]:
-    """The scans by KiTS number."""
-    found: dict[int, Path] = {}
-    for case in find_cases(data):
-        number = case_number(case.id)
-        if number is not None and found.setdefault(number, case.image) != case.image:
-            raise UsageError(f"{found[number]} and {case.image} are scans of the same {case_name(number)}. Remove one")
-    return found
 
 
 def _entry(number: int, path: Path | None, scan: Path | None, predictions: Path, data: Path) -> Entry:

@@ -80,7 +80,7 @@ class Validation:
         return self.run.validation(self.mirror) / LABELS / f"{case.id}.json"
 
 
-def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validation:
+def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path | None = None) -> Validation:
     """The finished folds of a run, or one fold of it, and their validation cases.
 
     Raises:
@@ -93,7 +93,7 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool) -> Validatio
     asked = [number for number in finished if fold in (None, number)]
     if not asked:
         raise UsageError(f"{path} has no finished fold; `kitseg train --fold all` trains them all")
-    by_id = {case.id: case for case in labelled_cases(data)}
+    by_id = {case.id: case for case in labelled_cases(data, masks)}
     shown = {case.id: case.patients for case in by_id.values() if case.patients}
     if problem := same_patient(split, {**split.patients, **shown}):
         raise KitsegError(f"{run.split}: {problem}")

@@ -35,6 +35,14 @@ def position() -> tuple[int, int]:
     return 0, 1
 
 
+def described() -> str:
+    """The environment's variables by which this process is one of several; empty where it is alone."""
+    for names in LAUNCHERS:
+        if position()[1] > 1 and all(name in os.environ for name in names):
+            return " and ".join(f"{name}={os.environ[name]}" for name in names)
+    return ""
+
+
 def rank() -> int:
     """This process's number among all that the launcher started."""
     return position()[0]

@@ -95,13 +95,18 @@ class Start:
         """The configuration's ``trainer``."""
         return settings_of(self.config)
 
-    def check(self) -> None:
-        """Check the configuration and the model to start from.
+    def check(self, stage: str | None = None) -> None:
+        """Check the configuration, the fold, the stage to train and the model to start from.
 
         Raises:
-            UsageError: an invalid value or a missing model. InputError: its weights are damaged.
+            UsageError: an invalid value, or no such fold, stage or model. InputError: its weights are damaged.
         """
         _ = self.settings
+        _check_stage(self.method, stage)
+        if self.split.exists():
+            read_split(self.split).fold(self.fold)
+        elif self.fold >= self.config["folds"]:
+            raise UsageError(f"there is no fold {self.fold}: the split will have folds 0 to {self.config['folds'] - 1}")
         if self.initial:
             find_initial(self.initial, self.method, self.fold)
 
@@ -183,10 +188,14 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
             write_text(run.config, trust.dump(configuration))
 
 
-def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
-    """The trainings of a fold in order, or those of one stage. Raises UsageError: an unknown stage."""
+def _check_stage(method: Method, stage: str | None) -> None:
     if stage is not None and stage not in method.stages:
         raise UsageError(f"{method.name} has no stage '{stage}'. Choose from {', '.join(method.stages)}")
+
+
+def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
+    """The trainings of a fold in order, or those of one stage. Raises UsageError: an unknown stage."""
+    _check_stage(method, stage)
     found = []
     for name in method.stages:
         found.append(Unit(name))

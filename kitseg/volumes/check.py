@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.errors import InputError, format_error
+from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.labels import TUMOR
 from kitseg.types import Case, Geometry, Triple, Volume
 from kitseg.volumes import nifti
@@ -19,6 +19,7 @@ LOWEST_HU, HIGHEST_HU = -4096, 32767
 AIR_HU, SOFT_TISSUE_HU = -200, 30  # above a CT's 1st percentile, below its 99th
 SLICE_MM, PIXEL_MM = (0.3, 10.0), (0.2, 8.0)
 SAMPLES = 1_000_000
+MOST_LABELS = 256
 
 SERIES_SLICES = 8  # on each side of the jump to a second series
 SERIES_JUMP = 2.5  # times the largest change nearby and the median change
@@ -61,6 +62,23 @@ def looks_like_hu(array: NDArray[np.generic]) -> bool:
     samples = array.ravel()[:: max(1, array.size // SAMPLES)]
     dark, bright = np.percentile(samples.astype(np.float32), (1, 99))
     return bool(dark <= AIR_HU and bright >= SOFT_TISSUE_HU)
+
+
+def refuse_scans(folder: Path, labels: Mapping[str, Path]) -> None:
+    """Refuse scans where label maps are expected, by the first file; one that can't be read is reported later.
+
+    Raises:
+        UsageError: it holds values that no label map has.
+    """
+    name, path = next(iter(labels.items()))
+    try:
+        values = nifti.read_image(path, name).array
+    except KitsegError:
+        return
+    low, high = float(values.min()), float(values.max())
+    if low <= AIR_HU or np.unique(values.ravel()[:: max(1, values.size // SAMPLES)]).size > MOST_LABELS:
+        problem = f"{folder} holds images, not label maps: {name} has values from {low:g} to {high:g}"
+        raise UsageError(f"{problem}. Give the folder of the label maps")
 
 
 def second_series(array: NDArray[np.generic]) -> int | None:

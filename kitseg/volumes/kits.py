@@ -1,4 +1,4 @@
-"""Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz`` and flat folders of NIfTI files.
+"""Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz``, flat folders, and nnU-Net's.
 
 Beside the cases, ``patients.csv`` (columns case and patient) may state which of them show the same patient, and
 ``kits.json`` holds the challenge's clinical data.
@@ -17,8 +17,10 @@ from typing import Any
 from kitseg.errors import InputError, UsageError, printable
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
+from kitseg.volumes.names import pair, shorten
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
+IMAGES, LABELS = "imagesTr", "labelsTr"  # nnU-Net's
 PATIENTS, CLINICAL = "patients.csv", "kits.json"
 SUFFIXES = (".nii.gz", ".nii")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
@@ -53,22 +55,6 @@ ORIGIN, COPY_ORIGIN = "origin.json", FileFormat(CopyOrigin, 1, "Make the copy ag
 _CLINICAL = FileFormat(list[_Clinical], None, "Take it from the KiTS19 repository.")
 
 
-def case_number(name: str) -> int | None:
-    """The KiTS number in a name: its last group of exactly five digits (``prediction_00210`` is 210).
-
-    The name of a DICOM series holds none.
-    """
-    if re.fullmatch(r"series_[0-9a-f]{10}(_\d+)?", name):
-        return None
-    groups = re.findall(r"(?<!\d)\d{5}(?!\d)", name)
-    return int(groups[-1]) if groups else None
-
-
-def case_name(number: int) -> str:
-    """The id of a KiTS case, such as ``case_00210``."""
-    return f"case_{number:05d}"
-
-
 def scan_id(path: Path) -> str:
     """A scan's id: its folder's name in the KiTS layout, else the file's name without ``.nii.gz``.
 
@@ -87,7 +73,8 @@ def list_cases(data: Path) -> list[Case]:
     """Every case in a folder, sorted by id, also those whose image is missing from their ``case_*`` folder.
 
     Everything with a scan's name counts, even a folder or a broken link: reading it reports the problem. A folder holds
-    cases in the KiTS layout, or is one case itself, or holds NIfTI files (which have no labels).
+    cases in the KiTS layout and NIfTI files (without labels), or is one case itself, or a raw data set of nnU-Net, of
+    which ``imagesTr`` and ``labelsTr`` are used.
 
     Raises:
         InputError: the folder is missing or holds no cases.
@@ -98,11 +85,46 @@ def list_cases(data: Path) -> list[Case]:
     if os.path.lexists(data / IMAGE):
         return [_with_origin(case_of(data), {})]
     folders = [f for f in _folders(data) if f.name.startswith("case_") or os.path.lexists(f / IMAGE)]
-    cases = [case_of(f) for f in folders] or [Case(scan_id(f), f) for f in _flat(data)]
+    flat = _flat(data / IMAGES if (data / IMAGES).is_dir() else data)
+    cases = distinct([*map(case_of, folders), *(Case(scan_id(f), f) for f in flat)])
     if not cases:
-        raise InputError(data, "the folder holds no scans", _EXPECTED)
+        inside = [folder.name for folder in _folders(data) if _flat(folder)]
+        remedy = (
+            f"Give its subfolder {' or '.join(inside)}; --masks names that of the label maps" if inside else _EXPECTED
+        )
+        raise InputError(data, "the folder holds no scans", remedy)
     patients = read_patients(data / PATIENTS)
-    return [_with_origin(case, patients) for case in distinct(cases)]
+    cases = with_labels(cases, data / LABELS if (data / LABELS).is_dir() else None)
+    return [_with_origin(case, patients) for case in cases]
+
+
+def with_labels(cases: Sequence[Case], masks: Path | None) -> list[Case]:
+    """The cases with the label maps of a folder, as far as it has one; the others keep what lies beside their scan.
+
+    Raises:
+        InputError: the folder is missing or holds no label maps. UsageError: see ``pair``.
+    """
+    if masks is None:
+        return list(cases)
+    maps = find_labels(masks.absolute())
+    pairs = pair([case.id for case in cases], maps)
+    return [replace(case, label=maps[pairs[case.id]]) if case.id in pairs else case for case in cases]
+
+
+def left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None = None) -> list[str]:
+    """What folders hold that these cases of them don't use, a line each; nothing where no case has a label map."""
+    lines = []
+    for folder in (Path(os.path.realpath(inside)) for path in data if path.is_dir() for inside in _folders(path)):
+        files = {os.path.realpath(file) for file in _flat(folder)}
+        if files and not files & {os.path.realpath(file) for case in cases for file in case.files}:
+            lines.append(f"ignored: {len(files)} NIfTI files in {folder}")
+    used = {case.label for case in cases}
+    if alone := [name for name, path in (find_labels(masks.absolute()) if masks else {}).items() if path not in used]:
+        lines.append(f"ignored: {len(alone)} label maps in {masks} without a scan: {shorten(alone)}")
+    if unlabelled := [case.id for case in cases if case.label is None]:
+        where = "; --masks names their folder" if masks is None else ""
+        lines.append(f"{len(unlabelled)} of {len(cases)} scans have no label map: {shorten(unlabelled)}{where}")
+    return lines
 
 
 def read_patients(path: Path) -> dict[str, str]:
@@ -134,20 +156,21 @@ def read_clinical(path: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def labelled_cases(folders: Sequence[Path]) -> list[Case]:
-    """The cases of folders that have a label to learn from.
+def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[Case]:
+    """The cases of folders that have a label to learn from; ``masks``: see ``with_labels``.
 
     Raises:
         InputError: there are none. UsageError: two folders hold a case of the same name.
     """
-    found = [case for folder in folders for case in find_cases(folder)]
+    found = with_labels([case for folder in folders for case in find_cases(folder)], masks)
     patients = {case: whose for folder in folders for case, whose in read_patients(folder / PATIENTS).items()}
     if strange := sorted(patients.keys() - {case.id for case in found}):
         problem = f"names {', '.join(strange)}, which no data folder holds"
         raise InputError(folders[0] / PATIENTS, problem, "Fix the names, or give the folder of these cases, too.")
     cases = [_with_origin(case, patients) for case in found if case.label is not None]
     if not cases:
-        raise InputError(folders[0], "holds no case with a segmentation", f"Add case_00000/{LABEL} and so on.")
+        remedy = f"Add case_00000/{LABEL} and so on, or name the folder of the label maps with --masks."
+        raise InputError(folders[0], "holds no case with a segmentation", remedy)
     return distinct({os.path.realpath(case.image): case for case in cases}.values())
 
 
@@ -186,30 +209,23 @@ def collect_scans(paths: Sequence[Path]) -> list[Case]:
     return distinct({os.path.realpath(case.image): case for case in cases}.values())
 
 
-def label_id(name: str) -> str:
-    """The id that labels and scans share: ``case_00210`` where a name holds a KiTS number, else the name itself."""
-    number = case_number(name)
-    return name if number is None else case_name(number)
-
-
 def find_labels(folder: Path) -> dict[str, Path]:
-    """The label maps in a folder, KiTS layout or flat, or a single file, by case id.
-
-    The id is ``case_00210`` where the name holds a KiTS number, so that ``prediction_00210.nii.gz`` and
-    ``case_00210/segmentation.nii.gz`` meet; else it is the name without ``.nii.gz``.
+    """The label maps in a folder, KiTS layout, flat or nnU-Net's, or a single file, by the names of their cases.
 
     Raises:
         InputError: the folder is missing or holds no label maps.
-        UsageError: two files have the same id.
+        UsageError: two files have the same name.
     """
     if folder.is_file():
         return {_label_id(folder): folder}
     _check_folder(folder)
-    files = sorted(f / LABEL for f in _folders(folder) if os.path.lexists(f / LABEL)) or _flat(folder)
+    if os.path.lexists(folder / LABEL):
+        return {_label_id(folder / LABEL): folder / LABEL}
+    flat = _flat(folder / LABELS if (folder / LABELS).is_dir() else folder)
+    files = [*(f / LABEL for f in _folders(folder) if os.path.lexists(f / LABEL)), *flat]
     if not files:
         raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
-    cases = [Case(_label_id(f), f) for f in files]
-    return {case.id: case.image for case in distinct(cases)}
+    return {case.id: case.image for case in distinct(Case(_label_id(f), f) for f in files)}
 
 
 def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
@@ -222,7 +238,7 @@ def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
 
 
 def _label_id(path: Path) -> str:
-    return label_id(printable(path.absolute().parent.name) if path.name == LABEL else _stem(path))
+    return printable(path.absolute().parent.name) if path.name == LABEL else _stem(path)
 
 
 def _is_missing(path: Path) -> bool:
@@ -235,7 +251,9 @@ def _is_missing(path: Path) -> bool:
 
 
 def _stem(path: Path) -> str:
-    return printable(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
+    """A file's name as an id; in nnU-Net's folders of scans without the number of the channel."""
+    name = printable(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
+    return name.removesuffix("_0000") if re.fullmatch("images(Tr|Ts)", path.absolute().parent.name) else name
 
 
 def _folders(folder: Path) -> list[Path]:

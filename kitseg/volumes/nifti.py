@@ -24,6 +24,7 @@ from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_erro
 #: ``descrip`` in the header of a synthetic scan.
 PHANTOM_MARK = "kitseg phantom"
 
+LOWEST_LABEL = -200  # a file with lower values holds a CT
 LABEL_TOLERANCE = 0.01  # rounding error of integers in a scaled label map
 _CHUNK = 1 << 23  # bytes read or written at a time
 _ROWS = 16  # reoriented at a time when writing
@@ -102,7 +103,7 @@ def read_labels(path: Path, case_id: str, convention: str | None = "kits19", str
             good = np.isin(whole, known) & (np.abs(values - whole) <= LABEL_TOLERANCE)
         strange.update(np.unique(values[~good])[:5].tolist())
         row[:] = np.where(good, whole, 0)
-    if strange and strict:
+    if strange and (strict or min(strange) <= LOWEST_LABEL):
         raise InputError(path, *_strange_labels(strange, convention or "kits19"))
     return Volume(labels, canonical_geometry(native), native, case_id)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from kitseg.errors import InputError, UsageError
 from kitseg.runtime.files import file_digest
 from kitseg.types import Case, Geometry, Volume
-from kitseg.volumes.kits import collect_scans, distinct, holds_scans, label_id
+from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
+from kitseg.volumes.names import pair
 from kitseg.volumes.nifti import canonical_geometry, knows_orientation, read_geometry, read_image
 
 if TYPE_CHECKING:
@@ -49,21 +50,18 @@ def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
     return Scans(tuple(distinct(cases)), tuple(choices))
 
 
-def scans_of_labels(paths: Sequence[Path]) -> dict[str, Case]:
-    """The scans in files and folders by the id of their label maps, as in ``kits.find_labels``.
+def scans_of_labels(labels: Iterable[str], paths: Sequence[Path], masks: Path | None = None) -> dict[str, Case]:
+    """The scans in files and folders by the names of their label maps, as ``kits.pair`` finds them.
 
-    Includes every DICOM series that forms a volume; label maps are matched to series by name.
+    Includes every DICOM series that forms a volume. masks: the folder of reference label maps, see ``with_labels``.
 
     Raises:
         InputError: a path is missing or a folder contains no scan. UsageError: two scans with the same id.
     """
-    found: dict[str, Case] = {}
     scans = find_scans(paths) if paths else Scans(())
     others = [_case(choice) for choice in scans.choices if choice.series.stack and not choice.chosen]
-    for case in (*scans.cases, *others):
-        if (other := found.setdefault(label_id(case.id), case)) is not case:
-            raise UsageError(f"{other.image} and {case.image} have the same id {label_id(case.id)}. Remove one of them")
-    return found
+    cases = {case.id: case for case in with_labels(distinct((*scans.cases, *others)), masks)}
+    return {name: cases[scan] for name, scan in pair(labels, cases).items()}
 
 
 def check_grid(path: Path, labels: Geometry, scan: Geometry, of: str = "its scan") -> None:

@@ -1,0 +1,135 @@
+"""A user's own files through the command line: names, folders, parts of the work, and what isn't what it seems."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Result, kitseg
+from method_runs import untrained
+from nifti_files import IPL, save
+
+from kitseg.splits import Fold, Split, write_split
+
+
+def labels(tumor: int = 2) -> np.ndarray:
+    array = np.zeros((8, 24, 24), np.uint8)
+    array[2:6, 5:19, 5:19], array[3, 8:12, 8:12] = 1, tumor
+    return array
+
+
+def ct() -> np.ndarray:
+    array = np.full((8, 24, 24), -1000, np.int16)
+    array[:, 3:21, 3:21] = 40
+    return array
+
+
+def files(folder: Path, *names: str, array: np.ndarray) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        save(folder / f"{name}.nii.gz", array, IPL)
+    return folder
+
+
+def evaluate(cwd: Path, *options: str, code: int = 0) -> tuple[list[str], str]:
+    """The cases that were scored, and what was printed."""
+    done = kitseg(cwd, "evaluate", "pred", "ref", "--jobs=1", "--json=scores.json", *options)
+    assert done.code == code, done.text
+    return list(json.loads((cwd / "scores.json").read_text())["cases"]) if code == 0 else [], done.text
+
+
+def errors(done: Result) -> list[str]:
+    return [line for line in done.text.splitlines() if line.startswith("✗")]
+
+
+def test_names_with_five_digits_stay_the_users_own(tmp_path: Path) -> None:
+    names = ("P12345_arterial", "P12345_venous", "pat_20101")
+    for folder in ("pred", "ref"):
+        files(tmp_path / folder, *names, array=labels())
+    assert evaluate(tmp_path)[0] == list(names)
+    write_split(Split((Fold((names[0],), (names[2],)),), "kits19"), tmp_path / "splits.json")
+    assert evaluate(tmp_path, "--split=splits.json", "--fold=0")[0] == ["pat_20101"]
+    done = kitseg(tmp_path, "measure", "pred", "--json=m.json", "--jobs=1")
+    assert done.code == 0, done.text
+    assert list(json.loads((tmp_path / "m.json").read_text())["cases"]) == list(names)
+
+
+def test_other_patients_of_the_same_number_are_no_pair(tmp_path: Path) -> None:
+    files(tmp_path / "pred", "bern_00012", array=labels())
+    files(tmp_path / "ref", "zurich_00012", array=labels())
+    assert "ref has no reference for bern_00012" in evaluate(tmp_path, code=2)[1]
+    files(tmp_path / "pred", "prediction_00012", "case_00012", array=labels())
+    files(tmp_path / "ref", "bern_00012", "case_00012", array=labels())
+    assert "case_00012 and prediction_00012 stand for one KiTS case" in evaluate(tmp_path, code=2)[1]
+
+
+def test_a_folder_scored_against_itself_is_named(tmp_path: Path) -> None:
+    files(tmp_path / "ref", "a", "b", array=labels())
+    (tmp_path / "pred").symlink_to("ref")
+    sentence = "2 of 2 predictions are the reference file itself (a, b)"
+    assert sentence in evaluate(tmp_path)[1]
+    assert sentence in json.loads((tmp_path / "scores.json").read_text())["notes"][0]
+
+
+@pytest.mark.parametrize("command", [("evaluate", "ct", "ref"), ("evaluate", "ref", "ct"), ("measure", "ct"),
+                                     ("report", "ct", "ref"), ("fit-priors", "--labels=ct")])  # fmt: skip
+def test_scans_in_the_place_of_label_maps_are_one_sentence(tmp_path: Path, command: tuple[str, ...]) -> None:
+    files(tmp_path / "ct", "a", "b", "c", array=ct())
+    files(tmp_path / "ref", "a", "b", "c", array=labels())
+    done = kitseg(tmp_path, *command)
+    assert done.code == 2
+    (line,) = errors(done)
+    assert "ct holds images, not label maps: a has values from -1000 to 40" in line
+
+
+def test_a_scan_among_predictions_is_an_error_of_its_case(tmp_path: Path) -> None:
+    files(tmp_path / "ref", "a", "b", array=labels())
+    files(tmp_path / "pred", "a", array=labels())
+    files(tmp_path / "pred", "b", array=ct())
+    done = kitseg(tmp_path, "evaluate", "pred", "ref", "--jobs=1")
+    assert done.code == 1
+    assert "b.nii.gz" in errors(done)[0]
+
+
+@pytest.mark.parametrize("nnunet", [False, True])
+def test_scans_and_label_maps_in_two_folders(tmp_path: Path, nnunet: bool) -> None:
+    data, masks, end = ("raw", "raw/labelsTr", "_0000") if nnunet else ("scans", "masks", "")
+    files(tmp_path / data / ("imagesTr" if nnunet else ""), *(f"p_{n}{end}" for n in range(4)), array=ct())
+    files(tmp_path / masks, "p_0", "p_1", "p_2", "q_7", array=labels())
+    options = () if nnunet else (f"--masks={masks}",)
+    alone = kitseg(tmp_path, "check", data, "--jobs=1")
+    done = kitseg(tmp_path, "check", data, "--jobs=1", "--json=c.json", *options)
+    assert ("4 of 4 scans have no label map" in alone.text) != nnunet
+    assert "1 of 4 scans have no label map: p_3" in done.text
+    found = {row["id"]: row["tumor_ml"] for row in json.loads((tmp_path / "c.json").read_text())["cases"]}
+    assert {name: ml is not None for name, ml in found.items()} == {"p_0": True, "p_1": True, "p_2": True, "p_3": False}
+    if not nnunet:
+        assert "1 label maps in masks without a scan: q_7" in done.text
+    split = kitseg(tmp_path, "split", data, "--jobs=1", *options)
+    assert split.code == 0, split.text
+    assert "3 cases split" in split.text
+
+
+def test_a_part_of_the_work_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK and WORLD_SIZE, left in the environment by a launcher, make a command one of several."""
+    files(tmp_path / "scans", "a", "b", array=ct())
+    untrained(tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, name in (("0", "a"), ("1", "b")):
+        monkeypatch.setenv("RANK", rank)
+        done = kitseg(tmp_path, "predict", "scans", "--model=run", "--engine=torch", "--device=cpu")
+        assert done.code == 0, done.text
+        assert f"part {int(rank) + 1}/2 of the cases only (RANK={rank} and WORLD_SIZE=2 in the environment" in done.text
+        assert json.loads((tmp_path / "predictions" / f"{name}.json").read_text())["part"] == f"{int(rank) + 1}/2"
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"), [("--fold=9", "there is no fold 9"), ("--stage=nope", "no stage 'nope'")]
+)
+def test_a_fold_or_stage_that_is_not_there_is_refused_first(tmp_path: Path, option: str, problem: str) -> None:
+    refused = kitseg(tmp_path, "train", "--size=tiny", option)
+    assert refused.code == 2
+    assert problem in refused.text
+    assert not list(tmp_path.iterdir())
