@@ -9,7 +9,7 @@ import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.components import clusters
+from kitseg.components import bounding_box
 from kitseg.types import Masks
 
 
@@ -28,7 +28,7 @@ class FillHoles:
 def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A (D, H, W) mask, closed in 3D and then filled slice by slice; no voxel is lost at the array's borders."""
     filled = mask.copy()
-    for box in clusters(mask):
+    if (box := bounding_box(mask)) is not None:
         inside = filled[box.slices]
         closed = ~_dilate(~_dilate(np.pad(inside, 2)))[2:-2, 1:-1, 1:-1]
         for plane, without_holes in zip(closed, inside, strict=True):
