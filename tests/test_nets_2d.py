@@ -132,8 +132,9 @@ def test_weights_are_he_normal_and_biases_zero(make: Callable[..., nn.Module]) -
     net = seeded(partial(make, width=16))
     convs = {k: m for k, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 20_000}
     assert len(convs) >= 8
+    scale = 0.5 if make is UNetPlusPlus else 1.0  # 1 − dropout
     for key, conv in convs.items():
-        expected = (2 / (9 * conv.in_channels)) ** 0.5
+        expected = (scale * 2 / (9 * conv.in_channels)) ** 0.5
         assert conv.weight.std().item() == pytest.approx(expected, rel=0.03), key
         beyond = (conv.weight.abs() > 2 * expected).float().mean().item()
         assert beyond == pytest.approx(0.0455, abs=0.01), key  # as of a Gaussian; a uniform one has none there
@@ -273,6 +274,15 @@ def test_unet_plus_plus_drops_values_in_training_only_and_has_no_norm() -> None:
     with torch.no_grad():
         assert not torch.equal(net.train()(x)[3], net(x)[3])
         assert torch.equal(net.eval()(x)[3], net(x)[3])
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_does_not_blow_up_the_logits_of_unet_plus_plus(dropout: float) -> None:
+    """The second moment in training stays that of the input; without the weights' scale, 0.5 gave 415 at width 32."""
+    net = seeded(partial(UNetPlusPlus, width=16, dropout=dropout)).train()
+    with torch.no_grad():
+        logits = net(noise(2, 3, 64, 64))
+    assert all(0.1 < head.std() < 5 for head in logits)
 
 
 def test_shapes_of_the_attention_u_net() -> None:

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 
 
-def he_normal(net: nn.Module) -> None:
-    """Initialize all 2D convolutions, also transposed ones, with He-normal weights (fan-in) and zero biases."""
+def he_normal(net: nn.Module, dropout: float = 0.0) -> None:
+    """Initialize all 2D convolutions, also transposed ones, with He-normal weights (fan-in) and zero biases.
+
+    dropout: of the inputs of the convolutions, which multiplies their second moment in training by 1 / (1 − dropout);
+    the weights are scaled by √(1 − dropout), so that it stays the same from layer to layer.
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and not module.weight.is_meta:  # which would import sympy
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            module.weight.data *= (1 - dropout) ** 0.5
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -42,7 +42,7 @@ class NestedNode(nn.Module):
 
 
 class UNetPlusPlus(nn.Module):
-    """UNet++ L4: five levels, ten nested nodes, four heads. Weights are He-normal, biases zero.
+    """UNet++ L4: five levels, ten nested nodes, four heads. Weights are He-normal · √(1 − dropout), biases zero.
 
     Args:
         channels_in: channels of the input.
@@ -61,7 +61,7 @@ class UNetPlusPlus(nn.Module):
             {f"{i},{j}": NestedNode(widths[i], j, dropout) for i in range(LEVELS - 1) for j in range(1, LEVELS - i)}
         )
         self.heads = nn.ModuleList(nn.Conv2d(width, classes, kernel_size=1) for _ in range(LEVELS - 1))
-        he_normal(self)
+        he_normal(self, dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits of the slices ``x`` (N, channels_in, H, W): four tensors (N, classes, H, W).
