@@ -198,7 +198,7 @@ def test_at_the_floor_focal_tversky_pulls_no_more() -> None:
 
 
 def test_deep_supervision_by_hand() -> None:
-    target = torch.tensor([[[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]])
+    target = torch.tensor([[[0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]])
     full, half = torch.full((1, 2, 4, 4), 0.5).log(), torch.tensor([0.2, 0.8]).log()[None, :, None, None]
     heads = [half.expand(1, 2, 2, 2), full]  # at half the size the target is [[1, 0], [0, 1]]
     loss = DeepSupervision(nn.CrossEntropyLoss(), [0.25, 3])(heads, target)
@@ -206,13 +206,13 @@ def test_deep_supervision_by_hand() -> None:
 
 
 @pytest.mark.parametrize("full", [(16, 24), (8, 16, 24)])
-def test_four_scales_are_the_weighted_sum_of_every_kth_pixel(full: tuple[int, ...]) -> None:
+def test_four_scales_are_the_weighted_sum_over_the_centres_of_coarse_pixels(full: tuple[int, ...]) -> None:
+    """Of 8 pixels the fifth, which is half a pixel beyond the centre; the first would be 3.5 before it."""
     _, target = random_pair(full, 3)
     weights, steps, inner = [0.2, 0.2, 0.2, 0.4], [8, 4, 2, 1], FocalTversky()
     heads = [random_pair([n // k for n in full], 3, seed=k)[0] for k in steps]
     loss = DeepSupervision(inner, weights)(heads, target)
-    smaller = [F.interpolate(target[:, None].float(), h.shape[2:], mode="nearest")[:, 0].long() for h in heads]
-    assert torch.equal(smaller[0], target[(..., *[slice(None, None, 8)] * len(full))])
+    smaller = [target[(..., *[slice(k // 2, None, k)] * len(full))] for k in steps]
     expected = sum(w * inner(h, t).item() for w, h, t in zip(weights, heads, smaller, strict=True))
     assert loss.item() == pytest.approx(expected)
     loss.backward()
@@ -223,7 +223,7 @@ def test_axes_may_shrink_by_different_factors_and_masks_shrink_with_the_target()
     _, target = random_pair((4, 8, 8), 3)
     mask = torch.rand((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(1)) > 0.5
     head, _ = random_pair((4, 4, 2), 3)
-    expected = MaskedCrossEntropy()(head, target[..., ::2, ::4], mask[..., ::2, ::4])
+    expected = MaskedCrossEntropy()(head, target[..., 1::2, 2::4], mask[..., 1::2, 2::4])
     assert torch.equal(DeepSupervision(MaskedCrossEntropy(), [1.0])([head], target, mask), expected)
 
 

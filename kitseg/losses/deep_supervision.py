@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class DeepSupervision(nn.Module):
-    """Σ_i w_i · loss(head i, target resampled to the size of head i by nearest neighbour).
+    """Σ_i w_i · loss(head i, target at the centres of the pixels of head i).
 
     Progressive paper, section 1: weights 0.2, 0.2, 0.2, 0.4 from the coarsest head to the finest. Guided-unetpp paper,
     section 2: the mean over the heads of UNet++, which all have the target's size.
@@ -38,8 +38,9 @@ class DeepSupervision(nn.Module):
 
 
 def _nearest(x: Tensor, size: Sequence[int]) -> Tensor:
-    """``x`` with its last axes sampled at ``size`` points (every k-th point for an integer ratio k)."""
+    """``x`` with its last axes sampled at the centres of ``size`` cells, rounded up where they lie between points."""
     for axis, (wanted, given) in enumerate(zip(size, x.shape[-len(size) :], strict=True), start=-len(size)):
         if wanted != given:
-            x = x.index_select(axis, torch.arange(wanted, device=x.device) * given // wanted)
+            centres = (torch.arange(wanted, device=x.device) * given + given // 2) // wanted
+            x = x.index_select(axis, centres)
     return x
