@@ -27,7 +27,7 @@ import yaml
 from kitseg.errors import InputError, UsageError
 
 PARTS = re.compile(
-    r"kitseg\.((nets|losses|links|stages|postprocess)\.[a-z]\w*|patches\.samplers|inference\.windows)\.[A-Z]\w*"
+    r"kitseg\.((nets|losses|links|stages|postprocess)\.[a-z]\w*|patches\.(samplers|elastic)|inference\.windows)\.[A-Z]\w*"
     r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
     r"|torchio\.Random[A-Z]\w*",
     re.ASCII,

@@ -24,6 +24,7 @@ from kitseg.patches.datamodule import (
     batch_per_rank,
     steps_per_batch,
 )
+from kitseg.patches.elastic import ElasticSlices
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import ForegroundSampler, PaddedSampler, RegionSampler, SliceSampler, patch_of
 from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of, transform_patch
@@ -216,7 +217,7 @@ FULL = np.ones((3, 3), bool)
 AUGMENTATION: dict[str, list[tio.Transform]] = {
     "flip": [tio.RandomFlip(axes=[1, 2], flip_probability=0.5)],
     "turn": [tio.RandomAffine(scales=0, degrees=(0, 0, 10), default_pad_value=-1000, p=0.5)],
-    "bend": [tio.RandomElasticDeformation((7, 7, 4), (6, 6, 0), locked_borders=0, p=0.5)],
+    "bend": [ElasticSlices(points=7, deviation=0.06, p=0.5)],
 }
 
 
@@ -278,6 +279,23 @@ def test_labels_move_with_their_images(square: list[Path], name: str) -> None:
             assert inside.sum() > 80
             assert hu[inside] == pytest.approx(50, abs=0.1)
             assert hu[outside].max() < 0.1
+
+
+def test_slices_are_bent_as_the_papers_code_bends_them() -> None:
+    """Normal displacements of 15 of 256 pixels, smoothed by the B-spline to 7.2; the same in each slice, none along."""
+    affine = np.array([[0, 0, -0.8, 0], [0, -0.8, 0, 0], [-5.0, 0, 0, 0], [0, 0, 0, 1]])
+    places = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in (2, 64, 64)), indexing="ij"))
+    found = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        images = {f"axis_{i}": tio.ScalarImage(tensor=axis[None], affine=affine) for i, axis in enumerate(places)}
+        bent = ElasticSlices(7, 15 / 256)(tio.Subject(**images))
+        moved = (torch.cat([bent[name].data for name in images]) - places)[..., 16:-16, 16:-16]
+        assert torch.allclose(moved[:, 0], moved[:, 1], atol=1e-3)
+        found.append(moved[:, 0])
+    z, y, x = torch.stack(found).square().mean((0, 2, 3)).sqrt().tolist()
+    assert z == 0
+    assert (y, x) == (pytest.approx(7.2 / 4, rel=0.15), pytest.approx(7.2 / 4, rel=0.15))
 
 
 def test_a_patch_is_turned_in_its_own_plane(square: list[Path]) -> None:
