@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from joblib import Parallel, delayed
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from kitseg import config
 from kitseg.links.crop import crop, paste
+from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import AIR, ClipScale, ZScore
-from kitseg.links.regions import Body, FixedAroundForeground, RegionContext
+from kitseg.links.regions import Body, FixedAroundForeground, RegionContext, Square
+from kitseg.patches.samplers import ForegroundSampler, patch_of
 from kitseg.types import Box, Geometry, Grid, Triple
 from kitseg.volumes.nifti import read_image, read_labels
 from kitseg.volumes.resample import grid_geometry, nearest
@@ -142,6 +145,21 @@ def test_the_body_without_the_table_that_it_lies_on(spacing: tuple[float, float,
             held,
         )
     assert Body().shape(lattice) == lattice.shape
+
+
+@pytest.mark.parametrize("region", [Body(at_least=(9, 8, 8)), Square(8, slices=9)])
+def test_a_short_region_looks_the_same_in_training_and_prediction(region: Any) -> None:
+    """Four slices are padded to nine with air: two and a half before and after, as a sampler places its patch."""
+    lattice, hu = grid((4, 8, 8), (3, 3, 3)), np.full((4, 8, 8), 50, np.int16)
+    box = region(RegionContext(lattice, hu=hu))
+    assert box == Box((-3, 0, 0), (6, 8, 8))
+    assert region.shape(lattice) == box.size
+    predicted, _ = InputTransform(ClipScale(-1000, 1000, 1000), None).region(hu, (0.0, 1.0), box, None)
+    images = {"image": tio.ScalarImage(tensor=torch.from_numpy(hu)[None]), "foreground": torch.zeros(0, 4)}
+    for low, high in ((box.start, box.stop), ((0, 0, 0), (4, 8, 8))):
+        subject = tio.Subject(**images, region=torch.tensor([*low, *high]), statistics=torch.zeros(2), case="x")
+        patch = patch_of(subject, ForegroundSampler((9, 8, 8), 0, 1).draw(subject, 0))
+        assert torch.equal(patch["image"].data / 1000, predicted)
 
 
 def test_no_body_the_whole_volume() -> None:

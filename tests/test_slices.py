@@ -183,7 +183,7 @@ def paper(method: str, stage: str) -> tuple[Grid, Any]:
         ("two-stage", "slices", Grid(pixels=256), Square(256)),
         ("two-stage", "segment", Grid(pixels=256), Square(256)),
         ("progressive", "segment", Grid(pixels=256), Square(256)),
-        ("guided-unetpp", "foreground", Grid(5, pixels=512, back="nearest"), Square(512)),
+        ("guided-unetpp", "foreground", Grid(5, pixels=512, back="nearest"), Square(512, slices=32)),
         ("guided-unetpp", "segment", Grid(5, pixels=512, back="nearest"), Square(512)),
         ("dual-unet", "kidneys", Grid(pixels=256, image="nearest"), Square(256, [0, 1])),
         ("dual-unet", "tumors", Grid(pixels=256, image="nearest"), Square(256, [0.5, 1])),

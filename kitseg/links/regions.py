@@ -47,11 +47,15 @@ class Body:
     """The bounding box of the patient, without the surrounding air and the table.
 
     The body is the largest component above ``SKIN`` HU after structures thinner than ``TABLE`` are removed.
+
+    at_least: voxels (slices, rows, columns) to which a smaller box grows around its middle, so that it holds a patch.
     """
+
+    at_least: Sequence[int] = (0, 0, 0)
 
     def shape(self, grid: Geometry) -> Triple:
         """All of the grid's voxels, since a patient may fill them."""
-        return grid.shape
+        return triple(map(max, grid.shape, self.at_least))
 
     def __call__(self, known: RegionContext) -> Box:
         """The box on the stage's grid; the whole grid without a body."""
@@ -65,9 +69,9 @@ class Body:
         parts = Components.of(thick)
         found = bounding_box(parts.chosen(np.arange(parts.sizes.size) == parts.sizes.argmax()))
         if found is None:
-            return Box((0, 0, 0), grid.shape)
+            return _grown(Box((0, 0, 0), grid.shape), self.at_least)
         start, stop = ([n * step for n, step in zip(ends, steps, strict=True)] for ends in (found.start, found.stop))
-        return Box(triple(start), triple(stop)).clip(grid.shape)
+        return _grown(Box(triple(start), triple(stop)).clip(grid.shape), self.at_least)
 
 
 @dataclass(frozen=True)
@@ -75,23 +79,24 @@ class Square:
     """Every slice as a square of ``pixels``, or some of its rows; other slices are centred in the square.
 
     rows: first and last row as fractions of the square's height; (0.5, 1) is the posterior half of the body
-    (dual-unet, "the lower half").
+    (dual-unet, "the lower half"). slices: to which a shorter stack grows around its middle.
     """
 
     pixels: int
     rows: Sequence[float] = (0.0, 1.0)
+    slices: int = 0
 
     def __call__(self, known: RegionContext) -> Box:
         """The box on the stage's grid; the guide is not used."""
         (depth, height, width), (_, rows, columns) = known.grid.shape, self.shape(known.grid)
         top = -((self.pixels - height) // 2) + round(self.pixels * self.rows[0])
         left = -((columns - width) // 2)
-        return Box((0, top, left), (depth, top + rows, left + columns))
+        return _grown(Box((0, top, left), (depth, top + rows, left + columns)), (self.slices, 0, 0))
 
     def shape(self, grid: Geometry) -> Triple:
         """All slices; the rows and columns of the square."""
         first, last = (round(self.pixels * share) for share in self.rows)
-        return grid.shape[0], last - first, self.pixels
+        return max(grid.shape[0], self.slices), last - first, self.pixels
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,13 @@ class FixedAroundForeground:
     def shape(self, grid: Geometry) -> Triple:
         """The size of the box, which does not depend on the grid."""
         return triple(self.size)
+
+
+def _grown(box: Box, at_least: Sequence[int]) -> Box:
+    """The box, grown around its middle on axes that are shorter; the samplers place such a patch alike."""
+    size = np.maximum(box.size, at_least)
+    start = np.array(box.start) + (np.array(box.size) - size) // 2
+    return Box(triple(start), triple(start + size))
 
 
 def _start(middle: float, size: int, n: int) -> int:
