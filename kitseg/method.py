@@ -13,7 +13,8 @@ from kitseg.errors import UsageError
 from kitseg.types import Grid
 
 PARTS = ("intensity", "region", "sampler", "module", "link", "augmentation")
-OPTIONAL = ("inputs", "guide", "link", "augmentation", "micro_batch_size", "stop_after", "rounds")  # may be null
+# Keys of a stage that may be null.
+OPTIONAL = ("inputs", "guide", "link", "augmentation", "micro_batch_size", "nested_epochs", "stop_after", "rounds")
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -45,8 +46,8 @@ class StageSpec:
     inputs: earlier stages that this one builds on; guide: what it is trained with of their output, the true ``labels``
     or ``out_of_fold`` predictions; grid: the lattice it works on; heads, channels: what it predicts; batch: patches a
     step, over all ranks; micro_batch_size: patches a rank computes at a time, whose gradients accumulate to the batch;
-    stop_after: validations without improvement that end the training; rounds: trainings after the first; parts: the
-    specifications for ``kitseg.config.build``.
+    nested_epochs: of the trainings on nested folds, at most ``epochs``; stop_after: validations without improvement
+    that end the training; rounds: trainings after the first; parts: the specifications for ``kitseg.config.build``.
     """
 
     name: str
@@ -58,6 +59,7 @@ class StageSpec:
     batch: Count
     micro_batch_size: Count
     epochs: Count
+    nested_epochs: Count | None
     validate_every: Count
     stop_after: Count | None
     rounds: Rounds | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +15,10 @@ from kitseg.errors import InputError
 from kitseg.models.run_folder import SCHEMA, StageFolder
 from kitseg.patches.subjects import StageInput
 from kitseg.runtime.files import write_json
+from kitseg.splits import FoldPart
 from kitseg.training import rounds
-from kitseg.training.stage_inputs import read_places, write_places
+from kitseg.training.plan import Unit
+from kitseg.training.stage_inputs import read_places, unseen_by, write_places
 from kitseg.types import Box
 
 TRAIN, VAL = [f"case_{n:05d}" for n in range(10)], ["case_00010", "case_00011"]
@@ -98,11 +101,24 @@ def test_a_damaged_round_is_named(folder: StageFolder, spec: StageSpec) -> None:
         rounds.next_round(folder, spec)
 
 
-def test_a_later_round_is_shorter(spec: StageSpec) -> None:
-    assert rounds.shortened(spec) == replace(spec, epochs=7)
-    assert spec.epochs == 50
-    plain = replace(spec, rounds=None)
-    assert rounds.shortened(plain) is plain
+def test_the_epochs_of_a_round_and_of_a_nested_fold(spec: StageSpec) -> None:
+    """two-phase's coarse networks on nested folds only yield boxes: a quarter of the epochs, and never more than these.
+
+    A registered copy's box comes from a nested fold that wasn't trained on it: it isn't in any validation part.
+    """
+
+    def epochs(method: str, unit: Unit, *changes: str) -> int:
+        plan = SimpleNamespace(method=config.method_of(config.compose(method, "paper", changes)))
+        return unit.spec(plan).epochs  # type: ignore[arg-type]
+
+    assert [epochs("progressive", Unit("segment", round=number)) for number in (0, 1)] == [50, 20]
+    assert [epochs("two-phase", Unit("coarse", inner)) for inner in (None, 0)] == [600, 150]
+    assert epochs("two-phase", Unit("coarse", 0), "stages.coarse.epochs=5") == 5
+    assert epochs("guided-unetpp", Unit("foreground", 0)) == 100
+    inner = [FoldPart(("b", "c", "b_from_c"), ("a",)), FoldPart(("a", "c"), ("b",)), FoldPart(("a", "b"), ("c",))]
+    found = unseen_by(inner, ["a", "b", "c", "b_from_c"])
+    assert (found["a"], found["b"], found["c"]) == (0, 1, 2)
+    assert found["b_from_c"] in (1, 2)
 
 
 # --- the cases of a round --------------------------------------------------------------------------------------------

@@ -5,16 +5,19 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kitseg import config
 from kitseg.config import Rounds, StageSpec
 from kitseg.inference.windows import DepthWindow
+from kitseg.labels import TUMOR
 from kitseg.links.guides import GuidedByForeground, SliceGate
 from kitseg.links.intensity import ClipScale, ZScore
 from kitseg.links.regions import FixedAroundForeground
 from kitseg.losses.cross_entropy import CrossEntropy
+from kitseg.stages.tumor_unet import TumorUNet
 from kitseg.types import Grid
 
 
@@ -121,6 +124,21 @@ def test_what_guides_the_second_stages() -> None:
     assert config.build(smaller.parts["link"]) == GuidedByForeground([10, 2.5, 2.5])
     window = papers("guided-unetpp")["foreground"].parts["module"]["window"]
     assert config.build(window) == DepthWindow(32, 16)
+
+
+def test_the_dropout_of_unet_plus_plus_is_a_sizes_number() -> None:
+    for size, dropout in (("paper", 0.5), ("small", 0.1), ("tiny", 0.1)):
+        spec = config.method_of(config.compose("guided-unetpp", size)).stages["segment"]
+        assert spec.parts["module"]["net"]["dropout"] == dropout
+
+
+def test_the_tumor_network_is_scored_on_the_slices_that_it_is_trained_for() -> None:
+    """It predicts tumor in a slice without any, which its training never shows; the other slice is half right."""
+    spec = papers("dual-unet")["tumors"]
+    assert spec.parts["module"]["_target_"].endswith("TumorUNet")
+    labels, truth = np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4), np.uint8)
+    labels[0], labels[1, 0], truth[1, :2] = TUMOR, TUMOR, TUMOR
+    assert TumorUNet(torch.nn.Identity(), spec.channels).scores(labels, truth) == {"dice_tumor": 2 * 4 / (4 + 8)}
 
 
 def test_a_smaller_batch_by_parts() -> None:

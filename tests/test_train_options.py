@@ -19,6 +19,7 @@ from kitseg.errors import UsageError
 from kitseg.nets.vnet import VNet
 from kitseg.runtime.device import Machine
 from kitseg.splits import read_split
+from kitseg.stages.model import build_model
 from kitseg.training import cost
 from kitseg.training.plan import Start
 from kitseg.training.trainer import settings_of
@@ -248,6 +249,16 @@ def test_loading_that_takes_longer_than_computing_is_stated(work: Path, monkeypa
         monkeypatch.setattr(cost, "seconds_to_load", lambda spec, folder, seconds=seconds: seconds)
         _, notes = cost.estimates(replace(plan, machine=Machine("cpu", workers=workers)), cases[0], "coarse")
         assert any("loading patches takes" in note for note in notes) == noted
+
+
+@pytest.mark.parametrize(("checkpointing", "gigabytes"), [(True, 10.4), (False, 25.6)])
+def test_the_estimated_memory_includes_what_checkpointing_computes_again(checkpointing: bool, gigabytes: float) -> None:
+    """Of two-phase's phase 2 in float32, beside 2.1 GB of weights; half of it is 7.3 and 14.9 GB in all in bfloat16."""
+    made = config.compose("two-phase", "paper", [f"size.checkpointing={str(checkpointing).lower()}"])
+    with torch.device("meta"):
+        model, x = build_model(config.method_of(made).stages["fine"]).train(), torch.empty(1, 1, 80, 240, 384)
+    assert cost.peak_bytes(model, x) / 1e9 == pytest.approx(gigabytes, abs=0.2)
+    assert not config.compose("two-phase", "paper")["size"]["checkpointing"]
 
 
 # --- the way to the network ------------------------------------------------------------------------------------------

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
@@ -41,8 +45,8 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
     """One row per training (cases, global batch, patch, steps, parameters, estimated memory and time), and notes.
 
     The time consists of the network's operations at this machine's measured speed of a convolution, and of the measured
-    time to load patches; the memory consists of weights, gradients, optimizer and the activations that the backward
-    pass needs. Notes report, for example, that loading takes longer than computing.
+    time to load patches; the memory consists of weights, gradients, optimizer and all activations that exist at a time,
+    also those that checkpointing computes again. Notes report, for example, that loading takes longer than computing.
     """
     notes, here = [], torch.cuda.device_count()
     if plan.machine.kind != "cpu" and plan.machine.ranks > here:
@@ -58,7 +62,7 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
         notes.append("the time to load patches is not included: the cases are not preprocessed yet")
     rows: list[tuple[str, ...]] = []
     for unit in units(plan.method, plan.part, stage):
-        spec, part, cost = plan.method.stages[unit.stage], unit.part(plan), costs[unit.stage]
+        spec, part, cost = unit.spec(plan), unit.part(plan), costs[unit.stage]
         batch = batch_per_rank(spec.batch, plan.machine.world) * plan.machine.world
         steps = max(1, int(len(part.train) * cost.per_case / batch))
         patches = spec.epochs * steps * batch / plan.machine.world
@@ -89,27 +93,48 @@ def _cost(spec: StageSpec, example: Case) -> Cost:
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module.eval().logits(x)
-        kept = _kept_bytes(module.train(), x)
+        activations = peak_bytes(module.train(), x)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
     parameters = sum(p.numel() for p in module.parameters())
     half = 0.5 if spec.precision in ("16-mixed", "bf16-mixed") and torch.cuda.is_available() else 1.0
-    memory = parameters * BYTES_PER_PARAMETER + kept * half * min(spec.batch, spec.micro_batch_size)
+    memory = parameters * BYTES_PER_PARAMETER + activations * half * min(spec.batch, spec.micro_batch_size)
     return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)
 
 
-def _kept_bytes(module: StageModel, x: torch.Tensor) -> int:
-    """The activations that the forward pass of a patch keeps for the backward pass, each tensor once."""
-    kept: dict[int, torch.Tensor] = {}
+def peak_bytes(model: StageModel, x: torch.Tensor) -> int:
+    """The most bytes that a forward and a backward pass of ``x`` hold at a time, without the weights' gradients.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[id(tensor)] = tensor
-        return tensor
+    Activations that checkpointing computes again are included. On the meta device nothing is computed.
+    """
+    with _Live() as live:
+        heads = model.logits(x)
+        torch.autograd.backward(heads, [torch.empty_like(head) for head in heads])
+    peak: int = live.peak - sum(p.nbytes for p in model.parameters())
+    return peak
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        heads = module.logits(x)
-    own = {id(p) for p in module.parameters()}
-    return sum(t.nbytes for key, t in kept.items() if key not in own) + sum(head.nbytes for head in heads)
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the tensors that operations create, while they live; on the meta device too."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, storage: int, size: int) -> None:
+        self.storages.discard(storage)
+        self.now -= size
 
 
 def _flops_per_second(machine: Machine) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -67,6 +67,15 @@ class Unit:
         folder = plan.run.stage(plan.fold, self.stage)
         folder = folder if self.inner is None else folder.inner(self.inner)
         return folder if self.round is None else folder.round(self.round)
+
+    def spec(self, plan: Plan) -> StageSpec:
+        """The stage with the epochs of this training."""
+        spec = plan.method.stages[self.stage]
+        if self.round and spec.rounds is not None:
+            return replace(spec, epochs=spec.rounds.epochs)
+        if self.inner is not None and spec.nested_epochs is not None:
+            return replace(spec, epochs=min(spec.epochs, spec.nested_epochs))
+        return spec
 
     def part(self, plan: Plan) -> FoldPart:
         """The cases of this training."""

@@ -40,11 +40,6 @@ def prepare_round(folder: StageFolder, spec: StageSpec, number: int, seed: int) 
     return len(cases)
 
 
-def shortened(spec: StageSpec) -> StageSpec:
-    """The stage as a later round trains it."""
-    return spec if spec.rounds is None else replace(spec, epochs=spec.rounds.epochs)
-
-
 def best_weights(folder: StageFolder) -> Path:
     """The best checkpoint of the finished rounds."""
     return folder.round(_best(folder)).checkpoints()[0][0]

@@ -20,6 +20,7 @@ from kitseg.patches.subjects import StageInput
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import torch_device
 from kitseg.runtime.files import atomic_write
+from kitseg.splits import FoldPart
 from kitseg.training.plan import Plan, Unit, open_stored
 from kitseg.types import Box
 from kitseg.volumes.store import StoredCase
@@ -63,6 +64,11 @@ def read_places(folder: StageFolder, store: Path) -> StageCases:
     return StageCases(train, val)
 
 
+def unseen_by(inner: Sequence[FoldPart], cases: Iterable[str]) -> dict[str, int]:
+    """The nested fold whose networks weren't trained on a case; registered copies are in no validation part."""
+    return {case: number for case in cases for number, part in enumerate(inner) if case not in part.train}
+
+
 class _Inputs:
     """Finds the inputs of a stage's cases, with the stage before it where there is one."""
 
@@ -97,9 +103,8 @@ class _Inputs:
         outer = self.plan.run.stage(self.plan.fold, self.earlier.spec.name)
         if side == "val":
             return dict.fromkeys(cases, self.earlier.trained_in(outer))
-        inner = self.plan.part.inner
-        judges = [self.earlier.trained_in(outer.inner(number)) for number in range(len(inner))]
-        return {case: judge for judge, part in zip(judges, inner, strict=True) for case in part.val}
+        judges = [self.earlier.trained_in(outer.inner(number)) for number in range(len(self.plan.part.inner))]
+        return {case: judges[number] for case, number in unseen_by(self.plan.part.inner, cases).items()}
 
     def _output(self, case: str, predictor: Predictor) -> Output:
         """The earlier stage's prediction of a case."""

@@ -35,7 +35,7 @@ def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training
     """
     initial = _initial_weights(plan, log) if plan.initial else {}
     for unit in wanted:
-        folder, spec = unit.folder(plan), plan.method.stages[unit.stage]
+        folder, spec = unit.folder(plan), unit.spec(plan)
         more = missing_epochs(plan.run, spec, folder) if folder.done.exists() else None
         if more == 0:
             log(f"{unit}: trained already")
@@ -71,10 +71,10 @@ def _reopen(unit: Unit, folder: StageFolder, more: int, log: Log) -> None:
 
 def _training(plan: Plan, unit: Unit, start: Path | None, log: Log) -> Training:
     """The training of a unit whose inputs are prepared."""
-    spec, folder = plan.method.stages[unit.stage], unit.folder(plan)
+    spec, folder = unit.spec(plan), unit.folder(plan)
     seed = plan.config["seed"] + 1000 * plan.fold + 100 * (0 if unit.inner is None else unit.inner + 1)
     if unit.round:
-        spec, seed = rounds.shortened(spec), seed + unit.round
+        seed += unit.round
         start = rounds.best_weights(replace(unit, round=None).folder(plan))
     log(f"{unit}: {'resumes' if folder.begun else 'starts'} in {folder.path}")
     return Training(spec, folder, plan.store / str(spec.grid), seed, plan.config["keep_best"], plan.settings, start)
