@@ -5,7 +5,7 @@ Arrays are (D, H, W): slices, rows, columns in KiTS orientation (I, P, L).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ Triple = tuple[int, int, int]
 class Geometry:
     """A voxel grid in the patient's space.
 
-    shape: voxels per axis; affine: (4, 4), voxel index to millimetres in RAS+.
+    shape: voxels per axis; affine: (4, 4), voxel index to millimetres in RAS+; stated: the fields of a NIfTI header
+    that state it, by name, so that a label map states it in the same way.
     """
 
     shape: Triple
     affine: NDArray[np.float64]
+    stated: dict[str, float | list[float]] = field(default_factory=dict)
 
     @property
     def spacing(self) -> tuple[float, float, float]:

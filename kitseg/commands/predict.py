@@ -28,7 +28,7 @@ from kitseg.splits import held_out
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
 from kitseg.volumes.names import pair
-from kitseg.volumes.scan import Scans, find_scans, knows_its_place, read_scan, scan_digest, scan_geometry
+from kitseg.volumes.scan import Scans, find_scans, read_scan, scan_digest, scan_doubts, scan_geometry
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
@@ -159,7 +159,5 @@ def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: b
 
 def doubts(case: Case, scan: Volume) -> list[str]:
     """What makes a scan's labels doubtful: values unlike HU, an orientation that the file doesn't state."""
-    found = [case.note] if case.note else []
-    if not looks_like_hu(scan.array):
-        found.append("its values don't look like Hounsfield units")
-    return found if knows_its_place(case) else [*found, "the file doesn't state its orientation"]
+    unlike = [] if looks_like_hu(scan.array) else ["its values don't look like Hounsfield units"]
+    return [*scan_doubts(case), *unlike]

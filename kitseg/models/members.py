@@ -60,7 +60,7 @@ class Prediction:
     @property
     def image(self) -> Any:
         """The labels as a nibabel image."""
-        return to_nibabel(self.labels, self.affine)
+        return to_nibabel(self.labels, self.proba.native)
 
     @cached_property
     def probabilities(self) -> dict[str, NDArray[np.float16]]:

@@ -15,8 +15,8 @@ from kitseg.errors import InputError, UsageError
 from kitseg.labels import CONVENTIONS
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
-from kitseg.volumes.header import check_affine
-from kitseg.volumes.nifti import as_ct, canonical_geometry, read_labels, turn_to_canonical
+from kitseg.volumes.header import check_affine, geometry_of
+from kitseg.volumes.nifti import as_ct, canonical_geometry, make_header, read_labels, turn_to_canonical
 from kitseg.volumes.scan import find_scans, read_scan
 
 #: A path, an array (with an affine), or an image of nibabel, SimpleITK or TorchIO.
@@ -64,12 +64,14 @@ def labels_from(image: Image, affine: ArrayLike | None, convention: str, name: s
     return Volume(labels, canonical_geometry(native), native, name)
 
 
-def to_nibabel(array: NDArray[Any], affine: NDArray[np.float64]) -> Any:
-    """An array in its own axes as a nibabel image."""
-    return nibabel.Nifti1Image(array, affine)
+def to_nibabel(array: NDArray[Any], native: Geometry) -> Any:
+    """An array in its own axes as a nibabel image, which states its place as the scan does."""
+    return nibabel.Nifti1Image(array, None, make_header(native, array.dtype))
 
 
 def _native(image: Image, affine: ArrayLike | None, name: str) -> tuple[NDArray[Any], Geometry]:
+    if isinstance(image, nibabel.Nifti1Image):
+        return np.asanyarray(image.dataobj), geometry_of(Path(name), image.header)
     array, matrix = _parts(image, affine, name)
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "biuf":
         raise InputError(name, f"it has the shape {array.shape} and the type {array.dtype}", _CONVERT)

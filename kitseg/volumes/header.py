@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,18 @@ from kitseg.volumes._nibabel import nibabel
 MAX_VOXELS = 2**30  # three times the largest CT of the challenge
 MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
 MAX_COSINE = 1e-3  # between two voxel axes
+MAX_APART = 1.0  # mm between a voxel's places by qform and by sform
 COPY_AGAIN = "Copy or download the file again"
 _CONVERT = "Convert the scan to a 3D NIfTI file (.nii or .nii.gz)"
 _CONVERT_AGAIN = "Convert the scan again, with its position and spacing"
+_CORRECT = "Correct the one that is wrong, or convert the scan again"
 _DEFLATE_RATIO = 1032  # the maximum compression ratio of deflate
 _SNIFF = 1024  # bytes; the larger of the two header types has 540
+_UNITS = {1: 1000.0, 3: 0.001}  # mm, by the code of metre and micron; any other is taken as mm
+SAME_SPACING = 0.01  # relative tolerance between two spacings that a header states
+_PLACE = ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
+          "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units")  # fmt: skip
+_GZIP = b"\x1f\x8b"
 _igzip: Any = igzip  # untyped, as is nibabel
 _isal: Any = isal_zlib
 _nib: Any = nibabel
@@ -56,8 +63,8 @@ def open_errors(path: Path) -> Iterator[None]:
 
 
 def open_voxels(path: Path) -> Any:
-    """Open the file as a byte stream, decompressed if its name ends in .gz."""
-    return _igzip.open(path) if _is_zipped(path) else path.open("rb")
+    """Open the file as a byte stream, decompressed if its content is gzip's, whatever its name says."""
+    return _igzip.open(path) if _start(path)[:2] == _GZIP else path.open("rb")
 
 
 def read_header(path: Path) -> Any:
@@ -68,10 +75,12 @@ def read_header(path: Path) -> Any:
     """
     with open_errors(path):
         size = check_regular(path)
-        if not path.name.lower().endswith((".nii", ".nii.gz")):
-            raise InputError(path, "not a NIfTI file (.nii or .nii.gz)", _CONVERT)
         if size == 0:
             raise InputError(path, "the file is empty", COPY_AGAIN)
+        if other := _other_format(_start(path)):
+            raise InputError(path, *other)
+        if not path.name.lower().endswith((".nii", ".nii.gz")):
+            raise InputError(path, "not a NIfTI file (.nii or .nii.gz)", _CONVERT)
         with open_voxels(path) as stream:
             start = stream.read(_SNIFF)
         kinds = (_nib.Nifti1Header, _nib.Nifti2Header)
@@ -79,8 +88,10 @@ def read_header(path: Path) -> Any:
         if kind is None:
             raise _nib.filebasedimages.ImageFileError("no NIfTI header")
         header = kind.from_fileobj(BytesIO(start[: kind.sizeof_hdr]), check=False)
-        spaced = header["sform_code"] > 0 or (header["pixdim"][1:4] != 0).all()
+        spacing = np.abs(header["pixdim"][1:4])
+        spaced = header["sform_code"] > 0 or (spacing != 0).all()
         header.check_fix(logger=_quiet, error_level=40)
+        header["pixdim"][1:4] = spacing  # 0 means unknown, which the line above takes as 1
     if not spaced:
         raise InputError(path, "the header has no spacing", _CONVERT_AGAIN)
     if header["magic"].item() != kind.single_magic:
@@ -96,7 +107,7 @@ def geometry_of(path: Path, header: Any) -> Geometry:
     """
     with open_errors(path), np.errstate(all="ignore"):
         shape = tuple(int(n) for n in header.get_data_shape())
-        affine = np.asarray(header.get_best_affine(), np.float64)
+        affine = _in_mm(header, header.get_best_affine())
         header.get_slope_inter()
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -111,7 +122,53 @@ def geometry_of(path: Path, header: Any) -> Geometry:
     if voxels > MAX_VOXELS:
         raise InputError(path, f"the header claims {voxels} voxels {shape}, more than {MAX_VOXELS}", COPY_AGAIN)
     check_affine(path, affine)
-    return Geometry(triple(shape), affine)
+    _check_agreement(path, header)
+    stated = {name: np.nan_to_num(header[name]).tolist() for name in _PLACE}
+    return Geometry(triple(shape), affine, stated)
+
+
+def place_doubts(path: Path) -> list[str]:
+    """What a header leaves open, or states twice in different ways, about the scan's place in the patient."""
+    header = read_header(path)
+    qform, sform = _coded(header, "q"), _coded(header, "s")
+    if qform is None or sform is None:
+        return [] if qform is not sform else ["the header has no orientation (no qform and no sform)"]
+    far = [*header.get_data_shape(), 1, 1, 1][:3]
+    corners = np.array([[*np.multiply(corner, far), 1] for corner in np.ndindex(2, 2, 2)])
+    apart = np.linalg.norm(corners @ _in_mm(header, qform - sform)[:3].T, axis=1).max()
+    if not apart > MAX_APART:
+        return []
+    one, other = ("".join(map(str, _nib.orientations.aff2axcodes(affine))) for affine in (qform, sform))
+    return [f"its qform ({one}) and its sform ({other}, which is used) place it up to {apart:.0f} mm apart"]
+
+
+def _coded(header: Any, form: str) -> NDArray[np.float64] | None:
+    """The affine of the qform or of the sform; None where its code is 0 or it is invalid."""
+    with suppress(*_HEADERS, ValueError), np.errstate(all="ignore"):
+        affine = header.get_qform() if form == "q" else header.get_sform()
+        return affine if header[f"{form}form_code"] > 0 and np.isfinite(affine).all() else None
+    return None
+
+
+def _in_mm(header: Any, affine: NDArray[Any]) -> NDArray[np.float64]:
+    scaled = np.array(affine, np.float64)
+    scaled[:3] *= _UNITS.get(int(header["xyzt_units"]) & 7, 1.0)
+    return scaled
+
+
+def _check_agreement(path: Path, header: Any) -> None:
+    """Raise an InputError if the sform differs from the pixel sizes or the qform in scale or handedness."""
+    qform, sform = _coded(header, "q"), _coded(header, "s")
+    if sform is None:
+        return
+    one, other = np.linalg.norm(sform[:3, :3], axis=0), header["pixdim"][1:4].astype(np.float64)
+    known = np.isfinite(other) & (other > 0)
+    if not np.allclose(one[known], other[known], rtol=SAME_SPACING, atol=0):
+        name, text = "pixdim" if qform is None else "qform", "{:.4g} x {:.4g} x {:.4g}"
+        sizes = f"its sform states voxels of {text.format(*one)} mm, its {name} {text.format(*other)} mm"
+        raise InputError(path, sizes, _CORRECT)
+    if qform is not None and np.linalg.det(qform[:3, :3]) * np.linalg.det(sform[:3, :3]) < 0:
+        raise InputError(path, "its sform and its qform are mirror images: left and right are unknown", _CORRECT)
 
 
 def check_size(path: Path, header: Any, native: Geometry) -> None:
@@ -123,14 +180,25 @@ def check_size(path: Path, header: Any, native: Geometry) -> None:
     with open_errors(path):
         size, offset = check_regular(path), header.get_data_offset()
     needed = offset + int(np.prod(native.shape, dtype=object)) * header.get_data_dtype().itemsize
-    if needed > size * (_DEFLATE_RATIO if _is_zipped(path) else 1):
+    if needed > size * (_DEFLATE_RATIO if _start(path)[:2] == _GZIP else 1):
         raise InputError(path, f"the file is truncated: its header requires {needed} bytes", COPY_AGAIN)
     if offset < header.single_vox_offset:
         raise InputError(path, f"its voxels begin at byte {offset}, inside its header", COPY_AGAIN)
 
 
-def _is_zipped(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
+def _start(path: Path) -> bytes:
+    """The first bytes of a file, as it is stored."""
+    with path.open("rb") as stream:
+        return stream.read(132)
+
+
+def _other_format(start: bytes) -> tuple[str, str] | None:
+    """The problem and the remedy of a file of another kind, by its first bytes."""
+    if start[128:] == b"DICM":
+        return "it is one DICOM file", "Give `kitseg predict` the folder of its series, or convert the scan to NIfTI"
+    if start[:4] == b"PK\x03\x04":
+        return "it is a ZIP archive", "Unpack it, and give the folder"
+    return None
 
 
 def check_affine(path: Path, affine: NDArray[np.float64]) -> None:

@@ -138,12 +138,6 @@ def is_phantom(path: Path) -> bool:
     return bool(read_header(path)["descrip"].item() == PHANTOM_MARK.encode())
 
 
-def knows_orientation(path: Path) -> bool:
-    """Whether the header has the scan's orientation (a qform or an sform is set)."""
-    header = read_header(Path(path))
-    return bool(header["qform_code"] > 0 or header["sform_code"] > 0)
-
-
 def axis_codes(geometry: Geometry) -> str:
     """The orientation of the three axes in the patient, such as ``IPL``."""
     return "".join(_orientations.aff2axcodes(geometry.affine))
@@ -210,15 +204,23 @@ def _strange_labels(strange: set[float], convention: str) -> tuple[str, str]:
     return f"it contains the label values {found}", remedy
 
 
-def _write(path: Path, array: NDArray[Any], dtype: np.dtype[Any], native: Geometry, description: str) -> None:
-    if array.dtype != dtype:
-        raise ValueError(f"the array must be {dtype}, not {array.dtype}")
+def make_header(native: Geometry, dtype: np.dtype[Any]) -> Any:
+    """A nibabel header for an array on a native grid, which states its place as the grid's own file does."""
     header = _nib.Nifti1Header()
     header.set_data_dtype(dtype)
     header.set_data_shape(native.shape)
     header.set_xyzt_units("mm")
     header.set_qform(native.affine, code=1)
     header.set_sform(native.affine, code=1)
+    for name, value in native.stated.items():
+        header[name] = value
+    return header
+
+
+def _write(path: Path, array: NDArray[Any], dtype: np.dtype[Any], native: Geometry, description: str) -> None:
+    if array.dtype != dtype:
+        raise ValueError(f"the array must be {dtype}, not {array.dtype}")
+    header = make_header(native, dtype)
     header["descrip"] = description
     header["magic"] = header.single_magic
     header.set_data_offset(header.single_vox_offset)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from kitseg.errors import InputError, UsageError
 from kitseg.runtime.files import file_digest
 from kitseg.types import Case, Geometry, Volume
+from kitseg.volumes.header import place_doubts
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
 from kitseg.volumes.names import pair
-from kitseg.volumes.nifti import canonical_geometry, knows_orientation, read_geometry, read_image
+from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
@@ -104,9 +105,10 @@ def scan_digest(case: Case) -> str:
     return hashlib.sha256("".join(map(file_digest, case.slices)).encode()).hexdigest()
 
 
-def knows_its_place(case: Case) -> bool:
-    """Whether the orientation of a scan is known; it always is for a DICOM series."""
-    return bool(case.slices) or knows_orientation(case.image)
+def scan_doubts(case: Case) -> list[str]:
+    """What is doubtful about a scan's place in the patient, and about how its volume was built."""
+    notes = [case.note] if case.note else []
+    return notes if case.slices else [*notes, *place_doubts(case.image)]
 
 
 def _holds_dicom(folder: Path) -> bool:
