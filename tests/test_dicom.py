@@ -276,7 +276,7 @@ def test_a_tilted_gantry_is_refused(tmp_path: Path) -> None:
         ({"ImagePositionPatient": None}, "no position"),
         ({"ImageOrientationPatient": ["1", "0", "0", "0.5", "0.9", "0"]}, "not at right angles"),
         ({"NumberOfFrames": "4"}, "enhanced multi-frame"),
-        ({"Modality": "MR"}, "modality is MR, not CT"),
+        ({"Modality": "MR"}, "its modality is not CT"),
         ({"RescaleSlope": "0"}, "the pixels can't be read"),
         ({"RescaleIntercept": "1e999"}, "the pixels can't be read"),
         *(({"PixelSpacing": [mm, mm]}, "its pixels are not") for mm in ("0", "90000", "-1")),

@@ -25,6 +25,11 @@ _MADE_OF_OTHERS = {
 _MODALITIES = {
     "CT", "MR", "PT", "NM", "US", "CR", "DX", "XA", "SR", "PR", "KO", "SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "OT", "SC",
 }  # fmt: skip
+_UNITS = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}  # of RescaleType, besides those for HU
+#: The makers' names of kernels; another text could be about the patient.
+_KERNEL = re.compile(
+    r"[A-Z][a-z]?\d\d[a-z]?|FC\d\d|[A-EL]|Y[A-D]|STANDARD|STND|SOFT|LUNG|BONE(PLUS)?|EDGE|DETAIL"
+)
 _ELSEWHERE = re.compile(
     "HEAD|BRAIN|SKULL|SINUS|ORBIT|FACE|NECK|C?SPINE|ARM|HAND|WRIST|ELBOW|SHOULDER|LEG|KNEE|ANKLE|FOOT"
 )
@@ -128,7 +133,7 @@ def _exclusion(series: Series) -> str:
     if first.sop_class not in _CT or first.samples != 1:
         return "not CT images (a screenshot or a report)"
     if first.unit not in ("", "HU", "HU_MOD", "US"):
-        return f"the values are not HU ({first.unit[:16]})"
+        return "the values are not HU" + (f" ({first.unit})" if first.unit in _UNITS else "")
     if is_scout(first):
         return "a scout"
     if made := _MADE_OF_OTHERS & set(first.image_type):
@@ -197,7 +202,6 @@ def _what(series: Series) -> str:
 def _facts(choice: SeriesChoice) -> dict[str, object]:
     series, first = choice.series, choice.series.headers[0]
     made = series.stack
-    plain = re.compile(r"[A-Za-z0-9_+.-]{1,8}")
     return {
         "case": series.case_id,
         "chosen": "yes" if choice.chosen else "no",
@@ -212,7 +216,7 @@ def _facts(choice: SeriesChoice) -> dict[str, object]:
         "coverage_mm": f"{coverage(series):.0f}" if made else "",
         "orientation": orientation(first),
         "contrast": "yes" if _contrast(series) else "unknown",
-        "kernel": first.kernel if plain.fullmatch(first.kernel) else "",
+        "kernel": first.kernel if _KERNEL.fullmatch(first.kernel) else "",
         "original": "yes" if "ORIGINAL" in first.image_type else "no",
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,9 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom.uid import UID, MediaStorageDirectoryStorage
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from kitseg.errors import InputError
+
+#: Attributes that tell several passes in one series apart, in the order in which they are tried; times last.
+PASSES = (
+    "AcquisitionNumber", "TemporalPositionIdentifier", "ConvolutionKernel", "ImageType", "SeriesNumber",
+    "SeriesDescription", "KVP", "FilterType", "ReconstructionDiameter", "SliceThickness", "ContrastBolusAgent",
+    "ScanOptions", "NominalPercentageOfCardiacPhase", "TriggerTime",
+    "AcquisitionDateTime", "AcquisitionTime", "ContentTime", "SeriesTime",
+)  # fmt: skip
+TIMES = frozenset(PASSES[-4:])
+_SUFFIXES = (".dcm", ".ima")
+#: The first element of a file without preamble: group 2 or 8, and a type in two letters or a length below 65536 bytes.
+_NO_PREAMBLE = re.compile(rb"[\x02\x08]\x00.\x00([A-Z]{2}|..\x00\x00)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -22,8 +35,8 @@ class Header:
     """The header of a file; missing values are empty or None.
 
     position: mm in DICOM's LPS; row_axis, column_axis: unit vectors along a row and along a column; spacing: mm between
-    rows and between columns; acquisition, time: identify one of several passes; unit: of the values, empty if not
-    given; broken: the header can't be read.
+    rows and between columns; between: mm that it states between slices; passes: the values of ``PASSES``, which tell
+    several passes in one series apart; unit: of the values, empty if not given; broken: the header can't be read.
     """
 
     path: Path
@@ -40,8 +53,8 @@ class Header:
     contrast: bool = False
     kernel: str = ""
     thickness: float | None = None
-    acquisition: str = ""
-    time: str = ""
+    between: float | None = None
+    passes: tuple[str, ...] = ()
     frames: int = 1
     unit: str = ""
     samples: int = 1
@@ -54,33 +67,49 @@ class Header:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder except hidden ones, sorted by path. Raises InputError: a folder that can't be read."""
+    """All files below a folder, linked ones too, hidden ones not. Raises InputError: a folder that can't be read."""
 
     def refuse(error: OSError) -> None:
         raise InputError(error.filename, f"can't be read ({error.strerror})", "Choose a folder that you may read")
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+            folders[:], names = [], []
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place) / name for name in sorted(names) if not name.startswith("."))
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's preamble (128 bytes, then ``DICM``); False if it can't be read."""
-    with suppress(OSError):
+    """Whether a file is DICOM, with or without the preamble (128 bytes, then ``DICM``); False if it can't be read."""
+    with suppress(Exception), warnings.catch_warnings(action="ignore"):  # pydicom raises many types
         if path.is_file():
             with path.open("rb") as stream:
-                return stream.read(132)[128:] == b"DICM"
+                start = stream.read(132)
+            plain = start[128:] != b"DICM" and _NO_PREAMBLE.match(start)
+            return bool(_text(read_dataset(path), "SOPClassUID")) if plain else start[128:] == b"DICM"
     return False
+
+
+def read_dataset(path: Path, stop_before_pixels: bool = True) -> pydicom.Dataset:
+    """Read a DICOM file with or without preamble; raises whatever pydicom raises."""
+    found = pydicom.dcmread(path, stop_before_pixels=stop_before_pixels, force=True)
+    if "TransferSyntaxUID" not in found.file_meta:
+        implicit, _ = found.original_encoding
+        found.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    return found
 
 
 def read_dicom_header(path: Path) -> Header | None:
     """Read the header of a file; None if it isn't DICOM, or a DICOMDIR, which only lists other files."""
     if not is_dicom(path):
-        return Header(path, broken=True) if path.is_file() and not os.access(path, os.R_OK) else None
+        readable = os.access(path, os.R_OK) and path.suffix.lower() not in _SUFFIXES
+        return Header(path, broken=True) if path.is_file() and not readable else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns about values that kitseg checks itself or doesn't use
         try:
-            found = pydicom.dcmread(path, stop_before_pixels=True)
+            found = read_dataset(path)
             sop_class = _text(found, "SOPClassUID") or str(found.file_meta.get("MediaStorageSOPClassUID", ""))
             if sop_class == MediaStorageDirectoryStorage:
                 return None
@@ -113,10 +142,10 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
         contrast=_text(found, "ContrastBolusAgent").upper() not in ("", "NONE", "NO"),
         kernel=_text(found, "ConvolutionKernel").split("\\")[0],
         thickness=next(iter(_numbers(found, "SliceThickness", 1)), None),
-        acquisition=_text(found, "AcquisitionNumber"),
-        time=_text(found, "TemporalPositionIdentifier"),
+        between=next(iter(_numbers(found, "SpacingBetweenSlices", 1)), None),
+        passes=tuple(_text(found, name) for name in PASSES),
         unit=_text(found, "RescaleType").upper(),
-        frames=int(_text(found, "NumberOfFrames") or 1),
+        frames=int(next(iter(_numbers(found, "NumberOfFrames", 1)), 1)),
         samples=int(_text(found, "SamplesPerPixel") or 1),
         size=(int(_text(found, "Rows") or 0), int(_text(found, "Columns") or 0)),
         spacing=_numbers(found, "PixelSpacing", 2),
@@ -124,6 +153,11 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
         row_axis=axes[:3],
         column_axis=axes[3:],
     )
+
+
+def decimal_text(found: pydicom.Dataset, name: str) -> str:
+    """A number or several as text, with decimal points where the file has decimal commas."""
+    return _text(found, name).replace(",", ".")
 
 
 def _text(found: pydicom.Dataset, name: str) -> str:
@@ -136,7 +170,7 @@ def _text(found: pydicom.Dataset, name: str) -> str:
 def _numbers(found: pydicom.Dataset, name: str, count: int) -> tuple[float, ...]:
     """The given number of finite values, or an empty tuple."""
     try:
-        numbers = tuple(float(part) for part in _text(found, name).split("\\"))
+        numbers = tuple(float(part) for part in decimal_text(found, name).split("\\"))
     except ValueError:
         return ()
     return numbers if len(numbers) == count and all(abs(n) < 1e6 for n in numbers) else ()

@@ -15,14 +15,14 @@ from highdicom.color import CIELabColor
 from highdicom.seg import Segmentation, SegmentDescription
 from numpy.typing import NDArray
 from pydicom.sr.codedict import codes
-from pydicom.uid import UID
+from pydicom.uid import UID, CTImageStorage
 from pydicom.valuerep import DSfloat
 
 from kitseg.errors import InputError
 from kitseg.labels import CONVENTIONS, CYST, KIDNEY, TUMOR
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
-from kitseg.volumes.dicom.headers import Header, made_up_uid
+from kitseg.volumes.dicom.headers import Header, made_up_uid, read_dataset
 from kitseg.volumes.dicom.series import Series, stack_of
 from kitseg.volumes.nifti import turn_to_native
 
@@ -61,13 +61,12 @@ def write_segmentation(
     stack = stack_of(series)
     planes = turn_to_native(labels, stack.native).transpose(2, 1, 0)
     frames = np.ascontiguousarray(planes[list(stack.slots)])
-    sources = [_source(header, series, stack.native, keep_identifiers) for header in stack.headers]
     segments = [KIDNEY, TUMOR] + [CYST] * bool((frames == CYST).any())
     with warnings.catch_warnings(), atomic_write(path) as partial:
         warnings.simplefilter("ignore")
         logging.getLogger("highdicom").setLevel(logging.ERROR)
         segmentation = Segmentation(
-            source_images=sources,
+            source_images=[_source(header, series, stack.native, keep_identifiers) for header in stack.headers],
             pixel_array=frames,
             segmentation_type="BINARY",
             segment_descriptions=[_segment(label, algorithm, series) for label in segments],
@@ -95,8 +94,9 @@ def _source(header: Header, series: Series, native: Geometry, keep_identifiers: 
         if name not in source:
             setattr(source, name, "")
     source.StudyInstanceUID, source.SeriesInstanceUID = _valid("study", series.study), _valid("series", series.uid)
-    source.SOPInstanceUID, source.SOPClassUID = header.instance, header.sop_class
-    source.FrameOfReferenceUID = first.frame_of_reference or made_up_uid("frame of reference", series.uid)
+    source.SOPInstanceUID = _valid("instance", header.instance or str(header.path))
+    source.SOPClassUID = header.sop_class if UID(header.sop_class).is_valid else CTImageStorage
+    source.FrameOfReferenceUID = _valid("frame of reference", first.frame_of_reference or series.uid)
     source.Modality, source.Rows, source.Columns = "CT", *first.size
     source.PixelSpacing = _decimals(*first.spacing)
     source.SpacingBetweenSlices = _decimals(native.spacing[2])[0]
@@ -112,12 +112,18 @@ def _valid(kind: str, uid: str) -> str:
 
 
 def _who(header: Header) -> pydicom.Dataset:
-    """The attributes of patient and study."""
+    """The attributes of patient and study, in UTF-8 whatever the character set of the file."""
+    source = pydicom.Dataset()
+    source.SpecificCharacterSet = "ISO_IR 192"
     try:
-        source = pydicom.dcmread(header.path, stop_before_pixels=True, specific_tags=list(_WHO))
+        found = read_dataset(header.path)
+        found.decode()
+        for name in _WHO:
+            setattr(source, name, str(found.get(name) or ""))
     except Exception as error:
-        raise InputError(header.path, f"its header can't be read ({error})", "Export the series again") from error
-    if source.get("PatientSex") not in ("M", "F", "O"):
+        problem = f"its header can't be read ({type(error).__name__})"
+        raise InputError(header.path, problem, "Export the series again") from error
+    if source.PatientSex not in ("M", "F", "O"):
         source.PatientSex = ""
     return source
 

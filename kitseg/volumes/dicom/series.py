@@ -10,7 +10,8 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,8 +24,16 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError
 from kitseg.runtime.files import file_digest
 from kitseg.types import Volume
-from kitseg.volumes.dicom.headers import Header, is_dicom, made_up_uid, read_dicom_header, walk
-from kitseg.volumes.dicom.stack import Stack, Unstackable, split_stacks, stack
+from kitseg.volumes.dicom.headers import (
+    Header,
+    decimal_text,
+    is_dicom,
+    made_up_uid,
+    read_dataset,
+    read_dicom_header,
+    walk,
+)
+from kitseg.volumes.dicom.stack import Stack, Unstackable, is_scout, repeats, split_stacks, stack
 from kitseg.volumes.header import MAX_VOXELS
 from kitseg.volumes.kits import SUFFIXES
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
@@ -41,14 +50,14 @@ class Series:
 
     case_id: kitseg's name, a hash of the SeriesInstanceUID, and of a slice if several series share the UID; headers: of
     its slices, sorted by position along their normal if they form a volume; stack: None if they don't, for the reason
-    in ``problem``; shared: whether other series have the same UID.
+    in ``problem``; remarks: for the user, on other files of its UID and its folder.
     """
 
     case_id: str
     headers: tuple[Header, ...]
     stack: Stack | None
     problem: str = ""
-    shared: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def uid(self) -> str:
@@ -74,7 +83,10 @@ class Series:
     @property
     def note(self) -> str:
         """Remarks for the user on how the volume was built; may be empty."""
-        notes = ["another study or patient has the same series UID"] if self.shared else []
+        notes, stated = list(self.remarks), self.headers[0].between
+        if self.stack and stated and abs(abs(stated) - self.stack.native.spacing[2]) > 0.1:
+            spacing = f"{self.stack.native.spacing[2]:.4g} mm (used)"
+            notes.append(f"its headers state {abs(stated):.4g} mm between slices, its positions {spacing}")
         if missing := self.stack.missing if self.stack else ():
             words = "1 slice is missing" if len(missing) == 1 else f"{len(missing)} slices are missing"
             places = ", ".join(str(slot + 1) for slot in missing)
@@ -103,7 +115,8 @@ def find_series(*folders: Path) -> list[Series]:
             groups.setdefault((place, header.patient), []).append(header)
     named = [(_uid(headers), headers) for group in groups.values() for headers in _by_study(group)]
     having = Counter(uid for uid, _ in named)
-    found = [series for uid, headers in named for series in _stacks(headers, uid, having[uid] > 1)]
+    broken = Counter(header.path.parent for group in groups.values() for header in group if header.broken)
+    found = [series for uid, headers in named for series in _stacks(headers, uid, having[uid] > 1, broken)]
     return sorted(found, key=lambda series: series.case_id)
 
 
@@ -124,7 +137,7 @@ def read_series(series: Series) -> Volume:
     first, made = series.headers[0], stack_of(series)
     problem = ""
     if first.modality != "CT" or first.samples != 1:
-        problem = f"the modality is {first.modality or 'unknown'}, not CT"
+        problem = "its modality is not CT"
     elif math.prod(made.native.shape) > MAX_VOXELS:
         problem = f"more than {MAX_VOXELS} voxels"
     if problem:
@@ -162,15 +175,41 @@ def _by_study(headers: Sequence[Header]) -> list[list[Header]]:
     return [list(study.values()) for study in studies.values()]
 
 
-def _stacks(headers: Sequence[Header], uid: str, shared: bool) -> list[Series]:
+def _stacks(headers: Sequence[Header], uid: str, shared: bool, broken: Mapping[Path, int]) -> list[Series]:
     """The stacks of a series; all except the largest get a number.
 
-    The hash of a slice's file distinguishes series that share a UID, without revealing a patient's ID.
+    The hash of a slice's file distinguishes series that share a UID, without revealing a patient's ID. broken: the
+    number of unreadable files in each folder.
     """
     first = min(headers, key=lambda header: (header.instance, header.position)).path
     name = pseudonym("series", uid + (file_digest(first) if shared else ""))
-    parts = enumerate(split_stacks(headers), start=1)
-    return [replace(_series(part, f"{name}_{n}" if n > 1 else name), shared=shared) for n, part in parts]
+    parts, found = split_stacks(headers), []
+    for n, part in enumerate(parts, start=1):
+        slices = _without_copies(part) if part[0].position and repeats(part) else part
+        unreadable = 0 if part[0].broken else sum(broken[folder] for folder in {header.path.parent for header in part})
+        remarks = {
+            "another study or patient has the same series UID": shared,
+            "copies of slices, left out: {}": len(part) - len(slices),
+            "slices of its series that form other stacks, left out: {}": sum(
+                len(other) for other in parts if other is not part and not is_scout(other[0])
+            ),
+            "unreadable files beside it: {}": unreadable,
+        }
+        made = _series(slices, f"{name}_{n}" if n > 1 else name)
+        found.append(replace(made, remarks=tuple(text.format(count) for text, count in remarks.items() if count)))
+    return found
+
+
+def _without_copies(headers: Sequence[Header]) -> list[Header]:
+    """Slices without those that equal another one of the same position pixel by pixel."""
+    places, found = Counter(header.position for header in headers), dict[tuple[Any, ...], Header]()
+    for header in headers:
+        content: object = header.path
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):  # read_series reports what can't be read
+            if places[header.position] > 1:
+                content = read_dataset(header.path, stop_before_pixels=False).PixelData
+        found.setdefault((header.position, content), header)
+    return list(found.values())
 
 
 def _uid(headers: Sequence[Header]) -> str:
@@ -192,7 +231,7 @@ def _read_slice(header: Header) -> NDArray[np.int16]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = pydicom.dcmread(header.path)
+            found = read_dataset(header.path, stop_before_pixels=False)
             stored = found.pixel_array
             hu = _hounsfield(found, stored)
         except Exception as error:  # decoders raise many types
@@ -203,11 +242,11 @@ def _read_slice(header: Header) -> NDArray[np.int16]:
     return hu
 
 
+_RESCALE = (("Slope", 1), ("Intercept", 0))
+
+
 def _hounsfield(found: pydicom.Dataset, stored: NDArray[Any]) -> NDArray[np.int16]:
-    slope, intercept = (
-        default if found.get(name) in (None, "") else float(found[name].value)
-        for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
-    )
+    slope, intercept = (float(decimal_text(found, f"Rescale{name}") or default) for name, default in _RESCALE)
     if slope == 0 or not math.isfinite(slope + intercept):
         raise ValueError("rescale slope is 0, or slope or intercept is not finite")
     hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))

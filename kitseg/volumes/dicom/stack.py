@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.types import Geometry
-from kitseg.volumes.dicom.headers import Header
+from kitseg.volumes.dicom.headers import PASSES, TIMES, Header
 from kitseg.volumes.header import MAX_SPACING, MIN_SPACING
 
 FEWEST = 3  # slices
@@ -19,7 +22,8 @@ ROUNDED = 0.1  # mm, always tolerated, because many files round positions to it
 WIDEST_GAP = 10.0  # mm between two slices with a missing slice between them
 MOST_MISSING = 0.05  # of the slices
 DRIFT = 0.5  # pixels, tolerated lateral shift over the stack
-SAME_AXES = 1e-3
+SAME_AXES = 2e-3  # half a pixel at the edge of 512
+SAME_SPACING = 1e-3  # mm
 
 
 @dataclass(frozen=True)
@@ -149,21 +153,46 @@ def _same_frame(one: Header, other: Header) -> bool:
     if one.size != other.size or is_scout(one) != is_scout(other) or bool(one.position) != bool(other.position):
         return False
     mine, its = ((*h.row_axis, *h.column_axis, *h.spacing) for h in (one, other))
-    return len(mine) == len(its) and bool(np.allclose(mine, its, rtol=0, atol=SAME_AXES))
+    tolerance = [SAME_AXES] * (len(mine) - len(one.spacing)) + [SAME_SPACING] * len(one.spacing)
+    return len(mine) == len(its) and bool((np.abs(np.subtract(mine, its)) <= tolerance).all())
 
 
 def _by_pass(group: list[Header]) -> list[list[Header]]:
-    """Parts with one slice at each position, if the headers distinguish the passes; else the group unchanged."""
-    if not group[0].position or not _repeats(group):
+    """Parts with one slice at each position, if an attribute tells the passes apart; else the group unchanged."""
+    most = max(_places(group).values())
+    if not group[0].position or most == 1:
         return [group]
-    keys: tuple[Callable[[Header], object], ...] = (lambda h: h.acquisition, lambda h: h.time, lambda h: h.image_type)
-    for key in keys:
-        parts = [[h for h in group if key(h) == value] for value in dict.fromkeys(map(key, group))]
-        if len(parts) > 1 and not any(map(_repeats, parts)):
+    for n, name in enumerate(PASSES):
+        values = [header.passes[n] for header in group]
+        if name in TIMES:
+            values = _by_gaps(values, most)
+        parts = [[h for h, v in zip(group, values, strict=True) if v == value] for value in dict.fromkeys(values)]
+        if len(parts) > 1 and min(map(len, parts)) >= FEWEST and not any(map(repeats, parts)):
             return parts
     return [group]
 
 
-def _repeats(headers: Iterable[Header]) -> bool:
-    places = [tuple(np.round(h.position, 2)) for h in headers]
-    return len(set(places)) < len(places)
+def _by_gaps(texts: list[str], count: int) -> list[str]:
+    """The names of ``count`` parts between the longest pauses of DICOM times; one part if a time is unknown."""
+    seconds = [_seconds(text) for text in texts]
+    if not np.isfinite(seconds).all():
+        return [""] * len(texts)
+    pauses = sorted(((later - at, later) for at, later in pairwise(sorted(seconds))), reverse=True)[: count - 1]
+    return [str(sum(at >= later for _, later in pauses)) for at in seconds]
+
+
+def _seconds(text: str) -> float:
+    """A DICOM time, HHMMSS with or without a date before it, as a number that grows by seconds within a day."""
+    found = re.match(r"(\d{8})?(\d\d)(\d\d)(\d\d(?:\.\d+)?)", text)
+    if not found:
+        return float("nan")
+    return 86400 * int(found[1] or 0) + 3600 * int(found[2]) + 60 * int(found[3]) + float(found[4])
+
+
+def repeats(headers: Sequence[Header]) -> bool:
+    """Whether two slices are at the same position."""
+    return max(_places(headers).values()) > 1
+
+
+def _places(headers: Sequence[Header]) -> Counter[tuple[float, ...]]:
+    return Counter(tuple(np.round(h.position, 2)) for h in headers)
