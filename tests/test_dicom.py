@@ -11,7 +11,10 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import AXIAL, PACKED, PLAIN, WORDS, edit, hu, uid, write_series
+from pydicom.dataelem import DataElement
+from pydicom.filebase import DicomFileLike
 from pydicom.fileset import FileSet
+from pydicom.filewriter import write_dataset
 from test_nifti import rotation
 
 from kitseg.errors import InputError, UsageError
@@ -159,6 +162,47 @@ def test_an_archive_of_patients_studies_and_series(tmp_path: Path) -> None:
         assert np.array_equal(read_series(series).array[::-1], hu(seed=seed))
 
 
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    write_series(tmp_path / "elsewhere", hu())
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "patient").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to("..")
+    assert holds_dicom(tmp_path / "archive")
+    assert len(only(tmp_path / "archive").files) == 12
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+@pytest.mark.parametrize("count", [1, 12])
+def test_files_without_preamble(tmp_path: Path, implicit: bool, count: int) -> None:
+    for path in write_series(tmp_path, hu())[:count]:
+        found = pydicom.dcmread(path)
+        plain = pydicom.Dataset({element.tag: element for element in found})
+        with path.open("wb") as file:
+            out = DicomFileLike(file)
+            out.is_implicit_VR, out.is_little_endian = implicit, True
+            write_dataset(out, plain)
+    (tmp_path / "text").write_bytes(b"\x08\x00\x05\x00CS, but something else")
+    assert holds_dicom(tmp_path)
+    assert np.array_equal(read_series(only(tmp_path)).array[::-1], hu())
+    assert not only(tmp_path).note
+
+
+def test_numbers_as_other_programs_write_them(tmp_path: Path) -> None:
+    frames = DataElement("NumberOfFrames", "IS", "1.0", already_converted=True)
+    for path in write_series(tmp_path, hu(), RescaleSlope="1.00"):
+        found = pydicom.dcmread(path)
+        found[frames.tag] = frames
+        found.save_as(path)
+        content = path.read_bytes()
+        for text in (b"0.7\\0.8", b"-60.5\\", b"1.00"):
+            assert text in content
+            content = content.replace(text, text.replace(b".", b","))
+        path.write_bytes(content)
+    volume = read_series(only(tmp_path))
+    assert np.array_equal(volume.array[::-1], hu())
+    assert volume.geometry.spacing == pytest.approx((2.5, 0.7, 0.8))
+
+
 def test_a_dicomdir_is_no_series(tmp_path: Path) -> None:
     paths = write_series(tmp_path, hu(), SeriesNumber=1)
     index = FileSet()
@@ -238,13 +282,51 @@ def test_positions_may_be_rounded(tmp_path: Path) -> None:
     assert read_series(only(tmp_path)).geometry.spacing[0] == pytest.approx(0.625, abs=0.01)
 
 
-def test_two_passes_in_one_series_are_separated(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"AcquisitionNumber": (1, 2)},
+        {"ConvolutionKernel": ("Br38f", "Br64f")},
+        {"SeriesDescription": ("3.0 B30f", "3.0 B60f")},
+        {"KVP": ("80", "140")},
+        {"each_AcquisitionTime": ([f"1200{k:02}.5" for k in range(12)], [f"1201{k:02}" for k in range(12)])},
+        {"each_AcquisitionDateTime": ([f"2020010112000{k % 10}" for k in range(12)], ["20200102120000"] * 12)},
+    ],
+)
+def test_two_passes_in_one_series_are_separated(tmp_path: Path, tags: dict[str, tuple[object, object]]) -> None:
     for n in (1, 2):
-        write_series(tmp_path, hu(seed=n), seed=n, series="both", AcquisitionNumber=n, each_SOPInstanceUID=_uids(n))
+        mine = {name: values[n - 1] for name, values in tags.items()}
+        write_series(tmp_path, hu(seed=n), seed=n, series="both", each_SOPInstanceUID=_uids(n), **mine)
     first, second = find_series(tmp_path)
     assert second.case_id == f"{first.case_id}_2"
-    for series, seed in ((first, 1), (second, 2)):
-        assert np.array_equal(read_series(series).array[::-1], hu(seed=seed))
+    assert {hu(seed=n).tobytes() for n in (1, 2)} == {read_series(s).array[::-1].tobytes() for s in (first, second)}
+    assert first.note == second.note == "slices of its series that form other stacks, left out: 12"
+
+
+def test_copies_of_slices_count_once_and_are_reported(tmp_path: Path) -> None:
+    for path in write_series(tmp_path, hu())[4:6]:
+        shutil.copy(path, tmp_path / f"{path.name}-copy")
+        edit(tmp_path / f"{path.name}-copy", SOPInstanceUID=uid(path.name))
+    assert np.array_equal(read_series(only(tmp_path)).array[::-1], hu())
+    assert only(tmp_path).note == "copies of slices, left out: 2"
+
+
+def test_what_cannot_be_read_beside_a_stack_is_reported(tmp_path: Path) -> None:
+    for path in write_series(tmp_path, hu(), SpacingBetweenSlices="5")[5:6]:
+        path.rename(tmp_path / "IM5.dcm")
+    (tmp_path / "IM5.dcm").write_bytes(b"")
+    (series,) = (series for series in find_series(tmp_path) if not series.problem)
+    stated = "its headers state 5 mm between slices, its positions 2.5 mm (used)"
+    assert (
+        series.note
+        == f"unreadable files beside it: 1; {stated}; 1 slice is missing and interpolated (place 6 of the stack)"
+    )
+
+
+def test_slices_turned_by_less_than_half_a_pixel_are_one_stack(tmp_path: Path) -> None:
+    turned = [[1, 0.0015 * (k % 2), 0, -0.0015 * (k % 2), 1, 0] for k in range(12)]
+    write_series(tmp_path, hu(), each_ImageOrientationPatient=turned)
+    assert len(only(tmp_path).stack.headers) == 12
 
 
 def test_two_passes_that_look_the_same_are_refused(tmp_path: Path) -> None:

@@ -146,7 +146,10 @@ def test_the_table_with_identifiers(tmp_path: Path) -> None:
     assert row["folder"] == str(tmp_path / "1")
 
 
-def test_an_iodine_map_is_not_taken(tmp_path: Path) -> None:
-    write_series(tmp_path, hu(), RescaleType="MGML")
+@pytest.mark.parametrize(("unit", "text"), [("MGML", " (MGML)"), ("Zwiebelfisch H", "")])
+def test_other_units_are_not_taken(tmp_path: Path, unit: str, text: str) -> None:
+    write_series(tmp_path, hu(), RescaleType=unit, ConvolutionKernel="Zwiebel")
     (choice,) = choose_series(find_series(tmp_path))
-    assert (choice.chosen, choice.reason) == (False, "the values are not HU (MGML)")
+    assert (choice.chosen, choice.reason) == (False, f"the values are not HU{text}")
+    write_series_table(tmp_path / "series.csv", [choice])
+    assert "zwiebel" not in (tmp_path / "series.csv").read_text().lower()

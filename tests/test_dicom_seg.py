@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import highdicom
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import AXIAL, PACKED, WHO, WORDS, hu, uid, write_series
+from dicom_files import AXIAL, PACKED, WHO, WORDS, edit, hu, uid, write_series
 from test_dicom import ANY, only
 
 from kitseg.errors import InputError
@@ -164,6 +165,41 @@ def test_identifiers_are_kept_when_asked(tmp_path: Path) -> None:
     found = written(tmp_path, random_labels(SHAPE), keep_identifiers=True, **who)
     assert found.PatientName == "Zwiebelfisch^Hännelore"
     assert (found.PatientID, found.StudyDate, found.PatientSex) == ("PID-4711-XYZ", "20190823", "F")
+
+
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+        ("ISO_IR 6", "Buc^Jerome"),
+        ("ISO IR 100", "Buc^Jérôme"),
+        ("GB18030", "Wang^XiaoDong=王^小东"),
+    ],
+)
+def test_identifiers_of_any_character_set(tmp_path: Path, charset: object, name: str) -> None:
+    with warnings.catch_warnings(action="ignore"):  # of a misspelt character set
+        who = {"SpecificCharacterSet": charset, "PatientName": name}
+        found = written(tmp_path, random_labels(SHAPE), keep_identifiers=True, **who)
+    assert found.PatientName == name
+    assert found.SpecificCharacterSet == "ISO_IR 192"
+
+
+def test_what_is_no_uid_is_replaced_without_a_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    paths = write_series(tmp_path / "in", hu())
+    with warnings.catch_warnings(action="ignore"):
+        for k, path in enumerate(paths):
+            names = {"SOPInstanceUID": f"Zwiebelfisch {k}", "FrameOfReferenceUID": "Zwiebelfisch"}
+            edit(path, **names, StudyInstanceUID="PID-4711-XYZ", SeriesInstanceUID="ALIAS-99")
+    recwarn.clear()
+    write_segmentation(tmp_path / "out.dcm", random_labels(SHAPE), only(tmp_path / "in"), BY)
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+    content = (tmp_path / "out.dcm").read_bytes()
+    assert not [word for word in WORDS if word in content]
+    assert pydicom.dcmread(tmp_path / "out.dcm").StudyInstanceUID.startswith("2.25.")
 
 
 def test_files_without_uids(tmp_path: Path) -> None:

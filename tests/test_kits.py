@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
+from dicom_files import hu, write_series
 
 from kitseg.errors import InputError, UsageError
 from kitseg.types import Case
@@ -198,6 +200,49 @@ def test_a_name_that_cannot_be_shown_is_spelt_out(tmp_path: Path) -> None:
     expected = ["M\\udcfcller", "[bold]ü", "red\\x1b[31m\\n"]
     assert list(kits.find_labels(tmp_path)) == expected
     assert [case.id for case in kits.list_cases(tmp_path)] == expected
+
+
+def test_names_from_macos_and_linux_are_equal(tmp_path: Path) -> None:
+    for form in ("NFC", "NFD"):
+        touch(tmp_path / form / f"{unicodedata.normalize(form, 'Müller')}.nii.gz")
+        assert list(kits.find_labels(tmp_path / form)) == ["Müller"]
+        assert [case.id for case in kits.list_cases(tmp_path / form)] == ["Müller"]
+    assert not (tmp_path / "NFD" / "Müller.nii.gz").exists()
+
+
+def test_case_folders_whose_files_are_not_zipped(tmp_path: Path) -> None:
+    folder = tmp_path / "case_00001"
+    touch(folder / "imaging.nii", folder / "segmentation.nii")
+    assert kits.find_cases(tmp_path) == [Case("case_00001", folder / "imaging.nii", folder / "segmentation.nii")]
+    assert kits.find_labels(tmp_path) == {"case_00001": folder / "segmentation.nii"}
+    assert kits.scan_id(folder / "imaging.nii") == "case_00001"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["case,patient\na,1\nb,2\n", "case;patient\r\na;1\r\nb;2\r\n;;\r\n", "\ufeffPatient\tCASE\n1\ta\n2\tb\n"],
+)
+def test_patients_as_spreadsheets_write_them(tmp_path: Path, text: str) -> None:
+    (tmp_path / "patients.csv").write_text(text, encoding="utf-8", newline="")
+    assert kits.read_patients(tmp_path / "patients.csv") == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize(("text", "fact"), [("case;name\na;1\n", "columns case and patient"), ("case;Mü", "not UTF-8")])
+def test_a_table_of_patients_that_is_none(tmp_path: Path, text: str, fact: str) -> None:
+    (tmp_path / "patients.csv").write_text(text, encoding="cp1252")
+    with pytest.raises(InputError, match=fact):
+        kits.read_patients(tmp_path / "patients.csv")
+
+
+def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
+    touch(tmp_path / "zip" / "study.zip")
+    write_series(tmp_path / "dicom", hu((3, 4, 4)))
+    for folder, fact in (
+        ("zip", "but the archive study.zip. Unpack it"),
+        ("dicom", "DICOM files. Only `kitseg predict`"),
+    ):
+        with pytest.raises(InputError, match=fact):
+            kits.list_cases(tmp_path / folder)
 
 
 def test_broken_links_pipes_and_folders_are_scans_that_reading_refuses(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
 IMAGES, LABELS = "imagesTr", "labelsTr"  # nnU-Net's
 PATIENTS, CLINICAL = "patients.csv", "kits.json"
 SUFFIXES = (".nii.gz", ".nii")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
 
 
@@ -58,15 +60,16 @@ _CLINICAL = FileFormat(list[_Clinical], None, "Take it from the KiTS19 repositor
 def scan_id(path: Path) -> str:
     """A scan's id: its folder's name in the KiTS layout, else the file's name without ``.nii.gz``.
 
-    Control characters and bytes that are not UTF-8 are escaped, so that the name can be written and shown anywhere.
+    Control characters and bytes that are not UTF-8 are escaped, so that the name can be written and shown anywhere;
+    accents are composed (NFC), so that names from macOS and from Linux are equal.
     """
-    return printable(path.absolute().parent.name) if path.name == IMAGE else _stem(path)
+    return _name(path.absolute().parent.name) if path.name in _forms(IMAGE) else _stem(path)
 
 
 def case_of(folder: Path) -> Case:
     """A KiTS case folder as a case; its image may be missing."""
-    label = folder / LABEL
-    return Case(printable(folder.absolute().name), folder / IMAGE, None if _is_missing(label) else label)
+    label = _found(folder, LABEL) or (None if _is_missing(folder / LABEL) else folder / LABEL)
+    return Case(_name(folder.absolute().name), _found(folder, IMAGE) or folder / IMAGE, label)
 
 
 def list_cases(data: Path) -> list[Case]:
@@ -82,17 +85,13 @@ def list_cases(data: Path) -> list[Case]:
     """
     _check_folder(data)
     data = data.absolute()  # worker processes may stand in another folder
-    if os.path.lexists(data / IMAGE):
+    if _found(data, IMAGE):
         return [_with_origin(case_of(data), {})]
-    folders = [f for f in _folders(data) if f.name.startswith("case_") or os.path.lexists(f / IMAGE)]
+    folders = [f for f in _folders(data) if f.name.startswith("case_") or _found(f, IMAGE)]
     flat = _flat(data / IMAGES if (data / IMAGES).is_dir() else data)
     cases = distinct([*map(case_of, folders), *(Case(scan_id(f), f) for f in flat)])
     if not cases:
-        inside = [folder.name for folder in _folders(data) if _flat(folder)]
-        remedy = (
-            f"Give its subfolder {' or '.join(inside)}; --masks names that of the label maps" if inside else _EXPECTED
-        )
-        raise InputError(data, "the folder holds no scans", remedy)
+        raise InputError(data, *_no_scans(data))
     patients = read_patients(data / PATIENTS)
     cases = with_labels(cases, data / LABELS if (data / LABELS).is_dir() else None)
     return [_with_origin(case, patients) for case in cases]
@@ -130,15 +129,22 @@ def left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None = N
 def read_patients(path: Path) -> dict[str, str]:
     """Each case's patient from a table with the columns ``case`` and ``patient``; empty where there is no file.
 
+    Columns are separated by commas, semicolons or tabs, and their names may have capitals.
+
     Raises:
         InputError: unreadable, other columns, or a case with two patients.
     """
     if not path.exists():
         return {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(row["case"].strip(), row["patient"].strip()) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        first, *lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+        mark = max(",;\t", key=first.count)
+        columns = [column.strip().casefold() for column in next(csv.reader([first], delimiter=mark), [])]
+        table = [dict(zip(columns, row, strict=False)) for row in csv.reader(lines, delimiter=mark) if any(row)]
+        rows = [(_name(row["case"].strip()), row["patient"].strip()) for row in table]
+    except UnicodeDecodeError as error:
+        raise InputError(path, "is not UTF-8 text", "Save it as CSV in UTF-8.") from error
+    except (OSError, KeyError, csv.Error) as error:
         raise InputError(path, "is not a table of cases", "It needs the columns case and patient.") from error
     if odd := sorted({case for case, patient in rows if not patient or (case, patient) not in dict(rows).items()}):
         raise InputError(path, f"gives no patient, or two, to {', '.join(odd)}", "Fix the file.")
@@ -176,7 +182,7 @@ def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[C
 
 def holds_scans(folder: Path) -> bool:
     """Whether there are NIfTI scans in a folder, flat or in the KiTS layout."""
-    return any(os.path.lexists(f / IMAGE) for f in _folders(folder)) or bool(_flat(folder))
+    return any(_found(f, IMAGE) for f in _folders(folder)) or bool(_flat(folder))
 
 
 def find_cases(data: Path) -> list[Case]:
@@ -219,10 +225,10 @@ def find_labels(folder: Path) -> dict[str, Path]:
     if folder.is_file():
         return {_label_id(folder): folder}
     _check_folder(folder)
-    if os.path.lexists(folder / LABEL):
-        return {_label_id(folder / LABEL): folder / LABEL}
+    if alone := _found(folder, LABEL):
+        return {_label_id(alone): alone}
     flat = _flat(folder / LABELS if (folder / LABELS).is_dir() else folder)
-    files = [*(f / LABEL for f in _folders(folder) if os.path.lexists(f / LABEL)), *flat]
+    files = [*filter(None, (_found(f, LABEL) for f in _folders(folder))), *flat]
     if not files:
         raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
     return {case.id: case.image for case in distinct(Case(_label_id(f), f) for f in files)}
@@ -231,14 +237,14 @@ def find_labels(folder: Path) -> dict[str, Path]:
 def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
     """The case with the patients that it shows: its own, or those that a registered copy was made from."""
     path = case.image.with_name(ORIGIN)
-    if case.image.name != IMAGE or not os.path.lexists(path):
+    if case.image.name not in _forms(IMAGE) or not os.path.lexists(path):
         return replace(case, patients=(patients[case.id],)) if case.id in patients else case
     origin = COPY_ORIGIN.read(path)
     return replace(case, patients=origin.patients, sources=origin.sources)
 
 
 def _label_id(path: Path) -> str:
-    return printable(path.absolute().parent.name) if path.name == LABEL else _stem(path)
+    return _name(path.absolute().parent.name) if path.name in _forms(LABEL) else _stem(path)
 
 
 def _is_missing(path: Path) -> bool:
@@ -252,8 +258,36 @@ def _is_missing(path: Path) -> bool:
 
 def _stem(path: Path) -> str:
     """A file's name as an id; in nnU-Net's folders of scans without the number of the channel."""
-    name = printable(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
+    name = _name(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
     return name.removesuffix("_0000") if re.fullmatch("images(Tr|Ts)", path.absolute().parent.name) else name
+
+
+def _name(text: str) -> str:
+    return printable(unicodedata.normalize("NFC", text))
+
+
+def _forms(name: str) -> tuple[str, str]:
+    """The names of a file of the KiTS layout, zipped and not."""
+    return name, name.removesuffix(".gz")
+
+
+def _found(folder: Path, name: str) -> Path | None:
+    """A file of the KiTS layout in a folder; None where it is missing."""
+    return next((folder / form for form in _forms(name) if os.path.lexists(folder / form)), None)
+
+
+def _no_scans(folder: Path) -> tuple[str, str]:
+    """The problem of a folder without scans, and the remedy."""
+    from kitseg.volumes.dicom.series import holds_dicom
+
+    if inside := [found.name for found in _folders(folder) if _flat(found)]:
+        remedy = f"Give its subfolder {' or '.join(inside)}; --masks names that of the label maps"
+        return "the folder holds no scans", remedy
+    if archive := next((path.name for path in _visible(folder) if path.suffix.lower() in _ARCHIVES), ""):
+        return f"the folder holds no scans, but the archive {printable(archive)}", "Unpack it, and give that folder"
+    if holds_dicom(folder):
+        return "the folder holds DICOM files", "Only `kitseg predict` reads them. Convert them to NIfTI for the rest"
+    return "the folder holds no scans", _EXPECTED
 
 
 def _folders(folder: Path) -> list[Path]:
