@@ -185,6 +185,13 @@ def test_identifiers_of_any_character_set(tmp_path: Path, charset: object, name:
     assert found.SpecificCharacterSet == "ISO_IR 192"
 
 
+def test_identifiers_that_dicom_does_not_allow(tmp_path: Path) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        who = {"StudyDate": "23.8.19", "PatientBirthDate": "1931", "StudyTime": "7:13", "PatientID": "P" * 80}
+        found = written(tmp_path, random_labels(SHAPE), keep_identifiers=True, AccessionNumber="A" * 30, **who)
+    assert (found.StudyDate, found.PatientBirthDate, found.StudyTime, found.PatientID) == ("", "", "", "P" * 80)
+
+
 def test_what_is_no_uid_is_replaced_without_a_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from highdicom.seg import Segmentation, SegmentDescription
 from numpy.typing import NDArray
 from pydicom.sr.codedict import codes
 from pydicom.uid import UID, CTImageStorage
-from pydicom.valuerep import DSfloat
+from pydicom.valuerep import DA, TM, DSfloat
 
 from kitseg.errors import InputError
 from kitseg.labels import CONVENTIONS, CYST, KIDNEY, TUMOR
@@ -119,13 +120,21 @@ def _who(header: Header) -> pydicom.Dataset:
         found = read_dataset(header.path)
         found.decode()
         for name in _WHO:
-            setattr(source, name, str(found.get(name) or ""))
+            setattr(source, name, _written(name, str(found.get(name) or "")))
     except Exception as error:
         problem = f"its header can't be read ({type(error).__name__})"
         raise InputError(header.path, problem, "Export the series again") from error
     if source.PatientSex not in ("M", "F", "O"):
         source.PatientSex = ""
     return source
+
+
+def _written(name: str, text: str) -> str:
+    """A text unchanged; an empty one for a date or a time that DICOM doesn't allow, which can't be written."""
+    with suppress(ValueError):
+        kind = {"Date": DA, "Time": TM}.get(name[-4:], str)
+        return text if kind(text) is not None else ""
+    return ""
 
 
 def _decimals(*numbers: float) -> list[DSfloat]:
