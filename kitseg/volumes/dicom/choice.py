@@ -27,9 +27,7 @@ _MODALITIES = {
 }  # fmt: skip
 _UNITS = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}  # of RescaleType, besides those for HU
 #: The makers' names of kernels; another text could be about the patient.
-_KERNEL = re.compile(
-    r"[A-Z][a-z]?\d\d[a-z]?|FC\d\d|[A-EL]|Y[A-D]|STANDARD|STND|SOFT|LUNG|BONE(PLUS)?|EDGE|DETAIL"
-)
+_KERNEL = re.compile(r"[A-Z][a-z]?\d\d[a-z]?|FC\d\d|[A-EL]|Y[A-D]|STANDARD|STND|SOFT|LUNG|BONE(PLUS)?|EDGE|DETAIL")
 _ELSEWHERE = re.compile(
     "HEAD|BRAIN|SKULL|SINUS|ORBIT|FACE|NECK|C?SPINE|ARM|HAND|WRIST|ELBOW|SHOULDER|LEG|KNEE|ANKLE|FOOT"
 )

@@ -17,7 +17,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, Med
 
 from kitseg.errors import InputError
 
-#: Attributes that tell several passes in one series apart, in the order in which they are tried; times last.
+#: Attributes that distinguish several passes in one series, in the order in which they are tried; times last.
 PASSES = (
     "AcquisitionNumber", "TemporalPositionIdentifier", "ConvolutionKernel", "ImageType", "SeriesNumber",
     "SeriesDescription", "KVP", "FilterType", "ReconstructionDiameter", "SliceThickness", "ContrastBolusAgent",
@@ -35,8 +35,8 @@ class Header:
     """The header of a file; missing values are empty or None.
 
     position: mm in DICOM's LPS; row_axis, column_axis: unit vectors along a row and along a column; spacing: mm between
-    rows and between columns; between: mm that it states between slices; passes: the values of ``PASSES``, which tell
-    several passes in one series apart; unit: of the values, empty if not given; broken: the header can't be read.
+    rows and between columns; between: mm that it states between slices; passes: the values of ``PASSES``, which
+    distinguish several passes in one series; unit: of the values, empty if not given; broken: the header can't be read.
     """
 
     path: Path

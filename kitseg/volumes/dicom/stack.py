@@ -158,7 +158,7 @@ def _same_frame(one: Header, other: Header) -> bool:
 
 
 def _by_pass(group: list[Header]) -> list[list[Header]]:
-    """Parts with one slice at each position, if an attribute tells the passes apart; else the group unchanged."""
+    """Parts with one slice at each position, if an attribute distinguishes the passes; else the group unchanged."""
     most = max(_places(group).values())
     if not group[0].position or most == 1:
         return [group]
