@@ -13,6 +13,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.types import Case
 from kitseg.volumes import kits
 from kitseg.volumes.names import case_number, pair
+from kitseg.volumes.tables import read_patients
 
 
 def touch(*files: Path) -> None:
@@ -224,14 +225,14 @@ def test_case_folders_whose_files_are_not_zipped(tmp_path: Path) -> None:
 )
 def test_patients_as_spreadsheets_write_them(tmp_path: Path, text: str) -> None:
     (tmp_path / "patients.csv").write_text(text, encoding="utf-8", newline="")
-    assert kits.read_patients(tmp_path / "patients.csv") == {"a": "1", "b": "2"}
+    assert read_patients(tmp_path / "patients.csv") == {"a": "1", "b": "2"}
 
 
 @pytest.mark.parametrize(("text", "fact"), [("case;name\na;1\n", "columns case and patient"), ("case;Mü", "not UTF-8")])
 def test_a_table_of_patients_that_is_none(tmp_path: Path, text: str, fact: str) -> None:
     (tmp_path / "patients.csv").write_text(text, encoding="cp1252")
     with pytest.raises(InputError, match=fact):
-        kits.read_patients(tmp_path / "patients.csv")
+        read_patients(tmp_path / "patients.csv")
 
 
 def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from kitseg.splits import held_out
 from kitseg.types import Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.download import parse_cases
-from kitseg.volumes.kits import CLINICAL, find_labels, read_clinical
+from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import case_name, pair, shorten
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid
+from kitseg.volumes.tables import CLINICAL, read_clinical
 
 PROTOCOL = "kits19"
 

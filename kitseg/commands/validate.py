@@ -25,8 +25,9 @@ from kitseg.scoring.protocols import PROTOCOLS
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
 from kitseg.volumes import blocks
-from kitseg.volumes.kits import CLINICAL, labelled_cases, read_clinical
+from kitseg.volumes.kits import labelled_cases
 from kitseg.volumes.nifti import read_image
+from kitseg.volumes.tables import CLINICAL, read_clinical
 
 LABELS = "predictions"
 MACHINE = ("device", "deterministic", "engine")  # what a manifest states about the machine, beside versions

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.volumes import nifti
-from kitseg.volumes.kits import CLINICAL, IMAGE, LABEL, read_clinical
+from kitseg.volumes.kits import IMAGE, LABEL
 from kitseg.volumes.names import case_name
+from kitseg.volumes.tables import CLINICAL, read_clinical
 
 CASES, LABELLED_CASES = 300, 210
 GIVE_UP = 3  # failed cases in a row, after which the network is assumed to be down

@@ -1,15 +1,9 @@
-"""Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz``, flat folders, and nnU-Net's.
-
-Beside the cases, ``patients.csv`` (columns case and patient) may state which of them show the same patient, and
-``kits.json`` holds the challenge's clinical data.
-"""
+"""Which files belong to which case: the KiTS layout ``case_00210/imaging.nii.gz``, flat folders, and nnU-Net's."""
 
 from __future__ import annotations
 
-import csv
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +12,11 @@ from typing import Any
 from kitseg.errors import InputError, UsageError, printable
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
-from kitseg.volumes.names import pair, shorten
+from kitseg.volumes.names import clean_name, pair, shorten
+from kitseg.volumes.tables import PATIENTS, read_patients
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
 IMAGES, LABELS = "imagesTr", "labelsTr"  # nnU-Net's
-PATIENTS, CLINICAL = "patients.csv", "kits.json"
 SUFFIXES = (".nii.gz", ".nii")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
@@ -46,15 +40,7 @@ class CopyOrigin:
     dice_after: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Clinical:
-    case_id: str
-    tumor_histologic_subtype: str | None = None
-    surgical_procedure: str | None = None
-
-
 ORIGIN, COPY_ORIGIN = "origin.json", FileFormat(CopyOrigin, 1, "Make the copy again with `kitseg augment`.")
-_CLINICAL = FileFormat(list[_Clinical], None, "Take it from the KiTS19 repository.")
 
 
 def scan_id(path: Path) -> str:
@@ -63,13 +49,13 @@ def scan_id(path: Path) -> str:
     Control characters and bytes that are not UTF-8 are escaped, so that the name can be written and shown anywhere;
     accents are composed (NFC), so that names from macOS and from Linux are equal.
     """
-    return _name(path.absolute().parent.name) if path.name in _forms(IMAGE) else _stem(path)
+    return clean_name(path.absolute().parent.name) if path.name in _forms(IMAGE) else _stem(path)
 
 
 def case_of(folder: Path) -> Case:
     """A KiTS case folder as a case; its image may be missing."""
     label = _found(folder, LABEL) or (None if _is_missing(folder / LABEL) else folder / LABEL)
-    return Case(_name(folder.absolute().name), _found(folder, IMAGE) or folder / IMAGE, label)
+    return Case(clean_name(folder.absolute().name), _found(folder, IMAGE) or folder / IMAGE, label)
 
 
 def list_cases(data: Path) -> list[Case]:
@@ -124,42 +110,6 @@ def left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None = N
         where = "; --masks names their folder" if masks is None else ""
         lines.append(f"{len(unlabelled)} of {len(cases)} scans have no label map: {shorten(unlabelled)}{where}")
     return lines
-
-
-def read_patients(path: Path) -> dict[str, str]:
-    """Each case's patient from a table with the columns ``case`` and ``patient``; empty where there is no file.
-
-    Columns are separated by commas, semicolons or tabs, and their names may have capitals.
-
-    Raises:
-        InputError: unreadable, other columns, or a case with two patients.
-    """
-    if not path.exists():
-        return {}
-    try:
-        first, *lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
-        mark = max(",;\t", key=first.count)
-        columns = [column.strip().casefold() for column in next(csv.reader([first], delimiter=mark), [])]
-        table = [dict(zip(columns, row, strict=False)) for row in csv.reader(lines, delimiter=mark) if any(row)]
-        rows = [(_name(row["case"].strip()), row["patient"].strip()) for row in table]
-    except UnicodeDecodeError as error:
-        raise InputError(path, "is not UTF-8 text", "Save it as CSV in UTF-8.") from error
-    except (OSError, KeyError, csv.Error) as error:
-        raise InputError(path, "is not a table of cases", "It needs the columns case and patient.") from error
-    if odd := sorted({case for case, patient in rows if not patient or (case, patient) not in dict(rows).items()}):
-        raise InputError(path, f"gives no patient, or two, to {', '.join(odd)}", "Fix the file.")
-    return dict(rows)
-
-
-def read_clinical(path: Path) -> dict[str, dict[str, str]]:
-    """Each case's histology and surgery from ``kits.json``, if there is one. Raises InputError: not a list of cases."""
-    if not path.exists():
-        return {}
-    names = {"histology": "tumor_histologic_subtype", "surgery": "surgical_procedure"}
-    return {
-        row.case_id: {name: group for name, field in names.items() if (group := getattr(row, field))}
-        for row in _CLINICAL.read(path)
-    }
 
 
 def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[Case]:
@@ -244,7 +194,7 @@ def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
 
 
 def _label_id(path: Path) -> str:
-    return _name(path.absolute().parent.name) if path.name in _forms(LABEL) else _stem(path)
+    return clean_name(path.absolute().parent.name) if path.name in _forms(LABEL) else _stem(path)
 
 
 def _is_missing(path: Path) -> bool:
@@ -258,12 +208,8 @@ def _is_missing(path: Path) -> bool:
 
 def _stem(path: Path) -> str:
     """A file's name as an id; in nnU-Net's folders of scans without the number of the channel."""
-    name = _name(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
+    name = clean_name(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
     return name.removesuffix("_0000") if re.fullmatch("images(Tr|Ts)", path.absolute().parent.name) else name
-
-
-def _name(text: str) -> str:
-    return printable(unicodedata.normalize("NFC", text))
 
 
 def _forms(name: str) -> tuple[str, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
-from kitseg.errors import UsageError
+from kitseg.errors import UsageError, printable
 
 
 def case_number(name: str) -> int | None:
@@ -17,6 +18,11 @@ def case_number(name: str) -> int | None:
 def case_name(number: int) -> str:
     """The id of a KiTS case, such as ``case_00210``."""
     return f"case_{number:05d}"
+
+
+def clean_name(text: str) -> str:
+    """A name that can be written and shown anywhere, with composed accents (NFC), so that macOS's equal Linux's."""
+    return printable(unicodedata.normalize("NFC", text))
 
 
 def pair(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
