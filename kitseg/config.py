@@ -23,28 +23,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kitseg import trust
 from kitseg.errors import InputError, UsageError
-from kitseg.method import (
-    OPTIONAL,
-    Method,
-    Rounds,
-    Source,
-    StageSpec,
-    head_of,
-    method_of,
-    needed,
-    parse_source,
-    stage_outputs,
-)
+from kitseg.method import OPTIONAL, Method, Source, StageSpec, method_of
 from kitseg.method_files import BUILT_IN, MethodFile, find_method, method_files
 from kitseg.parts import check_arguments
 
 __all__ = [
-    "Config", "Method", "Rounds", "Source", "StageSpec", "build", "compose", "differences", "head_of",
-    "method_of", "needed", "parse_source", "read", "stage_outputs", "summaries",
+    "Config", "Method", "Source", "StageSpec", "build", "compose", "differences", "method_of", "read", "summaries",
 ]  # fmt: skip
 
 Config = dict[str, Any]
-LARGEST = 1_000_000  # bytes of a configuration; kitseg's own have five thousand
 EACH_STAGE = "stages.*."
 CHOSEN = "kitseg_chosen"  # the name that Hydra knows the chosen method and size by
 RENAMED = {"at_once": "micro_batch_size", "inner_folds": "nested_folds"}
@@ -120,9 +107,7 @@ def read(path: Path) -> Config:
         InputError: missing, damaged, with values that aren't plain, or with parts that kitseg must not build.
     """
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path.stat().st_size} bytes are too many")
-        config = trust.parse(path.read_text(encoding="utf-8"))
+        config = trust.read(path)
     except (OSError, ValueError) as error:
         raise InputError(path, f"can't be read ({error})", "Train again, or restore the file.") from error
     if not isinstance(config, dict):

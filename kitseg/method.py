@@ -10,11 +10,13 @@ from msgspec import Meta, ValidationError, convert
 
 from kitseg import trust
 from kitseg.errors import UsageError
+from kitseg.parts import check_stage, check_steps
 from kitseg.types import Grid
 
 PARTS = ("intensity", "region", "sampler", "module", "link", "augmentation")
 # Keys of a stage that may be null.
 OPTIONAL = ("inputs", "guide", "link", "augmentation", "micro_batch_size", "nested_epochs", "stop_after", "rounds")
+MOST_STAGES = 8
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -85,6 +87,9 @@ def method_of(config: Mapping[str, Any]) -> Method:
         UsageError: a key is missing or has a value that can't be used.
     """
     try:
+        if odd := [key for key in ("chain", "outputs") if not 1 <= len(config[key]) <= MOST_STAGES]:
+            raise ValueError(f"{odd[0]} has no entries or more than {MOST_STAGES}")
+        check_steps(config["postprocess"])
         stages = {trust.name(name): _stage(name, config["stages"][name]) for name in config["chain"]}
         for stage in stages.values():
             _check_guide(stage, stages)
@@ -105,11 +110,7 @@ def needed(stages: Mapping[str, StageSpec], name: str) -> list[str]:
 
 
 def parse_source(text: str, stages: Mapping[str, StageSpec]) -> Source:
-    """``stage[.head].channel`` as a source.
-
-    Raises:
-        UsageError: an unknown stage, head or channel.
-    """
+    """``stage[.head].channel`` as a source. Raises UsageError: an unknown stage, head or channel."""
     stage, *rest = text.split(".")
     spec = _known(stages, stage, "stage")
     if len(rest) not in (1, 2):
@@ -120,8 +121,8 @@ def parse_source(text: str, stages: Mapping[str, StageSpec]) -> Source:
     return Source(stage, head, channel)
 
 
-def head_of(text: str, stages: Mapping[str, StageSpec]) -> tuple[StageSpec, str]:
-    """``stage[.head]`` as a stage and a head; a stage alone means its last head.
+def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
+    """All channels of ``stage[.head]``; a stage alone means its last head.
 
     Raises:
         UsageError: an unknown stage or head.
@@ -129,13 +130,7 @@ def head_of(text: str, stages: Mapping[str, StageSpec]) -> tuple[StageSpec, str]
     stage, _, head = text.partition(".")
     spec = _known(stages, stage, "stage")
     _known(spec.heads, head or spec.heads[-1], f"head of {stage}")
-    return spec, head or spec.heads[-1]
-
-
-def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
-    """All channels of ``stage[.head]``; see ``head_of``."""
-    spec, head = head_of(text, stages)
-    return {channel: Source(spec.name, head, channel) for channel in spec.channels}
+    return {channel: Source(stage, head or spec.heads[-1], channel) for channel in spec.channels}
 
 
 def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
@@ -156,7 +151,10 @@ def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
         if isinstance(config[key], Mapping) and (odd := config[key].keys() - {field.name for field in fields(kind)}):
             raise UsageError(f"stages.{name}.{key} has no key {', '.join(map(str, odd))}")
     try:
+        check_stage(config)
         return convert(filled, StageSpec)
+    except UsageError as error:
+        raise UsageError(f"stages.{name}: {error}") from error
     except ValidationError as error:
         problem, _, key = str(error).partition(" - at `$")
         raise UsageError(f"stages.{name}{key.rstrip('`')}: {problem}") from error

@@ -28,27 +28,55 @@ from kitseg.errors import InputError, UsageError
 
 PARTS = re.compile(
     r"kitseg\.((nets|losses|links|stages|postprocess)\.[a-z]\w*|patches\.(samplers|elastic)|inference\.windows)\.[A-Z]\w*"
-    r"|torch\.(nn|optim|optim\.lr_scheduler)\.[A-Z]\w*"
+    r"|torch\.nn\.(?!\w*(RNN|LSTM|GRU|Transformer))[A-Z]\w*"  # these repeat their layers as often as a number says
+    r"|torch\.optim\.(lr_scheduler\.)?[A-Z]\w*"
     r"|torchio\.Random[A-Z]\w*",
     re.ASCII,
 )
 APPROVED = "KITSEG_APPROVED"  # hashes and targets of parts, or EVERYTHING; child processes inherit it
 EVERYTHING = "*"
+LARGEST, MOST, DEEPEST = 50_000, 2_000, 30  # bytes, values and levels of a configuration; kitseg's have 5,000, 500, 6
+TOO_MANY, LONGEST = f"holds too many values, or more than {DEEPEST} levels of them", 4_000  # characters of a value
 _folders: list[str] = []  # of the user's own Python code
 
 
-def parse(text: str) -> Any:
-    """The plain values of a YAML text.
+def read(path: Path, scale: int = 1) -> Any:
+    """The plain values of a YAML file from anybody, which is refused before it takes long to read.
+
+    scale: how many times as large as a configuration it may be.
 
     Raises:
-        ValueError: not YAML, or with tags or aliases, by which a small text can become objects or a huge value.
+        OSError: it can't be read. ValueError: not YAML, larger than any configuration, or with tags or aliases, by
+            which a small text can become objects or a huge value.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    with path.open("rb") as file:
+        data = file.read(scale * LARGEST + 1)
+    if len(data) > scale * LARGEST:
+        raise ValueError(f"it has more than {scale * LARGEST} bytes")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it holds an alias")
-        return yaml.safe_load(text)
+        loader = _Bounded(data.decode())
+        loader.left = scale * MOST
+        return loader.get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+class _Bounded(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    left = depth = 0  # values that it may still hold, levels above the current one
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it holds an alias")
+        self.left, self.depth = self.left - 1, self.depth + 1
+        if self.left < 0 or self.depth > DEEPEST:
+            raise ValueError(f"it {TOO_MANY}")
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST:
+            raise ValueError(f"it holds a value of {len(node.value)} characters")
+        self.depth -= 1
+        return node
 
 
 def dump(content: Any) -> str:
@@ -75,14 +103,14 @@ def check_file(path: Path, content: Any) -> None:
 
 
 def check(spec: Any) -> None:
-    """Make sure that no text asks for an interpolation, and that every part may be built here.
+    """Make sure that the values are plain ones, few, and no interpolations, and that every part may be built here.
 
     Raises:
-        UsageError: an interpolation, or a part that must not be built.
+        UsageError: another value, or a part that must not be built.
     """
     _check_plain(spec)
-    for part in _foreign(spec):
-        if not (_is_approved(_digest(part)) or _is_recorded(part)):
+    for part in foreign(spec):
+        if not (is_approved(_digest(part)) or _is_recorded(part)):
             raise _untrusted(str(part["_target_"]))
     approve(spec)
 
@@ -93,10 +121,10 @@ def check_before_build(spec: Any) -> None:
     Raises:
         UsageError: a function, something that the module merely imports, or nothing at all.
     """
-    _check_plain(spec)
-    for target in _targets(spec):
+    _check_texts(spec)
+    for target in targets(spec):
         if not PARTS.fullmatch(target):
-            if not _is_approved(target):
+            if not is_approved(target):
                 raise _untrusted(target)
             continue
         module, _, name = target.rpartition(".")
@@ -111,7 +139,7 @@ def check_before_build(spec: Any) -> None:
 def approve(spec: Any) -> None:
     """Let this process and its children build the parts of a configuration that the user composed."""
     known = os.environ.get(APPROVED, "").split()
-    new = [entry for part in _foreign(spec) for entry in (_digest(part), *_targets(part))]
+    new = [entry for part in foreign(spec) for entry in (_digest(part), *targets(part))]
     if new:
         os.environ[APPROVED] = " ".join(dict.fromkeys([*known, *filter(re.compile(r"[\w.]+").fullmatch, new)]))
 
@@ -133,7 +161,7 @@ def record(spec: Any) -> str | None:
         In one line, why it could not be recorded; None where it was, or there are only parts of kitseg.
     """
     try:
-        for part in _foreign(spec):
+        for part in foreign(spec):
             path = _records() / _digest(part)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
@@ -181,7 +209,8 @@ def _records() -> Path:
     return base / "kitseg" / "trusted"
 
 
-def _is_approved(entry: str) -> bool:
+def is_approved(entry: str) -> bool:
+    """Whether this user approved of the hash of a part or of its target; EVERYTHING: of any."""
     approved = os.environ.get(APPROVED, "").split()
     return entry in approved or EVERYTHING in approved
 
@@ -202,30 +231,49 @@ def _digest(part: Mapping[str, Any]) -> str:
     return hashlib.sha256(dump(dict(part)).encode()).hexdigest()
 
 
-def _foreign(spec: Any) -> list[Mapping[str, Any]]:
+def foreign(spec: Any) -> list[Mapping[str, Any]]:
     """The outermost parts that are not on the list of ``PARTS``."""
     if isinstance(spec, Mapping) and "_target_" in spec and not PARTS.fullmatch(str(spec["_target_"])):
         return [spec]
-    below = spec.values() if isinstance(spec, Mapping) else spec if isinstance(spec, list | tuple) else ()
-    return [part for value in below for part in _foreign(value)]
+    return [part for value in _below(spec) for part in foreign(value)]
 
 
 def _check_plain(spec: Any) -> None:
-    for text in _everything_in(spec):
+    parts, count = [spec], 0
+    for _ in range(DEEPEST):
+        for part in parts:
+            if part is not None and not isinstance(part, str | int | float | Mapping | list | tuple):
+                raise UsageError(f"the configuration holds a {type(part).__name__}, which is not a plain value")
+            if isinstance(part, int | float) and not abs(part) < 2**63:  # NaN neither
+                raise UsageError("the configuration holds a number that is too large or not finite")
+        parts = [value for part in parts for value in _below(part)]
+        if not parts or (count := count + len(parts)) > MOST:
+            break
+    if parts:
+        raise UsageError(f"the configuration {TOO_MANY}")
+    _check_texts(spec)
+
+
+def _check_texts(spec: Any) -> None:
+    for text in everything_in(spec):
         if isinstance(text, str) and "${" in text:
-            raise UsageError(f"the configuration holds {text!r}, which is not a plain value")
+            raise UsageError(f"the configuration holds {text!r:.80}, which is not a plain value")
 
 
-def _targets(spec: Any) -> list[str]:
-    return [str(part["_target_"]) for part in _everything_in(spec) if isinstance(part, Mapping) and "_target_" in part]
+def targets(spec: Any) -> list[str]:
+    """The targets of a part and of all parts below it."""
+    return [str(part["_target_"]) for part in everything_in(spec) if isinstance(part, Mapping) and "_target_" in part]
 
 
-def _everything_in(spec: Any) -> Iterator[Any]:
-    """A value, and all keys and values below it."""
-    todo = [spec]
-    while todo:
-        yield (part := todo.pop())
-        if isinstance(part, Mapping):
-            todo += [*part.values(), *part]
-        elif isinstance(part, list | tuple):
-            todo += part
+def everything_in(spec: Any) -> Iterator[Any]:
+    """A value, and all keys and values below it, outermost first."""
+    parts = [spec]
+    while parts:
+        yield from parts
+        parts = [value for part in parts for value in _below(part)]
+
+
+def _below(spec: Any) -> list[Any]:
+    if isinstance(spec, Mapping):
+        return [*spec, *spec.values()]
+    return list(spec) if isinstance(spec, list | tuple) else []

@@ -66,8 +66,8 @@ class Grid:
     back: str = "linear"
 
     def __post_init__(self) -> None:
-        if any(value is not None and value <= 0 for value in (self.slices, self.inplane, self.pixels)):
-            raise ValueError("a grid's slices, inplane and pixels must be positive")
+        if any(value is not None and not 0.2 <= value <= 2048 for value in (self.slices, self.inplane, self.pixels)):
+            raise ValueError("a grid's slices, inplane and pixels must be positive: from 0.2 to 2048")
         if self.inplane is not None and self.pixels is not None:
             raise ValueError("a grid takes inplane or pixels, not both")
         if not {self.image, self.back} <= {"linear", "nearest"}:

@@ -21,11 +21,11 @@ from kitseg import config
 from kitseg.components import bounding_box
 from kitseg.config import Method
 from kitseg.ensemble import to_masks
-from kitseg.inference.chain import Output, to_scan
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.links.crop import paste
 from kitseg.links.regions import Region, RegionContext
-from kitseg.postprocess.prior import Prior
+from kitseg.models.chain import Output, to_scan
+from kitseg.postprocess import Prior
 from kitseg.scoring.kits19 import kits19_scores, mean_scores
 from kitseg.types import Box, Masks, Volume
 from kitseg.volumes.nifti import read_labels

@@ -15,11 +15,11 @@ from torch import Tensor
 from kitseg import config
 from kitseg.config import Source, StageSpec
 from kitseg.errors import UsageError
-from kitseg.inference.chain import EMPTY, Output, run_chain, run_on_grid, to_scan
 from kitseg.links.guides import GuidedByForeground, Link, SliceGate
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.links.regions import Region, Square
+from kitseg.models.chain import EMPTY, Output, run_chain, run_on_grid, to_scan
 from kitseg.types import Box, Geometry, Triple, Volume
 
 SOFTMAX = ("background", "kidney", "tumor")

@@ -9,16 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_runs import untrained
 from torch import nn
 
-from kitseg import config, trust
 from kitseg.errors import UsageError
-from kitseg.inference.memory import activation_bytes
-from kitseg.models.memory import PROGRAM, Need, check_limit, estimate_need, parse_size, slab_within
+from kitseg.models.memory import PROGRAM, Need, activation_bytes, check_limit, estimate_need, parse_size, slab_within
 from kitseg.models.model import open_model
-from kitseg.models.run_folder import SCHEMA, Run
-from kitseg.runtime.files import file_digest, write_json, write_text
-from kitseg.stages.model import build_model
 from kitseg.types import Box, Geometry, Probabilities
 
 
@@ -44,15 +40,7 @@ def test_weights_are_not_activations() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [
-        ("6GB", 6e9),
-        ("6 gb", 6e9),
-        ("5.5GiB", 5.5 * 2**30),
-        ("800MB", 8e8),
-        ("800000kb", 8e8),
-        ("6000000000", 6e9),
-        ("6000000000 B", 6e9),
-    ],
+    [("6GB", 6e9), ("6 gb", 6e9), ("5.5GiB", 5.5 * 2**30), ("800000kb", 8e8), ("6000000000", 6e9), ("6000 B", 6e3)],
 )
 def test_sizes(text: str, size: float) -> None:
     assert parse_size(text) == size
@@ -71,19 +59,6 @@ def test_a_need_beyond_the_limit_is_refused() -> None:
         check_limit(need, 6_000_000_000, "case_00000", "raise it")
 
 
-def untrained(folder: Path) -> Path:
-    """A run of dual-unet whose training didn't change a weight."""
-    settings = config.compose("dual-unet", "tiny")
-    write_text(folder / "config.yaml", trust.dump(settings))
-    for name, spec in config.method_of(settings).stages.items():
-        stage = Run(folder).stage(0, name)
-        stage.best.mkdir(parents=True)
-        torch.save({"state_dict": build_model(spec).state_dict()}, stage.best / "0.ckpt")
-        rows = [{"file": "best/0.ckpt", "sha256": file_digest(stage.best / "0.ckpt")}]
-        write_json(stage.done, SCHEMA, {"checkpoints": rows, "threshold": None})
-    return folder
-
-
 def test_more_slices_need_more_and_so_do_more_members(tmp_path: Path) -> None:
     model = open_model(untrained(tmp_path), "cpu", engine="torch")
     few, many = (estimate_need([model], lattice(slices)) for slices in (100, 200))
@@ -91,10 +66,8 @@ def test_more_slices_need_more_and_so_do_more_members(tmp_path: Path) -> None:
     # two outputs in float32 on 96 × 96 pixels, one of them half as high; on the scan HU in int16, two channels in
     # float16, masks and labels in 5 bytes
     assert many.total - few.total == 100 * 96 * 96 * 6 + voxels * (2 + 4 + 5)
-    assert (
-        estimate_need([replace(model, stages={0: model.stages[0], 1: model.stages[0]})], lattice(100)).total - few.total
-        == voxels * 12
-    )
+    two = replace(model, stages={0: model.stages[0], 1: model.stages[0]})
+    assert estimate_need([two], lattice(100)).total - few.total == voxels * 12
 
 
 def test_slabs_of_a_mean_within_a_limit() -> None:

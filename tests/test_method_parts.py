@@ -16,9 +16,10 @@ from method_runs import history, labels_of, quick_run, read, run_of, stage_folde
 from scipy import ndimage
 
 from kitseg import config
-from kitseg.inference.chain import Output, run_chain, run_on_grid
-from kitseg.models.model import open_model, open_stage
+from kitseg.models.chain import Output, run_chain, run_on_grid
+from kitseg.models.model import open_model
 from kitseg.models.run_folder import StageFolder
+from kitseg.models.stage import open_stage
 from kitseg.stages.base import Stage
 from kitseg.types import Box
 from kitseg.volumes.blocks import read_block, write_block

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kitseg import config
 from kitseg.config import StageSpec
-from kitseg.models.model import build_input_transform
+from kitseg.models.stage import build_input_transform
 from kitseg.nets.vnet import FusedVNet, InputStage, ThinConv, VNet
 from kitseg.stages.model import build_model
 from kitseg.types import Geometry, Triple

@@ -17,7 +17,7 @@ from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.windows import Slices
 from kitseg.models.engines import Engine, OpenVino, Torch, has_openvino
-from kitseg.models.model import build_input_transform, choose_engine, open_stage
+from kitseg.models.stage import build_input_transform, choose_engine, open_stage
 from kitseg.models.weights import Checkpoint
 from kitseg.stages.model import StageModel, build_model
 
@@ -151,7 +151,7 @@ def test_engines_that_are_not_there(name: str, device: str, precision: str, prob
 
 
 def test_missing_openvino_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kitseg.models.model.has_openvino", lambda: False)
+    monkeypatch.setattr("kitseg.models.stage.has_openvino", lambda: False)
     spec = spec_of("dual-unet", "kidneys")
     with pytest.raises(UsageError, match="pip install"):
         choose_engine("openvino", CPU, "auto", spec)

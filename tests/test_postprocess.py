@@ -15,12 +15,12 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from kitseg.components import Components
+from kitseg.postprocess import Prior
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.holes import FillHoles
 from kitseg.postprocess.intensity import RemoveLowHuTumors
 from kitseg.postprocess.kidneys import KeepKidneys
 from kitseg.postprocess.overlap import KeepTumorInKidney
-from kitseg.postprocess.prior import Prior
 from kitseg.postprocess.shape import KeepTumorShape, eigenvalue_ratios
 from kitseg.types import Box, Masks
 

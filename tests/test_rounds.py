@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from kitseg import config
-from kitseg.config import Rounds, StageSpec
 from kitseg.errors import InputError
+from kitseg.method import Rounds, StageSpec
 from kitseg.models.run_folder import SCHEMA, StageFolder
 from kitseg.patches.subjects import StageInput
 from kitseg.runtime.files import write_json

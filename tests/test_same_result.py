@@ -18,7 +18,7 @@ from kitseg.commands import infer
 from kitseg.commands.infer import Inference, manifest_of
 from kitseg.commands.validate import plan_validation, predict_folds
 from kitseg.errors import InputError, UsageError
-from kitseg.models import model as models
+from kitseg.models import stage as models
 from kitseg.models import weights
 from kitseg.models.bundles.export import export
 from kitseg.models.members import origin

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from kitseg import config
-from kitseg.config import Rounds, StageSpec
 from kitseg.inference.windows import DepthWindow
 from kitseg.labels import TUMOR
 from kitseg.links.guides import GuidedByForeground, SliceGate
 from kitseg.links.intensity import ClipScale, ZScore
 from kitseg.links.regions import FixedAroundForeground
 from kitseg.losses.cross_entropy import CrossEntropy
+from kitseg.method import Rounds, StageSpec
 from kitseg.stages.tumor_unet import TumorUNet
 from kitseg.types import Grid
 

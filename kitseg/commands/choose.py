@@ -162,9 +162,9 @@ def check_choice_output(path: Path) -> None:
 
 
 def write_choice(path: Path, search: Search) -> None:
-    """Write the best recipe as an ensemble file, with all recipes that were tried."""
+    """Write the best recipe as an ensemble file, with the thousand best that were tried."""
     best, tried = ranked(search)[0], []
-    for recipe in ranked(search):
+    for recipe in ranked(search)[:1000]:
         runs, steps = describe_recipe(search, recipe)
         tried.append({"runs": runs, "postprocess": steps, **_rounded(search.tried[recipe])})
     members = [search.members[i].member for i in best.members]

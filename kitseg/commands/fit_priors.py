@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from kitseg.components import Components, bounding_box
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import BACKGROUND, to_kits19
+from kitseg.postprocess import Prior
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.intensity import RemoveLowHuTumors
 from kitseg.postprocess.kidneys import KeepKidneys
 from kitseg.postprocess.overlap import KeepTumorInKidney
-from kitseg.postprocess.prior import Prior
 from kitseg.postprocess.shape import MIN_VOXELS, KeepTumorShape, eigenvalue_ratios
 from kitseg.runtime.files import write_json
 from kitseg.runtime.outcomes import in_parallel

@@ -50,6 +50,10 @@ class SlidingWindow:
     size: Sequence[int]
     overlap: float
 
+    def __post_init__(self) -> None:
+        if not (len(self.size) == 3 and all(1 <= n <= 1024 for n in self.size) and 0 <= self.overlap <= 0.9):
+            raise ValueError("a window has 3 sizes of 1 to 1024 voxels, and an overlap of 0 to 0.9")
+
     def __call__(self, predict: Predict, region: Tensor) -> Tensor:
         """The region's probabilities, on the CPU; a region smaller than a window gets edge padding."""
         shape = region.shape[1:]
@@ -92,6 +96,10 @@ class DepthWindow:
     size: int
     step: int
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.step <= self.size <= 1024:
+            raise ValueError("a window has 1 to 1024 slices, and a step of 1 to as many")
+
     def __call__(self, predict: Predict, region: Tensor) -> Tensor:
         """The region's probabilities, on the CPU."""
         depth = region.shape[1]
@@ -117,6 +125,10 @@ class Slices:
     """Slice by slice, ``batch`` of them at a time."""
 
     batch: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= 1024:
+            raise ValueError("a batch has 1 to 1024 slices")
 
     def __call__(self, predict: Predict, region: Tensor) -> Tensor:
         """The region's probabilities, on the CPU."""

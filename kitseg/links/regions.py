@@ -86,6 +86,10 @@ class Square:
     rows: Sequence[float] = (0.0, 1.0)
     slices: int = 0
 
+    def __post_init__(self) -> None:
+        if not (1 <= self.pixels <= 2048 and 0 <= self.rows[0] < self.rows[1] <= 1):
+            raise ValueError("a square has 1 to 2048 pixels, and rows from 0 to 1")
+
     def __call__(self, known: RegionContext) -> Box:
         """The box on the stage's grid; the guide is not used."""
         (depth, height, width), (_, rows, columns) = known.grid.shape, self.shape(known.grid)
@@ -110,6 +114,10 @@ class FixedAroundForeground:
     """
 
     size: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not (min(self.size) > 0 and math.prod(self.size) <= 2**27):
+            raise ValueError("a box has at least one voxel on each axis, and at most 2**27 in all")
 
     def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid; None if the guide has no foreground."""

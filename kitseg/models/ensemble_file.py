@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import ValidationError, convert
+
 from kitseg import ensemble, trust
-from kitseg.errors import InputError
+from kitseg.errors import InputError, UsageError
+from kitseg.parts import check_steps
 from kitseg.runtime.files import write_text
+from kitseg.runtime.provenance import decode
 
 SCHEMA = 1
+MOST, SCALE = 32, 20  # members; see ``trust.read``, for all that was tried before it was chosen
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,13 @@ class Member:
     run: Path
     weight: float = 1.0
     mirror: bool = False
+
+
+@dataclass(frozen=True)
+class _EnsembleFile:
+    schema: int
+    members: list[Member]
+    postprocess: dict[str, Any] | None
 
 
 def write_ensemble(
@@ -46,42 +58,24 @@ def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
         InputError: unreadable, of another schema, or not what ``write_ensemble`` writes.
     """
     try:
-        content = trust.parse(path.read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
-        trust.check_file(path, content["postprocess"])
-        return parse_members(content, path.parent)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f" ({' '.join(str(error).split())})" if isinstance(error, OSError | ValueError) else ""
+        content = convert(trust.read(path, SCALE), _EnsembleFile, dec_hook=decode)
+        if content.schema != SCHEMA:
+            raise ValueError(f"schema {content.schema}, this version reads {SCHEMA}")
+        trust.check_file(path, content.postprocess)
+        return checked_members(content.members, path.parent, content.postprocess or {}), content.postprocess or {}
+    except (OSError, ValueError, UsageError, ValidationError) as error:
         remedy = "Write it with `kitseg choose`, or give a run's folder."
-        raise InputError(path, f"is not an ensemble file{reason}", remedy) from error
+        raise InputError(path, f"is not an ensemble file ({' '.join(str(error).split())})", remedy) from error
 
 
-def parse_members(content: Mapping[str, Any], folder: Path) -> tuple[list[Member], Mapping[str, Any]]:
-    """The members, whose runs lie below or beside a folder, and the post-processing.
+def checked_members(rows: Sequence[Member], folder: Path, steps: Any) -> list[Member]:
+    """The members, whose runs lie below or beside a folder, with post-processing that is quickly built.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: they aren't described well.
+        ValueError: weights that can't be used, or too many members. UsageError: see ``parts.check_steps``.
     """
-    members = [
-        Member(folder / row["run"], float(row.get("weight", 1)), _yes_or_no(row.get("mirror", False)))
-        for row in content["members"]
-    ]
-    steps = dict(content["postprocess"] or {})
+    if len(rows) > MOST or not ensemble.can_weigh([row.weight for row in rows]):
+        raise ValueError(f"it needs members, at most {MOST}, with weights that aren't negative")
     trust.check(steps)
-    if odd := [name for name, step in steps.items() if not _is_prior(step)]:
-        raise ValueError(f"postprocess: {', '.join(odd)} is not a prior of kitseg.postprocess")
-    if not ensemble.can_weigh([member.weight for member in members]):
-        raise ValueError("it needs members, with weights that aren't negative")
-    return members, steps
-
-
-def _yes_or_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"mirror must be true or false, not {value!r}")
-    return value
-
-
-def _is_prior(step: Any) -> bool:
-    target = str(step.get("_target_")) if isinstance(step, dict) else ""
-    return target.startswith("kitseg.postprocess.") or (target != "" and not trust.PARTS.fullmatch(target))
+    check_steps(steps)
+    return [replace(row, run=folder / row.run) for row in rows]

@@ -15,18 +15,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
-from kitseg.inference.chain import run_chain, to_scan
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.quality import Quality, TrainingDomain, assess
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import SUFFIX, Bundle, bundle_of, open_bundle
+from kitseg.models.chain import run_chain, to_scan
 from kitseg.models.ensemble_file import Member, read_ensemble
-from kitseg.models.model import Model, open_model
+from kitseg.models.model import Model, open_model, run_digest
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import Run
 from kitseg.models.training_domain import merge_domains
-from kitseg.postprocess.prior import Prior
+from kitseg.postprocess import Prior
 from kitseg.types import Probabilities, Volume
 from kitseg.volumes.arrays import Image, scan_from, to_nibabel
 from kitseg.volumes.nifti import turn_to_native
@@ -212,8 +212,10 @@ def describe_model(model: Model) -> str:
     mirrored = "; each scan also mirrored" if model.mirror else ""
     folds = ", ".join(map(str, model.folds))
     where = f"{model.device} with {computed_with(model)}"
-    bundle = bundle_of(model.run)
-    name, licenses = (str(bundle), f"; {bundle.licensed}") if bundle else (str(model.run.path), "")
+    name, licenses = str(model.run.path), ""
+    if bundle := bundle_of(model.run):
+        stated = ", ".join(f"{kind} {text}" for kind, text in bundle.manifest.licenses.items())
+        name, licenses = str(bundle), f"; licenses: {stated}"
     return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{licenses}"
 
 
@@ -242,16 +244,18 @@ def choose_run(runs: Path) -> Run:
 
 def origin(model: Model) -> dict[str, Any]:
     """The model of a result, and where it ran: all that two equal results must have in common."""
-    bundle, info = bundle_of(model.run), model.run.read_info()
+    info, source = model.run.read_info(), dict[str, Any](path=str(model.run.path))
+    if bundle := bundle_of(model.run):
+        stated = bundle.manifest
+        source = {"path": f"{stated.name}{SUFFIX}", "bundle": {"sha256": bundle.sha256, "licenses": stated.licenses}}
     return {
-        "path": f"{bundle.name}{SUFFIX}" if bundle else str(model.run.path),
-        **({"bundle": bundle.facts()} if bundle else {}),
+        **source,
         "folds": model.folds,
         "mirror": model.mirror,
         "device": model.device.type,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "engine": computed_with(model),
-        "sha256": model.digest(),
+        "sha256": run_digest(model.run, model.folds, model.chain),
         "phantom": info.phantom,
         "trained_with": info.kitseg,
     }

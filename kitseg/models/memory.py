@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kitseg.ensemble import SLAB
 from kitseg.errors import UsageError
-from kitseg.inference.memory import activation_bytes
 from kitseg.models.engines import OpenVino, Torch
-from kitseg.models.model import Model, TrainedStage
+from kitseg.models.model import Model
+from kitseg.models.stage import TrainedStage
 from kitseg.stages.model import build_model
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes.resample import grid_geometry
@@ -41,11 +46,7 @@ class Need:
 
 
 def check_memory(limit: int | None, models: Sequence[Model], scan: Geometry, case: str) -> None:
-    """Refuse a scan that may need more main memory than ``limit`` bytes.
-
-    Raises:
-        UsageError: it may.
-    """
+    """Refuse a scan that may need more main memory than ``limit`` bytes. Raises UsageError: it may."""
     if limit is not None:
         remedy = "raise it, cut the scan, or take a smaller model (a network needs less with --precision bf16, too)"
         check_limit(estimate_need(models, scan), limit, case, remedy)
@@ -79,11 +80,7 @@ def estimate_need(models: Sequence[Model], scan: Geometry) -> Need:
 
 
 def check_limit(need: Need, limit: int, what: str, remedy: str) -> None:
-    """Refuse what needs more than ``limit`` bytes.
-
-    Raises:
-        UsageError: it does.
-    """
+    """Refuse what needs more than ``limit`` bytes. Raises UsageError: it does."""
     if need.total > limit:
         raise UsageError(f"{what} may need {need}, more than --max-memory {limit / 1e9:.2f} GB; {remedy}")
 
@@ -149,3 +146,40 @@ def _channels(stage: TrainedStage) -> int:
 
 def _voxels(shape: Triple) -> int:
     return int(np.prod(shape))
+
+
+def activation_bytes(predict: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> int:
+    """The peak memory in bytes of a network on the meta device for a float32 input of ``shape``."""
+    with torch.inference_mode(), _Watch() as watch:
+        predict(torch.empty(shape, device="meta"))
+    return int(watch.peak)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tracks the memory of live tensors; ``peak`` is the maximum in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return found
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

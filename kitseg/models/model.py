@@ -3,71 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kitseg import config, ensemble
-from kitseg.config import Method, Source, StageSpec
-from kitseg.errors import InputError, UsageError
-from kitseg.inference.chain import run_chain, to_scan
-from kitseg.inference.windows import Slices, Window
-from kitseg.links.input_transform import InputTransform
-from kitseg.links.regions import Region
-from kitseg.models.engines import Engine, OpenVino, Torch, has_openvino
-from kitseg.models.run_folder import Run, StageFolder, find_run
-from kitseg.models.weights import Checkpoint, allocate, sound_checkpoints
+from kitseg.config import Method, Source
+from kitseg.errors import InputError
+from kitseg.method import needed, stage_outputs
+from kitseg.models.chain import run_chain, to_scan
+from kitseg.models.engines import OpenVino
+from kitseg.models.run_folder import Run, find_run
+from kitseg.models.stage import TrainedStage, choose_engine, open_stage
+from kitseg.models.weights import sound_checkpoints
 from kitseg.runtime.device import torch_device
-from kitseg.stages.model import StageModel, build_model, build_window
 from kitseg.types import Probabilities, Volume
-
-ENGINES = ("auto", "torch", "openvino")
-PRECISIONS = {"auto": None, "f32": None, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TrainedStage:
-    """One stage with its parts, each built once, and the checkpoints that are averaged."""
-
-    spec: StageSpec
-    model: StageModel
-    window: Window
-    input_transform: InputTransform
-    region: Region
-    engine: Engine
-    mirror: bool = False
-    checkpoints: tuple[Path, ...] = ()
-    threshold: float | None = None
-
-    def trained_in(self, folder: StageFolder) -> TrainedStage:
-        """The same stage with the checkpoints and the threshold of a finished training.
-
-        Raises:
-            InputError: it is not finished, or damaged.
-        """
-        paths = tuple(path for path, _ in folder.checkpoints())
-        return replace(self, checkpoints=paths, threshold=folder.threshold())
-
-    @torch.inference_mode()
-    def predict(self, image: Tensor, head: str) -> Tensor:
-        """The mean over the checkpoints, and over left and right, of (K, D, H, W) probabilities for a region."""
-        total: Tensor | None = None
-        for path in self.checkpoints:
-            predict = self.engine(Checkpoint(path, self.model), self.spec.heads.index(head))
-            values = self.window(predict, image)
-            if self.mirror:
-                values.add_(self.window(predict, image.flip(-1)).flip(-1)).div_(2)
-            if not math.isfinite(float(values.sum())):
-                raise InputError(path, "predicts NaN or infinity", "Train again, or use --device cpu.")
-            total = values if total is None else total.add_(values)
-        if total is None:
-            raise ValueError("a trained stage has at least one checkpoint")
-        return total.div_(len(self.checkpoints))
 
 
 @dataclass(frozen=True)
@@ -105,10 +58,6 @@ class Model:
         for stages in self.stages.values():
             mean.add(to_scan(run_chain(scan, stages, self.heads), self.outputs, scan))
         return mean.result()
-
-    def digest(self) -> str:
-        """A hash of the configuration and of every checkpoint in use."""
-        return run_digest(self.run, self.folds, self.chain)
 
 
 def run_digest(run: Run, folds: Iterable[int], stages: Iterable[str]) -> str:
@@ -149,8 +98,8 @@ def open_model(
     """
     run, fold = find_run(path)
     method = config.method_of(config.read(run.config))
-    outputs = method.outputs if output is None else config.stage_outputs(output, method.stages)
-    chain = list(method.stages) if output is None else config.needed(method.stages, output.partition(".")[0])
+    outputs = method.outputs if output is None else stage_outputs(output, method.stages)
+    chain = list(method.stages) if output is None else needed(method.stages, output.partition(".")[0])
     folds = [fold] if fold is not None else run.folds(chain[-1])
     if not folds:
         raise InputError(path, f"has no finished {chain[-1]} stage", "Call `kitseg train` again: it resumes.")
@@ -160,59 +109,16 @@ def open_model(
     engines = {name: choose_engine(engine, where, precision, method.stages[name]) for name in chain}
     if isinstance(shared := engines[chain[0]], OpenVino):  # one compiled network at a time is in memory
         engines = dict.fromkeys(chain, shared)
-    opened = {name: open_stage(method.stages[name], where, engines[name], mirror) for name in chain}
+    opened = {
+        name: open_stage(method.stages[name], where, engines[name], mirror, _smallest(run, folds, name))
+        for name in chain
+    }
     stages = {
         number: {name: stage.trained_in(run.stage(number, name)) for name, stage in opened.items()} for number in folds
     }
     return Model(run, method, where, stages, outputs, mirror)
 
 
-def open_stage(
-    spec: StageSpec, device: torch.device, engine: Engine | None = None, mirror: bool = False
-) -> TrainedStage:
-    """A stage's parts for prediction, its network on a device; ``TrainedStage.trained_in`` adds the checkpoints.
-
-    engine: PyTorch with the training's precision where it is None.
-    """
-    with torch.device("meta"):
-        model = build_model(spec)
-    allocate(model.eval().requires_grad_(False), device)
-    window = build_window(spec)
-    if device.type == "cpu" and isinstance(window, Slices):
-        window = Slices(batch=1)  # as fast as many slices at once, with less memory
-    engine = engine or Torch(_training_precision(device, spec))
-    return TrainedStage(
-        spec, model, window, build_input_transform(spec), config.build(spec.parts["region"]), engine, mirror
-    )
-
-
-def choose_engine(name: str, device: torch.device, precision: str, spec: StageSpec) -> Engine:
-    """What runs a stage's network, by its name and that of a precision.
-
-    Raises:
-        UsageError: an unknown name, or OpenVINO where it can't be used.
-    """
-    if name not in ENGINES:
-        raise UsageError(f"unknown engine '{name}'; choose from {', '.join(ENGINES)}")
-    if precision not in PRECISIONS:
-        raise UsageError(f"unknown precision '{precision}'; choose from {', '.join(PRECISIONS)}")
-    kind = _training_precision(device, spec) if precision == "auto" else PRECISIONS[precision]
-    if name == "openvino" and device.type != "cpu":
-        raise UsageError("OpenVINO computes on the CPU here; add --device cpu")
-    if name == "openvino" and not has_openvino():
-        raise UsageError("OpenVINO isn't installed; pip install openvino adds it")
-    if name != "torch" and device.type == "cpu" and has_openvino():
-        return OpenVino(kind or torch.float32)
-    return Torch(kind)
-
-
-def build_input_transform(spec: StageSpec) -> InputTransform:
-    """How the input of a stage's network is made."""
-    link = spec.parts["link"]
-    return InputTransform(config.build(spec.parts["intensity"]), None if link is None else config.build(link))
-
-
-def _training_precision(device: torch.device, spec: StageSpec) -> torch.dtype | None:
-    """The kind of numbers that a stage was trained with on a GPU; None, float32, on a CPU."""
-    kinds = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
-    return kinds.get(spec.precision) if device.type == "cuda" else None
+def _smallest(run: Run, folds: Sequence[int], stage: str) -> int:
+    """The bytes of the smallest checkpoint of a stage."""
+    return min(path.stat().st_size for fold in folds for path, _ in run.stage(fold, stage).checkpoints())

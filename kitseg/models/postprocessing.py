@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kitseg import config, ensemble
 from kitseg.components import bounding_box
 from kitseg.errors import UsageError
-from kitseg.postprocess.prior import Prior
+from kitseg.parts import check_steps
+from kitseg.postprocess import Prior
 from kitseg.types import Probabilities, Volume
 
 EVERY_PRIOR = "all"
@@ -23,8 +24,7 @@ def build_steps(specs: Mapping[str, Any], without: Sequence[str] = ()) -> list[P
     Raises:
         UsageError: an unknown prior, or priors without names.
     """
-    if not isinstance(specs, Mapping):
-        raise UsageError(f"postprocess is {specs!r}; it must name each prior, such as kidneys: {{_target_: ...}}")
+    check_steps(specs)
     if unknown := [name for name in without if name not in {*specs, EVERY_PRIOR}]:
         there = ", ".join([*specs, EVERY_PRIOR])
         raise UsageError(f"--without {' '.join(unknown)}: unknown prior; choose from {there}")

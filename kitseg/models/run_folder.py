@@ -11,7 +11,7 @@ maps of all folds, ``scores.json``); ``validation-mirror/`` with test-time augme
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kitseg.errors import InputError, UsageError
@@ -19,6 +19,7 @@ from kitseg.measurement.quality import TrainingDomain
 from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
+LARGEST = 1 << 22  # bytes of a JSON file that a model is opened from
 _REMEDY = "Restore it, or train again with --restart."
 
 
@@ -26,13 +27,15 @@ _REMEDY = "Restore it, or train again with --restart."
 class RunInfo:
     """``run.json``: the version that trained, whether phantoms are among the cases, the cases, the training domain.
 
-    A bundle's has no cases; ``experience`` is None where no case shows a kidney.
+    A bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file,
+    the folds whose networks learned from it; empty in runs of earlier versions.
     """
 
     kitseg: str
     phantom: bool
     cases: tuple[str, ...] = ()
     experience: TrainingDomain | None = None
+    learned: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class StageInputFile:
     val: dict[str, StageInputRow]
 
 
-RUN_INFO, TRAINED_STATE = FileFormat(RunInfo, SCHEMA, _REMEDY), FileFormat(TrainedState, SCHEMA, _REMEDY)
+RUN_INFO = FileFormat(RunInfo, SCHEMA, _REMEDY, largest=LARGEST)
+TRAINED_STATE = FileFormat(TrainedState, SCHEMA, _REMEDY, largest=LARGEST)
 STAGE_INPUTS = FileFormat(StageInputFile, SCHEMA, _REMEDY)
 
 
@@ -147,11 +151,7 @@ class Run:
         )  # fmt: skip
 
     def read_info(self) -> RunInfo:
-        """The facts of its training.
-
-        Raises:
-            InputError: missing or damaged.
-        """
+        """The facts of its training. Raises InputError: missing or damaged."""
         return RUN_INFO.read(self.info)
 
     def stage(self, fold: int, stage: str) -> StageFolder:
@@ -185,11 +185,7 @@ def _validation(mirror: bool) -> str:
 
 
 def find_run(path: Path) -> tuple[Run, int | None]:
-    """A run by its folder, or one of its folds by the fold's folder.
-
-    Raises:
-        UsageError: neither.
-    """
+    """A run by its folder, or one of its folds by the fold's folder. Raises UsageError: neither."""
     if (path / "config.yaml").exists():
         return Run(path), None
     name = path.name.removeprefix("fold_")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,11 +14,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kitseg.errors import InputError, fault
-from kitseg.models.run_folder import StageFolder
+from kitseg.models.bundles.archive import SAFE, BoundedReads
+from kitseg.models.run_folder import LARGEST, StageFolder
 from kitseg.runtime.files import file_digest
 from kitseg.stages.model import StageModel
 
-SAFE = ".safetensors"
+KINDS, LARGEST_HEAD = {torch.float32: "F32", torch.int64: "I64"}, 1 << 20  # of a safetensors file; bytes
 _REMEDY = "Restore it, or train again with --restart."
 
 
@@ -91,6 +93,7 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         if path.suffix == SAFE:
             return load_file(path, device=str(device))
+        _check_size(path)
         state = torch.load(path, map_location=device, weights_only=True, mmap=True)["state_dict"]
     except UnpicklingError as error:
         problem = "holds more than weights or is damaged; nothing in it was run"
@@ -101,7 +104,19 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise InputError(path, f"can't be loaded ({_reason(error)})", _REMEDY) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(path, "doesn't hold weights", _REMEDY)
+    if sum(value.nbytes for value in state.values()) > path.stat().st_size:
+        raise InputError(path, "claims more values than it has", _REMEDY)  # by strides of 0
     return {name.removeprefix("model."): value for name, value in state.items() if not name.startswith("loss.")}
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a checkpoint that claims more than it has, or much besides tensors, before any of it is read."""
+    if not is_zipfile(path):  # as PyTorch wrote them before 1.6
+        return
+    with BoundedReads(path) as file, ZipFile(file) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    if sum(sizes.values()) > path.stat().st_size or any(sizes[name] > LARGEST for name in sizes if ".pkl" in name):
+        raise ValueError("it claims more than it has")
 
 
 def as_safetensors(path: Path) -> bytes:
@@ -114,17 +129,24 @@ def as_safetensors(path: Path) -> bytes:
     return save({name: value.contiguous() for name, value in state.items()})
 
 
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes that the head of a safetensors file states, which no value is read for.
+def check_fit(model: StageModel, path: Path) -> None:
+    """Make sure that a safetensors file holds a network's weights, by its head, which no value is read for.
 
     Raises:
-        InputError: a damaged head, or one that doesn't fit the file's length.
+        InputError: other names, shapes or data types, a damaged head, or one that doesn't fit the file's length.
     """
+    expected = {name: (KINDS.get(value.dtype), list(value.shape)) for name, value in model.state_dict().items()}
     try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > LARGEST_HEAD:
+                raise ValueError("its head is too large")
+        with safe_open(path, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(path, f"doesn't hold weights ({_reason(error)})", _REMEDY) from error
+    if found != expected:
+        raise InputError(path, "doesn't hold the weights of its network", _REMEDY)
 
 
 def _reason(error: Exception) -> str:

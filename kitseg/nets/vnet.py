@@ -125,6 +125,8 @@ class VNet(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if not all(0 <= convs <= 16 for convs in (*down, *up)):
+            raise ValueError("a stage of a V-Net has at most 16 convolutions")
         drops = (0.0, 0.0, dropout, dropout)
         widths_up = (16 * width, 8 * width, 4 * width, 2 * width)
         inputs_up = (16 * width, *widths_up[:3])

@@ -33,24 +33,33 @@ class FileFormat(Generic[T]):
     """A JSON file format.
 
     kind: a type whose fields are checked (a dataclass, a TypedDict), while other keys of the file are ignored; schema:
-    the number in its key ``schema``, None for files without one; remedy: what to do about a file that can't be used.
+    the number in its key ``schema``, None for files without one; remedy: what to do about a file that can't be used;
+    largest: bytes.
     """
 
     kind: type[T]
     schema: int | None
     remedy: str = AGAIN
+    largest: int = LIMIT
 
     def read(self, path: Path) -> T:
         """Read a file; InputError if it is missing, damaged, of another schema, or a field is of another type."""
         try:
-            if check_regular(path) > LIMIT:
-                raise ValueError(f"larger than {LIMIT >> 20} MiB")
-            data = path.read_bytes()
-            if self.schema is not None and (found := msgspec.json.decode(data, type=_Header).schema) != self.schema:
-                raise ValueError(f"schema {found}, this version of kitseg reads {self.schema}")
-            return msgspec.json.decode(data, type=self.kind, dec_hook=_matrix)
+            if check_regular(path) > self.largest:
+                raise ValueError(f"larger than {self.largest >> 20} MiB")
+            return self.decode(path.read_bytes())
         except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             raise unreadable(path, error, self.remedy) from error
+
+    def decode(self, data: bytes) -> T:
+        """The content of a file.
+
+        Raises:
+            ValueError, RecursionError, msgspec.MsgspecError: damaged, of another schema, or a field of another type.
+        """
+        if self.schema is not None and (found := msgspec.json.decode(data, type=_Header).schema) != self.schema:
+            raise ValueError(f"schema {found}, this version of kitseg reads {self.schema}")
+        return msgspec.json.decode(data, type=self.kind, dec_hook=decode)
 
     def write(self, path: Path, content: T | Mapping[str, Any]) -> None:
         """Write a file: an instance of ``kind``, or what it holds as a mapping."""
@@ -134,8 +143,10 @@ def _agree(recorded: Any, wanted: Any) -> bool:
     return bool(recorded == wanted)
 
 
-def _matrix(kind: Any, value: Any) -> Any:
-    """An affine, the only array in kitseg's JSON files."""
+def decode(kind: Any, value: Any) -> Any:
+    """A path, or an affine, the only array in kitseg's files, from plain values."""
+    if kind is Path:
+        return Path(value)
     if (matrix := np.array(value, np.float64)).shape != (4, 4):
         raise ValueError("an affine has 4 x 4 numbers")
     return matrix

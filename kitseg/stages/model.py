@@ -14,10 +14,9 @@ from kitseg import config, trust
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.windows import Window
+from kitseg.parts import TRAINING
 from kitseg.scoring.kits19 import kits19_scores
 
-#: The keys of a stage's ``module`` that only training needs; ``window`` serves both, and the others make the model.
-TRAINING = ("loss", "weights", "optimizer", "scheduler")
 #: The classes that each reported score is about.
 SCORED = {"kidney": {"kidney", "foreground"}, "tumor": {"tumor"}}
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
-from kitseg.models.model import build_input_transform
+from kitseg.models.stage import build_input_transform
 from kitseg.patches.datamodule import batch_per_rank
 from kitseg.runtime.device import Machine
 from kitseg.stages.model import StageModel, build_model

@@ -18,11 +18,10 @@ from torch import Tensor
 from kitseg import config
 from kitseg.config import Method, StageSpec
 from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault
-from kitseg.inference.chain import Predictor
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
-from kitseg.models.model import build_input_transform, open_stage
 from kitseg.models.run_folder import TRAINED_STATE, BestCheckpoint, StageFolder, TrainedState
+from kitseg.models.stage import TrainedStage, build_input_transform, open_stage
 from kitseg.patches.datamodule import Feed, StageData
 from kitseg.runtime.device import Machine, torch_device
 from kitseg.runtime.files import file_digest
@@ -161,7 +160,7 @@ def _finish(training: Training, best: BestCheckpoints, device: torch.device, dat
     folder.previous.unlink(missing_ok=True)
 
 
-def _validation(predictor: Predictor, data: StageData) -> Iterator[tuple[Tensor, NDArray[np.uint8]]]:
+def _validation(predictor: TrainedStage, data: StageData) -> Iterator[tuple[Tensor, NDArray[np.uint8]]]:
     """Probabilities and labels of the validation cases, on the stage's region."""
     for number in range(len(data.cases)):
         case = data.cases[number]

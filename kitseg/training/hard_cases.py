@@ -10,10 +10,10 @@ import numpy as np
 
 from kitseg import config
 from kitseg.errors import UsageError
-from kitseg.inference.chain import run_on_grid
 from kitseg.method import Method, StageSpec
-from kitseg.models.model import open_stage
+from kitseg.models.chain import run_on_grid
 from kitseg.models.run_folder import find_run
+from kitseg.models.stage import open_stage
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import Machine, torch_device
 from kitseg.runtime.provenance import FileFormat

@@ -66,7 +66,7 @@ class Manifest(TypedDict):
 
 
 _BLOCK = FileFormat(_Block, SCHEMA, _AGAIN)
-_MANIFEST = FileFormat(Manifest, SCHEMA, _AGAIN)
+_MANIFEST = FileFormat(Manifest, SCHEMA, _AGAIN, largest=1 << 22)  # anybody may have written it
 
 
 def write_block(folder: Path, found: Probabilities, scan: Path, digest: str, made_from: Sequence[str] = ()) -> None:

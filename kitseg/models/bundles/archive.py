@@ -14,20 +14,48 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from kitseg.errors import InputError
+from msgspec import MsgspecError
+
+from kitseg.errors import InputError, UsageError
+from kitseg.models.ensemble_file import Member
+from kitseg.models.run_folder import LARGEST
 from kitseg.runtime.files import atomic_write, file_digest
+from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
-MANIFEST = "bundle.json"
-MOST_FILES = 10_000
-AT_ONCE = 1 << 24  # bytes read into memory: of the manifest, and of the zip's own table
+MANIFEST, SAFE = "bundle.json", ".safetensors"
+MOST_FILES = 2_000
+AT_ONCE = 1 << 20  # bytes read into memory: of the zip's own table, and of a file that is not weights
 _STAGE = r"fold_\d{1,3}/\w[\w-]{0,63}/(done\.json|best/\d{1,3}\.safetensors)"
 _NAME = re.compile(rf"runs/\d{{1,3}}/(config\.yaml|run\.json|{_STAGE})", re.ASCII)
-_WRONG = (BadZipFile, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError)
+_WRONG = (BadZipFile, EOFError, OSError, ValueError, KeyError, RecursionError, RuntimeError, MsgspecError, UsageError)
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """The size in bytes and the hash of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What kitseg reads of ``bundle.json``; it also states the members' stages and trainings."""
+
+    name: str
+    licenses: dict[str, str]
+    members: list[Member]
+    postprocess: dict[str, Any]
+    files: dict[str, FileRow]
+
+
+FORMAT = FileFormat(Manifest, SCHEMA, "Download or export it again.", largest=AT_ONCE)
 
 
 def write_archive(path: Path, facts: Mapping[str, Any], files: Iterable[tuple[str, bytes]]) -> None:
@@ -50,9 +78,10 @@ class Archive:
 
     def __init__(self, archive: ZipFile, size: int) -> None:
         _check_entries(archive.infolist(), size)
-        self._archive, self.manifest = archive, _read_manifest(archive)
+        self._archive, self.text = archive, archive.read(MANIFEST)
+        self.manifest = FORMAT.decode(self.text)
         found = {entry.filename: entry.file_size for entry in archive.infolist() if entry.filename != MANIFEST}
-        if found != {name: row["bytes"] for name, row in self.manifest["files"].items()}:
+        if found != {name: row.bytes for name, row in self.manifest.files.items()}:
             raise ValueError(f"its files are not those in {MANIFEST}")
 
     def unpack(self, to: Path) -> None:
@@ -61,11 +90,11 @@ class Archive:
         Raises:
             ValueError: a file whose hash is not the manifest's. KitsegError: ``to`` can't be written.
         """
-        for name, row in self.manifest["files"].items():
+        for name, row in self.manifest.files.items():
             with atomic_write(to / name) as partial:
                 with self._archive.open(name) as source, partial.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                if file_digest(partial) != row["sha256"]:
+                    shutil.copyfileobj(source, target, AT_ONCE)
+                if file_digest(partial) != row.sha256:
                     raise ValueError(f"{name} has another hash than {MANIFEST} states")
 
 
@@ -78,15 +107,16 @@ def open_archive(path: Path) -> Iterator[tuple[str, Archive]]:
     """
     try:
         digest = file_digest(path)
-        with _BoundedReads(path) as file, ZipFile(file) as archive:
+        with BoundedReads(path) as file, ZipFile(file) as archive:
             yield digest, Archive(archive, path.stat().st_size)
     except _WRONG as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error) or "it is cut short"
-        raise InputError(path, f"is not a valid model bundle ({reason})", "Download or export it again.") from error
+        reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        problem = f"is not a valid model bundle ({reason or 'it is cut short'})"
+        raise InputError(path, problem, "Download or export it again.") from error
 
 
-class _BoundedReads(io.FileIO):
-    """A file that returns at most 16 MiB per read, so that a zip's directory of a million files is never in memory."""
+class BoundedReads(io.FileIO):
+    """A file that returns at most 1 MiB per read, so that a zip's directory of a million files is never in memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Up to ``size`` bytes, never more than ``AT_ONCE``."""
@@ -116,13 +146,6 @@ def _check_entries(entries: list[ZipInfo], size: int) -> None:
             raise ValueError(f"{entry.filename} is compressed; bundles are not")
     if sum(entry.file_size for entry in entries) > size:
         raise ValueError("its entries claim more bytes than the file has")
-
-
-def _read_manifest(archive: ZipFile) -> dict[str, Any]:
-    if archive.getinfo(MANIFEST).file_size > AT_ONCE:
-        raise ValueError(f"its {MANIFEST} is too large")
-    manifest: dict[str, Any] = json.loads(archive.read(MANIFEST))
-    if (schema := manifest["schema"]) != SCHEMA:
-        remedy = "export it again" if isinstance(schema, int) and schema < SCHEMA else "update kitseg"
-        raise ValueError(f"it has schema {schema!r}, this version of kitseg reads {SCHEMA}: {remedy}")
-    return manifest
+    most = {entry: AT_ONCE if entry.filename == MANIFEST else LARGEST for entry in entries}
+    if large := [entry for entry in entries if entry.file_size > most[entry] and not entry.filename.endswith(SAFE)]:
+        raise ValueError(f"{large[0].filename} is too large")

@@ -6,11 +6,10 @@ unpacked into ``bundles/<sha256 of its file>``.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,14 @@ from typing import Any
 import torch
 
 from kitseg import config, trust
-from kitseg.config import StageSpec
-from kitseg.errors import InputError, KitsegError
-from kitseg.models.bundles.archive import MANIFEST, SCHEMA, open_archive
-from kitseg.models.ensemble_file import Member, parse_members
-from kitseg.models.model import open_stage
+from kitseg.errors import InputError
+from kitseg.models.bundles.archive import FORMAT, MANIFEST, Manifest, open_archive
+from kitseg.models.ensemble_file import MOST, Member, checked_members
 from kitseg.models.postprocessing import build_steps
-from kitseg.models.run_folder import Run, StageFolder
-from kitseg.models.weights import shapes
+from kitseg.models.run_folder import Run
+from kitseg.models.stage import open_stage
+from kitseg.models.weights import check_fit
 from kitseg.runtime.files import file_digest, write_text
-from kitseg.runtime.provenance import FileFormat
 
 SUFFIX = ".kitseg"
 LICENSED = ("code", "weights", "labels")
@@ -45,42 +42,25 @@ class Bundle:
         return self.path.name
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """The content of ``bundle.json``.
-
-        Raises:
-            InputError: damaged.
-        """
-        return FileFormat(dict[str, Any], SCHEMA).read(self.path / MANIFEST)
+    def manifest(self) -> Manifest:
+        """The content of ``bundle.json``. Raises InputError: damaged."""
+        return FORMAT.read(self.path / MANIFEST)
 
     def is_complete(self) -> bool:
         """Whether every file exists and has the manifest's hash."""
         try:
-            rows = self.manifest["files"].items()
-            return all(file_digest(self.path / name) == row["sha256"] for name, row in rows)
+            rows = self.manifest.files.items()
+            return all(file_digest(self.path / name) == row.sha256 for name, row in rows)
         except (InputError, OSError):
             return False
 
-    @property
-    def name(self) -> str:
-        """Its methods' names."""
-        return str(self.manifest["name"])
-
     def members(self) -> tuple[list[Member], Mapping[str, Any]]:
         """Its runs with their weights, and the post-processing of their mean."""
-        return parse_members(self.manifest, self.path)
-
-    def facts(self) -> dict[str, Any]:
-        """What a result records about the bundle that made it."""
-        return {"sha256": self.sha256, "licenses": self.manifest["licenses"]}
-
-    @property
-    def licensed(self) -> str:
-        """Its licenses as text."""
-        return "licenses: " + ", ".join(f"{kind} {self.manifest['licenses'][kind]}" for kind in LICENSED)
+        manifest = self.manifest
+        return checked_members(manifest.members, self.path, manifest.postprocess), manifest.postprocess
 
     def __str__(self) -> str:
-        return f"bundle {self.name} {self.sha256[:12]}"
+        return f"bundle {self.manifest.name} {self.sha256[:12]}"
 
 
 def cache_folder() -> Path:
@@ -117,52 +97,43 @@ def open_bundle(path: Path, sha256: str | None = None) -> Bundle:
             return bundle
         folder = cache_folder() / "bundles" / found
         try:
+            _check_manifest(archive.manifest, folder)
             archive.unpack(folder)
-            _check(folder, archive.manifest)
-            write_text(folder / MANIFEST, json.dumps(archive.manifest))  # last, so that it marks a complete folder
+            _check_runs([Run(folder / row.run) for row in archive.manifest.members])
+            write_text(folder / MANIFEST, archive.text.decode())  # last, so that it marks a complete folder
+        except InputError as error:
+            if folder not in error.path.parents:
+                raise
+            raise ValueError(f"{error.path.relative_to(folder)}: {error.problem}") from error
         finally:
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
         return Bundle(folder)
 
 
-def _check(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make sure that everything can be opened later.
-
-    Raises:
-        ValueError: what can't.
-    """
-    stated = [manifest["name"], *(manifest["licenses"][kind] for kind in LICENSED)]
+def _check_manifest(manifest: Manifest, folder: Path) -> None:
+    stated = [manifest.name, *(manifest.licenses[kind] for kind in LICENSED)]
     if odd := [text for text in stated if not trust.is_line(text)]:
-        raise ValueError(f"{odd[0]!r} is not a name or license of one line")
-    try:
-        _, steps = parse_members(manifest, folder)
-        build_steps(steps)
-        for row in manifest["members"]:
-            if not re.fullmatch(r"runs/\d{1,3}", row["run"]):
-                raise ValueError(f"{row['run']!r} is not a run in it")
-            _check_run(Run(folder / row["run"]))
-    except InputError as error:
-        raise ValueError(f"{error.path.relative_to(folder)}: {error.problem}") from error
-    except KitsegError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{odd[0]!r:.80} is not a name or license of one line")
+    if odd := [text for row in manifest.members if not re.fullmatch(r"runs/\d{1,3}", text := row.run.as_posix())]:
+        raise ValueError(f"{odd[0]!r:.80} is not a run in it")
+    checked_members(manifest.members, folder, manifest.postprocess)
+    build_steps(manifest.postprocess)
 
 
-def _check_run(run: Run) -> None:
-    method, info = config.method_of(config.read(run.config)), run.read_info()
-    if not re.fullmatch(r"[\w.+]{1,40}", info.kitseg):
-        raise ValueError("run.json does not state what it was trained with")
-    folds = run.folds(list(method.stages)[-1])
-    if not folds:
-        raise ValueError("a run in it has no trained fold")
-    for fold in folds:
+def _check_runs(runs: Sequence[Run]) -> None:
+    """Make sure that every run can be opened later; each stage's network is built once, without its weights."""
+    methods = [config.method_of(config.read(run.config)) for run in runs]
+    if sum(len(method.stages) for method in methods) > MOST:
+        raise ValueError(f"its runs have more than {MOST} stages")
+    for run, method in zip(runs, methods, strict=True):
+        if not re.fullmatch(r"[\w.+]{1,40}", run.read_info().kitseg):
+            raise ValueError("run.json does not state what it was trained with")
+        folds = run.folds(list(method.stages)[-1])
+        if not folds:
+            raise ValueError("a run in it has no trained fold")
         for name, spec in method.stages.items():
-            _check_stage(spec, run.stage(fold, name))
-
-
-def _check_stage(spec: StageSpec, folder: StageFolder) -> None:
-    stage = open_stage(spec, torch.device("meta")).trained_in(folder)
-    expected = {name: tuple(value.shape) for name, value in stage.model.state_dict().items()}
-    for path in stage.checkpoints:
-        if shapes(path) != expected:
-            raise ValueError(f"the weights of stage {spec.name} don't fit its network")
+            stage = open_stage(spec, torch.device("meta"))
+            for fold in folds:
+                for path in stage.trained_in(run.stage(fold, name)).checkpoints:
+                    check_fit(stage.model, path)

@@ -14,7 +14,7 @@ from side import say
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
-from kitseg.models.model import build_input_transform
+from kitseg.models.stage import build_input_transform
 from kitseg.patches.datamodule import Feed, StageCases, StageData
 from kitseg.patches.subjects import StageInput
 from kitseg.stages.base import Stage

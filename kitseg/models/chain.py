@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,41 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kitseg.components import bounding_box
-from kitseg.config import Source, StageSpec
+from kitseg.config import Source
 from kitseg.errors import UsageError
 from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
-from kitseg.links.input_transform import InputTransform
-from kitseg.links.regions import Region, RegionContext
+from kitseg.links.regions import RegionContext
+from kitseg.models.stage import TrainedStage
 from kitseg.types import Box, Geometry, Probabilities, Volume
 from kitseg.volumes.resample import box_on, from_grid
 from kitseg.volumes.store import image_on_grid, statistics
 
 EMPTY = Box((0, 0, 0), (0, 0, 0))
 NEGLIGIBLE = 0.01
-
-
-class Predictor(Protocol):
-    """A trained stage, averaged over its checkpoints."""
-
-    @property
-    def spec(self) -> StageSpec:
-        """The stage's specification."""
-
-    @property
-    def input_transform(self) -> InputTransform:
-        """Converts HU and an earlier stage's output to the network's input."""
-
-    @property
-    def threshold(self) -> float | None:
-        """The foreground threshold chosen in training, or None."""
-
-    @property
-    def region(self) -> Region:
-        """The region of its grid that it processes."""
-
-    def predict(self, image: Tensor, head: str) -> Tensor:
-        """(K, D, H, W) float32 probabilities of a region (C, D, H, W), on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +67,7 @@ class StageView:
     slices: NDArray[np.bool_]
     image: Tensor
 
-    def place(self, stage: Predictor, values: Tensor | None) -> Output:
+    def place(self, stage: TrainedStage, values: Tensor | None) -> Output:
         """Extend probabilities of the input (K, d, h, w) to the whole box; None if the network was not run."""
         channels, back = stage.spec.channels, stage.spec.grid.back
         if values is None:
@@ -99,7 +75,7 @@ class StageView:
         return Output(spread(values, self.slices, channels), self.box, self.grid, channels, stage.threshold, back)
 
 
-def view_of(stage: Predictor, hu: NDArray[np.int16], grid: Geometry, earlier: Mapping[str, Output]) -> StageView:
+def view_of(stage: TrainedStage, hu: NDArray[np.int16], grid: Geometry, earlier: Mapping[str, Output]) -> StageView:
     """The input of a stage for a scan on the stage's grid, (D, H, W) HU.
 
     earlier: the outputs of earlier stages, by name.
@@ -120,14 +96,14 @@ def view_of(stage: Predictor, hu: NDArray[np.int16], grid: Geometry, earlier: Ma
 
 
 def run_on_grid(
-    hu: NDArray[np.int16], grid: Geometry, stage: Predictor, head: str, earlier: Mapping[str, Output]
+    hu: NDArray[np.int16], grid: Geometry, stage: TrainedStage, head: str, earlier: Mapping[str, Output]
 ) -> Output:
     """The output of one head of a stage for a scan on the stage's grid, (D, H, W) HU; see ``view_of``."""
     view = view_of(stage, hu, grid, earlier)
     return view.place(stage, stage.predict(view.image, head) if view.slices.any() else None)
 
 
-def run_chain(scan: Volume, stages: Mapping[str, Predictor], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:
+def run_chain(scan: Volume, stages: Mapping[str, TrainedStage], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:
     """The outputs of the requested (stage, head) pairs, as ``stage.head``; earlier stages run if needed."""
     found: dict[str, Output] = {}
     on_grid = cache(lambda grid: image_on_grid(scan, grid))
