@@ -14,6 +14,7 @@ from kitseg.errors import InputError
 from kitseg.measurement.quality import TrainingDomain
 from kitseg.models.run_folder import Run
 from kitseg.models.training_domain import merge_domains, training_facts
+from kitseg.splits import Fold
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes.store import StoredCase
 
@@ -59,18 +60,20 @@ def test_a_single_member_agrees_with_nobody_and_two_empty_ones_wholly() -> None:
 def stored(name: str, spacing: tuple[float, float, float], kidney: float | None, aorta: float | None) -> StoredCase:
     image = np.zeros(LATTICE.shape, np.int16)
     none = np.empty((0, 4), np.int32), np.empty((0, 2), np.bool_)
-    return StoredCase(name, image, None, *none, (0.0, 1.0), LATTICE, False, spacing, kidney, aorta)
+    return StoredCase(name, image, None, *none, (0.0, 1.0), LATTICE, False, spacing, kidney, aorta, f"hash of {name}")
 
 
 def test_a_run_records_its_training_domain(tmp_path: Path) -> None:
     a, b = stored("a", (5, 0.5, 0.75), 150, None), stored("b", (1, 0.9, 0.9), 180, 210)
     cases = [a, b, stored("c", (3, 1, 1), None, 90)]
     expected = TrainingDomain((1, 5), (0.75, 1), (150, 180), (90, 210))
+    folds = [Fold(("a", "b"), ("c",)), Fold(("b",), ("a",))]
     run = Run(tmp_path)
-    run.info.write_text(json.dumps({"schema": 1, "kitseg": "0.1.0", **training_facts(iter(cases))}))
+    run.info.write_text(json.dumps({"schema": 1, "kitseg": "0.1.0", **training_facts(iter(cases), folds)}))
     assert run.read_info().experience == expected
     assert training_facts(cases[2:])["experience"] is None
     assert (run.read_info().cases, run.read_info().phantom) == (("a", "b", "c"), False)
+    assert run.read_info().learned == {"hash of a": (0,), "hash of b": (0, 1)}
     known = {"schema": 1, "kitseg": "0.1.0", "phantom": True}
     run.info.write_text(json.dumps(known))
     assert run.read_info().experience is None

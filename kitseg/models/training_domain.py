@@ -7,23 +7,30 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from kitseg.measurement.quality import TrainingDomain
+from kitseg.splits import Fold
 from kitseg.volumes.store import StoredCase
 
 
-def training_facts(cases: Iterable[StoredCase]) -> dict[str, Any]:
-    """What a run is trained on, as plain values: the cases, whether phantoms are among them, the training domain.
+def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> dict[str, Any]:
+    """What a run is trained on, as plain values: see ``RunInfo``.
 
     Cases may be opened one at a time, since each keeps files open. ``experience`` is None where no case shows a kidney.
     """
-    figures = [(case.id, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu) for case in cases]
-    ids, phantoms, spacings, kidneys, aortas = zip(*figures, strict=True)
+    figures = [(case.id, case.sha256, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu) for case in cases]
+    ids, hashes, phantoms, spacings, kidneys, aortas = zip(*figures, strict=True)
+    trained = {id_: [number for number, fold in enumerate(folds) if id_ in fold.train] for id_ in ids}
     seen = {
         "slice_mm": _range(slices for slices, _, _ in spacings),
         "pixel_mm": _range(max(rows, columns) for _, rows, columns in spacings),
         "kidney_hu": _range(kidneys),
         "aorta_hu": _range(aortas),
     }
-    return {"phantom": any(phantoms), "cases": list(ids), "experience": seen if seen["kidney_hu"] else None}
+    return {
+        "phantom": any(phantoms),
+        "cases": list(ids),
+        "experience": seen if seen["kidney_hu"] else None,
+        "learned": {sha256: trained[id_] for id_, sha256 in zip(ids, hashes, strict=True) if trained[id_]},
+    }
 
 
 def merge_domains(seen: Sequence[TrainingDomain | None]) -> TrainingDomain | None:

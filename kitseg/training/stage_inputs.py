@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from kitseg import __version__, config
-from kitseg.inference.chain import Output, Predictor, run_on_grid
 from kitseg.links.regions import RegionContext
-from kitseg.models.model import TrainedStage, build_input_transform, open_stage
+from kitseg.models.chain import Output, run_on_grid
 from kitseg.models.run_folder import RUN_INFO, STAGE_INPUTS, StageFolder, StageInputFile, StageInputRow
+from kitseg.models.stage import TrainedStage, build_input_transform, open_stage
 from kitseg.models.training_domain import training_facts
 from kitseg.patches.datamodule import StageCases
 from kitseg.patches.subjects import StageInput
@@ -36,7 +36,7 @@ def prepare(plan: Plan, unit: Unit) -> None:
         write_places(folder, inputs.find(part.train, "train"), inputs.find(part.val, "val"))
     if not plan.run.info.exists():
         cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
-        RUN_INFO.write(plan.run.info, {"kitseg": __version__, **training_facts(cases)})
+        RUN_INFO.write(plan.run.info, {"kitseg": __version__, **training_facts(cases, plan.split.folds)})
 
 
 def write_places(folder: StageFolder, train: Mapping[str, StageInput], val: Mapping[str, StageInput]) -> None:
@@ -96,7 +96,7 @@ class _Inputs:
                 step()
         return found
 
-    def _predictors(self, cases: Iterable[str], side: str) -> dict[str, Predictor]:
+    def _predictors(self, cases: Iterable[str], side: str) -> dict[str, TrainedStage]:
         """The trained earlier stage that wasn't trained on each case."""
         if self.earlier is None:
             return {}
@@ -106,7 +106,7 @@ class _Inputs:
         judges = [self.earlier.trained_in(outer.inner(number)) for number in range(len(self.plan.part.inner))]
         return {case: judges[number] for case, number in unseen_by(self.plan.part.inner, cases).items()}
 
-    def _output(self, case: str, predictor: Predictor) -> Output:
+    def _output(self, case: str, predictor: TrainedStage) -> Output:
         """The earlier stage's prediction of a case."""
         seen = open_stored(self.plan, predictor.spec, case)
         return run_on_grid(seen.image, seen.grid, predictor, predictor.spec.heads[-1], {})

@@ -37,7 +37,8 @@ class StoredCase:
 
     foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
     statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
-    kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown.
+    kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown;
+    sha256: of the scan's file.
     """
 
     id: str
@@ -51,6 +52,7 @@ class StoredCase:
     spacing: tuple[float, float, float]
     kidney_hu: float | None
     aorta_hu: float | None
+    sha256: str = ""
 
 
 def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
@@ -230,7 +232,8 @@ def _mapped(folder: Path, meta: _Meta) -> StoredCase:
     found = [(array.shape, array.dtype) for array in (image, label) if array is not None]
     if found != [(grid.shape, np.int16), (grid.shape, np.uint8)][: len(found)]:
         raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
-    seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu)
+    sha256 = meta.sources["image"].sha256 or ""
+    seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, sha256)
     return StoredCase(meta.case, image, label, foreground, slices, *seen)
 
 

@@ -13,12 +13,12 @@ from kitseg import __version__, config, trust
 from kitseg.config import Method
 from kitseg.errors import UsageError
 from kitseg.labels import CONVENTIONS
-from kitseg.models.bundles.archive import write_archive
+from kitseg.models.bundles.archive import SAFE, write_archive
 from kitseg.models.bundles.bundle import SUFFIX
 from kitseg.models.ensemble_file import Member
 from kitseg.models.members import members_of
 from kitseg.models.run_folder import SCHEMA, Run, StageFolder, find_run
-from kitseg.models.weights import SAFE, as_safetensors, sound_checkpoints
+from kitseg.models.weights import as_safetensors, sound_checkpoints
 from kitseg.runtime.files import file_digest
 from kitseg.splits import read_split
 
@@ -112,7 +112,9 @@ def _facts(part: ExportedMember) -> dict[str, Any]:
 
 def _files(part: ExportedMember) -> Files:
     yield f"{part.name}/config.yaml", part.run.config.read_bytes()
-    yield f"{part.name}/run.json", _json(asdict(replace(part.run.read_info(), cases=())))  # no case by its name
+    info = part.run.read_info()
+    learned = {sha256: tuple(n for n in folds if n in part.folds) for sha256, folds in info.learned.items()}
+    yield f"{part.name}/run.json", _json(asdict(replace(info, cases=(), learned=learned)))  # no case by its name
     for fold in part.folds:
         for stage in part.method.stages:
             yield from _stage_files(part.run.stage(fold, stage), f"{part.name}/fold_{fold}/{stage}")
