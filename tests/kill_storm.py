@@ -1,15 +1,12 @@
-"""A storm of SIGKILLs: each verb is killed at random moments and called again, and must end as if nothing had happened.
+"""A storm of SIGKILLs: a verb is killed at random moments and called again, and must end as if nothing had happened.
 
-    python tests/kill_storm.py --kills 20 --method two-phase --verbs preprocess train infer predict
-
-Makes phantoms, runs each verb once undisturbed and then in storms until that many kills have struck (the whole process
-group each time, at moments drawn from the undisturbed run's duration), and compares what both have left, byte by byte;
-of checkpoints the weights, of JSON all but times, paths and hashes (the files are compared themselves).
+It runs once undisturbed and then in storms until that many kills have struck (the whole process group each time, at
+moments drawn from the undisturbed run's duration); what both have left is compared byte by byte, of checkpoints the
+weights, of JSON all but times, paths and hashes (the files are compared themselves).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -19,56 +16,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from method_runs import smaller
 
-#: Trainings of two small stages with dropout, that save after every batch.
-TRAIN = (
-    "--size=tiny", "--epochs=4", "--save-every=0", "--jobs=1", "--device=cpu", "--set=stages.*.validate_every=2",
-    "--set=keep_best=2",
-)  # fmt: skip
-MORE = {
-    "two-phase": ("--set=size.inplane_factor=8", "--set=size.dropout=0.3", "--set=size.fine_samples=4"),
-    "progressive": ("--set=size.round_epochs=2",),
-}
 VOLATILE = {"seconds", "mtime", "sha256", "path"}
 PASSING = ("tensorboard", "curves.png")  # a log, and a picture that is drawn now and then
 TEMPORARY = (".partial*", ".kitseg*.lock", "previous.ckpt")
 
 
-@dataclass(frozen=True)
-class Storm:
-    """What came of one verb: kills that struck, calls, and what differs or was left behind."""
+def storm(
+    verb: str, command: tuple[str, ...], start: Path, work: Path, kills: int, draw: random.Random
+) -> tuple[int, list[str]]:
+    """Let one verb run undisturbed and in storms, each from a copy of ``start``; ``work/verb/whole`` is the former.
 
-    verb: str
-    kills: int
-    calls: int
-    seconds: float
-    wrong: tuple[str, ...]
-
-    def __str__(self) -> str:
-        state = "identical" if not self.wrong else "; ".join(self.wrong[:5])
-        return f"{self.verb}: {self.kills} kills in {self.calls} calls, {self.seconds:.0f} s undisturbed: {state}"
-
-
-def commands(method: str, options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The command line of each verb, and of ``train`` before those that need a run."""
-    run = f"runs/{method}-tiny"
-    only = tuple(option for option in options if not option.startswith(("--epochs", "--save-every", "--device")))
-    return {
-        "preprocess": ("preprocess", f"--method={method}", *only),
-        "train": ("train", f"--method={method}", *options),
-        "infer": ("infer", f"--run={run}", "--data=test", "--device=cpu", "--output=probabilities"),
-        "predict": ("predict", "test", f"--model={run}", "--device=cpu", "--output=predictions"),
-    }
-
-
-def storm(verb: str, command: tuple[str, ...], start: Path, work: Path, kills: int, draw: random.Random) -> Storm:
-    """Let one verb run undisturbed and in storms, each from a copy of ``start``; ``work/verb/whole`` is the former."""
+    Returns:
+        How many kills struck, and what differs or was left behind.
+    """
     whole = copy(start, work / verb / "whole")
     lasts, idle = timed(command, whole), timed(command, whole)
     struck = calls = 0
@@ -82,7 +47,7 @@ def storm(verb: str, command: tuple[str, ...], start: Path, work: Path, kills: i
             done = call(command, folder, moment)
             struck += not done
         wrong += [*differences(whole, folder), *(f"{path} is left" for path in leftovers(folder))]
-    return Storm(verb, struck, calls, lasts, tuple(wrong))
+    return struck, wrong
 
 
 def call(command: tuple[str, ...], folder: Path, moment: float | None) -> bool:
@@ -147,34 +112,3 @@ def steady(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: steady(value) for key, value in content.items() if key not in VOLATILE}
     return [steady(value) for value in content] if isinstance(content, list) else content
-
-
-def main() -> None:
-    """Storms over the verbs asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--method", default="two-phase")
-    parser.add_argument("--verbs", nargs="+", default=["preprocess", "train", "infer", "predict"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=Path("kill-storm"), help="A new folder; stays.")
-    given = parser.parse_args()
-    bare = given.work / "bare"
-    bare.mkdir(parents=True)
-    for name, cases in (("data", 6), ("test", 3)):
-        call(("phantom", name, f"--cases={cases}", f"--seed={cases}", "--matrix=64", "--jobs=1"), bare, None)
-    orders = commands(given.method, (*TRAIN, *smaller(given.method), *MORE.get(given.method, ())))
-    trained = bare
-    if {"infer", "predict"} & set(given.verbs):
-        trained = copy(bare, given.work / "trained")
-        call(orders["train"], trained, None)
-    failed = False
-    for verb in given.verbs:
-        start = bare if verb in ("preprocess", "train") else trained
-        found = storm(verb, orders[verb], start, given.work, given.kills, random.Random(f"{given.seed} {verb}"))
-        print(found, flush=True)
-        failed |= bool(found.wrong)
-    sys.exit(failed)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,14 +16,7 @@ from scipy import ndimage
 from kitseg.errors import KitsegError
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.patches.datamodule import (
-    Feed,
-    StageCases,
-    StageData,
-    WholeCases,
-    batch_per_rank,
-    steps_per_batch,
-)
+from kitseg.patches.datamodule import Feed, StageCases, StageData, WholeCases, batch_per_rank, steps_per_batch
 from kitseg.patches.elastic import ElasticSlices
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import ForegroundSampler, PaddedSampler, RegionSampler, SliceSampler, patch_of

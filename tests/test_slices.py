@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torchio as tio
 from hypothesis import settings
 from numpy.typing import NDArray
 
@@ -123,12 +122,6 @@ def test_no_others_where_every_slice_holds_it(folders: list[Path]) -> None:
     subject = subject_of(open_case(folders[0]), StageInput(box))
     assert SliceSampler("foreground", 0.5).count(subject) == 5
     assert SliceSampler(None, 0.5).count(subject) == 5
-
-
-def test_torchios_own_queue_draws_by_the_sampler(folders: list[Path]) -> None:
-    subjects = CaseSubjects({folders[0]: StageInput(Box((0, 0, 0), (10, 6, 8)))})
-    own = tio.Queue(subjects, 5, 5, SliceSampler("foreground"), shuffle_subjects=False)
-    assert sorted(int(own[index]["location"][0]) for index in range(5)) == [2, 3, 4, 5, 6]
 
 
 def test_what_a_slice_sampler_refuses() -> None:

@@ -29,11 +29,7 @@ class PatchQueue(tio.Queue):
     """
 
     def __init__(
-        self,
-        subjects: CaseSubjects,
-        sampler: PaddedSampler,
-        transform: Callable[[tio.Subject], tio.Subject],
-        seed: int,
+        self, subjects: CaseSubjects, sampler: PaddedSampler, transform: Callable[[tio.Subject], tio.Subject], seed: int
     ) -> None:
         super().__init__(subjects, 1, 1, sampler, shuffle_subjects=False, start_background=False)
         self.cases, self.where, self.transform, self.seed = subjects, sampler, transform, seed

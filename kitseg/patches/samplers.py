@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -46,11 +46,6 @@ class PaddedSampler(RandomSampler):
     def draw(self, subject: tio.Subject, number: int) -> Box:
         """The box on the subject's grid of the epoch's patch with this number."""
         raise NotImplementedError
-
-    def __call__(self, subject: tio.Subject, num_patches: int | None = None) -> Generator[tio.Subject, None, None]:
-        """TorchIO's sampler interface: yield ``num_patches`` patches, or those of an epoch if it is None."""
-        for number in range(self.count(subject) if num_patches is None else num_patches):
-            yield patch_of(subject, self.draw(subject, number))
 
 
 class ForegroundSampler(PaddedSampler):

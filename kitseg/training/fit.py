@@ -32,7 +32,10 @@ from kitseg.training.initial import start_from
 from kitseg.training.stage_inputs import read_places
 from kitseg.training.trainer import Settings, make_trainer, silence_lightning
 
-_LESS = "--set stages.STAGE.micro_batch_size=1 (fewer patches at a time, the same batch) or a smaller --size"
+_LESS = (
+    "--set stages.STAGE.micro_batch_size=1 (fewer patches at a time, the same batch), --set size.checkpointing=true "
+    "(two-phase; slower) or a smaller --size"
+)
 #: Remedies by the failure.
 SETTINGS = {
     MEMORY: f"Use fewer --workers, {_LESS}, then call again to resume",
