@@ -17,8 +17,8 @@ def test_a_picture_of_an_earlier_demo_is_replaced_and_never_written_into(phantom
         phantoms / "test" / "case_00000" / "segmentation.nii.gz"
     )
     report, kept = tmp_path / "report.png", tmp_path / "kept.png"
-    report.write_bytes(b"earlier")
+    report.write_bytes(b"Software\0kitseg")
     os.link(report, kept)
     demo.write_picture(tmp_path)
-    assert kept.read_bytes() == b"earlier"
+    assert kept.read_bytes() == b"Software\0kitseg"
     Image.open(report).load()

@@ -96,7 +96,7 @@ def test_a_file_that_is_damaged_or_gone_is_made_again(here: Path) -> None:
         labels.write(b"more")
     assert "unchanged" not in kitseg(here, *predict).text
     assert contents(here / "out") == whole
-    (here / "out" / "scan_0.json").write_text('{"versions": {"kitseg": "0"}}')
+    (here / "out" / "scan_0.json").write_text('{\n "schema": 3,\n "case": "scan_0",\n "volumes_ml": {}\n}')
     assert kitseg(here, *predict).text.count("unchanged") == 1
     assert contents(here / "out") == whole
 

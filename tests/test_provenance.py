@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import kitseg
-from kitseg.errors import InputError, UsageError
+from kitseg.errors import InputError
 from kitseg.runtime import provenance
-from kitseg.runtime.provenance import FileFormat, InputFile, refuse_overwrite
+from kitseg.runtime.provenance import FileFormat, InputFile
 from kitseg.types import Geometry
 
 
@@ -118,17 +118,6 @@ def test_outputs_are_current_while_nothing_changes(tmp_path: Path) -> None:
     assert not found(name="a")
     output.unlink()
     assert not found(name="a")
-
-
-def test_a_file_of_another_program_is_not_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    refuse_overwrite(path)
-    path.write_text('{"versions": {"kitseg": "0.1.0"}}')
-    refuse_overwrite(path)
-    for content in ("", "[1]", "{}", '{"versions": 3}', "[" * 100_000):
-        path.write_text(content)
-        with pytest.raises(UsageError, match="was not written by this command"):
-            refuse_overwrite(path)
 
 
 def test_no_two_public_classes_share_a_name() -> None:

@@ -226,7 +226,7 @@ def test_changed_labels_lose_their_flags(reported: Path, tmp_path: Path) -> None
         (["nowhere"], "there is no such folder"),
         (["predictions", "data", "--scores=predictions/case_00000.json"], "missing required field `schema`"),
         (["predictions", "elsewhere"], "holds no scan of"),
-        (["predictions", "-o", "taken"], "was not written by kitseg"),
+        (["predictions", "-o", "taken"], "is not a html file that kitseg wrote"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(reported: Path, arguments: list[str], words: str) -> None:

@@ -25,6 +25,7 @@ def export(
         str | None, typer.Option(metavar="LICENSE", help="License of the training labels. Default: that of KiTS19.")
     ] = None,
     trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Export a trained model as one file for sharing: weights, configuration and licenses, without names of cases.
 

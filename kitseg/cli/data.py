@@ -14,6 +14,7 @@ from kitseg.cli import options as opt
 from kitseg.cli.app import app, exit_if, preprocess_cases, show_left_out, take_share
 from kitseg.errors import UsageError
 from kitseg.runtime import console
+from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.scoring.strata import THICKNESSES
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def check(
     convention: opt.Convention = "kits19",
     jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Check each case: readable files, labels on the scan's grid, valid label values, scans in HU, one series."""
     from dataclasses import asdict
@@ -82,6 +84,7 @@ def check(
     from kitseg.volumes.check import check_case
     from kitseg.volumes.kits import list_cases, with_labels
 
+    refuse_overwrite(report, "check")
     cases = with_labels(list_cases(data), masks)
     with console.bar("check", len(cases)) as step:
         reports = in_parallel((delayed(check_case)(case, convention) for case in cases), jobs, lambda _: step())

@@ -14,6 +14,7 @@ from kitseg.cli import options as opt
 from kitseg.cli.app import COLOURS, app, exit_if
 from kitseg.cli.cases import gather
 from kitseg.runtime import console
+from kitseg.runtime.overwrite import refuse_overwrite
 
 if TYPE_CHECKING:
     from kitseg.commands.measure import Measured
@@ -35,6 +36,7 @@ def measure(
         Path | None, typer.Option("--csv", help="Write one row per kidney and lesion to this file.")
     ] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write all findings to this file.")] = None,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Measure kidneys and lesions: side, volume, diameters, size class, HU, exophytic share, contact surface.
 
@@ -43,6 +45,8 @@ def measure(
     from kitseg.commands import measure as steps
     from kitseg.runtime.resume import ResultCache
 
+    refuse_overwrite(report, "findings")
+    refuse_overwrite(table, "lesion table")
     tasks = steps.plan_measures(labels, ct)
     output, work = report or table, partial(steps.measure_case, convention=convention)
     cache = ResultCache.beside(output, steps.Measured, work) if output else None
@@ -63,6 +67,7 @@ def mesh(
     output: Annotated[Path, typer.Option("--output", "-o", help="The STL file.")] = Path("kidney.stl"),
     of: Annotated[str, typer.Option(help="kidney (both, with lesions), parenchyma, tumor or cyst.")] = "kidney",
     convention: opt.Convention = "kits19",
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Write the surface of a label map as an STL file, in mm in the patient's space (RAS+)."""
     from kitseg.commands.measure import write_mesh
@@ -83,6 +88,7 @@ def report(
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
     shard: opt.Shard = None,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Write HTML pages: one per case and one for the study, each a self-contained file that works offline."""
     from kitseg.commands import report as pages

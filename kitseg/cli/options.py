@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kitseg.errors import UsageError
+from kitseg.runtime.overwrite import overwriting
 from kitseg.trust import everything
 
 PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
@@ -46,6 +47,18 @@ Trust = Annotated[
         callback=_trust,
         help="Allow models with parts from outside kitseg: code of their authors will run.",
     ),
+]
+
+
+def _overwrite(context: typer.Context, given: bool) -> bool:
+    if given:
+        context.with_resource(overwriting())
+    return given
+
+
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", callback=_overwrite, help="Replace files in the way that kitseg did not write."),
 ]
 
 

@@ -46,6 +46,7 @@ def infer(
     deterministic: opt.Deterministic = False,
     max_memory: opt.MaxMemory = None,
     trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Predict class probabilities on each scan's own grid, averaged over the checkpoints of a run.
 
@@ -77,6 +78,7 @@ def ensemble(
     weights: Annotated[str | None, typer.Option(help="Weights of the folders, such as 2,1. Default: equal.")] = None,
     max_memory: opt.MaxMemory = None,
     trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Average folders of probabilities. The post-processing of the first folder is kept."""
     from kitseg.commands.infer import average
@@ -96,6 +98,7 @@ def postprocess(
         list[str], typer.Option(metavar="NAME", help="Leave out this post-processing step, or all; may be repeated.")
     ] = [],  # noqa: B006
     trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Convert probabilities to labels with the post-processing of the method."""
     from kitseg.commands.postprocess import postprocess as clean_folder
@@ -109,7 +112,9 @@ def predict(
     scans: Annotated[
         list[Path], typer.Argument(help="NIfTI files, case folders, or folders of NIfTI files or DICOM series.")
     ] = [Path("data")],  # noqa: B006
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for labels and pictures.")] = opt.PREDICTIONS,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for labels and pictures; of one scan also a .nii.gz file.")
+    ] = opt.PREDICTIONS,
     model: Annotated[
         list[str],
         typer.Option(
@@ -139,6 +144,7 @@ def predict(
         bool, typer.Option("--keep-identifiers", help="Include patient data in the DICOM output and series.csv.")
     ] = False,
     trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Segment kidneys and tumors in scans, on each scan's own grid, with lesions, quality flags and a picture.
 
@@ -149,14 +155,14 @@ def predict(
 
     Running it again resumes: cases that are done and unchanged are skipped.
     """
-    from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans
+    from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans, name_output
     from kitseg.models.members import choose_run, locate, open_ensemble
     from kitseg.models.memory import parse_size
     from kitseg.runtime.device import Machine, deterministically
 
     device, ranks = choose_ranks(gpus, processes, device)
     _ = Machine(device, ranks).accelerator  # before any process is started
-    found = choose_scans(scans, split, fold, series)
+    found, output = name_output(choose_scans(scans, split, fold, series), output)
     models = [locate(one) for one in model] or [choose_run(Path("runs")).path]
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision)
     opened = partial(deterministically, opened) if deterministic else opened

@@ -15,6 +15,7 @@ from kitseg.cli.cases import gather
 from kitseg.cli.score_tables import show_comparison, show_fit, show_scores
 from kitseg.errors import UsageError
 from kitseg.runtime import console
+from kitseg.runtime.overwrite import refuse_overwrite
 
 SHOWN = 15  # combinations in the table of `choose`
 
@@ -27,10 +28,12 @@ def fit_priors(
     convention: opt.Convention = "kits19",
     jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the range and every tumor to this file.")] = None,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Fit the shape prior to reference tumors and count the tumors that each post-processing prior would remove."""
     from kitseg.commands import fit_priors as priors
 
+    refuse_overwrite(report, "fit")
     maps = priors.training_labels(labels, split, fold)
     with console.bar("fit-priors", len(maps)) as step:
 
@@ -62,6 +65,7 @@ def evaluate(
     shard: opt.Shard = None,
     table: Annotated[Path | None, typer.Option("--csv", help="Write one row per case and class to this file.")] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Score label maps: official KiTS metrics, surface distances, volume errors and tumor detection.
 
@@ -72,6 +76,8 @@ def evaluate(
     from kitseg.commands.score_files import score_content, write_score_table, write_scores
     from kitseg.runtime.resume import ResultCache
 
+    refuse_overwrite(report, "scores")
+    refuse_overwrite(table, "score table")
     rules = scoring.rules(protocol, convention)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
     output, work = report or table, partial(scoring.score_case, rules=rules)
@@ -113,6 +119,7 @@ def choose(
     output: Annotated[Path, typer.Option("--output", "-o", help="The ensemble file.")] = Path("ensemble.yaml"),
     jobs: opt.Jobs = -1,
     trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Choose the ensemble of runs and the post-processing with the best out-of-fold Dice.
 
@@ -124,7 +131,7 @@ def choose(
 
     if output.suffix != ".yaml":
         raise UsageError(f"{output}: the ensemble file must be a .yaml file. Change --output")
-    steps.check_choice_output(output)
+    refuse_overwrite(output, "ensemble")
     search = steps.open_search(runs, labelled_cases(data, masks))
     for number, recipes in enumerate(steps.rounds(search), 1):
         with console.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:
@@ -151,11 +158,14 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plot and the numbers.")] = Path(
         "comparison"
     ),
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Compare two methods on the same cases: paired Dice differences with confidence intervals and tests."""
     from kitseg.commands import compare as pairs
     from kitseg.report.comparison import comparison_picture
 
+    refuse_overwrite(output / pairs.PICTURE, "png")
+    refuse_overwrite(output / pairs.FIGURES, "comparison")
     comparison = pairs.compare(a, b)
     for name, file in (("A", comparison.a), ("B", comparison.b)):
         console.print_line(escape(f"{name}: {file.path}, {len(file.cases)} cases"))
@@ -173,6 +183,7 @@ def submit(
     output: Annotated[Path, typer.Option("--output", "-o", help="The zip file to write.")] = Path("kits19.zip"),
     data: Annotated[Path, typer.Option(help="Folder of the scans.")] = Path("data"),
     cases: Annotated[str, typer.Option(help="Required cases.")] = "210-299",
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Check every prediction against its scan and pack a KiTS19 submission. With any problem, nothing is written."""
     from kitseg.commands import submit as packing

@@ -230,9 +230,12 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
     }
     rejected = to / "rejected" / f"{name}.json"
     if reason is not None:
-        shutil.rmtree(to / name, ignore_errors=True)
+        if (to / name / ORIGIN).exists():
+            shutil.rmtree(to / name)
         COPY_ORIGIN.write(rejected, facts)
         return Copied(name, "rejected", True, reason)
+    if (to / name).exists() and not (to / name / ORIGIN).exists():
+        raise InputError(to / name, "exists and was not written by kitseg", "Choose another folder with --output.")
     with atomic_write(to / name) as partial:
         partial.mkdir()
         mark = PHANTOM_MARK if any(is_phantom(case.image) for case in (pair.reference, pair.floating)) else ""

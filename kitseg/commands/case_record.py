@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, UsageError
 from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
+from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
 
 
@@ -41,6 +45,7 @@ class CaseRecord:
 
 CASE_RECORD = FileFormat(CaseRecord, 4)
 ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
+_KINDS = {".nii.gz": "nifti", ".png": "png", ".dcm": "dicom"}
 
 
 def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:
@@ -68,6 +73,28 @@ def recorded_learning(labels: Path) -> tuple[str, ...]:
         return ANY_RECORD.read(record_of(labels)).learned_from or ()
     except InputError:
         return ()
+
+
+def refuse_case_overwrite(path: Path, endings: Sequence[str]) -> None:
+    """Refuse (UsageError) to replace files beside a record that kitseg didn't write, or labels corrected since."""
+    refuse_overwrite(path, "case")
+    known: Mapping[str, str] = {}
+    with suppress(InputError):
+        known = ANY_RECORD.read(path).files
+    for ending in endings:
+        file = path.with_suffix(ending)
+        if file.exists() and known.get(file.name) != file_digest(file):
+            refuse_overwrite(file, _KINDS[ending])
+            if file.name in known and _is_whole(file) and OVERWRITE not in os.environ:
+                problem = "was changed since kitseg wrote it"
+                raise UsageError(f"{file} {problem}. Choose another output, or replace it with --overwrite")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a compressed file is undamaged; what is damaged may be written again."""
+    with suppress(OSError, EOFError, zlib.error):
+        return file.suffix == ".gz" and bool(gzip.decompress(file.read_bytes()))
+    return False
 
 
 def forget(path: Path, files: Sequence[Path]) -> None:

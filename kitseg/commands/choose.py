@@ -151,16 +151,6 @@ def ranked(search: Search) -> list[Recipe]:
     return sorted(search.tried, key=order)
 
 
-def check_choice_output(path: Path) -> None:
-    """Refuse to replace a file that ``write_choice`` didn't write.
-
-    Raises:
-        UsageError: it would be replaced.
-    """
-    if path.exists() and "\nchosen:\n" not in path.read_text(encoding="utf-8", errors="replace"):
-        raise UsageError(f"{path} was not written by `kitseg choose`. Give another name with --output")
-
-
 def write_choice(path: Path, search: Search) -> None:
     """Write the best recipe as an ensemble file, with the thousand best that were tried."""
     best, tried = ranked(search)[0], []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kitseg.errors import KitsegError
 from kitseg.report.pictures import case_picture
+from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.volumes.kits import IMAGE, LABEL
 from kitseg.volumes.nifti import read_image, read_labels
 
@@ -56,6 +57,7 @@ def demo_commands(quick: bool) -> list[list[str]]:
 
 def write_picture(out: Path) -> None:
     """Draw the first held-out phantom of a demo in three planes: CT, reference and prediction."""
+    refuse_overwrite(out / "report.png", "png")
     case = "case_00000"
     ct, truth = read_image(out / "test" / case / IMAGE, case), read_labels(out / "test" / case / LABEL, case)
     found = read_labels(out / "predictions" / f"{case}.nii.gz", case)

@@ -17,7 +17,6 @@ from kitseg.runtime.device import versions
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import refuse_overwrite
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.workers import Log
 from kitseg.types import Case, Probabilities
@@ -52,8 +51,7 @@ class Inference:
             raise UsageError(
                 f"{taken.image}: the name {blocks.MANIFEST} is reserved in the output folder. Rename the scan"
             )
-        for scan in scans:
-            refuse_overwrite(self.to / f"{scan.id}.json", blocks.BLOCK)
+        blocks.refuse_case_overwrite(self.to, (scan.id for scan in scans))
         model = self.open_model()
         log(describe_model(model))
 
@@ -88,8 +86,7 @@ def average(
     for folder in folders[1:]:
         if odd := sorted(set(cases) ^ set(blocks.block_cases(folder))):
             raise UsageError(f"{folders[0]} and {folder} have different cases: {', '.join(odd)}")
-    for case in cases:
-        refuse_overwrite(to / f"{case}.json", blocks.BLOCK)
+    blocks.refuse_case_overwrite(to, cases)
     manifests = [blocks.read_manifest(folder) for folder in folders]
     try:
         channels = ensemble.common_channels([tuple(manifest["channels"]) for manifest in manifests])

@@ -16,6 +16,7 @@ from kitseg.measurement.measure import measure
 from kitseg.measurement.mesh import stl, surface, volume
 from kitseg.runtime import files
 from kitseg.runtime.outcomes import without_paths
+from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.runtime.resume import Task
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import refuse_scans
@@ -136,6 +137,7 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> tuple[int,
         raise UsageError(f"unknown part '{part}'. Choose from {', '.join(PARTS)}")
     if to.suffix.lower() != ".stl":
         raise UsageError(f"{to}: the mesh must be an .stl file. Change --output")
+    refuse_overwrite(to, "stl")
     segmentation = read_labels(labels, labels.name, convention)
     mask = np.isin(segmentation.array, PARTS[part])
     if not mask.any():

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.commands.case_record import forget, read_record, write_record
+from kitseg.commands.case_record import forget, read_record, refuse_case_overwrite, write_record
 from kitseg.errors import UsageError
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import recipe, refuse_overwrite
+from kitseg.runtime.provenance import recipe
 from kitseg.types import Probabilities
 from kitseg.volumes.blocks import block_cases, block_digest, read_block, read_manifest, scan_of
 from kitseg.volumes.nifti import read_image, write_labels
@@ -39,7 +39,7 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
     steps, facts = build_steps(manifest["postprocess"], without), facts_of(manifest, without)
     cases = block_cases(folder)
     for case in cases:
-        refuse_overwrite(to / f"{case}.json")
+        refuse_case_overwrite(to / f"{case}.json", [".nii.gz"])
 
     def work(case: str) -> Outcome:
         (path, digest), result = scan_of(folder, case), to / f"{case}.nii.gz"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.commands.case_record import read_record
+from kitseg.commands.case_record import read_record, refuse_case_overwrite
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
 from kitseg.models.members import Ensemble
@@ -21,7 +21,8 @@ from kitseg.models.memory import check_memory
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.runtime.provenance import recipe, refuse_overwrite
+from kitseg.runtime.overwrite import refuse_overwrite
+from kitseg.runtime.provenance import recipe
 from kitseg.runtime.sharding import Share
 from kitseg.runtime.workers import Log
 from kitseg.splits import held_out
@@ -70,9 +71,12 @@ class PredictScans:
             UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is not a DICOM
                 series. KitsegError: another process writes there.
         """
+        endings = (".nii.gz", ".png", *([".dcm"] if self.options.dicom_seg else []))
+        if self.options.choices:
+            refuse_overwrite(self.to / SERIES_TABLE, "series table")
         for scan in scans:
             refuse_scan_overwrite(scan.image, self.to / f"{scan.id}.nii.gz")
-            refuse_overwrite(self.to / f"{scan.id}.json")
+            refuse_case_overwrite(self.to / f"{scan.id}.json", endings)
             if self.options.dicom_seg and not scan.slices:
                 raise UsageError(f"{scan.image} is not a DICOM series, which a DICOM segmentation needs")
         model = self.open_ensemble()
@@ -139,6 +143,20 @@ def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, se
         raise UsageError(f"{', '.join(missing)} of {split} can't be found in {', '.join(map(str, paths))}")
     chosen = set(there.values())
     return replace(found, cases=tuple(case for case in found.cases if not wanted or case.id in chosen))
+
+
+def name_output(scans: Scans, output: Path) -> tuple[Scans, Path]:
+    """The scans and the folder of their outputs; of one scan, ``output`` may be the label map, a .nii.gz file.
+
+    Raises:
+        UsageError: a file's name for several scans, or a name that label maps don't have.
+    """
+    if output.is_dir() or not output.name.endswith((".nii", ".gz")):
+        return scans, output
+    if len(scans.cases) != 1 or not (name := output.name.removesuffix(".nii.gz")) or name == output.name:
+        remedy = f"a folder, or for one scan a .nii.gz file; here are {len(scans.cases)} scans"
+        raise UsageError(f"--output {output}: give {remedy}")
+    return replace(scans, cases=(replace(scans.cases[0], id=name),)), output.parent
 
 
 def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: bool) -> None:

@@ -19,11 +19,12 @@ from kitseg.errors import KitsegError, UsageError
 from kitseg.measurement.measure import measure
 from kitseg.measurement.quality import assess
 from kitseg.report.case_page import CaseContent, write_case_page
-from kitseg.report.html import INDEX, page_name, refuse_overwrite
+from kitseg.report.html import INDEX, page_name
 from kitseg.report.scores import ScoreTable, StudyScores
 from kitseg.report.slices import Scene
 from kitseg.report.study_page import CaseRow, thumbnail, write_study
 from kitseg.runtime.files import file_digest
+from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.types import Geometry, Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
@@ -73,9 +74,8 @@ def plan_pages(
         raise UsageError(f"{', '.join(map(str, data))} holds no scan of {', '.join(sorted(labels)[:3])}")
     if scores.cases and not scored:
         raise UsageError(f"the scores are of other cases ({', '.join(sorted(scores.cases)[:3])}) than {predictions}")
-    refuse_overwrite(to / INDEX)
-    for case in labels:
-        refuse_overwrite(to / page_name(case))
+    for name in (INDEX, *map(page_name, labels)):
+        refuse_overwrite(to / name, "html")
     return [
         PageTask(case, path.absolute(), scans.get(case), scores.cases.get(scored.get(case, ""), {}), to.absolute())
         for case, path in sorted(labels.items())

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CONVENTIONS, CYST
 from kitseg.runtime.files import atomic_write, file_digest
+from kitseg.runtime.overwrite import MARK, refuse_overwrite
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.kits import IMAGE, find_cases, find_labels
@@ -77,6 +78,7 @@ def check_output(output: Path) -> None:
     """
     if output.suffix.lower() != ".zip" or output.is_dir():
         raise UsageError(f"{output}: the submission must be a .zip file. Change --output")
+    refuse_overwrite(output, "submission")
 
 
 def check_submission(
@@ -114,6 +116,7 @@ def write_submission(output: Path, submission: Submission, on_done: Callable[[],
     if submission.problems:
         raise ValueError(f"{len(submission.problems)} problems are in the way")
     with atomic_write(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = MARK.encode()
         for entry in submission.entries:
             info = zipfile.ZipInfo(entry.name, _EPOCH)
             info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every system

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kitseg.runtime.files import atomic_write
+from kitseg.report.pictures import save_picture
 from kitseg.scoring.compare import Paired, PairedGroup
 
 _BETTER_A, _SAME, _BETTER_B = "#c8641e", "#8a8a8a", "#1f6fb4"
@@ -55,9 +54,7 @@ def comparison_picture(path: Path, groups: Sequence[PairedGroup], a: str, b: str
     _label_rows(grid[0], places)
     figure.supxlabel(_LEGEND, fontsize=9, color="#444444")
     figure.suptitle(f"A: {a}\nB: {b}", fontsize=11, parse_math=False)
-    FigureCanvasAgg(figure)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png")
+    save_picture(figure, path)
 
 
 def _places(rows: Sequence[_Row]) -> dict[_Row, float]:

@@ -10,13 +10,10 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kitseg import __version__
-from kitseg.errors import UsageError
 from kitseg.report import RESEARCH_USE
 from kitseg.runtime.files import atomic_write
 
 INDEX = "index.html"
-GENERATOR = '<meta name="generator" content="kitseg'
-_HEAD = 2048  # bytes at the start of a page that contain its generator
 
 
 def write_page(path: Path, template: str, **content: Any) -> None:
@@ -33,19 +30,6 @@ def write_page(path: Path, template: str, **content: Any) -> None:
 def page_name(case: str) -> str:
     """The file name of a case's page, which always differs from the study's."""
     return f"{case}_.html" if re.fullmatch(r"index_*", case, re.IGNORECASE) else f"{case}.html"
-
-
-def refuse_overwrite(path: Path) -> None:
-    """Refuse (UsageError) to overwrite a file that kitseg did not write."""
-    try:
-        with path.open("rb") as file:
-            ours = GENERATOR.encode() in file.read(_HEAD)
-    except FileNotFoundError:
-        return
-    except OSError:
-        ours = False
-    if not ours:
-        raise UsageError(f"{path} was not written by kitseg. Choose another folder with --output")
 
 
 def number(value: float | str | None, digits: int = 1) -> str:

@@ -16,9 +16,11 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
+from kitseg import __version__
 from kitseg.components import keep_kidneys
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
 from kitseg.runtime.files import atomic_write
+from kitseg.runtime.overwrite import MARK
 from kitseg.types import Triple, Volume
 
 #: How each label is drawn.
@@ -74,7 +76,7 @@ def case_picture(
         axes.set_title(f"{plane.name} (slice {at[plane.axis]})", fontsize=10)
     for row, name in zip(grid, ["CT", *maps], strict=True):
         row[0].set_ylabel(name, fontsize=10)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
@@ -100,7 +102,7 @@ def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
@@ -160,7 +162,8 @@ def _curve(axes: Axes, history: Sequence[Mapping[str, float]], key: str, name: s
         axes.plot(*zip(*points, strict=True), marker=".", markersize=4, linewidth=1.4, color=colour, label=name)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
     with atomic_write(path) as partial:
         FigureCanvasAgg(figure)  # becomes the figure's canvas, without pyplot's global state
-        figure.savefig(partial)
+        figure.savefig(partial, metadata={"Software": f"{MARK} {__version__}"})

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
 
-from kitseg.errors import InputError, KitsegError, UsageError, fault, format_error
+from kitseg.errors import InputError, KitsegError, fault, format_error
 from kitseg.runtime.files import check_regular, file_digest, identity, read_errors, write_json
 
 AGAIN = "Make it again with the command that wrote it."
 LIMIT = 2**28  # bytes: a larger file is not one of kitseg's
-RECORD = ("versions", "kitseg")  #: the key by which a case's record is known
 
 T = TypeVar("T")
 
@@ -119,20 +116,6 @@ def unreadable(path: Path, error: Exception, remedy: str) -> KitsegError:
 def recipe(**parts: Any) -> str:
     """A hash of everything that decides an output, as plain values; of a model its own hash counts, not its path."""
     return hashlib.sha256(identity(parts).encode()).hexdigest()
-
-
-def refuse_overwrite(path: Path, mark: Sequence[str] = RECORD) -> None:
-    """Refuse to replace a file that kitseg did not write, which lacks the key ``mark``.
-
-    Raises:
-        UsageError: it would be replaced.
-    """
-    if path.exists():
-        try:
-            reduce(getitem, mark, FileFormat(dict[str, Any], None).read(path))
-        except (InputError, KeyError, TypeError) as error:
-            problem = "was not written by this command, or is damaged"
-            raise UsageError(f"{path} {problem}; choose another folder with --output, or delete it") from error
 
 
 def _agree(recorded: Any, wanted: Any) -> bool:

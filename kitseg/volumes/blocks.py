@@ -7,7 +7,7 @@ case's JSON is written last and holds the hash of its array, so that it marks th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -16,13 +16,13 @@ import numpy as np
 
 from kitseg.errors import InputError, UsageError
 from kitseg.runtime.files import atomic_write, file_digest, identity
+from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.runtime.provenance import FileFormat, unreadable
 from kitseg.trust import check_file
 from kitseg.types import Box, Geometry, Probabilities
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-BLOCK = ("box", "start")  #: the key by which a case's JSON is known
 _AGAIN = "Run `kitseg infer` again."
 
 
@@ -135,6 +135,15 @@ def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         problem = "holds probabilities of another model, stage or version, or computed on another device"
         raise UsageError(f"{folder} {problem}; choose another folder")
     _MANIFEST.write(folder / MANIFEST, content)
+
+
+def refuse_case_overwrite(folder: Path, cases: Iterable[str]) -> None:
+    """Refuse (UsageError) to replace files of these cases that are not kitseg's probabilities."""
+    refuse_overwrite(folder / MANIFEST, "manifest")
+    for case in cases:
+        refuse_overwrite(folder / f"{case}.json", "probabilities")
+        if not (folder / MANIFEST).exists():  # arrays have no mark
+            refuse_overwrite(folder / f"{case}.npy", "probabilities")
 
 
 def is_made_by(folder: Path, content: Mapping[str, Any]) -> bool:

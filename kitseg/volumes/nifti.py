@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kitseg.errors import InputError
 from kitseg.labels import CONVENTIONS
 from kitseg.runtime.files import atomic_write
+from kitseg.runtime.overwrite import MARK
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_errors, open_voxels, read_header
@@ -108,7 +109,7 @@ def read_labels(path: Path, case_id: str, convention: str | None = "kits19", str
     return Volume(labels, canonical_geometry(native), native, case_id)
 
 
-def write_labels(path: Path, labels: NDArray[np.uint8], native: Geometry, description: str = "") -> None:
+def write_labels(path: Path, labels: NDArray[np.uint8], native: Geometry, description: str = MARK) -> None:
     """Write (D, H, W) labels in orientation (I, P, L) as uint8 on the native grid, atomically.
 
     Raises:

@@ -259,7 +259,10 @@ def write_case(folder: Path, seed: int, index: int, matrix: int) -> None:
         InputError: a case of that name exists that isn't a phantom. KitsegError: the folder can't be written.
     """
     target = folder / f"case_{index:05d}"
-    if target.exists() and not (target.is_dir() and is_phantom(target / "imaging.nii.gz")):
+    own = {"imaging.nii.gz", "segmentation.nii.gz"}
+    if target.exists() and not (
+        target.is_dir() and {p.name for p in target.iterdir()} == own and all(is_phantom(target / name) for name in own)
+    ):
         raise InputError(target, "already exists and is not a phantom", "Choose another folder")
     ct, label, affine = make_case(seed, index, matrix)
     native = Geometry((ct.shape[0], ct.shape[1], ct.shape[2]), affine)

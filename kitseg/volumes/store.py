@@ -167,6 +167,8 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         kidney_hu=files.contrast["kidney_hu"],
         aorta_hu=files.contrast["aorta_hu"],
     )
+    if folder.exists() and not (folder / _META).exists():
+        raise InputError(folder, "exists and was not written by kitseg", "Choose another folder")
     with atomic_write(folder) as partial:
         partial.mkdir()
         for name, array in arrays.items():

@@ -20,6 +20,7 @@ from kitseg.models.members import members_of
 from kitseg.models.run_folder import SCHEMA, Run, StageFolder, find_run
 from kitseg.models.weights import as_safetensors, sound_checkpoints
 from kitseg.runtime.files import file_digest
+from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.splits import read_split
 
 KITS19_LICENSE = "CC-BY-NC-SA-4.0"
@@ -54,6 +55,7 @@ def export(model: Path, to: Path, weights: str | None = None, labels: str | None
     """
     if to.suffix != SUFFIX:
         raise UsageError(f"{to}: the name of a bundle must end in {SUFFIX}")
+    refuse_overwrite(to, "bundle")
     if model.suffix == SUFFIX and model.is_file():
         raise UsageError(f"{model} is a bundle already; copy the file to share it")
     members, steps = members_of(model)
