@@ -83,8 +83,8 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
     configuration = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
     for key, least in {"seed": 0, "folds": 2, "nested_folds": 2, "test_cases": 0, "keep_best": 1}.items():
         value = configuration[key]
-        if not isinstance(value, int) or value < least:
-            raise UsageError(f"{key} is {value!r}; it must be a whole number, {least} or more")
+        if not isinstance(value, int) or not least <= value < 2**32:
+            raise UsageError(f"{key} is {value!r}; it must be a whole number from {least} to {2**32 - 1}")
     trust.approve(configuration)
     if file.own:
         _check_own(file, configuration)

@@ -35,7 +35,8 @@ GPU = (
     "out of GPU memory",
     f"Close other programs on the GPU, or {_AGAIN}: --precision bf16, a smaller model, --device cpu",
 )
-_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line and paragraph separator
+#: Unicode categories: control, format (bidirectional, zero width), surrogate, line and paragraph separator.
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 LOADER = (
     "a data loader process was killed",
     "The machine may be short of memory or of /dev/shm. Free some and run the command again",
@@ -105,5 +106,5 @@ def format_error(name: Path | str, error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """A text in one line that is safe to print: control characters and bytes that are not UTF-8 are escaped."""
+    """A text in one line that is safe to print: invisible characters and bytes that are not UTF-8 are escaped."""
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE else c for c in text)

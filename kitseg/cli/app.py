@@ -42,6 +42,7 @@ def main() -> None:
 
     Exit codes: 1 if something failed, 2 for invalid usage, 130 after Ctrl-C, 138 after SIGUSR1, 143 after SIGTERM.
     """
+    console.accept_any_encoding()
     atexit.register(gc.freeze)  # otherwise garbage collection of PyTorch's modules at exit takes a second
     try:
         with interruptible():

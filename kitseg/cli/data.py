@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder for the cases, in the KiTS layout.")] = Path("data"),
     cases: Annotated[int, typer.Option(min=1, help="Number of cases.")] = 12,
-    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same cases.")] = 0,
+    seed: opt.Seed = 0,
     matrix: Annotated[int, typer.Option(min=64, max=512, help="Pixels along rows and columns.")] = 512,
     jobs: opt.Jobs = -1,
 ) -> None:
@@ -145,7 +145,7 @@ def split(
     test_cases: Annotated[
         int, typer.Option(min=0, help="Number of patients (not cases) that no fold uses: a test set.")
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Random seed; the same seed and cases give the same split.")] = 0,
+    seed: opt.Seed = 0,
     convention: opt.Convention = "kits19",
     jobs: opt.Jobs = -1,
 ) -> None:
@@ -195,7 +195,7 @@ def augment(
     masks: opt.Masks = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the new cases.")] = Path("augmented"),
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
-    seed: Annotated[int, typer.Option(help="Random seed of the choice of partners.")] = 0,
+    seed: opt.Seed = 0,
     device: opt.Device = "auto",
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,

@@ -56,7 +56,7 @@ def train(
     fold: Annotated[str, typer.Option(help="The fold to train, or all: every fold, then cross-validation.")] = "0",
     stage: Annotated[str | None, typer.Option(help="Train only this stage.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Number of epochs of each stage.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Random seed.")] = None,
     gpus: opt.Gpus = None,
     device: opt.Device = "auto",
     processes: opt.Processes = 1,

@@ -86,6 +86,7 @@ Fold = Annotated[int | None, typer.Option(help="With --split: only the validatio
 Mirror = Annotated[bool, typer.Option("--mirror", help="Test-time augmentation: left-right flip.")]
 Engine = Annotated[str, typer.Option(help="auto (openvino on a CPU if installed, else torch), torch or openvino.")]
 Precision = Annotated[str, typer.Option(help="auto (as in training on a GPU, f32 on a CPU), f32 or bf16.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same result.")]
 MaxMemory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory limit, such as 6GB; scans that may need more are refused.")
 ]

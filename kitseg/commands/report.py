@@ -121,7 +121,7 @@ def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
 
 def _record(task: PageTask, digest: str, scan: str | None) -> tuple[CaseRecord, list[str]]:
     """The record beside a label map, an empty one where there is none, and notes for the page."""
-    if not task.record.exists():
+    if not os.path.exists(task.record):  # also where the name is too long
         return CaseRecord(), ["The labels came without a file that states how they were made."]
     try:
         record = ANY_RECORD.read(task.record)

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kitseg import __version__
 from kitseg.report import RESEARCH_USE
-from kitseg.runtime.files import atomic_write
+from kitseg.runtime.files import atomic_write, short_name
 
 INDEX = "index.html"
 
@@ -24,12 +24,12 @@ def write_page(path: Path, template: str, **content: Any) -> None:
     pages.filters |= {"score": _score, "number": number, "href": quote}
     html = pages.get_template(template).render(research_use=RESEARCH_USE, version=__version__, **content)
     with atomic_write(path) as partial:
-        partial.write_text(html, encoding="utf-8")
+        partial.write_text(html, encoding="utf-8", errors="backslashreplace")
 
 
 def page_name(case: str) -> str:
     """The file name of a case's page, which always differs from the study's."""
-    return f"{case}_.html" if re.fullmatch(r"index_*", case, re.IGNORECASE) else f"{case}.html"
+    return f"{case}_.html" if re.fullmatch(r"index_*", case, re.IGNORECASE) else f"{short_name(case)}.html"
 
 
 def number(value: float | str | None, digits: int = 1) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +22,18 @@ from kitseg.errors import printable
 WIDTH_IN_A_FILE = 120
 
 
+#: For terminals whose encoding lacks these characters.
+_PLAIN = {"✓": "ok", "✗": "error:", "→": "->", "–": "-", "−": "-", "×": "x", "…": "...", "±": "+/-"}
+
+
 class SafeConsole(Console):
-    """A console on which no file's name moves the cursor or changes colours."""
+    """A console on which no file's name moves the cursor or changes colours, and whose reader may go away."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more after the reader (such as ``head -1``) has ended; the work continues."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
     def render_str(self, text: str, **style: Any) -> Text:
         """Text with its control characters spelt out, but for ends of lines."""
@@ -28,6 +42,21 @@ class SafeConsole(Console):
 
 out = SafeConsole(width=None if Console().is_terminal else WIDTH_IN_A_FILE)
 err = SafeConsole(stderr=True)
+
+
+def accept_any_encoding() -> None:
+    """From now on print characters that the encoding of the streams lacks in another form, instead of failing."""
+    codecs.register_error("kitseg", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="kitseg")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(c, c.encode("ascii", "backslashreplace").decode()) for c in text), error.end
 
 
 def print_line(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import hashlib
 import json
@@ -21,6 +22,10 @@ from kitseg.errors import LOADER, InputError, KitsegError, fault, format_error
 
 HOST = re.sub(r"[^\w-]", "-", platform.node())[:30]  # on a shared disk, two machines have processes of one id
 A_DAY = 86_400  # seconds
+_NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+_FORMULA = re.compile(r"[=+\-@\t\r]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a file's name that is not UTF-8
+LONGEST = 255 - 64  # bytes
 
 
 @contextmanager
@@ -33,10 +38,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         KitsegError: the folder can't be written to, or the disk is full.
     """
-    partial, replaced = (path.with_name(f".partial.{HOST}.{os.getpid()}.{kind}{path.name}") for kind in ("", "old."))
+    name = short_name(path.name)
+    partial, replaced = (path.with_name(f".partial.{HOST}.{os.getpid()}.{kind}{name}") for kind in ("", "old."))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for found in path.parent.glob(f".partial.*.{glob.escape(path.name)}"):
+        for found in path.parent.glob(f".partial.*.{glob.escape(name)}"):
             if found in (partial, replaced) or _is_stray(found):
                 _remove(found)
         yield partial
@@ -51,6 +57,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise KitsegError(f"{path}: can't be written ({reason}). {helps}.") from error
     finally:
         _remove(partial)
+
+
+def short_name(name: str) -> str:
+    """A name that is still legal with 64 bytes more: a long one is cut, and a hash of it appended."""
+    content = name.encode("utf-8", "surrogateescape")
+    return name if len(content) <= LONGEST else f"{name[: LONGEST // 4]}.{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 @contextmanager
@@ -102,16 +114,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a CSV table; what a row lacks stays empty, what has no column is an error."""
-    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    """Write a CSV table; what a row lacks stays empty, what has no column is an error.
+
+    An apostrophe precedes a text that a spreadsheet would take for a formula.
+    """
+    with (
+        atomic_write(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         table = csv.DictWriter(file, list(columns))
         table.writeheader()
-        table.writerows(rows)
+        for row in rows:
+            formulas = {key: f"'{text}" for key, text in row.items() if isinstance(text, str) and _FORMULA.match(text)}
+            table.writerow({**row, **formulas})
 
 
 def write_json(path: Path, schema: int | None, content: Mapping[str, Any]) -> None:
     """Write a JSON object with its schema version; dataclasses and arrays in it become objects and lists."""
-    write_text(path, json.dumps({"schema": schema, **content}, indent=1, default=_plain) + "\n")
+    text = json.dumps({"schema": schema, **content}, indent=1, default=_plain, ensure_ascii=False)
+    write_text(path, _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def identity(content: Mapping[str, Any]) -> str:
@@ -152,10 +173,17 @@ def _other_file(error: Exception, partial: Path, path: Path) -> Path | None:
 
 
 def _sync(path: Path) -> None:
-    """Have the bytes of a file, or of the files below a folder, on the disk."""
+    """Have the bytes of a file, or of the files below a folder, on the disk, where the file system can do that.
+
+    Network shares may refuse it for a file that is open for reading only.
+    """
     for file in (p for p in path.rglob("*") if p.is_file()) if path.is_dir() else (path,):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        with file.open("r+b") as stream:
+            try:
+                os.fsync(stream.fileno())
+            except OSError as error:
+                if error.errno not in _NO_SYNC:
+                    raise
 
 
 def _is_stray(partial: Path) -> bool:

@@ -6,6 +6,7 @@ that aren't done yet, and the one that finds all of them done writes the output.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from kitseg import __version__
+from kitseg.errors import printable
 from kitseg.runtime.console import print_line
+from kitseg.runtime.files import short_name
 from kitseg.runtime.provenance import FileFormat, InputFile, recipe
 from kitseg.runtime.sharding import Share
 
@@ -77,7 +80,7 @@ class ResultCache(Generic[R]):
 
     def made(self, task: Task) -> dict[str, Any]:
         """What decides a result: the work, the task, kitseg's version, size and time of the files."""
-        sources = {str(path): InputFile.of(path) for path in task.files if path.exists()}
+        sources = {printable(str(path)): InputFile.of(path) for path in task.files if os.path.exists(path)}
         name, arguments = self.work.func.__qualname__, repr((task, self.work.keywords))
         return {"recipe": recipe(version=__version__, name=name, arguments=arguments), "sources": sources}
 
@@ -123,7 +126,7 @@ class ResultCache(Generic[R]):
         return None
 
     def _path(self, task: Task) -> Path:
-        return self.folder / f"{task.case}.json"
+        return self.folder / f"{short_name(task.case)}.json"
 
     def _format(self) -> FileFormat[_Cached[R]]:
         return FileFormat(_Cached[self.kind], 2)  # type: ignore[name-defined]  # a class known at run time only

@@ -19,6 +19,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from kitseg.errors import KitsegError
+from kitseg.runtime.console import accept_any_encoding
 from kitseg.runtime.files import total_bytes
 from kitseg.runtime.outcomes import OnDone, Outcome
 from kitseg.runtime.sharding import Share
@@ -121,6 +122,7 @@ def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int],
     signal.signal(signal.SIGTERM, handle)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     number, of = rank
+    accept_any_encoding()
     os.environ["LOCAL_RANK"] = str(number)
     try:
         import torch
