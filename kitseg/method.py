@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import Meta, ValidationError, convert
 
@@ -133,6 +133,11 @@ def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Sourc
     return {channel: Source(stage, head or spec.heads[-1], channel) for channel in spec.channels}
 
 
+class _Blocks(TypedDict):
+    module: dict[str, Any]
+    augmentation: list[dict[str, Any]] | None
+
+
 def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
     config = {**dict.fromkeys(OPTIONAL), **stated, "name": name}
     if missing := [key for key in ("batch", "grid", "heads", "channels", *PARTS) if key not in config]:
@@ -151,6 +156,7 @@ def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
         if isinstance(config[key], Mapping) and (odd := config[key].keys() - {field.name for field in fields(kind)}):
             raise UsageError(f"stages.{name}.{key} has no key {', '.join(map(str, odd))}")
     try:
+        convert(filled["parts"], _Blocks)
         check_stage(config)
         return convert(filled, StageSpec)
     except UsageError as error:

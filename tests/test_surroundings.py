@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ import pytest
 from conftest import kitseg, kitseg_process
 from nifti_files import save
 
-from kitseg.errors import printable
+from kitseg.config import compose
+from kitseg.errors import UsageError, printable
+from kitseg.method import method_of
 from kitseg.runtime import console
 from kitseg.runtime.files import write_table, write_text
+from kitseg.runtime.workers import SOCKET_FOLDER, shorten_socket_paths
 
 LABELS = np.zeros((6, 12, 14), np.uint8)
 LABELS[1:5, 2:9, 2:10], LABELS[1:3, 2:5, 2:6] = 1, 2
@@ -77,6 +81,41 @@ def test_names_that_are_hard_to_write(tmp_path: Path) -> None:
     assert index.count('<th scope="row"><a href=') == len(names)
     assert "left\\u202eright" in index
     assert "\u202e" not in index
+
+
+def test_a_long_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets of loader processes are in a folder with a shorter name."""
+    long = tmp_path / ("long_" * 20)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    shorten_socket_paths()
+    assert len(tempfile.gettempdir()) <= SOCKET_FOLDER
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    shorten_socket_paths()
+    assert os.environ["TMPDIR"] == "/tmp"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("seed=-1", "seed is -1"),
+        ("seed=4294967296", "seed is 4294967296"),
+        ("stages.coarse.augmentation=3", "stages.coarse.augmentation: Expected"),
+        ("stages.coarse.module=3", "stages.coarse.module: Expected"),
+        ("stages.fine.augmentation={flip: yes}", "stages.fine.augmentation: Expected"),
+    ],
+)
+def test_settings_of_the_wrong_kind(change: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        method_of(compose("two-phase", "tiny", [change]))
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+@pytest.mark.parametrize("command", [("phantom", "ph"), ("split", "data"), ("augment",), ("train", "--dry-run")])
+def test_seeds_out_of_range(tmp_path: Path, command: tuple[str, ...], seed: str) -> None:
+    refused = kitseg(tmp_path, *command, f"--seed={seed}")
+    assert (refused.code, "Invalid value for '--seed'" in refused.text) == (2, True), refused.text
 
 
 def test_cells_that_a_spreadsheet_would_compute(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import PaddedSampler
 from kitseg.patches.subjects import CaseSubjects, StageInput, transform_patch
 from kitseg.runtime.console import print_error
+from kitseg.runtime.workers import shorten_socket_paths
 from kitseg.types import Box
 from kitseg.volumes.store import open_case
 
@@ -173,6 +174,8 @@ class StageData(pl.LightningDataModule):
     def _workers(self, batch: int) -> int:
         """The requested number of loader processes, or 0 if shared memory is too small for prefetching."""
         asked = self.feed.workers
+        if asked:
+            shorten_socket_paths()
         if not asked or not SHARED_MEMORY.exists():
             return asked
         patch = self.queue[0, 0].get_images(intensity_only=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from kitseg.types import Case
 Log = Callable[[str], None]
 #: A verb's work on the cases of a share; it reports what it begins with, and each case's outcome.
 Verb = Callable[[Sequence[Case], Share, Log, OnDone], list[Outcome]]
+SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes of a folder for temporary files
 PATIENCE = 2.0  # seconds that ranks have to end in order
 
 
@@ -52,6 +54,17 @@ class _Rank:
             for case in self.cases
             if case.id not in known
         ]
+
+
+def shorten_socket_paths() -> None:
+    """Where TMPDIR is too long for the path of a socket, processes from now on have their sockets elsewhere.
+
+    Otherwise loader processes wait for each other forever.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) > SOCKET_FOLDER:
+        for name in ("TMPDIR", "TEMP", "TMP"):
+            os.environ.pop(name, None)
+        tempfile.tempdir = None  # found again when it is asked for
 
 
 def deal(cases: Sequence[Case], share: Share) -> list[Case]:
