@@ -44,22 +44,18 @@ def abdomen(
 @pytest.mark.parametrize("spacing", [(4.0, 2.0, 2.0), (2.0, 1.2, 1.2), (5.0, 3.0, 3.0)])
 def test_an_aorta_brighter_than_the_cava_is_found(value: float, spacing: tuple[float, float, float]) -> None:
     hu, labels, geometry = abdomen(value, spacing)
-
     found = aorta_hu(hu, labels, geometry)
-
     assert found == pytest.approx(value, abs=8)
 
 
 @pytest.mark.parametrize("radius", [7.0, 15.0])
 def test_narrow_and_wide_aortas_are_found(radius: float) -> None:
     hu, labels, geometry = abdomen(250, radius=radius)
-
     assert aorta_hu(hu, labels, geometry) == pytest.approx(250, abs=8)
 
 
 def test_nothing_is_found_where_there_is_no_spine_or_no_kidney() -> None:
     hu, labels, geometry = abdomen(250)
-
     assert aorta_hu(hu, np.zeros_like(labels), geometry) is None
     assert aorta_hu(np.full_like(hu, FAT), labels, geometry) is None
     assert aorta_hu(np.where(hu < 0, hu, FAT), labels, geometry) is None
@@ -72,7 +68,6 @@ def test_the_kidneys_rim_is_left_out() -> None:
     hu = np.full(labels.shape, 150)
     hu[:, 2], hu[:, 17], hu[..., 2], hu[..., 17] = -90, -90, -90, -90
     hu[labels == 2] = 40
-
     assert kidney_hu(hu, labels) == 150
     assert kidney_hu(hu, np.zeros_like(labels)) is None
 
@@ -81,7 +76,6 @@ def test_a_kidney_that_is_all_rim_counts_as_a_whole() -> None:
     labels = np.zeros((4, 8, 8), np.uint8)
     labels[:, 3:5] = 1
     hu = np.where(labels == 1, 120, -90)
-
     assert kidney_hu(hu, labels) == 120
 
 
@@ -114,9 +108,7 @@ def real_body(shared: Path) -> tuple[Volume, np.ndarray, np.ndarray]:
 def test_a_real_aorta_is_found_unenhanced_and_enhanced(shared: Path, add: int) -> None:
     scan, organs, labels = real_body(shared)
     hu = scan.array + np.int16(add) * (organs == 52)
-
     found = aorta_hu(hu, labels, scan.geometry)
-
     level = np.flatnonzero(labels.any(axis=(1, 2)))
     seen = slice(level[0], level[-1] + 1)
     assert found == pytest.approx(np.median(hu[seen][organs[seen] == 52]), abs=6)
@@ -124,5 +116,4 @@ def test_a_real_aorta_is_found_unenhanced_and_enhanced(shared: Path, add: int) -
 
 def test_a_real_body_without_its_great_vessels_has_no_aorta(shared: Path) -> None:
     scan, organs, labels = real_body(shared)
-
     assert aorta_hu(np.where(np.isin(organs, (52, 63)), FAT, scan.array), labels, scan.geometry) is None
