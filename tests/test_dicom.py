@@ -303,6 +303,12 @@ def test_two_passes_in_one_series_are_separated(tmp_path: Path, tags: dict[str, 
     assert first.note == second.note == "slices of its series that form other stacks, left out: 12"
 
 
+def test_passes_whose_instances_share_one_uid_are_both_kept(tmp_path: Path) -> None:
+    for n in (1, 2):
+        write_series(tmp_path, hu(seed=n), seed=n, series="both", SOPInstanceUID="1.2.3", AcquisitionNumber=n)
+    assert [len(series.files) for series in find_series(tmp_path)] == [12, 12]
+
+
 def test_copies_of_slices_count_once_and_are_reported(tmp_path: Path) -> None:
     for path in write_series(tmp_path, hu())[4:6]:
         shutil.copy(path, tmp_path / f"{path.name}-copy")

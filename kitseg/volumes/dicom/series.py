@@ -171,7 +171,7 @@ def _by_study(headers: Sequence[Header]) -> list[list[Header]]:
     studies: dict[str, dict[tuple[Any, ...], Header]] = {}
     for header in headers:
         study = studies.setdefault(header.study or first, {})
-        study.setdefault((header.instance or str(header.path), header.position), header)
+        study.setdefault((header.instance or str(header.path), header.position, header.passes), header)
     return [list(study.values()) for study in studies.values()]
 
 
@@ -207,7 +207,7 @@ def _without_copies(headers: Sequence[Header]) -> list[Header]:
         content: object = header.path
         with suppress(Exception), warnings.catch_warnings(action="ignore"):  # read_series reports what can't be read
             if places[header.position] > 1:
-                content = read_dataset(header.path, stop_before_pixels=False).PixelData
+                content = hashlib.sha256(read_dataset(header.path, stop_before_pixels=False).PixelData).digest()
         found.setdefault((header.position, content), header)
     return list(found.values())
 
