@@ -130,14 +130,26 @@ def test_every_edge_is_named_but_a_speck_cuts_nothing() -> None:
     assert "edge of the scan (top, bottom)" in flags(labels)["cut-off"].reason
 
 
-@pytest.mark.parametrize(("parenchyma", "doubt"), [(49, True), (51, False), (449, False), (451, True)])
-def test_parenchyma_outside_what_kidneys_have(parenchyma: float, doubt: bool) -> None:
+@pytest.mark.parametrize(
+    ("parenchyma", "level"), [(49, "amber"), (51, ""), (449, ""), (451, "amber"), (799, "amber"), (1000, "red")]
+)
+def test_parenchyma_outside_what_kidneys_have(parenchyma: float, level: str) -> None:
     findings = Findings((BOTH.kidneys[0], Kidney(LEFT, 500.0, parenchyma)), ())
     found = flags(two_kidneys(), findings)
-    assert ("kidney-volume" in found) == doubt
-    if doubt:
+    assert ("kidney-volume" in found) == bool(level)
+    if level:
+        assert found["kidney-volume"].level == level
         assert "left" in found["kidney-volume"].reason
         assert f"{parenchyma} ml" in found["kidney-volume"].reason
+
+
+@pytest.mark.parametrize(("hu", "failed"), [(-34, True), (16, False)])
+def test_outlines_over_fat_are_a_failed_segmentation_and_no_contrast_phase(hu: int, failed: bool) -> None:
+    labels, domain = two_kidneys(), TrainingDomain((3, 3), (1, 1), (100, 180), None)
+    found = assess(labels, np.full(labels.shape, hu, np.int16), GEOMETRY, BOTH, None, domain)
+    names = {flag.name: flag.level for flag in found.flags if flag.name in ("kidney-hu", "phase")}
+    assert names == ({"kidney-hu": "red"} if failed else {"phase": "red"})
+    assert (found.phase is None) == failed
 
 
 def test_both_kidneys_get_a_flag_of_their_own() -> None:

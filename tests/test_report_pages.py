@@ -128,6 +128,18 @@ def test_a_page_holds_all_it_needs_and_no_path(reported: Path, case: str) -> Non
 
 
 @pytest.mark.parametrize("case", ["index", HOSTILE])
+def test_a_page_speaks_of_outlines_and_not_of_disease(reported: Path, case: str) -> None:
+    found = page(reported, case)
+    assert "outlines" in found.text
+    assert "Worst" not in found.text
+    assert "50 mm" in found.text
+    if case != "index":
+        assert "numbered from 1 at the head" in found.text
+        options = [attrs for tag, attrs in found.tags if tag in ("select", "option")]
+        assert len(options) == 5
+
+
+@pytest.mark.parametrize("case", ["index", HOSTILE])
 def test_a_hostile_name_is_text(reported: Path, case: str) -> None:
     found = page(reported, case)
     assert HOSTILE in found.text
@@ -192,6 +204,7 @@ def test_a_page_works_in_a_browser(reported: Path, tmp_path: Path, case: str) ->
         else:
             place = "document.querySelector('#place').textContent"
             before = chromium.evaluate(place)
+            assert before.startswith("slice ")
             chromium.evaluate("document.querySelector('#viewer').focus()")
             chromium.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowDown")
             assert chromium.evaluate(place) != before

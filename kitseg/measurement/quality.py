@@ -23,6 +23,8 @@ GREEN, AMBER, RED = LEVELS
 
 KIDNEY_ML = 20.0  # smallest volume of a kidney
 PARENCHYMA_ML = (50.0, 450.0)  # of one kidney
+FAILED_ML = 800.0  # of one kidney's parenchyma: no kidney has so much
+FAILED_HU = 0.0  # unenhanced parenchyma has 30 to 50 HU, fat -120 to -60
 TUMOR_ML = 2000.0  # of all tumors
 FAR_MM = 10.0
 AGREEMENT = {
@@ -31,6 +33,7 @@ AGREEMENT = {
 }  # Dice over all pairs; below: amber, red
 NEAR_HU, FAR_HU = 20.0, 60.0  # outside the range in training: amber, red
 SPACING_TOLERANCE = 0.1
+_OVER_FAT = "The kidney outlines lie over fat or air ({:.0f} HU), not over kidney: the segmentation has failed."
 BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
 
 
@@ -97,16 +100,19 @@ def assess(
     kidney = aorta = None
     if hu is not None:
         kidney, aorta = kidney_hu(hu, labels), aorta_hu(hu, labels, geometry)
-    phase = contrast_phase(kidney, aorta)
+    failed = kidney is not None and kidney < FAILED_HU
+    phase = None if failed else contrast_phase(kidney, aorta)
     flags = [
         *kidney_flags(findings, parts),
+        *([Flag("kidney-hu", RED, _OVER_FAT.format(kidney))] if failed else []),
         *tumor_flags(labels, geometry, parts, findings),
         *border_flags(parts),
         *volume_flags(findings),
         *agreement_flags(agreement or {}),
     ]
     if training_domain is not None:
-        flags += [*phase_flags(kidney, aorta, phase, training_domain), *spacing_flags(geometry, training_domain)]
+        flags += [] if failed else phase_flags(kidney, aorta, phase, training_domain)
+        flags += spacing_flags(geometry, training_domain)
     return Quality(tuple(flags), phase)
 
 
@@ -174,8 +180,11 @@ def volume_flags(findings: Findings) -> Iterator[Flag]:
     low, high = PARENCHYMA_ML
     for kidney in _kidneys(findings):
         if not low <= kidney.parenchyma_ml <= high:
+            failed = kidney.parenchyma_ml > FAILED_ML
             reason = f"The {kidney.side} kidney has {kidney.parenchyma_ml:.0f} ml of parenchyma"
-            yield Flag("kidney-volume", AMBER, f"{reason}; {low:.0f} to {high:.0f} ml are expected.")
+            more = " The segmentation has probably failed." if failed else ""
+            level = RED if failed else AMBER
+            yield Flag("kidney-volume", level, f"{reason}; {low:.0f} to {high:.0f} ml are expected.{more}")
     tumor = sum(lesion.volume_ml for lesion in findings.lesions if lesion.kind == "tumor")
     if tumor > TUMOR_ML:
         yield Flag("tumor-volume", AMBER, f"The tumors have {tumor:.0f} ml; more than {TUMOR_ML:.0f} ml are unlikely.")

@@ -73,7 +73,7 @@ def case_picture(
             if overlay is not None:
                 _draw_labels(axes, plane.cut(overlay, at), axes.get_aspect())
     for axes, plane in zip(grid[0], PLANES, strict=True):
-        axes.set_title(f"{plane.name} (slice {at[plane.axis]})", fontsize=10)
+        axes.set_title(f"{plane.name} (slice {at[plane.axis] + 1})", fontsize=10)
     for row, name in zip(grid, ["CT", *maps], strict=True):
         row[0].set_ylabel(name, fontsize=10)
     save_picture(figure, path)

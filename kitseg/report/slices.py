@@ -61,14 +61,15 @@ class Cut:
     """A picture with the outlines of its labels.
 
     image: a data URI; rows, columns: size in voxels (outlines have ``UNIT`` steps per voxel); ratio: width divided by
-    height in mm; prediction, reference: SVG paths for ``kidney`` (with its lesions), ``tumor`` and ``cyst``, without
-    empty ones.
+    height in mm; mm: its width; prediction, reference: SVG paths for ``kidney`` (with its lesions), ``tumor`` and
+    ``cyst``, without empty ones.
     """
 
     image: str
     rows: int
     columns: int
     ratio: float
+    mm: float
     prediction: Outlines
     reference: Outlines
 
@@ -104,6 +105,7 @@ def cut(scene: Scene, axis: int, at: int, box: Box, pixels: int = 512) -> Cut:
         rows,
         columns,
         columns * across / (rows * down),
+        columns * across,
         outlines(labels),
         {} if scene.reference is None else outlines(scene.reference[index]),
     )

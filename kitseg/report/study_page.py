@@ -1,4 +1,4 @@
-"""The self-contained HTML page of a study: quality flags, scores and distributions, the worst cases first."""
+"""The self-contained HTML page of a study: quality flags, scores and distributions, the cases to review first."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class CaseRow:
 def write_study(path: Path, title: str, rows: Sequence[CaseRow], scores: StudyScores, facts: Mapping[str, str]) -> None:
     """Writes the page as one self-contained HTML file below 10 MB with links to the cases' pages in the same folder.
 
-    The worst cases get pictures first, up to a size limit.
+    The cases to review first get pictures, up to a size limit.
     """
     ordered = sorted(rows, key=_badness)
     write_page(
