@@ -31,11 +31,7 @@ class Mean:
         self._box, self._total, self._weights = Box((0, 0, 0), (0, 0, 0)), np.empty(0, np.float32), 0.0
 
     def add(self, member: Probabilities, weight: float = 1.0) -> None:
-        """Add a member.
-
-        Raises:
-            ValueError: its channels or its grid differ from the first member's.
-        """
+        """Add a member. Raises ValueError: its channels or its grid differ from the first member's."""
         first = self._first
         if first is None:
             self._first, self._box, self._weights = member, member.box, weight
@@ -55,11 +51,7 @@ class Mean:
         self._weights += weight
 
     def result(self) -> Probabilities:
-        """The mean; no members can be added afterwards.
-
-        Raises:
-            ValueError: no members.
-        """
+        """The mean; no members can be added afterwards. Raises ValueError: no members."""
         if self._first is None:
             raise ValueError("the mean needs at least one member")
         if self._total.ndim != 4:
@@ -80,10 +72,7 @@ def mean_in_slabs(members: Callable[[], Iterable[tuple[Probabilities, float]]], 
     """The same mean, computed slab by slab, for members that can be read repeatedly.
 
     Keeps the result in float16 and one slab of the sum and of a member in memory; ``members`` is called for each slab,
-    so that memory-mapped members are released.
-
-    Raises:
-        ValueError: see ``Mean``.
+    so that memory-mapped members are released. Raises ValueError: see ``Mean``.
     """
     extents = [(member.box, len(member.channels)) for member, _ in members()]
     box = reduce(Box.union, [box for box, _ in extents], Box((0, 0, 0), (0, 0, 0)))
@@ -144,8 +133,7 @@ def can_weigh(weights: Sequence[float]) -> bool:
 def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """The channels in which members are averaged: their own if equal, else background, kidney and tumor.
 
-    Raises:
-        ValueError: channels that can't be averaged with each other.
+    Raises ValueError: channels that can't be averaged with each other.
     """
     if len(set(kinds)) == 1:
         return kinds[0]
@@ -171,10 +159,8 @@ def to_masks(probabilities: Probabilities) -> Masks:
 
     With a channel "background" the channels are mutually exclusive, and each voxel gets the most probable one (the
     first of equal ones). Without it channels are independent, with a threshold of 0.5. The foreground is the channel
-    "foreground" if there is one, else "kidney" ∪ "tumor", and empty without "kidney".
-
-    Raises:
-        ValueError: an unknown channel.
+    "foreground" if there is one, else "kidney" ∪ "tumor", and empty without "kidney". Raises ValueError: an unknown
+    channel.
     """
     names, array = probabilities.channels, probabilities.array
     if strange := sorted(set(names) - set(CHANNELS)):

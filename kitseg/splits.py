@@ -58,11 +58,7 @@ class Split:
         return {case for fold in self.folds for case in (*fold.train, *fold.val)} | set(self.test)
 
     def fold(self, number: int) -> Fold:
-        """An outer fold.
-
-        Raises:
-            UsageError: there is no such fold.
-        """
+        """An outer fold. Raises UsageError: there is no such fold."""
         if not 0 <= number < len(self.folds):
             raise UsageError(f"there is no fold {number}: the split has folds 0 to {len(self.folds) - 1}")
         return self.folds[number]
@@ -75,10 +71,8 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
     """A random split by patient, in which every part holds the same mix of slice thickness and tumor volume.
 
     The patients are ordered by thickness class, then by tumor volume, and dealt out in blocks of as many neighbours as
-    there are parts, so that each part gets one of every block. The order of ``cases`` doesn't matter.
-
-    Raises:
-        UsageError: fewer than two folds, or an unknown convention. KitsegError: fewer than two patients to train with.
+    there are parts, so that each part gets one of every block. The order of ``cases`` doesn't matter. Raises
+    UsageError: fewer than two folds, or an unknown convention; KitsegError: fewer than two patients to train with.
     """
     if folds < 2 or inner < 2 or test < 0 or convention not in CONVENTIONS:
         asked = f"{folds} folds, {inner} inner folds, {test} test cases, label convention '{convention}'"
@@ -101,9 +95,7 @@ def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
     """The split with registered copies among a fold's training cases.
 
     An inner fold trains on a copy too where it trains on every case that the copy was made from; none validates on one.
-
-    Raises:
-        KitsegError: a copy was made from a case that isn't a training case of the fold.
+    Raises KitsegError: a copy was made from a case that isn't a training case of the fold.
     """
     copies, outer = list(copies), split.folds[fold]
     for copy in copies:
@@ -129,9 +121,8 @@ def write_split(split: Split, path: Path) -> None:
 def read_split(path: Path) -> Split:
     """Read a split file, one's own or a user's, and check it.
 
-    Raises:
-        InputError: unreadable, another schema, a case or a patient on both sides, inner folds that aren't part of
-            their outer one.
+    Raises InputError: unreadable, another schema, a case or a patient on both sides, inner folds that aren't part of
+    their outer one.
     """
     split = _FORMAT.read(path)
     if problem := _problem(split):
@@ -211,8 +202,7 @@ def _problem(split: Split) -> str | None:
 def held_out(path: Path | None, fold: int | None) -> list[str]:
     """The test cases of a split file, or the validation cases of one of its folds; empty where no file is given.
 
-    Raises:
-        UsageError: a fold without a split file, a fold that isn't there, or a split without test cases.
+    Raises UsageError: a fold without a split file, a fold that isn't there, or a split without test cases.
     """
     if path is None:
         if fold is not None:

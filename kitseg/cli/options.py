@@ -83,6 +83,10 @@ Shard = Annotated[
 ]
 Split = Annotated[Path | None, typer.Option(help="Split file: only its test cases, or the cases of --fold.")]
 Fold = Annotated[int | None, typer.Option(help="With --split: only the validation cases of this fold.")]
+NetworkFold = Annotated[
+    int | None,
+    typer.Option(help="With --split: only the validation cases of this fold, by the networks of this fold of a run."),
+]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Test-time augmentation: left-right flip.")]
 Engine = Annotated[str, typer.Option(help="auto (openvino on a CPU if installed, else torch), torch or openvino.")]
 Precision = Annotated[str, typer.Option(help="auto (as in training on a GPU, f32 on a CPU), f32 or bf16.")]

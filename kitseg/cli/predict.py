@@ -36,7 +36,7 @@ def infer(
     ] = None,
     mirror: opt.Mirror = False,
     split: opt.Split = None,
-    fold: opt.Fold = None,
+    fold: opt.NetworkFold = None,
     gpus: opt.Gpus = None,
     device: opt.Device = "auto",
     processes: opt.Processes = 1,
@@ -57,6 +57,7 @@ def infer(
     from kitseg.models.members import choose_run, only_member
     from kitseg.models.memory import parse_size
     from kitseg.models.model import open_model
+    from kitseg.models.run_folder import of_fold
     from kitseg.runtime.device import Machine, deterministically
 
     device, ranks = choose_ranks(gpus, processes, device)
@@ -65,7 +66,8 @@ def infer(
     if scans.choices:
         raise UsageError(f"{data} contains DICOM files. Use `kitseg predict`, or convert them to NIfTI")
     member, steps = only_member(run or choose_run(Path("runs")).path)
-    model = partial(open_model, member.run, device, stage, mirror or member.mirror, engine, precision)
+    path = of_fold(member.run, fold)
+    model = partial(open_model, path, device, stage, mirror or member.mirror, engine, precision)
     model = partial(deterministically, model) if deterministic else model
     do = Inference(model, stage, output, parse_size(max_memory), steps)
     shared_work("infer", scans.cases, do, shard, ranks)
@@ -125,7 +127,7 @@ def predict(
     weights: Annotated[str | None, typer.Option(help="Weights of the models, such as 2,1. Default: equal.")] = None,
     mirror: opt.Mirror = False,
     split: opt.Split = None,
-    fold: opt.Fold = None,
+    fold: opt.NetworkFold = None,
     gpus: opt.Gpus = None,
     device: opt.Device = "auto",
     processes: opt.Processes = 1,
@@ -164,7 +166,7 @@ def predict(
     _ = Machine(device, ranks).accelerator  # before any process is started
     found, output = name_output(choose_scans(scans, split, fold, series), output)
     models = [locate(one) for one in model] or [choose_run(Path("runs")).path]
-    opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision)
+    opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision, fold)
     opened = partial(deterministically, opened) if deterministic else opened
     if found.choices:
         console.print_line(

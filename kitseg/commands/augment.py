@@ -88,11 +88,7 @@ _FOLD_PAIRS = FileFormat(_FoldPairs, 1)
 
 
 def training_scans(split: Split, fold: int, cases: Iterable[Case]) -> dict[str, Case]:
-    """A fold's training cases by id, without registered copies.
-
-    Raises:
-        KitsegError: some are not among ``cases``.
-    """
+    """A fold's training cases by id, without registered copies. Raises KitsegError: some are not among ``cases``."""
     by_id = {case.id: case for case in cases}
     if missing := sorted(set(split.folds[fold].train) - set(by_id)):
         raise KitsegError(f"cases {', '.join(missing)} of the run's split are missing. Give their folder with --data")
@@ -100,11 +96,7 @@ def training_scans(split: Split, fold: int, cases: Iterable[Case]) -> dict[str, 
 
 
 def check_enough(count: int, choice: PairSelection) -> None:
-    """Refuse a selection that needs more training cases than there are.
-
-    Raises:
-        UsageError: there are too few training cases.
-    """
+    """Raises UsageError: a selection needs more training cases than there are."""
     if choice.worst + choice.partners > count:
         asked = f"--worst {choice.worst} and --partners {choice.partners}"
         raise UsageError(f"{asked} need {choice.worst + choice.partners} training cases, the fold has {count}")
@@ -113,13 +105,7 @@ def check_enough(count: int, choice: PairSelection) -> None:
 def choose_pairs(ranked: Sequence[str], cases: Mapping[str, Case], choice: PairSelection) -> list[Pair]:
     """Pair each hard case with random partners that are not hard; depends on the seed and the hard case only.
 
-    Args:
-        ranked: training cases, the hardest first.
-        cases: by id.
-        choice: how many.
-
-    Raises:
-        UsageError: too few cases.
+    ranked: training cases, the hardest first. Raises UsageError: too few cases.
     """
     check_enough(len(ranked), choice)
     hard, rest = ranked[: choice.worst], sorted(ranked[choice.worst :])
@@ -136,10 +122,7 @@ def make_copies(
 ) -> list[Copied]:
     """Register each pair and write the copies that pass; a failure doesn't stop the others, and done pairs are skipped.
 
-    A registration uses one thread, so as many run at a time as there are jobs.
-
-    Raises:
-        KitsegError: a worker was killed.
+    A registration uses one thread, so as many run at a time as there are jobs. Raises KitsegError: a worker was killed.
     """
     to = to.absolute()  # worker processes may have another working folder
     tasks = (delayed(_make)(pair, to, convention) for pair in pairs)
@@ -164,8 +147,7 @@ def write_request(to: Path, fold: int, choice: PairSelection, pairs: Sequence[Pa
 def write_augmented_split(run: Run, to: Path) -> Split:
     """``splits.json``: the run's split with the copies of each fold's pairs, where they weren't rejected.
 
-    Raises:
-        KitsegError: the folder's copies were made for another split.
+    Raises KitsegError: the folder's copies were made for another split.
     """
     split = read_split(run.split)
     for path in sorted(to.glob("fold_*.json")):
@@ -190,11 +172,7 @@ def _make(pair: Pair, to: Path, convention: str) -> Copied:
 
 
 def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
-    """The settings and files of a copy, as ``CopyOrigin`` records them.
-
-    Raises:
-        InputError: an unreadable file.
-    """
+    """The settings and files of a copy, as ``CopyOrigin`` records them. Raises InputError: an unreadable file."""
     files = (file for case in (pair.reference, pair.floating) for file in (case.image, case.label) if file)
     return {
         "settings": asdict(Settings()),
@@ -249,8 +227,7 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
 def _read(case: Case, convention: str) -> Labelled:
     """A labelled scan.
 
-    Raises:
-        InputError: no label, one on another grid than its image or without a kidney, or an unreadable file.
+    Raises InputError: no label, one on another grid than its image or without a kidney, or an unreadable file.
     """
     if case.label is None:
         raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")

@@ -75,6 +75,11 @@ def recorded_learning(labels: Path) -> tuple[str, ...]:
         return ()
 
 
+def describe_learning(models: Sequence[str] | None) -> str:
+    """A note where networks learned from the scan that they predicted."""
+    return f"its networks learned from this scan ({'; '.join(models)})" if models else ""
+
+
 def refuse_case_overwrite(path: Path, endings: Sequence[str]) -> None:
     """Refuse (UsageError) to replace files beside a record that kitseg didn't write, or labels corrected since."""
     refuse_overwrite(path, "case")

@@ -77,8 +77,7 @@ class Search:
 def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
     """The validated runs among the paths, plain and mirrored.
 
-    Raises:
-        UsageError: a run that isn't validated, or that has other cases or another label convention than the first.
+    Raises UsageError: a run that isn't validated, or that has other cases or another label convention than the first.
     """
     members, splits = [], []
     for path in paths:
@@ -124,8 +123,7 @@ def rounds(search: Search) -> Iterator[list[Recipe]]:
 def try_recipes(search: Search, recipes: Sequence[Recipe], jobs: int, on_done: Callable[[], None]) -> None:
     """Score recipes on every case, cases in parallel, and note the means in the search.
 
-    Raises:
-        KitsegError: a case can't be scored.
+    Raises KitsegError: a case can't be scored.
     """
     given = (search.members, search.priors, search.convention, recipes)
     tasks = (delayed(_try_case)(case, *given) for case in search.cases)

@@ -55,9 +55,8 @@ class Comparison:
 def compare(a: Path, b: Path) -> Comparison:
     """Compare two score files, or the ones in two folders (``scores.json`` or ``validation/scores.json``).
 
-    Raises:
-        UsageError: both are the same file, or have different protocols or no case in common.
-        InputError: one is missing or damaged, or both give a case another stratum.
+    Raises UsageError: both are the same file, or have different protocols or no case in common; InputError: one is
+    missing or damaged, or both give a case another stratum.
     """
     one, other = _read(a), _read(b)
     if one.path.resolve() == other.path.resolve():

@@ -22,10 +22,8 @@ RESEARCH_USE = "Phantoms, not patients, and networks trained for minutes: the sc
 def run_demo(out: Path, quick: bool, log: Callable[[str], None]) -> None:
     """Run the demo: phantom → check → preprocess → train → infer → ensemble → postprocess → evaluate → report.
 
-    Writes ``report.png``, the first held-out phantom with its reference and its prediction.
-
-    Raises:
-        KitsegError: a step failed; its own message has been printed before.
+    Writes ``report.png``, the first held-out phantom with its reference and its prediction. Raises KitsegError: a step
+    failed; its own message has been printed before.
     """
     out.mkdir(parents=True, exist_ok=True)
     for command in demo_commands(quick):

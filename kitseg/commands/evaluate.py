@@ -94,11 +94,7 @@ class Job(Task):
 
 
 def rules(protocol: str, convention: str | None) -> Rules:
-    """The rules of a protocol, by default with its own label convention.
-
-    Raises:
-        UsageError: an unknown protocol.
-    """
+    """The rules of a protocol, by default with its own label convention. Raises UsageError: an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol '{protocol}'. Choose from {', '.join(PROTOCOLS)}")
     return Rules(PROTOCOLS[protocol], convention or PROTOCOLS[protocol].convention)
@@ -107,10 +103,8 @@ def rules(protocol: str, convention: str | None) -> Rules:
 def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ()) -> tuple[list[Job], list[str]]:
     """The cases in ``predictions``, or the ``required`` ones, where a missing one counts as background.
 
-    And the references that are left out, since they have no prediction and aren't required.
-
-    Raises:
-        UsageError: no case to score, or a required case without a reference.
+    And the references that are left out, since they have no prediction and aren't required. Raises UsageError: no case
+    to score, or a required case without a reference.
     """
     # absolute, because worker processes may have another working directory
     found, truth = find_labels(predictions.absolute()), find_labels(references.absolute())
@@ -202,8 +196,7 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -
 def required_cases(numbers: str | None, split: Path | None, fold: int | None) -> list[str]:
     """The required cases: from ``--cases 210-299``, a split file's test set, or a fold's validation cases.
 
-    Raises:
-        UsageError: both are given, or the split has no such cases.
+    Raises UsageError: both are given, or the split has no such cases.
     """
     if numbers and split:
         raise UsageError("--cases and --split exclude each other. Give one of them")

@@ -88,9 +88,8 @@ class Fit:
 def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[str, Path]:
     """The label maps in a folder, KiTS layout or flat, by case; with a split, those of a fold's training cases.
 
-    Raises:
-        InputError: the folder is missing or holds no label maps.
-        UsageError: a split without a fold or the other way round, a fold that isn't there, a case without labels.
+    Raises InputError: the folder is missing or holds no label maps; UsageError: a split without a fold or the other way
+    round, a fold that isn't there, a case without labels.
     """
     labels = find_labels(folder)
     refuse_scans(folder, labels)
@@ -108,10 +107,8 @@ def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[
 def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: Callable[[CaseTumors], None]) -> Fit:
     """The range of the tumors' eigenvalue ratios (components of 10 voxels or more, native grids) and what priors cost.
 
-    In ``jobs`` processes; ``on_done`` is called after each case.
-
-    Raises:
-        KitsegError: no tumor is large enough to have a shape.
+    In ``jobs`` processes; ``on_done`` is called after each case. Raises KitsegError: no tumor is large enough to have a
+    shape.
     """
     tasks = (delayed(find_tumors)(case, path.absolute(), convention) for case, path in labels.items())
     findings = in_parallel(tasks, jobs, on_done)

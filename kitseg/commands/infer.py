@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kitseg import ensemble
+from kitseg.commands.case_record import describe_learning
 from kitseg.commands.postprocess import nothing_found
 from kitseg.errors import KitsegError, UsageError
-from kitseg.models.members import describe_model, origin
+from kitseg.models.members import describe_model, learned_from, origin
 from kitseg.models.memory import check_memory, slab_within
 from kitseg.models.model import Model
 from kitseg.runtime.device import versions
@@ -43,9 +44,8 @@ class Inference:
     def __call__(self, scans: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
         """Infer these scans, which are a share of all; finished and unchanged ones stay.
 
-        Raises:
-            UsageError: the folder holds probabilities of something else, a file of another origin is in the way, or a
-                scan has the manifest's name. KitsegError: another process writes there.
+        Raises UsageError: the folder holds probabilities of something else, a file of another origin is in the way, or
+        a scan has the manifest's name; KitsegError: another process writes there.
         """
         if taken := next((scan for scan in scans if f"{scan.id}.json" == blocks.MANIFEST), None):
             raise UsageError(
@@ -61,8 +61,10 @@ class Inference:
                 return Outcome(case.id, note=UNCHANGED, result=result)
             check_memory(self.max_memory, [model], scan_geometry(case), case.id)
             probabilities = model.predict_proba(read_image(case.image, case.id))
-            blocks.write_block(self.to, probabilities, case.image, digest)
-            return Outcome(case.id, note=nothing_found(probabilities), result=result)
+            learned = learned_from([model], case, digest)
+            blocks.write_block(self.to, probabilities, case.image, digest, learned_from=learned)
+            note = "; ".join(filter(None, [nothing_found(probabilities), describe_learning(learned)]))
+            return Outcome(case.id, note=note, result=result)
 
         with folder_lock(self.to, "probabilities", share.part):
             blocks.claim_manifest(self.to, manifest_of(model, self.stage, self.postprocess))
@@ -74,9 +76,8 @@ def average(
 ) -> list[Outcome]:
     """The weighted mean of folders of probabilities, case by case, in slabs that keep within ``max_memory`` bytes.
 
-    Raises:
-        UsageError: the folders hold different cases or channels, the weights don't fit, or a file of another origin is
-            in the way.
+    Raises UsageError: the folders hold different cases or channels, the weights don't fit, or a file of another origin
+    is in the way.
     """
     if len(weights) != len(folders) or not ensemble.can_weigh(weights):
         raise UsageError(f"{len(folders)} folders need the same number of non-negative weights, not {list(weights)}")
@@ -109,8 +110,9 @@ def average(
             return zip(members, weights, strict=True)
 
         mean = ensemble.mean_in_slabs(weighed, slab_within(max_memory, [block for block, _ in weighed()], case))
-        blocks.write_block(to, mean, scan, digest, made_from)
-        return Outcome(case, result=result)
+        learned = blocks.learned_from(folders, case)
+        blocks.write_block(to, mean, scan, digest, made_from, learned)
+        return Outcome(case, note=describe_learning(learned), result=result)
 
     with folder_lock(to, "probabilities"):
         blocks.claim_manifest(to, manifest)

@@ -45,8 +45,7 @@ class LabelTask(Task):
     def read(self, convention: str) -> tuple[Volume, Volume | None]:
         """The label map, and the CT on the same grid.
 
-        Raises:
-            InputError: one can't be used, or they lie on different grids.
+        Raises InputError: one can't be used, or they lie on different grids.
         """
         labels = read_labels(self.labels, self.case, convention)
         scan = read_scan(self.scan) if self.scan else None
@@ -78,11 +77,8 @@ class Measured:
 def plan_measures(labels: Path, ct: Path | None) -> list[LabelTask]:
     """A label map, or those in a folder, each with the scan of the same name.
 
-    With a file for the label map and one NIfTI scan, names don't matter.
-
-    Raises:
-        InputError: a path is missing or holds nothing of the kind.
-        UsageError: two files of one name, or no scan of a case.
+    With a file for the label map and one NIfTI scan, names don't matter. Raises InputError: a path is missing or holds
+    nothing of the kind; UsageError: two files of one name, or no scan of a case.
     """
     maps = find_labels(labels)
     refuse_scans(labels, maps)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.commands.case_record import forget, read_record, refuse_case_overwrite, write_record
+from kitseg.commands.case_record import describe_learning, forget, read_record, refuse_case_overwrite, write_record
 from kitseg.errors import UsageError
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.models.postprocessing import build_steps, clean
@@ -20,7 +20,7 @@ from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
 from kitseg.runtime.provenance import recipe
 from kitseg.types import Probabilities
-from kitseg.volumes.blocks import block_cases, block_digest, read_block, read_manifest, scan_of
+from kitseg.volumes.blocks import block_cases, block_digest, learned_from, read_block, read_manifest, scan_of
 from kitseg.volumes.nifti import read_image, write_labels
 
 Write = Callable[[Path], None]
@@ -29,11 +29,8 @@ Write = Callable[[Path], None]
 def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] = ()) -> list[Outcome]:
     """Labels from a folder of probabilities, cleaned as its manifest states but for the priors ``without``.
 
-    Finished and unchanged cases stay.
-
-    Raises:
-        UsageError: an unknown prior, or a file of another origin in the way. KitsegError: another process writes
-            there.
+    Finished and unchanged cases stay. Raises UsageError: an unknown prior, or a file of another origin in the way;
+    KitsegError: another process writes there.
     """
     manifest = read_manifest(folder)
     steps, facts = build_steps(manifest["postprocess"], without), facts_of(manifest, without)
@@ -49,7 +46,8 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
             return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.volumes_ml)
         probabilities = read_block(folder, case)
         labels = clean(probabilities, read_image(path, case), steps)
-        return write_case(to, labels, probabilities, {"scan": path.name, **facts}, made)
+        learned = learned_from([folder], case)
+        return write_case(to, labels, probabilities, {"scan": path.name, "learned_from": learned, **facts}, made)
 
     with folder_lock(to, "labels"):
         return each(cases, work, on_done)
@@ -76,14 +74,8 @@ def write_case(
 ) -> Outcome:
     """Write a case's label map in its scan's own orientation, and last its record, a JSON file.
 
-    Args:
-        to: the folder.
-        labels: (D, H, W) in orientation (I, P, L).
-        probabilities: from which they were made.
-        facts: for the record.
-        made: the hashes of what the labels follow from, see ``write_record``.
-        doubts: for the record's note.
-        more: writers of further files, by the ending of their names.
+    labels: (D, H, W) in orientation (I, P, L); facts: for the record, ``learned_from`` and ``doubts`` for its note too;
+    made: see ``write_record``; more: writers of further files, by the ending of their names.
     """
     case, ml = probabilities.case_id, probabilities.geometry.voxel_ml
     record = to / f"{case}.json"
@@ -95,7 +87,8 @@ def write_case(
         write(file)
     counts = {"kidney": int((labels == KIDNEY).sum()), "tumor": int((labels == TUMOR).sum())}
     volumes = {name: round(count * ml, 3) for name, count in counts.items()}
-    note = "; ".join(filter(None, [nothing_found(probabilities), *doubts]))
+    learned = describe_learning(facts["learned_from"])
+    note = "; ".join(filter(None, [nothing_found(probabilities), learned, *doubts]))
     write_record(record, {"case": case, "volumes_ml": volumes, "note": note, **facts}, made, files)
     return Outcome(case, note=note, result=files[0], volumes_ml=volumes)
 

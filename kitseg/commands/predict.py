@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from kitseg import __version__
 from kitseg.commands.case_record import read_record, refuse_case_overwrite
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
-from kitseg.models.members import Ensemble
+from kitseg.models.members import Ensemble, learned_from
 from kitseg.models.memory import check_memory
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
@@ -67,9 +67,8 @@ class PredictScans:
     def __call__(self, scans: Sequence[Case], share: Share, log: Log, on_done: OnDone) -> list[Outcome]:
         """Predict these scans, which are a share of all; finished and unchanged ones stay.
 
-        Raises:
-            UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is not a DICOM
-                series. KitsegError: another process writes there.
+        Raises UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is not a DICOM
+        series; KitsegError: another process writes there.
         """
         endings = (".nii.gz", ".png", *([".dcm"] if self.options.dicom_seg else []))
         if self.options.choices:
@@ -111,10 +110,11 @@ class CasePredictor:
         more: dict[str, Write] = {".png": partial(case_picture, ct=scan, labels=found.canonical, title=source.id)}
         if self.options.dicom_seg:
             more[".dcm"] = partial(self._write_segmentation, labels=found.canonical, source=source)
-        facts = {
+        facts: dict[str, Any] = {
             "scan": source.id if source.slices else source.image.name,
             "seconds": round(time.perf_counter() - start, 2),
             "findings": asdict(found.findings),
+            "learned_from": learned_from(self.model.models, source, made["scan_sha256"]),
             **({"part": self.options.part} if self.options.part else {}),
             "quality": {"level": found.quality.level, **asdict(found.quality), "agreement": found.agreement},
             **self.facts,
@@ -134,8 +134,7 @@ class CasePredictor:
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:
     """The scans in files and folders, or those of them that a split holds out.
 
-    Raises:
-        UsageError: a held-out case is missing.
+    Raises UsageError: a held-out case is missing.
     """
     found, wanted = find_scans(paths, series), held_out(split, fold)
     there = pair(wanted, [case.id for case in found.cases])
@@ -162,8 +161,7 @@ def name_output(scans: Scans, output: Path) -> tuple[Scans, Path]:
 def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: bool) -> None:
     """Write which DICOM series were chosen and why, where there are any.
 
-    Raises:
-        KitsegError: none of them was chosen.
+    Raises KitsegError: none of them was chosen.
     """
     if not choices:
         return

@@ -47,10 +47,8 @@ def preprocess(
     """Store every case on every grid, in parallel; a broken case doesn't stop the others.
 
     The folder is locked only if some case isn't stored yet; what another process, such as that of another fold, stores
-    meanwhile is kept. part: of the work, such as ``2/8``.
-
-    Raises:
-        KitsegError: the disk is too small, a worker was killed, or another process writes there for hours.
+    meanwhile is kept. part: of the work, such as ``2/8``. Raises KitsegError: the disk is too small, a worker was
+    killed, or another process writes there for hours.
     """
     to = to.absolute()  # worker processes may have another working folder
     outcomes, stale = list[Stored](), list[Case]()

@@ -63,9 +63,8 @@ def plan_pages(
 ) -> list[PageTask]:
     """The cases that there are label maps of, each with its scan; masks: the folder of the references.
 
-    Raises:
-        InputError: a path is missing or holds nothing of the kind.
-        UsageError: two files of one name, scans of none of the cases, or files that kitseg did not write in the way.
+    Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one name, scans of none
+    of the cases, or files that kitseg did not write in the way.
     """
     labels = find_labels(predictions)
     refuse_scans(predictions, labels)

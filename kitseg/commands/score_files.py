@@ -88,11 +88,7 @@ def write_scores(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_scores(path: Path) -> ScoreFile:
-    """Read a file of ``write_scores``.
-
-    Raises:
-        InputError: missing, damaged, or of another schema.
-    """
+    """Read a file of ``write_scores``. Raises InputError: missing, damaged, or of another schema."""
     return _FORMAT.read(path)
 
 

@@ -71,11 +71,7 @@ class Submission:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a name that no zip can have.
-
-    Raises:
-        UsageError: it doesn't end in .zip, or is a folder.
-    """
+    """Refuse a name that no zip can have. Raises UsageError: it doesn't end in .zip, or is a folder."""
     if output.suffix.lower() != ".zip" or output.is_dir():
         raise UsageError(f"{output}: the submission must be a .zip file. Change --output")
     refuse_overwrite(output, "submission")
@@ -86,11 +82,8 @@ def check_submission(
 ) -> Submission:
     """Check the prediction of every required case, by KiTS number, against its scan; ``on_done`` is called after each.
 
-    Reads one label map at a time, and of the scans the headers alone.
-
-    Raises:
-        UsageError: two files are of the same case.
-        InputError: a folder is missing or holds nothing of the kind.
+    Reads one label map at a time, and of the scans the headers alone. Raises UsageError: two files are of the same
+    case; InputError: a folder is missing or holds nothing of the kind.
     """
     labels, scans = find_labels(predictions), {case.id: case.image for case in find_cases(data)}
     wanted = [case_name(number) for number in numbers]
@@ -105,12 +98,9 @@ def check_submission(
 def write_submission(output: Path, submission: Submission, on_done: Callable[[], None] = lambda: None) -> None:
     """Write the zip, whole or not at all; ``on_done`` is called after each case.
 
-    A prediction that is right as it is goes in byte by byte; another one as uint8 on the scan's own lattice.
-
-    Raises:
-        ValueError: the submission has problems.
-        InputError: a prediction has changed since it was checked.
-        KitsegError: the zip can't be written.
+    A prediction that is right as it is goes in byte by byte; another one as uint8 on the scan's own lattice. Raises
+    ValueError: the submission has problems; InputError: a prediction has changed since it was checked; KitsegError: the
+    zip can't be written.
     """
     check_output(output)
     if submission.problems:

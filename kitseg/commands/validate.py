@@ -14,6 +14,7 @@ from kitseg.commands.infer import manifest_of
 from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import score_content, write_scores
 from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.models.members import learned_from
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import STAGE_INPUTS, Run, find_run, move_aside
@@ -84,9 +85,8 @@ class Validation:
 def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path | None = None) -> Validation:
     """The finished folds of a run, or one fold of it, and their validation cases.
 
-    Raises:
-        UsageError: not a run, no finished fold, a missing validation case, or one that a network was trained on.
-        KitsegError: a patient on two sides. InputError: a damaged file.
+    Raises UsageError: not a run, no finished fold, a missing validation case, or one that a network was trained on;
+    KitsegError: a patient on two sides; InputError: a damaged file.
     """
     run, fold = find_run(path)
     split, last = read_split(run.split), list(config.method_of(config.read(run.config)).stages)[-1]
@@ -148,8 +148,7 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
 def _check_unseen(run: Run, fold: int, split: Split) -> None:
     """Refuse a fold whose networks were trained on other cases than those of the run's split.
 
-    Raises:
-        UsageError: it was.
+    Raises UsageError: it was.
     """
     for path in sorted(run.fold(fold).glob("*/**/places.json")):
         trained = STAGE_INPUTS.read(path).train
@@ -198,8 +197,10 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         scan = read_image(case.image, case.id)
         found = model.predict_proba(scan)
         validation.record(case).unlink(missing_ok=True)
-        blocks.write_block(to, found, case.image, validation.hash_of(case))
-        facts = {"scan": case.image.name, **facts_of(manifest)}
+        digest = validation.hash_of(case)
+        learned = learned_from([model], case, digest)
+        blocks.write_block(to, found, case.image, digest, learned_from=learned)
+        facts = {"scan": case.image.name, "learned_from": learned, **facts_of(manifest)}
         return write_case(
             validation.label(case).parent, clean(found, scan, steps), found, facts, validation.made(fold, case)
         )

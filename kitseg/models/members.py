@@ -24,10 +24,10 @@ from kitseg.models.chain import run_chain, to_scan
 from kitseg.models.ensemble_file import Member, read_ensemble
 from kitseg.models.model import Model, open_model, run_digest
 from kitseg.models.postprocessing import build_steps, clean
-from kitseg.models.run_folder import Run
+from kitseg.models.run_folder import Run, of_fold
 from kitseg.models.training_domain import merge_domains
 from kitseg.postprocess import Prior
-from kitseg.types import Probabilities, Volume
+from kitseg.types import Case, Probabilities, Volume
 from kitseg.volumes.arrays import Image, scan_from, to_nibabel
 from kitseg.volumes.nifti import turn_to_native
 
@@ -145,10 +145,11 @@ def open_ensemble(
     mirror: bool = False,
     engine: str = "auto",
     precision: str = "auto",
+    fold: int | None = None,
 ) -> Ensemble:
     """Open runs, folds of runs, ensemble files and bundles; the post-processing is the first one's.
 
-    engine, precision: see ``open_model``.
+    engine, precision: see ``open_model``; fold: of runs, use this one's networks only.
 
     Raises:
         UsageError: not a run, or weights that don't fit. InputError: a damaged file, or an unfinished run.
@@ -164,7 +165,8 @@ def open_ensemble(
         members += [replace(m, weight=share * m.weight, mirror=mirror or m.mirror) for m in found]
         recipes.append(recipe)
     models = tuple(
-        open_model(member.run, device, mirror=member.mirror, engine=engine, precision=precision) for member in members
+        open_model(of_fold(member.run, fold), device, mirror=member.mirror, engine=engine, precision=precision)
+        for member in members
     )
     steps = models[0].method.postprocess if recipes[0] is None else recipes[0]
     return Ensemble(models, tuple(member.weight for member in members), steps)
@@ -219,6 +221,26 @@ def describe_model(model: Model) -> str:
     return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{licenses}"
 
 
+def learned_from(models: Sequence[Model], case: Case, sha256: str) -> tuple[str, ...] | None:
+    """The models whose networks learned from a scan, with their folds; None where that isn't known.
+
+    sha256: of the scan's file; of a DICOM series nothing is known.
+    """
+    known = [None if case.slices else model.learned_from(sha256) for model in models]
+    found = tuple(
+        f"{origin_path(model)}, fold {', '.join(map(str, folds))}"
+        for model, folds in zip(models, known, strict=True)
+        if folds
+    )
+    return None if None in known and not found else found
+
+
+def origin_path(model: Model) -> str:
+    """Where a model lies, or the name of its bundle."""
+    bundle = bundle_of(model.run)
+    return f"{bundle.manifest.name}{SUFFIX}" if bundle else str(model.run.path)
+
+
 def computed_with(model: Model) -> str:
     """The engines that run a model's networks, and their precision."""
     return "; ".join(dict.fromkeys(str(stage.engine) for stage in model.chain.values()))
@@ -244,10 +266,9 @@ def choose_run(runs: Path) -> Run:
 
 def origin(model: Model) -> dict[str, Any]:
     """The model of a result, and where it ran: all that two equal results must have in common."""
-    info, source = model.run.read_info(), dict[str, Any](path=str(model.run.path))
+    info, source = model.run.read_info(), dict[str, Any](path=origin_path(model))
     if bundle := bundle_of(model.run):
-        stated = bundle.manifest
-        source = {"path": f"{stated.name}{SUFFIX}", "bundle": {"sha256": bundle.sha256, "licenses": stated.licenses}}
+        source["bundle"] = {"sha256": bundle.sha256, "licenses": bundle.manifest.licenses}
     return {
         **source,
         "folds": model.folds,

@@ -194,6 +194,21 @@ def find_run(path: Path) -> tuple[Run, int | None]:
     raise UsageError(f"{path} is neither a run nor a fold of one: it needs a config.yaml; `kitseg train` makes runs")
 
 
+def of_fold(path: Path, fold: int | None) -> Path:
+    """The folder of a run's fold; the path itself where no fold is asked for, or where it is one fold already.
+
+    Raises:
+        UsageError: neither a run nor a fold, or a run without that fold.
+    """
+    run, given = find_run(path)
+    if fold is None or given is not None:
+        return path
+    if not run.fold(fold).is_dir():
+        problem = f"{path} has no fold {fold}, whose networks did not learn from these cases"
+        raise UsageError(f"{problem}; `kitseg train --fold {fold}` trains it")
+    return run.fold(fold)
+
+
 def move_aside(path: Path) -> Path | None:
     """Rename ``path`` to the first free ``<name>.old-<n>``; None where there is nothing."""
     if not path.exists():

@@ -25,11 +25,14 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
         "kidney_hu": _range(kidneys),
         "aorta_hu": _range(aortas),
     }
+    learned: dict[str, list[int]] = {}
+    for id_, sha256 in zip(ids, hashes, strict=True):  # the same scan may lie there under two names
+        learned[sha256] = sorted({*learned.get(sha256, ()), *trained[id_]})
     return {
         "phantom": any(phantoms),
         "cases": list(ids),
         "experience": seen if seen["kidney_hu"] else None,
-        "learned": {sha256: trained[id_] for id_, sha256 in zip(ids, hashes, strict=True) if trained[id_]},
+        "learned": {sha256: numbers for sha256, numbers in learned.items() if numbers},
     }
 
 

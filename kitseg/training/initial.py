@@ -56,6 +56,18 @@ def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
     return InitialWeights(stages, _training_cases(run, used))
 
 
+def learned_before(model: str, count: int) -> dict[str, list[int]]:
+    """The scans that initial weights learned from, by their hashes, with those of ``count`` folds that they start."""
+    path = Path(model)
+    if path.suffix in CHECKPOINTS and path.is_file():
+        return {}
+    run, given = find_run(only_member(model)[0].run)
+    learned = run.read_info().learned
+    there = sorted({fold for folds in learned.values() for fold in folds})
+    starts = [given if given is not None else fold if fold in there else there[0] for fold in range(count) if there]
+    return {sha256: [n for n, fold in enumerate(starts) if fold in folds] for sha256, folds in learned.items()}
+
+
 def start_from(module: nn.Module, path: Path, folder: StageFolder, loud: bool) -> None:
     """Load those weights of a checkpoint that match by name and shape.
 

@@ -21,6 +21,7 @@ from kitseg.runtime.console import bar
 from kitseg.runtime.device import torch_device
 from kitseg.runtime.files import atomic_write
 from kitseg.splits import FoldPart
+from kitseg.training.initial import learned_before
 from kitseg.training.plan import Plan, Unit, open_stored
 from kitseg.types import Box
 from kitseg.volumes.store import StoredCase
@@ -36,7 +37,10 @@ def prepare(plan: Plan, unit: Unit) -> None:
         write_places(folder, inputs.find(part.train, "train"), inputs.find(part.val, "val"))
     if not plan.run.info.exists():
         cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
-        RUN_INFO.write(plan.run.info, {"kitseg": __version__, **training_facts(cases, plan.split.folds)})
+        facts = training_facts(cases, plan.split.folds)
+        for sha256, folds in (learned_before(plan.initial, len(plan.split.folds)) if plan.initial else {}).items():
+            facts["learned"][sha256] = sorted({*facts["learned"].get(sha256, ()), *folds})
+        RUN_INFO.write(plan.run.info, {"kitseg": __version__, **facts})
 
 
 def write_places(folder: StageFolder, train: Mapping[str, StageInput], val: Mapping[str, StageInput]) -> None:

@@ -34,7 +34,11 @@ class _Scan:
 
 @dataclass(frozen=True)
 class _Block:
-    """The JSON beside a case's array; sha256: of the array; made_from: hashes of the blocks whose mean it is."""
+    """The JSON beside a case's array.
+
+    sha256: of the array; made_from: hashes of the blocks whose mean it is; learned_from: the models that learned from
+    the scan, None where that isn't known.
+    """
 
     case: str
     channels: tuple[str, ...]
@@ -44,6 +48,7 @@ class _Block:
     scan: _Scan
     sha256: str
     made_from: tuple[str, ...] = ()
+    learned_from: tuple[str, ...] | None = None
 
     @property
     def scan_sha256(self) -> str:
@@ -69,15 +74,22 @@ _BLOCK = FileFormat(_Block, SCHEMA, _AGAIN)
 _MANIFEST = FileFormat(Manifest, SCHEMA, _AGAIN, largest=1 << 22)  # anybody may have written it
 
 
-def write_block(folder: Path, found: Probabilities, scan: Path, digest: str, made_from: Sequence[str] = ()) -> None:
-    """Write a case's probabilities, with path and hash of their scan and hashes of the blocks they are the mean of."""
+def write_block(
+    folder: Path,
+    found: Probabilities,
+    scan: Path,
+    digest: str,
+    made_from: Sequence[str] = (),
+    learned_from: tuple[str, ...] | None = None,
+) -> None:
+    """Write a case's probabilities, with path and hash of their scan; made_from, learned_from: see ``_Block``."""
     block, about = folder / f"{found.case_id}.npy", folder / f"{found.case_id}.json"
     about.unlink(missing_ok=True)
     with atomic_write(block) as partial:
         np.save(partial, found.array)
     source, sha256 = _Scan(str(scan.absolute()), digest), file_digest(block)
     fields = (found.case_id, found.channels, found.box, found.geometry, found.native)
-    _BLOCK.write(about, _Block(*fields, source, sha256, tuple(made_from)))
+    _BLOCK.write(about, _Block(*fields, source, sha256, tuple(made_from), learned_from))
 
 
 def is_unchanged(folder: Path, case_id: str, digest: str, made_from: Sequence[str] = ()) -> bool:
@@ -90,6 +102,13 @@ def is_unchanged(folder: Path, case_id: str, digest: str, made_from: Sequence[st
 def block_digest(folder: Path, case_id: str) -> str:
     """The hash of a case's probabilities as they were written. Raises InputError: missing or damaged."""
     return _BLOCK.read(folder / f"{case_id}.json").sha256
+
+
+def learned_from(folders: Sequence[Path], case_id: str) -> tuple[str, ...] | None:
+    """The models behind a case's probabilities that learned from its scan; None where that isn't known."""
+    known = [_BLOCK.read(folder / f"{case_id}.json").learned_from for folder in folders]
+    found = tuple(dict.fromkeys(name for names in known for name in names or ()))
+    return None if None in known and not found else found
 
 
 def read_block(folder: Path, case_id: str) -> Probabilities:

@@ -12,6 +12,7 @@ from typing import Any
 from kitseg.errors import InputError, UsageError, printable
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
+from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.names import clean_name, pair, shorten
 from kitseg.volumes.tables import PATIENTS, read_patients
 
@@ -92,6 +93,7 @@ def with_labels(cases: Sequence[Case], masks: Path | None) -> list[Case]:
     if masks is None:
         return list(cases)
     maps = find_labels(masks.absolute())
+    refuse_scans(masks, maps)
     pairs = pair([case.id for case in cases], maps)
     return [replace(case, label=maps[pairs[case.id]]) if case.id in pairs else case for case in cases]
 

@@ -28,8 +28,7 @@ def clean_name(text: str) -> str:
 def pair(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     """The other name of each case that has one: the same, or one of the challenge's with the same number.
 
-    Raises:
-        UsageError: a number that one side has twice, so that it isn't clear which files belong together.
+    Raises UsageError: a number that one side has twice, so that it isn't clear which files belong together.
     """
     names, others = set(names), set(others)
     found, here, there = {name: name for name in names & others}, _by_number(names), _by_number(others)

@@ -1,0 +1,110 @@
+"""Scans that networks learned from: a fold's networks for its held-out cases, and marks wherever a result goes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import kitseg
+from method_runs import untrained
+from nifti_files import IPL, save
+
+from kitseg.runtime.files import file_digest, write_json
+from kitseg.splits import Fold, Split, write_split
+from kitseg.training.initial import learned_before
+
+MODEL = ("--model=runs/r", "--device=cpu", "--engine=torch")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """Scans a, b and c with references, and a run of two folds: 0 learned from b and c, 1 from a and c."""
+    hashes = {}
+    for number, name in enumerate("abc"):
+        scan = np.full((8, 24, 24), -1000, np.int16)
+        scan[:, 3:21, 3:21] = 40 + number
+        (tmp_path / "data" / name).mkdir(parents=True)
+        hashes[name] = file_digest(save(tmp_path / "data" / name / "imaging.nii.gz", scan, IPL))
+        save(tmp_path / "data" / name / "segmentation.nii.gz", (scan > 0).astype(np.uint8), IPL)
+    run = untrained(tmp_path / "runs" / "r")
+    shutil.copytree(run / "fold_0", run / "fold_1")
+    learned = {hashes["a"]: [1], hashes["b"]: [0], hashes["c"]: [0, 1]}
+    write_json(run / "run.json", 1, {"kitseg": "0.1.0", "phantom": False, "cases": [*"abc"], "learned": learned})
+    split = Split((Fold(("b", "c"), ("a",)), Fold(("a", "c"), ("b",))), "kits19")
+    for path in (run / "splits.json", tmp_path / "splits.json"):
+        write_split(split, path)
+    return tmp_path
+
+
+def run(cwd: Path, *arguments: str) -> str:
+    done = kitseg(cwd, *arguments)
+    assert done.code == 0, done.text
+    return done.text
+
+
+def records(folder: Path) -> dict[str, Any]:
+    """What the networks of each prediction learned from, by its record."""
+    return {path.stem: json.loads(path.read_text())["learned_from"] for path in folder.glob("*.json")}
+
+
+def test_held_out_cases_are_predicted_by_the_networks_of_their_fold(here: Path) -> None:
+    for fold, case in enumerate("ab"):
+        run(here, "predict", "data", *MODEL, "--split=splits.json", f"--fold={fold}", "-o", "out")
+        assert json.loads((here / "out" / f"{case}.json").read_text())["models"][0]["folds"] == [fold]
+    assert records(here / "out") == {"a": [], "b": []}
+    assert "learned" not in run(here, "evaluate", "out", "data", "--jobs=1")
+    shutil.rmtree(here / "runs" / "r" / "fold_1")
+    lacking = kitseg(here, "predict", "data", *MODEL, "--split=splits.json", "--fold=1")
+    assert lacking.code == 2
+    assert "runs/r has no fold 1" in lacking.text
+
+
+def test_a_case_that_networks_learned_from_is_marked_wherever_it_goes(here: Path) -> None:
+    text = run(here, "predict", "data", *MODEL, "-o", "out")
+    assert "its networks learned from this scan (runs/r, fold 1)" in text
+    assert records(here / "out") == {"a": ["runs/r, fold 1"], "b": ["runs/r, fold 0"], "c": ["runs/r, fold 0, 1"]}
+    text = run(here, "evaluate", "out", "data", "--jobs=1", "--json=scores.json")
+    sentence = (
+        "the networks learned from the scans of 3 of 3 cases (a, b, c): these scores are no measure for new scans"
+    )
+    assert sentence in text
+    assert sentence in json.loads((here / "scores.json").read_text())["notes"]
+    run(here, "report", "out", "data", "--scores=scores.json", "--jobs=1")
+    assert "Its networks learned from this scan (runs/r, fold 1)" in (here / "report" / "a.html").read_text()
+    assert sentence in (here / "report" / "index.html").read_text()
+
+
+def test_marks_pass_through_probabilities_and_their_mean(here: Path) -> None:
+    for fold in ("0", "1"):
+        run(here, "infer", f"--run=runs/r/fold_{fold}", "--data=data", "--engine=torch", "-o", f"p{fold}")
+    run(here, "ensemble", "p0", "p1", "-o", "mean")
+    run(here, "postprocess", "mean", "-o", "out")
+    assert records(here / "out")["a"] == ["runs/r, fold 1"]
+    assert records(here / "out")["c"] == ["runs/r, fold 0", "runs/r, fold 1"]
+
+
+def test_a_bundle_knows_its_training_scans_elsewhere_under_other_names(here: Path, tmp_path: Path) -> None:
+    run(here, "export", "runs/r", "-o", "m.kitseg")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(here / "data" / "a" / "imaging.nii.gz", tmp_path / "elsewhere" / "x.nii.gz")
+    shutil.rmtree(here / "runs")
+    given = ("--model=m.kitseg", "--device=cpu", "--engine=torch")
+    run(here, "predict", "elsewhere", *given, "-o", "out")
+    assert records(here / "out") == {"x": ["dual-unet.kitseg, fold 1"]}
+
+
+def test_what_initial_weights_learned_from_counts_for_the_folds_that_they_start(here: Path) -> None:
+    a, b, c = (file_digest(here / "data" / name / "imaging.nii.gz") for name in "abc")
+    assert learned_before(str(here / "runs" / "r"), 3) == {a: [1], b: [0, 2], c: [0, 1, 2]}
+    assert learned_before(str(here / "runs" / "r" / "fold_1"), 2) == {a: [0, 1], b: [], c: [0, 1]}
+    assert learned_before(str(here / "runs" / "r" / "fold_1" / "kidneys" / "best" / "3.ckpt"), 2) == {}
+
+
+def test_of_an_older_run_nothing_is_claimed(here: Path) -> None:
+    write_json(here / "runs" / "r" / "run.json", 1, {"kitseg": "0.1.0", "phantom": False})
+    run(here, "predict", "data/a", *MODEL, "-o", "out")
+    assert records(here / "out") == {"a": None}
