@@ -105,22 +105,23 @@ def test_scans_and_label_maps_in_two_folders(tmp_path: Path, nnunet: bool) -> No
     assert "1 of 4 scans have no label map: p_3" in done.text
     found = {row["id"]: row["tumor_ml"] for row in json.loads((tmp_path / "c.json").read_text())["cases"]}
     assert {name: ml is not None for name, ml in found.items()} == {"p_0": True, "p_1": True, "p_2": True, "p_3": False}
-    if not nnunet:
-        assert "1 label maps in masks without a scan: q_7" in done.text
+    assert f"1 label maps in {masks} without a scan: q_7" in done.text
     split = kitseg(tmp_path, "split", data, "--jobs=1", *options)
     assert split.code == 0, split.text
     assert "3 cases split" in split.text
 
 
-def test_a_part_of_the_work_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_the_work_and_what_is_ignored_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RANK and WORLD_SIZE, left in the environment by a launcher, make a command one of several."""
     files(tmp_path / "scans", "a", "b", array=ct())
+    files(tmp_path / "scans" / "old", "a", "b", array=ct())
     untrained(tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, name in (("0", "a"), ("1", "b")):
         monkeypatch.setenv("RANK", rank)
         done = kitseg(tmp_path, "predict", "scans", "--model=run", "--engine=torch", "--device=cpu")
         assert done.code == 0, done.text
+        assert "ignored: 2 NIfTI files in scans/old" in done.text
         assert f"part {int(rank) + 1}/2 of the cases only (RANK={rank} and WORLD_SIZE=2 in the environment" in done.text
         assert json.loads((tmp_path / "predictions" / f"{name}.json").read_text())["part"] == f"{int(rank) + 1}/2"
 

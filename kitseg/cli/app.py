@@ -73,11 +73,11 @@ def take_share(shard: str | None) -> Share:
     return share
 
 
-def show_left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None) -> None:
-    """Print what the folders of these cases hold that is not used."""
+def show_left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None = None, labels: bool = True) -> None:
+    """Print what the folders of these cases hold that is not used; see ``kits.left_out``."""
     from kitseg.volumes.kits import left_out
 
-    for line in left_out(data, cases, masks):
+    for line in left_out(data, cases, masks, labels):
         console.print_line(f"[yellow]{escape(line)}[/]")
 
 

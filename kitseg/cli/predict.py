@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import app, choose_ranks, shared_work, work
+from kitseg.cli.app import app, choose_ranks, shared_work, show_left_out, work
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
@@ -63,6 +63,7 @@ def infer(
     device, ranks = choose_ranks(gpus, processes, device)
     _ = Machine(device, ranks).accelerator  # before any process is started
     scans = choose_scans([data], split, fold)
+    show_left_out([data], scans.cases, labels=False)
     if scans.choices:
         raise UsageError(f"{data} contains DICOM files. Use `kitseg predict`, or convert them to NIfTI")
     member, steps = only_member(run or choose_run(Path("runs")).path)
@@ -165,6 +166,7 @@ def predict(
     device, ranks = choose_ranks(gpus, processes, device)
     _ = Machine(device, ranks).accelerator  # before any process is started
     found, output = name_output(choose_scans(scans, split, fold, series), output)
+    show_left_out(scans, found.cases, labels=False)
     models = [locate(one) for one in model] or [choose_run(Path("runs")).path]
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision, fold)
     opened = partial(deterministically, opened) if deterministic else opened

@@ -98,16 +98,18 @@ def with_labels(cases: Sequence[Case], masks: Path | None) -> list[Case]:
     return [replace(case, label=maps[pairs[case.id]]) if case.id in pairs else case for case in cases]
 
 
-def left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None = None) -> list[str]:
-    """What folders hold that these cases of them don't use, a line each; nothing where no case has a label map."""
-    lines = []
-    for folder in (Path(os.path.realpath(inside)) for path in data if path.is_dir() for inside in _folders(path)):
+def left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None = None, labels: bool = True) -> list[str]:
+    """What folders of these cases hold that isn't used, a line each; labels: also maps and scans without the other."""
+    used, lines = {os.path.realpath(file) for case in cases for file in case.files}, []
+    for folder in (inside for path in data if path.is_dir() for inside in _folders(path)):
         files = {os.path.realpath(file) for file in _flat(folder)}
-        if files and not files & {os.path.realpath(file) for case in cases for file in case.files}:
+        if files and not files & used and not os.path.lexists(folder / IMAGE):
             lines.append(f"ignored: {len(files)} NIfTI files in {folder}")
-    used = {case.label for case in cases}
-    if alone := [name for name, path in (find_labels(masks.absolute()) if masks else {}).items() if path not in used]:
-        lines.append(f"ignored: {len(alone)} label maps in {masks} without a scan: {shorten(alone)}")
+    if not labels:
+        return lines
+    for folder in [masks] if masks else [path / LABELS for path in data if (path / LABELS).is_dir()]:
+        if alone := [name for name, path in find_labels(folder).items() if os.path.realpath(path) not in used]:
+            lines.append(f"ignored: {len(alone)} label maps in {folder} without a scan: {shorten(alone)}")
     if unlabelled := [case.id for case in cases if case.label is None]:
         where = "; --masks names their folder" if masks is None else ""
         lines.append(f"{len(unlabelled)} of {len(cases)} scans have no label map: {shorten(unlabelled)}{where}")
