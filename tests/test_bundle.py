@@ -23,7 +23,7 @@ from method_runs import labels_of, read
 
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.models.bundles.archive import MANIFEST
-from kitseg.models.bundles.bundle import Bundle, bundle_of
+from kitseg.models.bundles.bundle import Bundle, bundle_of, open_bundle
 from kitseg.models.bundles.export import export
 from kitseg.models.ensemble_file import Member, write_ensemble
 from kitseg.models.members import describe_model, locate, members_of, only_member, open_ensemble
@@ -76,6 +76,18 @@ def test_an_opened_bundle_is_a_run_with_the_same_weights(run: Path, tmp_path: Pa
     line = describe_model(open_model(member.run, "cpu"))
     assert file_digest(tmp_path / "x.kitseg")[:12] in line
     assert "licenses: code Apache-2.0, weights ours: not to be passed on, labels ours: not to be passed on" in line
+
+
+def test_a_home_that_can_not_hold_the_cache(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(run, tmp_path / "a.kitseg")
+    monkeypatch.delenv("KITSEG_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "a.kitseg"))
+    with pytest.raises(KitsegError, match=r"the cache can't be written .*Set KITSEG_CACHE"):
+        open_bundle(tmp_path / "a.kitseg")
+    monkeypatch.setattr(Path, "home", lambda: Path("~nobody-of-this-name").expanduser())
+    with pytest.raises(KitsegError, match=r"no home folder .*Set KITSEG_CACHE"):
+        open_bundle(tmp_path / "a.kitseg")
 
 
 def test_a_damaged_cache_is_repaired(run: Path, tmp_path: Path) -> None:

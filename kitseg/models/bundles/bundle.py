@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kitseg import config, trust
-from kitseg.errors import InputError
+from kitseg.errors import InputError, KitsegError
 from kitseg.models.bundles.archive import FORMAT, MANIFEST, Manifest, open_archive
 from kitseg.models.ensemble_file import MOST, Member, checked_members
 from kitseg.models.postprocessing import build_steps
@@ -27,6 +27,7 @@ from kitseg.models.weights import check_fit
 from kitseg.runtime.files import file_digest, write_text
 
 SUFFIX = ".kitseg"
+_REMEDY = "Set KITSEG_CACHE to a folder that is writable."
 LICENSED = ("code", "weights", "labels")
 
 
@@ -64,9 +65,20 @@ class Bundle:
 
 
 def cache_folder() -> Path:
-    """The folder of unpacked and downloaded bundles."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("KITSEG_CACHE") or Path(base) / "kitseg")
+    """The folder of unpacked and downloaded bundles. Raises KitsegError: there is no home folder that could hold it."""
+    if stated := os.environ.get("KITSEG_CACHE"):
+        return Path(stated)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kitseg"
+    except RuntimeError as error:
+        raise KitsegError(f"there is no home folder for the cache of bundles. {_REMEDY}") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KitsegError(f"{folder}: the cache can't be written ({error.strerror}). {_REMEDY}") from error
 
 
 def cached(sha256: str) -> Bundle | None:
@@ -98,6 +110,7 @@ def open_bundle(path: Path, sha256: str | None = None) -> Bundle:
         folder = cache_folder() / "bundles" / found
         try:
             _check_manifest(archive.manifest, folder)
+            _make(folder)
             archive.unpack(folder)
             _check_runs([Run(folder / row.run) for row in archive.manifest.members])
             write_text(folder / MANIFEST, archive.text.decode())  # last, so that it marks a complete folder
