@@ -24,7 +24,7 @@ from kitseg.errors import KitsegError
 from kitseg.patches import datamodule
 from kitseg.patches.queue import PatchQueue
 from kitseg.runtime.locks import folder_lock
-from kitseg.training.fit import in_settings
+from kitseg.training.fit import in_settings, naming_own_parts
 
 slow = pytest.mark.slow
 thorough = pytest.mark.skipif(os.environ.get("KITSEG_ALL") != "1", reason="one more of its kind, with KITSEG_ALL=1")
@@ -249,6 +249,18 @@ def test_an_error_names_the_setting_that_helps(tmp_path: Path, error: Exception,
         raise error
     assert words in str(found.value)
     assert str(found.value).startswith(f"{tmp_path}: ")
+
+
+def test_an_error_of_an_own_part_is_one_line_with_a_log(tmp_path: Path) -> None:
+    def train(target: str) -> None:
+        with naming_own_parts({"module": {"net": {"_target_": target}}}, tmp_path):
+            raise ValueError("shapes\ndiffer")
+
+    with pytest.raises(KitsegError, match=r"mine\.Net failed: ValueError: shapes differ\. See .*error\.log"):
+        train("mine.Net")
+    assert "Traceback" in (tmp_path / "error.log").read_text()
+    with pytest.raises(ValueError, match="shapes"):
+        train("kitseg.nets.vnet.VNet")
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:

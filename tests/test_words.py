@@ -22,6 +22,12 @@ def test_the_help_shows_the_commands_in_panels(tmp_path: Path, monkeypatch: pyte
     )
 
 
+@pytest.mark.parametrize("command", ["train", "predict", "report"])
+def test_options_show_no_types_of_python(tmp_path: Path, command: str) -> None:
+    text = kitseg(tmp_path, command, "--help").text
+    assert [line for line in re.findall(r"│ --(\S+).*<(?:bool|list)", text) if line != "help"] == []
+
+
 @pytest.mark.parametrize("command", ["split", "predict"])
 def test_the_paragraphs_of_a_command_fill_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str

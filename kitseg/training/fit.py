@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,16 +16,17 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.config import Method, StageSpec
-from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault
+from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault, format_error
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
 from kitseg.models.run_folder import TRAINED_STATE, BestCheckpoint, StageFolder, TrainedState
 from kitseg.models.stage import TrainedStage, build_input_transform, open_stage
 from kitseg.patches.datamodule import Feed, StageData
 from kitseg.runtime.device import Machine, torch_device
-from kitseg.runtime.files import file_digest
+from kitseg.runtime.files import file_digest, write_text
+from kitseg.runtime.signals import interrupted
 from kitseg.stages.base import Stage
 from kitseg.training.callbacks import EpochBar, EpochSoFar, History
 from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
@@ -103,7 +105,7 @@ def fit(training: Training, machine: Machine) -> None:
     if training.spec.stop_after is not None:
         callbacks.append(EarlyStopping("val/score", mode="max", patience=training.spec.stop_after, check_finite=False))
     trainer = make_trainer(training.spec, folder.path, machine, training.settings, callbacks)
-    with in_settings(folder.path):
+    with in_settings(folder.path), naming_own_parts(training.spec.parts, folder.path):
         trainer.fit(stage, data, ckpt_path=start, weights_only=True)
         if trainer.is_global_zero:
             _finish(training, best, torch_device(machine.device), data)
@@ -123,6 +125,24 @@ def in_settings(folder: Path) -> Iterator[None]:
         if found is None:
             raise
         raise KitsegError(f"{folder}: {found[0]}. {SETTINGS.get(found, found[1])}.") from error
+
+
+@contextmanager
+def naming_own_parts(parts: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Report an unexpected error inside the block in one line where the user's own parts are trained.
+
+    Raises:
+        KitsegError: it names these parts, and the file in ``folder`` with the traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        own = [target for part in trust.foreign(dict(parts)) for target in trust.targets(part)]
+        if not own or fault(error) or isinstance(error, KitsegError) or interrupted():
+            raise
+        write_text(folder / "error.log", traceback.format_exc())
+        problem = f"training with {', '.join(dict.fromkeys(own))} failed"
+        raise KitsegError(f"{format_error(f'{folder}: {problem}', error)}. See {folder / 'error.log'}") from error
 
 
 def _title(folder: StageFolder) -> str:
