@@ -191,6 +191,13 @@ def test_2d_then_3d_then_2d_without_biases_but_the_heads() -> None:
     assert [c.bias is None for c in convs] == [True] * 20 + [False]
 
 
+def test_the_foreground_network_starts_at_two_percent() -> None:
+    net = seeded(partial(ForegroundNet, width=8)).eval()
+    with torch.no_grad():
+        probability = net(noise(1, 1, 8, 32, 32)).softmax(1)[:, 1]
+    assert 0.005 < probability.median() < 0.1
+
+
 def test_space_to_depth_reads_each_cell_row_by_row() -> None:
     slices = torch.tensor([[[1, 2, 5, 6], [3, 4, 7, 8]], [[9, 10, 13, 14], [11, 12, 15, 16]]]).view(1, 1, 2, 2, 4)
     cells = space_to_depth(slices)

@@ -119,6 +119,9 @@ class ForegroundNet(nn.Module):
         self.downs = nn.ModuleList(downs)
         self.ups = nn.ModuleList([UpStage(w4, VOLUME), UpStage(w2, VOLUME), UpStage(width, SLICE)])
         self.head = transposed(width, classes, SLICE, bias=True)
+        # P(background) starts at 0.98. Else all features learn to stand for background, and where they are off, in
+        # kidneys, a narrow network has no gradient left.
+        self.head.bias = nn.Parameter(torch.tensor([2.0] + [-2.0] * (classes - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, classes, D, H, W) of the window ``x`` (N, 1, D, H, W)."""
