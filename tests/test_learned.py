@@ -72,7 +72,9 @@ def test_a_case_that_networks_learned_from_is_marked_wherever_it_goes(here: Path
         "the networks learned from the scans of 3 of 3 cases (a, b, c): these scores are no measure for new scans"
     )
     assert sentence in text
-    assert sentence in json.loads((here / "scores.json").read_text())["notes"]
+    written = json.loads((here / "scores.json").read_text())
+    assert sentence in written["notes"]
+    assert written["learned_from"]["a"] == ["runs/r, fold 1"]
     run(here, "report", "out", "data", "--scores=scores.json", "--jobs=1")
     assert "Its networks learned from this scan (runs/r, fold 1)" in (here / "report" / "a.html").read_text()
     assert sentence in (here / "report" / "index.html").read_text()

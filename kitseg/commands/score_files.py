@@ -78,6 +78,7 @@ def score_content(
     content["groups"] = [asdict(group) for group in groups(scores, folds)]
     content["missing"] = [score.case for score in scores if score.missing]
     content["failed"] = {score.case: score.error for score in scores if score.error}
+    content["learned_from"] = {score.case: score.learned_from for score in scores if score.learned_from}
     content["notes"] = notes(scores, rules, unscored)
     return content
 
