@@ -108,5 +108,5 @@ def test_what_initial_weights_learned_from_counts_for_the_folds_that_they_start(
 
 def test_of_an_older_run_nothing_is_claimed(here: Path) -> None:
     write_json(here / "runs" / "r" / "run.json", 1, {"kitseg": "0.1.0", "phantom": False})
-    run(here, "predict", "data/a", *MODEL, "-o", "out")
+    assert "scans that it learned from are not marked" in run(here, "predict", "data/a", *MODEL, "-o", "out")
     assert records(here / "out") == {"a": None}

@@ -134,8 +134,12 @@ class Ensemble:
 
     def describe(self) -> str:
         """The models, a line each, and what can't be checked."""
-        unchecked = "contrast phase and spacing are not checked: the model doesn't state its training data"
-        return "\n".join([*map(describe_model, self.models), *([] if self.training_domain else [unchecked])])
+        lines = [describe_model(model) for model in self.models]
+        if self.training_domain is None:
+            lines.append("contrast phase and spacing are not checked: the model doesn't state its training data")
+        if not all(model.run.read_info().learned for model in self.models):
+            lines.append("scans that it learned from are not marked: the model doesn't state them")
+        return "\n".join(lines)
 
 
 def open_ensemble(
