@@ -160,26 +160,22 @@ def _is_kept(validation: Validation, fold: int, manifest: Mapping[str, Any]) -> 
     """Whether a fold's probabilities are kept: computed alike, or all by the same weights on another machine."""
     to = validation.probabilities(fold)
     try:
-        if blocks.is_made_by(to, manifest):
-            return True
+        before = blocks.read_manifest(to)
     except InputError:  # missing, or of an earlier version
         return False
-    kept = _same_but_for_machine(blocks.read_manifest(to), manifest) and all(
-        validation.is_done(fold, case) for case in validation.cases[fold]
-    )
-    if kept:
-        print_plain(f"{to}: computed on another machine or by another version; it is kept")
-    return kept
+    if identity(before) == identity(manifest):
+        return True
+    done = all(validation.is_done(fold, case) for case in validation.cases[fold])
+    if not done or _without_machine(before) != _without_machine(manifest):
+        return False
+    print_plain(f"{to}: computed on another machine or by another version; it is kept")
+    return True
 
 
-def _same_but_for_machine(manifest: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the same weights and the same kitseg made the outputs of two manifests, on any machine."""
-
-    def made(manifest: Mapping[str, Any]) -> str:
-        model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}
-        return identity({**manifest, "model": model, "versions": manifest["versions"].get("kitseg")})
-
-    return made(manifest) == made(other)
+def _without_machine(manifest: Mapping[str, Any]) -> str:
+    """What identifies the weights and the kitseg that made outputs, on any machine."""
+    model = {key: value for key, value in manifest["model"].items() if key not in MACHINE}
+    return identity({**manifest, "model": model, "versions": manifest["versions"].get("kitseg")})
 
 
 def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDone) -> list[Outcome]:
