@@ -10,7 +10,8 @@ import pytest
 from conftest import kitseg
 from nifti_files import save
 
-from kitseg.errors import InputError
+from kitseg.commands.augment import PairSelection, write_request
+from kitseg.errors import InputError, UsageError
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.volumes.nifti import write_labels
 from kitseg.volumes.phantom import write_case
@@ -111,3 +112,11 @@ def test_a_corrected_label_map_is_not_predicted_again(trained: Path, tmp_path: P
     several = kitseg(trained, "predict", "test", "--model=runs/two-phase-tiny", "-o", str(tmp_path / "seg.nii.gz"))
     assert several.code == 2
     assert "for one scan a .nii.gz file; here are 2 scans" in " ".join(several.text.split())
+
+
+@pytest.mark.parametrize("name", ["splits.json", "fold_0.json"])
+def test_copies_replace_no_other_split(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match=name):
+        write_request(tmp_path, 0, PairSelection(1, 1, "partner-to-hard", 0), [])
+    assert (tmp_path / name).read_text() == "{}"

@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, content: bytes, words: str) 
     assert FORMAT.find(path, {}) is None
 
 
-def test_files_that_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_read(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "none.json", "there is no such file"), (tmp_path, "it is a folder")):
         with pytest.raises(InputError, match=words):
             FORMAT.read(path)
@@ -88,9 +88,8 @@ def test_files_that_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match="a pipe"):
         FORMAT.read(tmp_path / "pipe")
     FORMAT.write(tmp_path / "a.json", Record("a" * 100))
-    monkeypatch.setattr(provenance, "LIMIT", 50)
     with pytest.raises(InputError, match="larger than"):
-        FORMAT.read(tmp_path / "a.json")
+        FileFormat(Record, 3, largest=50).read(tmp_path / "a.json")
 
 
 def test_outputs_are_current_while_nothing_changes(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from kitseg.patches.registration import Labelled, Settings, register_copy
 from kitseg.patches.warp import problem
 from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.outcomes import in_parallel
+from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
 from kitseg.splits import Split, read_split, with_copies, write_split
 from kitseg.types import Case
@@ -139,7 +140,10 @@ def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
 
 
 def write_request(to: Path, fold: int, choice: PairSelection, pairs: Sequence[Pair]) -> None:
-    """Write the pairs of a fold."""
+    """Write the pairs of a fold. Raises UsageError: the folder holds a split or pairs that it didn't write."""
+    refuse_overwrite(to / f"fold_{fold}.json", "pairs")
+    if (to / "splits.json").exists() and not any(to.glob("fold_*.json")):
+        raise UsageError(f"{to / 'splits.json'} is not a split of copies. Choose another folder with --output")
     content = {"fold": fold, **asdict(choice), "pairs": [pair.name for pair in pairs]}
     _FOLD_PAIRS.write(to / f"fold_{fold}.json", content)
 

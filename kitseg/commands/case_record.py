@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kitseg.errors import InputError, UsageError
+from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
@@ -84,11 +84,11 @@ def refuse_case_overwrite(path: Path, endings: Sequence[str]) -> None:
     """Refuse (UsageError) to replace files beside a record that kitseg didn't write, or labels corrected since."""
     refuse_overwrite(path, "case")
     known: Mapping[str, str] = {}
-    with suppress(InputError):
+    with suppress(KitsegError):
         known = ANY_RECORD.read(path).files
     for ending in endings:
         file = path.with_suffix(ending)
-        if file.exists() and known.get(file.name) != file_digest(file):
+        if os.path.exists(file) and known.get(file.name) != file_digest(file):
             refuse_overwrite(file, _KINDS[ending])
             if file.name in known and _is_whole(file) and OVERWRITE not in os.environ:
                 problem = "was changed since kitseg wrote it"

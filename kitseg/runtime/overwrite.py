@@ -30,6 +30,7 @@ _MARKS = {
     "comparison": _json("protocol", "convention", "a"),
     "findings": _json("convention", "cases"),
     "check": _json("cases"),
+    "pairs": _json("fold"),
     "fit": _json("low", "high"),
     "score table": rb"\Acase,class,",
     "lesion table": rb"\Acase,kind,side,",
@@ -57,12 +58,11 @@ def overwriting() -> Iterator[None]:
 
 def refuse_overwrite(path: Path | None, kind: str) -> None:
     """Refuse (UsageError) to replace a file that is not kitseg's of this kind; an empty one may be replaced."""
-    if path is None or OVERWRITE in os.environ:
+    if path is None or OVERWRITE in os.environ or not os.path.exists(path):  # False where a name is too long
         return
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if path.is_dir() or not _has_mark(path, _MARKS[kind]):
-            problem = f"exists, and is not a {kind} file that kitseg wrote"
-            raise UsageError(f"{path} {problem}. Choose another output, or replace it with --overwrite")
+    if path.is_dir() or not _has_mark(path, _MARKS[kind]):
+        problem = f"exists, and is not a {kind} file that kitseg wrote"
+        raise UsageError(f"{path} {problem}. Choose another output, or replace it with --overwrite")
 
 
 def _has_mark(path: Path, mark: bytes) -> bool:
@@ -71,7 +71,7 @@ def _has_mark(path: Path, mark: bytes) -> bool:
             start = file.read(_ENDS)
             file.seek(max(0, path.stat().st_size - _ENDS))
             end = file.read()
-    except PermissionError:
+    except OSError:
         return False
     if start.startswith(b"\x1f\x8b"):
         with suppress(zlib.error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,9 +108,9 @@ class InputFile:
 
 def unreadable(path: Path, error: Exception, remedy: str) -> KitsegError:
     """An error of reading a file that kitseg wrote: an InputError, or a KitsegError where the machine failed."""
-    if fault(error):
+    missing = isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENAMETOOLONG)
+    if fault(error) and not missing:
         return KitsegError(format_error(path, error))
-    missing = isinstance(error, FileNotFoundError)
     return InputError(path, "there is no such file" if missing else f"can't be read ({_line(error)})", remedy)
 
 
