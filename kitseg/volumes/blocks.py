@@ -55,7 +55,7 @@ class _Block:
         return self.scan.sha256
 
 
-class Manifest(TypedDict):
+class ProbabilitiesManifest(TypedDict):
     """What made a folder of probabilities, and what post-processing they expect.
 
     stage: the ``stage[.head]`` whose output it is, None for the method's; members: of a mean, its folders.
@@ -71,7 +71,7 @@ class Manifest(TypedDict):
 
 
 _BLOCK = FileFormat(_Block, SCHEMA, _AGAIN)
-_MANIFEST = FileFormat(Manifest, SCHEMA, _AGAIN, largest=1 << 22)  # anybody may have written it
+_MANIFEST = FileFormat(ProbabilitiesManifest, SCHEMA, _AGAIN, largest=1 << 22)  # anybody may have written it
 
 
 def write_block(
@@ -170,7 +170,7 @@ def is_made_by(folder: Path, content: Mapping[str, Any]) -> bool:
     return identity(read_manifest(folder)) == identity(content)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> ProbabilitiesManifest:
     """Read a folder's manifest.
 
     Raises:
