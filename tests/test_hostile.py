@@ -239,6 +239,9 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "many priors": ({"postprocess": {str(n): KIDNEYS for n in range(500)}}, "must name each prior"),
     "many values": ({"postprocess": {"x": {**KIDNEYS, "most": [0] * 100_000}}}, "too many values"),
     "a license": ({"licenses": {"code": "a", "weights": "b\n\x1b[2J", "labels": "c"}}, "name or license"),
+    "more licenses": (
+        {"licenses": {"code": "a", "weights": "b", "labels": "c", "\x1b[2J": "d"}}, "the licenses of code",
+    ),
     "no licenses": ({"licenses": {}}, "code"),
     "no files": ({"files": {}}, "not those in bundle.json"),
     "files in a list": ({"files": []}, "files"),

@@ -125,8 +125,9 @@ def open_bundle(path: Path, sha256: str | None = None) -> Bundle:
 
 
 def _check_manifest(manifest: Manifest, folder: Path) -> None:
-    stated = [manifest.name, *(manifest.licenses[kind] for kind in LICENSED)]
-    if odd := [text for text in stated if not trust.is_line(text)]:
+    if manifest.licenses.keys() != set(LICENSED):
+        raise ValueError(f"it must state the licenses of {', '.join(LICENSED)}")
+    if odd := [text for text in (manifest.name, *manifest.licenses.values()) if not trust.is_line(text)]:
         raise ValueError(f"{odd[0]!r:.80} is not a name or license of one line")
     if odd := [text for row in manifest.members if not re.fullmatch(r"runs/\d{1,3}", text := row.run.as_posix())]:
         raise ValueError(f"{odd[0]!r:.80} is not a run in it")

@@ -115,7 +115,8 @@ def _facts(part: ExportedMember) -> dict[str, Any]:
 def _files(part: ExportedMember) -> Files:
     yield f"{part.name}/config.yaml", part.run.config.read_bytes()
     info = part.run.read_info()
-    learned = {sha256: tuple(n for n in folds if n in part.folds) for sha256, folds in info.learned.items()}
+    kept = ((sha256, tuple(n for n in folds if n in part.folds)) for sha256, folds in info.learned.items())
+    learned = {sha256: folds for sha256, folds in kept if folds}
     yield f"{part.name}/run.json", _json(asdict(replace(info, cases=(), learned=learned)))  # no case by its name
     for fold in part.folds:
         for stage in part.method.stages:
