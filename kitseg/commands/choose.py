@@ -150,9 +150,9 @@ def ranked(search: Search) -> list[Recipe]:
 
 
 def write_choice(path: Path, search: Search) -> None:
-    """Write the best recipe as an ensemble file, with the thousand best that were tried."""
+    """Write the best recipe as an ensemble file, with the 500 best that were tried."""
     best, tried = ranked(search)[0], []
-    for recipe in ranked(search)[:1000]:
+    for recipe in ranked(search)[:500]:
         runs, steps = describe_recipe(search, recipe)
         tried.append({"runs": runs, "postprocess": steps, **_rounded(search.tried[recipe])})
     members = [search.members[i].member for i in best.members]
