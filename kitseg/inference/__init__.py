@@ -1,1 +1,1 @@
-"""Inference of trained stages on whole cases."""
+"""How a network passes over a whole case, and the meaning of its output channels."""
