@@ -51,8 +51,10 @@ class SlidingWindow:
     overlap: float
 
     def __post_init__(self) -> None:
-        if not (len(self.size) == 3 and all(1 <= n <= 1024 for n in self.size) and 0 <= self.overlap <= 0.9):
-            raise ValueError("a window has 3 sizes of 1 to 1024 voxels, and an overlap of 0 to 0.9")
+        if not (len(self.size) == 3 and min(self.size) > 0 and math.prod(self.size) <= 2**27):
+            raise ValueError("a window has 3 sizes, and at most 2**27 voxels in all")
+        if not 0 <= self.overlap <= 0.9:
+            raise ValueError("windows overlap by 0 to 0.9")
 
     def __call__(self, predict: Predict, region: Tensor) -> Tensor:
         """The region's probabilities, on the CPU; a region smaller than a window gets edge padding."""
