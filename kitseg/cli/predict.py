@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import app, choose_ranks, shared_work, show_left_out, work
+from kitseg.cli.app import app, choose_ranks, quick_imports, shared_work, show_left_out, work
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
@@ -158,10 +158,11 @@ def predict(
 
     Running it again resumes: cases that are done and unchanged are skipped.
     """
-    from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans, name_output
-    from kitseg.models.members import choose_run, locate, open_ensemble
-    from kitseg.models.memory import parse_size
-    from kitseg.runtime.device import Machine, deterministically
+    with quick_imports():
+        from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans, name_output
+        from kitseg.models.members import choose_run, locate, open_ensemble
+        from kitseg.models.memory import parse_size
+        from kitseg.runtime.device import Machine, deterministically
 
     device, ranks = choose_ranks(gpus, processes, device)
     _ = Machine(device, ranks).accelerator  # before any process is started
