@@ -138,13 +138,17 @@ def test_cysts_are_kidney_where_the_convention_has_them(truth: Path) -> None:
     assert found["cases"]["case_00002"][0]["stays"] == {"kidneys": True, "overlap": True, "distance": True}
 
 
-def test_flat_label_maps_have_no_ct(tmp_path: Path) -> None:
+def test_flat_label_maps_have_no_ct_but_in_a_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     save(tmp_path / "data/patient.nii.gz", labels_with((3, 4, 5)), IPL)
     found, text = fitted(tmp_path)
     assert (found["low"], found["high"]) == (1.6, 1.6)
     assert "dark" not in {cost["prior"] for cost in found["priors"]}
     assert "dark: " in text
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "data/patient.nii.gz").rename(tmp_path / "masks/patient.nii.gz")
+    save(tmp_path / "data/patient.nii.gz", np.full((20, 60, 60), 90, np.int16), IPL)
+    assert "dark" in {cost["prior"] for cost in fitted(tmp_path, "--masks=masks")[0]["priors"]}
     save(tmp_path / "data/patient.nii.gz", labels_with(), IPL)
     result = kitseg(tmp_path, "fit-priors", "--labels=data", "--jobs=1")
     assert result.code == 1

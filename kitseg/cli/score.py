@@ -23,6 +23,7 @@ SHOWN = 15  # combinations in the table of `choose`
 @app.command(epilog="Example: kitseg fit-priors --labels data --split splits.json --fold 0")
 def fit_priors(
     labels: Annotated[Path, typer.Option(help="Folder of reference label maps, KiTS layout or flat.")] = Path("data"),
+    masks: opt.Masks = None,
     split: Annotated[Path | None, typer.Option(help="Split file: use only the training cases of --fold.")] = None,
     fold: Annotated[int | None, typer.Option(help="With --split: the fold whose training cases are used.")] = None,
     convention: opt.Convention = "kits19",
@@ -34,15 +35,15 @@ def fit_priors(
     from kitseg.commands import fit_priors as priors
 
     refuse_overwrite(report, "fit")
-    maps = priors.training_labels(labels, split, fold)
-    with console.bar("fit-priors", len(maps)) as step:
+    tasks = priors.training_labels(labels, split, fold, masks)
+    with console.bar("fit-priors", len(tasks)) as step:
 
         def done(finding: priors.CaseTumors) -> None:
             step()
             if finding.error:
                 console.print_error(finding.error)
 
-        fit = priors.fit_priors(maps, convention, jobs, done)
+        fit = priors.fit_priors(tasks, convention, jobs, done)
     if report:
         priors.write_fit(report, fit)
     show_fit(fit)

@@ -11,6 +11,7 @@ import numpy as np
 from joblib import delayed
 from numpy.typing import NDArray
 
+from kitseg.commands.measure import LabelTask
 from kitseg.components import Components, bounding_box
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import BACKGROUND, to_kits19
@@ -23,12 +24,11 @@ from kitseg.postprocess.shape import MIN_VOXELS, KeepTumorShape, eigenvalue_rati
 from kitseg.runtime.files import write_json
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.splits import read_split
-from kitseg.types import Box, Geometry, Masks
+from kitseg.types import Geometry, Masks
 from kitseg.volumes.check import refuse_scans
-from kitseg.volumes.kits import IMAGE, LABEL, find_labels
+from kitseg.volumes.kits import LABEL, case_of, find_labels
 from kitseg.volumes.names import pair
-from kitseg.volumes.nifti import read_image, read_labels
-from kitseg.volumes.scan import check_grid
+from kitseg.volumes.scan import scans_of_labels
 
 SCHEMA = 1
 PERCENTILES = (5, 95)
@@ -85,33 +85,32 @@ class Fit:
     findings: Sequence[CaseTumors]
 
 
-def training_labels(folder: Path, split: Path | None, fold: int | None) -> dict[str, Path]:
-    """The label maps in a folder, KiTS layout or flat, by case; with a split, those of a fold's training cases.
+def training_labels(folder: Path, split: Path | None, fold: int | None, masks: Path | None = None) -> list[LabelTask]:
+    """The label maps in a folder with the CT beside them; with a split, those of a fold's training cases.
 
-    Raises InputError: the folder is missing or holds no label maps; UsageError: a split without a fold or the other way
-    round, a fold that isn't there, a case without labels.
+    masks: the folder of the label maps, where ``folder`` holds only the scans. Raises InputError: no label maps;
+    UsageError: a split without a fold or the other way round, a fold that isn't there, a case without labels.
     """
-    labels = find_labels(folder)
-    refuse_scans(folder, labels)
-    if split is None and fold is None:
-        return labels
-    if split is None or fold is None:
+    maps = find_labels(masks or folder)
+    refuse_scans(masks or folder, maps)
+    beside = {name: case_of(path.parent) for name, path in maps.items() if path.name == LABEL}
+    scans = scans_of_labels(maps, [folder]) if masks else {n: case for n, case in beside.items() if case.image.exists()}
+    if (split is None) != (fold is None):
         raise UsageError("--split and --fold must be given together")
-    train = read_split(split).fold(fold).train
-    found = pair(train, labels)
+    train = list(maps) if split is None or fold is None else read_split(split).fold(fold).train
+    found = pair(train, maps)
     if missing := sorted(set(train) - found.keys()):
-        raise UsageError(f"{folder} has no labels of {', '.join(missing)}, which {split} trains on")
-    return {case: labels[name] for case, name in found.items()}
+        raise UsageError(f"{masks or folder} has no labels of {', '.join(missing)}, which {split} trains on")
+    return [LabelTask(case, maps[name].absolute(), scans.get(name)) for case, name in found.items()]
 
 
-def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: Callable[[CaseTumors], None]) -> Fit:
+def fit_priors(tasks: Sequence[LabelTask], convention: str, jobs: int, on_done: Callable[[CaseTumors], None]) -> Fit:
     """The range of the tumors' eigenvalue ratios (components of 10 voxels or more, native grids) and what priors cost.
 
     In ``jobs`` processes; ``on_done`` is called after each case. Raises KitsegError: no tumor is large enough to have a
     shape.
     """
-    tasks = (delayed(find_tumors)(case, path.absolute(), convention) for case, path in labels.items())
-    findings = in_parallel(tasks, jobs, on_done)
+    findings = in_parallel((delayed(find_tumors)(task, convention) for task in tasks), jobs, on_done)
     tumors = [tumor for finding in findings for tumor in finding.tumors]
     ratios = [tumor.ratio for tumor in tumors if tumor.voxels >= MIN_VOXELS]
     if not ratios:
@@ -121,18 +120,18 @@ def fit_priors(labels: Mapping[str, Path], convention: str, jobs: int, on_done: 
     return Fit(low, high, len(ratios), _costs(tumors, KeepTumorShape(low, high)), findings)
 
 
-def find_tumors(case: str, path: Path, convention: str) -> CaseTumors:
+def find_tumors(task: LabelTask, convention: str) -> CaseTumors:
     """The tumors of a label map, and the priors that keep each of them. Never raises."""
     try:
-        labels = read_labels(path, case, convention)
+        labels, scan = task.read(convention)
         box = bounding_box(labels.array != BACKGROUND)
         if box is None:
-            return CaseTumors(case)
-        array = labels.array[box.slices]
+            return CaseTumors(task.case)
+        array, hu = labels.array[box.slices], scan.array[box.slices] if scan else None
         masks = Masks.from_labels(to_kits19(array) if convention == "kits23" else array)
-        return CaseTumors(case, _tumors(case, masks, _ct_beside(path, labels.geometry, box), labels.geometry))
+        return CaseTumors(task.case, _tumors(task.case, masks, hu, labels.geometry))
     except Exception as error:  # the other cases continue, whatever the error
-        return CaseTumors(case, error=format_error(path, error))
+        return CaseTumors(task.case, error=format_error(task.labels, error))
 
 
 def write_fit(path: Path, fit: Fit) -> None:
@@ -142,16 +141,6 @@ def write_fit(path: Path, fit: Fit) -> None:
     content["cases"] = {f.case: [asdict(tumor) for tumor in f.tumors] for f in fit.findings if not f.error}
     content["failed"] = {f.case: f.error for f in fit.findings if f.error}
     write_json(path, SCHEMA, content)
-
-
-def _ct_beside(path: Path, geometry: Geometry, box: Box) -> NDArray[Any] | None:
-    """The HU in a box, if there is a CT next to the labels, as in the KiTS layout."""
-    image = path.with_name(IMAGE)
-    if path.name != LABEL or not image.exists():
-        return None
-    scan = read_image(image, path.parent.name)
-    check_grid(path, geometry, scan.geometry)
-    return scan.array[box.slices]
 
 
 def _tumors(case: str, masks: Masks, hu: NDArray[Any] | None, geometry: Geometry) -> list[TrueTumor]:
