@@ -220,7 +220,7 @@ def test_a_hostile_file_in_a_bundle(content: Files, tmp_path: Path, cache: Path,
 
 MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "older": ({"schema": 0}, "schema 0, this version of kitseg reads 1"),
-    "newer": ({"schema": 2}, "schema 2, this version of kitseg reads 1"),
+    "newer": ({"schema": 2}, "schema 2, this version of kitseg reads 1; update kitseg"),
     "no members": ({"members": []}, "it needs members"),
     "a run outside": ({"members": [{"run": "../../.."}]}, "is not a run"),
     "a run that isn't there": ({"members": [{"run": "runs/7"}]}, "runs/7"),

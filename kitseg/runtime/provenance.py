@@ -56,7 +56,8 @@ class FileFormat(Generic[T]):
             ValueError, RecursionError, msgspec.MsgspecError: damaged, of another schema, or a field of another type.
         """
         if self.schema is not None and (found := msgspec.json.decode(data, type=_Header).schema) != self.schema:
-            raise ValueError(f"schema {found}, this version of kitseg reads {self.schema}")
+            newer = "; update kitseg" if found > self.schema else ""
+            raise ValueError(f"schema {found}, this version of kitseg reads {self.schema}{newer}")
         return msgspec.json.decode(data, type=self.kind, dec_hook=decode)
 
     def write(self, path: Path, content: T | Mapping[str, Any]) -> None:
