@@ -397,7 +397,7 @@ def test_a_hostile_ensemble_file(run: Path, tmp_path: Path, what: str) -> None:
     texts = {
         "members": (whole.replace(member, member * 40), "at most 32"),
         "lists": ("[" * 400_000, "30 levels"),
-        "digits": ("1" + ":1" * 450_000, "a value of 900001 characters"),
+        "digits": ("1" + ":1" * 200_000, "a value of 400001 characters"),
         "layer": (whole.replace("{}", json.dumps({"x": {**KIDNEYS, "most": LINEAR}})), "can't be used there"),
         "weight": (whole.replace("weight: 1", "weight: .nan"), "weights"),
         "mirror": (whole.replace("weight: 1", "mirror: 1"), "bool"),
