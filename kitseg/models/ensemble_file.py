@@ -21,7 +21,7 @@ from kitseg.runtime.files import write_text
 from kitseg.runtime.provenance import decode
 
 SCHEMA = 1
-MOST, SCALE = 32, 10  # members; see ``trust.read``, for all that was tried before it was chosen
+MOST, SCALE = 16, 10  # members; see ``trust.read``, for all that was tried before it was chosen
 
 
 @dataclass(frozen=True)

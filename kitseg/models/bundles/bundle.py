@@ -19,7 +19,7 @@ import torch
 from kitseg import config, trust
 from kitseg.errors import InputError, KitsegError
 from kitseg.models.bundles.archive import FORMAT, MANIFEST, Manifest, open_archive
-from kitseg.models.ensemble_file import MOST, Member, checked_members
+from kitseg.models.ensemble_file import Member, checked_members
 from kitseg.models.postprocessing import build_steps
 from kitseg.models.run_folder import Run
 from kitseg.models.stage import open_stage
@@ -29,6 +29,7 @@ from kitseg.runtime.files import file_digest, write_text
 SUFFIX = ".kitseg"
 _REMEDY = "Set KITSEG_CACHE to a folder that is writable."
 LICENSED = ("code", "weights", "labels")
+MOST_STAGES = 32  # of all runs in a bundle
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,18 @@ def _check_manifest(manifest: Manifest, folder: Path) -> None:
         raise ValueError(f"{odd[0]!r:.80} is not a name or license of one line")
     if odd := [text for row in manifest.members if not re.fullmatch(r"runs/\d{1,3}", text := row.run.as_posix())]:
         raise ValueError(f"{odd[0]!r:.80} is not a run in it")
-    checked_members(manifest.members, folder, manifest.postprocess)
+    if len(checked_members(manifest.members, folder, manifest.postprocess)) > len(
+        {row.run for row in manifest.members}
+    ):
+        raise ValueError("a run occurs twice in it")
     build_steps(manifest.postprocess)
 
 
 def _check_runs(runs: Sequence[Run]) -> None:
     """Make sure that every run can be opened later; each stage's network is built once, without its weights."""
     methods = [config.method_of(config.read(run.config)) for run in runs]
-    if sum(len(method.stages) for method in methods) > MOST:
-        raise ValueError(f"its runs have more than {MOST} stages")
+    if sum(len(method.stages) for method in methods) > MOST_STAGES:
+        raise ValueError(f"its runs have more than {MOST_STAGES} stages")
     for run, method in zip(runs, methods, strict=True):
         if not re.fullmatch(r"[\w.+]{1,40}", run.read_info().kitseg):
             raise ValueError("run.json does not state what it was trained with")
