@@ -83,6 +83,8 @@ def test_a_case_that_networks_learned_from_is_marked_wherever_it_goes(here: Path
 def test_marks_pass_through_probabilities_and_their_mean(here: Path) -> None:
     for fold in ("0", "1"):
         run(here, "infer", f"--run=runs/r/fold_{fold}", "--data=data", "--engine=torch", "-o", f"p{fold}")
+    again = run(here, "infer", "--run=runs/r/fold_1", "--data=data", "--engine=torch", "-o", "p1")
+    assert again.count("unchanged") == 3
     run(here, "ensemble", "p0", "p1", "-o", "mean")
     run(here, "postprocess", "mean", "-o", "out")
     assert records(here / "out")["a"] == ["runs/r, fold 1"]

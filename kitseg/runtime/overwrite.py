@@ -25,7 +25,7 @@ def _json(*keys: str) -> bytes:
 _MARKS = {
     "case": _json("case", "volumes_ml"),
     "probabilities": _json("case", "channels"),
-    "manifest": _json("channels", "method"),
+    "manifest": _json("channels"),
     "scores": _json("protocol", "convention", "cases"),
     "comparison": _json("protocol", "convention", "a"),
     "findings": _json("convention", "cases"),
