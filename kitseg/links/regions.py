@@ -121,11 +121,8 @@ class FixedAroundForeground:
 
     def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid; None if the guide has no foreground."""
-        grid, guide_grid = known.grid, known.guide_grid
-        if known.guide is None or guide_grid is None:
-            raise ValueError("the box around the foreground needs a guide")
-        found = bounding_box(keep_kidneys(known.guide > 0, guide_grid.voxel_ml))
-        if found is None:
+        found, grid, guide_grid = _foreground(known), known.grid, known.guide_grid
+        if found is None or guide_grid is None:
             return None
         size = self.shape(grid)
         middle = [
@@ -138,6 +135,40 @@ class FixedAroundForeground:
     def shape(self, grid: Geometry) -> Triple:
         """The size of the box, which does not depend on the grid."""
         return triple(self.size)
+
+
+@dataclass(frozen=True)
+class AroundForeground:
+    """The bounding box of the guide's kidneys and masses with a margin, inside the volume.
+
+    margin: millimetres on each side; components too small to be kidneys are removed before; at_least: voxels (slices,
+    rows, columns) to which a smaller box is grown.
+    """
+
+    margin: float
+    at_least: Sequence[int]
+
+    def __call__(self, known: RegionContext) -> Box | None:
+        """The box on the stage's grid; None if the guide has no foreground."""
+        found = _foreground(known)
+        if found is None or known.guide_grid is None:
+            return None
+        step = np.divide(known.grid.shape, known.guide_grid.shape)
+        margin = np.divide(self.margin, known.grid.spacing)
+        start, stop = np.floor(found.start * step - margin), np.ceil(found.stop * step + margin)
+        inside = Box(triple(start.astype(int)), triple(stop.astype(int))).clip(known.grid.shape)
+        return _grown(inside, self.at_least)
+
+    def shape(self, grid: Geometry) -> Triple:
+        """The largest that it may be: the whole grid, or a patch."""
+        return triple(np.maximum(grid.shape, self.at_least))
+
+
+def _foreground(known: RegionContext) -> Box | None:
+    """The bounding box of the guide's kidneys and masses on the guide's grid."""
+    if known.guide is None or known.guide_grid is None:
+        raise ValueError("the box around the foreground needs a guide")
+    return bounding_box(keep_kidneys(known.guide > 0, known.guide_grid.voxel_ml))
 
 
 def _grown(box: Box, at_least: Sequence[int]) -> Box:

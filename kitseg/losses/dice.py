@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kitseg.losses.cross_entropy import CrossEntropy
 from kitseg.losses.one_hot import one_hot
 
 
@@ -34,6 +35,39 @@ class SoftDice(nn.Module):
         p, g = p.flatten(2), one_hot(target, p).flatten(2)
         dice = 2 * (p * g).sum(2) / (p.square().sum(2) + g.sum(2) + self.epsilon)
         return 1 - dice.mean()
+
+
+class DiceCrossEntropy(nn.Module):
+    """Sum of cross-entropy and soft Dice loss over the foreground classes, with sums over the whole batch.
+
+    L = mean(−log p of the true class) + 1 − (1/F) Σ_c (2 Σ p·g + smooth) / (Σ p + Σ g + smooth), p = softmax of the
+    logits, c the F foreground classes, inner sums over all pixels of the batch.
+
+    nnU-Net (Isensee et al. 2021, online methods, "loss function"), in its form over the batch.
+
+    Args:
+        smooth: added to numerator and denominator, so that a class missing in batch and prediction costs nothing.
+    """
+
+    def __init__(self, smooth: float = 1.0) -> None:
+        super().__init__()
+        self.smooth, self.cross_entropy = smooth, CrossEntropy()
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logits: (N, K, *spatial), the first channel the background.
+            target: (N, *spatial) int64 class ids.
+
+        Raises:
+            ValueError: the shapes don't match.
+        """
+        p = logits.float().softmax(dim=1)
+        p, g = (x.movedim(1, 0).flatten(1)[1:] for x in (p, one_hot(target, p)))
+        dice = (2 * (p * g).sum(1) + self.smooth) / (p.sum(1) + g.sum(1) + self.smooth)
+        loss: Tensor = self.cross_entropy(logits, target)
+        return loss + 1 - dice.mean()
 
 
 class BCEDice(nn.Module):

@@ -1,0 +1,170 @@
+"""Residual-encoder U-Net (Isensee et al. 2024, nnU-Net Revisited, section 3), which nnU-Net's presets M, L and XL use.
+
+Tensors are (N, C, D, H, W); each of D, H and W is a multiple of the product of its strides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kitseg.types import Triple
+
+SLOPE = 0.01  # of the leaky ReLUs
+#: Names in a state of nnU-Net's ResidualEncoderUNet and here; nnU-Net stores each weight under several names.
+NNUNET_NAMES = (
+    (r"^encoder\.stem\.convs\.0\.", "stem.0."),
+    (r"^encoder\.stages\.(\d+)\.blocks\.(\d+)\.(conv1|conv2)\.", r"encoder.\1.\2.\3."),
+    (r"^encoder\.stages\.(\d+)\.blocks\.(\d+)\.skip\.\d\.", r"encoder.\1.\2.skip.1."),
+    (r"^decoder\.transpconvs\.(\d+)\.", r"decoder.\1.up."),
+    (r"^decoder\.stages\.(\d+)\.convs\.(\d+)\.", r"decoder.\1.convs.\2.0."),
+    (r"^decoder\.seg_layers\.(\d+)\.", r"heads.\1."),
+)
+
+
+class ConvNorm(nn.Module):
+    """Convolution and instance normalization; preserves the shape but for the stride."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> None:
+        super().__init__()
+        k, j, i = kernel
+        self.conv = nn.Conv3d(channels_in, channels_out, kernel, stride, padding=(k // 2, j // 2, i // 2))
+        self.norm = nn.InstanceNorm3d(channels_out, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return norm(conv(x))."""
+        out: Tensor = self.norm(self.conv(x))
+        return out
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut, averaged where the first one strides (ResNet-D, He et al. 2019)."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: Triple, stride: Triple) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(channels_in, channels_out, kernel, stride)
+        self.conv2 = ConvNorm(channels_out, channels_out, kernel)
+        self.act = nn.LeakyReLU(SLOPE, inplace=True)
+        pool = nn.Identity() if set(stride) == {1} else nn.AvgPool3d(stride, stride)
+        project = nn.Identity() if channels_in == channels_out else _project(channels_in, channels_out)
+        self.skip = nn.Sequential(pool, project)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return act(conv2(act(conv1(x))) + skip(x))."""
+        out: Tensor = self.act(self.conv2(self.act(self.conv1(x))) + self.skip(x))
+        return out
+
+
+class UpStage(nn.Module):
+    """Upsample by the stride, concatenate the skip, then ``convs`` convolutions."""
+
+    def __init__(self, below: int, channels: int, kernel: Triple, stride: Triple, convs: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(below, channels, stride, stride)
+        inputs = [2 * channels, *[channels] * (convs - 1)]
+        self.convs = nn.Sequential(*(_activated(ConvNorm(width, channels, kernel)) for width in inputs))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Return convs(the upsampled input concatenated with the skip)."""
+        out: Tensor = self.convs(torch.cat([self.up(x), skip], dim=1))
+        return out
+
+
+class ResidualUNet(nn.Module):
+    """Residual-encoder U-Net with a head at each level of the decoder.
+
+    Args:
+        channels_in: channels of the input.
+        channels_out: channels of each head's logits.
+        widths: channels of each level, the finest first.
+        blocks: residual blocks of each level of the encoder.
+        strides: of each level (slices, rows, columns); the first is (1, 1, 1).
+        kernels: of each level (slices, rows, columns), odd.
+        decoder_convs: convolutions of each level of the decoder.
+        heads: the finest levels that predict in training; inference uses the last.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        kernels: Sequence[Sequence[int]],
+        decoder_convs: int = 1,
+        heads: int = 1,
+    ) -> None:
+        super().__init__()
+        steps, taps = [_triple(s) for s in strides], [_triple(k) for k in kernels]
+        self.trained_heads = heads
+        self.stem = nn.Sequential(ConvNorm(channels_in, widths[0], taps[0]), nn.LeakyReLU(SLOPE, inplace=True))
+        self.encoder = nn.ModuleList()
+        for before, width, count, kernel, stride in zip(
+            (widths[0], *widths), widths, blocks, taps, steps, strict=False
+        ):
+            rest = (ResidualBlock(width, width, kernel, (1, 1, 1)) for _ in range(count - 1))
+            self.encoder.append(nn.Sequential(ResidualBlock(before, width, kernel, stride), *rest))
+        self.decoder, self.heads = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths) - 1)):
+            self.decoder.append(
+                UpStage(widths[level + 1], widths[level], taps[level], steps[level + 1], decoder_convs)
+            )
+            self.heads.append(nn.Conv3d(widths[level], channels_out, kernel_size=1))
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Logits of ``x`` (N, channels_in, D, H, W).
+
+        Returns:
+            In training one tensor (N, channels_out, d, h, w) a head, the coarsest level first; else the finest alone.
+        """
+        skips = [self.stem(x)]
+        for stage in self.encoder:
+            skips.append(stage(skips[-1]))
+        out, logits = skips.pop(), []
+        first = len(self.decoder) - (self.trained_heads if self.training else 1)
+        for level, (stage, head) in enumerate(zip(self.decoder, self.heads, strict=True)):
+            out = stage(out, skips.pop())
+            if level >= first:
+                logits.append(head(out))
+        return tuple(logits)
+
+
+def from_nnunet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of nnU-Net's ``ResidualEncoderUNet`` under the names of ``ResidualUNet``."""
+    found = {}
+    for name, weight in state.items():
+        for pattern, new in NNUNET_NAMES:
+            if re.match(pattern, name) and ".all_modules." not in name:
+                found[re.sub(pattern, new, name)] = weight
+    return found
+
+
+def _project(channels_in: int, channels_out: int) -> ConvNorm:
+    project = ConvNorm(channels_in, channels_out, (1, 1, 1))
+    project.conv.bias = None  # the shortcut's convolution has none
+    return project
+
+
+def _activated(conv: ConvNorm) -> nn.Sequential:
+    return nn.Sequential(conv, nn.LeakyReLU(SLOPE, inplace=True))
+
+
+def _initialize(net: nn.Module) -> None:
+    """He-normal weights and zero biases; each residual block begins as its shortcut."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            nn.init.kaiming_normal_(module.weight, a=SLOPE)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.conv2.norm.weight)
+
+
+def _triple(values: Sequence[int]) -> Triple:
+    z, y, x = values
+    return z, y, x
