@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy
@@ -81,7 +82,7 @@ def make_trainer(
         devices=machine.ranks,
         num_nodes=machine.nodes,
         strategy=DDPStrategy(broadcast_buffers=False) if machine.world > 1 else "auto",
-        precision=spec.precision if accelerator == "cuda" else "32-true",  # type: ignore[arg-type]
+        precision=precision_on(accelerator, spec.precision),  # type: ignore[arg-type]
         max_epochs=spec.epochs,
         default_root_dir=folder,  # otherwise Lightning searches the working directory for SLURM's checkpoints
         accumulate_grad_batches=steps_per_batch(batch_per_rank(spec.batch, machine.world), spec.micro_batch_size),
@@ -99,6 +100,14 @@ def make_trainer(
     # runtime.signals has handlers of its own; Lightning's for SIGTERM waits inside for the other ranks, and hangs
     made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return made
+
+
+def precision_on(accelerator: str, stated: str) -> str:
+    """A stage's precision; on a CPU mixed precision is bfloat16 where its instructions have it, else float32."""
+    if accelerator == "cuda" or stated == "32-true":
+        return stated
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
 
 
 def _logger(name: str, folder: Path) -> Logger:
