@@ -20,7 +20,7 @@ NNUNET_NAMES = (
     (r"^encoder\.stages\.(\d+)\.blocks\.(\d+)\.(conv1|conv2)\.", r"encoder.\1.\2.\3."),
     (r"^encoder\.stages\.(\d+)\.blocks\.(\d+)\.skip\.\d\.", r"encoder.\1.\2.skip.1."),
     (r"^decoder\.transpconvs\.(\d+)\.", r"decoder.\1.up."),
-    (r"^decoder\.stages\.(\d+)\.convs\.(\d+)\.", r"decoder.\1.convs.\2.0."),
+    (r"^decoder\.stages\.(\d+)\.convs\.0\.", r"decoder.\1.conv."),
     (r"^decoder\.seg_layers\.(\d+)\.", r"heads.\1."),
 )
 
@@ -59,17 +59,17 @@ class ResidualBlock(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Upsample by the stride, concatenate the skip, then ``convs`` convolutions."""
+    """Upsample by the stride, concatenate the skip, then one convolution."""
 
-    def __init__(self, below: int, channels: int, kernel: Triple, stride: Triple, convs: int) -> None:
+    def __init__(self, below: int, channels: int, kernel: Triple, stride: Triple) -> None:
         super().__init__()
         self.up = nn.ConvTranspose3d(below, channels, stride, stride)
-        inputs = [2 * channels, *[channels] * (convs - 1)]
-        self.convs = nn.Sequential(*(_activated(ConvNorm(width, channels, kernel)) for width in inputs))
+        self.conv = ConvNorm(2 * channels, channels, kernel)
+        self.act = nn.LeakyReLU(SLOPE, inplace=True)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """Return convs(the upsampled input concatenated with the skip)."""
-        out: Tensor = self.convs(torch.cat([self.up(x), skip], dim=1))
+        """Return act(conv(the upsampled input concatenated with the skip))."""
+        out: Tensor = self.act(self.conv(torch.cat([self.up(x), skip], dim=1)))
         return out
 
 
@@ -83,7 +83,6 @@ class ResidualUNet(nn.Module):
         blocks: residual blocks of each level of the encoder.
         strides: of each level (slices, rows, columns); the first is (1, 1, 1).
         kernels: of each level (slices, rows, columns), odd.
-        decoder_convs: convolutions of each level of the decoder.
         heads: the finest levels that predict in training; inference uses the last.
     """
 
@@ -95,7 +94,6 @@ class ResidualUNet(nn.Module):
         blocks: Sequence[int],
         strides: Sequence[Sequence[int]],
         kernels: Sequence[Sequence[int]],
-        decoder_convs: int = 1,
         heads: int = 1,
     ) -> None:
         super().__init__()
@@ -110,9 +108,7 @@ class ResidualUNet(nn.Module):
             self.encoder.append(nn.Sequential(ResidualBlock(before, width, kernel, stride), *rest))
         self.decoder, self.heads = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths) - 1)):
-            self.decoder.append(
-                UpStage(widths[level + 1], widths[level], taps[level], steps[level + 1], decoder_convs)
-            )
+            self.decoder.append(UpStage(widths[level + 1], widths[level], taps[level], steps[level + 1]))
             self.heads.append(nn.Conv3d(widths[level], channels_out, kernel_size=1))
         _initialize(self)
 
@@ -148,10 +144,6 @@ def _project(channels_in: int, channels_out: int) -> ConvNorm:
     project = ConvNorm(channels_in, channels_out, (1, 1, 1))
     project.conv.bias = None  # the shortcut's convolution has none
     return project
-
-
-def _activated(conv: ConvNorm) -> nn.Sequential:
-    return nn.Sequential(conv, nn.LeakyReLU(SLOPE, inplace=True))
 
 
 def _initialize(net: nn.Module) -> None:

@@ -1,0 +1,59 @@
+"""The residual-encoder U-Net against nnU-Net's own, and its loss and region by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kitseg.links.regions import AroundForeground, RegionContext
+from kitseg.losses.dice import DiceCrossEntropy
+from kitseg.nets.residual_unet import ResidualUNet, from_nnunet
+from kitseg.types import Box, Geometry
+
+#: Written by the script beside it, with nnU-Net's network.
+REFERENCE = Path(__file__).parent / "reference" / "nnunet_residual_unet.npz"
+
+
+def test_weights_of_nnunet_give_its_logits() -> None:
+    stored = np.load(REFERENCE)
+    state = {name.removeprefix("weights/"): torch.from_numpy(stored[name]) for name in stored.files if "/" in name}
+    strides, kernels = ((1, 1, 1), (1, 2, 2), (2, 2, 2)), ((1, 3, 3), (3, 3, 3), (3, 3, 3))
+    net = ResidualUNet(1, 3, (4, 4, 6), (1, 2, 2), strides, kernels, heads=2)
+    net.load_state_dict(from_nnunet(state))
+    with torch.no_grad():
+        coarse, fine = net.train()(torch.from_numpy(stored["x"]))
+        (alone,) = net.eval()(torch.from_numpy(stored["x"]))
+    for found, name in ((fine, "fine"), (coarse, "coarse"), (alone, "fine")):
+        assert np.abs(found.numpy() - stored[name]).max() < 1e-5 * stored[name].std()
+
+
+def test_parameters_of_nnunets_preset_l() -> None:
+    strides, kernels = [(1, 1, 1)] + [(2, 2, 2)] * 5, [(3, 3, 3)] * 6
+    with torch.device("meta"):
+        net = ResidualUNet(1, 4, (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6), strides, kernels)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(102.35, abs=0.01)
+
+
+def test_dice_and_cross_entropy_over_the_batch() -> None:
+    logits = torch.zeros(2, 2, 1, 1, 2)  # four pixels with p = 1/2, one of them foreground
+    target = torch.tensor([[[[1, 0]]], [[[0, 0]]]])
+    expected = math.log(2) + 1 - (2 * 0.5 + 1) / (4 * 0.5 + 1 + 1)
+    assert float(DiceCrossEntropy()(logits, target)) == pytest.approx(expected)
+
+
+def test_a_class_that_is_in_neither_costs_nothing() -> None:
+    logits = torch.tensor([40.0, -40.0, -40.0])[None, :, None, None, None].expand(1, 3, 2, 2, 2)
+    assert float(DiceCrossEntropy()(logits, torch.zeros(1, 2, 2, 2, dtype=torch.int64))) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_box_around_the_kidneys_has_its_margin_in_millimetres() -> None:
+    coarse = Geometry((10, 20, 20), np.diag([4.0, 4.0, 4.0, 1]))
+    fine = Geometry((20, 40, 40), np.diag([2.0, 2.0, 2.0, 1]))
+    guide = np.zeros(coarse.shape, np.uint8)
+    guide[4:6, 8:12, 2:18] = 1
+    assert AroundForeground(10)(RegionContext(fine, guide, coarse)) == Box((3, 11, 0), (17, 29, 40))
+    assert AroundForeground(10)(RegionContext(fine, np.zeros_like(guide), coarse)) is None
