@@ -20,6 +20,7 @@ from kitseg.patches.datamodule import Feed, StageCases, StageData
 from kitseg.patches.samplers import ForegroundSampler
 from kitseg.patches.subjects import StageInput
 from kitseg.stages.base import Stage
+from kitseg.stages.bfloat16 import small_convolutions_in_float32
 from kitseg.stages.model import StageModel
 from kitseg.types import Box, Case, Geometry, Grid
 from kitseg.volumes.nifti import write_image, write_labels
@@ -154,3 +155,23 @@ def test_a_sequence_is_a_head_each() -> None:
     first, second = model.logits(torch.ones(1, 1, 2, 2, 2))
     assert (first.unique().tolist(), second.unique().tolist()) == ([1], [-1])
     assert model.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(5, 4), (3, 2), (3, 8)])
+def test_weight_gradients_in_bfloat16_are_those_of_float32(kernel: int, size: int) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv3d(16, 16, kernel, padding=kernel // 2), torch.randn(1, 16, size, size, size)
+    weighted = torch.randn(1, 16, size, size, size)
+    gradients = []
+    for half in (False, True):
+        if half:
+            small_convolutions_in_float32(conv)
+        conv.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = conv(x)
+        (out.float() * weighted).sum().backward()
+        assert conv.weight.grad is not None
+        gradients.append(conv.weight.grad)
+        assert not torch.is_autocast_enabled("cpu")
+    exact, found = gradients
+    assert float((found - exact).abs().max() / exact.std()) < 0.1

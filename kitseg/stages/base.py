@@ -20,6 +20,7 @@ from kitseg.links.crop import paste
 from kitseg.losses.deep_supervision import DeepSupervision
 from kitseg.patches.datamodule import WholeCase
 from kitseg.scoring.kits19 import mean_scores
+from kitseg.stages.bfloat16 import small_convolutions_in_float32
 from kitseg.stages.model import StageModel, module_parts
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Stage(pl.LightningModule):
             name: config.build(part) if isinstance(part, Mapping) else part for name, part in parts.items()
         }
         self.model: StageModel = built["model"]
+        small_convolutions_in_float32(self.model)
         self.window: Window = built["window"]
         self.loss = DeepSupervision(built["loss"], weights)
         self.make_optimizer: MakeOptimizer = built["optimizer"]
