@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kitseg.types import Triple
 
@@ -25,6 +26,23 @@ NNUNET_NAMES = (
 )
 
 
+class InstanceNorm(nn.InstanceNorm3d):
+    """Instance normalization with scale and shift.
+
+    One training patch goes through batch normalization: equal results, but channels stay last in memory, which takes
+    three quarters of the time of a step on a CPU.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize each channel of each sample; preserves the shape."""
+        if self.training and len(x) == 1:
+            return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        return super().forward(x)
+
+
 class ConvNorm(nn.Module):
     """Convolution and instance normalization; preserves the shape but for the stride."""
 
@@ -32,7 +50,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         k, j, i = kernel
         self.conv = nn.Conv3d(channels_in, channels_out, kernel, stride, padding=(k // 2, j // 2, i // 2))
-        self.norm = nn.InstanceNorm3d(channels_out, affine=True)
+        self.norm = InstanceNorm(channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return norm(conv(x))."""
@@ -80,7 +98,7 @@ class ResidualUNet(nn.Module):
         channels_in: channels of the input.
         channels_out: channels of each head's logits.
         widths: channels of each level, the finest first.
-        blocks: residual blocks of each level of the encoder.
+        blocks: residual blocks of each level of the encoder; 0 for the finest leaves it the stem alone.
         strides: of each level (slices, rows, columns); the first is (1, 1, 1).
         kernels: of each level (slices, rows, columns), odd.
         heads: the finest levels that predict in training; inference uses the last.
@@ -104,8 +122,8 @@ class ResidualUNet(nn.Module):
         for before, width, count, kernel, stride in zip(
             (widths[0], *widths), widths, blocks, taps, steps, strict=False
         ):
-            rest = (ResidualBlock(width, width, kernel, (1, 1, 1)) for _ in range(count - 1))
-            self.encoder.append(nn.Sequential(ResidualBlock(before, width, kernel, stride), *rest))
+            inputs = [(before, stride), *[(width, (1, 1, 1))] * (count - 1)][:count]
+            self.encoder.append(nn.Sequential(*(ResidualBlock(a, width, kernel, step) for a, step in inputs)))
         self.decoder, self.heads = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths) - 1)):
             self.decoder.append(UpStage(widths[level + 1], widths[level], taps[level], steps[level + 1]))
