@@ -29,6 +29,7 @@ TRAIN = (
     f"--set=size.learning_rate={RATE}",
     "--jobs=1",
     "--device=cpu",
+    "--set=stages.*.precision=32-true",  # rounding in bfloat16 would hide what is compared
 )
 FOLD = Path("runs/two-phase-tiny/fold_0")
 Command = tuple[Sequence[str], Mapping[str, str]]
