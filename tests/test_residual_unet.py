@@ -57,5 +57,6 @@ def test_the_box_around_the_kidneys_has_its_margin_in_millimetres() -> None:
     fine = Geometry((20, 40, 40), np.diag([2.0, 2.0, 2.0, 1]))
     guide = np.zeros(coarse.shape, np.uint8)
     guide[4:6, 8:12, 2:18] = 1
-    assert AroundForeground(10)(RegionContext(fine, guide, coarse)) == Box((3, 11, 0), (17, 29, 40))
-    assert AroundForeground(10)(RegionContext(fine, np.zeros_like(guide), coarse)) is None
+    region = AroundForeground(10, at_least=(16, 16, 16))
+    assert region(RegionContext(fine, guide, coarse)) == Box((2, 11, 0), (18, 29, 40))
+    assert region(RegionContext(fine, np.zeros_like(guide), coarse)) is None
