@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kitseg import config
 from kitseg.config import StageSpec
+from kitseg.errors import UsageError
 from kitseg.inference.channels import label_ids, spread, target_ids
 from kitseg.inference.windows import Window
 from kitseg.links.crop import paste
@@ -87,6 +88,27 @@ class Stage(pl.LightningModule):
         """Add the batch's loss to the epoch's."""
         (total, patches), (loss, count) = self.epoch_loss, self.batch_loss
         self.epoch_loss = total + float(loss) * count, patches + count
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm of all gradients.
+
+        Lightning refuses fused optimizers in mixed precision. That is right for float16 alone, whose gradients such an
+        optimizer unscales itself.
+
+        Raises:
+            UsageError: float16 with a fused optimizer.
+        """
+        if not gradient_clip_val:
+            return
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        elif optimizer.defaults.get("fused"):
+            remedy = "set stages.*.precision=bf16-mixed, or optimizer.fused=false"
+            raise UsageError(f"trainer.gradient_clip can't clip float16 gradients of a fused optimizer: {remedy}")
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """With an epoch's last batch, log the mean loss over the patches of all ranks as ``train/loss``."""
