@@ -36,6 +36,7 @@ EACH_STAGE = "stages.*."
 CHOSEN = "kitseg_chosen"  # the name that Hydra knows the chosen method and size by
 RENAMED = {"at_once": "micro_batch_size", "inner_folds": "nested_folds"}
 TARGETS = {  # classes that were dropped, whose parts the general ones take
+    "kitseg.stages.attention_unet.ProgressiveAttentionUNet": "kitseg.stages.model.SliceModel",
     "kitseg.stages.foreground_net.ForegroundStage": "kitseg.stages.model.StageModel",
     "kitseg.stages.fused_vnet.FusedVNet": "kitseg.stages.model.StageModel",
     "kitseg.stages.slice_unet.SliceUNet": "kitseg.stages.model.SliceModel",

@@ -101,7 +101,7 @@ class ResidualUNet(nn.Module):
         blocks: residual blocks of each level of the encoder; 0 for the finest leaves it the stem alone.
         strides: of each level (slices, rows, columns); the first is (1, 1, 1).
         kernels: of each level (slices, rows, columns), odd.
-        heads: the finest levels that predict in training; inference uses the last.
+        heads: how many of the finest levels predict.
     """
 
     def __init__(
@@ -116,7 +116,6 @@ class ResidualUNet(nn.Module):
     ) -> None:
         super().__init__()
         steps, taps = [_triple(s) for s in strides], [_triple(k) for k in kernels]
-        self.trained_heads = heads
         self.stem = nn.Sequential(ConvNorm(channels_in, widths[0], taps[0]), nn.LeakyReLU(SLOPE, inplace=True))
         self.encoder = nn.ModuleList()
         for before, width, count, kernel, stride in zip(
@@ -124,6 +123,7 @@ class ResidualUNet(nn.Module):
         ):
             inputs = [(before, stride), *[(width, (1, 1, 1))] * (count - 1)][:count]
             self.encoder.append(nn.Sequential(*(ResidualBlock(a, width, kernel, step) for a, step in inputs)))
+        self.first_head = len(widths) - 1 - heads
         self.decoder, self.heads = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths) - 1)):
             self.decoder.append(UpStage(widths[level + 1], widths[level], taps[level], steps[level + 1]))
@@ -134,16 +134,15 @@ class ResidualUNet(nn.Module):
         """Logits of ``x`` (N, channels_in, D, H, W).
 
         Returns:
-            In training one tensor (N, channels_out, d, h, w) a head, the coarsest level first; else the finest alone.
+            One tensor (N, channels_out, d, h, w) for each level that predicts, the coarsest first.
         """
         skips = [self.stem(x)]
         for stage in self.encoder:
             skips.append(stage(skips[-1]))
         out, logits = skips.pop(), []
-        first = len(self.decoder) - (self.trained_heads if self.training else 1)
         for level, (stage, head) in enumerate(zip(self.decoder, self.heads, strict=True)):
             out = stage(out, skips.pop())
-            if level >= first:
+            if level >= self.first_head:
                 logits.append(head(out))
         return tuple(logits)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kitseg import config, trust
 from kitseg.config import StageSpec
@@ -48,9 +49,12 @@ class StageModel(nn.Module):
         return heads_of(self.net(x))
 
     def probabilities(self, x: Tensor, head: int = -1) -> Tensor:
-        """The probabilities of one head, (N, K, D, H, W) float32, computed on the network's device."""
+        """The probabilities of one head at the input's size, (N, K, D, H, W) float32, on the network's device."""
         logits = self.logits(x.to(self.device))[head].float()
-        return logits.softmax(dim=1) if "background" in self.channels else logits.sigmoid()
+        found = logits.softmax(dim=1) if "background" in self.channels else logits.sigmoid()
+        if found.shape[2:] == x.shape[2:]:
+            return found
+        return functional.interpolate(found, size=x.shape[2:], mode="trilinear")
 
     def losses(self, x: Tensor, target: Tensor, loss: Callable[..., Tensor]) -> Tensor:
         """The training objective, a scalar.
