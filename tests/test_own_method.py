@@ -246,10 +246,12 @@ def test_a_model_with_os_system_in_it_does_nothing(tmp_path: Path, command: tupl
         (tmp_path / "ensemble.yaml").write_text(trust.dump(ensemble))
         made = {"channels": ["kidney"], "method": "dual-unet", "stage": None, "model": {}, "versions": {}}
         manifest = {"schema": 1, **made, "postprocess": {"evil": part}}
-        (tmp_path / "probabilities" / "manifest.json").write_text(json.dumps(manifest))
+        if file == "manifest.json":
+            (tmp_path / "probabilities" / file).write_text(json.dumps(manifest))
 
-    (tmp_path / "probabilities").mkdir()
-    (tmp_path / "probabilities" / "case.json").write_text("{}")
+    if file == "manifest.json":
+        (tmp_path / "probabilities").mkdir()
+        (tmp_path / "probabilities" / "case.json").write_text("{}")
     infect(evil)
     geometry = Geometry((4, 32, 32), np.diag([-3.0, -3.0, -3.0, 1])[[2, 1, 0, 3]])
     for name in ("scan", "data/case_00000/imaging", "data/case_00000/segmentation"):

@@ -28,6 +28,7 @@ from kitseg.volumes.scan import check_grid
 FOREGROUND_PER_LABEL = 10_000
 BYTES_PER_VOXEL = 3
 _META, _AGAIN = "meta.json", "Run `kitseg preprocess` again."
+_ARRAYS = {"image.npy", "label.npy", "foreground.npy", "slices.npy"}
 DescribeContrast = Callable[[Volume, NDArray[np.uint8]], dict[str, float | None]]
 
 
@@ -167,7 +168,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         kidney_hu=files.contrast["kidney_hu"],
         aorta_hu=files.contrast["aorta_hu"],
     )
-    if folder.exists() and not (folder / _META).exists():
+    if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
         raise InputError(folder, "exists and was not written by kitseg", "Choose another folder")
     with atomic_write(folder) as partial:
         partial.mkdir()
@@ -175,6 +176,10 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
             np.save(partial / f"{name}.npy", array)
         _FORMAT.write(partial / _META, meta)
     return True
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / _META).exists() or {path.name for path in folder.iterdir()} <= _ARRAYS
 
 
 def open_case(folder: Path) -> StoredCase:
