@@ -129,7 +129,12 @@ def preprocess(
     exit_if(bool(failed))
 
 
-@app.command(epilog="Example: kitseg split data -o splits.json --folds 5 --test-cases 20")
+@app.command(
+    epilog="Example: kitseg split data -o splits.json --folds 5 --test-cases 20",
+    context_settings={
+        "token_normalize_func": lambda name: {"inner-folds": "nested-folds"}.get(name, name)
+    },  # as in 0.1
+)
 def split(
     data: Annotated[list[Path], typer.Argument(help="Folders of labelled cases.")] = [Path("data")],  # noqa: B006
     masks: opt.Masks = None,
