@@ -80,9 +80,14 @@ TEXTS = {
 }
 
 LINEAR = {"_target_": "torch.nn.Linear", "in_features": 30_000, "out_features": 30_000}
+RESIDUAL = {
+    "_target_": "kitseg.nets.residual_unet.ResidualUNet", "channels_in": 1, "channels_out": 2, "widths": [4, 4],
+    "strides": [[1, 1, 1], [2, 2, 2]], "kernels": [[3, 3, 3], [3, 3, 3]],
+}  # fmt: skip
 VNET = {"_target_": "kitseg.nets.vnet.VNet"}
 SLIDING = {"_target_": "kitseg.inference.windows.SlidingWindow", "size": [64, 64, 64], "overlap": 0.5}
 SQUARE = {"_target_": "kitseg.links.regions.Square"}
+AROUND = {"_target_": "kitseg.links.regions.AroundForeground", "margin": 20}
 KIDNEYS = {"_target_": "kitseg.postprocess.kidneys.KeepKidneys"}
 
 
@@ -104,6 +109,7 @@ VALUES: dict[str, tuple[Change, str]] = {
     "a layer as a stage": (_stage(module={**LINEAR, "window": SLIDING}), "stages.kidneys"),
     "a larger network": (_module(net=LINEAR), "weights of its network"),
     "many convolutions": (_module(net={**VNET, "down": [100_000, 1, 1, 1]}), "at most 16 convolutions"),
+    "many blocks": (_module(net={**RESIDUAL, "blocks": [1, 10**6]}), "1 to 16 blocks"),
     "many networks": (_module(net={"_target_": "torch.nn.Sequential", "_args_": [VNET] * 40}), "too many"),
     "many layers": (_module(net={"_target_": "torch.nn.Sequential", "_args_": [LINEAR] * 60}), "too many"),
     "repeated layers": (_module(net={"_target_": "torch.nn.LSTM", "input_size": 1, "num_layers": 10**6}), "LSTM"),
@@ -114,6 +120,9 @@ VALUES: dict[str, tuple[Change, str]] = {
     "no step": (_module(window={"_target_": "kitseg.inference.windows.DepthWindow", "size": 8, "step": 0}), "step"),
     "a negative batch": (_module(window={"_target_": "kitseg.inference.windows.Slices", "batch": -1}), "batch"),
     "a huge square": (_stage(region={**SQUARE, "pixels": 500_000}), "2048"),
+    "a huge body": (_stage(region={"_target_": "kitseg.links.regions.Body", "at_least": [10**6, 1, 1]}), "2048 voxels"),
+    "a deep square": (_stage(region={**SQUARE, "pixels": 64, "slices": 10**6}), "2048 voxels"),
+    "a huge box": (_stage(region={**AROUND, "at_least": [2000] * 3}), "2**27"),
     "a fine grid": (_stage(grid={"inplane": 1e-6}), "0.2"),
     "a long chain": (lambda c: c.update(chain=["kidneys"] * 1500), "chain has no entries or more than 8"),
     "no chain": (lambda c: c.update(chain=[]), "chain has no entries"),

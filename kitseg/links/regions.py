@@ -53,6 +53,9 @@ class Body:
 
     at_least: Sequence[int] = (0, 0, 0)
 
+    def __post_init__(self) -> None:
+        _check_voxels(self.at_least)
+
     def shape(self, grid: Geometry) -> Triple:
         """All of the grid's voxels, since a patient may fill them."""
         return triple(map(max, grid.shape, self.at_least))
@@ -89,6 +92,7 @@ class Square:
     def __post_init__(self) -> None:
         if not (1 <= self.pixels <= 2048 and 0 <= self.rows[0] < self.rows[1] <= 1):
             raise ValueError("a square has 1 to 2048 pixels, and rows from 0 to 1")
+        _check_voxels((self.slices, 1, 1))
 
     def __call__(self, known: RegionContext) -> Box:
         """The box on the stage's grid; the guide is not used."""
@@ -116,8 +120,7 @@ class FixedAroundForeground:
     size: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not (min(self.size) > 0 and math.prod(self.size) <= 2**27):
-            raise ValueError("a box has at least one voxel on each axis, and at most 2**27 in all")
+        _check_voxels(self.size, fewest=1)
 
     def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid; None if the guide has no foreground."""
@@ -148,6 +151,11 @@ class AroundForeground:
     margin: float
     at_least: Sequence[int]
 
+    def __post_init__(self) -> None:
+        if self.margin < 0:
+            raise ValueError("a margin is 0 mm or more")
+        _check_voxels(self.at_least)
+
     def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid; None if the guide has no foreground."""
         found = _foreground(known)
@@ -162,6 +170,12 @@ class AroundForeground:
     def shape(self, grid: Geometry) -> Triple:
         """The largest that it may be: the whole grid, or a patch."""
         return triple(np.maximum(grid.shape, self.at_least))
+
+
+def _check_voxels(size: Sequence[int], fewest: int = 0) -> None:
+    """Refuse (ValueError) a box of a configuration that has more voxels than a scan."""
+    if not (len(size) == 3 and min(size) >= fewest and max(size) <= 2048 and math.prod(size) <= 2**27):
+        raise ValueError(f"a box has {fewest} to 2048 voxels on each axis, and at most 2**27 in all")
 
 
 def _foreground(known: RegionContext) -> Box | None:

@@ -115,11 +115,13 @@ class ResidualUNet(nn.Module):
         heads: int = 1,
     ) -> None:
         super().__init__()
+        if not (len(widths) == len(blocks) <= 8 and 0 <= blocks[0] <= 16 and all(1 <= n <= 16 for n in blocks[1:])):
+            raise ValueError("a residual U-Net has at most 8 levels of 1 to 16 blocks; the finest may have none")
         steps, taps = [_triple(s) for s in strides], [_triple(k) for k in kernels]
         self.stem = nn.Sequential(ConvNorm(channels_in, widths[0], taps[0]), nn.LeakyReLU(SLOPE, inplace=True))
         self.encoder = nn.ModuleList()
         for before, width, count, kernel, stride in zip(
-            (widths[0], *widths), widths, blocks, taps, steps, strict=False
+            (widths[0], *widths[:-1]), widths, blocks, taps, steps, strict=True
         ):
             inputs = [(before, stride), *[(width, (1, 1, 1))] * (count - 1)][:count]
             self.encoder.append(nn.Sequential(*(ResidualBlock(a, width, kernel, step) for a, step in inputs)))
