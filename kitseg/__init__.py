@@ -23,7 +23,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kitseg.api import evaluate, load_method, load_model, measure, predict, preprocess, train
+    from kitseg.api import after_surgery, evaluate, load_method, load_model, measure, predict, preprocess, train
     from kitseg.models.members import Ensemble, Prediction
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "Ensemble",
     "Prediction",
     "__version__",
+    "after_surgery",
     "evaluate",
     "load_method",
     "load_model",

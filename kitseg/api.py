@@ -19,6 +19,7 @@ from kitseg.commands.preprocess import Stored
 from kitseg.config import Method
 from kitseg.errors import KitsegError
 from kitseg.measurement.findings import Findings
+from kitseg.measurement.renal_function import AfterSurgery, Patient
 from kitseg.models.members import Ensemble, Prediction, choose_run, open_ensemble
 from kitseg.runtime import console
 from kitseg.runtime.outcomes import Outcome
@@ -174,6 +175,34 @@ def measure(
     scan = scan_from(ct, found.native.affine if affine is None else affine)
     check_grid(Path(found.case_id), found.geometry, scan.geometry)
     return measure_labels(found.array, found.geometry, scan.array)
+
+
+def after_surgery(
+    labels: Image | Prediction,
+    patient: Patient,
+    affine: ArrayLike | None = None,
+    convention: str = "kits23",
+) -> AfterSurgery | None:
+    """Kidney function after radical and partial nephrectomy of the kidney with the largest tumor.
+
+    Args:
+        labels: a ``Prediction``, a NIfTI file, an array or an image.
+        patient: eGFR before surgery, age and diabetes.
+        affine: (4, 4), of arrays.
+        convention: what label ids mean, kits19 or kits23.
+
+    Returns:
+        New baseline GFR with its 90 % interval, and what a resection takes; None without a tumor or two kidneys.
+
+    Raises:
+        InputError: a file or an array can't be used.
+    """
+    from kitseg.measurement.measure import measure as measure_labels
+    from kitseg.measurement.renal_function import after_surgery as predict_function
+
+    found = _labels(labels, affine, convention)
+    findings = measure_labels(found.array, found.geometry)
+    return predict_function(findings, patient, found.array, found.geometry)
 
 
 def preprocess(

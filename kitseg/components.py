@@ -63,6 +63,13 @@ class Components:
         return mask
 
 
+def component_at(mask: NDArray[np.bool_], voxel: Triple) -> NDArray[np.bool_]:
+    """The component of a mask (D, H, W) that holds one of its voxels."""
+    found = Components.of(mask)
+    number = found.numbers[tuple(np.subtract(voxel, found.box.start))]
+    return found.chosen(np.arange(found.sizes.size) == number)
+
+
 def kidneys_among(
     sizes: NDArray[np.int64], voxel_ml: float, most: int = 2, min_ratio: float = 0.05, min_ml: float = 20.0
 ) -> NDArray[np.bool_]:

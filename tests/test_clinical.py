@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from joblib import Parallel, delayed
 
-from kitseg.commands.measure import LabelTask, measure_case
+from kitseg.commands.measure import MeasureTask, measure_case
 from kitseg.measurement.findings import Findings
 
 ALL = os.environ.get("KITSEG_ALL") == "1"
@@ -34,7 +34,7 @@ Cases = Mapping[int, Findings]
 def cases(shared: Path) -> Cases:
     files = sorted((shared / "kits19").glob("case_*/segmentation.nii.gz"))
     assert len(files) == 210
-    tasks = (LabelTask(file.parent.name, file, None) for n, file in enumerate(files) if ALL or n in SAMPLE)
+    tasks = (MeasureTask(file.parent.name, file, None) for n, file in enumerate(files) if ALL or n in SAMPLE)
     jobs = int(os.environ.get("KITSEG_JOBS", "1"))
     found = Parallel(n_jobs=jobs)(delayed(measure_case)(task, "kits19") for task in tasks)
     assert not any(measured.error for measured in found)

@@ -36,18 +36,32 @@ def measure(
         Path | None, typer.Option("--csv", help="Write one row per kidney and lesion to this file.")
     ] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write all findings to this file.")] = None,
+    egfr: Annotated[
+        float | None, typer.Option(help="The patient's eGFR before surgery, ml/min/1.73 m²: predicts it after surgery.")
+    ] = None,
+    age: Annotated[float | None, typer.Option(help="The patient's age in years.")] = None,
+    diabetes: Annotated[bool, typer.Option("--diabetes", help="The patient has diabetes.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Draw predicted against measured eGFR of KiTS patients to this PNG file.")
+    ] = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Measure kidneys and lesions: side, volume, diameters, size class, HU, exophytic share, contact surface.
 
-    docs/explanation/measure.md defines every measurement.
+    docs/explanation/measure.md defines every measurement. With --egfr and --age, or for a folder with KiTS's kits.json,
+    also the eGFR after radical and partial nephrectomy, and the parenchyma that a resection takes
+    (docs/explanation/renal_function.md).
     """
+    from kitseg.cli.function_tables import show_function, show_study
     from kitseg.commands import measure as steps
+    from kitseg.commands import renal_function
     from kitseg.runtime.resume import ResultCache
 
     refuse_overwrite(report, "findings")
     refuse_overwrite(table, "lesion table")
-    tasks = steps.plan_measures(labels, ct)
+    refuse_overwrite(calibration, "png")
+    patient = renal_function.patient_of(egfr, age, diabetes)
+    tasks = renal_function.with_patients(steps.plan_measures(labels, ct), labels, patient)
     output, work = report or table, partial(steps.measure_case, convention=convention)
     cache = ResultCache.beside(output, steps.Measured, work) if output else None
     results = gather("measure", tasks, cache or work, jobs, cluster, shard)
@@ -58,6 +72,9 @@ def measure(
     if cache:
         cache.clear()
     _show_findings(results)
+    if any(task.patient for task in tasks):
+        show_function(results)
+        show_study(renal_function.compare_formulas(results, renal_function.clinical_records(labels)), calibration)
     exit_if(any(result.error for result in results))
 
 

@@ -14,6 +14,7 @@ from kitseg.labels import CYST, KIDNEY, TUMOR
 from kitseg.measurement.findings import Findings, Kidney, Lesion
 from kitseg.measurement.measure import measure
 from kitseg.measurement.mesh import stl, surface, volume
+from kitseg.measurement.renal_function import AfterSurgery, Patient, after_surgery
 from kitseg.runtime import files
 from kitseg.runtime.outcomes import without_paths
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -60,12 +61,20 @@ class LabelTask(Task):
 
 
 @dataclass(frozen=True)
+class MeasureTask(LabelTask):
+    """A label map to measure; patient: what predicts the function after surgery."""
+
+    patient: Patient | None = None
+
+
+@dataclass(frozen=True)
 class Measured:
-    """A case's findings, or its ``error``."""
+    """A case's findings and function after surgery, or its ``error``."""
 
     case: str
     findings: Findings = field(default_factory=lambda: Findings((), ()))
     error: str = ""
+    after_surgery: AfterSurgery | None = None
 
     @property
     def note(self) -> str:
@@ -74,7 +83,7 @@ class Measured:
         return self.error or ("nothing found" if empty else "")
 
 
-def plan_measures(labels: Path, ct: Path | None) -> list[LabelTask]:
+def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     """A label map, or those in a folder, each with the scan of the same name.
 
     With a file for the label map and one NIfTI scan, names don't matter. Raises InputError: a path is missing or holds
@@ -89,21 +98,23 @@ def plan_measures(labels: Path, ct: Path | None) -> list[LabelTask]:
         scans = scans_of_labels(maps, [ct] if ct else [])
     if ct and (missing := sorted(maps.keys() - scans.keys())):
         raise UsageError(f"{ct} has no scan of {', '.join(missing[:5])}. Add it, or measure without --ct")
-    return [LabelTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
+    return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
-def measure_case(task: LabelTask, convention: str) -> Measured:
+def measure_case(task: MeasureTask, convention: str) -> Measured:
     """Measure a case; never raises for a file that can't be used."""
     try:
         labels, scan = task.read(convention)
-        return Measured(task.case, measure(labels.array, labels.geometry, scan.array if scan else None))
+        findings = measure(labels.array, labels.geometry, scan.array if scan else None)
+        after = after_surgery(findings, task.patient, labels.array, labels.geometry) if task.patient else None
+        return Measured(task.case, findings, after_surgery=after)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
 
 
 def write_findings(path: Path, results: Sequence[Measured], convention: str) -> None:
     """Write the findings of every case as JSON, rounded to 0.001."""
-    cases = {result.case: _rounded(asdict(result.findings)) for result in results if not result.error}
+    cases = {result.case: _rounded(_content(result)) for result in results if not result.error}
     failed = {result.case: result.error for result in results if result.error}
     files.write_json(path, SCHEMA, {"convention": convention, "cases": cases, "failed": failed})
 
@@ -152,6 +163,11 @@ def _rows(result: Measured) -> Iterator[dict[str, Any]]:
         yield {"case": result.case, "kind": "kidney", **_rounded(asdict(kidney))}
     for lesion in result.findings.lesions:
         yield {"case": result.case, **_rounded(asdict(lesion))}
+
+
+def _content(result: Measured) -> dict[str, Any]:
+    after = result.after_surgery
+    return {**asdict(result.findings), **({"after_surgery": asdict(after)} if after else {})}
 
 
 def _rounded(value: Any) -> Any:

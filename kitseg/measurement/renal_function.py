@@ -1,25 +1,34 @@
 """Kidney function after surgery: new baseline GFR, predicted from the volumes of parenchyma and from clinical data.
 
-All values of GFR are in ml/min/1.73 m². The formulas, both from the Cleveland Clinic:
+All values of GFR are in ml/min/1.73 m². The formulas:
 
-- Volume: after radical nephrectomy 1.24 × GFR × the other kidney's share of the function, after partial nephrectomy 0.89
-  × GFR. The share is that of the parenchyma's volume (Rathi et al., Scientific Reports 2023, parenchymal volume analysis
-  for split renal function). As compared on 293 patients by Heller, Abdallah et al. (Urology 2024): r 0.75, AUC 0.89.
-- Clinical: 35 + 0.65 × GFR − 18 (radical) − 0.25 × age + 3 (tumor above 7 cm) − 2 (diabetes), Aguilar Palacios et al.
-  (Journal of Urology 2021). On the same 293 patients: r 0.77, AUC 0.90.
+- Volume: after radical nephrectomy 1.24 × GFR × the other kidney's share of the function (Rathi et al., Scientific
+  Reports 2023, who take the share from the volumes of parenchyma), after partial nephrectomy 0.89 × GFR.
+- Clinical: 35 + 0.65 × GFR − 18 (radical) − 0.25 × age + 3 (tumor above 7 cm) − 2 (diabetes): Aguilar Palacios et al.,
+  Journal of Urology 2021.
+- Both: the mean of the two, whose 90 % interval holds for patients of KiTS19 (docs/explanation/renal_function.md).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.components import component_at
+from kitseg.labels import TUMOR
 from kitseg.measurement.findings import Findings, Lesion
+from kitseg.measurement.resection import MARGINS, parenchyma_lost
+from kitseg.types import Geometry
 
 #: Laboratories report values from here on as ">=90"; such a value counts as 90, and so do predictions above it.
 CEILING = 90.0
 RADICAL, PARTIAL = "radical", "partial"
 _COMPENSATED, _SPARED = 1.24, 0.89
 _LARGE_MM = 70.0
+#: Half the width of the 90 % interval, from the errors on KiTS19's patients.
+_HALF_WIDTH = {RADICAL: 16.8, PARTIAL: 18.9}
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,76 @@ class Patient:
     egfr: float
     age: float
     diabetes: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """New baseline GFR by the three formulas, and the 90 % interval around ``both``."""
+
+    volume: float
+    clinical: float
+    both: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class AfterSurgery:
+    """What an operation on a kidney costs.
+
+    side: of the operated kidney; other_share: of all parenchyma, in the other kidney, 0 to 1; radical, partial: the
+    operations; margins_mm: of a resection, with the parenchyma within each of them and the GFR that is lost with it, if
+    all parenchyma functions alike.
+    """
+
+    side: str
+    other_share: float
+    radical: Prediction
+    partial: Prediction
+    margins_mm: tuple[float, ...]
+    lost_ml: tuple[float, ...]
+    lost_gfr: tuple[float, ...]
+
+
+def after_surgery(
+    findings: Findings, patient: Patient, labels: NDArray[np.uint8], geometry: Geometry
+) -> AfterSurgery | None:
+    """Predict the function after operations on the kidney with the largest tumor; None without a tumor or two kidneys.
+
+    Args:
+        findings: of the labels.
+        patient: an eGFR above 90 counts as 90.
+        labels: (D, H, W).
+        geometry: of the labels.
+    """
+    tumor = index_tumor(findings)
+    if tumor is None or len(findings.kidneys) != 2:
+        return None
+    patient = replace(patient, egfr=min(patient.egfr, CEILING))
+    share = other_share(findings, tumor.side)
+    parenchyma = sum(kidney.parenchyma_ml for kidney in findings.kidneys)
+    lost = parenchyma_lost(labels, geometry, component_at(labels == TUMOR, tumor.centre))
+    return AfterSurgery(
+        tumor.side,
+        share,
+        _predict(patient, share, tumor.axial_mm, RADICAL),
+        _predict(patient, share, tumor.axial_mm, PARTIAL),
+        MARGINS,
+        lost,
+        tuple(patient.egfr * ml / parenchyma for ml in lost),
+    )
+
+
+def _predict(patient: Patient, share: float, tumor_mm: float, operation: str) -> Prediction:
+    volume = bounded(from_volume(patient.egfr, share, operation))
+    clinical = bounded(from_clinic(patient, tumor_mm, operation))
+    both, half = (volume + clinical) / 2, _HALF_WIDTH[operation]
+    return Prediction(volume, clinical, both, bounded(both - half), bounded(both + half))
+
+
+def bounded(value: float) -> float:
+    """A prediction within 0 and 90, the ceiling of measured values."""
+    return min(max(value, 0.0), CEILING)
 
 
 def from_volume(egfr: float, share: float, operation: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kitseg.errors import InputError
@@ -14,13 +14,28 @@ PATIENTS, CLINICAL = "patients.csv", "kits.json"
 
 
 @dataclass(frozen=True)
-class _Clinical:
+class Egfr:
+    """A record of eGFR in ml/min/1.73 m²: a number or a text such as ``>=90``, and the days to or from surgery."""
+
+    value: float | str | None = None
+    days_before_nephrectomy: int | None = None
+
+
+@dataclass(frozen=True)
+class Clinical:
+    """A patient's record in ``kits.json``, under the file's own names; None where nothing is recorded."""
+
     case_id: str
     tumor_histologic_subtype: str | None = None
     surgical_procedure: str | None = None
+    age_at_nephrectomy: float | None = None
+    comorbidities: dict[str, bool | None] = field(default_factory=dict)
+    last_preop_egfr: Egfr | None = None
+    first_postop_egfr: Egfr | None = None
+    last_postop_egfr: Egfr | None = None
 
 
-_CLINICAL = FileFormat(list[_Clinical], None, "Take it from the KiTS19 repository.")
+_CLINICAL = FileFormat(list[Clinical], None, "Take it from the KiTS19 repository.")
 
 
 def read_patients(path: Path) -> dict[str, str]:
@@ -48,12 +63,15 @@ def read_patients(path: Path) -> dict[str, str]:
     return dict(rows)
 
 
+def read_records(path: Path) -> dict[str, Clinical]:
+    """Each case's record in ``kits.json``, if there is one. Raises InputError: not a list of cases."""
+    return {row.case_id: row for row in _CLINICAL.read(path)} if path.exists() else {}
+
+
 def read_clinical(path: Path) -> dict[str, dict[str, str]]:
     """Each case's histology and surgery from ``kits.json``, if there is one. Raises InputError: not a list of cases."""
-    if not path.exists():
-        return {}
     names = {"histology": "tumor_histologic_subtype", "surgery": "surgical_procedure"}
     return {
-        row.case_id: {name: group for name, field in names.items() if (group := getattr(row, field))}
-        for row in _CLINICAL.read(path)
+        case: {name: group for name, column in names.items() if (group := getattr(row, column))}
+        for case, row in read_records(path).items()
     }

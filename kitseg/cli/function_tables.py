@@ -1,0 +1,73 @@
+"""Tables of kidney function after surgery: of each patient, and of the formulas over patients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from kitseg.runtime import console
+
+if TYPE_CHECKING:
+    from kitseg.commands.measure import Measured
+    from kitseg.measurement.gfr_study import Study
+
+
+def show_function(results: Sequence[Measured]) -> None:
+    """Print each patient's predictions, and what a resection takes."""
+    from kitseg.measurement.resection import MARGINS
+
+    margins = [f"margin {mm:.0f} mm" for mm in MARGINS]
+    table = console.table("case", "operation", "side", "volume", "clinical", "both", "90 %", *margins)
+    for result in results:
+        if after := result.after_surgery:
+            lost = [f"{ml:.0f} ml, −{gfr:.1f}" for ml, gfr in zip(after.lost_ml, after.lost_gfr, strict=True)]
+            for name, found, cells in (("radical", after.radical, []), ("partial", after.partial, lost)):
+                figures = [f"{value:.0f}" for value in (found.volume, found.clinical, found.both)]
+                interval = f"{found.low:.0f} to {found.high:.0f}"
+                table.add_row(escape(result.case), name, after.side, *figures, interval, *cells)
+            table.add_section()
+    if not table.row_count:
+        console.print_line("No function after surgery: the formulas are for a tumor in one of two labelled kidneys.")
+        return
+    console.out.print(table)
+    console.print_line(
+        "eGFR after surgery, ml/min/1.73 m². volume: 1.24 × eGFR × the other kidney's share of parenchyma (radical), "
+        "0.89 × eGFR (partial); clinical: Aguilar Palacios 2021; both: their mean, with its 90 % interval. "
+        "margin: parenchyma within it, and its share of the eGFR. For research use only."
+    )
+
+
+def show_study(study: Study | None, picture: Path | None) -> None:
+    """Print the formulas' agreement with measured values, and draw it if there is a path."""
+    from kitseg.measurement.gfr_study import FORMULAS
+
+    if study is None:
+        if picture:
+            console.print_line("No calibration: it takes ten patients of each operation with a measured eGFR after it.")
+        return
+    table = console.table("patients", "formula", "r", "mean error", "bias", "AUC < 45")
+    for name, chosen in study.groups().items():
+        for formula in FORMULAS:
+            found = study.agreement(formula, chosen)
+            figures = f"{found.r:.3f}", f"{found.error:.2f}", f"{found.bias:+.2f}", f"{found.auc:.3f}"
+            table.add_row(f"{name} ({chosen.sum()})", formula, *figures)
+        table.add_section()
+    console.out.print(table)
+    differences = console.table("difference (95 %)", "r", "mean error", "AUC < 45")
+    for one, other in (("both", "clinical"), ("both", "volume"), ("volume", "clinical"), ("fitted", "clinical")):
+        cells = (f"{d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for d in study.differences(one, other).values())
+        differences.add_row(f"{one} − {other}", *cells)
+    console.out.print(differences)
+    radical, partial = study.half_width
+    console.print_line(
+        "both: mean of volume and clinical; fitted: least squares on them, out of fold. 90 % interval of both: "
+        f"±{radical:.1f} (radical), ±{partial:.1f} (partial), {study.covered:.0%} of patients within it, out of fold."
+    )
+    if picture:
+        from kitseg.report.calibration import calibration_plot
+
+        calibration_plot(picture, study)
+        console.print_line(escape(f"→ {picture}"))

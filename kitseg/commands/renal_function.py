@@ -1,0 +1,93 @@
+"""Kidney function after surgery: patients from the command line or from KiTS's clinical data, and their comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from kitseg.commands.measure import Measured, MeasureTask
+from kitseg.errors import UsageError
+from kitseg.measurement.gfr_study import Study, study
+from kitseg.measurement.renal_function import CEILING, PARTIAL, RADICAL, Patient
+from kitseg.volumes.tables import CLINICAL, Clinical, Egfr, read_records
+
+_OPERATIONS = {"radical_nephrectomy": RADICAL, "partial_nephrectomy": PARTIAL}
+_DIABETES = ("uncomplicated_diabetes_mellitus", "diabetes_mellitus_with_end_organ_damage")
+_ADULT, _LEAST_EGFR = 18, 15.0
+_WINDOW, _MIDDLE = (30, 730), 180  # days after surgery
+
+
+def patient_of(egfr: float | None, age: float | None, diabetes: bool) -> Patient | None:
+    """The patient of the options ``--egfr``, ``--age`` and ``--diabetes``; UsageError if they aren't complete."""
+    if egfr is None and age is None and not diabetes:
+        return None
+    if egfr is None or age is None:
+        raise UsageError("the function after surgery needs both --egfr and --age")
+    if not 0 < egfr <= 250 or not 0 < age <= 120:
+        raise UsageError("--egfr must lie within 1 and 250 ml/min/1.73 m², --age within 1 and 120 years")
+    return Patient(egfr, age, diabetes)
+
+
+def with_patients(tasks: Sequence[MeasureTask], labels: Path, patient: Patient | None) -> list[MeasureTask]:
+    """The tasks with their patients: the one given, else those of ``kits.json`` in the folder of label maps.
+
+    Raises UsageError: one patient for several label maps; InputError: ``kits.json`` can't be read.
+    """
+    if patient and len(tasks) > 1:
+        raise UsageError(f"--egfr and --age describe one patient, {labels} holds {len(tasks)} label maps")
+    records = {} if patient else clinical_records(labels)
+    return [
+        replace(task, patient=patient or eligible(records[task.case]) if patient or task.case in records else None)
+        for task in tasks
+    ]
+
+
+def clinical_records(labels: Path) -> dict[str, Clinical]:
+    """The patients of a folder in the KiTS layout; empty without its ``kits.json``."""
+    return read_records(labels / CLINICAL) if labels.is_dir() else {}
+
+
+def eligible(record: Clinical) -> Patient | None:
+    """A patient with everything that the formulas need, by the rules in docs/explanation/renal_function.md."""
+    egfr, age = _value(record.last_preop_egfr), record.age_at_nephrectomy
+    if egfr is None or egfr < _LEAST_EGFR or age is None or age < _ADULT:
+        return None
+    return Patient(egfr, age, any(record.comorbidities.get(name) for name in _DIABETES))
+
+
+def new_baseline(record: Clinical) -> float | None:
+    """The eGFR 30 to 730 days after surgery, nearest to day 180; None where none is recorded."""
+    low, high = _WINDOW
+    found = [
+        (abs(egfr.days_before_nephrectomy - _MIDDLE), value)
+        for egfr in (record.first_postop_egfr, record.last_postop_egfr)
+        if egfr and egfr.days_before_nephrectomy is not None and low <= egfr.days_before_nephrectomy <= high
+        if (value := _value(egfr)) is not None
+    ]
+    return min(found)[1] if found else None
+
+
+def compare_formulas(results: Sequence[Measured], records: Mapping[str, Clinical]) -> Study | None:
+    """The formulas against the patients' new baselines; None with fewer than ten patients of an operation."""
+    rows = []
+    for result in sorted(results, key=lambda result: result.case):
+        record, found = records.get(result.case), result.after_surgery
+        operation = _OPERATIONS.get((record and record.surgical_procedure) or "")
+        measured = new_baseline(record) if record else None
+        if found and operation and measured is not None:
+            predicted = found.radical if operation == RADICAL else found.partial
+            rows.append((measured, operation == RADICAL, predicted.volume, predicted.clinical))
+    if not rows:
+        return None
+    table = np.array(rows)
+    return study(table[:, 0], table[:, 1].astype(bool), table[:, 2], table[:, 3])
+
+
+def _value(egfr: Egfr | None) -> float | None:
+    """A recorded eGFR; ``>=90`` is 90, values above are 90 too, and any other text counts as not recorded."""
+    if egfr is None or egfr.value is None or (isinstance(egfr.value, str) and egfr.value != ">=90"):
+        return None
+    return min(float(egfr.value), CEILING) if not isinstance(egfr.value, str) else CEILING
