@@ -7,6 +7,7 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from kitseg.runtime.device import Machine
 from kitseg.splits import read_split
 from kitseg.stages.model import build_model
 from kitseg.training import cost
+from kitseg.training.callbacks import MeanOfWeights
 from kitseg.training.plan import Start
 from kitseg.training.trainer import settings_of
 from kitseg.volumes.kits import labelled_cases
@@ -105,6 +107,50 @@ def test_epochs_of_a_training_that_an_earlier_version_finished(work: Path) -> No
     assert "trained already" in train(work, "--epochs=2", "--runs=old").text
     assert "2 more epochs" in train(work, "--epochs=4", "--runs=old").text
     assert same(last(work, "old"), last(work, "long"))
+
+
+# --- the mean of the weights -----------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_the_weights_by_hand() -> None:
+    net, mean = torch.nn.Linear(1, 1, bias=False), MeanOfWeights(0.5)
+    trainer: Any = SimpleNamespace(global_step=0, global_rank=0)
+
+    def after(step: int, weight: float) -> float:
+        net.weight.data.fill_(weight)
+        trainer.global_step = step
+        mean.on_train_batch_end(trainer)
+        return float(mean.mean[0])
+
+    net.weight.data.fill_(8)
+    mean.on_train_start(trainer, net)  # type: ignore[arg-type]
+    found = [after(1, 0), after(1, 100), after(100, 4)]  # the second is a part of a batch, without a step
+    first = 8 * 2 / 11
+    assert found == pytest.approx([first, first, first / 2 + 2])
+    mean.on_validation_start(trainer, net)  # type: ignore[arg-type]
+    assert net.weight.item() == pytest.approx(first / 2 + 2)
+    mean.on_train_epoch_end(trainer, net)  # type: ignore[arg-type]
+    assert net.weight.item() == 4
+
+
+@slow
+def test_the_best_checkpoint_holds_the_mean_and_a_resumed_training_has_the_same(work: Path) -> None:
+    ema = "--set=trainer.ema=0.9"
+    for runs, epochs in (("mean", (2, 4)), ("mean-long", (4,))):
+        for count in epochs:
+            train(work, f"--epochs={count}", f"--runs={runs}", ema)
+    states = [torch.load(work / runs / COARSE / "last.ckpt", weights_only=True) for runs in ("mean", "mean-long")]
+    parts = [state["callbacks"]["MeanOfWeights"] for state in states]
+    one, long = ([*part["parameters"], *part["buffers"][0]] for part in parts)
+    assert all(torch.equal(a, b) for a, b in zip(one, long, strict=True))
+    assert same(states[0]["state_dict"], states[1]["state_dict"])
+    assert same(states[0]["state_dict"], last(work, "long"))  # training itself does not change
+    (path,) = (work / "mean" / COARSE / "best").glob("0003-*")
+    validated = torch.load(path, weights_only=True)["state_dict"]
+    floats = [name for name, value in validated.items() if value.is_floating_point()]
+    names = sorted(floats, key=lambda name: "running_" in name)  # parameters, then buffers
+    assert all(torch.equal(validated[name], mean) for name, mean in zip(names, long, strict=True))
+    assert not same(validated, states[0]["state_dict"])
 
 
 # --- weights to start from -------------------------------------------------------------------------------------------
@@ -198,6 +244,7 @@ def test_the_trainers_settings_reach_lightning(work: Path) -> None:
     [
         ({"logger": "paper"}, "trainer.logger is 'paper'; it must be one of tensorboard, csv, wandb, mlflow"),
         ({"gradient_clip": -1}, "trainer.gradient_clip is -1"),
+        ({"ema": 1}, "trainer.ema is 1"),
         ({"callbacks": [{"_target_": "torch.nn.ReLU"}]}, "trainer.callbacks holds a ReLU"),
     ],
 )

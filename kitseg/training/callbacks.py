@@ -1,4 +1,4 @@
-"""Callbacks: the state within an epoch, the history with its learning curve, and the progress bar."""
+"""Callbacks: the state within an epoch, the mean of the weights, the history with its curve, and the progress bar."""
 
 from __future__ import annotations
 
@@ -78,6 +78,62 @@ class EpochSoFar(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
         self.earlier = state_dict
+
+
+class MeanOfWeights(pl.Callback):
+    """An exponential mean of the weights, with which validation runs, and which the best checkpoints hold.
+
+    After step t it moves by (1 - d) towards the weights, d = min(decay, (1 + t) / (10 + t)), so that the first steps
+    don't count for long. Statistics of BatchNorm are averaged alike. It is saved in the checkpoint, where the weights
+    themselves stay those that training resumes with. (Lightning's ``WeightAveraging`` leaves checkpoints of weights
+    alone, such as the best ones, without the mean.)
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.steps, self.in_use = decay, 0, False
+        self.mean: list[torch.Tensor] = []  # of the parameters, then of the buffers
+        self.earlier: Mapping[str, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin with the weights as they are, or with the mean of an earlier session."""
+        self.own = [*pl_module.parameters(), *(b for b in pl_module.buffers() if b.is_floating_point())]
+        self.parameters = len(list(pl_module.parameters()))
+        self.mean, self.steps = [value.detach().clone() for value in self.own], trainer.global_step
+        if self.earlier:
+            ranks = self.earlier["buffers"]
+            buffers = ranks[min(trainer.global_rank, len(ranks) - 1)]
+            for value, saved in zip(self.mean, [*self.earlier["parameters"], *buffers], strict=True):
+                value.copy_(saved)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Move the mean, after each step of the optimizer."""
+        if trainer.global_step > self.steps:
+            self.steps = trainer.global_step
+            decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+            torch._foreach_lerp_(self.mean, [value.detach() for value in self.own], 1 - decay)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the mean in place of the weights, until the best checkpoints are written."""
+        self._exchange()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the weights back."""
+        if self.in_use:
+            self._exchange()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mean; of the buffers that of each rank, since their statistics differ within an epoch."""
+        mean = [value.cpu() for value in self.mean]
+        return {"parameters": mean[: self.parameters], "buffers": of_all_ranks(mean[self.parameters :])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the mean until training starts."""
+        self.earlier = state_dict
+
+    def _exchange(self) -> None:
+        self.in_use = not self.in_use
+        for number, value in enumerate(self.own):
+            value.data, self.mean[number] = self.mean[number], value.data
 
 
 class History(pl.Callback):

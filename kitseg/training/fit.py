@@ -28,7 +28,7 @@ from kitseg.runtime.device import Machine, torch_device
 from kitseg.runtime.files import file_digest, write_text
 from kitseg.runtime.signals import interrupted
 from kitseg.stages.base import Stage
-from kitseg.training.callbacks import EpochBar, EpochSoFar, History
+from kitseg.training.callbacks import EpochBar, EpochSoFar, History, MeanOfWeights
 from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
 from kitseg.training.initial import start_from
 from kitseg.training.stage_inputs import read_places
@@ -92,6 +92,7 @@ def fit(training: Training, machine: Machine) -> None:
     best = BestCheckpoints(
         folder.best, "{epoch:04d}-{val/score:.4f}", monitor="val/score", mode="max", save_top_k=training.keep,
         save_weights_only=True, auto_insert_metric_name=False, enable_version_counter=False,
+        save_on_train_epoch_end=False,
     )  # fmt: skip
     feed, start = make_feed(training.spec, training.seed, machine.loaders), start_of(folder)
     data = StageData(lambda: read_places(folder, training.store), feed)
@@ -102,6 +103,8 @@ def fit(training: Training, machine: Machine) -> None:
         best,
         LastCheckpoint(folder, best, 60 * machine.save_every, start),
     ]
+    if (decay := training.settings["ema"]) is not None:
+        callbacks.append(MeanOfWeights(decay))
     if training.spec.stop_after is not None:
         callbacks.append(EarlyStopping("val/score", mode="max", patience=training.spec.stop_after, check_finite=False))
     trainer = make_trainer(training.spec, folder.path, machine, training.settings, callbacks)

@@ -25,7 +25,7 @@ from kitseg.training.checkpoints import WholeFiles
 
 Settings = Mapping[str, Any]
 #: The ``trainer`` block of a configuration; runs of kitseg 0.1 have none.
-DEFAULT: Settings = {"logger": "tensorboard", "gradient_clip": None, "callbacks": []}
+DEFAULT: Settings = {"logger": "tensorboard", "gradient_clip": None, "ema": None, "callbacks": []}
 LOGGERS: Mapping[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda folder: TensorBoardLogger(folder, name="tensorboard", version=""),
     "csv": lambda folder: CSVLogger(folder, name="csv"),
@@ -60,7 +60,7 @@ def settings_of(configuration: Config) -> Settings:
     """The ``trainer`` block of a configuration.
 
     Raises:
-        UsageError: an unknown logger, a gradient clip that isn't positive, or callbacks that can't be built.
+        UsageError: an unknown logger, a gradient clip or a decay out of range, or callbacks that can't be built.
     """
     settings = {**DEFAULT, **(configuration.get("trainer") or {})}
     if settings["logger"] not in LOGGERS:
@@ -68,6 +68,9 @@ def settings_of(configuration: Config) -> Settings:
     clip = settings["gradient_clip"]
     if clip is not None and not (isinstance(clip, int | float) and clip > 0):
         raise UsageError(f"trainer.gradient_clip is {clip!r}; it must be a number above 0, or null")
+    decay = settings["ema"]
+    if decay is not None and not (isinstance(decay, int | float) and 0 <= decay < 1):
+        raise UsageError(f"trainer.ema is {decay!r}; it must be a number from 0 to below 1, or null")
     _callbacks(settings)
     return settings
 
