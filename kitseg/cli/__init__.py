@@ -14,7 +14,7 @@ __all__ = ["app", "bundle", "data", "learn", "look", "main", "predict", "score"]
 
 #: The panels of ``kitseg --help``, in the order of the work.
 PANELS = {
-    "Data": ("download", "phantom", "check", "split", "preprocess", "augment", "fit-priors"),
+    "Data": ("download", "phantom", "synthesize", "check", "split", "preprocess", "augment", "fit-priors"),
     "Training": ("train", "validate", "compare", "choose"),
     "Prediction": ("predict", "infer", "ensemble", "postprocess"),
     "Results": ("evaluate", "measure", "report", "mesh", "submit"),

@@ -43,6 +43,36 @@ def phantom(
     console.print_line(f"{cases} phantoms in {out}")
 
 
+@app.command(epilog="Example: kitseg synthesize patients --bodies scans --masks kidneys --lesions kits19 -n 20")
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="Folder for the cases, in the KiTS layout.")],
+    bodies: Annotated[Path, typer.Option(help="Folder of CTs with healthy kidneys.")],
+    masks: Annotated[Path | None, typer.Option(help="Folder of their kidney masks, if not beside them.")] = None,
+    lesions: Annotated[
+        Path | None,
+        typer.Option(help="Folder of label maps whose tumors and cysts give shapes. Default: drawn shapes."),
+    ] = None,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of patients.")] = 1,
+    without: Annotated[
+        list[str], typer.Option(metavar="PART", help="Switch a part off (docs/how-to/synthesis.md); may be repeated.")
+    ] = [],  # noqa: B006
+    seed: opt.Seed = 0,
+    jobs: opt.Jobs = -1,
+) -> None:
+    """Write synthetic patients: real bodies with lesions, contrast phases and scanners that they did not have.
+
+    Labels are those of kits23 (kidney 1, tumor 2, cyst 3), on the grid of the body's scan. Running it again resumes.
+    """
+    from kitseg.cli.app import work
+    from kitseg.commands import synthesize as steps
+    from kitseg.volumes.kits import labelled_cases
+
+    recipe = steps.Recipe(seed, steps.parts_without(without), lesions)
+    cases = labelled_cases([bodies], masks)
+    show_left_out([bodies], cases, masks)
+    work("synthesize", number, lambda done: steps.synthesize(cases, out, number, recipe, jobs, done))
+
+
 @app.command(epilog="Example: kitseg download kits19 --to data --cases 0-9")
 def download(
     dataset: Annotated[str, typer.Argument(help="The data set: kits19.")],

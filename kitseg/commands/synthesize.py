@@ -1,0 +1,124 @@
+"""Write synthetic patients as cases in the KiTS layout, each with a record of what in it is real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib import delayed
+
+from kitseg import __version__
+from kitseg.errors import InputError, UsageError
+from kitseg.patches.bodies import body_of, open_shapes, prepare_shapes, shape_cases
+from kitseg.runtime.files import atomic_write, write_table
+from kitseg.runtime.outcomes import Outcome, each, in_parallel
+from kitseg.runtime.provenance import FileFormat, InputFile
+from kitseg.synthesis.bodies import Body
+from kitseg.synthesis.lesions import Shapes
+from kitseg.synthesis.patient import Parts, Window, make
+from kitseg.types import Case, Volume
+from kitseg.volumes.kits import IMAGE, LABEL
+from kitseg.volumes.nifti import write_image, write_labels
+from kitseg.volumes.tables import PATIENTS
+
+MARK = "kitseg synthesis"  # ``descrip`` in the header of a synthetic patient
+RECORD = "synthesis.json"
+NOTE = (
+    "Real: the anatomy of the body and, where shape_from names a label map, the shape of a lesion. Synthetic: HU and "
+    "texture of lesions, the contrast phase unless it is 'as scanned', rotation, scale and displacement, the scanner."
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the patients: seed, parts, and the label maps whose lesions give shapes, None for drawn shapes."""
+
+    seed: int
+    parts: Parts
+    lesions: Path | None
+
+
+@dataclass(frozen=True)
+class _Record:
+    version: str
+    address: tuple[int, int]
+    parts: Parts
+    lesions: dict[str, InputFile]
+    body: dict[str, InputFile]
+    patient: dict[str, Any]
+    note: str
+
+
+_FORMAT = FileFormat(_Record, 1)
+
+
+def synthesize(
+    bodies: Sequence[Case], to: Path, count: int, recipe: Recipe, jobs: int, on_done: Callable[[Outcome], None]
+) -> list[Outcome]:
+    """Write ``count`` patients as ``case_00000`` and on, from the bodies in turn; those that are there are kept.
+
+    A patient depends on the seed, its number, its body and the shapes only. ``patients.csv`` states whose body a case
+    shows, so that a split keeps the cases of a body together.
+
+    Raises:
+        InputError: the shapes can't be read. KitsegError: a worker was killed.
+    """
+    to = to.absolute()  # worker processes may stand in another folder
+    if recipe.lesions is not None:
+        prepare_shapes(recipe.lesions, to / ".shapes", jobs)
+    numbers = {body.id: range(start, count, len(bodies)) for start, body in enumerate(bodies)}
+    rows = {f"case_{n:05d}": body for body in bodies for n in numbers[body.id]}
+    patients = [{"case": name, "patient": (rows[name].patients or (rows[name].id,))[0]} for name in sorted(rows)]
+    write_table(to / PATIENTS, ("case", "patient"), patients)
+    tasks = (delayed(_of_body)(body, numbers[body.id], to, recipe) for body in bodies)
+    outcomes: list[Outcome] = []
+
+    def done(part: list[Outcome]) -> None:
+        outcomes.extend(part)
+        for outcome in part:
+            on_done(outcome)
+
+    in_parallel(tasks, jobs, done, ordered=False)
+    return outcomes
+
+
+def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: Recipe) -> list[Outcome]:
+    """The patients of one body, which is read once, when the first of them is missing."""
+    shapes_folder = to / ".shapes"
+    shapes = open_shapes(shapes_folder, shape_cases(shapes_folder)) if recipe.lesions is not None else Shapes()
+    files = {"image": InputFile.of(case.image)} | ({"mask": InputFile.of(case.label)} if case.label else {})
+    lesions = {"shapes": InputFile.of(shapes_folder / "shapes.npy")} if recipe.lesions is not None else {}
+    read: list[tuple[Body, Volume]] = []
+
+    def write(name: str) -> Outcome:
+        folder, address = to / name, (recipe.seed, int(name[5:]))
+        wanted = {"address": address, "parts": recipe.parts, "lesions": lesions, "body": files}
+        if _FORMAT.find(folder / RECORD, wanted):
+            return Outcome(name, note="unchanged", result=folder)
+        if folder.exists() and not (folder / RECORD).exists():
+            raise InputError(folder, "exists and was not written by `kitseg synthesize`", "Choose another folder.")
+        if not read:
+            read.append(body_of(case))
+        (body, scan), rng = read[0], np.random.default_rng(address)
+        patient = make(body, shapes, Window.on(body), recipe.parts, rng)
+        hu = patient.hu.round().clamp(-1024, 3071).numpy().astype(np.int16)
+        with atomic_write(folder) as partial:
+            partial.mkdir()
+            write_image(partial / IMAGE, hu, scan.native, MARK)
+            write_labels(partial / LABEL, patient.label.numpy(), scan.native, MARK)
+            _FORMAT.write(partial / RECORD, {"version": __version__, **wanted, "patient": patient.made, "note": NOTE})
+        kinds = ", ".join(f"{row['look']} {row['kind']} {row['ml']:.1f} ml" for row in patient.made["lesions"])
+        return Outcome(name, note=f"{patient.made['phase']}; {kinds or 'no lesion'}", result=folder)
+
+    return each([f"case_{number:05d}" for number in numbers], write, lambda _: None)
+
+
+def parts_without(names: Sequence[str]) -> Parts:
+    """All parts but those named. Raises UsageError: an unknown part."""
+    known = asdict(Parts())
+    if odd := [name for name in names if name not in known]:
+        raise UsageError(f"there is no part '{odd[0]}' of the synthesis. Choose from {', '.join(known)}")
+    return Parts(**{name: name not in names for name in known})

@@ -1,0 +1,181 @@
+"""Bodies and lesion shapes of the synthesis on disk: prepared once, then memory-mapped by every process.
+
+A stored case that serves as a body has a folder ``body``: ``distance.npy``, ``tissue.npy``, ``places.npy`` and
+``body.json``. The shapes of a folder of label maps are ``shapes.npy``, one after the other, and ``shapes.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib import delayed
+from numpy.typing import NDArray
+
+from kitseg.errors import InputError
+from kitseg.labels import CYST, KIDNEY, TUMOR
+from kitseg.runtime.files import atomic_write
+from kitseg.runtime.outcomes import in_parallel
+from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
+from kitseg.synthesis.bodies import Body, Facts, describe, kidney_distance
+from kitseg.synthesis.lesions import Shape, Shapes, shapes_of
+from kitseg.types import Case, Volume
+from kitseg.volumes.kits import find_labels
+from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.resample import to_grid
+from kitseg.volumes.scan import check_grid
+from kitseg.volumes.store import open_case
+
+_AGAIN = "Run the command again; it is made anew if its folder is deleted."
+ARRAYS = ("distance", "tissue", "places")
+
+
+@dataclass(frozen=True)
+class _BodyFile:
+    spacing: tuple[float, float, float]
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class _ShapeRow:
+    """A shape of ``tumor`` or ``cyst``: its label map, its size, where its values begin, and see ``Shape``."""
+
+    kind: str
+    case: str
+    size: tuple[int, int, int]
+    start: int
+    mm: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class _ShapesFile:
+    files: dict[str, InputFile]
+    shapes: tuple[_ShapeRow, ...]
+
+
+_BODY, _SHAPES = FileFormat(_BodyFile, 1, _AGAIN), FileFormat(_ShapesFile, 1, _AGAIN)
+
+
+def read_body(case: Case) -> tuple[Volume, NDArray[np.bool_]]:
+    """A body's scan, and where its kidneys are, on the scan's grid.
+
+    Raises:
+        InputError: no mask, one of another grid, without a kidney, or with tumors or cysts: a body has healthy kidneys.
+    """
+    if case.label is None:
+        raise InputError(case.image, "has no kidney mask", "Add segmentation.nii.gz, or give --masks.")
+    scan, mask = read_image(case.image, case.id), read_labels(case.label, case.id, "kits23")
+    check_grid(case.label, mask.geometry, scan.geometry)
+    if not (mask.array == KIDNEY).any():
+        raise InputError(case.label, "holds no kidney", "Leave this body out.")
+    if (mask.array > KIDNEY).any():
+        raise InputError(
+            case.label, "holds tumors or cysts, but a body of the synthesis has healthy kidneys", "Leave it out."
+        )
+    return scan, mask.array == KIDNEY
+
+
+def body_of(case: Case) -> tuple[Body, Volume]:
+    """A body on its scan's own grid, in memory, and the scan. Raises InputError: see ``read_body``."""
+    scan, kidney = read_body(case)
+    hu = np.clip(np.rint(scan.array), -1024, 3071).astype(np.int16)
+    arrays, facts = describe(hu, kidney_distance(kidney, scan.geometry.spacing), scan.geometry.spacing)
+    return Body(name=case.id, hu=hu, **arrays, spacing=scan.geometry.spacing, facts=facts), scan
+
+
+def prepare_bodies(cases: Sequence[Case], stores: Sequence[Path], jobs: int, on_done: Callable[[], None]) -> None:
+    """Write what is needed beside stored cases, on each of the grids; what is there already is kept.
+
+    stores: folders of stored cases, one a grid. Raises InputError: see ``read_body``.
+    """
+    todo = [case for case in cases if not all(_is_prepared(store / case.id) for store in stores)]
+    in_parallel((delayed(_prepare_body)(case, stores) for case in todo), jobs, lambda _: on_done(), ordered=False)
+
+
+def open_body(folder: Path) -> Body:
+    """A stored case as a body, memory-mapped. Raises InputError: not prepared, or damaged."""
+    case, info = open_case(folder), _BODY.read(folder / "body" / "body.json")
+    try:
+        arrays: dict[str, Any] = {n: np.load(folder / "body" / f"{n}.npy", mmap_mode="r") for n in ARRAYS}
+        if {arrays["distance"].shape, arrays["tissue"].shape} != {case.image.shape}:
+            raise ValueError("its arrays have another shape than the scan")
+    except (OSError, ValueError, EOFError) as error:
+        raise unreadable(folder / "body", error, _AGAIN) from error
+    return Body(name=case.id, hu=case.image, **arrays, spacing=info.spacing, facts=info.facts)
+
+
+def prepare_shapes(labels: Path, to: Path, jobs: int) -> None:
+    """Write the shapes of the tumors and cysts in a folder of label maps, unless they are there and current.
+
+    Raises:
+        InputError: no label maps, one that can't be read, or none of them holds a lesion.
+    """
+    maps = find_labels(labels)
+    files = {name: InputFile.of(path) for name, path in maps.items()}
+    if _SHAPES.find(to / "shapes.json", {"files": files}) and (to / "shapes.npy").exists():
+        return
+    found = in_parallel((delayed(_shapes)(path, name) for name, path in maps.items()), jobs)
+    pairs = [pair for part in found for pair in part]
+    if not pairs:
+        raise InputError(labels, "its label maps hold no tumor (2) and no cyst (3)", "Give label maps with lesions.")
+    starts = np.cumsum([0, *(shape.distance.size for _, shape in pairs)]).tolist()
+    rows = tuple(
+        _ShapeRow(kind, shape.case, shape.distance.shape, start, shape.mm, shape.radius)
+        for (kind, shape), start in zip(pairs, starts, strict=False)
+    )
+    with atomic_write(to) as partial:
+        partial.mkdir()
+        np.save(partial / "shapes.npy", np.concatenate([shape.distance.ravel() for _, shape in pairs]))
+        _SHAPES.write(partial / "shapes.json", _ShapesFile(files, rows))
+
+
+def shape_cases(folder: Path) -> list[str]:
+    """The label maps that the shapes are from, in order."""
+    return sorted({row.case for row in _SHAPES.read(folder / "shapes.json").shapes})
+
+
+def open_shapes(folder: Path, cases: Collection[str]) -> Shapes:
+    """The shapes from these label maps, memory-mapped. Raises InputError: not prepared, or damaged."""
+    rows = [row for row in _SHAPES.read(folder / "shapes.json").shapes if row.case in cases]
+    try:
+        flat = np.load(folder / "shapes.npy", mmap_mode="r")
+        kinds: dict[str, list[Shape]] = {"tumor": [], "cyst": []}
+        for row in rows:
+            values = flat[row.start : row.start + int(np.prod(row.size))].reshape(row.size)
+            kinds[row.kind].append(Shape(values, row.mm, row.radius, row.case))
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise unreadable(folder / "shapes.npy", error, _AGAIN) from error
+    return Shapes(**kinds)
+
+
+def _is_prepared(folder: Path) -> bool:
+    return (folder / "body" / "body.json").exists()
+
+
+def _prepare_body(case: Case, stores: Sequence[Path]) -> None:
+    scan, kidney = read_body(case)
+    distance = kidney_distance(kidney, scan.geometry.spacing)
+    for store in stores:
+        folder = store / case.id
+        if _is_prepared(folder):
+            continue
+        stored = open_case(folder)
+        try:
+            arrays, facts = describe(stored.image, to_grid(distance, stored.grid.shape), stored.grid.spacing)
+        except ValueError as error:
+            raise InputError(folder, str(error), "Leave this body out, or use a finer grid.") from error
+        with atomic_write(folder / "body") as partial:
+            partial.mkdir()
+            for name, array in arrays.items():
+                np.save(partial / f"{name}.npy", array)
+            _BODY.write(partial / "body.json", _BodyFile(stored.grid.spacing, facts))
+
+
+def _shapes(path: Path, name: str) -> list[tuple[str, Shape]]:
+    label = read_labels(path, name, "kits23")
+    ids, spacing = {"tumor": TUMOR, "cyst": CYST}, label.geometry.spacing
+    return [(kind, shape) for kind, value in ids.items() for shape in shapes_of(label.array == value, spacing, name)]

@@ -1,0 +1,1 @@
+"""Synthetic patients: real bodies with other lesions, contrast phases, anatomy and scanners (pure functions)."""

@@ -1,0 +1,239 @@
+"""Lesions of real shapes in real kidneys: where they lie, what room they take, and how they look.
+
+A shape is a signed distance field, turned, scaled and warped; it grows into fat rather than into organs, and never into
+bone, air or vessels. Its edge is as sharp as the scanner shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from kitseg.components import Components
+from kitseg.labels import CYST, TUMOR
+from kitseg.synthesis import textures
+from kitseg.synthesis.bodies import signed_distance
+from kitseg.synthesis.fields import Vector, any_rotation, box_mean, rotation, smooth_noise
+from kitseg.synthesis.phases import Phase
+from kitseg.synthesis.textures import Site
+
+IDS = {"tumor": TUMOR, "cyst": CYST, "stone": None, "lookalike": None}  # label ids; None: the label stays as it is
+RADII = {"tumor": (2.5, 55.0), "lookalike": (2.5, 25.0), "cyst": (2.5, 35.0), "stone": (1.0, 6.0)}  # mm
+Box3 = tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A lesion's shape.
+
+    distance: (d, h, w) in mm to its surface, negative inside, on a grid of ``mm``; radius: of a ball as large, in mm;
+    case: of the label map that it is from; empty for a drawn one.
+    """
+
+    distance: NDArray[Any]
+    mm: float
+    radius: float
+    case: str = ""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes of tumors and of cysts; where there are none, rounded ones are drawn."""
+
+    tumor: Sequence[Shape] = ()
+    cyst: Sequence[Shape] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A lesion to be put into a patch.
+
+    kind: tumor, cyst, stone, or lookalike, the image of a tumor away from the kidney, without a label; scale, turn: of
+    the shape; centre: mm from the patch's centre.
+    """
+
+    kind: str
+    shape: Shape
+    scale: float
+    turn: Vector
+    centre: Vector
+
+    @property
+    def radius(self) -> float:
+        """The radius of a ball of its volume, in mm."""
+        return self.shape.radius * self.scale
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What lesions are put into, each (D, H, W) and changed in place: HU, distance to the kidneys, tissue, label.
+
+    spacing: mm; noise: deviation of the body's fine noise in HU.
+    """
+
+    hu: Tensor
+    distance: Tensor
+    tissue: Tensor
+    label: Tensor
+    spacing: Vector
+    phase: Phase
+    noise: float
+
+
+def shapes_of(mask: NDArray[np.bool_], spacing: Sequence[float], case: str, least_ml: float = 0.1) -> list[Shape]:
+    """The shapes of a mask's components of ``least_ml`` or more, on isotropic grids with 5 mm around them."""
+    numbers, found = Components.of(mask).numbers, []
+    for number, box in enumerate(ndimage.find_objects(numbers) if numbers.size else (), 1):
+        part = numbers[box] == number
+        if part.sum() * np.prod(spacing) / 1000 < least_ml:
+            continue
+        extent = max(n * mm for n, mm in zip(part.shape, spacing, strict=True))
+        mm = float(np.clip(extent / 36, 0.8, 4.0))
+        padded = np.pad(part, [(2 + int(np.ceil(5 / s)),) * 2 for s in spacing])
+        blurred = ndimage.gaussian_filter(
+            signed_distance(padded, spacing), [0.6 * spacing[0] / max(s, spacing[0]) for s in spacing]
+        )
+        iso = ndimage.zoom(blurred, np.array(spacing) / mm, order=1, grid_mode=True, mode="nearest").astype(np.float16)
+        if volume := float((iso < 0).sum()) * mm**3:
+            found.append(Shape(iso, mm, _radius(volume), case))
+    return found
+
+
+def drawn_shape(rng: Generator, radius: float, round_: bool) -> Shape:
+    """An ellipsoid, nearly a ball if ``round_``; otherwise with a bumpy surface."""
+    mm = max(0.5, radius / 8)
+    n = int(np.ceil(1.7 * radius / mm)) + int(np.ceil(4 / mm))
+    axes = rng.uniform(0.88, 1.12, 3) if round_ else rng.uniform(0.75, 1.3, 3)
+    grid = np.meshgrid(*[np.arange(-n, n + 1) * mm / a for a in axes / np.prod(axes) ** (1 / 3)], indexing="ij")
+    distance = np.sqrt(sum(g**2 for g in grid)) - radius
+    if not round_:
+        distance = distance + 0.12 * radius * smooth_noise(rng, distance.shape, 0.7 * radius / mm).numpy()
+    return Shape(distance.astype(np.float16), mm, radius)
+
+
+def choose(kind: str, shapes: Shapes, rng: Generator, radii: tuple[float, float]) -> tuple[Shape, float]:
+    """A shape for a lesion, and its scale, so that small and large ones of ``radii`` (mm) are learned as well."""
+    low, high = max(radii[0], RADII[kind][0]), min(radii[1], RADII[kind][1])
+    if kind == "stone":
+        return drawn_shape(rng, float(rng.uniform(*RADII[kind])), True), 1.0
+    pool = shapes.cyst if kind == "cyst" else shapes.tumor
+    if not pool:
+        radius = float(np.exp(rng.uniform(np.log(low), np.log(max(low, min(high, 20) if kind == "cyst" else high)))))
+        return drawn_shape(rng, radius, kind == "cyst"), 1.0
+    shape = pool[int(rng.integers(len(pool)))]
+    radius = shape.radius * rng.uniform(0.75, 1.3)
+    if not low < radius < high or (kind != "cyst" and rng.random() < 0.5):
+        radius = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    return shape, radius / shape.radius
+
+
+def orientation(kind: str, rng: Generator) -> Vector:
+    """A rotation or reflection for a shape: any for a cyst; about the body's axis above all for a tumor."""
+    if kind in ("cyst", "stone"):
+        return any_rotation(rng)
+    turned: Vector = rotation(rng, (180, 30, 30)) @ np.diag(rng.choice([-1, 1], 3))
+    return turned
+
+
+def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rng: Generator) -> Vector:
+    """The voxel of a body (slice, row, column) for a lesion's centre, from rows of ``Body.places``."""
+    if kind == "stone" or (kind == "cyst" and rng.random() < 0.1):  # in the collecting system; a parapelvic cyst
+        inner = places[(places[:, 4] > 0) if kind == "cyst" or rng.random() < 0.5 else (places[:, 3] < -4)]
+        places = inner if len(inner) else places
+        chosen: Vector = places[int(rng.integers(len(places))), :3].astype(float)
+        return chosen
+    if kind == "lookalike":
+        want = rng.uniform(radius + 4, radius + 16)
+    else:  # from deep inside to half outside
+        want = rng.uniform(-min(0.7 * radius + 3, 14), 0.5 * radius)
+    off = np.abs(places[:, 3] * zoom - want)
+    count = min(60, len(off) - 1)
+    near = np.flatnonzero(off <= max(1.5, float(np.partition(off, count)[count])))
+    found: Vector = places[near[int(rng.integers(len(near)))], :3].astype(float)
+    return found
+
+
+def insert(plan: Plan, scene: Scene, rng: Generator) -> dict[str, Any] | None:
+    """Put a lesion into a scene. Returns what it is, or None where nothing of it is in the patch or in the kidney."""
+    box = _box(plan, scene)
+    if box is None:
+        return None
+    hu, distance, label = scene.hu[box], scene.distance[box], scene.label[box]
+    lesion = lesion_distance(plan, box, scene, rng)
+    if plan.kind != "stone":
+        lesion = _kept_apart(lesion, plan, scene, box, rng)
+    inside = lesion < 0
+    if plan.kind in ("tumor", "cyst") and ((inside & (distance < 0)).sum() < 0.06 * inside.sum() or not inside.any()):
+        return None
+    site = Site(lesion, plan.radius, scene.spacing, scene.phase)
+    if plan.kind == "stone":
+        look, made = "stone", textures.stone(site, rng)
+    else:
+        look, made = textures.cyst(site, rng) if plan.kind == "cyst" else textures.tumor(site, rng)
+    made = made + smooth_noise(rng, hu.shape, 1.2) * scene.noise * float(rng.uniform(0.6, 1.2))
+    width = float(rng.uniform(0.35, 0.6)) * max(float(scene.spacing.mean()), 1.2)
+    hu += torch.sigmoid(-lesion / width) * (made - hu)
+    if (number := IDS[plan.kind]) is not None:
+        label[inside] = number
+    ml = float(inside.sum()) * float(np.prod(scene.spacing)) / 1000
+    return {"kind": plan.kind, "look": look, "ml": round(ml, 3), "shape_from": plan.shape.case or "drawn"}
+
+
+def lesion_distance(plan: Plan, box: Box3, scene: Scene, rng: Generator) -> Tensor:
+    """Distance in mm of the voxels in a box to the lesion's warped surface, negative inside."""
+    axes = [
+        (torch.arange(s.start, s.stop, dtype=torch.float32) - (n - 1) / 2) * float(mm) - float(c)
+        for s, n, mm, c in zip(box, scene.hu.shape, scene.spacing, plan.centre, strict=True)
+    ]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    back = torch.tensor(plan.turn.T / (plan.scale * plan.shape.mm), dtype=torch.float32)
+    voxels = (back @ points.reshape(3, -1)).reshape(points.shape)
+    size = torch.tensor(plan.shape.distance.shape, dtype=torch.float32)[:, None, None, None]
+    relative = (2 * voxels / size).flip(0).permute(1, 2, 3, 0)[None]
+    field = torch.from_numpy(plan.shape.distance.astype(np.float32))[None, None]
+    found = grid_sample(field, relative, padding_mode="border", align_corners=False)[0, 0] * plan.scale
+    beyond = ((voxels.abs() - size / 2).clamp(min=0) ** 2).sum(0).sqrt() * plan.shape.mm * plan.scale
+    bumps = smooth_noise(rng, found.shape, np.maximum(2.5, 0.7 * plan.radius / scene.spacing))
+    return found + beyond + bumps * float(min(0.12 * plan.radius, 3.0) * rng.uniform(0, 1))
+
+
+def _kept_apart(lesion: Tensor, plan: Plan, scene: Scene, box: Box3, rng: Generator) -> Tensor:
+    """The distance to a lesion that grows into fat, and stops at bone, vessels, air and ribs."""
+    distance, edge = scene.distance[box], max(3, 2 * round(3 / float(scene.spacing.mean())) + 1)
+    around, vessel = box_mean(scene.hu[box], edge), box_mean(scene.tissue[box].clamp(min=0), edge)
+    soft = ((around + 50) / 50).clamp(0, 1)
+    lesion = lesion + float(rng.uniform(0.3, 0.9)) * (distance - 1).clamp(0, 40) * soft
+    barred = ((around > 190) | (vessel > 0.5)) & (distance > 6) | (around < -250)
+    out = torch.tensor(float(scene.spacing.mean()))
+    lesion = box_mean(torch.where(barred, torch.maximum(lesion, out), lesion), 3)
+    if plan.radius > 10 and bool(barred.any()):  # nothing of it beyond the ribs
+        parts, count = ndimage.label((lesion < 0).numpy())
+        if count > 1:
+            largest = np.bincount(parts[parts > 0]).argmax()
+            lesion = torch.where(torch.from_numpy((parts > 0) & (parts != largest)), out, lesion)
+    return lesion
+
+
+def _box(plan: Plan, scene: Scene) -> Box3 | None:
+    """The voxels that a lesion and its edge may reach; None if these are too few."""
+    middle = (np.array(scene.hu.shape) - 1) / 2 + plan.centre / scene.spacing
+    reach = (max(plan.shape.distance.shape) * plan.shape.mm * plan.scale / 2 * 1.25 + 4) / scene.spacing
+    low = np.maximum(np.floor(middle - reach), 0).astype(int)
+    high = np.minimum(np.ceil(middle + reach) + 1, scene.hu.shape).astype(int)
+    if (high - low < 3).any():
+        return None
+    z, y, x = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    return z, y, x
+
+
+def _radius(volume: float) -> float:
+    return float((0.75 * volume / np.pi) ** (1 / 3))

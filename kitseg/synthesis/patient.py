@@ -1,0 +1,206 @@
+"""A synthetic patient: a patch, or a whole scan, as a pure function of a body, shapes and a random generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kitseg.labels import KIDNEY
+from kitseg.synthesis import habitus, lesions, phases, scanners
+from kitseg.synthesis.bodies import Body, Kidney
+from kitseg.synthesis.fields import Vector
+from kitseg.synthesis.habitus import Frame
+from kitseg.synthesis.lesions import Plan, Scene, Shapes
+
+LESIONS = (0.38, 0.41, 0.15, 0.06)  # probability of 0, 1, 2, 3 lesions
+TUMORS, SEVERAL, STONES, LOOKALIKES = 0.7, 0.12, 0.08, 0.18  # of the lesions; of the patients
+ROOM = 9.0  # mm: the radius from which a lesion may push
+NEAR = 50.0  # mm around the kidneys, from which patches of a kidney stage are taken
+JITTER, FEWEST = 0.22, 50  # of a patch's extent; places in view, below which no further lesion is put there
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of the synthesis, each of which can be switched off.
+
+    tumors, cysts, stones; lookalikes: of tumors, away from the kidney; pushes: large lesions displace tissue; phases;
+    habitus: rotation, scale, flip, displacement; kidneys: absent, small, low and malrotated ones; scanners.
+    """
+
+    tumors: bool = True
+    cysts: bool = True
+    stones: bool = True
+    lookalikes: bool = True
+    pushes: bool = True
+    phases: bool = True
+    habitus: bool = True
+    kidneys: bool = True
+    scanners: bool = True
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a patient is made for: voxels and spacing (mm) of the patch, and what it shows.
+
+    focus: probability of a lesion in its centre, if the patient has one; otherwise shares of a kidney and of any place;
+    everywhere: "any place" is one of the whole body, not only within ``NEAR`` of the kidneys; radii: of lesions, in mm;
+    whole: the patch is the body's whole scan.
+    """
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    focus: tuple[float, float, float] = (0.5, 0.25, 0.25)
+    everywhere: bool = False
+    radii: tuple[float, float] = (4.0, 50.0)
+    whole: bool = False
+
+    @classmethod
+    def on(cls, body: Body) -> Window:
+        """The whole scan of a body."""
+        depth, height, width = body.hu.shape
+        return cls((depth, height, width), body.spacing, whole=True)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """HU (D, H, W) float32, labels (D, H, W) uint8, and what was made, in plain values."""
+
+    hu: Tensor
+    label: Tensor
+    made: dict[str, Any]
+
+
+def make(body: Body, shapes: Shapes, window: Window, parts: Parts, rng: Generator) -> Patient:
+    """A synthetic patient on the body's anatomy."""
+    frame, plans = _arranged(body, shapes, window, parts, rng)
+    points = frame.grid(window.shape, window.spacing)
+    fields = habitus.sample(body, points)
+    for kidney in frame.removed:
+        fields = habitus.remove(kidney, fields, points, rng)
+    spacing = np.array(window.spacing)
+    on = phases.Tissues(fields[0], fields[1] * frame.zoom, fields[2], spacing)
+    name = phases.any_phase(rng, body.facts) if parts.phases else phases.SCANNED
+    level = body.facts.parenchyma
+    hu, phase = phases.show(name, on, body.facts, rng) if parts.phases else (on.hu, phases.Phase(name, level, level))
+    label = (on.distance < 0).to(torch.uint8) * KIDNEY
+    scene = Scene(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise)
+    order = sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind))  # cysts and stones over tumors
+    found = [made for plan in order if (made := lesions.insert(plan, scene, rng)) is not None]
+    if parts.scanners:
+        hu = _scanned(hu, points, spacing, body, rng)
+    made = {"body": body.name, "phase": phase.name, "parenchyma_hu": round(phase.parenchyma, 1), "lesions": found}
+    return Patient(hu, label, {**made, "removed_kidneys": len(frame.removed), "moved_kidneys": len(frame.moves)})
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A lesion, and the voxel of the body where it lies."""
+
+    kind: str
+    shape: lesions.Shape
+    scale: float
+    voxel: Vector
+
+
+def _arranged(body: Body, shapes: Shapes, window: Window, parts: Parts, rng: Generator) -> tuple[Frame, list[Plan]]:
+    """Where the patch lies in the body, and the lesions in it."""
+    frame, kinds = _frame(body, window, parts, rng), _kinds(parts, window.whole, rng)
+    places, chosen = _outside(body, frame.removed), list[_Chosen]()
+
+    def choose(kind: str) -> _Chosen:
+        shape, scale = lesions.choose(kind, shapes, rng, window.radii)
+        voxel = lesions.place(kind, shape.radius * scale, places, frame.zoom, rng)
+        return _Chosen(kind, shape, scale, voxel)
+
+    if not window.whole:
+        if kinds and rng.random() < window.focus[0]:
+            chosen.append(choose(kinds[0]))
+            centre = chosen[0].voxel
+        elif rng.random() < window.focus[1] / sum(window.focus[1:]):
+            centre = _any_place(places, rng)
+        elif window.everywhere:
+            centre = _anywhere(body, rng)
+        else:
+            centre = _any_place(places, rng) + rng.uniform(-NEAR, NEAR, 3) / body.spacing
+        offset = frame.matrix @ (rng.uniform(-1, 1, 3) * JITTER * window.shape * window.spacing)
+        frame = replace(frame, centre=frame.source(centre * body.spacing) + offset)
+        places = _in_view(places, body, frame, window)
+    chosen += [choose(kind) for kind in kinds[len(chosen) :] if len(places) >= FEWEST]
+    plans = [
+        Plan(one.kind, one.shape, one.scale, lesions.orientation(one.kind, rng), frame.find(one.voxel * body.spacing))
+        for one in chosen
+    ]
+    large = [plan for plan in plans if plan.radius > ROOM and rng.random() < 0.8] if parts.pushes else []
+    pushes = tuple(habitus.push(plan.centre, plan.radius, float(rng.uniform(0.2, 0.6))) for plan in large)
+    return replace(frame, pushes=pushes), plans
+
+
+def _frame(body: Body, window: Window, parts: Parts, rng: Generator) -> Frame:
+    """The map from a patch in the middle of the body, with the kidneys as they are in this patient."""
+    frame = Frame(np.eye(3), (np.array(body.hu.shape) - 1) / 2 * body.spacing)
+    if parts.habitus:
+        frame = replace(frame, matrix=habitus.any_matrix(rng, window.whole), elastic=habitus.any_elastic(rng))
+    if parts.kidneys:
+        moves, removed = habitus.unusual_kidneys(rng, body.facts.kidneys)
+        frame = replace(frame, moves=moves, removed=removed)
+    return frame
+
+
+def _kinds(parts: Parts, whole: bool, rng: Generator) -> list[str]:
+    """The kinds of the lesions, those of the parts that are switched on; twice as many in a whole scan."""
+    count = sum(int(rng.choice(len(LESIONS), p=LESIONS)) for _ in range(1 + whole))
+    kinds = ["tumor" if rng.random() < TUMORS else "cyst" for _ in range(count)]
+    if kinds and rng.random() < SEVERAL:
+        kinds += ["cyst"] * int(rng.integers(1, 5))
+    if rng.random() < STONES:
+        kinds += ["stone"] * int(rng.integers(1, 4))
+    if rng.random() < LOOKALIKES:
+        kinds.append("lookalike")
+    on = {"tumor": parts.tumors, "cyst": parts.cysts, "stone": parts.stones, "lookalike": parts.lookalikes}
+    return [kind for kind in kinds if on[kind]]
+
+
+def _outside(body: Body, removed: Sequence[Kidney]) -> NDArray[np.float32]:
+    """The body's places, but for those in and around removed kidneys."""
+    keep = np.ones(len(body.places), np.bool_)
+    for kidney in removed:
+        away = np.abs(body.places[:, :3] * body.spacing - kidney.centre) / (np.array(kidney.radii) + 20)
+        keep &= away.max(1) > 1
+    return body.places[keep] if keep.any() else body.places
+
+
+def _in_view(places: NDArray[np.float32], body: Body, frame: Frame, window: Window) -> NDArray[np.float32]:
+    """The places that the patch shows."""
+    points = (places[:, :3] * body.spacing - frame.centre) @ np.linalg.inv(frame.matrix).T
+    return places[(np.abs(points) < np.array(window.shape) * window.spacing / 2 + 4).all(1)]
+
+
+def _any_place(places: NDArray[np.float32], rng: Generator) -> Vector:
+    voxel: Vector = places[int(rng.integers(len(places))), :3].astype(float)
+    return voxel
+
+
+def _anywhere(body: Body, rng: Generator) -> Vector:
+    """A voxel of the body, or after some tries one outside."""
+    for _ in range(8):
+        voxel: Vector = rng.uniform(0, 1, 3) * (np.array(body.hu.shape) - 1)
+        if body.hu[tuple(voxel.astype(int))] > -200:
+            break
+    return voxel
+
+
+def _scanned(hu: Tensor, points: Tensor, spacing: Vector, body: Body, rng: Generator) -> Tensor:
+    """HU from another scanner, on another table."""
+    size = np.array(body.hu.shape) * body.spacing
+    if rng.random() < 0.08:
+        hu = scanners.field_of_view(hu, points, float(size[1:].max()), rng)
+    if rng.random() < 0.3 and float(points[1].max()) > body.facts.back:
+        hu = scanners.table(hu, points, body.facts.back, float(size[2]), rng)
+    return scanners.scan(hu, spacing, rng)

@@ -1,0 +1,231 @@
+"""Synthetic patients on a body that can be checked by hand: fat, two round kidneys of 150 HU, air around."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import kitseg
+from scipy import ndimage
+
+from kitseg.synthesis import habitus, lesions, phases, scanners
+from kitseg.synthesis.bodies import FAR, Body, describe, kidney_distance, signed_distance
+from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
+from kitseg.synthesis.patient import Parts, Patient, Window, make
+
+MM = (3.0, 3.0, 3.0)
+NONE = Parts(**dict.fromkeys(asdict(Parts()), False))
+
+
+def ball(shape: tuple[int, ...], centre: tuple[float, ...], mm: float) -> np.ndarray:
+    grid = np.meshgrid(*[np.arange(n) * 3.0 - c for n, c in zip(shape, centre, strict=True)], indexing="ij")
+    return sum(g**2 for g in grid) <= mm**2
+
+
+def scan(shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """HU and kidneys of radius 30 mm."""
+    shape = (44, 60, 80)
+    hu = np.full(shape, -1000, np.int16)
+    hu[:, 5:55, 5:75] = -100
+    kidneys = ball(shape, (66, 96, 66 + shift), 30) | ball(shape, (66, 96, 177), 30)
+    hu[kidneys] = 150
+    return hu, kidneys
+
+
+@pytest.fixture(scope="module")
+def body() -> Body:
+    hu, kidneys = scan()
+    arrays, facts = describe(hu, kidney_distance(kidneys, MM), MM)
+    return Body(name="a", hu=hu, **arrays, spacing=MM, facts=facts)
+
+
+def patient(body: Body, parts: Parts, *address: int, window: Window | None = None) -> Patient:
+    return make(body, Shapes(), window or Window((40, 40, 40), MM), parts, np.random.default_rng(address))
+
+
+def test_without_any_part_a_body_is_unchanged(body: Body) -> None:
+    found = patient(body, NONE, 0, window=Window.on(body))
+    assert (found.hu - torch.from_numpy(body.hu.astype(np.float32))).abs().max() < 0.5, "but for rounding"
+    assert np.array_equal(found.label.numpy() > 0, np.asarray(body.distance) < 0)
+    assert found.made["lesions"] == []
+
+
+def test_facts_of_a_body(body: Body) -> None:
+    assert body.facts.parenchyma == pytest.approx(150, abs=1)
+    assert np.allclose([k.centre for k in body.facts.kidneys], [(66, 96, 66), (66, 96, 177)], atol=1.5)
+    assert all(np.allclose(kidney.radii, 30, atol=1.5) for kidney in body.facts.kidneys)
+    assert body.distance[22, 32, 22] == pytest.approx(-28, abs=2)
+    assert body.distance[0, 0, 40] == FAR
+    assert body.places[:, 3].min() < -20
+    assert body.places[:, 3].max() > 15
+
+
+def test_signed_distance_by_hand() -> None:
+    line = np.zeros((1, 1, 6), np.bool_)
+    line[..., 2:4] = True
+    assert signed_distance(line, (9, 9, 2))[0, 0].tolist() == [3, 1, -1, -1, 1, 3]
+
+
+def test_one_address_is_one_patient(body: Body) -> None:
+    one, same, other = (patient(body, Parts(), *address) for address in ((1, 2, 3), (1, 2, 3), (1, 2, 4)))
+    assert torch.equal(one.hu, same.hu)
+    assert torch.equal(one.label, same.label)
+    assert one.made == same.made
+    assert not torch.equal(one.hu, other.hu)
+
+
+def test_hu_levels_of_the_phases(body: Body) -> None:
+    levels = {}
+    for name in phases.SHARES:
+        fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
+        hu, phase = phases.show(name, phases.Tissues(*fields, np.array(MM)), body.facts, np.random.default_rng(0))
+        deep = hu[torch.from_numpy(np.asarray(body.distance) < -14)]
+        levels[name] = float(deep.mean())
+        assert torch.allclose(hu[:, 8, 40], torch.tensor(-100.0)), "fat keeps its HU in every phase"
+        if name not in (phases.CORTICAL, phases.EXCRETORY):
+            assert levels[name] == pytest.approx(phase.parenchyma, abs=6)
+    assert 20 < levels[phases.PLAIN] < 50
+    assert 90 < levels[phases.NEPHROGRAPHIC] < 220
+    shell = (np.asarray(body.distance) < -2) & (np.asarray(body.distance) > -5)
+    hu, _ = phases.show(phases.CORTICAL, phases.Tissues(*fields, np.array(MM)), body.facts, np.random.default_rng(0))
+    assert float(hu[torch.from_numpy(shell)].mean()) > levels[phases.CORTICAL] + 20, "the cortex is brighter"
+
+
+def test_a_label_is_where_a_lesion_is_and_shows_its_hu(body: Body) -> None:
+    rng = np.random.default_rng(5)
+    fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
+    label = (fields[1] < 0).to(torch.uint8)
+    scene = lesions.Scene(*fields, label, np.array(MM), phases.Phase("as scanned", 150, 150), 0.0)
+    middle = (np.array(body.hu.shape) - 1) / 2 * MM
+    plan = lesions.Plan("cyst", drawn_shape(rng, 12, True), 1.0, np.eye(3), np.array([66, 96, 66]) - middle)
+    made = lesions.insert(plan, scene, rng)
+    assert made is not None
+    cyst = label.numpy() == 3
+    assert ndimage.label(cyst)[1] == 1
+    assert np.allclose(ndimage.center_of_mass(cyst), [22, 32, 22], atol=0.6)
+    assert cyst.sum() * 27 / 1000 == pytest.approx(made["ml"], abs=0.01)
+    assert made["ml"] == pytest.approx(4 / 3 * np.pi * 12**3 / 1000, rel=0.35)  # its surface is warped
+    core = ndimage.binary_erosion(cyst, iterations=2)
+    assert -30 < float(scene.hu.numpy()[core].mean()) < 90
+    away = ndimage.binary_dilation(cyst, iterations=5)
+    assert np.allclose(scene.hu.numpy()[~away], body.hu[~away], atol=0.5)
+
+
+def test_lesions_need_a_kidney(body: Body) -> None:
+    fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
+    scene = lesions.Scene(*fields, fields[1].to(torch.uint8) * 0, np.array(MM), phases.Phase("", 150, 150), 0.0)
+    rng = np.random.default_rng(0)
+    far = lesions.Plan("tumor", drawn_shape(rng, 9, False), 1.0, np.eye(3), np.array([0.0, -60, 0]))
+    assert lesions.insert(far, scene, rng) is None
+    assert not scene.label.any()
+
+
+def test_shapes_of_a_label_map() -> None:
+    shape = (30, 30, 30)
+    mask = ball(shape, (30, 30, 30), 18) | ball(shape, (75, 75, 75), 9)
+    mask[0, 0, 0] = True  # a speck
+    found = shapes_of(mask, MM, "case_1")
+    assert [one.radius for one in found] == pytest.approx([18, 9], abs=1)
+    middle = tuple(n // 2 for n in found[0].distance.shape)
+    assert found[0].distance[middle] == found[0].distance.min() == pytest.approx(-14.5, abs=1.5), "smoothed"
+
+
+def test_moves_and_pushes(body: Body) -> None:
+    kidney = body.facts.kidneys[0]
+    middle = (np.array(body.hu.shape) - 1) / 2 * MM
+    shift = habitus.Move(np.array(kidney.centre), np.full(3, 60.0), np.zeros((3, 3)), np.array([-12.0, 0, 0]), True)
+    frame = habitus.Frame(np.eye(3), middle, moves=(shift,))
+    low = frame.find(np.array(kidney.centre)) + middle
+    assert low == pytest.approx(np.add(kidney.centre, [12, 0, 0]), abs=0.3)
+    push = habitus.push(np.zeros(3), 10, 0.5)
+    assert push(torch.tensor([4.0, 0, 0])).tolist() == pytest.approx([4 - 4 * 0.5 * np.exp(-16 / 225), 0, 0], abs=1e-5)
+    hu, distance, _ = habitus.sample(body, habitus.Frame(np.eye(3), middle + 1e4).grid((8, 8, 8), MM))
+    assert float(hu.max()) == habitus.AIR
+    assert float(distance.min()) == FAR
+
+
+def test_a_removed_kidney_leaves_fat(body: Body) -> None:
+    kidney, middle = body.facts.kidneys[0], (np.array(body.hu.shape) - 1) / 2 * MM
+    points = habitus.Frame(np.eye(3), middle).grid(body.hu.shape, MM)
+    hu, distance, _ = habitus.remove(kidney, habitus.sample(body, points), points, np.random.default_rng(0))
+    z, y, x = (round(c / 3) for c in kidney.centre)
+    assert -150 < float(hu[z, y, x]) < -50
+    assert float(distance[z, y, x]) == FAR
+    assert ndimage.label(distance.numpy() < 0)[1] == 1
+
+
+def test_thick_slices_keep_the_mean_and_lose_detail() -> None:
+    stripes = torch.zeros(24, 4, 4)
+    stripes[::2] = 100
+    thick = scanners.thick_slices(stripes, 4)
+    assert float(thick.mean()) == pytest.approx(50, abs=2)
+    assert float(thick[6:18].std()) < 10
+    assert scanners.thick_slices(stripes, 1.0) is stripes
+
+
+def test_each_part_can_be_switched_off(body: Body) -> None:
+    kinds = {"tumors": "tumor", "cysts": "cyst", "stones": "stone", "lookalikes": "lookalike"}
+    window = Window((14, 14, 14), MM)
+    for part, kind in kinds.items():
+        parts = Parts(**{**asdict(NONE), part: True})
+        made = [row["kind"] for n in range(20) for row in patient(body, parts, n, window=window).made["lesions"]]
+        assert set(made) == {kind}, part
+
+
+def bodies_folder(folder: Path, count: int = 2) -> Path:
+    """Bodies with their masks beside them."""
+    affine = np.array([[0, 0, -3, 0], [0, -3, 0, 0], [-3, 0, 0, 0], [0, 0, 0, 1.0]])
+    for number in range(count):
+        case = folder / f"body_{number}"
+        case.mkdir(parents=True)
+        hu, kidneys = scan(3 * number)
+        noisy = hu + np.random.default_rng(number).normal(0, 5, hu.shape)
+        nib.save(nib.Nifti1Image(noisy.astype(np.int16), affine), case / "imaging.nii.gz")
+        nib.save(nib.Nifti1Image(kidneys.astype(np.uint8), affine), case / "segmentation.nii.gz")
+    return folder
+
+
+def test_synthesize_writes_cases_with_records(tmp_path: Path) -> None:
+    bodies = bodies_folder(tmp_path / "bodies")
+    options = ("synthesize", "out", f"--bodies={bodies}", "-n", "3", "--jobs=1", "--without=stones")
+    first = kitseg(tmp_path, *options)
+    assert first.code == 0, first.text
+    assert kitseg(tmp_path, "check", "out", "--convention=kits23", "--jobs=1").code == 0
+    shown = {row["case"]: row["patient"] for row in csv.DictReader((tmp_path / "out" / "patients.csv").open())}
+    assert shown == {"case_00000": "body_0", "case_00001": "body_1", "case_00002": "body_0"}
+    labels = nib.load(tmp_path / "out" / "case_00000" / "segmentation.nii.gz")
+    assert labels.shape == (44, 60, 80)
+    record = json.loads((tmp_path / "out" / "case_00000" / "synthesis.json").read_text())
+    masses = {"tumor": 2, "cyst": 3}
+    held = {masses[row["kind"]] for row in record["patient"]["lesions"] if row["kind"] in masses}
+    assert held == set(np.unique(labels.get_fdata()).astype(int)) - {0, 1}
+    assert record["parts"]["stones"] is False
+    before = (tmp_path / "out" / "case_00001" / "imaging.nii.gz").stat().st_mtime_ns
+    assert "unchanged" in kitseg(tmp_path, *options).text
+    assert (tmp_path / "out" / "case_00001" / "imaging.nii.gz").stat().st_mtime_ns == before
+
+
+def test_synthesize_takes_shapes_of_label_maps_and_refuses_ill_bodies(tmp_path: Path) -> None:
+    bodies = bodies_folder(tmp_path / "bodies", 1)
+    made = kitseg(tmp_path, "synthesize", "one", f"--bodies={bodies}", "-n", "4", "--jobs=1")
+    assert made.code == 0, made.text
+    ill = kitseg(tmp_path, "synthesize", "two", "--bodies=one", "--jobs=1", "-n", "4", "--lesions=one")
+    assert ill.code == 1
+    assert "holds tumors or cysts" in ill.text
+    again = kitseg(tmp_path, "synthesize", "three", f"--bodies={bodies}", "--jobs=1", "--lesions=one", "-n", "4")
+    assert again.code == 0, again.text
+    records = [
+        json.loads(path.read_text())["patient"] for path in sorted((tmp_path / "three").glob("*/synthesis.json"))
+    ]
+    assert {row["shape_from"][:5] for record in records for row in record["lesions"] if row["kind"] == "tumor"} == {
+        "case_"
+    }
+    wrong = kitseg(tmp_path, "synthesize", "four", f"--bodies={bodies}", "--without=colour")
+    assert wrong.code == 2
+    assert "no part 'colour'" in wrong.text
