@@ -3,7 +3,8 @@
 The folders follow a scan through the program, in this order:
 
 1. ``volumes``      a CT file becomes a volume on a grid, and labels return to the file's own grid
-2. ``patches``      volumes become batches (``synthesis``: pure functions that make patients of real parts)
+2. ``patches``      volumes become batches (``augmentation``: random changes of them on the device;
+   ``synthesis``: patients made of real parts)
 3. ``stages``       a network turns batches into probabilities (``nets``: pure mathematics; ``links``: what ties one
    stage to the next)
 4. ``inference``    a trained stage predicts a whole case; probabilities return to the CT's own grid

@@ -27,7 +27,7 @@ import yaml
 from kitseg.errors import InputError, UsageError
 
 PARTS = re.compile(
-    r"kitseg\.((nets|losses|links|stages|postprocess)\.[a-z]\w*|patches\.(samplers|elastic)|inference\.windows)\.[A-Z]\w*"
+    r"kitseg\.((nets|losses|links|stages|postprocess|augmentation)\.[a-z]\w*|patches\.(samplers|elastic)|inference\.windows)\.[A-Z]\w*"
     r"|torch\.nn\.(?!\w*(RNN|LSTM|GRU|Transformer))[A-Z]\w*"  # these repeat their layers as often as a number says
     r"|torch\.optim\.(lr_scheduler\.)?[A-Z]\w*"
     r"|torchio\.Random[A-Z]\w*",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kitseg.augmentation.batched import Augmentation
 from kitseg.errors import KitsegError
 from kitseg.links.input_transform import InputTransform
 from kitseg.patches.queue import AddressSampler, PatchQueue
@@ -23,11 +24,12 @@ from kitseg.patches.samplers import PaddedSampler
 from kitseg.patches.subjects import CaseSubjects, StageInput, transform_patch
 from kitseg.runtime.console import print_error
 from kitseg.runtime.workers import shorten_socket_paths
-from kitseg.types import Box
+from kitseg.types import Box, Triple, triple
 from kitseg.volumes.store import open_case
 
 FolderPlaces = Mapping[Path, StageInput]
 SHARED_MEMORY = Path("/dev/shm")  # through which loader processes pass batches
+STAY = ("changes", "location", "statistics")  # on the CPU, which decides with them what the device computes
 AHEAD = 2  # batches that each loader process prefetches
 
 
@@ -90,26 +92,59 @@ class StageCases:
 class Feed:
     """The data loading settings of a stage.
 
-    sampler: draws patches; augmentation: TorchIO transforms of a patch in HU; input_transform: converts it to the
-    network's input; batch: global batch size over all ranks; micro_batch_size: patches that a rank processes at a time;
-    seed: random seed; workers: loader processes per rank.
+    sampler: draws patches; augmentation: TorchIO's transforms of patches in HU; at last perhaps an ``Augmentation``,
+    which works on the batch's device; input_transform: converts them to the network's input; batch: global batch size
+    over all ranks; micro_batch_size: patches that a rank processes at a time; seed: random seed; workers: loader
+    processes per rank.
     """
 
     sampler: PaddedSampler
-    augmentation: Sequence[tio.Transform]
+    augmentation: Sequence[tio.Transform | Augmentation]
     input_transform: InputTransform
     batch: int
     micro_batch_size: int
     seed: int
     workers: int
 
+    @property
+    def batched(self) -> Augmentation | None:
+        """The augmentation on the batch's device."""
+        last = self.augmentation[-1] if self.augmentation else None
+        return last if isinstance(last, Augmentation) else None
+
+    def queue(self, subjects: CaseSubjects) -> PatchQueue:
+        """The patches of these cases."""
+        margin = 0.0 if self.batched is None else self.batched.margin
+        return PatchQueue(subjects, self.sampler, self.transform, self.seed, margin)
+
     def transform(self, patch: tio.Subject) -> tio.Subject:
-        """The network's input from a patch, augmented."""
+        """The network's input from a patch, augmented; or the patch with the changes for ``on_device``."""
         for change in self.augmentation:
-            patch = change(patch)
+            if isinstance(change, tio.Transform):
+                patch = change(patch)
         label = patch.get_image("label")
         label.set_data(label.data.to(torch.uint8))  # transforms that resample it return float32
-        return transform_patch(patch, self.input_transform)
+        if self.batched is None:
+            return transform_patch(patch, self.input_transform)
+        patch["changes"] = self.batched.draw(_size(patch["location"]), patch.spacing)
+        return patch
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of the queue's patches as the network's input: (N, C, D, H, W), label (N, 1, D, H, W)."""
+        if self.batched is None:
+            return batch
+        values = torch.cat([batch[name]["data"].float() for name in ("image", "guide") if name in batch], dim=1)
+        values, label = self.batched(values, batch["label"]["data"], batch["changes"], _size(batch["location"][0]))
+        inputs = [
+            self.input_transform(one[:1], (mean, deviation), one[1:] if len(one) > 1 else None)
+            for one, (mean, deviation) in zip(values, batch["statistics"].tolist(), strict=True)
+        ]
+        return {**batch, "image": {"data": torch.stack(inputs)}, "label": {"data": label}}
+
+
+def _size(location: Any) -> Triple:
+    """The size of the box of a patch."""
+    return triple(location[3:] - location[:3])
 
 
 class StageData(pl.LightningDataModule):
@@ -128,7 +163,7 @@ class StageData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the cases."""
         cases, feed = self.find(), self.feed
-        self.queue = PatchQueue(CaseSubjects(cases.train), feed.sampler, feed.transform, feed.seed)
+        self.queue = feed.queue(CaseSubjects(cases.train))
         self.cases = WholeCases(cases.val, feed.input_transform)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -160,7 +195,13 @@ class StageData(pl.LightningDataModule):
         """Move patches to the device; whole cases are moved window by window."""
         if isinstance(batch, WholeCase):
             return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        stay = {name: batch[name] for name in STAY if name in batch}
+        moved = {name: value for name, value in batch.items() if name not in stay}
+        return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **stay}
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment patches on the device."""
+        return batch if isinstance(batch, WholeCase) else self.feed.on_device(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of batches of the current epoch that this rank has processed."""

@@ -25,14 +25,20 @@ class PatchQueue(tio.Queue):
 
     Args:
         subjects: the cases. sampler: draws the patches, with the number per case.
-        transform: applied to each patch. seed: random seed.
+        transform: applied to each patch. seed: random seed. margin: see ``patch_of``.
     """
 
     def __init__(
-        self, subjects: CaseSubjects, sampler: PaddedSampler, transform: Callable[[tio.Subject], tio.Subject], seed: int
+        self,
+        subjects: CaseSubjects,
+        sampler: PaddedSampler,
+        transform: Callable[[tio.Subject], tio.Subject],
+        seed: int,
+        margin: float = 0.0,
     ) -> None:
         super().__init__(subjects, 1, 1, sampler, shuffle_subjects=False, start_background=False)
-        self.cases, self.where, self.transform, self.seed = subjects, sampler, transform, seed
+        self.cases, self.where, self.transform = subjects, sampler, transform
+        self.seed, self.margin = seed, margin
         counts = [sampler.count(subjects[index]) for index in range(len(subjects.folders))]
         self.samples = [(case, number) for case, count in enumerate(counts) for number in range(count)]
 
@@ -47,7 +53,7 @@ class PatchQueue(tio.Queue):
             case, number = self.samples[int(torch.randperm(len(self.samples))[index])]
         with seeded(self.seed, epoch, index):
             subject = self.cases[case]
-            patch: tio.Subject = self.transform(patch_of(subject, self.where.draw(subject, number)))
+            patch: tio.Subject = self.transform(patch_of(subject, self.where.draw(subject, number), self.margin))
         return patch
 
 

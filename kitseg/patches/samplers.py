@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -158,8 +159,11 @@ class SliceSampler(PaddedSampler):
         return inside[:, TUMOR if self.holding == "tumor" else FOREGROUND]
 
 
-def patch_of(subject: tio.Subject, box: Box) -> tio.Subject:
+def patch_of(subject: tio.Subject, box: Box, margin: float = 0.0) -> tio.Subject:
     """The patch in ``box``: ``image`` in HU (float32) padded with air, ``label`` and ``guide`` padded with 0.
+
+    margin: by what share of its size the patch is larger than ``box``, its ``location``, on each side; a single slice
+    stays one.
 
     TorchIO transforms along the axes of world space, so a patch's world axes are its array axes, also in an oblique
     scan.
@@ -167,11 +171,13 @@ def patch_of(subject: tio.Subject, box: Box) -> tio.Subject:
     images: dict[str, tio.Image] = {}
     z, y, x = subject.get_image("image").spacing
     affine = np.array([[0, 0, -x, 0], [0, -y, 0, 0], [-z, 0, 0, 0], [0, 0, 0, 1.0]])
+    more = [math.ceil(margin * n) if n > 1 else 0 for n in box.size]
+    wide = Box(triple(np.subtract(box.start, more)), triple(np.add(box.stop, more)))
     for name, image in subject.get_images_dict(intensity_only=False).items():
         label = isinstance(image, tio.LabelMap)
-        found = torch.empty((len(image.data), *box.size), dtype=image.data.dtype if label else torch.float32)
+        found = torch.empty((len(image.data), *wide.size), dtype=image.data.dtype if label else torch.float32)
         for channel, here in zip(found, image.data, strict=True):
-            crop_into(channel.numpy(), here.numpy(), box, AIR if name == "image" else 0)
+            crop_into(channel.numpy(), here.numpy(), wide, AIR if name == "image" else 0)
         images[name] = type(image)(tensor=found, affine=affine)
     location = torch.tensor([*box.start, *box.stop])
     return tio.Subject(**images, location=location, statistics=subject["statistics"], case=subject["case"])

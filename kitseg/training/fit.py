@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
 
 from kitseg import config, trust
+from kitseg.augmentation.batched import Augmentation
 from kitseg.config import Method, StageSpec
-from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, fault, format_error
+from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, UsageError, fault, format_error
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
 from kitseg.models.run_folder import TRAINED_STATE, BestCheckpoint, StageFolder, TrainedState
@@ -38,6 +40,7 @@ _LESS = (
     "--set stages.STAGE.micro_batch_size=1 (fewer patches at a time, the same batch), --set size.checkpointing=true "
     "(two-phase; slower) or a smaller --size"
 )
+SIDE = re.compile(r"(^|[_-])(left|right|l|r)($|[_-])")  # in the name of a channel
 #: Remedies by the failure.
 SETTINGS = {
     MEMORY: f"Use fewer --workers, {_LESS}, then call again to resume",
@@ -156,9 +159,17 @@ def _title(folder: StageFolder) -> str:
 
 def make_feed(spec: StageSpec, seed: int, workers: int) -> Feed:
     """The data loading settings of a stage. Raises UsageError: a part can't be built."""
+    augmentation = [config.build(change) for change in spec.parts["augmentation"] or ()]
+    for number, part in enumerate(augmentation, start=1):
+        if isinstance(part, Augmentation):
+            sided = [name for name in spec.channels if SIDE.search(name)]
+            if part.mirror and sided:
+                raise UsageError(f"stages.{spec.name}.augmentation mirrors, but {sided[0]} has a side: set mirror to 0")
+            if number < len(augmentation):
+                raise UsageError(f"stages.{spec.name}.augmentation: {type(part).__name__} must be the last")
     return Feed(
         sampler=config.build(spec.parts["sampler"]),
-        augmentation=[config.build(change) for change in spec.parts["augmentation"] or ()],
+        augmentation=augmentation,
         input_transform=build_input_transform(spec),
         batch=spec.batch,
         micro_batch_size=spec.micro_batch_size,

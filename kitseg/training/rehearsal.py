@@ -15,7 +15,6 @@ from kitseg.config import StageSpec
 from kitseg.errors import KitsegError, UsageError, fault
 from kitseg.links.regions import RegionContext
 from kitseg.patches.datamodule import Feed
-from kitseg.patches.queue import PatchQueue
 from kitseg.patches.subjects import CaseSubjects, StageInput
 from kitseg.stages.base import Stage
 from kitseg.stages.model import build_model
@@ -39,10 +38,11 @@ def try_step(spec: StageSpec) -> float:
     size = _smallest_patch(spec, feed)
     try:
         patches = [feed.transform(_random_patch(feed, size)) for _ in range(min(2, spec.batch))]
-        images, labels = (torch.stack([patch.get_image(name).data for patch in patches]) for name in ("image", "label"))
+        loader = tio.SubjectsLoader(patches, batch_size=2)  # type: ignore[arg-type]
+        batch = feed.on_device(next(iter(loader)))
         made = stage.configure_optimizers()
         optimizer = made["optimizer"] if isinstance(made, dict) else made
-        loss: Tensor = stage.training_step({"image": {"data": images}, "label": {"data": labels}}, 0)
+        loss: Tensor = stage.training_step(batch, 0)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     except KitsegError:
@@ -66,7 +66,7 @@ def seconds_to_load(spec: StageSpec, folder: Path) -> float | None:
     box, feed = config.build(spec.parts["region"])(known), make_feed(spec, seed=0, workers=0)
     if box is None:
         return None
-    queue = PatchQueue(CaseSubjects({folder: StageInput(box)}), feed.sampler, feed.transform, feed.seed)
+    queue = feed.queue(CaseSubjects({folder: StageInput(box)}))
     if not len(queue):
         return None
     return min(timeit.repeat(lambda: queue[0, 0], repeat=2, number=1))  # the first also opens files
@@ -99,4 +99,5 @@ def _random_patch(feed: Feed, size: Triple) -> tio.Subject:
         foreground = label[0].numpy() > 0
         guide = np.array(link.guide(foreground.astype(np.float32), foreground), np.float32)
         images["guide"] = tio.ScalarImage(tensor=torch.from_numpy(guide))
-    return tio.Subject(**images, statistics=torch.tensor((0.0, 100.0), dtype=torch.float64), case="random")
+    statistics, location = torch.tensor((0.0, 100.0), dtype=torch.float64), torch.tensor([0, 0, 0, *size])
+    return tio.Subject(**images, statistics=statistics, location=location, case="random")

@@ -1,0 +1,1 @@
+"""Random changes of training patches, on the device of the batch: pure functions of tensors."""
