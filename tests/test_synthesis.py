@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,13 +12,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torchio as tio
 from conftest import kitseg
 from scipy import ndimage
 
+from kitseg.links.input_transform import InputTransform
+from kitseg.links.intensity import ClipScale
+from kitseg.models.run_folder import StageFolder
+from kitseg.patches.bodies import shape_cases
+from kitseg.patches.queue import AddressSampler
+from kitseg.patches.synthetic import SyntheticQueue
 from kitseg.synthesis import habitus, lesions, phases, scanners
 from kitseg.synthesis.bodies import FAR, Body, describe, kidney_distance, signed_distance
 from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
 from kitseg.synthesis.patient import Parts, Patient, Window, make
+from kitseg.training.stage_inputs import read_places
 
 MM = (3.0, 3.0, 3.0)
 NONE = Parts(**dict.fromkeys(asdict(Parts()), False))
@@ -191,41 +200,86 @@ def bodies_folder(folder: Path, count: int = 2) -> Path:
     return folder
 
 
-def test_synthesize_writes_cases_with_records(tmp_path: Path) -> None:
-    bodies = bodies_folder(tmp_path / "bodies")
-    options = ("synthesize", "out", f"--bodies={bodies}", "-n", "3", "--jobs=1", "--without=stones")
-    first = kitseg(tmp_path, *options)
-    assert first.code == 0, first.text
-    assert kitseg(tmp_path, "check", "out", "--convention=kits23", "--jobs=1").code == 0
-    shown = {row["case"]: row["patient"] for row in csv.DictReader((tmp_path / "out" / "patients.csv").open())}
-    assert shown == {"case_00000": "body_0", "case_00001": "body_1", "case_00002": "body_0"}
-    labels = nib.load(tmp_path / "out" / "case_00000" / "segmentation.nii.gz")
-    assert labels.shape == (44, 60, 80)
-    record = json.loads((tmp_path / "out" / "case_00000" / "synthesis.json").read_text())
-    masses = {"tumor": 2, "cyst": 3}
-    held = {masses[row["kind"]] for row in record["patient"]["lesions"] if row["kind"] in masses}
-    assert held == set(np.unique(labels.get_fdata()).astype(int)) - {0, 1}
-    assert record["parts"]["stones"] is False
-    before = (tmp_path / "out" / "case_00001" / "imaging.nii.gz").stat().st_mtime_ns
-    assert "unchanged" in kitseg(tmp_path, *options).text
-    assert (tmp_path / "out" / "case_00001" / "imaging.nii.gz").stat().st_mtime_ns == before
-
-
-def test_synthesize_takes_shapes_of_label_maps_and_refuses_ill_bodies(tmp_path: Path) -> None:
-    bodies = bodies_folder(tmp_path / "bodies", 1)
-    made = kitseg(tmp_path, "synthesize", "one", f"--bodies={bodies}", "-n", "4", "--jobs=1")
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three bodies, and nine patients made from them."""
+    folder = tmp_path_factory.mktemp("synthesis")
+    bodies_folder(folder / "bodies", 3)
+    made = kitseg(folder, "synthesize", "patients", "--bodies=bodies", "-n", "9", "--jobs=1", "--without=stones")
     assert made.code == 0, made.text
-    ill = kitseg(tmp_path, "synthesize", "two", "--bodies=one", "--jobs=1", "-n", "4", "--lesions=one")
+    return folder
+
+
+def test_synthesize_writes_cases_with_records(patients: Path) -> None:
+    out = patients / "patients"
+    checked = kitseg(patients, "check", "patients", "--convention=kits23", "--jobs=1")
+    assert checked.code == 0, checked.text
+    shown = {row["case"]: row["patient"] for row in csv.DictReader((out / "patients.csv").open())}
+    assert shown == {f"case_{number:05d}": f"body_{number % 3}" for number in range(9)}
+    for case in shown:
+        labels = nib.load(out / case / "segmentation.nii.gz")
+        assert labels.shape == (44, 60, 80)
+        record = json.loads((out / case / "synthesis.json").read_text())
+        assert record["parts"]["stones"] is False
+        masses = {"tumor": 2, "cyst": 3}
+        held = {masses[row["kind"]] for row in record["patient"]["lesions"] if row["kind"] in masses}
+        assert set(np.unique(labels.get_fdata()).astype(int)) - {0, 1} <= held  # a cyst may cover a small tumor
+    before = (out / "case_00001" / "imaging.nii.gz").stat().st_mtime_ns
+    options = ("--bodies=bodies", "-n", "9", "--jobs=1", "--without=stones")
+    assert kitseg(patients, "synthesize", "patients", *options).text.count("unchanged") == 9
+    assert (out / "case_00001" / "imaging.nii.gz").stat().st_mtime_ns == before
+
+
+def test_shapes_come_from_label_maps_and_bodies_are_healthy(patients: Path) -> None:
+    ill = kitseg(patients, "synthesize", "two", "--bodies=patients", "--jobs=1", "-n", "9", "--lesions=patients")
     assert ill.code == 1
     assert "holds tumors or cysts" in ill.text
-    again = kitseg(tmp_path, "synthesize", "three", f"--bodies={bodies}", "--jobs=1", "--lesions=one", "-n", "4")
+    again = kitseg(patients, "synthesize", "three", "--bodies=bodies", "--jobs=1", "--lesions=patients", "-n", "3")
     assert again.code == 0, again.text
-    records = [
-        json.loads(path.read_text())["patient"] for path in sorted((tmp_path / "three").glob("*/synthesis.json"))
-    ]
-    assert {row["shape_from"][:5] for record in records for row in record["lesions"] if row["kind"] == "tumor"} == {
-        "case_"
-    }
-    wrong = kitseg(tmp_path, "synthesize", "four", f"--bodies={bodies}", "--without=colour")
+    records = [json.loads(path.read_text())["patient"] for path in sorted(patients.glob("three/*/synthesis.json"))]
+    tumors = [row for record in records for row in record["lesions"] if row["kind"] == "tumor"]
+    assert tumors
+    assert {row["shape_from"][:5] for row in tumors} == {"case_"}
+    wrong = kitseg(patients, "synthesize", "four", "--bodies=bodies", "--without=colour")
     assert wrong.code == 2
     assert "no part 'colour'" in wrong.text
+
+
+SYNTHETIC = (
+    "--data=bodies", "--jobs=1", "--epochs=1", "--set=data.source=synthesis", "--set=data.lesions=patients",
+    "--set=data.patients=3", "--set=data.validation=1", "--set=folds=3", "--set=stages.*.validate_every=1",
+)  # fmt: skip
+SMALL = [f"--set=size.{name}.{key}" for name in ("kidneys", "masses") for key in ("patch=[16,16,16]", "spacing=6")]
+
+
+def test_training_on_synthetic_patients(patients: Path) -> None:
+    done = kitseg(patients, "train", "--method=resenc", "--size=tiny", *SYNTHETIC, *SMALL)
+    assert done.code == 0, done.text
+    run = patients / "runs" / "resenc-tiny"
+    fold = json.loads((run / "splits.json").read_text())["folds"][0]
+    store = patients / "preprocessed" / "6mm-6mm"
+    cases = read_places(StageFolder(run / "fold_0" / "masses"), store)
+    assert {path.name for path in cases.train} == set(fold["train"])
+    assert {path.name.partition("-")[0] for path in cases.val} == set(fold["val"]), "patients of validation bodies"
+    assert cases.synthesis is not None
+    everything = shape_cases(patients / "preprocessed" / cases.synthesis.shapes.name)
+    assert set(cases.synthesis.label_maps) == set(everything) - set(everything[0::3]), "shapes of a fold are its own"
+    queue = SyntheticQueue(cases.synthesis, (16, 16, 16), InputTransform(ClipScale(-79, 304, 76.9, 101), None), 0)
+    one = queue[0, 2]
+    other = pickle.loads(pickle.dumps(queue))
+    same = next(iter(tio.SubjectsLoader(other, sampler=AddressSampler(other, 3, 2, 3), num_workers=1)))
+    assert torch.equal(one["image"]["data"], same["image"]["data"][0]), "whatever the rank and worker"
+    assert torch.equal(one["label"]["data"], same["label"]["data"][0])
+    assert not torch.equal(one["image"]["data"], queue[1, 2]["image"]["data"])
+    assert "trained already" in kitseg(patients, "train", "--method=resenc", "--size=tiny", *SYNTHETIC, *SMALL).text
+
+
+def test_methods_that_need_real_cases_refuse(patients: Path) -> None:
+    for method, reason in {"two-phase": "of a fixed size", "dual-unet": "fixed spacing"}.items():
+        refused = kitseg(patients, "train", f"--method={method}", "--size=tiny", *SYNTHETIC)
+        assert refused.code == 2
+        assert "data.source=synthesis: not for" in refused.text
+        assert reason in refused.text
+    wrong = kitseg(patients, "train", "--method=resenc", "--size=tiny", "--set=data.source=dreams")
+    assert wrong.code == 2
+    assert "data: Invalid enum value 'dreams'" in wrong.text

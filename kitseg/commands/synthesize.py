@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 from joblib import delayed
 
 from kitseg import __version__
-from kitseg.errors import InputError, UsageError
+from kitseg.errors import InputError
 from kitseg.patches.bodies import body_of, open_shapes, prepare_shapes, shape_cases
+from kitseg.patches.synthetic import write_patient
 from kitseg.runtime.files import atomic_write, write_table
 from kitseg.runtime.outcomes import Outcome, each, in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile
@@ -20,11 +21,8 @@ from kitseg.synthesis.bodies import Body
 from kitseg.synthesis.lesions import Shapes
 from kitseg.synthesis.patient import Parts, Window, make
 from kitseg.types import Case, Volume
-from kitseg.volumes.kits import IMAGE, LABEL
-from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.tables import PATIENTS
 
-MARK = "kitseg synthesis"  # ``descrip`` in the header of a synthetic patient
 RECORD = "synthesis.json"
 NOTE = (
     "Real: the anatomy of the body and, where shape_from names a label map, the shape of a lesion. Synthetic: HU and "
@@ -102,23 +100,14 @@ def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: Recipe) -> li
             raise InputError(folder, "exists and was not written by `kitseg synthesize`", "Choose another folder.")
         if not read:
             read.append(body_of(case))
-        (body, scan), rng = read[0], np.random.default_rng(address)
-        patient = make(body, shapes, Window.on(body), recipe.parts, rng)
-        hu = patient.hu.round().clamp(-1024, 3071).numpy().astype(np.int16)
+        body, scan = read[0]
+        patient = make(body, shapes, Window.on(body), recipe.parts, np.random.default_rng(address))
+        made = patient.made
         with atomic_write(folder) as partial:
             partial.mkdir()
-            write_image(partial / IMAGE, hu, scan.native, MARK)
-            write_labels(partial / LABEL, patient.label.numpy(), scan.native, MARK)
-            _FORMAT.write(partial / RECORD, {"version": __version__, **wanted, "patient": patient.made, "note": NOTE})
-        kinds = ", ".join(f"{row['look']} {row['kind']} {row['ml']:.1f} ml" for row in patient.made["lesions"])
-        return Outcome(name, note=f"{patient.made['phase']}; {kinds or 'no lesion'}", result=folder)
+            write_patient(partial, patient, scan.native)
+            _FORMAT.write(partial / RECORD, {"version": __version__, **wanted, "patient": made, "note": NOTE})
+        kinds = ", ".join(f"{row['look']} {row['kind']} {row['ml']:.1f} ml" for row in made["lesions"])
+        return Outcome(name, note=f"{made['phase']}; {kinds or 'no lesion'}", result=folder)
 
     return each([f"case_{number:05d}" for number in numbers], write, lambda _: None)
-
-
-def parts_without(names: Sequence[str]) -> Parts:
-    """All parts but those named. Raises UsageError: an unknown part."""
-    known = asdict(Parts())
-    if odd := [name for name in names if name not in known]:
-        raise UsageError(f"there is no part '{odd[0]}' of the synthesis. Choose from {', '.join(known)}")
-    return Parts(**{name: name not in names for name in known})

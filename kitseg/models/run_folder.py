@@ -77,11 +77,25 @@ class StageInputRow:
 
 
 @dataclass(frozen=True)
+class SynthesisRow:
+    """How patients are made from the training cases; see ``patches.synthetic.SyntheticSource``."""
+
+    shapes: str | None
+    label_maps: tuple[str, ...]
+    spacing: tuple[float, float, float]
+    patients: int
+    everywhere: bool
+    cysts: bool
+    without: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StageInputFile:
-    """``places.json``: a stage's training and validation cases."""
+    """``places.json``: a stage's training and validation cases; synthesis: None if the cases themselves are learned."""
 
     train: dict[str, StageInputRow]
     val: dict[str, StageInputRow]
+    synthesis: SynthesisRow | None = None
 
 
 RUN_INFO = FileFormat(RunInfo, SCHEMA, _REMEDY, largest=LARGEST)

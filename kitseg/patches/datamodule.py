@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from kitseg.links.input_transform import InputTransform
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import PaddedSampler
 from kitseg.patches.subjects import CaseSubjects, StageInput, transform_patch
+from kitseg.patches.synthetic import SyntheticQueue, SyntheticSource
 from kitseg.runtime.console import print_error
 from kitseg.runtime.workers import shorten_socket_paths
 from kitseg.types import Box, Triple, triple
@@ -82,10 +83,11 @@ def batch_per_rank(batch: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class StageCases:
-    """The training and validation cases of a stage with their inputs."""
+    """The training and validation cases of a stage with their inputs; synthesis: patients to train on instead."""
 
     train: FolderPlaces
     val: FolderPlaces
+    synthesis: SyntheticSource | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,13 @@ class StageData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the cases."""
         cases, feed = self.find(), self.feed
-        self.queue = feed.queue(CaseSubjects(cases.train))
+        self.queue: PatchQueue | SyntheticQueue
+        if cases.synthesis is None:
+            self.queue = feed.queue(CaseSubjects(cases.train))
+        else:
+            self.feed = replace(feed, augmentation=())  # the synthesis has its own
+            size = feed.sampler.patch_size
+            self.queue = SyntheticQueue(cases.synthesis, size, feed.input_transform, feed.seed)
         self.cases = WholeCases(cases.val, feed.input_transform)
 
     def train_dataloader(self) -> DataLoader[Any]:

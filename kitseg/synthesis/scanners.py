@@ -27,7 +27,7 @@ def scan(hu: Tensor, spacing: Vector, rng: Generator) -> Tensor:
         hu = hu + dose_noise(hu.shape, spacing, rng) * abs(float(rng.normal(0, 12)))
     if rng.random() < 0.12:
         hu = streaks(hu, spacing, rng)
-    if rng.random() < 0.45:
+    if rng.random() < 0.45 and spacing[0] < THICKEST:
         hu = thick_slices(hu, float(rng.uniform(spacing[0], THICKEST)) / spacing[0])
     return gamma(hu, rng) if rng.random() < 0.15 else hu
 

@@ -20,6 +20,7 @@ from kitseg.models.stage import build_input_transform
 from kitseg.patches.datamodule import batch_per_rank
 from kitseg.runtime.device import Machine
 from kitseg.stages.model import StageModel, build_model
+from kitseg.training.data_source import data_settings
 from kitseg.training.plan import Plan, units
 from kitseg.training.rehearsal import seconds_to_load
 from kitseg.types import Case, Triple
@@ -58,13 +59,18 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
     loads = {
         name: seconds_to_load(spec, plan.store / str(spec.grid) / stored) for name, spec in plan.method.stages.items()
     }
-    if None in loads.values():
+    made_up = data_settings(plan.config)
+    if made_up is not None:
+        notes.append("the time to make synthetic patients is not included")
+        loads = dict.fromkeys(loads)
+    elif None in loads.values():
         notes.append("the time to load patches is not included: the cases are not preprocessed yet")
     rows: list[tuple[str, ...]] = []
     for unit in units(plan.method, plan.part, stage):
         spec, part, cost = unit.spec(plan), unit.part(plan), costs[unit.stage]
         batch = batch_per_rank(spec.batch, plan.machine.world) * plan.machine.world
-        steps = max(1, int(len(part.train) * cost.per_case / batch))
+        an_epoch = len(part.train) * cost.per_case if made_up is None else made_up.patients
+        steps = max(1, int(an_epoch / batch))
         patches = spec.epochs * steps * batch / plan.machine.world
         hours = patches * cost.flops * FORWARD_AND_BACKWARD / speed / 3600
         loading, workers = patches * (loads[unit.stage] or 0) / 3600, plan.machine.loaders

@@ -16,6 +16,8 @@ from kitseg.runtime.device import Machine
 from kitseg.runtime.files import write_text
 from kitseg.runtime.locks import folder_lock
 from kitseg.splits import Fold, FoldPart, Split, read_split, write_split
+from kitseg.training import data_source
+from kitseg.training.data_source import check_method, data_settings
 from kitseg.training.epochs import only_more_epochs, record_raise
 from kitseg.training.initial import find_initial
 from kitseg.training.split import claim_split, new_split, unseen_traits
@@ -111,6 +113,8 @@ class Start:
             UsageError: an invalid value, or no such fold, stage or model. InputError: its weights are damaged.
         """
         _ = self.settings
+        if data_settings(self.config) is not None:
+            check_method(self.method)
         _check_stage(self.method, stage)
         if self.split.exists():
             read_split(self.split).fold(self.fold)
@@ -184,7 +188,7 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
         if not run.config.exists():
             write_split(split, run.split)
             return write_text(run.config, trust.dump(configuration))
-        old = {"trainer": DEFAULT, **config.read(run.config)}
+        old = {"trainer": DEFAULT, "data": data_source.DEFAULT, **config.read(run.config)}
         changed = config.differences(old, configuration)
         raised = bool(changed) and only_more_epochs(old, configuration)
         if changed and not raised:

@@ -12,17 +12,19 @@ import numpy as np
 from kitseg import __version__, config
 from kitseg.links.regions import RegionContext
 from kitseg.models.chain import Output, run_on_grid
-from kitseg.models.run_folder import RUN_INFO, STAGE_INPUTS, StageFolder, StageInputFile, StageInputRow
+from kitseg.models.run_folder import RUN_INFO, STAGE_INPUTS, StageFolder, StageInputFile, StageInputRow, SynthesisRow
 from kitseg.models.stage import TrainedStage, build_input_transform, open_stage
 from kitseg.models.training_domain import training_facts
 from kitseg.patches.datamodule import StageCases
 from kitseg.patches.subjects import StageInput
+from kitseg.patches.synthetic import SyntheticSource
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import torch_device
 from kitseg.runtime.files import atomic_write
 from kitseg.splits import FoldPart
 from kitseg.training.initial import learned_before
 from kitseg.training.plan import Plan, Unit, open_stored
+from kitseg.training.synthesis import synthesis_row, validation_cases
 from kitseg.types import Box
 from kitseg.volumes.store import StoredCase
 
@@ -34,7 +36,8 @@ def prepare(plan: Plan, unit: Unit) -> None:
         earlier = plan.method.stages[spec.inputs[0]] if spec.inputs else None
         stage = None if earlier is None else open_stage(earlier, torch_device(plan.machine.device))
         inputs = _Inputs(plan, unit, stage)
-        write_places(folder, inputs.find(part.train, "train"), inputs.find(part.val, "val"))
+        found = inputs.find(part.train, "train"), inputs.find(validation_cases(plan, part.val), "val")
+        write_places(folder, *found, synthesis_row(plan, spec))
     if not plan.run.info.exists():
         cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
         facts = training_facts(cases, plan.split.folds)
@@ -43,7 +46,12 @@ def prepare(plan: Plan, unit: Unit) -> None:
         RUN_INFO.write(plan.run.info, {"kitseg": __version__, **facts})
 
 
-def write_places(folder: StageFolder, train: Mapping[str, StageInput], val: Mapping[str, StageInput]) -> None:
+def write_places(
+    folder: StageFolder,
+    train: Mapping[str, StageInput],
+    val: Mapping[str, StageInput],
+    synthesis: SynthesisRow | None = None,
+) -> None:
     """Write the regions and guides of a stage's cases; guides are named by their path from the stage's folder."""
 
     def plain(found: StageInput) -> StageInputRow:
@@ -52,8 +60,8 @@ def write_places(folder: StageFolder, train: Mapping[str, StageInput], val: Mapp
             (*box.start, *box.stop) if box else None, os.path.relpath(guide, folder.path) if guide else None
         )
 
-    sides = ({case: plain(found) for case, found in side.items()} for side in (train, val))
-    STAGE_INPUTS.write(folder.places, StageInputFile(*sides))
+    learned, validated = ({case: plain(found) for case, found in side.items()} for side in (train, val))
+    STAGE_INPUTS.write(folder.places, StageInputFile(learned, validated, synthesis))
 
 
 def read_places(folder: StageFolder, store: Path) -> StageCases:
@@ -65,7 +73,10 @@ def read_places(folder: StageFolder, store: Path) -> StageCases:
 
     places = STAGE_INPUTS.read(folder.places)
     train, val = ({store / case: parsed(row) for case, row in side.items()} for side in (places.train, places.val))
-    return StageCases(train, val)
+    if (row := places.synthesis) is None:
+        return StageCases(train, val)
+    made_from = {**vars(row), "shapes": row.shapes and store.parent / row.shapes}
+    return StageCases(train, val, SyntheticSource(tuple(train), **made_from))
 
 
 def unseen_by(inner: Sequence[FoldPart], cases: Iterable[str]) -> dict[str, int]:
