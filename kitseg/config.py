@@ -28,7 +28,8 @@ from kitseg.method_files import BUILT_IN, MethodFile, find_method, method_files
 from kitseg.parts import check_arguments
 
 __all__ = [
-    "Config", "Method", "Source", "StageSpec", "build", "compose", "differences", "method_of", "read", "summaries",
+    "Config", "Method", "Source", "StageSpec", "build", "compose", "differences", "method_of", "read", "sizes",
+    "summaries",
 ]  # fmt: skip
 
 Config = dict[str, Any]
@@ -48,7 +49,9 @@ OmegaConf.register_new_resolver("share", lambda whole, by: max(1, round(whole / 
 OmegaConf.register_new_resolver("sixteens", lambda voxels, by: math.ceil(voxels / by / 16) * 16, replace=True)
 
 
-def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> Config:
+def compose(
+    method: str, size: str, overrides: Sequence[str] = (), config_dir: Path | None = None, plan: Config | None = None
+) -> Config:
     """The resolved configuration of a run; its parts may be built from now on, wherever they come from.
 
     Args:
@@ -56,19 +59,20 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
         size: one of the blocks in its ``sizes``; the method's files refer to it as ``size``.
         overrides: ``KEY=VALUE``; ``stages.*.KEY=VALUE`` is for each stage, before those of one stage.
         config_dir: a folder laid out like ``conf``; what it holds takes the place of kitseg's of the same name.
+        plan: values in place of the size's block.
 
     Raises:
         UsageError: an unknown method, size or key, or a value of the wrong form. InputError: an unusable method file.
     """
     file = find_method(method, config_dir)
     described = _described(file)
-    known = described.get("sizes") or {"paper": {}}
+    known = _sizes(described)
     if size not in known:
         raise UsageError(f"{file.name} has no size '{size}'. Choose from {', '.join(known)}")
     for override in overrides:
         if not re.match(r"(?!hydra\.|method=|size=)[A-Za-z]\S*=", override):
             raise UsageError(f"--set {override}: write KEY=VALUE, such as stages.*.epochs=50")
-    ConfigStore.instance().store(CHOSEN, {"name": size, **(known[size] or {})}, "size")
+    ConfigStore.instance().store(CHOSEN, {"name": size, **((plan if plan is not None else known[size]) or {})}, "size")
     changes = [f"+size={CHOSEN}", *(["~sizes"] if "sizes" in described else [])]
     for name, stage in described["stages"].items():
         changes += [f"+stages.{name}.{key}=null" for key in OPTIONAL if key not in stage]
@@ -80,7 +84,7 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra's own checks raise any of them
         if not overrides:
             raise _unusable(file, error) from error
-        raise _explained(compose(method, size, (), config_dir), overrides, str(error)) from error
+        raise _explained(compose(method, size, (), config_dir, plan), overrides, str(error)) from error
     configuration = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
     for key, least in {"seed": 0, "folds": 2, "nested_folds": 2, "test_cases": 0, "keep_best": 1}.items():
         value = configuration[key]
@@ -90,6 +94,11 @@ def compose(method: str, size: str, overrides: Sequence[str] = (), config_dir: P
     if file.own:
         _check_own(file, configuration)
     return configuration
+
+
+def sizes(method: str, config_dir: Path | None = None) -> Config:
+    """The blocks of a method's sizes by their names. Raises: see ``compose``."""
+    return _sizes(_described(find_method(method, config_dir)))
 
 
 def summaries(config_dir: Path | None = None) -> dict[MethodFile, Config]:
@@ -134,6 +143,11 @@ def build(spec: Any, **more: Any) -> Any:
         return instantiate(spec, **more, _convert_="all")
     except HydraException as error:
         raise UsageError(" ".join(str(error).split())) from error
+
+
+def _sizes(described: Config) -> Config:
+    found: Config = described.get("sizes") or {"paper": {}}
+    return found
 
 
 def _described(file: MethodFile) -> Config:

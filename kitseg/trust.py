@@ -79,9 +79,14 @@ class _Bounded(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         return node
 
 
-def dump(content: Any) -> str:
-    """Plain values as YAML that ``parse`` reads: a value that occurs twice is written twice."""
-    text: str = yaml.dump(content, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+def dump(content: Any, flow: bool | None = False) -> str:
+    """Plain values as YAML that ``read`` reads: a value that occurs twice is written twice.
+
+    flow: None for innermost lists and mappings on one line.
+    """
+    text: str = yaml.dump(
+        content, Dumper=_Plain, sort_keys=False, allow_unicode=True, default_flow_style=flow, width=120
+    )
     return text
 
 

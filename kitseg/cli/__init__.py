@@ -7,15 +7,15 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer.models import OptionInfo
 
-from kitseg.cli import bundle, data, learn, look, predict, score
+from kitseg.cli import bundle, data, learn, look, plan, predict, score
 from kitseg.cli.app import app, main
 
-__all__ = ["app", "bundle", "data", "learn", "look", "main", "predict", "score"]
+__all__ = ["app", "bundle", "data", "learn", "look", "main", "plan", "predict", "score"]
 
 #: The panels of ``kitseg --help``, in the order of the work.
 PANELS = {
     "Data": ("download", "phantom", "synthesize", "check", "split", "preprocess", "augment", "fit-priors"),
-    "Training": ("train", "validate", "compare", "choose"),
+    "Training": ("plan", "train", "validate", "compare", "choose"),
     "Prediction": ("predict", "infer", "ensemble", "postprocess"),
     "Results": ("evaluate", "measure", "report", "mesh", "submit"),
     "Sharing": ("export",),

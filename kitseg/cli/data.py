@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from kitseg.cli import options as opt
 from kitseg.cli.app import app, exit_if, preprocess_cases, show_left_out, take_share
+from kitseg.cli.plan import Asked
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -139,7 +140,8 @@ def preprocess(
     masks: opt.Masks = None,
     to: Annotated[Path, typer.Option(help="Folder for the preprocessed cases.")] = Path("preprocessed"),
     method: opt.Method = "two-phase",
-    size: opt.Size = "paper",
+    size: opt.Size = None,
+    plan: opt.Plan = None,
     config_dir: opt.ConfigDir = None,
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
@@ -147,11 +149,11 @@ def preprocess(
     set_: opt.Set = [],  # noqa: B006
 ) -> None:
     """Resample every case to the grids of a method. Cases that are done and unchanged are skipped."""
-    from kitseg import config
     from kitseg.runtime.dask import on_cluster
     from kitseg.volumes.kits import find_cases, with_labels
 
-    share, configuration = take_share(shard), config.compose(method, size, set_, config_dir)
+    share = take_share(shard)
+    configuration, _ = Asked(method, size, plan, set_, config_dir).composed()
     cases = with_labels(find_cases(data), masks)
     show_left_out([data], cases, masks)
     cases = share.take(cases)

@@ -14,6 +14,7 @@ import typer
 
 from kitseg.cli import options as opt
 from kitseg.cli.app import app, choose_ranks, cross_validate, exit_if, preprocess_cases, show_left_out
+from kitseg.cli.plan import Asked, cases_to_plan, make_plan, memory_here
 from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime import console
 
@@ -51,7 +52,8 @@ def methods(config_dir: opt.ConfigDir = None) -> None:
 @app.command(epilog="Example: kitseg train --method two-phase --size small --fold 0 --gpus 1")
 def train(
     method: opt.Method = "two-phase",
-    size: opt.Size = "paper",
+    size: opt.Size = None,
+    plan: opt.Plan = None,
     config_dir: opt.ConfigDir = None,
     fold: Annotated[str, typer.Option(help="The fold to train, or all: every fold, then cross-validation.")] = "0",
     stage: Annotated[str | None, typer.Option(help="Train only this stage.")] = None,
@@ -76,7 +78,7 @@ def train(
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
     split: Annotated[Path, typer.Option(help="The split file, created if it doesn't exist.")] = Path("splits.json"),
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
-    name: Annotated[str | None, typer.Option(help="Name of the run. Default: METHOD-SIZE.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run. Default: METHOD-SIZE, or METHOD-PLAN.")] = None,
     jobs: opt.Jobs = -1,
     deterministic: opt.Deterministic = False,
     init_from: Annotated[
@@ -90,7 +92,6 @@ def train(
     set_: opt.Set = [],  # noqa: B006
 ) -> None:
     """Train the stages of a method in order. Running the same command again resumes."""
-    from kitseg import config
     from kitseg.models.run_folder import Run
     from kitseg.runtime.device import Machine, be_deterministic
     from kitseg.runtime.launcher import Launch, is_started_again
@@ -107,7 +108,11 @@ def train(
     device, ranks = choose_ranks(gpus, processes, device)
     given = {"stages.*.epochs": epochs, "seed": seed}
     overrides = [*set_, *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    configuration = config.compose(method, size, overrides, config_dir)
+
+    def make(sizes: dict[str, Any]) -> dict[str, Any]:
+        return make_plan(method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory_here(device))
+
+    configuration, size = Asked(method, size, plan, overrides, config_dir).composed(make, write=not dry_run)
     if deterministic:
         be_deterministic()
     first = 0 if fold == EVERY_FOLD else _fold(fold)

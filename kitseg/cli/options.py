@@ -22,7 +22,12 @@ Masks = Annotated[
 Method = Annotated[
     str, typer.Option(metavar="NAME|FILE", help="A method listed by `kitseg methods`, or your own YAML file.")
 ]
-Size = Annotated[str, typer.Option(help="One of the method's sizes, such as paper, small or tiny.")]
+PlainSize = Annotated[str | None, typer.Option(help="One of the method's sizes, such as paper, small or tiny.")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="One of the method's sizes. Default: paper; without such a size, plan.yaml, which train makes."),
+]
+Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan that `kitseg plan` made, in place of a size.")]
 Set = Annotated[
     list[str],
     typer.Option(

@@ -52,7 +52,7 @@ def check_memory(limit: int | None, models: Sequence[Model], scan: Geometry, cas
         check_limit(estimate_need(models, scan), limit, case, remedy)
 
 
-def parse_size(text: str | None) -> int | None:
+def parse_size(text: str | None, option: str = "--max-memory") -> int | None:
     """``6GB``, ``6000 MB``, ``5.5GiB`` or plain bytes as a number; None for no text.
 
     Raises:
@@ -66,7 +66,7 @@ def parse_size(text: str | None) -> int | None:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
-        raise UsageError(f"--max-memory {text} is not a size; give one such as 6GB, 5.5GiB or 6000000000")
+        raise UsageError(f"{option} {text} is not a size; give one such as 6GB, 5.5GiB or 6000000000")
     return size
 
 

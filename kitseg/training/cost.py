@@ -23,12 +23,16 @@ from kitseg.stages.model import StageModel, build_model
 from kitseg.training.data_source import data_settings
 from kitseg.training.plan import Plan, units
 from kitseg.training.rehearsal import seconds_to_load
+from kitseg.training.trainer import precision_on
 from kitseg.types import Case, Triple
 from kitseg.volumes.nifti import canonical_geometry, read_geometry
 from kitseg.volumes.resample import grid_geometry
 
 FORWARD_AND_BACKWARD = 3
 BYTES_PER_PARAMETER = 16  # the weight, its gradient, and the two moments of Adam, in float32
+MIXED = 0.64  # of the bytes of all activations in float32: sums and losses stay in it
+PROGRAM, GPU_PROGRAM = 600_000_000, 500_000_000  # Python with its libraries; what CUDA takes of a GPU's memory
+CPU_COPIES = 1.5  # times the activations: reordered inputs of convolutions, and the allocator's gaps
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,16 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
     """One row per training (cases, global batch, patch, steps, parameters, estimated memory and time), and notes.
 
     The time consists of the network's operations at this machine's measured speed of a convolution, and of the measured
-    time to load patches; the memory consists of weights, gradients, optimizer and all activations that exist at a time,
-    also those that checkpointing computes again. Notes report, for example, that loading takes longer than computing.
+    time to load patches; the memory is that of a process (on a GPU: of the GPU) with weights, gradients, optimizer and
+    all activations that exist at a time, also those that checkpointing computes again. Notes report, for example, that
+    loading takes longer than computing.
     """
     notes, here = [], torch.cuda.device_count()
     if plan.machine.kind != "cpu" and plan.machine.ranks > here:
         planned = f"planned for {plan.machine.ranks} GPU(s), but this machine has {here}"
         notes.append(f"{planned}: the times are for this machine")
     speed = _flops_per_second(plan.machine)
-    costs = {spec.name: _cost(spec, example) for spec in plan.method.stages.values()}
+    costs = {spec.name: _cost(spec, example, plan.machine) for spec in plan.method.stages.values()}
     stored = plan.part.train[0]
     loads = {
         name: seconds_to_load(spec, plan.store / str(spec.grid) / stored) for name, spec in plan.method.stages.items()
@@ -88,24 +93,40 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
     return rows, notes
 
 
-def _cost(spec: StageSpec, example: Case) -> Cost:
+def _cost(spec: StageSpec, example: Case, machine: Machine) -> Cost:
     grid = grid_geometry(canonical_geometry(read_geometry(example.image)), spec.grid)
     region = config.build(spec.parts["region"]).shape(grid)
+    return stage_cost(spec, region, "cuda" if machine.kind != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def stage_cost(spec: StageSpec, region: Triple, device: str) -> Cost:
+    """What a stage's training takes on a region of so many voxels, on ``cpu`` or ``cuda``.
+
+    Raises:
+        UsageError: the network can't take a patch of it.
+    """
     sampler, link = config.build(spec.parts["sampler"]), build_input_transform(spec).link
     patch: Triple = sampler.size(region)
     with torch.device("meta"):
         module = build_model(spec).train()
-        x = torch.empty(1, 1 if link is None else link.channels, *patch)
+        x = torch.empty(min(spec.batch, spec.micro_batch_size), 1 if link is None else link.channels, *patch)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module.eval().logits(x)
+            module.eval().logits(x[:1])
         activations = peak_bytes(module.train(), x)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
     parameters = sum(p.numel() for p in module.parameters())
-    half = 0.5 if spec.precision in ("16-mixed", "bf16-mixed") and torch.cuda.is_available() else 1.0
-    memory = parameters * BYTES_PER_PARAMETER + activations * half * min(spec.batch, spec.micro_batch_size)
+    memory = memory_of(
+        parameters, activations * (1 if precision_on(device, spec.precision) == "32-true" else MIXED), device
+    )
     return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)
+
+
+def memory_of(parameters: int, activations: float, device: str) -> float:
+    """Bytes of a training process (``cpu``) or of a GPU's memory (``cuda``), from the bytes of all activations."""
+    weights = parameters * BYTES_PER_PARAMETER
+    return weights + (PROGRAM + CPU_COPIES * activations if device == "cpu" else GPU_PROGRAM + activations)
 
 
 def peak_bytes(model: StageModel, x: torch.Tensor) -> int:

@@ -1,0 +1,176 @@
+"""The command plan, and the configuration of a run from a size or a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kitseg.cli import options as opt
+from kitseg.cli.app import app
+from kitseg.errors import InputError, UsageError
+from kitseg.runtime import console
+
+if TYPE_CHECKING:
+    from kitseg.types import Case
+
+Make = Callable[[dict[str, Any]], dict[str, Any]]  # a plan from a method's sizes
+FILE, HOURS = Path("plan.yaml"), 4 * 3600.0  # where a plan is by default; seconds to wait for another process's
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A method with a size or a plan, as given on the command line."""
+
+    method: str
+    size: str | None
+    plan: Path | None
+    overrides: Sequence[str]
+    config_dir: Path | None
+
+    def composed(self, make: Make | None = None, write: bool = True) -> tuple[dict[str, Any], str]:
+        """The configuration, and the name of the size, or of the plan's file.
+
+        Without a size or a plan, a method that has no size ``paper`` takes ``plan.yaml``.
+
+        Args:
+            make: makes the plan if it isn't there, from the method's sizes.
+            write: write it, too.
+
+        Raises:
+            UsageError: a size and a plan are given, or neither where there is no plan and none can be made.
+            InputError: the plan is missing or can't be used.
+        """
+        from kitseg import config
+        from kitseg.runtime.locks import folder_lock
+        from kitseg.training.planner import read_plan, write_plan
+
+        if self.size and self.plan:
+            raise UsageError("--size and --plan exclude each other: a plan states the size that it was made from")
+        sizes = config.sizes(self.method, self.config_dir)
+        size = self.size or ("paper" if self.plan is None and "paper" in sizes else None)
+        if size is not None:
+            return config.compose(self.method, size, self.overrides, self.config_dir), size
+        path = self.plan or FILE
+        if path.exists():
+            plan = read_plan(path, self.method, sizes)
+        elif self.plan:
+            raise InputError(path, "there is no such file", "`kitseg plan` makes a plan.")
+        elif make is None:
+            raise UsageError(f"give a --size of {', '.join(sizes)}, or make {path} with `kitseg plan`")
+        elif not write:
+            plan = make(sizes)
+        else:
+            with folder_lock(path.absolute().parent, "a plan", wait=HOURS):
+                if not path.exists():
+                    write_plan(path, make(sizes))
+            plan = read_plan(path, self.method, sizes)
+        console.print_plain(f"planned: {path} (size {plan['size']}, {plan['budget']})")
+        return config.compose(self.method, plan["size"], self.overrides, self.config_dir, plan["values"]), path.stem
+
+
+def make_plan(
+    method: str, sizes: dict[str, Any], find: Callable[[], list[Case]], jobs: int, memory: float | None, **given: Any
+) -> dict[str, Any]:
+    """Find and read the cases, fit a size to them, and print the plan.
+
+    given: ``convention`` of the labels; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs.
+    """
+    from kitseg.training import planner
+    from kitseg.training.fingerprint import fingerprint
+
+    size = given.get("size") or planner.choose_size(sizes, memory)
+    if "plan" not in (sizes.get(size) or {}):
+        raise UsageError(f"{method} has no size '{size}' that can be planned. Choose from {', '.join(sizes)}")
+    cases = find()
+    with console.bar("plan", len(cases)) as step:
+        seen = fingerprint(cases, given.get("convention", "kits19"), jobs, step, given.get("scans", True))
+    plan = planner.make_plan(method, size, seen, planner.fit_size(seen, sizes[size], memory), memory)
+    _show(plan)
+    return plan
+
+
+def memory_here(device: str) -> float | None:
+    """GB of the GPU that would be trained on; None for the CPU."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.get_device_properties(0).total_memory / 1e9)
+
+
+def cases_to_plan(data: Sequence[Path], masks: Path | None, split: Path) -> list[Case]:
+    """The labelled cases of folders, without the test cases of a split that is there."""
+    from kitseg.splits import read_split
+    from kitseg.volumes.kits import labelled_cases
+
+    test = read_split(split).test if split.exists() else ()
+    return [case for case in labelled_cases(data, masks) if case.id not in test]
+
+
+@app.command(epilog="Example: kitseg plan data --gpu-memory 24GB -o plan.yaml")
+def plan(
+    data: Annotated[list[Path] | None, typer.Argument(help="Folders of labelled cases. Default: data.")] = None,
+    masks: opt.Masks = None,
+    method: opt.Method = "resenc",
+    size: opt.PlainSize = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the GPU to train on, such as 24GB.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Plan for this machine's CPU.")] = False,
+    convention: opt.Convention = "kits19",
+    split: Annotated[Path, typer.Option(help="Split file, whose test cases are left out.")] = Path("splits.json"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plan, a YAML file to read and edit.")] = FILE,
+    config_dir: opt.ConfigDir = None,
+    jobs: opt.Jobs = -1,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Fit a method's grids, patches and networks to the cases and to a GPU's memory or a CPU.
+
+    Without --gpu-memory or --cpu, the plan is for the GPU of this machine if there is one. With --masks and no folder
+    of cases, only the label maps are read, and the size's own HU stay.
+    """
+    from kitseg import config
+    from kitseg.models.memory import parse_size
+    from kitseg.training.planner import write_plan
+    from kitseg.types import Case
+    from kitseg.volumes.kits import find_labels
+
+    if gpu_memory and cpu:
+        raise UsageError("--gpu-memory and --cpu exclude each other")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists, and may have been edited. Choose another -o, or replace it with --overwrite")
+
+    def find() -> list[Case]:
+        if data is None and masks is not None:
+            return [Case(name, path, path) for name, path in find_labels(masks).items()]
+        return cases_to_plan(data or [Path("data")], masks, split)
+
+    memory = None if cpu else memory_here("auto")
+    if gpu_memory:
+        memory = (parse_size(gpu_memory, "--gpu-memory") or 0) / 1e9
+    scans = data is not None or masks is None
+    sizes = config.sizes(method, config_dir)
+    write_plan(out, make_plan(method, sizes, find, jobs, memory, size=size, convention=convention, scans=scans))
+    console.print_line(f"plan: {out}; `kitseg train --method {method} --plan {out}` trains it")
+
+
+def _show(plan: dict[str, Any]) -> None:
+    """Print what was read and planned."""
+    seen = plan["cases"]
+    spacing = " × ".join(f"{mm:.3g}" for mm in seen["spacing_mm"])
+    console.print_line(f"{seen['cases']} cases, median voxel {spacing} mm; size {plan['size']} for {plan['budget']}")
+    table = console.table("stage", "grid (mm)", "patch", "batch", "levels", "parameters", "memory", "s a step", "hours")
+    for name, row in plan["estimate"].items():
+        stage = plan["values"][name]
+        grid, patch = stage["grid"], " × ".join(map(str, stage["patch"]))
+        cells = (f"{grid['slices']:.3g} × {grid['inplane']:.3g}", patch, stage["batch"], len(stage["widths"]))
+        figures = (f"{row['parameters_m']} M", f"{row['memory_gb']} GB", f"{row['seconds_a_step']:.3g}", row["hours"])
+        table.add_row(name, *map(str, (*cells, *figures)))
+    console.out.print(table)
+    smallest, voxel = seen["lesions"].get("p10_mm"), plan["values"]["masses"]["grid"]["slices"]
+    if smallest is not None and smallest < 3 * voxel:
+        console.print_line(f"a tenth of the lesions are smaller than {smallest} mm: three slices of this grid or fewer")

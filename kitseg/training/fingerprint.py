@@ -1,0 +1,119 @@
+"""What a plan is made from: spacings, sizes, HU and lesions of the training cases, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from joblib import delayed
+from numpy.typing import NDArray
+
+from kitseg.components import Components, bounding_box
+from kitseg.errors import InputError
+from kitseg.labels import TUMOR
+from kitseg.runtime.outcomes import in_parallel
+from kitseg.types import Case
+from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.scan import check_grid
+
+Millimetres = tuple[float, float, float]
+LOWEST, HIGHEST = -1024, 3071  # HU that are told apart
+SPECK_MM = 3.0  # smaller lesions are slips of a pen
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Labelled cases in figures; millimetres are along slices, rows and columns.
+
+    cases: how many; spacing_mm: median; thin_mm: the 10th percentile of the distance of slices; scan_mm: median size of
+    a scan; kidneys_mm: median size of the box around kidneys and masses; hu: ``low`` and ``high`` (0.5th and 99.5th
+    percentile), ``shift`` (mean) and ``scale`` (standard deviation) inside the labels, where each case counts alike,
+    None without scans; lesions: how many, and percentiles of the diameters in mm of spheres of their volumes.
+    """
+
+    cases: int
+    spacing_mm: Millimetres
+    thin_mm: float
+    scan_mm: Millimetres
+    kidneys_mm: Millimetres
+    hu: Mapping[str, float] | None
+    lesions: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A case: mm along the axes, the histogram of its HU inside the labels, its lesions' diameters in mm."""
+
+    spacing: NDArray[np.float64]
+    scan: NDArray[np.float64]
+    kidneys: NDArray[np.float64]
+    hu: NDArray[np.float64] | None
+    lesions: NDArray[np.float64]
+
+
+def fingerprint(
+    cases: Sequence[Case], convention: str, jobs: int, on_done: Callable[[], None], scans: bool = True
+) -> Fingerprint:
+    """Read the cases in parallel; of each only a few figures are kept.
+
+    scans: read the CTs, too, for the HU.
+
+    Raises:
+        InputError: a file can't be used, or no label map holds a kidney.
+    """
+    tasks = (delayed(_look)(case, convention, scans) for case in cases)
+    seen = [one for one in in_parallel(tasks, jobs, lambda _: on_done()) if one is not None]
+    if not seen:
+        raise InputError(cases[0].files[-1].parent, "no label map holds a kidney", "Check the labels: `kitseg check`.")
+    spacing, scan, kidneys = (np.array([getattr(one, name) for one in seen]) for name in ("spacing", "scan", "kidneys"))
+    lesions = np.concatenate([one.lesions for one in seen])
+    known = [one.hu for one in seen if one.hu is not None]
+    return Fingerprint(
+        len(seen),
+        _median(spacing),
+        round(float(np.percentile(spacing[:, 0], 10)), 3),
+        _median(scan),
+        _median(kidneys),
+        _intensity(np.mean(known, axis=0)) if known else None,
+        {"count": len(lesions), **{f"p{p}_mm": round(float(np.percentile(lesions, p)), 1) for p in (10, 50, 90)}}
+        if len(lesions)
+        else {"count": 0},
+    )
+
+
+def _look(case: Case, convention: str, scans: bool) -> _Seen | None:
+    """One case; None where nothing is labelled."""
+    if case.label is None:
+        raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
+    labels = read_labels(case.label, case.id, convention)
+    spacing, inside = np.array(labels.geometry.spacing), labels.array > 0
+    box, hu = bounding_box(inside), None
+    if box is None:
+        return None
+    if scans:
+        scan = read_image(case.image, case.id)
+        check_grid(case.label, labels.geometry, scan.geometry)
+        values = np.clip(np.rint(scan.array[box.slices][inside[box.slices]]), LOWEST, HIGHEST).astype(np.int64)
+        hu = np.bincount(values - LOWEST, minlength=HIGHEST - LOWEST + 1) / values.size
+    voxels = Components.of(labels.array[box.slices] >= TUMOR).sizes
+    diameters = np.cbrt(voxels[voxels > 0] * np.prod(spacing) * 6 / np.pi)
+    return _Seen(spacing, spacing * labels.array.shape, spacing * box.size, hu, diameters[diameters >= SPECK_MM])
+
+
+def _median(rows: NDArray[np.float64]) -> Millimetres:
+    z, y, x = (round(float(value), 3) for value in np.median(rows, axis=0))
+    return z, y, x
+
+
+def _intensity(share: NDArray[np.float64]) -> dict[str, float]:
+    """Percentiles, mean and standard deviation of HU, by the share of voxels that has each."""
+    values, below = np.arange(LOWEST, HIGHEST + 1), np.cumsum(share)
+    low, high = (int(values[np.searchsorted(below, part)]) for part in (0.005, 0.995))
+    mean = float(share @ values)
+    return {
+        "low": low,
+        "high": high,
+        "shift": round(mean, 1),
+        "scale": round(float(share @ (values - mean) ** 2) ** 0.5, 1),
+    }
