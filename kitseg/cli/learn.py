@@ -82,7 +82,11 @@ def train(
     jobs: opt.Jobs = -1,
     deterministic: opt.Deterministic = False,
     init_from: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Start from the weights of a run, fold, bundle or checkpoint.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Start from the weights of a run, fold, bundle or checkpoint, or of a model of nnU-Net.",
+        ),
     ] = None,
     trust: opt.Trust = False,
     restart: Annotated[bool, typer.Option("--restart", help="Rename an earlier training and start a new one.")] = False,

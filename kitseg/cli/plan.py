@@ -77,18 +77,23 @@ def make_plan(
 ) -> dict[str, Any]:
     """Find and read the cases, fit a size to them, and print the plan.
 
-    given: ``convention`` of the labels; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs.
+    given: ``convention`` of the labels; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs;
+    ``start``: the model folder of nnU-Net to start from.
     """
     from kitseg.training import planner
     from kitseg.training.fingerprint import fingerprint
+    from kitseg.training.nnunet import find_nnunet
 
     size = given.get("size") or planner.choose_size(sizes, memory)
     if "plan" not in (sizes.get(size) or {}):
         raise UsageError(f"{method} has no size '{size}' that can be planned. Choose from {', '.join(sizes)}")
+    start = given.get("start")
+    if start is not None and (start := find_nnunet(start)) is None:
+        raise UsageError(f"--init-from {given['start']}: it is no model folder of nnU-Net; others need no plan")
     cases = find()
     with console.bar("plan", len(cases)) as step:
         seen = fingerprint(cases, given.get("convention", "kits19"), jobs, step, given.get("scans", True))
-    plan = planner.make_plan(method, size, seen, planner.fit_size(seen, sizes[size], memory), memory)
+    plan = planner.make_plan(method, size, seen, planner.fit_size(seen, sizes[size], memory, start), memory)
     _show(plan)
     return plan
 
@@ -121,6 +126,10 @@ def plan(
         str | None, typer.Option(metavar="SIZE", help="Memory of the GPU to train on, such as 24GB.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Plan for this machine's CPU.")] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Plan the second stage with the network of a model folder of nnU-Net."),
+    ] = None,
     convention: opt.Convention = "kits19",
     split: Annotated[Path, typer.Option(help="Split file, whose test cases are left out.")] = Path("splits.json"),
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan, a YAML file to read and edit.")] = FILE,
@@ -154,7 +163,8 @@ def plan(
         memory = (parse_size(gpu_memory, "--gpu-memory") or 0) / 1e9
     scans = data is not None or masks is None
     sizes = config.sizes(method, config_dir)
-    write_plan(out, make_plan(method, sizes, find, jobs, memory, size=size, convention=convention, scans=scans))
+    given = {"size": size, "convention": convention, "scans": scans, "start": init_from}
+    write_plan(out, make_plan(method, sizes, find, jobs, memory, **given))
     console.print_line(f"plan: {out}; `kitseg train --method {method} --plan {out}` trains it")
 
 

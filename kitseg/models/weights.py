@@ -82,10 +82,11 @@ def _digest(path: Path, size: int, written: int) -> str:
     return file_digest(path)
 
 
-def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
+def read_weights(path: Path, device: torch.device, key: str = "state_dict") -> dict[str, Tensor]:
     """The weights of a checkpoint's network by the names that they have in a ``StageModel``, on a device.
 
-    Lightning's checkpoints hold them below ``model.``, those of kitseg 0.1 as they are; a loss's own are left out.
+    key: where a checkpoint has them. Lightning's have them below ``model.``, those of kitseg 0.1 as they are; a loss's
+    own are left out.
 
     Raises:
         InputError: damaged, or with anything but weights in it.
@@ -94,7 +95,7 @@ def read_weights(path: Path, device: torch.device) -> dict[str, Tensor]:
         if path.suffix == SAFE:
             return load_file(path, device=str(device))
         _check_size(path)
-        state = torch.load(path, map_location=device, weights_only=True, mmap=True)["state_dict"]
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True)[key]
     except UnpicklingError as error:
         problem = "holds more than weights or is damaged; nothing in it was run"
         raise InputError(path, problem, _REMEDY) from error

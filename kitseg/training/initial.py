@@ -1,4 +1,4 @@
-"""Initial weights of a training: from a run, a fold, a bundle, or a checkpoint file."""
+"""Initial weights of a training: from a run, a fold, a bundle, a checkpoint file, or a model folder of nnU-Net."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kitseg.config import Method
 from kitseg.errors import InputError, UsageError
@@ -18,6 +17,8 @@ from kitseg.models.weights import read_weights, sound_checkpoints
 from kitseg.runtime import console
 from kitseg.runtime.files import file_digest, write_json
 from kitseg.splits import read_split
+from kitseg.stages.model import StageModel
+from kitseg.training.nnunet import find_nnunet, stage_for
 
 CHECKPOINTS = (".ckpt", ".safetensors")
 SHOWN = 5  # names of weights on the screen; the run's record lists all
@@ -25,16 +26,21 @@ SHOWN = 5  # names of weights on the screen; the run's record lists all
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The checkpoint that each stage starts from, and the cases that it was trained on, if known."""
+    """The checkpoint that each stage starts from, and the cases that it was trained on, if known.
+
+    note: how what it was trained on differs from what the stage will see; empty where it doesn't.
+    """
 
     stages: Mapping[str, Path]
     cases: Collection[str] = ()
+    note: str = ""
 
 
 def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
     """The weights for a method's stages: a run's stages of the same names, or one checkpoint file for each.
 
-    Of a run with several finished folds, ``fold`` is used if it is finished, else the first.
+    Of a run with several finished folds, ``fold`` is used if it is finished, else the first. A model of nnU-Net starts
+    the last stage with such a network.
 
     Raises:
         UsageError: no model, several, or none with such a stage. InputError: damaged weights.
@@ -42,6 +48,10 @@ def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
     path = Path(model)
     if path.suffix in CHECKPOINTS and path.is_file():
         return InitialWeights(dict.fromkeys(method.stages, path))
+    if (theirs := find_nnunet(model)) is not None:
+        stage = stage_for(method.stages)
+        theirs.check(stage)
+        return InitialWeights({stage.name: theirs.checkpoint(fold)}, note=theirs.difference(stage))
     member, _ = only_member(model)
     run, given = find_run(member.run)
     stages, used = {}, set[int]()
@@ -59,7 +69,7 @@ def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
 def learned_before(model: str, count: int) -> dict[str, list[int]]:
     """The scans that initial weights learned from, by their hashes, with those of ``count`` folds that they start."""
     path = Path(model)
-    if path.suffix in CHECKPOINTS and path.is_file():
+    if (path.suffix in CHECKPOINTS and path.is_file()) or find_nnunet(model) is not None:
         return {}
     run, given = find_run(only_member(model)[0].run)
     learned = run.read_info().learned
@@ -68,7 +78,7 @@ def learned_before(model: str, count: int) -> dict[str, list[int]]:
     return {sha256: [n for n, fold in enumerate(starts) if fold in folds] for sha256, folds in learned.items()}
 
 
-def start_from(module: nn.Module, path: Path, folder: StageFolder, loud: bool) -> None:
+def start_from(module: StageModel, path: Path, folder: StageFolder, loud: bool) -> None:
     """Load those weights of a checkpoint that match by name and shape.
 
     loud: print the matching and missing weights, and write them to the training's ``initial.json``.
@@ -76,7 +86,8 @@ def start_from(module: nn.Module, path: Path, folder: StageFolder, loud: bool) -
     Raises:
         InputError: no weights match, or the file is damaged; no code in it is executed.
     """
-    own, found = module.state_dict(), read_weights(path, torch.device("cpu"))
+    own, theirs = module.state_dict(), find_nnunet(str(path.parent))
+    found = read_weights(path, torch.device("cpu")) if theirs is None else theirs.weights(path, module.channels)
     taken = {name: found[name] for name in own if name in found and found[name].shape == own[name].shape}
     if not taken:
         raise InputError(path, "contains no weights that match this stage by name and shape", "Choose another model.")

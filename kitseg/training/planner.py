@@ -28,6 +28,7 @@ from kitseg.runtime.files import write_text
 from kitseg.stages.model import StageModel
 from kitseg.training.cost import MIXED, memory_of, peak_bytes, stage_cost
 from kitseg.training.fingerprint import Fingerprint
+from kitseg.training.nnunet import NnunetModel
 from kitseg.training.rehearsal import seconds_a_step
 from kitseg.types import Triple, triple
 
@@ -63,16 +64,18 @@ def choose_size(sizes: Mapping[str, Any], memory: float | None) -> str:
     return found[0]
 
 
-def fit_size(seen: Fingerprint, block: Config, memory: float | None) -> Config:
+def fit_size(seen: Fingerprint, block: Config, memory: float | None, start: NnunetModel | None = None) -> Config:
     """The values of a size, fitted to cases and to a GPU of so many GB; None: a CPU, where patches keep their voxels.
+
+    start: a network of nnU-Net that the second stage and the intensities are taken from.
 
     Raises:
         UsageError: the memory is too small for any patch.
     """
     values = deepcopy(block)
     steps = values["plan"]["steps"]
-    if seen.hu is not None:
-        values["hu"] = dict(seen.hu)
+    if seen.hu is not None or start is not None:
+        values["hu"] = dict(start.hu if start is not None else seen.hu or {})
     finest = target_spacing(seen)
     regions = (np.array(seen.scan_mm), np.array(seen.kidneys_mm) + 2 * MARGIN)
     for name, region in zip(("kidneys", "masses"), regions, strict=True):
@@ -85,6 +88,8 @@ def fit_size(seen: Fingerprint, block: Config, memory: float | None) -> Config:
         stage |= network(block[name], spacing, stage["patch"])
         if memory is not None and name == "masses":
             stage["batch"] = fits.batch(stage["patch"])
+        if start is not None and name == "masses":
+            values[name] = stage = start.adopt(stage)
         stage["per_case"] = max(1, round(steps * stage["batch"] / (TRAINED_ON * seen.cases)))
     return values
 

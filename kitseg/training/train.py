@@ -57,6 +57,8 @@ def _initial_weights(plan: Plan, log: Log) -> Mapping[str, Path]:
     if seen := sorted(set(plan.part.val) & set(found.cases)):
         names = ", ".join(seen[:5]) + (" …" if len(seen) > 5 else "")
         log(f"{plan.initial} was trained on validation cases of fold {plan.fold}: scores are biased ({names})")
+    if found.note:
+        log(found.note)
     return found.stages
 
 
