@@ -18,7 +18,7 @@ from kitseg.volumes.nifti import read_image, read_labels
 from kitseg.volumes.scan import check_grid
 
 Millimetres = tuple[float, float, float]
-LOWEST, HIGHEST = -1024, 3071  # HU that are told apart
+LOWEST, HIGHEST = -1024, 3071  # HU that are counted separately
 SPECK_MM = 3.0  # smaller lesions are slips of a pen
 
 
