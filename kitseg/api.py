@@ -260,6 +260,7 @@ def train(
     from kitseg.runtime.device import Machine
     from kitseg.training.fit import fit
     from kitseg.training.plan import Start
+    from kitseg.training.synthesis import prepare
     from kitseg.training.train import trainings_of_fold
     from kitseg.volumes.kits import labelled_cases
 
@@ -270,7 +271,9 @@ def train(
     with console.silent():
         cases = labelled_cases(_paths(data))
         _preprocess(cases, begin.method, store, configuration["convention"], -1)
-        for training in trainings_of_fold(begin.claim(cases, -1), None, lambda _: None):
+        plan = begin.claim(cases, -1)
+        prepare(plan, cases, -1)
+        for training in trainings_of_fold(plan, None, lambda _: None):
             fit(training, machine)
     return run.path
 

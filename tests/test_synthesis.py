@@ -149,7 +149,7 @@ def test_moves_and_pushes(body: Body) -> None:
     kidney = body.facts.kidneys[0]
     middle = (np.array(body.hu.shape) - 1) / 2 * MM
     shift = habitus.Move(np.array(kidney.centre), np.full(3, 60.0), np.zeros((3, 3)), np.array([-12.0, 0, 0]), True)
-    frame = habitus.Frame(np.eye(3), middle, moves=(shift,))
+    frame = habitus.Frame(np.eye(3), middle, unusual=(habitus.Unusual("low", kidney, shift),))
     low = frame.find(np.array(kidney.centre)) + middle
     assert low == pytest.approx(np.add(kidney.centre, [12, 0, 0]), abs=0.3)
     push = habitus.push(np.zeros(3), 10, 0.5)

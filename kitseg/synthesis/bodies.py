@@ -107,7 +107,7 @@ def vessels(hu: Floats, spacing: Sequence[float]) -> Mask:
         part[:] = edt.edt(np.ascontiguousarray(~core), across) <= 17 if core.any() else False
     found = ndimage.binary_opening(bright & (deviation < 45) & ~thick)
     found |= ndimage.binary_opening((mean > 330) & (deviation < 60))  # a bright aorta beside the spine
-    grown: Mask = _ball(found, 4.5, spacing) & (hu > 85)
+    grown: Mask = _ball(found, 4.5, spacing) & (hu > 50)
     return grown
 
 

@@ -7,7 +7,7 @@ from its centre, in a body from the centre of its voxel 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ AIR = -1000.0
 EVERY = 4  # voxels between the points where the grid is computed; between them it is interpolated
 EDGE = 12.0  # mm by which the first and the last slice of a body are continued
 FAT = (-112.0, -88.0)  # HU
+KINDS = {"absent": 0.05, "small": 0.05, "low": 0.04, "malrotated": 0.04}  # of all kidneys
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,31 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """The map from a patch to a body: pushes in the patch, then ``matrix`` and ``centre``, then moves in the body.
+class Unusual:
+    """A kidney that is absent, small, low or malrotated (``kind``), and the move that makes it so, in the body."""
 
-    elastic: (3, a, b, c) displacements in mm over the patch; pushes, moves: local changes; removed: kidneys that are
-    filled with fat.
+    kind: str
+    kidney: Kidney
+    move: Move
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The map from a patch to a body: pushes in the patch, then ``matrix`` and ``centre``, then unusual kidneys.
+
+    elastic: (3, a, b, c) displacements in mm over the patch.
     """
 
     matrix: Vector
     centre: Vector
     elastic: Tensor | None = None
     pushes: tuple[Move, ...] = ()
-    moves: tuple[Move, ...] = ()
-    removed: tuple[Kidney, ...] = field(default=())
+    unusual: tuple[Unusual, ...] = ()
+
+    @property
+    def removed(self) -> list[Kidney]:
+        """The kidneys that are filled with fat."""
+        return [one.kidney for one in self.unusual if one.kind == "absent"]
 
     @property
     def zoom(self) -> float:
@@ -75,7 +88,7 @@ class Frame:
         """The point that the moves bring to a point of the body."""
         wanted = torch.tensor(point, dtype=torch.float32)
         there = wanted.clone()
-        for _ in range(25 if self.moves else 0):  # a fixed point: moves change more slowly than points
+        for _ in range(25 if self.unusual else 0):  # a fixed point: moves change more slowly than points
             there = there + (wanted - self._moved(there))
         return there.numpy().astype(np.float64)
 
@@ -94,8 +107,8 @@ class Frame:
         return upsampled(there[None], shape, corners=True)[0]
 
     def _moved(self, points: Tensor) -> Tensor:
-        for move in self.moves:
-            points = move(points)
+        for one in self.unusual:
+            points = one.move(points)
         return points
 
 
@@ -117,27 +130,28 @@ def push(centre: Vector, radius: float, strength: float) -> Move:
     return Move(centre, np.full(3, 1.5 * radius), -strength * np.eye(3), np.zeros(3))
 
 
-def unusual_kidneys(rng: Generator, kidneys: Sequence[Kidney]) -> tuple[tuple[Move, ...], tuple[Kidney, ...]]:
-    """Moves and removed kidneys: each kidney may be absent (one of two), small, low or malrotated; most are usual."""
-    moves: list[Move] = []
-    removed: list[Kidney] = []
-    for kidney in kidneys:
-        centre, radii = np.array(kidney.centre), np.array(kidney.radii)
-        kind = rng.choice(["usual", "absent", "small", "low", "malrotated"], p=[0.82, 0.05, 0.05, 0.04, 0.04])
-        if kind == "absent" and len(kidneys) > len(removed) + 1:
-            removed.append(kidney)
-            moves.append(Move(centre, radii * 1.2, 0.5 * np.eye(3), np.zeros(3)))
-        elif kind == "small":
-            moves.append(Move(centre, radii * 1.5, rng.uniform(0.15, 0.5) * np.eye(3), np.zeros(3)))
-        elif kind == "low":
-            # tissue is taken from further up: slices run from head to feet
-            shift = np.array([-rng.uniform(10, 28), 0, 0])
-            moves.append(Move(centre - shift / 2, np.add(radii * 1.55, [28, 8, 8]), np.zeros((3, 3)), shift, flat=True))
-        elif kind == "malrotated":
-            angle = np.deg2rad(rng.uniform(15, 38) * rng.choice([-1, 1]))
-            turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
-            moves.append(Move(centre, radii * 1.35 + 6, turn - np.eye(3), np.zeros(3), flat=True))
-    return tuple(moves), tuple(removed)
+def unusual_kidneys(rng: Generator, kidneys: Sequence[Kidney]) -> tuple[Unusual, ...]:
+    """Each kidney may be absent (one of two), small, low or malrotated; most are usual."""
+    kinds = rng.choice(["usual", *KINDS], len(kidneys), p=[1 - sum(KINDS.values()), *KINDS.values()]).tolist()
+    if len(kidneys) == 1 or kinds == ["absent"] * len(kidneys):
+        kinds[0] = "usual" if kinds[0] == "absent" else kinds[0]
+    chosen = zip(kinds, kidneys, strict=True)
+    return tuple(Unusual(kind, kidney, _moved(kind, kidney, rng)) for kind, kidney in chosen if kind != "usual")
+
+
+def _moved(kind: str, kidney: Kidney, rng: Generator) -> Move:
+    """The move that makes a kidney unusual; what was around an absent one comes closer."""
+    centre, radii, still = np.array(kidney.centre), np.array(kidney.radii), np.zeros(3)
+    if kind == "absent":
+        return Move(centre, radii * 1.2, 0.5 * np.eye(3), still)
+    if kind == "small":
+        return Move(centre, radii * 1.5, rng.uniform(0.15, 0.5) * np.eye(3), still)
+    if kind == "low":  # what is shown comes from further up: slices run from head to feet
+        shift = np.array([-rng.uniform(10, 28), 0, 0])
+        return Move(centre - shift / 2, np.add(radii * 1.55, [28, 8, 8]), np.zeros((3, 3)), shift, flat=True)
+    angle = np.deg2rad(rng.uniform(15, 38) * rng.choice([-1, 1]))
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    return Move(centre, radii * 1.35 + 6, turn - np.eye(3), still, flat=True)
 
 
 def sample(body: Body, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

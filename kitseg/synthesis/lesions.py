@@ -20,7 +20,7 @@ from torch.nn.functional import grid_sample
 
 from kitseg.components import Components
 from kitseg.labels import CYST, TUMOR
-from kitseg.synthesis import textures
+from kitseg.synthesis import phases, textures
 from kitseg.synthesis.bodies import signed_distance
 from kitseg.synthesis.fields import Vector, any_rotation, box_mean, rotation, smooth_noise
 from kitseg.synthesis.phases import Phase
@@ -179,7 +179,7 @@ def insert(plan: Plan, scene: Scene, rng: Generator) -> dict[str, Any] | None:
         look, made = "stone", textures.stone(site, rng)
     else:
         look, made = textures.cyst(site, rng) if plan.kind == "cyst" else textures.tumor(site, rng)
-    made = made + smooth_noise(rng, hu.shape, 1.2) * scene.noise * float(rng.uniform(0.6, 1.2))
+    made = made + smooth_noise(rng, hu.shape, 1.2) * scene.noise * float(rng.uniform(*phases.GRAIN))
     width = float(rng.uniform(0.35, 0.6)) * max(float(scene.spacing.mean()), 1.2)
     hu += torch.sigmoid(-lesion / width) * (made - hu)
     if (number := IDS[plan.kind]) is not None:

@@ -96,7 +96,7 @@ def make(body: Body, shapes: Shapes, window: Window, parts: Parts, rng: Generato
     if parts.scanners:
         hu = _scanned(hu, points, spacing, body, rng)
     made = {"body": body.name, "phase": phase.name, "parenchyma_hu": round(phase.parenchyma, 1), "lesions": found}
-    return Patient(hu, label, {**made, "removed_kidneys": len(frame.removed), "moved_kidneys": len(frame.moves)})
+    return Patient(hu, label, {**made, "kidneys": [one.kind for one in frame.unusual]})
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ def _frame(body: Body, window: Window, parts: Parts, rng: Generator) -> Frame:
     if parts.habitus:
         frame = replace(frame, matrix=habitus.any_matrix(rng, window.whole), elastic=habitus.any_elastic(rng))
     if parts.kidneys:
-        moves, removed = habitus.unusual_kidneys(rng, body.facts.kidneys)
-        frame = replace(frame, moves=moves, removed=removed)
+        frame = replace(frame, unusual=habitus.unusual_kidneys(rng, body.facts.kidneys))
     return frame
 
 

@@ -17,6 +17,7 @@ SCANNED, PLAIN, CORTICAL, NEPHROGRAPHIC, EXCRETORY = (
 )  # fmt: skip
 SHARES = {SCANNED: 0.38, PLAIN: 0.2, CORTICAL: 0.17, NEPHROGRAPHIC: 0.15, EXCRETORY: 0.1}
 CORTEX = (5.0, 8.0)  # mm, its thickness
+GRAIN = (0.35, 0.85)  # of a scan's fine noise: interpolation has smoothed what is around
 BLOOD, TISSUE = 42.0, 45.0  # HU without contrast
 
 
@@ -62,7 +63,7 @@ def show(name: str, on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, 
     if name == PLAIN:
         return _plain(on, facts, rng)
     hu, mean = on.hu, facts.parenchyma
-    noise = smooth_noise(rng, hu.shape, 1.2) * facts.noise * rng.uniform(0.6, 1.2)
+    noise = smooth_noise(rng, hu.shape, 1.2) * facts.noise * rng.uniform(*GRAIN)
     left = (hu - mean).clamp(-90, 90) * rng.uniform(0.15, 0.5)  # of the structure that was scanned
     if name == CORTICAL:
         cortex, medulla = rng.uniform(140, 240), rng.uniform(60, 120)
@@ -95,7 +96,7 @@ def _plain(on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, Phase]:
     level, mean = rng.uniform(24, 42), torch.tensor(facts.parenchyma)
     hu = _without_contrast(on.hu, on.tissue, 1.0)
     structure = on.hu.clamp(-60, 200) - _dulled(mean)
-    noise = smooth_noise(rng, hu.shape, 1.2) * facts.noise * rng.uniform(0.6, 1.2)
+    noise = smooth_noise(rng, hu.shape, 1.2) * facts.noise * rng.uniform(*GRAIN)
     flat = level + structure * rng.uniform(0.1, 0.25) + noise
     return hu + on.inside * (flat - hu), Phase(PLAIN, level, level)
 
@@ -104,7 +105,7 @@ def _without_contrast(hu: Tensor, tissue: Tensor, share: float) -> Tensor:
     """Soft tissue and vessels with a share of their contrast agent taken away; fat and bone stay."""
     dull = _dulled(hu)
     blood = BLOOD + 0.15 * (hu - 150)
-    dull = dull + tissue.clamp(min=0) * (blood - dull).clamp(max=0)
+    dull = dull + (2 * tissue.abs()).clamp(max=1) * (blood - dull).clamp(max=0)  # vessels, in the sinus too
     return hu + share * (dull - hu)
 
 

@@ -18,6 +18,7 @@ from kitseg.runtime.console import bar
 from kitseg.runtime.device import Machine, torch_device
 from kitseg.runtime.provenance import FileFormat
 from kitseg.scoring.kits19 import kits19_scores
+from kitseg.training.data_source import data_settings
 from kitseg.training.fit import fit
 from kitseg.training.plan import Plan, Start, Unit, open_stored
 from kitseg.training.train import Log, trainings
@@ -67,6 +68,8 @@ def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
     """
     found, _ = find_run(run)
     plan = Start(config.read(found.config), found, fold, found.split, store, Machine(device)).rehearse(())
+    if data_settings(plan.config) is not None:
+        raise UsageError(f"{run} learned from synthetic patients, so it can't rank cases")
     if not plan.part.inner:
         raise UsageError(f"fold {fold} has no inner folds, so no network can judge its training cases")
     ranking_stage(plan.method)

@@ -1,0 +1,136 @@
+"""Draws each part of `kitseg.synthesis` on a body: synthesis_pictures.py SCAN KIDNEY_MASK OUT [LABEL_MAPS]."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from kitseg.patches.bodies import body_of, open_shapes, prepare_shapes, shape_cases
+from kitseg.synthesis import phases, scanners
+from kitseg.synthesis.bodies import Body
+from kitseg.synthesis.fields import blur
+from kitseg.synthesis.habitus import KINDS
+from kitseg.synthesis.lesions import Shapes
+from kitseg.synthesis.patient import Parts, Patient, Window, make
+from kitseg.synthesis.textures import LOOKS
+from kitseg.types import Case
+
+NONE = Parts(**dict.fromkeys(asdict(Parts()), False))
+NEAR = Window((72, 80, 80), (1.2, 1.2, 1.2), (1.0, 1.0, 0.0), radii=(5, 26))
+KIDNEY = replace(NEAR, focus=(0.0, 1.0, 0.0))
+COLOURS = {1: "#00d5ff", 2: "#ff2d2d", 3: "#ffd500"}
+Wanted = Callable[[Patient], bool]
+
+
+def find(body: Body, shapes: Shapes, window: Window, parts: Parts, wanted: Wanted) -> Patient:
+    """The first patient of its kind."""
+    patients = (make(body, shapes, window, parts, np.random.default_rng(n)) for n in range(2000))
+    return next(patient for patient in patients if wanted(patient))
+
+
+def lesion(kind: str, look: str, least: float) -> Wanted:
+    """Patients whose first lesion is of a kind, of at least so many ml."""
+
+    def wanted(patient: Patient) -> bool:
+        rows = patient.made["lesions"]
+        return bool(rows) and (rows[0]["kind"], rows[0]["look"]) == (kind, look) and rows[0]["ml"] >= least
+
+    return wanted
+
+
+def axial(patient: Patient) -> tuple[torch.Tensor, torch.Tensor]:
+    """HU and labels of the slice with most of a lesion, a stone, or the kidneys."""
+    masses, bright = patient.label > 1, (patient.label > 0) & (patient.hu > 400)
+    best = next(mask for mask in (masses, bright, patient.label > 0) if mask.any()).sum((1, 2)).argmax()
+    return patient.hu[best], patient.label[best]
+
+
+def coronal(patient: Patient) -> tuple[torch.Tensor, torch.Tensor]:
+    """HU and labels of the plane with most of the kidneys."""
+    best = (patient.label > 0).sum((0, 2)).argmax()
+    return patient.hu[:, best], patient.label[:, best]
+
+
+def page(path: Path, panels: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Each panel's image, and below it the image with the labels' outlines."""
+    hu = next(iter(panels.values()))[0]
+    ratio = hu.shape[0] / hu.shape[1]
+    figure = Figure(figsize=(1.9 * len(panels), 2 * 1.9 * ratio + 0.3), facecolor="black", layout="constrained")
+    for column, (title, (hu, label)) in enumerate(panels.items()):
+        for row in range(2):
+            axes = figure.add_subplot(2, len(panels), row * len(panels) + column + 1)
+            axes.imshow(hu, cmap="gray", vmin=-160, vmax=280)
+            axes.axis("off")
+            if not row:
+                axes.set_title(title, color="white", fontsize=9)
+            for number, colour in COLOURS.items() if row else ():
+                if (label == number).any():
+                    axes.contour(label == number, [0.5], colors=colour, linewidths=0.8)
+    figure.savefig(path, dpi=75)
+
+
+def main(scan: Path, mask: Path, out: Path, label_maps: Path | None) -> None:
+    """A page of pictures for each part."""
+    shapes = Shapes()
+    if label_maps is not None:
+        folder = Path(tempfile.mkdtemp()) / "shapes"
+        prepare_shapes(label_maps, folder, 1)
+        shapes = open_shapes(folder, shape_cases(folder))
+    body, _ = body_of(Case("body", scan, mask))
+    some = replace(NONE, tumors=True, pushes=True)
+    tumors = {name: find(body, shapes, NEAR, some, lesion("tumor", name, 4)) for name in LOOKS}
+    page(out / "synthesis_tumors.png", {name: axial(patient) for name, patient in tumors.items()})
+    cysts = {name: ("cyst", name, 1.5) for name in ("simple", "hyperdense", "walled", "septate")}
+    others = {**cysts, "stone": ("stone", "stone", 0.03)}
+    some = replace(NONE, cysts=True, stones=True)
+    found = {name: find(body, shapes, NEAR, some, lesion(*row)) for name, row in others.items()}
+    page(out / "synthesis_cysts.png", {name: axial(patient) for name, patient in found.items()})
+    some, shown = replace(NONE, phases=True), {}
+    for name in phases.SHARES:
+        urine = name == phases.EXCRETORY  # with contrast agent in view
+        shown[name] = find(
+            body, shapes, KIDNEY, some, lambda p, n=name, u=urine: p.made["phase"] == n and in_view(p, u)
+        )
+    page(out / "synthesis_phases.png", {name: axial(patient) for name, patient in shown.items()})
+    depth = round(body.hu.shape[0] * body.spacing[0] / 2.5)
+    whole = Window((depth, 100, 140), (2.5, 2.5, 2.5), whole=True)
+    rows = {"as scanned": make(body, shapes, whole, NONE, np.random.default_rng(0))}
+    rows["habitus"] = make(body, shapes, whole, replace(NONE, habitus=True), np.random.default_rng(1))
+    some = replace(NONE, kidneys=True)
+    for kind in KINDS:
+        rows[kind] = find(body, shapes, whole, some, lambda p, kind=kind: p.made["kidneys"] == [kind])
+    page(out / "synthesis_kidneys.png", {name: coronal(patient) for name, patient in rows.items()})
+    page(out / "synthesis_scanners.png", scanned(find(body, shapes, KIDNEY, NONE, in_view)))
+
+
+def in_view(patient: Patient, urine: bool = False) -> bool:
+    """Whether a patch shows much of a kidney, and perhaps bright urine."""
+    return bool(
+        (patient.label > 0).float().mean() > 0.12 and (not urine or (patient.hu[patient.label > 0] > 400).sum() > 40)
+    )
+
+
+def scanned(near: Patient) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The changes of the scanner, one by one."""
+    mm, rng = np.array(NEAR.spacing), np.random.default_rng(0)
+    made = {
+        "as scanned": near.hu,
+        "smooth kernel": blur(near.hu, 1.2 / mm),
+        "noise": near.hu + 25 * scanners.dose_noise(near.hu.shape, mm, rng),
+        "streaks": scanners.streaks(near.hu, mm, rng),
+        "gamma": scanners.gamma(near.hu, rng),
+    }
+    panels = {name: axial(replace(near, hu=hu)) for name, hu in made.items()}
+    thick = scanners.thick_slices(near.hu, 5 / mm[0])
+    return {**panels, "5 mm, coronal": coronal(replace(near, hu=thick))}
+
+
+torch.set_num_threads(1)
+main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]) if sys.argv[4:] else None)
