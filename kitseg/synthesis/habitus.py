@@ -159,23 +159,21 @@ def sample(body: Body, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Outside the body's scan there is air; only its first and last slice are continued by ``EDGE`` mm.
     """
-    mm, size = _column(np.array(body.spacing), grid), np.array(body.hu.shape)
-    voxels, last, edge = grid / mm, float(size[0] - 1), EDGE / body.spacing[0]
-    z = voxels[0]
-    voxels[0] = torch.where(z < 0, (z + edge).clamp(max=0), torch.where(z > last, (z - edge).clamp(min=last), z))
-    flat = voxels.reshape(3, -1)
-    low = np.maximum(np.floor(flat.amin(1).numpy()).astype(int) - 1, 0)
-    high = np.minimum(np.ceil(flat.amax(1).numpy()).astype(int) + 2, size)
-    shape = grid.shape[1:]
+    shape, size = grid.shape[1:], np.array(body.hu.shape)
+    z, last = grid[0], float(size[0] - 1) * body.spacing[0]
+    z = torch.where(z < 0, (z + EDGE).clamp(max=0), torch.where(z > last, (z - EDGE).clamp(min=last), z))
+    points = (z, grid[1], grid[2])
+    ends = np.array([(float(p.min()), float(p.max())) for p in points]).T / body.spacing
+    low, high = np.maximum(np.floor(ends[0]).astype(int) - 1, 0), np.minimum(np.ceil(ends[1]).astype(int) + 2, size)
     if (high - low < 2).any():
         return torch.full(shape, AIR), torch.full(shape, FAR), torch.zeros(shape)
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     outside = torch.tensor([AIR, FAR, 0.0])[:, None, None, None]
     part = torch.stack([torch.from_numpy(a[box].astype(np.float32)) for a in (body.hu, body.distance, body.tissue)])
-    length = _column(high - low, grid)
-    relative = ((2 * (voxels - _column(low, grid)) + 1) / length - 1).flip(0).permute(1, 2, 3, 0)
-    hu, distance, tissue = grid_sample((part - outside)[None], relative[None], align_corners=False)[0] + outside
-    return hu, distance, tissue
+    rows = zip(points, body.spacing, low, high - low, strict=True)
+    relative = torch.stack([p * (2 / (mm * n)) + float((1 - 2 * first) / n - 1) for p, mm, first, n in rows][::-1], -1)
+    found = grid_sample((part - outside)[None], relative[None], align_corners=False)[0]
+    return found[0] + AIR, found[1] + FAR, found[2]
 
 
 def remove(
