@@ -249,7 +249,11 @@ SYNTHETIC = (
     "--data=bodies", "--jobs=1", "--epochs=1", "--set=data.source=synthesis", "--set=data.lesions=patients",
     "--set=data.patients=3", "--set=data.validation=1", "--set=folds=3", "--set=stages.*.validate_every=1",
 )  # fmt: skip
-SMALL = [f"--set=size.{name}.{key}" for name in ("kidneys", "masses") for key in ("patch=[16,16,16]", "spacing=6")]
+SMALL = [
+    f"--set=size.{name}.{key}"
+    for name in ("kidneys", "masses")
+    for key in ("patch=[16,16,16]", "grid={slices:6,inplane:6}")
+]
 
 
 def test_training_on_synthetic_patients(patients: Path) -> None:
