@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from kitseg import config
 from kitseg.links.regions import AroundForeground, RegionContext
 from kitseg.losses.dice import DiceCrossEntropy
 from kitseg.nets.residual_unet import ResidualUNet, from_nnunet
+from kitseg.stages.base import Stage
+from kitseg.training.fit import make_feed
 from kitseg.types import Box, Geometry
 
 #: Written by the script beside it, with nnU-Net's network.
@@ -59,3 +62,23 @@ def test_the_box_around_the_kidneys_has_its_margin_in_millimetres() -> None:
     region = AroundForeground(10, at_least=(16, 16, 16))
     assert region(RegionContext(fine, guide, coarse)) == Box((2, 11, 0), (18, 29, 40))
     assert region(RegionContext(fine, np.zeros_like(guide), coarse)) is None
+
+
+def test_each_part_can_be_taken_away() -> None:
+    """The switches of the table in docs/methods/resenc.md."""
+    changes = [
+        "stages.*.augmentation=null", "stages.*.module.weights=[0,0,1]", "trainer.ema=null",
+        "stages.masses.region.margin=10000", "stages.*.sampler.foreground=0",
+    ]  # fmt: skip
+    made = config.compose("resenc", "tiny", changes)
+    spec = config.method_of(made).stages["masses"]
+    grid = Geometry((60, 90, 100), np.diag([2.5, 2.5, 2.5, 1]))
+    guide = np.zeros(grid.shape, np.uint8)
+    guide[20:40, 30:50, 20:40] = 1
+    assert config.build(spec.parts["region"])(RegionContext(grid, guide, grid)) == Box((0, 0, 0), grid.shape)
+    assert config.build(spec.parts["sampler"]).foreground == 0
+    assert not make_feed(spec, seed=0, workers=0).augmentation
+    assert made["trainer"]["ema"] is None
+    logits, target = torch.randn(1, 3, 8, 8, 8), torch.zeros(1, 8, 8, 8, dtype=torch.int64)
+    alone, stage = DiceCrossEntropy()(logits, target), Stage.of(spec)
+    assert float(stage.loss([logits[..., ::4, ::4, ::4], logits[..., ::2, ::2, ::2], logits], target)) == float(alone)

@@ -96,6 +96,7 @@ def train(
     set_: opt.Set = [],  # noqa: B006
 ) -> None:
     """Train the stages of a method in order. Running the same command again resumes."""
+    from kitseg import config
     from kitseg.models.run_folder import Run
     from kitseg.runtime.device import Machine, be_deterministic
     from kitseg.runtime.launcher import Launch, is_started_again
@@ -114,7 +115,10 @@ def train(
     overrides = [*set_, *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
     def make(sizes: dict[str, Any]) -> dict[str, Any]:
-        return make_plan(method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory_here(device))
+        known = config.compose(method, next(iter(sizes)), overrides, config_dir)["convention"]
+        return make_plan(
+            method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory_here(device), convention=known
+        )
 
     configuration, size = Asked(method, size, plan, overrides, config_dir).composed(make, write=not dry_run)
     if deterministic:
