@@ -242,6 +242,17 @@ def test_the_same_address_is_the_same_patch_in_any_batch(folders: list[Path], sa
         assert torch.equal(other[1], label)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("size", [(8, 24, 20), (1, 24, 20), (20, 20, 20)])
+def test_a_gpu_makes_the_same_patches(size: Triple) -> None:
+    hu, label = torch.randn(8, 1, *size) * 100, torch.randint(0, 4, (8, 1, *size), dtype=torch.uint8)
+    image, ids = changed(Augmentation(), hu, label, size)
+    there, ids_there = changed(Augmentation(), hu.cuda(), label.cuda(), size)
+    assert torch.allclose(there.cpu(), image, atol=0.05)
+    assert float((ids_there.cpu() == ids).float().mean()) > 0.999
+
+
 def test_a_guide_moves_with_the_image(folders: list[Path], tmp_path: Path) -> None:
     link, guides = GuidedByForeground((2, 2, 2)), {}
     for folder in folders:

@@ -99,7 +99,9 @@ class SyntheticQueue(Dataset[tio.Subject]):
         patient = make(body, self.shapes, self.window, self.parts, rng)
         label = patient.label if self.source.cysts else _without_cysts(patient.label)
         image = self.transform(patient.hu[None], statistics, None)
-        return tio.Subject(image=tio.ScalarImage(tensor=image), label=tio.LabelMap(tensor=label[None]))
+        return tio.Subject(
+            image=tio.ScalarImage(tensor=image), label=tio.LabelMap(tensor=label[None]), case=f"synthetic {body.name}"
+        )
 
 
 def parts_without(names: Sequence[str]) -> Parts:
