@@ -1,7 +1,7 @@
 """kitseg as a library: arrays or paths in, arrays and figures out; nothing is printed, and failures are exceptions.
 
 Every function does what the command of its name does. Label ids: 0 background, 1 kidney, 2 tumor (3 cyst, in the
-convention kits23). Affines map voxel indices to millimetres in RAS+, as nibabel's.
+scheme kits23). Affines map voxel indices to millimetres in RAS+, as nibabel's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from kitseg import config
 from kitseg.commands.preprocess import Stored
 from kitseg.config import Method
 from kitseg.errors import KitsegError
+from kitseg.labels import Scheme, find_scheme
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.renal_function import AfterSurgery, Patient
 from kitseg.models.members import Ensemble, Prediction, choose_run, open_ensemble
@@ -121,7 +122,7 @@ def evaluate(
     reference: Image,
     affine: ArrayLike | None = None,
     protocol: str = "kits19",
-    convention: str | None = None,
+    scheme: Scheme | str | None = None,
 ) -> CaseScore:
     """Score a label map against a reference.
 
@@ -130,7 +131,7 @@ def evaluate(
         reference: the same kinds.
         affine: (4, 4), of arrays; that of the other label map where it is None.
         protocol: the challenge whose rules apply, kits19 or kits23.
-        convention: what label ids mean, kits19 or kits23; the protocol's where it is None.
+        scheme: of the label maps, see ``labels.find_scheme``; the protocol's where it is None.
 
     Returns:
         Dice, surface Dice, distances in mm and volume errors by class, and the tumors found.
@@ -141,20 +142,20 @@ def evaluate(
     from kitseg.commands.evaluate import rules
     from kitseg.scoring.case import score
 
-    by = rules(protocol, convention)
+    by = rules(protocol, find_scheme(scheme) if isinstance(scheme, str) else scheme)
     if affine is None and isinstance(prediction, np.ndarray) and not isinstance(reference, np.ndarray):
-        affine = _labels(reference, None, by.convention).native.affine
-    found = _labels(prediction, affine, by.convention)
-    truth = _labels(reference, found.native.affine if affine is None else affine, by.convention)
+        affine = _labels(reference, None, by.scheme).native.affine
+    found = _labels(prediction, affine, by.scheme)
+    truth = _labels(reference, found.native.affine if affine is None else affine, by.scheme)
     check_grid(Path(found.case_id), found.geometry, truth.geometry)
-    return score(found.array, truth.array, truth.geometry.spacing, by.protocol, by.convention)
+    return score(found.array, truth.array, truth.geometry.spacing, by.protocol, by.scheme)
 
 
 def measure(
     labels: Image | Prediction,
     affine: ArrayLike | None = None,
     ct: Image | None = None,
-    convention: str = "kits23",
+    scheme: Scheme | str = "kits23",
 ) -> Findings:
     """Kidneys and lesions of a label map, in mm and ml; with the CT also in HU.
 
@@ -162,14 +163,14 @@ def measure(
         labels: a ``Prediction``, a NIfTI file, an array or an image.
         affine: (4, 4), of arrays.
         ct: the scan on the same grid: a file, an array or an image.
-        convention: what label ids mean, kits19 or kits23.
+        scheme: of the label map, see ``labels.find_scheme``; a ``Prediction`` has its own.
 
     Raises:
         InputError: a file or an array can't be used, or they lie on different grids.
     """
     from kitseg.measurement.measure import measure as measure_labels
 
-    found = _labels(labels, affine, convention)
+    found = _labels(labels, affine, scheme)
     if ct is None:
         return measure_labels(found.array, found.geometry)
     scan = scan_from(ct, found.native.affine if affine is None else affine)
@@ -178,10 +179,7 @@ def measure(
 
 
 def after_surgery(
-    labels: Image | Prediction,
-    patient: Patient,
-    affine: ArrayLike | None = None,
-    convention: str = "kits23",
+    labels: Image | Prediction, patient: Patient, affine: ArrayLike | None = None, scheme: Scheme | str = "kits23"
 ) -> AfterSurgery | None:
     """Kidney function after radical and partial nephrectomy of the kidney with the largest tumor.
 
@@ -189,7 +187,7 @@ def after_surgery(
         labels: a ``Prediction``, a NIfTI file, an array or an image.
         patient: eGFR before surgery, age and diabetes.
         affine: (4, 4), of arrays.
-        convention: what label ids mean, kits19 or kits23.
+        scheme: of the label map, see ``labels.find_scheme``; a ``Prediction`` has its own.
 
     Returns:
         New baseline GFR with its 90 % interval, and what a resection takes; None without a tumor or two kidneys.
@@ -200,17 +198,13 @@ def after_surgery(
     from kitseg.measurement.measure import measure as measure_labels
     from kitseg.measurement.renal_function import after_surgery as predict_function
 
-    found = _labels(labels, affine, convention)
+    found = _labels(labels, affine, scheme)
     findings = measure_labels(found.array, found.geometry)
     return predict_function(findings, patient, found.array, found.geometry)
 
 
 def preprocess(
-    data: FilePath | Sequence[FilePath],
-    method: Method | FilePath,
-    to: FilePath,
-    convention: str = "kits19",
-    jobs: int = -1,
+    data: FilePath | Sequence[FilePath], method: Method | FilePath, to: FilePath, jobs: int = -1
 ) -> list[Stored]:
     """Resample cases to the grids of a method; finished and unchanged ones stay.
 
@@ -218,7 +212,6 @@ def preprocess(
         data: folders of cases.
         method: from ``load_method``, or what it takes.
         to: the folder for the preprocessed cases.
-        convention: what label ids mean, kits19 or kits23.
         jobs: cases at a time; -1: one a core.
 
     Raises:
@@ -227,7 +220,7 @@ def preprocess(
     from kitseg.volumes.kits import find_cases
 
     cases = [case for folder in _paths(data) for case in find_cases(folder)]
-    return _preprocess(cases, method if isinstance(method, Method) else load_method(method), to, convention, jobs)
+    return _preprocess(cases, method if isinstance(method, Method) else load_method(method), to, jobs)
 
 
 def train(
@@ -270,7 +263,7 @@ def train(
     begin.check()
     with console.silent():
         cases = labelled_cases(_paths(data))
-        _preprocess(cases, begin.method, store, configuration["convention"], -1)
+        _preprocess(cases, begin.method, store, -1)
         plan = begin.claim(cases, -1)
         prepare(plan, cases, -1)
         for training in trainings_of_fold(plan, None, lambda _: None):
@@ -278,10 +271,10 @@ def train(
     return run.path
 
 
-def _preprocess(cases: Sequence[Case], method: Method, to: FilePath, convention: str, jobs: int) -> list[Stored]:
+def _preprocess(cases: Sequence[Case], method: Method, to: FilePath, jobs: int) -> list[Stored]:
     from kitseg.commands import preprocess as steps
 
-    stored = steps.preprocess(cases, steps.method_grids(method), Path(to), convention, jobs, lambda _: None)
+    stored = steps.preprocess(cases, steps.method_grids(method), Path(to), method.labels, jobs, lambda _: None)
     _raise_if([one.error for one in stored])
     return stored
 
@@ -294,10 +287,10 @@ def _scans(image: Image) -> Iterable[Volume]:
     return map(read_scan, find_scans([Path(image)]).cases) if isinstance(image, Path | str) else [scan_from(image)]
 
 
-def _labels(labels: Image | Prediction, affine: ArrayLike | None, convention: str) -> Volume:
+def _labels(labels: Image | Prediction, affine: ArrayLike | None, scheme: Scheme | str) -> Volume:
     if isinstance(labels, Prediction):
-        return labels_from(labels.labels, labels.affine, convention, labels.proba.case_id)
-    return labels_from(labels, affine, convention)
+        return Volume(labels.canonical, labels.proba.geometry, labels.proba.native, labels.proba.case_id)
+    return labels_from(labels, affine, find_scheme(scheme) if isinstance(scheme, str) else scheme)
 
 
 def _raise_if(errors: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kitseg import trust
 from kitseg.errors import InputError, UsageError
+from kitseg.labels import built_in_names, find_scheme, scheme_of
 from kitseg.method import OPTIONAL, Method, Source, StageSpec, method_of
 from kitseg.method_files import BUILT_IN, MethodFile, find_method, method_files
 from kitseg.parts import check_arguments
@@ -45,6 +46,10 @@ TARGETS = {  # classes that were dropped, whose parts the general ones take
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
+OmegaConf.register_new_resolver("len", len, replace=True)
+OmegaConf.register_new_resolver(
+    "classes", lambda *, _root_: ["background", *scheme_of(OmegaConf.to_container(_root_.labels)).ids], replace=True
+)
 OmegaConf.register_new_resolver("share", lambda whole, by: max(1, round(whole / by)), replace=True)
 OmegaConf.register_new_resolver("sixteens", lambda voxels, by: math.ceil(voxels / by / 16) * 16, replace=True)
 
@@ -57,7 +62,8 @@ def compose(
     Args:
         method: a method's name, or the path of its YAML file.
         size: one of the blocks in its ``sizes``; the method's files refer to it as ``size``.
-        overrides: ``KEY=VALUE``; ``stages.*.KEY=VALUE`` is for each stage, before those of one stage.
+        overrides: ``KEY=VALUE``; ``stages.*.KEY=VALUE`` is for each stage, before those of one stage, and
+            ``labels=SCHEME`` takes what ``labels.find_scheme`` does.
         config_dir: a folder laid out like ``conf``; what it holds takes the place of kitseg's of the same name.
         plan: values in place of the size's block.
 
@@ -72,8 +78,11 @@ def compose(
     for override in overrides:
         if not re.match(r"(?!hydra\.|method=|size=)[A-Za-z]\S*=", override):
             raise UsageError(f"--set {override}: write KEY=VALUE, such as stages.*.epochs=50")
+    named = [o.partition("=")[2] for o in overrides if o.startswith(("labels=", "convention="))]
+    overrides = [o for o in overrides if not o.startswith(("labels=", "convention="))]
+    ConfigStore.instance().store(CHOSEN, find_scheme(named[-1] if named else "kits19").plain(), "labels")
     ConfigStore.instance().store(CHOSEN, {"name": size, **((plan if plan is not None else known[size]) or {})}, "size")
-    changes = [f"+size={CHOSEN}", *(["~sizes"] if "sizes" in described else [])]
+    changes = [f"labels={CHOSEN}", f"+size={CHOSEN}", *(["~sizes"] if "sizes" in described else [])]
     for name, stage in described["stages"].items():
         changes += [f"+stages.{name}.{key}=null" for key in OPTIONAL if key not in stage]
     general = [override for override in overrides if override.startswith(EACH_STAGE)]
@@ -124,6 +133,9 @@ def read(path: Path) -> Config:
         raise InputError(path, "is not a configuration", "Train again, or restore the file.")
     trust.check_file(path, config)
     current: Config = _with_current_names(config)
+    if "labels" not in current:
+        name = current.pop("convention", "kits19")
+        current["labels"] = scheme_of(name).plain() if name in built_in_names() else name
     return current
 
 

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from kitseg.components import SPECK_ML
 from kitseg.types import Box, Masks, Probabilities
 
-CHANNELS = ("background", "kidney", "tumor", "foreground")
+CHANNELS = ("background", "kidney", "tumor", "cyst", "foreground")
 SLAB = 16  # slices at a time
 Scalar = TypeVar("Scalar", bound=np.generic)
 EXCLUSIVE, NESTED = ("background", "kidney", "tumor"), ("foreground", "tumor")
+WITH_CYST = (*EXCLUSIVE, "cyst")
 
 
 class Mean:
@@ -137,7 +138,7 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """
     if len(set(kinds)) == 1:
         return kinds[0]
-    if strange := set(kinds) - {EXCLUSIVE, NESTED}:
+    if strange := set(kinds) - {EXCLUSIVE, NESTED, WITH_CYST}:
         raise ValueError(f"channels {', '.join(sorted(strange)[0])} can't be averaged with others")
     return EXCLUSIVE
 
@@ -145,45 +146,48 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
     """Convert probabilities to ``channels``, the result of ``common_channels``.
 
-    From independent foreground F and tumor T: tumor min(T, F), kidney F − tumor, background 1 − F.
+    From independent foreground F and tumor T: tumor min(T, F), kidney F − tumor, background 1 − F. Cysts become kidney.
     """
     if probabilities.channels == channels:
         return probabilities
+    if probabilities.channels == WITH_CYST:
+        background, kidney, tumor, cyst = probabilities.array
+        return replace(probabilities, array=np.stack([background, kidney + cyst, tumor]), channels=channels)
     foreground, tumor = probabilities.array
     inside = np.minimum(tumor, foreground)
     return replace(probabilities, array=np.stack([1 - foreground, foreground - inside, inside]), channels=channels)
 
 
 def to_masks(probabilities: Probabilities) -> Masks:
-    """Foreground and tumor inside the probabilities' box, (D, H, W) of that box.
+    """Foreground, tumor and cyst inside the probabilities' box, (D, H, W) of that box.
 
     With a channel "background" the channels are mutually exclusive, and each voxel gets the most probable one (the
     first of equal ones). Without it channels are independent, with a threshold of 0.5. The foreground is the channel
-    "foreground" if there is one, else "kidney" ∪ "tumor", and empty without "kidney". Raises ValueError: an unknown
-    channel.
+    "foreground" if there is one, else "kidney" ∪ "tumor" ∪ "cyst", and empty without "kidney". Raises ValueError: an
+    unknown channel.
     """
     names, array = probabilities.channels, probabilities.array
     if strange := sorted(set(names) - set(CHANNELS)):
         raise ValueError(f"unknown channels {', '.join(strange)}; masks need {', '.join(CHANNELS)}")
-    masks = Masks(np.zeros(probabilities.box.size, np.bool_), np.zeros(probabilities.box.size, np.bool_))
+    masks = [np.zeros(probabilities.box.size, np.bool_) for _ in range(3 if "cyst" in names else 2)]
     for start in range(0, array.shape[1], SLAB):
         part = slice(start, start + SLAB)
-        foreground, tumor = _masks(names, np.asarray(array[:, part]))
-        masks.foreground[part], masks.tumor[part] = foreground, tumor
-    return masks
+        for mask, values in zip(masks, _masks(names, np.asarray(array[:, part])), strict=False):
+            mask[part] = values
+    return Masks(*masks)
 
 
-def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Foreground and tumor of some slices (K, d, H, W)."""
+def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np.bool_], ...]:
+    """Foreground, tumor and cyst of some slices (K, d, H, W)."""
     nothing = np.zeros(array.shape[1:], np.bool_)
     if "background" in names:
         best = array.argmax(axis=0)
         found = {name: best == index for index, name in enumerate(names)}
     else:
         found = {name: channel > np.float16(0.5) for name, channel in zip(names, array, strict=True)}
-    tumor = found.get("tumor", nothing)
-    foreground = found["kidney"] | tumor if "kidney" in found else nothing
-    return found.get("foreground", foreground), tumor
+    tumor, cyst = found.get("tumor", nothing), found.get("cyst", nothing)
+    foreground = found["kidney"] | tumor | cyst if "kidney" in found else nothing
+    return found.get("foreground", foreground), tumor, cyst
 
 
 def _add(total: NDArray[np.float32], box: Box, member: Probabilities, weight: np.float32) -> None:

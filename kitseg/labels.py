@@ -1,19 +1,193 @@
-"""Label ids and their names, by convention."""
+"""Label schemes: the classes of label maps with their ids and names in files, and kitseg's own ids.
+
+In memory and in preprocessed cases a label map has the ids below. A scheme states those of files; they are converted
+where label maps are read and written, and nowhere else. Schemes that ship with kitseg are in ``conf/labels``.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
 import numpy as np
+import yaml
+from msgspec import Meta, ValidationError, convert
 from numpy.typing import NDArray
 
-BACKGROUND, KIDNEY, TUMOR, CYST = 0, 1, 2, 3
+from kitseg.errors import InputError, UsageError
 
-#: The name of each id in a label file; in ``kits19`` cysts are kidney, in ``kits23`` they have their own id.
-CONVENTIONS: dict[str, dict[int, str]] = {
-    "kits19": {BACKGROUND: "background", KIDNEY: "kidney", TUMOR: "tumor"},
-    "kits23": {BACKGROUND: "background", KIDNEY: "kidney", TUMOR: "tumor", CYST: "cyst"},
-}
+BACKGROUND, KIDNEY, TUMOR, CYST = 0, 1, 2, 3
+UNKNOWN = 255  # a value that the scheme of a label map doesn't have
+CLASSES = {"kidney": KIDNEY, "tumor": TUMOR, "cyst": CYST}
+
+_FOLDER = Path(str(resources.files("kitseg.conf"))) / "labels"
+#: Other names of a class in nnU-Net's ``dataset.json``; in a region of several ids, ``mass`` is tumor and cyst.
+_SYNONYMS = {"kidneys": "kidney", "tumour": "tumor", "tumors": "tumor", "tumours": "tumor", "cysts": "cyst"}
+_SYNONYMS |= {"mass": "cyst", "masses": "cyst", "kidney_and_mass": "kidney", "kidney_and_masses": "kidney"}
+_Class = Literal["kidney", "tumor", "cyst"]
+_Line = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,60}$")]
+
+
+@dataclass(frozen=True)
+class LabelClass:
+    """A class. id: in label maps; name: in reports and DICOM segmentations; colour: ``#rrggbb``."""
+
+    id: Annotated[int, Meta(ge=1, lt=UNKNOWN)]
+    name: _Line
+    colour: Annotated[str, Meta(pattern="^#[0-9a-fA-F]{6}$")]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A label scheme. cyst: None if cysts are labelled as kidney; regions: scored unions of classes, by name."""
+
+    name: _Line
+    kidney: LabelClass
+    tumor: LabelClass
+    cyst: LabelClass | None = None
+    regions: dict[_Line, tuple[_Class, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what in ("id", "name"):
+            values = [getattr(label, what) for label in self.classes.values()]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two classes have the same {what}: {', '.join(map(str, values))}")
+        if odd := sorted({name for region in self.regions.values() for name in region} - self.classes.keys()):
+            raise ValueError(f"its regions name {', '.join(odd)}, which is not a class of it")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(f'{label.id} {label.name}' for label in self.classes.values())})"
+
+    @property
+    def classes(self) -> dict[str, LabelClass]:
+        """The classes by kitseg's name, in the order of kitseg's ids."""
+        return {name: label for name in CLASSES if (label := getattr(self, name)) is not None}
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The id in files of each class."""
+        return {name: label.id for name, label in self.classes.items()}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The name of each class in reports."""
+        return {name: label.name for name, label in self.classes.items()}
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """The colour of each class, ``#rrggbb``."""
+        return {name: label.colour for name, label in self.classes.items()}
+
+    @property
+    def line(self) -> str:
+        """The ids as a line that ``find_scheme`` takes."""
+        return ",".join(f"{name}={number}" for name, number in self.ids.items())
+
+    @property
+    def from_file(self) -> NDArray[np.uint8]:
+        """(256,) kitseg's id of each id in a file; ``UNKNOWN`` for ids that the scheme doesn't have."""
+        table = np.full(256, UNKNOWN, np.uint8)
+        table[[BACKGROUND, *self.ids.values()]] = [BACKGROUND, *(CLASSES[name] for name in self.ids)]
+        return table
+
+    @property
+    def to_file(self) -> NDArray[np.uint8]:
+        """(256,) the id in files of each of kitseg's; cysts are kidney in a scheme without them."""
+        table = np.arange(256, dtype=np.uint8)
+        table[list(CLASSES.values())] = [self.ids.get(name, self.kidney.id) for name in CLASSES]
+        return table
+
+    def plain(self) -> dict[str, Any]:
+        """The scheme as plain values, which ``scheme_of`` takes."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def scheme_of(plain: Any) -> Scheme:
+    """The scheme of plain values: the name of one that ships with kitseg, or the content of a scheme's file.
+
+    Only kidney and tumor with their ids have to be stated. Raises ValueError: values that don't describe a scheme.
+    """
+    if isinstance(plain, str):
+        if plain not in built_in_names():
+            raise ValueError(f"there is no label scheme '{plain}'")
+        return convert(yaml.safe_load((_FOLDER / f"{plain}.yaml").read_text("utf-8")), Scheme)
+    if not isinstance(plain, Mapping):
+        raise ValueError("it is not a mapping")
+    if odd := [key for key in plain if key not in {*CLASSES, "name", "regions"}]:
+        raise ValueError(f"'{odd[0]}' is not among {', '.join(CLASSES)}, the classes that kitseg has, each with one id")
+    if missing := [key for key in ("kidney", "tumor") if plain.get(key) is None]:
+        raise ValueError(f"it lacks {' and '.join(missing)}")
+    usual = scheme_of("kits23" if plain.get("cyst") is not None else "kits19").plain()
+    full = {**usual, "name": "own", **plain}
+    for name in CLASSES:
+        if isinstance(given := plain.get(name), int | Mapping):
+            full[name] = {**usual[name], **({"id": given} if isinstance(given, int) else given)}
+    try:
+        return convert(full, Scheme)
+    except ValidationError as error:
+        raise ValueError(str(error).replace("`", "").replace("$.", "")) from error
+
+
+def built_in_names() -> list[str]:
+    """The schemes that ship with kitseg."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def find_scheme(text: str) -> Scheme:
+    """The scheme that a user names: kits23, ``kidney=1,tumor=2,cyst=3``, a YAML file, or nnU-Net's ``dataset.json``.
+
+    Raises:
+        UsageError: none of these. InputError: a file that doesn't describe a scheme.
+    """
+    path = Path(text)
+    if text in built_in_names():
+        return scheme_of(text)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        known = f"{' or '.join(built_in_names())}, kidney=1,tumor=2,cyst=3, a .yaml file, or nnU-Net's dataset.json"
+        if path.is_dir():
+            raise UsageError(
+                f"--labels {text} is a folder; it takes {known}. Give folders of label maps with --data or --masks"
+            )
+        pairs = [part.partition("=")[::2] for part in text.split(",")]
+        if "=" not in text or not all(number.strip().isdecimal() for _, number in pairs):
+            raise UsageError(f"unknown labels '{text}': give {known}")
+        try:
+            return scheme_of({"name": text, **{name.strip(): int(number) for name, number in pairs}})
+        except ValueError as error:
+            raise UsageError(f"--labels {text}: {error}") from error
+    try:
+        content = path.read_text("utf-8")
+        plain = _from_nnunet(json.loads(content)) if path.suffix == ".json" else yaml.safe_load(content)
+        return scheme_of({"name": path.stem, **plain} if isinstance(plain, dict) else plain)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = f"can't be used as a label scheme ({' '.join(str(error).split())})"
+        raise InputError(path, problem, "See docs/how-to/labels.md.") from error
 
 
 def to_kits19(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Convert labels of either convention (any shape) to kits19: cysts become kidney."""
+    """A label map (any shape) whose cysts are kidney."""
     return np.where(labels == CYST, np.uint8(KIDNEY), labels)
+
+
+def _from_nnunet(content: Any) -> dict[str, Any]:
+    """The scheme of nnU-Net's ``dataset.json``; of nested regions, such as kidney [1, 2, 3], the smallest counts."""
+    stated = content["labels"] if isinstance(content, dict) and isinstance(content.get("labels"), dict) else {}
+    found: dict[int, tuple[str, str]] = {}
+    plain: dict[str, Any] = {}
+    for name, value in sorted(stated.items(), key=lambda item: -len(np.atleast_1d(item[1]))):
+        role = _SYNONYMS.get(name.lower(), name.lower())
+        shown = role if isinstance(value, list) else name
+        found |= dict.fromkeys(value if isinstance(value, list) else [value], (role, shown))
+    for number, (role, name) in found.items():
+        if number != BACKGROUND and role in plain:
+            raise ValueError(f"{role} has the ids {plain[role]['id']} and {number}; kitseg takes one")
+        plain |= {} if number == BACKGROUND else {role: {"id": number, "name": name}}
+    return plain
+
+
+#: The schemes of the challenges; in KiTS19's, cysts are kidney.
+KITS19, KITS23 = scheme_of("kits19"), scheme_of("kits23")

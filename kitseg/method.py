@@ -10,6 +10,7 @@ from msgspec import Meta, ValidationError, convert
 
 from kitseg import trust
 from kitseg.errors import UsageError
+from kitseg.labels import Scheme, scheme_of
 from kitseg.parts import check_stage, check_steps
 from kitseg.types import Grid
 
@@ -71,13 +72,19 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Method:
-    """A method as a small graph: stages with named inputs, the channels it puts out, and what cleans them."""
+    """A method as a small graph: stages with named inputs, the channels it puts out, what cleans them, the labels."""
 
     name: str
     paper: str
     stages: Mapping[str, StageSpec]
     outputs: Mapping[str, Source]
     postprocess: Mapping[str, Any]
+    labels: Scheme
+
+    @property
+    def finds_cysts(self) -> bool:
+        """Whether cysts are a class of its output."""
+        return "cyst" in self.outputs
 
 
 def method_of(config: Mapping[str, Any]) -> Method:
@@ -87,14 +94,16 @@ def method_of(config: Mapping[str, Any]) -> Method:
         UsageError: a key is missing or has a value that can't be used.
     """
     try:
-        if odd := [key for key in ("chain", "outputs") if not 1 <= len(config[key]) <= MOST_STAGES]:
-            raise ValueError(f"{odd[0]} has no entries or more than {MOST_STAGES}")
+        for key in ("chain", "outputs"):
+            if not (isinstance(config[key], str) or 1 <= len(config[key]) <= MOST_STAGES):
+                raise ValueError(f"{key} has no entries or more than {MOST_STAGES}")
         check_steps(config["postprocess"])
         stages = {trust.name(name): _stage(name, config["stages"][name]) for name in config["chain"]}
         for stage in stages.values():
             _check_guide(stage, stages)
-        outputs = {trust.name(channel): parse_source(text, stages) for channel, text in config["outputs"].items()}
-        return Method(trust.name(config["name"]), config["paper"], stages, outputs, config["postprocess"])
+        outputs = _outputs(config["outputs"], stages)
+        labels = scheme_of(config["labels"])
+        return Method(trust.name(config["name"]), config["paper"], stages, outputs, config["postprocess"], labels)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise UsageError(f"the configuration does not describe a method ({reason})") from error
@@ -131,6 +140,13 @@ def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Sourc
     spec = _known(stages, stage, "stage")
     _known(spec.heads, head or spec.heads[-1], f"head of {stage}")
     return {channel: Source(stage, head or spec.heads[-1], channel) for channel in spec.channels}
+
+
+def _outputs(stated: Any, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
+    """The sources of a method's channels, by name; ``stage[.head]`` alone means all of its channels."""
+    if isinstance(stated, str):
+        return stage_outputs(stated, stages)
+    return {trust.name(channel): parse_source(text, stages) for channel, text in stated.items()}
 
 
 class _Blocks(TypedDict):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.labels import CONVENTIONS
+from kitseg.labels import Scheme, scheme_of
 from kitseg.runtime.provenance import FileFormat
 from kitseg.scoring.strata import thickness_class
 from kitseg.types import Case, Traits
@@ -38,19 +38,30 @@ class Fold(FoldPart):
 
 @dataclass(frozen=True)
 class Split:
-    """Outer folds with their inner folds, a test set that no fold sees, the seed, the labels' convention.
+    """Outer folds with their inner folds, a test set that no fold sees, the seed, the label scheme of the cases.
 
-    patients: the patients that a case shows, unless it is a patient of its own.
+    patients: the patients that a case shows, unless it is a patient of its own; convention: the name of the scheme in
+    files of kitseg 0.1.
     """
 
     folds: tuple[Fold, ...]
-    convention: str
+    labels: Scheme | None = None
     test: tuple[str, ...] = ()
     seed: int = 0
     patients: Patients = field(default_factory=dict)
+    convention: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _check_once(self.test)
+        if self.labels is None:
+            if not self.convention:
+                raise ValueError("it lacks labels")
+            object.__setattr__(self, "labels", scheme_of(self.convention))
+
+    @property
+    def scheme(self) -> Scheme:
+        """The label scheme of the cases."""
+        return self.labels or scheme_of(self.convention)
 
     @property
     def cases(self) -> set[str]:
@@ -64,19 +75,19 @@ class Split:
         return self.folds[number]
 
 
-_FORMAT = FileFormat(Split, 1, "It needs `schema`, `convention` and `folds`, a list of {train, val, inner}.")
+_FORMAT = FileFormat(Split, 1, "It needs `schema`, `labels` and `folds`, a list of {train, val, inner}.")
 
 
-def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed: int, convention: str) -> Split:
+def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed: int, scheme: Scheme) -> Split:
     """A random split by patient, in which every part holds the same mix of slice thickness and tumor volume.
 
     The patients are ordered by thickness class, then by tumor volume, and dealt out in blocks of as many neighbours as
     there are parts, so that each part gets one of every block. The order of ``cases`` doesn't matter. Raises
-    UsageError: fewer than two folds, or an unknown convention; KitsegError: fewer than two patients to train with.
+    UsageError: fewer than two folds; KitsegError: fewer than two patients to train with.
     """
-    if folds < 2 or inner < 2 or test < 0 or convention not in CONVENTIONS:
-        asked = f"{folds} folds, {inner} inner folds, {test} test cases, label convention '{convention}'"
-        raise UsageError(f"can't split into {asked}: it takes 2 folds or more of each, and a known convention")
+    if folds < 2 or inner < 2 or test < 0:
+        asked = f"{folds} folds, {inner} inner folds, {test} test cases"
+        raise UsageError(f"can't split into {asked}: it takes 2 folds or more of each")
     rng, patients = random.Random(seed), _in_order(cases)
     held = _spread(patients, test, rng)
     rest = [patient for patient in patients if patient not in held]
@@ -88,7 +99,7 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
         nested = [FoldPart(_names(t), _names(v)) for t, v in _parts(train, inner, rng)] if len(train) > 1 else []
         outer.append(Fold(_names(train), _names(val), tuple(nested)))
     known = {c.case: (c.patient,) for patient in patients for c in patient if c.patient != c.case}
-    return Split(tuple(outer), convention, _names(held), seed, known)
+    return Split(tuple(outer), scheme, _names(held), seed, known)
 
 
 def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
@@ -115,7 +126,8 @@ def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
 
 def write_split(split: Split, path: Path) -> None:
     """Write the split file."""
-    _FORMAT.write(path, asdict(split))
+    content = {key: value for key, value in asdict(split).items() if key != "convention"}
+    _FORMAT.write(path, {**content, "labels": split.scheme.plain()})
 
 
 def read_split(path: Path) -> Split:
@@ -188,8 +200,6 @@ def same_patient(split: Split, patients: Patients) -> str | None:
 def _problem(split: Split) -> str | None:
     if not split.folds:
         return "holds no folds"
-    if split.convention not in list(CONVENTIONS):
-        return f"names the label convention '{split.convention}', not one of {', '.join(CONVENTIONS)}"
     for i, fold in enumerate(split.folds):
         if not fold.train or not fold.val:
             return f"fold {i} has no training or no validation cases"

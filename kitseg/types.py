@@ -5,14 +5,14 @@ Arrays are (D, H, W): slices, rows, columns in KiTS orientation (I, P, L).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
+from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
 
 Triple = tuple[int, int, int]
 
@@ -193,21 +193,24 @@ class Probabilities:
 class Masks:
     """The masks that post-processing cleans.
 
-    foreground: (D, H, W), kidney ∪ tumor as the method predicts it; tumor: (D, H, W), which may reach outside the
-    foreground if two networks predict them.
+    foreground: (D, H, W), kidney with its lesions as the method predicts it; tumor: (D, H, W), which may reach outside
+    the foreground if two networks predict them; cyst: (D, H, W), counts inside the foreground and outside the tumor;
+    None where the method has no such class.
     """
 
     foreground: NDArray[np.bool_]
     tumor: NDArray[np.bool_]
+    cyst: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        if self.foreground.shape != self.tumor.shape:
-            raise ValueError(f"the masks differ in shape: {self.foreground.shape} and {self.tumor.shape}")
+        shapes = [mask.shape for mask in (self.foreground, self.tumor, self.cyst) if mask is not None]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"the masks differ in shape: {' and '.join(map(str, shapes))}")
 
     @classmethod
     def from_labels(cls, labels: NDArray[np.uint8]) -> Masks:
-        """The masks of a label map (D, H, W); all tumors lie in the foreground."""
-        return cls(labels != BACKGROUND, labels == TUMOR)
+        """The masks of a label map (D, H, W); all lesions lie in the foreground."""
+        return cls(labels != BACKGROUND, labels == TUMOR, labels == CYST)
 
     @property
     def either(self) -> NDArray[np.bool_]:
@@ -215,16 +218,19 @@ class Masks:
         return self.foreground | self.tumor
 
     def crop(self, box: Box) -> Masks:
-        """The part of both masks in a box."""
-        return Masks(self.foreground[box.slices], self.tumor[box.slices])
+        """The part of the masks in a box."""
+        cyst = None if self.cyst is None else self.cyst[box.slices]
+        return Masks(self.foreground[box.slices], self.tumor[box.slices], cyst)
 
     def without(self, removed: NDArray[np.bool_]) -> Masks:
-        """Both masks without the voxels of a third one."""
-        return Masks(self.foreground & ~removed, self.tumor & ~removed)
+        """Foreground and tumor without the voxels of another mask."""
+        return replace(self, foreground=self.foreground & ~removed, tumor=self.tumor & ~removed)
 
     def labels(self) -> NDArray[np.uint8]:
-        """The label map: tumor where the tumor mask is set, kidney in the rest of the foreground."""
+        """The label map: tumor where the tumor mask is set, in the rest of the foreground cyst or kidney."""
         labels = self.foreground.astype(np.uint8) * np.uint8(KIDNEY)
+        if self.cyst is not None:
+            labels[self.cyst & self.foreground] = CYST
         labels[self.tumor] = TUMOR
         return labels
 

@@ -327,7 +327,7 @@ LABELS = [
     Bad("labels-fractions", annotation(with_voxel(0.5, np.float64)), "label values 0.5", True),
     Bad("labels-negative", annotation(with_voxel(-1, np.int16)), "label values -1", True),
     Bad("labels-255", annotation(with_voxel(255, np.uint8)), "label values 255", True),
-    Bad("labels-3", annotation(with_voxel(3, np.uint8)), "choose the convention kits23", True),
+    Bad("labels-3", annotation(with_voxel(3, np.uint8)), "give --labels kits23", True),
     Bad("labels-int64", annotation(with_voxel(2**40, np.int64)), "label values 1.0", True),
     Bad("labels-nan", annotation(with_voxel(np.nan, np.float32)), "label values nan", True),
     Bad("labels-scaled", annotation(lambda labels: labels | 1, scl_slope=0.5), "label values 0.5", True),

@@ -18,6 +18,7 @@ from patients import patient
 
 from kitseg.commands.augment import DIRECTIONS, Copied, Pair, PairSelection, choose_pairs, make_copies, undone
 from kitseg.errors import KitsegError
+from kitseg.labels import KITS19
 from kitseg.splits import make_split, read_split, with_copies, write_split
 from kitseg.types import Case, Traits, Volume
 from kitseg.volumes.kits import IMAGE, LABEL, case_of
@@ -192,7 +193,7 @@ def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> Non
     whole, other, short = (written(tmp_path / name) for name in ("case_0", "case_1", "case_2"))
     short.image.write_bytes(short.image.read_bytes()[:2000])
     done: list[Copied] = []
-    outcomes = make_copies([Pair(short, whole), Pair(whole, other)], tmp_path / "to", "kits19", 1, done.append)
+    outcomes = make_copies([Pair(short, whole), Pair(whole, other)], tmp_path / "to", KITS19, 1, done.append)
     assert {outcome.name: outcome.state for outcome in outcomes} == {
         "case_0_from_case_1": "kept",
         "case_2_from_case_0": "failed",
@@ -204,7 +205,7 @@ def test_one_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> Non
 
 def test_a_rejected_pair_leaves_its_reason_and_is_not_tried_again(tmp_path: Path) -> None:
     cut, whole = written(tmp_path / "case_0", slice(12, 20)), written(tmp_path / "case_1")
-    first, second = (make_copies([Pair(cut, whole)], tmp_path / "to", "kits19", 1, lambda _: None) for _ in range(2))
+    first, second = (make_copies([Pair(cut, whole)], tmp_path / "to", KITS19, 1, lambda _: None) for _ in range(2))
     assert [(o.state, o.new) for o in (*first, *second)] == [("rejected", True), ("rejected", False)]
     record = read(tmp_path / "to" / "rejected" / "case_0_from_case_1.json")
     assert record["covered"] < 0.9
@@ -216,15 +217,15 @@ def test_a_rejected_pair_leaves_its_reason_and_is_not_tried_again(tmp_path: Path
 def test_a_pair_whose_scan_or_labels_were_corrected_is_tried_again(tmp_path: Path, name: str) -> None:
     cut, whole = written(tmp_path / "case_0", slice(12, 20)), written(tmp_path / "case_1")
     pairs, to = [Pair(cut, whole)], tmp_path / "to"
-    make_copies(pairs, to, "kits19", 1, lambda _: None)
-    assert undone(pairs, to, "kits19") == 0
+    make_copies(pairs, to, KITS19, 1, lambda _: None)
+    assert undone(pairs, to, KITS19) == 0
     path = tmp_path / "case_1" / name
     array = np.asarray(nib.load(path).dataobj).copy()
     array[0, 0, 0] = 1
     nib.save(nib.Nifti1Image(array, nib.load(path).affine), path)
-    assert undone(pairs, to, "kits19") == 1
+    assert undone(pairs, to, KITS19) == 1
     path.unlink()
-    assert undone(pairs, to, "kits19") == 1
+    assert undone(pairs, to, KITS19) == 1
 
 
 def some_cases(count: int) -> dict[str, Case]:
@@ -261,7 +262,7 @@ def test_no_copy_shares_a_patient_with_a_validation_side(data: st.DataObject) ->
     if len(set(patient_of.values())) < 5:
         return
     traits = [Traits(case, whom, float(i % 7), 3.0) for i, (case, whom) in enumerate(patient_of.items())]
-    split = make_split(traits, 3, 2, 1, 0, "kits19")
+    split = make_split(traits, 3, 2, 1, 0, KITS19)
     made = split
     for number in data.draw(st.sets(st.integers(0, 2))):
         train = st.sampled_from(split.folds[number].train)
@@ -283,7 +284,7 @@ def test_no_copy_shares_a_patient_with_a_validation_side(data: st.DataObject) ->
 
 
 def test_a_copy_of_a_validation_case_is_refused() -> None:
-    split = make_split([Traits(f"case_{i:05d}", f"case_{i:05d}", 1.0, 3.0) for i in range(9)], 3, 2, 0, 0, "kits19")
+    split = make_split([Traits(f"case_{i:05d}", f"case_{i:05d}", 1.0, 3.0) for i in range(9)], 3, 2, 0, 0, KITS19)
     one, other = split.folds[0].train[0], split.folds[0].val[0]
     with pytest.raises(KitsegError, match=f"made from {other}"):
         with_copies(split, 0, [copy_of(one, other, {one: one, other: other})])

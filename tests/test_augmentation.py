@@ -17,6 +17,7 @@ from kitseg import config
 from kitseg.augmentation import intensity, spatial
 from kitseg.augmentation.batched import Augmentation
 from kitseg.errors import UsageError
+from kitseg.labels import KITS19
 from kitseg.links.guides import GuidedByForeground
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
@@ -212,7 +213,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_image(root / f"{number}.nii.gz", hu.astype(np.int16), native)
         write_labels(root / f"{number}_label.nii.gz", label, native)
         case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        store_case(CaseFiles(case, "kits19"), root / case.id, Grid())
+        store_case(CaseFiles(case, KITS19), root / case.id, Grid())
     return sorted(path for path in root.iterdir() if path.is_dir())
 
 

@@ -281,7 +281,7 @@ def test_commands_that_cannot_be_meant(trained: Path) -> None:
         ("infer", "--run=runs/two-phase-tiny", "--stage=fine.3", "--data=test", "-o", "x"),
         ("train", "--size=tiny", "--fold=9"),
         ("train", "--size=tiny", "--stage=finest", "--name=n"),
-        ("check", "--convention=kits20"),
+        ("check", "--labels=kits20"),
         ("evaluate", "test", "test", "--cases=0", "--split=splits.json"),
         ("download", "kits99"),
         ("phantom", "x", "--matrix=3"),

@@ -22,6 +22,7 @@ from huggingface_hub import constants
 from method_runs import labels_of, read
 
 from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.labels import KITS19
 from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import Bundle, bundle_of, open_bundle
 from kitseg.models.bundles.export import export
@@ -55,7 +56,7 @@ def test_what_a_bundle_states(content: Files, run: Path) -> None:
     assert (manifest["schema"], manifest["name"]) == (1, "dual-unet")
     assert manifest["licenses"] == {"code": "Apache-2.0", "weights": "CC-BY-NC-SA-4.0", "labels": "CC-BY-NC-SA-4.0"}
     (member,) = manifest["members"]
-    assert member["labels"] == {"0": "background", "1": "kidney", "2": "tumor"}
+    assert member["labels"] == KITS19.plain() | {"regions": {"kidney": ["kidney", "tumor"], "tumor": ["tumor"]}}
     assert member["stages"]["kidneys"]["normalization"]["low"] == -79
     assert member["stages"]["kidneys"]["grid"]["pixels"] == 96
     assert member["training"]["cases"] == 2  # the third is a test case

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import kitseg
 
+from kitseg.labels import KITS19, KITS23, Scheme
 from kitseg.types import Case, Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.check import CaseReport, check_case, looks_like_hu, second_series
@@ -53,8 +54,8 @@ def case(tmp_path: Path) -> Case:
     return write_case(tmp_path / "data" / "case_00000", body(), organs())
 
 
-def only_problem(case: Case, fact: str, convention: str = "kits19") -> CaseReport:
-    report = check_case(case, convention)
+def only_problem(case: Case, fact: str, scheme: Scheme = KITS19) -> CaseReport:
+    report = check_case(case, scheme)
     assert not report.ok
     assert len(report.problems) == 1
     assert fact in report.problems[0]
@@ -104,12 +105,12 @@ def test_labels_of_another_shape_and_place(case: Case) -> None:
     only_problem(case, "different affines")
 
 
-def test_labels_of_another_convention_and_none(case: Case) -> None:
+def test_labels_of_another_scheme_and_none(case: Case) -> None:
     labels = organs()
     labels[0, 0, 0] = 3
     nifti.write_labels(case.label, labels, Geometry(SHAPE, AFFINE))
     only_problem(case, "label values 3")
-    report = check_case(case, "kits23")
+    report = check_case(case, KITS23)
     assert report.ok
     assert report.kidney_ml == pytest.approx(101 * 0.1)  # a cyst is kidney
     nifti.write_labels(case.label, np.zeros(SHAPE, np.uint8), Geometry(SHAPE, AFFINE))
@@ -216,7 +217,7 @@ def test_a_killed_worker_is_reported(
 
 
 def test_an_error_nobody_thought_of_is_a_row(case: Case) -> None:
-    only_problem(case, "can't be checked: imaging.nii.gz: KeyError", "no such convention")
+    only_problem(case, "can't be checked: imaging.nii.gz: AttributeError", "no scheme")
 
 
 def test_a_real_ct_is_clean_and_twice_it_is_not(shared: Path) -> None:

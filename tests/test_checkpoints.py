@@ -15,6 +15,7 @@ import torch
 
 from kitseg import config
 from kitseg.errors import KitsegError
+from kitseg.labels import KITS19
 from kitseg.models.run_folder import Run, StageFolder
 from kitseg.runtime import locks as claim
 from kitseg.runtime import signals
@@ -97,7 +98,7 @@ def test_other_ranks_in_the_middle_of_an_epoch(
 
 def test_a_restart_leaves_a_living_training_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "HEARTBEAT", 0.1)
-    split, run = Split((Fold(("a",), ("b",)),), "kits19"), Run(tmp_path / "run")
+    split, run = Split((Fold(("a",), ("b",)),), KITS19), Run(tmp_path / "run")
     write_split(split, tmp_path / "splits.json")
     made = config.compose("two-phase", "tiny", [])
     claim_run(run, made, split)

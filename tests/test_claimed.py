@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from kitseg.commands.preprocess import preprocess
 from kitseg.errors import KitsegError
+from kitseg.labels import KITS19
 from kitseg.runtime import locks as claim
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.sharding import Share
@@ -206,7 +207,7 @@ def test_a_preprocessing_waits_for_that_of_another_fold(
     (case, *_), grid = find_cases(phantoms / "test"), Grid(6.0, 6.25)
     with another_process(tmp_path):
         threading.Timer(1, (tmp_path / ".kitseg.lock").unlink).start()
-        (outcome,) = preprocess([case], [grid], tmp_path, "kits19", 1, lambda _: None)
+        (outcome,) = preprocess([case], [grid], tmp_path, KITS19, 1, lambda _: None)
     assert (outcome.state, outcome.error) == ("done", "")
     assert "this waits until it has finished" in " ".join(capsys.readouterr().out.split())
 

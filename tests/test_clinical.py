@@ -18,6 +18,7 @@ import pytest
 from joblib import Parallel, delayed
 
 from kitseg.commands.measure import MeasureTask, measure_case
+from kitseg.labels import KITS19
 from kitseg.measurement.findings import Findings
 
 ALL = os.environ.get("KITSEG_ALL") == "1"
@@ -36,7 +37,7 @@ def cases(shared: Path) -> Cases:
     assert len(files) == 210
     tasks = (MeasureTask(file.parent.name, file, None) for n, file in enumerate(files) if ALL or n in SAMPLE)
     jobs = int(os.environ.get("KITSEG_JOBS", "1"))
-    found = Parallel(n_jobs=jobs)(delayed(measure_case)(task, "kits19") for task in tasks)
+    found = Parallel(n_jobs=jobs)(delayed(measure_case)(task, KITS19) for task in tasks)
     assert not any(measured.error for measured in found)
     return {int(measured.case[-5:]): measured.findings for measured in found}
 

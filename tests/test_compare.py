@@ -212,15 +212,15 @@ def test_what_evaluate_writes_is_compared_in_its_own_protocol(phantoms: Path, tm
     assert (tmp_path / "comparison" / "comparison.png").exists()
     found = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert found["protocol"] == "kits23"
-    assert {group["class"] for group in found["groups"]} == {"kidney_and_mass", "mass", "tumor"}
+    assert {group["class"] for group in found["groups"]} == {"kidney_and_mass", "mass", "tumor", "cyst"}
 
 
 @pytest.mark.parametrize(
     ("change", "words", "code"),
     [
         ({"cases": {"case_00500": {"kidney": {"dice": 0.5}}}}, "no case in common", 2),
-        ({"convention": "kits23"}, "the same --protocol and --convention", 2),
-        ({"protocol": "kits21"}, "the same --protocol and --convention", 2),
+        ({"convention": "kits23"}, "the same --protocol and --labels", 2),
+        ({"protocol": "kits21"}, "the same --protocol and --labels", 2),
         ({"protocol": None, "cases": 3}, "b.json: can't be read", 1),
         ({"schema": 7}, "schema 7", 1),
         ({"cases": {"case_00000": {"kidney": {"dice": 1.5}}}}, "a Dice of 1.5", 1),

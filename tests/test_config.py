@@ -13,6 +13,7 @@ from method_runs import SIZES
 
 from kitseg import config, method, trust
 from kitseg.errors import InputError, UsageError
+from kitseg.labels import KITS19
 from kitseg.method import OPTIONAL, Rounds, Source, StageSpec, method_of
 from kitseg.nets.vnet import VNet
 from kitseg.stages.base import Stage
@@ -39,9 +40,10 @@ def problem(*overrides: str) -> str:
 
 def test_the_whole_run() -> None:
     run = composed("two-phase", "paper")
-    assert {k: run[k] for k in ("seed", "folds", "keep_best", "convention", "chain")} == {
-        "seed": 0, "folds": 5, "keep_best": 5, "convention": "kits19", "chain": ["coarse", "fine"],
+    assert {k: run[k] for k in ("seed", "folds", "keep_best", "chain")} == {
+        "seed": 0, "folds": 5, "keep_best": 5, "chain": ["coarse", "fine"],
     }  # fmt: skip
+    assert run["labels"] == json.loads(json.dumps(KITS19.plain()))
     assert run["published"] == {"kidney": 0.968, "tumor": 0.75}
     built = [config.build(step) for step in run["postprocess"].values()]
     assert [(type(step).__name__, vars(step)) for step in built] == [

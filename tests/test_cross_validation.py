@@ -17,6 +17,7 @@ from method_runs import quick, working_folder
 
 from kitseg.ensemble import mean
 from kitseg.errors import KitsegError
+from kitseg.labels import KITS19, Scheme
 from kitseg.models.ensemble_file import Member, read_ensemble, write_ensemble
 from kitseg.models.members import open_ensemble
 from kitseg.scoring.kits19 import kits19_scores
@@ -368,12 +369,12 @@ def test_a_split_leaves_out_what_cannot_be_read(validated: Path, tmp_path: Path)
 
 
 def test_a_split_leaves_no_case_out_for_a_fault_of_the_machine(tmp_path: Path) -> None:
-    def out_of_memory(case: Case, convention: str) -> Traits:
+    def out_of_memory(case: Case, scheme: Scheme) -> Traits:
         raise MemoryError
 
     with pytest.raises(KitsegError, match=r"case_00000: out of memory"):
         look_at(
-            [Case("case_00000", tmp_path / "case_00000" / "imaging.nii.gz")], "kits19", 1, lambda: None, out_of_memory
+            [Case("case_00000", tmp_path / "case_00000" / "imaging.nii.gz")], KITS19, 1, lambda: None, out_of_memory
         )
 
 

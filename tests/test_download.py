@@ -17,7 +17,7 @@ import pytest
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
-from kitseg.volumes.download import KITS19, DownloadSource, download_kits19, parse_cases
+from kitseg.volumes.download import KITS19, DownloadSource, download_cases, parse_cases
 
 REPO = KITS19.images_repo
 NATIVE = Geometry((10, 16, 16), np.diag([1.0, 1, 1, 1]))
@@ -122,7 +122,7 @@ def test_parse_cases_refuses(text: str) -> None:
 
 def test_a_download_has_the_kits_layout(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     to, done = tmp_path / "new" / "data", []
-    assert download_kits19(to, [0, 210], done.append, source_of(server)) == []
+    assert download_cases(to, [0, 210], done.append, source_of(server)) == []
     assert done == ["case_00000", "case_00210"]
     assert tree(to) == [
         "case_00000/imaging.nii.gz",
@@ -139,15 +139,15 @@ def test_a_download_has_the_kits_layout(server: ThreadingHTTPServer, tmp_path: P
 
 
 def test_what_is_there_is_skipped(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    download_kits19(tmp_path / "data", [0], source=source_of(server))
+    download_cases(tmp_path / "data", [0], source=source_of(server))
     server.log.clear()
-    assert download_kits19(tmp_path / "data", [0, 1], source=source_of(server)) == []
+    assert download_cases(tmp_path / "data", [0, 1], source=source_of(server)) == []
     assert sorted(gets(server)) == sorted([label_path(1), image_path(1)])
 
 
 def test_a_missing_case_does_not_stop_the_others(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     del server.files[image_path(0)]
-    failures = download_kits19(tmp_path / "data", [0, 1, 2], source=source_of(server))
+    failures = download_cases(tmp_path / "data", [0, 1, 2], source=source_of(server))
     assert [type(failure) for failure in failures] == [KitsegError, KitsegError]
     assert str(failures[0]).startswith("case_00000: download failed")
     assert str(failures[1]).startswith("case_00002: download failed")
@@ -159,17 +159,17 @@ def test_a_missing_case_does_not_stop_the_others(server: ThreadingHTTPServer, tm
 def test_three_failures_in_a_row_end_it(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     cases = [2, 0, 3, 4, 5, 1]
     with pytest.raises(KitsegError, match=r"3 cases in a row failed.*case_00005: download failed.*again"):
-        download_kits19(tmp_path / "data", cases, source=source_of(server))
+        download_cases(tmp_path / "data", cases, source=source_of(server))
     assert label_path(1) not in gets(server)
     assert (tmp_path / "data" / "case_00000" / "imaging.nii.gz").exists()
 
 
 def test_a_second_call_resumes(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     image = server.files.pop(image_path(0))
-    assert len(download_kits19(tmp_path / "data", [0], source=source_of(server))) == 1
+    assert len(download_cases(tmp_path / "data", [0], source=source_of(server))) == 1
     server.files[image_path(0)] = image
     server.log.clear()
-    assert download_kits19(tmp_path / "data", [0], source=source_of(server)) == []
+    assert download_cases(tmp_path / "data", [0], source=source_of(server)) == []
     assert gets(server) == [image_path(0)]
     assert tree(tmp_path / "data") == ["case_00000/imaging.nii.gz", "case_00000/segmentation.nii.gz", "kits.json"]
 
@@ -181,7 +181,7 @@ def test_a_broken_connection_resumes_in_the_middle_of_an_image(server: Threading
     image = gzip.compress(header.binaryblock + bytes(4 + 2 * 240**3), compresslevel=0)
     server.files[image_path(0)] = image
     server.breaks.add(image_path(0))
-    assert download_kits19(tmp_path / "data", [0], source=source_of(server)) == []
+    assert download_cases(tmp_path / "data", [0], source=source_of(server)) == []
     ranges = [asked for command, path, asked in server.log if (command, path) == ("GET", image_path(0))]
     resumed_at = int(ranges[1].removeprefix("bytes=").removesuffix("-"))
     assert len(ranges) == 2
@@ -191,10 +191,10 @@ def test_a_broken_connection_resumes_in_the_middle_of_an_image(server: Threading
 
 def test_a_broken_label_is_tried_again(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     server.breaks.add(label_path(0))
-    assert download_kits19(tmp_path / "data", [0], source=source_of(server, retries=1)) == []
+    assert download_cases(tmp_path / "data", [0], source=source_of(server, retries=1)) == []
     assert gets(server).count(label_path(0)) == 2
     server.breaks.add(label_path(1))
-    failures = download_kits19(tmp_path / "data", [1], source=source_of(server))
+    failures = download_cases(tmp_path / "data", [1], source=source_of(server))
     assert len(failures) == 1
     assert not (tmp_path / "data" / "case_00001").exists()
 
@@ -203,13 +203,13 @@ def test_a_broken_label_is_tried_again(server: ThreadingHTTPServer, tmp_path: Pa
 def test_a_login_page_is_no_scan_and_is_fetched_anew(server: ThreadingHTTPServer, tmp_path: Path, path: str) -> None:
     good = server.files[path]
     server.files[path] = b"<html>Please log in</html>"
-    assert len(download_kits19(tmp_path / "data", [0], source=source_of(server))) == 1
+    assert len(download_cases(tmp_path / "data", [0], source=source_of(server))) == 1
     assert not [f for f in (tmp_path / "data").rglob("*.*") if f.is_file() and f.read_bytes().startswith(b"<html>")]
     server.files[path] = good
-    assert download_kits19(tmp_path / "data", [0], source=source_of(server)) == []
+    assert download_cases(tmp_path / "data", [0], source=source_of(server)) == []
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(InputError, match="the folder can't be created"):
-        download_kits19(tmp_path / "data", [0])
+        download_cases(tmp_path / "data", [0])

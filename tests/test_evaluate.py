@@ -13,6 +13,7 @@ from conftest import Result, kitseg
 from nifti_files import save
 
 import kitseg as kitseg_package
+from kitseg.labels import KITS19, KITS23, to_kits19
 from kitseg.scoring.case import score
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.scoring.protocols import PROTOCOLS
@@ -72,9 +73,10 @@ def test_three_nested_classes(protocol: str, tmp_path: Path) -> None:
     write(tmp_path / "pred", found)
     done, content = evaluate(tmp_path, "--protocol", protocol)
     assert done.code == 0, done.text
-    assert (content["protocol"], content["convention"]) == (protocol, "kits23")
+    assert (content["protocol"], content["labels"]) == (protocol, "kidney=1,tumor=2,cyst=3")
     scores = content["cases"]["case_00000"]
-    assert list(scores) == ["kidney_and_mass", "mass", "tumor"]
+    assert list(scores) == ["kidney_and_mass", "mass", "tumor", "cyst"]
+    assert scores["cyst"]["dice"] == 0
     assert (scores["kidney_and_mass"]["dice"], scores["kidney_and_mass"]["surface_dice"]) == (1, 1)
     assert (scores["tumor"]["dice"], scores["tumor"]["hd95_mm"]) == (1, 0)
     tumor, cyst = 2 * 4 * 4, 2 * 3 * 3
@@ -83,7 +85,7 @@ def test_three_nested_classes(protocol: str, tmp_path: Path) -> None:
     voxel_ml = 2.5 * 0.7 * 0.8 / 1000
     assert scores["mass"]["volume_error_ml"] == pytest.approx(-cyst * voxel_ml)
     assert scores["mass"]["volume_error_relative"] == pytest.approx(-cyst / (tumor + cyst))
-    assert "no prediction has cysts (label 3), the references of 1 of 1 cases do" in done.text
+    assert "no prediction has cysts, the references of 1 of 1 cases do" in done.text
     assert len(content["notes"]) == 1
 
 
@@ -110,14 +112,15 @@ def test_label_3_is_background_by_kits19(tmp_path: Path) -> None:
     assert scores["tumor"]["dice"] == 0
     assert "surface_dice" not in scores["tumor"]
     assert scores["kidney"]["dice"] == pytest.approx(2 * (kidney - tumor) / (2 * kidney - tumor))
-    assert "label 3 in the predictions of 1 cases is background" in done.text
+    assert "no labels, in the predictions of 1 cases, are background: kits19 (1 kidney, 2 tumor)" in done.text
 
 
 def test_cysts_are_kidney_when_kits23_labels_are_scored_by_kits19(tmp_path: Path) -> None:
     write(tmp_path / "ref", labels(tumor=2, cyst=3))
     write(tmp_path / "pred", labels(tumor=2))
-    assert evaluate(tmp_path)[0].code == 1  # a reference of the kits19 convention has no label 3
+    assert evaluate(tmp_path)[0].code == 1  # a reference of the kits19 scheme has no label 3
     done, content = evaluate(tmp_path, "--convention=kits23")
+    assert "--convention is now --labels" in done.text
     assert done.code == 0, done.text
     assert [scores["dice"] for scores in content["cases"]["case_00000"].values()] == [1, 1]
 
@@ -125,10 +128,10 @@ def test_cysts_are_kidney_when_kits23_labels_are_scored_by_kits19(tmp_path: Path
 def test_references_without_cysts_under_kits23(tmp_path: Path) -> None:
     write(tmp_path / "ref", labels(tumor=2))
     write(tmp_path / "pred", labels(tumor=2, cyst=3))
-    done, content = evaluate(tmp_path, "--protocol=kits23", "--convention=kits19")
+    done, content = evaluate(tmp_path, "--protocol=kits23", "--labels=kits19")
     scores = content["cases"]["case_00000"]
     assert (scores["mass"]["dice"], scores["tumor"]["dice"]) == (1, 1)
-    assert scores["kidney_and_mass"]["dice"] < 1  # label 3 isn't of the convention: background
+    assert scores["kidney_and_mass"]["dice"] < 1  # 3 is no label of kits19: background
     assert "mass is the same as tumor" in done.text
 
 
@@ -145,7 +148,7 @@ def test_missing_broken_and_shifted_cases_leave_the_others_alone(tmp_path: Path)
     assert [content["cases"][f"case_0000{n}"]["tumor"]["dice"] for n in range(4)] == [1, 0, 0, 0]
     assert content["mean"]["tumor"]["dice"] == 0.25
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
-    assert len(rows) == 4 * 3
+    assert len(rows) == 4 * 4
     assert [row["note"] for row in rows[-3:]] == ["missing"] * 3
     assert rows[2] | {"case": "case_00000", "class": "tumor", "surface_dice": "1.0", "hd95_mm": "0.0"} == rows[2]
     assert rows[-1]["hd95_mm"] == ""
@@ -161,8 +164,8 @@ def test_a_broken_reference_is_named_and_not_scored(tmp_path: Path) -> None:
     assert "label values 7" in (tmp_path / "scores.csv").read_text()
 
 
-def test_unknown_protocols_and_conventions(tmp_path: Path) -> None:
-    for option in ("--protocol=kits20", "--convention=kits21"):
+def test_unknown_protocols_and_labels(tmp_path: Path) -> None:
+    for option in ("--protocol=kits20", "--labels=kits21"):
         done = kitseg(tmp_path, "evaluate", "pred", "ref", option)
         assert done.code == 2
         assert option.partition("=")[2] in done.text
@@ -184,16 +187,14 @@ def test_phantoms_in_parallel(phantoms: Path, tmp_path: Path) -> None:
 
 def test_full_figures_agree_with_the_quick_ones() -> None:
     pred, ref = np.random.default_rng(0).integers(0, 5, (2, *SHAPE), dtype=np.uint8)
-    figures = score(pred, ref, SPACING, PROTOCOLS["kits19"], "kits19").metrics
-    assert {name: found["dice"] for name, found in figures.items()} == kits19_scores(pred, ref)
+    figures = score(pred, ref, SPACING, PROTOCOLS["kits19"], KITS19).metrics
+    assert {name: found["dice"] for name, found in figures.items()} == kits19_scores(to_kits19(pred), to_kits19(ref))
 
 
 def test_the_margin_around_the_foreground_changes_nothing() -> None:
     pred, ref = labels(tumor=2, blob=3), labels(tumor=2, cyst=3)
     wide = [np.pad(array, ((3, 2), (0, 5), (4, 0))) for array in (pred, ref)]
-    assert score(*wide, SPACING, PROTOCOLS["kits23"], "kits23") == score(
-        pred, ref, SPACING, PROTOCOLS["kits23"], "kits23"
-    )
+    assert score(*wide, SPACING, PROTOCOLS["kits23"], KITS23) == score(pred, ref, SPACING, PROTOCOLS["kits23"], KITS23)
 
 
 def test_mean_median_and_interval_leave_out_what_is_undefined() -> None:

@@ -21,6 +21,7 @@ from scipy.spatial.transform import Rotation
 
 from kitseg import config
 from kitseg.errors import InputError, UsageError, printable
+from kitseg.labels import KITS19
 from kitseg.types import Box, Case, Geometry, Grid, Probabilities, Triple, triple
 from kitseg.volumes import blocks, nifti, resample
 from kitseg.volumes.header import place_doubts
@@ -223,7 +224,7 @@ class Stored:
     grid: Grid
 
     def again(self) -> bool:
-        return store_case(CaseFiles(self.files.case, "kits19"), self.folder, self.grid)
+        return store_case(CaseFiles(self.files.case, KITS19), self.folder, self.grid)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ def stored(patient: Patient, tmp_path_factory: pytest.TempPathFactory) -> Stored
     save(root / "imaging.nii.gz", patient.ct, patient.affine)
     save(root / "segmentation.nii.gz", patient.labels, patient.affine)
     case = Case("case_00000", root / "imaging.nii.gz", root / "segmentation.nii.gz")
-    made = Stored(root / "store" / case.id, CaseFiles(case, "kits19"), Grid(slices=3, inplane=2))
+    made = Stored(root / "store" / case.id, CaseFiles(case, KITS19), Grid(slices=3, inplane=2))
     assert made.again()
     return made
 

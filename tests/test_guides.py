@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kitseg.inference.channels import label_ids
+from kitseg.labels import KITS19
 from kitseg.links.guides import GuidedByForeground, SliceGate, dilate, recall_threshold
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
@@ -187,7 +188,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageInput]:
     write_image(root / "ct.nii.gz", numbers.astype(np.int16), native)
     write_labels(root / "label.nii.gz", label, native)
     case = Case("case_00000", root / "ct.nii.gz", root / "label.nii.gz")
-    store_case(CaseFiles(case, "kits19"), root / "case", Grid())
+    store_case(CaseFiles(case, KITS19), root / "case", Grid())
     mask = np.zeros(native.shape)
     mask[1:5] = 1
     np.save(root / "guide.npy", np.stack([numbers / 512, mask]).astype(np.float16))

@@ -13,6 +13,7 @@ from conftest import kitseg
 from method_runs import untrained
 from nifti_files import IPL, save
 
+from kitseg.labels import KITS19
 from kitseg.runtime.files import file_digest, write_json
 from kitseg.splits import Fold, Split, write_split
 from kitseg.training.initial import learned_before
@@ -34,7 +35,7 @@ def here(tmp_path: Path) -> Path:
     shutil.copytree(run / "fold_0", run / "fold_1")
     learned = {hashes["a"]: [1], hashes["b"]: [0], hashes["c"]: [0, 1]}
     write_json(run / "run.json", 1, {"kitseg": "0.1.0", "phantom": False, "cases": [*"abc"], "learned": learned})
-    split = Split((Fold(("b", "c"), ("a",)), Fold(("a", "c"), ("b",))), "kits19")
+    split = Split((Fold(("b", "c"), ("a",)), Fold(("a", "c"), ("b",))), KITS19)
     for path in (run / "splits.json", tmp_path / "splits.json"):
         write_split(split, path)
     return tmp_path

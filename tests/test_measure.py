@@ -316,12 +316,12 @@ def test_a_broken_file_does_not_stop_the_others(maps: Path, tmp_path: Path) -> N
     assert "another grid" in other.text
 
 
-def test_cysts_need_their_convention(tmp_path: Path) -> None:
+def test_cysts_need_their_scheme(tmp_path: Path) -> None:
     geometry = lattice(spacing=(5, 3, 3))
     labels = paint(geometry, LEFT_KIDNEY, ball((-80, 0, 0), 15, CYST))
     nibabel.save(nibabel.Nifti1Image(labels, geometry.affine), tmp_path / "one.nii.gz")
     assert "kits23" in kitseg(tmp_path, "measure", "one.nii.gz", "--jobs=1").text
-    done = kitseg(tmp_path, "measure", "one.nii.gz", "--convention=kits23", "--jobs=1")
+    done = kitseg(tmp_path, "measure", "one.nii.gz", "--labels=kits23", "--jobs=1")
     assert done.code == 0
     assert "cyst 1" in done.text
 

@@ -14,6 +14,7 @@ from nifti_files import IPL, SHAPE, count, refused, save
 from shapes import ORIENTATIONS, lattice
 
 from kitseg.errors import InputError, KitsegError
+from kitseg.labels import KITS23
 from kitseg.runtime.files import file_digest
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes import nifti
@@ -125,8 +126,8 @@ def test_labels_are_turned(tmp_path: Path) -> None:
 
 def test_cysts_belong_to_kits23(tmp_path: Path) -> None:
     stored = save(tmp_path / "a.nii.gz", (count() % 4).astype(np.uint8))
-    np.testing.assert_array_equal(nifti.read_labels(stored, "a", "kits23").array, count() % 4)
-    refused(stored, "choose the convention kits23", nifti.read_labels)
+    np.testing.assert_array_equal(nifti.read_labels(stored, "a", KITS23).array, count() % 4)
+    refused(stored, "give --labels kits23", nifti.read_labels)
 
 
 @pytest.mark.parametrize(

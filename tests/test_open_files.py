@@ -16,6 +16,7 @@ from nifti_files import save
 from kitseg import config
 from kitseg.commands.preprocess import preprocess
 from kitseg.errors import InputError, KitsegError
+from kitseg.labels import KITS19
 from kitseg.measurement.phase import contrast
 from kitseg.models.run_folder import Run
 from kitseg.runtime.device import Machine
@@ -60,7 +61,7 @@ class Stored:
 
     @property
     def files(self) -> CaseFiles:
-        return CaseFiles(self.case, "kits19", contrast)
+        return CaseFiles(self.case, KITS19, contrast)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def stored(tmp_path: Path) -> Stored:
 
 def test_a_training_is_prepared_from_more_cases_than_files_may_be_open(stored: Stored, tmp_path: Path) -> None:
     names = tuple(f"case_{number:05d}" for number in range(MANY))
-    split = Split((Fold(names[5:], names[:5]),), "kits19")
+    split = Split((Fold(names[5:], names[:5]),), KITS19)
     plan = Plan(
         METHOD,
         config.method_of(METHOD),
@@ -119,12 +120,12 @@ def test_a_store_that_cannot_be_opened_is_not_made_again(stored: Stored) -> None
             store_case(stored.files, stored.folder, SPEC.grid)
     assert str(caught.value).startswith(f"{stored.folder}/meta.json: ")
     assert (stored.folder / "meta.json").stat() == written
-    (outcome,) = preprocess([stored.case], [SPEC.grid], stored.root, "kits19", 1, lambda _: None)
+    (outcome,) = preprocess([stored.case], [SPEC.grid], stored.root, KITS19, 1, lambda _: None)
     assert outcome.state == "unchanged"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
 def test_a_store_closed_to_its_reader_is_not_made_again(stored: Stored) -> None:
     (stored.folder / "image.npy").chmod(0)
-    (outcome,) = preprocess([stored.case], [SPEC.grid], stored.root, "kits19", 1, lambda _: None)
+    (outcome,) = preprocess([stored.case], [SPEC.grid], stored.root, KITS19, 1, lambda _: None)
     assert (outcome.state, outcome.error.split(". ")[0]) == ("failed", f"{stored.folder}: permission denied")

@@ -12,6 +12,7 @@ from nifti_files import save
 
 from kitseg.commands.augment import PairSelection, write_request
 from kitseg.errors import InputError, UsageError
+from kitseg.labels import KITS19
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.volumes.nifti import write_labels
 from kitseg.volumes.phantom import write_case
@@ -40,7 +41,7 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("evaluate", "pred", "ref", "--jobs=1", "--csv"), "scores.csv"),
         (("measure", "pred", "--jobs=1", "--json"), "found.json"),
         (("measure", "pred", "--jobs=1", "--csv"), "lesions.csv"),
-        (("fit-priors", "--labels=ref", "--jobs=1", "--json"), "fit.json"),
+        (("fit-priors", "--data=ref", "--jobs=1", "--json"), "fit.json"),
         (("mesh", "pred/case_00006.nii.gz", "-o"), "kidney.stl"),
         (("report", "pred", "--jobs=1", "-o"), "pages/index.html"),
         (("compare", "s.json", "t.json", "-o"), "difference/comparison.png"),
@@ -66,17 +67,17 @@ def test_a_strangers_file_stays(maps: Path, command: tuple[str, ...], output: st
 def test_a_cases_files_are_known_by_their_marks(tmp_path: Path) -> None:
     labels = tmp_path / "a.nii.gz"
     save(labels, np.zeros((3, 4, 5), np.uint8))
-    write_case(tmp_path, 0, 0, 64)
+    write_case(tmp_path, 0, 0, 64, KITS19)
     with pytest.raises(Exception, match="is not a nifti file that kitseg wrote"):
         refuse_overwrite(labels, "nifti")
     from kitseg.volumes.nifti import read_labels
 
     write_labels(labels, np.ones((3, 4, 5), np.uint8), read_labels(labels, "a").native)
     refuse_overwrite(labels, "nifti")
-    write_case(tmp_path, 0, 0, 64)
+    write_case(tmp_path, 0, 0, 64, KITS19)
     (tmp_path / "case_00000" / "notes.txt").touch()
     with pytest.raises(InputError, match="is not a phantom"):
-        write_case(tmp_path, 0, 0, 64)
+        write_case(tmp_path, 0, 0, 64, KITS19)
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".png", ".json"])

@@ -11,6 +11,7 @@ from conftest import Result, kitseg
 from method_runs import untrained
 from nifti_files import IPL, save
 
+from kitseg.labels import KITS19
 from kitseg.splits import Fold, Split, write_split
 
 
@@ -49,7 +50,7 @@ def test_names_with_five_digits_stay_the_users_own(tmp_path: Path) -> None:
     for folder in ("pred", "ref"):
         files(tmp_path / folder, *names, array=labels())
     assert evaluate(tmp_path)[0] == list(names)
-    write_split(Split((Fold((names[0],), (names[2],)),), "kits19"), tmp_path / "splits.json")
+    write_split(Split((Fold((names[0],), (names[2],)),), KITS19), tmp_path / "splits.json")
     assert evaluate(tmp_path, "--split=splits.json", "--fold=0")[0] == ["pat_20101"]
     done = kitseg(tmp_path, "measure", "pred", "--json=m.json", "--jobs=1")
     assert done.code == 0, done.text
@@ -74,7 +75,7 @@ def test_a_folder_scored_against_itself_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("evaluate", "ct", "ref"), ("evaluate", "ref", "ct"), ("measure", "ct"),
-                                     ("report", "ct", "ref"), ("fit-priors", "--labels=ct")])  # fmt: skip
+                                     ("report", "ct", "ref"), ("fit-priors", "--data=ct")])  # fmt: skip
 def test_scans_in_the_place_of_label_maps_are_one_sentence(tmp_path: Path, command: tuple[str, ...]) -> None:
     files(tmp_path / "ct", "a", "b", "c", array=ct())
     files(tmp_path / "ref", "a", "b", "c", array=labels())

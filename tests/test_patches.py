@@ -14,6 +14,7 @@ import torchio as tio
 from scipy import ndimage
 
 from kitseg.errors import KitsegError
+from kitseg.labels import KITS19
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.patches.datamodule import Feed, StageCases, StageData, WholeCases, batch_per_rank, steps_per_batch
@@ -45,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_image(root / f"{number}.nii.gz", hu, native)
         write_labels(root / f"{number}_label.nii.gz", label, native)
         case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(CaseFiles(case, "kits19"), root / "grid" / case.id, Grid(2.0, 2.0))
+        assert store_case(CaseFiles(case, KITS19), root / "grid" / case.id, Grid(2.0, 2.0))
         found.append(root / "grid" / case.id)
     return found
 
@@ -231,7 +232,7 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_image(root / f"{number}.nii.gz", hu.astype(np.int16), native)
         write_labels(root / f"{number}_label.nii.gz", label, native)
         case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(CaseFiles(case, "kits19"), root / case.id, Grid())
+        assert store_case(CaseFiles(case, KITS19), root / case.id, Grid())
         found.append(root / case.id)
     return found
 

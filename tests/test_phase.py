@@ -100,7 +100,7 @@ def test_name_of_the_phase(kidney: float | None, aorta: float | None, phase: str
 def real_body(shared: Path) -> tuple[Volume, np.ndarray, np.ndarray]:
     """A real unenhanced CT, its organs (52 aorta, 63 vena cava) and its kidneys as labels."""
     scan = read_image(shared / "body" / "ct.nii.gz", "body")
-    organs = read_labels(shared / "body" / "organs.nii.gz", "body", convention=None).array
+    organs = read_labels(shared / "body" / "organs.nii.gz", "body", scheme=None).array
     return scan, organs, np.isin(organs, (2, 3)).astype(np.uint8)
 
 

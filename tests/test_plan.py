@@ -13,6 +13,7 @@ from nifti_files import save
 
 from kitseg import config
 from kitseg.errors import UsageError
+from kitseg.labels import KITS19
 from kitseg.training.cost import memory_of
 from kitseg.training.fingerprint import Fingerprint, fingerprint
 from kitseg.training.planner import choose_patch, choose_size, fit_size, network, target_spacing, topology
@@ -38,7 +39,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_what_is_read_from_the_cases(data: Path) -> None:
-    seen = fingerprint(labelled_cases([data]), "kits19", 1, lambda: None)
+    seen = fingerprint(labelled_cases([data]), KITS19, 1, lambda: None)
     assert (seen.cases, seen.spacing_mm, seen.scan_mm) == (2, (1, 1, 1), (10, 20, 30))
     assert seen.kidneys_mm == (4, 4, 10)
     assert seen.hu == {

@@ -13,6 +13,7 @@ from nifti_files import IPL, save
 from numpy.typing import NDArray
 
 from kitseg import config, trust
+from kitseg.labels import KITS19
 from kitseg.models.postprocessing import build_steps
 from kitseg.postprocess.kidneys import KeepKidneys
 from kitseg.runtime.files import file_digest
@@ -56,7 +57,7 @@ def truth(tmp_path: Path) -> Path:
 
 
 def fitted(cwd: Path, *options: str, code: int = 0) -> tuple[dict[str, Any], str]:
-    result = kitseg(cwd, "fit-priors", "--labels=data", "--jobs=1", "--json=priors.json", *options)
+    result = kitseg(cwd, "fit-priors", "--data=data", "--jobs=1", "--json=priors.json", *options)
     assert result.code == code, result.text
     return json.loads((cwd / "priors.json").read_text()), result.text
 
@@ -89,7 +90,7 @@ def test_the_range_and_the_costs_by_hand(truth: Path) -> None:
 
 
 def write_fold(folder: Path, *train: str) -> None:
-    split = Split((Fold(train, ("case_00002",)),), "kits19")
+    split = Split((Fold(train, ("case_00002",)),), KITS19)
     write_split(split, folder / "splits.json")
 
 
@@ -107,12 +108,12 @@ def test_only_the_training_cases_of_a_fold(truth: Path) -> None:
         (("--split=splits.json",), "--split and --fold"),
         (("--split=splits.json", "--fold=1"), "there is no fold 1"),
         (("--split=splits.json", "--fold=0"), "has no labels of case_00009"),
-        (("--convention=kits21",), "label convention 'kits21'"),
+        (("--labels=kits21",), "unknown labels 'kits21'"),
     ],
 )
 def test_calls_that_cannot_be_meant(truth: Path, options: tuple[str, ...], words: str) -> None:
     write_fold(truth, "case_00000", "case_00009")
-    result = kitseg(truth, "fit-priors", "--labels=data", "--jobs=1", *options)
+    result = kitseg(truth, "fit-priors", "--data=data", "--jobs=1", *options)
     assert result.code == 2
     assert words in result.text
 
@@ -128,13 +129,13 @@ def test_a_broken_file_and_a_ct_on_another_grid_do_not_stop_the_others(truth: Pa
     assert "2 of 4 cases read" in text
 
 
-def test_cysts_are_kidney_where_the_convention_has_them(truth: Path) -> None:
+def test_cysts_are_kidney_where_the_labels_have_them(truth: Path) -> None:
     path = truth / "data/case_00002/segmentation.nii.gz"
     labels = labels_with((3, 4, 5))
     labels[labels == 1] = 3
     save(path, labels, IPL)
     assert "case_00002" in fitted(truth, code=1)[0]["failed"]
-    found, _ = fitted(truth, "--convention=kits23")
+    found, _ = fitted(truth, "--labels=kits23")
     assert found["cases"]["case_00002"][0]["stays"] == {"kidneys": True, "overlap": True, "distance": True}
 
 
@@ -150,7 +151,7 @@ def test_flat_label_maps_have_no_ct_but_in_a_folder_of_its_own(tmp_path: Path) -
     save(tmp_path / "data/patient.nii.gz", np.full((20, 60, 60), 90, np.int16), IPL)
     assert "dark" in {cost["prior"] for cost in fitted(tmp_path, "--masks=masks")[0]["priors"]}
     save(tmp_path / "data/patient.nii.gz", labels_with(), IPL)
-    result = kitseg(tmp_path, "fit-priors", "--labels=data", "--jobs=1")
+    result = kitseg(tmp_path, "fit-priors", "--data=data", "--jobs=1")
     assert result.code == 1
     assert "no shape can be fitted" in result.text
 

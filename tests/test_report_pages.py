@@ -320,7 +320,7 @@ def test_surfaces_lie_where_the_labels_do() -> None:
     labels[8:12, 25:35, 25:35] = 2
     geometry = Geometry(labels.shape, MM)
     findings = measure(labels, geometry)
-    made = view(labels, geometry, findings)
+    made = view(Scene(labels, geometry), findings)
     assert made
     kidneys, tumor = made["data"][:2]
     assert (kidneys["color"], tumor["color"]) == ("#2ecc40", "#ff2d2d")
@@ -331,7 +331,7 @@ def test_surfaces_lie_where_the_labels_do() -> None:
         assert (values.min(), values.max()) == pytest.approx((low, high), abs=2)
     corners = np.frombuffer(base64.b64decode(tumor["i"]["bdata"]), tumor["i"]["dtype"])
     assert corners.max() < len(values)
-    assert view(np.zeros_like(labels), geometry, measure(np.zeros_like(labels), geometry)) is None
+    assert view(Scene(np.zeros_like(labels), geometry), measure(np.zeros_like(labels), geometry)) is None
 
 
 def test_a_strip_places_its_dots() -> None:

@@ -19,6 +19,7 @@ from kitseg.commands import evaluate, preprocess
 from kitseg.commands.evaluate import Job, Score, find_jobs, rules, score_case
 from kitseg.commands.measure import Measured, measure_case, plan_measures
 from kitseg.commands.report import make_page, plan_pages
+from kitseg.labels import KITS19
 from kitseg.report.scores import StudyScores
 from kitseg.report.study_page import CaseRow
 from kitseg.runtime.locks import folder_lock
@@ -152,7 +153,7 @@ def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
 
 def test_what_is_cached_is_what_was_found(maps: Path) -> None:
     jobs, _ = find_jobs(maps / "pred", maps / "ref")
-    measures = ResultCache(maps / "measured", Measured, partial(measure_case, convention="kits19"))
+    measures = ResultCache(maps / "measured", Measured, partial(measure_case, scheme=KITS19))
     caches: list[tuple[ResultCache[Any], Any]] = [
         (scores(maps, "kits23"), jobs[0]),
         (measures, plan_measures(maps / "pred", None)[0]),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kitseg import config
 from kitseg.commands.preprocess import method_grids
+from kitseg.labels import KITS19
 from kitseg.links.crop import crop
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
@@ -52,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         write_image(root / f"{number}.nii.gz", hu, native)
         write_labels(root / f"{number}_label.nii.gz", label, native)
         case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(CaseFiles(case, "kits19"), root / case.id, Grid())
+        assert store_case(CaseFiles(case, KITS19), root / case.id, Grid())
         found.append(root / case.id)
     return found
 
@@ -279,21 +280,21 @@ def test_a_case_on_a_square_of_pixels(tmp_path: Path) -> None:
     write_image(tmp_path / "ct.nii.gz", np.zeros(native.shape, np.int16), native)
     write_labels(tmp_path / "label.nii.gz", label, native)
     case, grid = Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), Grid(pixels=18)
-    assert store_case(CaseFiles(case, "kits19"), tmp_path / "case", grid)
-    assert not store_case(CaseFiles(case, "kits19"), tmp_path / "case", grid)
+    assert store_case(CaseFiles(case, KITS19), tmp_path / "case", grid)
+    assert not store_case(CaseFiles(case, KITS19), tmp_path / "case", grid)
     stored = open_case(tmp_path / "case")
     assert np.array_equal(stored.label, label.repeat(2, axis=1).repeat(2, axis=2))
     assert stored.slices.tolist() == [[False, False], [True, True], [False, False], [True, False]]
     assert stored.grid.spacing == pytest.approx((5, 0.5, 0.5))
     assert store_bytes(case, grid) == stored.image.nbytes + stored.label.nbytes
-    assert not store_case(CaseFiles(case, "kits19"), tmp_path / "case", Grid(pixels=18, back="nearest"))
-    assert store_case(CaseFiles(case, "kits19"), tmp_path / "case", Grid(pixels=9))
+    assert not store_case(CaseFiles(case, KITS19), tmp_path / "case", Grid(pixels=18, back="nearest"))
+    assert store_case(CaseFiles(case, KITS19), tmp_path / "case", Grid(pixels=9))
 
 
 def test_a_case_without_label_has_no_slices(tmp_path: Path) -> None:
     native = lattice((2, 3, 3))
     write_image(tmp_path / "ct.nii.gz", np.zeros(native.shape, np.int16), native)
-    store_case(CaseFiles(Case("case_00000", tmp_path / "ct.nii.gz"), "kits19"), tmp_path / "case", Grid())
+    store_case(CaseFiles(Case("case_00000", tmp_path / "ct.nii.gz"), KITS19), tmp_path / "case", Grid())
     stored = open_case(tmp_path / "case")
     assert stored.label is None
     assert stored.slices.shape == (0, 2)
@@ -305,7 +306,7 @@ def test_a_cases_files_serve_all_its_grids(tmp_path: Path) -> None:
     hu = np.arange(32, dtype=np.int16).reshape(native.shape)
     write_image(tmp_path / "ct.nii.gz", hu, native)
     write_labels(tmp_path / "label.nii.gz", np.ones(native.shape, np.uint8), native)
-    files = CaseFiles(Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), "kits19")
+    files = CaseFiles(Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), KITS19)
     assert store_case(files, tmp_path / "own", Grid())
     (tmp_path / "label.nii.gz").write_bytes(b"")
     assert store_case(files, tmp_path / "square", Grid(pixels=2))
@@ -321,6 +322,6 @@ def test_a_case_that_is_stored_again_is_seen_by_its_subjects(tmp_path: Path) -> 
         write_image(tmp_path / "ct.nii.gz", np.full(native.shape, value, np.int16), native)
         write_labels(tmp_path / "label.nii.gz", np.ones(native.shape, np.uint8), native)
         case = Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz")
-        assert store_case(CaseFiles(case, "kits19"), tmp_path / "case", Grid())
+        assert store_case(CaseFiles(case, KITS19), tmp_path / "case", Grid())
         subjects = subjects or CaseSubjects({tmp_path / "case": StageInput(Box((0, 0, 0), native.shape))})
         assert subjects[0]["image"].data.unique().tolist() == [value]

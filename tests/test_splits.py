@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitseg.errors import InputError, KitsegError
+from kitseg.labels import KITS19, KITS23
 from kitseg.scoring.strata import thickness_class
 from kitseg.splits import Fold, FoldPart, Split, make_split, read_split, same_patient, write_split
 from kitseg.types import Traits
@@ -33,7 +34,7 @@ def splits(draw: Any) -> tuple[Split, int, int]:
     """A split, its number of cases, and how many of them are held out for testing."""
     count, test = draw(st.integers(2, 40)), draw(st.integers(0, 5))
     folds, inner, seed = draw(st.integers(2, 7)), draw(st.integers(2, 4)), draw(st.integers(0, 9))
-    return make_split(traits(count + test), folds, inner, test, seed, "kits19"), count, test
+    return make_split(traits(count + test), folds, inner, test, seed, KITS19), count, test
 
 
 @given(splits())
@@ -62,16 +63,16 @@ def test_no_case_on_two_sides_and_each_validated_once(made: tuple[Split, int, in
 
 
 def test_five_folds_of_210() -> None:
-    split = make_split(traits(210), 5, 3, 0, 0, "kits19")
+    split = make_split(traits(210), 5, 3, 0, 0, KITS19)
     assert [(len(f.train), len(f.val), len(f.inner)) for f in split.folds] == [(168, 42, 3)] * 5
     assert {len(part.val) for fold in split.folds for part in fold.inner} == {56}
-    fewer = make_split(traits(2), 5, 3, 0, 0, "kits19")  # cases than folds
+    fewer = make_split(traits(2), 5, 3, 0, 0, KITS19)  # cases than folds
     assert [(len(f.train), len(f.val), f.inner) for f in fewer.folds] == [(1, 1, ())] * 2
 
 
 def test_the_seed_decides_and_not_the_order_of_the_cases() -> None:
     some = [traits(30), traits(30)[::-1], traits(30)]
-    made = [make_split(cases, 5, 3, 3, seed, "kits19") for cases, seed in zip(some, (1, 1, 2), strict=True)]
+    made = [make_split(cases, 5, 3, 3, seed, KITS19) for cases, seed in zip(some, (1, 1, 2), strict=True)]
     assert made[0] == made[1]
     assert made[0].folds != made[2].folds
     assert made[0].test != made[2].test
@@ -80,7 +81,7 @@ def test_the_seed_decides_and_not_the_order_of_the_cases() -> None:
 @pytest.mark.parametrize(("count", "test"), [(0, 0), (1, 0), (3, 2), (3, 3)])
 def test_too_few_cases(count: int, test: int) -> None:
     with pytest.raises(KitsegError, match=r"can't be split into training and validation.*: add cases"):
-        make_split(traits(count), 5, 3, test, 0, "kits19")
+        make_split(traits(count), 5, 3, test, 0, KITS19)
 
 
 @st.composite
@@ -97,7 +98,7 @@ def patients(draw: Any) -> list[Traits]:
 @given(patients(), st.integers(2, 5), st.integers(0, 1), st.integers(0, 5))
 @few
 def test_no_patient_on_two_sides(scans: list[Traits], folds: int, test: int, seed: int) -> None:
-    split = make_split(scans, folds, 2, test, seed, "kits19")
+    split = make_split(scans, folds, 2, test, seed, KITS19)
     whose = {scan.case: scan.patient for scan in scans}
     assert split.cases == set(whose)
     held = {whose[case] for case in split.test}
@@ -116,7 +117,7 @@ def test_folds_hold_the_same_mix(count: int, folds: int, seed: int, data: Any) -
     ml = data.draw(st.lists(st.floats(0, 900), min_size=count, max_size=count))
     mm = data.draw(st.lists(st.sampled_from([0.5, 1.5, 5]), min_size=count, max_size=count))
     scans = [Traits(case, case, *row) for case, *row in zip(cases(count), ml, mm, strict=True)]
-    split = make_split(scans, folds, 2, 0, seed, "kits19")
+    split = make_split(scans, folds, 2, 0, seed, KITS19)
     by_name = {scan.case: scan for scan in scans}
     for kind in range(3):
         for limit in (0, 30, 200, 1000):
@@ -128,7 +129,7 @@ def test_folds_hold_the_same_mix(count: int, folds: int, seed: int, data: Any) -
 
 
 def test_the_test_set_holds_the_mix_too() -> None:
-    split = make_split([Traits(case, case, float(i), 1) for i, case in enumerate(cases(40))], 2, 2, 4, 0, "kits19")
+    split = make_split([Traits(case, case, float(i), 1) for i, case in enumerate(cases(40))], 2, 2, 4, 0, KITS19)
     assert [int(case[-5:]) // 10 for case in split.test] == [0, 1, 2, 3]
 
 
@@ -151,7 +152,7 @@ def read(tmp_path: Path, content: Any) -> Split:
 
 
 def test_a_short_file_and_a_full_one(tmp_path: Path) -> None:
-    assert read(tmp_path, users(fold())) == Split((Fold(("a", "b"), ("c",)),), "kits23")
+    assert read(tmp_path, users(fold())) == Split((Fold(("a", "b"), ("c",)),), KITS23)
     inner = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
     split = read(tmp_path, users(fold(inner=inner), fold(train=["c"], val=["a"]), test=["d"], seed=7))
     assert split.folds[0].inner == (FoldPart(("a",), ("b",)), FoldPart(("b",), ("a",)))
@@ -187,10 +188,10 @@ def without(key: str) -> dict[str, Any]:
         (users({"val": ["a"]}), "missing required field `train`"),
         (None, "there is no such file"),
         (without("folds"), "missing required field `folds`"),
-        (without("convention"), "missing required field `convention`"),
+        (without("convention"), "it lacks labels"),
         (without("schema"), "missing required field `schema`"),
         ({**users(fold()), "schema": 2}, "schema 2"),
-        ({**users(fold()), "convention": "kits21"}, "'kits21', not one of kits19, kits23"),
+        ({**users(fold()), "convention": "kits21"}, "there is no label scheme 'kits21'"),
         (users("ab"), "at `$.folds[0]`"),
         (users(fold(train=3)), "at `$.folds[0].train`"),
         (users(fold(train=["a", "a"])), "a listed twice - at `$.folds[0]`"),

@@ -13,6 +13,7 @@ from torch import nn
 
 from kitseg.errors import UsageError
 from kitseg.inference.windows import SlidingWindow
+from kitseg.labels import KITS19
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.models.weights import Checkpoint
@@ -47,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> StageData:
         write_image(root / f"{number}.nii.gz", np.where(label > 0, 200, -100).astype(np.int16), native)
         write_labels(root / f"{number}_label.nii.gz", label, native)
         case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        store_case(CaseFiles(case, "kits19"), root / case.id, Grid())
+        store_case(CaseFiles(case, KITS19), root / case.id, Grid())
         folders.append(root / case.id)
     place = StageInput(Box((0, 0, 0), native.shape))
     sampler, transform = ForegroundSampler((4, 8, 8), 0.5, 5), InputTransform(ClipScale(-200, 200, 200), None)

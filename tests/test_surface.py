@@ -13,6 +13,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from surface_distance.lookup_tables import create_table_neighbour_code_to_surface_area
 
+from kitseg.labels import KITS23
 from kitseg.scoring.case import score
 from kitseg.scoring.protocols import PROTOCOLS
 from kitseg.scoring.surface import surfaces, surfel_areas
@@ -166,7 +167,7 @@ def test_scores_equal_the_organizers_code_on_real_labels(
     labels, spacing = real_labels(shared, case)
     number = ("case_00061", "case_00038", "case_00110", "case_00148").index(case)
     pred, ref = (np.asarray(array, np.uint8) for array in change(labels, number))
-    scored = score(pred, ref, spacing, PROTOCOLS["kits23"], "kits23").metrics
+    scored = score(pred, ref, spacing, PROTOCOLS["kits23"], KITS23).metrics
     assert list(scored) == list(CLASSES)
     for name, (ids, tolerance) in CLASSES.items():
         found, truth = np.isin(pred, ids), np.isin(ref, ids)

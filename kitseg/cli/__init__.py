@@ -7,10 +7,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer.models import OptionInfo
 
-from kitseg.cli import bundle, data, learn, look, plan, predict, score
+from kitseg.cli import augment, bundle, data, learn, look, plan, predict, score
 from kitseg.cli.app import app, main
 
-__all__ = ["app", "bundle", "data", "learn", "look", "main", "plan", "predict", "score"]
+__all__ = ["app", "augment", "bundle", "data", "learn", "look", "main", "plan", "predict", "score"]
 
 #: The panels of ``kitseg --help``, in the order of the work.
 PANELS = {

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from kitseg.runtime.workers import Verb
     from kitseg.types import Case
 
+
+def _current_name(option: str) -> str:
+    """An option's name; those of kitseg 0.1 still work."""
+    if option == "convention":
+        console.print_plain("--convention is now --labels")
+    return {"convention": "labels", "inner-folds": "nested-folds"}.get(option, option)
+
+
 app = typer.Typer(
     name="kitseg",
     help="Segment kidneys, kidney tumors and cysts in CT. For research use only: not a medical device.",
@@ -33,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=True,
+    context_settings={"token_normalize_func": _current_name},
 )
 COLOURS = {"green": "green", "amber": "yellow", "red": "red"}
 
@@ -99,11 +108,12 @@ def preprocess_cases(
     from kitseg import config
     from kitseg.commands import preprocess as steps
 
-    grids = steps.method_grids(config.method_of(configuration))
+    method = config.method_of(configuration)
+    grids = steps.method_grids(method)
     need = steps.disk_needed(cases, grids) / 1e9
     console.print_line(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
     with console.bar("preprocess", len(cases) * len(grids)) as step:
-        outcomes = steps.preprocess(cases, grids, to, configuration["convention"], jobs, lambda _: step(), part)
+        outcomes = steps.preprocess(cases, grids, to, method.labels, jobs, lambda _: step(), part)
     for state in ("done", "unchanged"):
         if count := sum(outcome.state == state for outcome in outcomes):
             console.print_line(f"{count} {state}")

@@ -1,10 +1,8 @@
-"""Commands for cases: phantom, download, check, preprocess, split, augment."""
+"""Commands for cases: phantom, synthesize, download, check, preprocess, split."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,9 +17,7 @@ from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.scoring.strata import THICKNESSES
 
 if TYPE_CHECKING:
-    from kitseg.commands.augment import Copied
-    from kitseg.training.hard_cases import Ranked
-    from kitseg.training.plan import Plan
+    pass
 
 
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
@@ -30,6 +26,7 @@ def phantom(
     cases: Annotated[int, typer.Option(min=1, help="Number of cases.")] = 12,
     seed: opt.Seed = 0,
     matrix: Annotated[int, typer.Option(min=64, max=512, help="Pixels along rows and columns.")] = 512,
+    scheme: opt.Labels = "kits19",
     jobs: opt.Jobs = -1,
 ) -> None:
     """Generate synthetic contrast CT cases with labels, for training and testing without patient data."""
@@ -38,7 +35,7 @@ def phantom(
     from kitseg.runtime.outcomes import in_parallel
     from kitseg.volumes.phantom import write_case
 
-    tasks = (delayed(write_case)(out.absolute(), seed, index, matrix) for index in range(cases))
+    tasks = (delayed(write_case)(out.absolute(), seed, index, matrix, scheme) for index in range(cases))
     with console.bar("phantoms", cases) as step:
         in_parallel(tasks, jobs, lambda _: step(), ordered=False)
     console.print_line(f"{cases} phantoms in {out}")
@@ -77,23 +74,30 @@ def synthesize(
 
 @app.command(epilog="Example: kitseg download kits19 --to data --cases 0-9")
 def download(
-    dataset: Annotated[str, typer.Argument(help="The data set: kits19.")],
+    dataset: Annotated[str, typer.Argument(help="The data set: kits19 or kits23.")],
     to: Annotated[Path, typer.Option(help="Folder for the cases.")] = Path("data"),
     cases: Annotated[
-        str, typer.Option(help="Cases to download, such as 0-9 or 3,17,20-29; 210-299 have no labels.")
-    ] = "0-209",
+        str | None,
+        typer.Option(
+            help="Cases to download, such as 0-9 or 3,17,20-29. Default: all with labels: of kits19 0-209 (210-299 "
+            "have none), of kits23 0-299,400-588."
+        ),
+    ] = None,
 ) -> None:
     """Download the challenge's images and labels from their official sources. Running it again resumes."""
-    from kitseg.volumes.download import download_kits19, parse_cases
+    from kitseg.volumes.download import SOURCES, download_cases, parse_cases
 
-    if dataset != "kits19":
-        raise UsageError(f"unknown data set '{dataset}'. Choose kits19")
-    numbers = parse_cases(cases)
+    if dataset not in SOURCES:
+        raise UsageError(f"unknown data set '{dataset}'. Choose {' or '.join(SOURCES)}")
+    source = SOURCES[dataset]
+    numbers = parse_cases(cases, source) if cases else list(source.labelled)
     with console.bar("download", len(numbers)) as step:
-        failures = download_kits19(to, numbers, lambda *_: step())
+        failures = download_cases(to, numbers, lambda *_: step(), source)
     for failure in failures:
         console.print_error(str(failure))
     console.print_line(f"{len(numbers) - len(failures)} of {len(numbers)} cases in {to}; the data are CC BY-NC-SA 4.0")
+    if source.labelled == source.cases:
+        console.print_line(f"their labels are {dataset}: give --labels {dataset} to check, split and train")
     exit_if(bool(failures))
 
 
@@ -101,7 +105,7 @@ def download(
 def check(
     data: opt.Data = Path("data"),
     masks: opt.Masks = None,
-    convention: opt.Convention = "kits19",
+    scheme: opt.Labels = "kits19",
     jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
     overwrite: opt.Overwrite = False,
@@ -119,7 +123,7 @@ def check(
     refuse_overwrite(report, "check")
     cases = with_labels(list_cases(data), masks)
     with console.bar("check", len(cases)) as step:
-        reports = in_parallel((delayed(check_case)(case, convention) for case in cases), jobs, lambda _: step())
+        reports = in_parallel((delayed(check_case)(case, scheme) for case in cases), jobs, lambda _: step())
     table = console.table("case", "shape", "spacing (mm)", "axes", "HU", "kidney without tumor (ml)", "tumor (ml)", "")
     for r in reports:
         state = "[green]ok[/]" if r.ok else "[red]" + escape("; ".join(r.problems)) + "[/]"
@@ -146,14 +150,15 @@ def preprocess(
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
     shard: opt.Shard = None,
+    labels: opt.LabelsName = None,
     set_: opt.Set = [],  # noqa: B006
 ) -> None:
     """Resample every case to the grids of a method. Cases that are done and unchanged are skipped."""
     from kitseg.runtime.dask import on_cluster
     from kitseg.volumes.kits import find_cases, with_labels
 
-    share = take_share(shard)
-    configuration, _ = Asked(method, size, plan, set_, config_dir).composed()
+    share, overrides = take_share(shard), [*set_, *([f"labels={labels}"] if labels else [])]
+    configuration, _ = Asked(method, size, plan, overrides, config_dir).composed()
     cases = with_labels(find_cases(data), masks)
     show_left_out([data], cases, masks)
     cases = share.take(cases)
@@ -162,12 +167,7 @@ def preprocess(
     exit_if(bool(failed))
 
 
-@app.command(
-    epilog="Example: kitseg split data -o splits.json --folds 5 --test-cases 20",
-    context_settings={
-        "token_normalize_func": lambda name: {"inner-folds": "nested-folds"}.get(name, name)
-    },  # as in 0.1
-)
+@app.command(epilog="Example: kitseg split data -o splits.json --folds 5 --test-cases 20")
 def split(
     data: Annotated[list[Path], typer.Argument(help="Folders of labelled cases.")] = [Path("data")],  # noqa: B006
     masks: opt.Masks = None,
@@ -184,7 +184,7 @@ def split(
         int, typer.Option(min=0, help="Number of patients (not cases) that no fold uses: a test set.")
     ] = 0,
     seed: opt.Seed = 0,
-    convention: opt.Convention = "kits19",
+    scheme: opt.Labels = "kits19",
     jobs: opt.Jobs = -1,
 ) -> None:
     """Split cases by patient into cross-validation folds with similar tumor volumes and slice thicknesses.
@@ -201,10 +201,10 @@ def split(
     cases = labelled_cases(data, masks)
     show_left_out(data, cases, masks)
     with console.bar("split", len(cases)) as step:
-        traits, errors = look_at(cases, convention, jobs, step)
+        traits, errors = look_at(cases, scheme, jobs, step)
     for error in errors:
         console.print_error(f"{error} The case is left out.")
-    made = make_split(traits, folds, nested_folds, test_cases, seed, convention)
+    made = make_split(traits, folds, nested_folds, test_cases, seed, scheme)
     write_split(made, output)
     table = console.table("part", "cases", "tumor: median (ml)", *THICKNESSES)
     for row in report_split(made, traits):
@@ -214,97 +214,3 @@ def split(
         console.print_line(f"{len(made.folds)} folds instead of {folds}: there are too few patients for more")
     console.print_line(f"{len(traits)} cases split: {output}")
     exit_if(bool(errors))
-
-
-@app.command(epilog="Example: kitseg augment --method two-phase --fold 0 --worst 20 --partners 10")
-def augment(
-    method: opt.Method = "two-phase",
-    size: opt.Size = "paper",
-    run: Annotated[
-        Path | None, typer.Option(help="The run whose predictions rank the cases. Default: runs/METHOD-SIZE.")
-    ] = None,
-    fold: Annotated[int, typer.Option(min=0, help="The fold whose training cases are registered.")] = 0,
-    worst: Annotated[int, typer.Option(min=1, help="Number of hard cases: those with the lowest Dice.")] = 20,
-    partners: Annotated[int, typer.Option(min=1, help="Number of other cases paired with each hard case.")] = 10,
-    direction: Annotated[
-        str, typer.Option(help="partner-to-hard (warp the partner to the hard case's anatomy) or hard-to-partner.")
-    ] = "partner-to-hard",
-    data: opt.DataFolders = [Path("data")],  # noqa: B006
-    masks: opt.Masks = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the new cases.")] = Path("augmented"),
-    store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
-    seed: opt.Seed = 0,
-    device: opt.Device = "auto",
-    jobs: opt.Jobs = -1,
-    cluster: opt.Cluster = None,
-    shard: opt.Shard = None,
-    trust: opt.Trust = False,
-) -> None:
-    """Augment a fold's training set by registration of hard cases with other cases. Running it again resumes.
-
-    Hard cases are those that the networks of the run's nested folds predict worst; nested folds that are not trained
-    yet are trained first.
-    """
-    from kitseg.commands import augment as copies
-    from kitseg.runtime.dask import on_cluster
-    from kitseg.runtime.locks import folder_lock
-    from kitseg.training.hard_cases import fold_plan, rank_cases
-    from kitseg.volumes.kits import labelled_cases
-
-    choice, share = copies.PairSelection(worst, partners, direction, seed), take_share(shard)
-    plan = fold_plan(run or Path("runs") / f"{method}-{size}", fold, store, device)
-    known = labelled_cases(data, masks)
-    cases = copies.training_scans(plan.split, fold, known)
-    with on_cluster(cluster):
-        failed = preprocess_cases(known, plan.config, store, jobs)
-    cases = {name: case for name, case in cases.items() if name not in failed}
-    copies.check_enough(len(cases), choice)
-    with folder_lock(output, "copies", share.part):
-        ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", console.print_line)
-        _show_ranking(ranked[:worst])
-        pairs = copies.choose_pairs([row.case for row in ranked], cases, choice)
-        copies.write_request(output, fold, choice, pairs)
-        mine, convention = share.take(pairs), plan.config["convention"]
-        with on_cluster(cluster), console.bar("register", len(mine)) as step:
-            outcomes = copies.make_copies(mine, output, convention, jobs, lambda _: step())
-        _report_copies(outcomes, output)
-        if share.of > 1 and (left := copies.undone(pairs, output, convention)):
-            console.print_line(
-                f"part {share}: {left} of {len(pairs)} pairs are still to do; the part that ends last writes the split"
-            )
-        else:
-            copies.write_augmented_split(plan.run, output)
-            _print_next_command(plan, data, output)
-    exit_if(bool(failed) or any(outcome.state == "failed" for outcome in outcomes))
-
-
-def _show_ranking(ranked: Sequence[Ranked]) -> None:
-    table = console.table("hard case", "kidney", "tumor", "mean Dice")
-    for row in ranked:
-        table.add_row(row.case, *map(console.cell, (row.kidney, row.tumor, row.dice)))
-    console.out.print(table)
-
-
-def _print_next_command(plan: Plan, data: Sequence[Path], copies: Path) -> None:
-    more = "".join(f" --data {folder}" for folder in [*data, copies])
-    console.print_line(
-        f"To train with the new cases and the options of {plan.run.path}: kitseg train --method {plan.method.name} "
-        f"--size {plan.config['size']['name']} --fold {plan.fold}{more} --split {copies / 'splits.json'} "
-        f"--name {plan.run.path.name}-augmented"
-    )
-
-
-def _report_copies(outcomes: Sequence[Copied], folder: Path) -> None:
-    for outcome in outcomes:
-        if outcome.state == "failed":
-            console.print_error(outcome.reason)
-        elif outcome.state == "rejected":
-            console.print_line(f"{outcome.name}: rejected, {escape(outcome.reason)}")
-    kept = [outcome.dice for outcome in outcomes if outcome.state == "kept"]
-    new = sum(outcome.new for outcome in outcomes)
-    console.print_line(
-        f"{len(kept)} of {len(outcomes)} pairs gave a new case in {folder}; {new} were registered in this call"
-    )
-    if kept:
-        before, after = map(fmean, zip(*kept, strict=True))
-        console.print_line(f"mean Dice of the kidneys: {before:.2f} before registration, {after:.2f} after")

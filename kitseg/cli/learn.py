@@ -93,10 +93,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and run one training step of each stage only.")
     ] = False,
+    labels: opt.LabelsName = None,
     set_: opt.Set = [],  # noqa: B006
 ) -> None:
     """Train the stages of a method in order. Running the same command again resumes."""
     from kitseg import config
+    from kitseg.labels import scheme_of
     from kitseg.models.run_folder import Run
     from kitseg.runtime.device import Machine, be_deterministic
     from kitseg.runtime.launcher import Launch, is_started_again
@@ -113,11 +115,12 @@ def train(
     device, ranks = choose_ranks(gpus, processes, device)
     given = {"stages.*.epochs": epochs, "seed": seed}
     overrides = [*set_, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    overrides += [f"labels={labels}"] if labels else []
 
     def make(sizes: dict[str, Any]) -> dict[str, Any]:
-        known = config.compose(method, next(iter(sizes)), overrides, config_dir)["convention"]
+        known = scheme_of(config.compose(method, next(iter(sizes)), overrides, config_dir)["labels"])
         return make_plan(
-            method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory_here(device), convention=known
+            method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory_here(device), labels=known
         )
 
     configuration, size = Asked(method, size, plan, overrides, config_dir).composed(make, write=not dry_run)
@@ -218,5 +221,7 @@ def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:
         table.add_row(*row)
     console.print_line(f"{plan.method.name}, fold {plan.fold} of {len(plan.split.folds)}, on {machine.describe()}")
     console.out.print(table)
+    if plan.method.labels.cyst and not plan.method.finds_cysts:
+        notes = [*notes, f"{plan.method.name} has no class for cysts: it learns them as kidney"]
     for note in notes:
         console.print_plain(note)

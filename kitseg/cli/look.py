@@ -28,7 +28,7 @@ def measure(
         Path | None,
         typer.Option(help="The scan, or the folder of scans: adds HU, and helps to find the side of a single kidney."),
     ] = None,
-    convention: opt.Convention = "kits19",
+    scheme: opt.Labels = None,
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
     shard: opt.Shard = None,
@@ -62,11 +62,11 @@ def measure(
     refuse_overwrite(calibration, "png")
     patient = renal_function.patient_of(egfr, age, diabetes)
     tasks = renal_function.with_patients(steps.plan_measures(labels, ct), labels, patient)
-    output, work = report or table, partial(steps.measure_case, convention=convention)
+    output, work = report or table, partial(steps.measure_case, scheme=scheme)
     cache = ResultCache.beside(output, steps.Measured, work) if output else None
     results = gather("measure", tasks, cache or work, jobs, cluster, shard)
     if report:
-        steps.write_findings(report, results, convention)
+        steps.write_findings(report, results)
     if table:
         steps.write_lesion_table(table, results)
     if cache:
@@ -83,13 +83,13 @@ def mesh(
     labels: Annotated[Path, typer.Argument(metavar="SEG", help="A label map.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The STL file.")] = Path("kidney.stl"),
     of: Annotated[str, typer.Option(help="kidney (both, with lesions), parenchyma, tumor or cyst.")] = "kidney",
-    convention: opt.Convention = "kits19",
+    scheme: opt.Labels = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Write the surface of a label map as an STL file, in mm in the patient's space (RAS+)."""
     from kitseg.commands.measure import write_mesh
 
-    triangles, ml = write_mesh(labels, output, of, convention)
+    triangles, ml = write_mesh(labels, output, of, scheme)
     console.print_line(escape(f"{triangles} triangles, {ml:.1f} ml → {output}"))
 
 
@@ -102,6 +102,7 @@ def report(
     masks: opt.Masks = None,
     scores: Annotated[Path | None, typer.Option(help="A file from `kitseg evaluate --json`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
+    scheme: opt.Labels = None,
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
     shard: opt.Shard = None,
@@ -118,11 +119,11 @@ def report(
     from kitseg.runtime.sharding import Share
 
     known = study_scores(read_scores(scores)) if scores else StudyScores()
-    tasks = pages.plan_pages(predictions, data, known, output, masks)
+    tasks = pages.plan_pages(predictions, data, known, output, masks, scheme)
     cache = ResultCache(output.absolute() / ".cases", CaseRow, partial(pages.make_page))
     with folder_lock(output, "pages", Share.asked(shard).part):
         rows = gather("report", tasks, cache, jobs, cluster, shard)
-        pages.write_index(output, rows, known)
+        pages.write_index(output, rows, known, tasks[0].scheme)
         cache.clear()
     for row in rows:
         for flag in row.quality.flags if row.quality else ():

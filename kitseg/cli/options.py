@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kitseg.errors import UsageError
 from kitseg.runtime.overwrite import overwriting
 from kitseg.trust import everything
+
+if TYPE_CHECKING:
+    from kitseg.labels import Scheme
 
 PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
 
@@ -101,29 +104,21 @@ MaxMemory = Annotated[
 ]
 
 
-def _known_convention(convention: str | None) -> str | None:
-    from kitseg.labels import CONVENTIONS
+def read_scheme(text: str) -> Scheme:
+    """The label scheme that an option names."""
+    from kitseg.labels import find_scheme
 
-    if convention is not None and convention not in CONVENTIONS:
-        raise UsageError(f"unknown label convention '{convention}'. Choose {' or '.join(CONVENTIONS)}")
-    return convention
+    return find_scheme(text)
 
 
-Convention = Annotated[
-    str,
-    typer.Option(
-        callback=_known_convention,
-        help="Label convention: kits19 (cysts labelled as kidney) or kits23 (cysts labelled 3).",
-    ),
+_SCHEME = (
+    "Labels of the files: kits19 (cysts are kidney), kits23 (cysts are 3), kidney=1,tumor=2,cyst=3, a .yaml file, or "
+    "nnU-Net's dataset.json. Default: kits19, or what kitseg recorded beside them."
+)
+Labels = Annotated[
+    Any, typer.Option("--labels", metavar="SCHEME", parser=read_scheme, show_default=False, help=_SCHEME)
 ]
-ProtocolConvention = Annotated[
-    str | None,
-    typer.Option(
-        callback=_known_convention,
-        help="Label convention: kits19 (cysts labelled as kidney) or kits23. Default: the protocol's.",
-        show_default=False,
-    ),
-]
+LabelsName = Annotated[str | None, typer.Option("--labels", metavar="SCHEME", show_default=False, help=_SCHEME)]
 Cluster = Annotated[
     str | None,
     typer.Option(metavar="dask://HOST:PORT", help="Process the cases on the workers of a dask cluster."),

@@ -77,9 +77,10 @@ def make_plan(
 ) -> dict[str, Any]:
     """Find and read the cases, fit a size to them, and print the plan.
 
-    given: ``convention`` of the labels; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs;
+    given: ``labels``, their scheme; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs;
     ``start``: the model folder of nnU-Net to start from.
     """
+    from kitseg.labels import KITS19
     from kitseg.training import planner
     from kitseg.training.fingerprint import fingerprint
     from kitseg.training.nnunet import find_nnunet
@@ -92,7 +93,7 @@ def make_plan(
         raise UsageError(f"--init-from {given['start']}: it is no model folder of nnU-Net; others need no plan")
     cases = find()
     with console.bar("plan", len(cases)) as step:
-        seen = fingerprint(cases, given.get("convention", "kits19"), jobs, step, given.get("scans", True))
+        seen = fingerprint(cases, given.get("labels", KITS19), jobs, step, given.get("scans", True))
     plan = planner.make_plan(method, size, seen, planner.fit_size(seen, sizes[size], memory, start), memory)
     _show(plan)
     return plan
@@ -130,7 +131,7 @@ def plan(
         str | None,
         typer.Option(metavar="MODEL", help="Plan the second stage with the network of a model folder of nnU-Net."),
     ] = None,
-    convention: opt.Convention = "kits19",
+    scheme: opt.Labels = "kits19",
     split: Annotated[Path, typer.Option(help="Split file, whose test cases are left out.")] = Path("splits.json"),
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan, a YAML file to read and edit.")] = FILE,
     config_dir: opt.ConfigDir = None,
@@ -163,7 +164,7 @@ def plan(
         memory = (parse_size(gpu_memory, "--gpu-memory") or 0) / 1e9
     scans = data is not None or masks is None
     sizes = config.sizes(method, config_dir)
-    given = {"size": size, "convention": convention, "scans": scans, "start": init_from}
+    given = {"size": size, "labels": scheme, "scans": scans, "start": init_from}
     write_plan(out, make_plan(method, sizes, find, jobs, memory, **given))
     console.print_line(f"plan: {out}; `kitseg train --method {method} --plan {out}` trains it")
 

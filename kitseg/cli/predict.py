@@ -146,10 +146,11 @@ def predict(
     keep_identifiers: Annotated[
         bool, typer.Option("--keep-identifiers", help="Include patient data in the DICOM output and series.csv.")
     ] = False,
+    scheme: opt.Labels = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Segment kidneys and tumors in scans, on each scan's own grid, with lesions, quality flags and a picture.
+    """Segment kidneys, tumors and cysts in scans, on each scan's own grid, with lesions, quality flags and a picture.
 
     The most suitable CT of each DICOM study is selected; series.csv states the reason for every series.
 
@@ -176,7 +177,7 @@ def predict(
             f"{len(found.cases)} of {len(found.choices)} DICOM series selected; {output / SERIES_TABLE} states why"
         )
     part, most = Share.asked(shard).part, parse_size(max_memory)
-    options = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, most, part)
+    options = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, most, part, scheme)
     shared_work("predict", found.cases, PredictScans(opened, output, options), shard, ranks)
 
 

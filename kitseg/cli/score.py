@@ -20,13 +20,13 @@ from kitseg.runtime.overwrite import refuse_overwrite
 SHOWN = 15  # combinations in the table of `choose`
 
 
-@app.command(epilog="Example: kitseg fit-priors --labels data --split splits.json --fold 0")
+@app.command(epilog="Example: kitseg fit-priors --data data --split splits.json --fold 0")
 def fit_priors(
-    labels: Annotated[Path, typer.Option(help="Folder of reference label maps, KiTS layout or flat.")] = Path("data"),
+    data: Annotated[Path, typer.Option(help="Folder of reference label maps, KiTS layout or flat.")] = Path("data"),
     masks: opt.Masks = None,
     split: Annotated[Path | None, typer.Option(help="Split file: use only the training cases of --fold.")] = None,
     fold: Annotated[int | None, typer.Option(help="With --split: the fold whose training cases are used.")] = None,
-    convention: opt.Convention = "kits19",
+    scheme: opt.Labels = "kits19",
     jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the range and every tumor to this file.")] = None,
     overwrite: opt.Overwrite = False,
@@ -35,7 +35,7 @@ def fit_priors(
     from kitseg.commands import fit_priors as priors
 
     refuse_overwrite(report, "fit")
-    tasks = priors.training_labels(labels, split, fold, masks)
+    tasks = priors.training_labels(data, split, fold, masks)
     with console.bar("fit-priors", len(tasks)) as step:
 
         def done(finding: priors.CaseTumors) -> None:
@@ -43,7 +43,7 @@ def fit_priors(
             if finding.error:
                 console.print_error(finding.error)
 
-        fit = priors.fit_priors(tasks, convention, jobs, done)
+        fit = priors.fit_priors(tasks, scheme, jobs, done)
     if report:
         priors.write_fit(report, fit)
     show_fit(fit)
@@ -55,7 +55,7 @@ def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps to score.")] = opt.PREDICTIONS,
     references: Annotated[Path, typer.Argument(help="Folder of reference label maps.")] = Path("data"),
     protocol: Annotated[str, typer.Option(help="Scoring rules: kits19, kits21 or kits23.")] = "kits19",
-    convention: opt.ProtocolConvention = None,
+    scheme: opt.Labels = None,
     cases: Annotated[
         str | None, typer.Option(help="Required cases, such as 210-299; missing ones are scored as background.")
     ] = None,
@@ -79,8 +79,8 @@ def evaluate(
 
     refuse_overwrite(report, "scores")
     refuse_overwrite(table, "score table")
-    rules = scoring.rules(protocol, convention)
-    found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold))
+    rules = scoring.rules(protocol, scheme)
+    found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
     scores = gather("evaluate", found, cache or work, jobs, cluster, shard)
@@ -137,9 +137,10 @@ def choose(
     for number, recipes in enumerate(steps.rounds(search), 1):
         with console.bar(f"choose, round {number}: {len(recipes)} combinations", len(search.cases)) as step:
             steps.try_recipes(search, recipes, jobs, step)
-    table = console.table("runs", "post-processing", "kidney", "tumor", "mean")
+    figures = list(search.tried[steps.ranked(search)[0]])
+    table = console.table("runs", "post-processing", *figures)
     for recipe in steps.ranked(search)[:SHOWN]:
-        dice = (console.cell(search.tried[recipe][name]) for name in ("kidney", "tumor", "mean"))
+        dice = (console.cell(search.tried[recipe][name]) for name in figures)
         table.add_row(*map(escape, steps.describe_recipe(search, recipe)), *dice)
     console.out.print(table)
     steps.write_choice(output, search)
@@ -181,23 +182,36 @@ def compare(
 @app.command(epilog="Example: kitseg submit predictions -o kits19.zip")
 def submit(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps to submit.")] = opt.PREDICTIONS,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The zip file to write.")] = Path("kits19.zip"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The zip file to write. Default: kits19.zip or kits23.zip.")
+    ] = None,
     data: Annotated[Path, typer.Option(help="Folder of the scans.")] = Path("data"),
-    cases: Annotated[str, typer.Option(help="Required cases.")] = "210-299",
+    protocol: Annotated[str, typer.Option(help="The challenge: kits19 or kits23, whose labels have cysts.")] = "kits19",
+    cases: Annotated[
+        str | None, typer.Option(help="Required cases. Default: 210-299 of kits19; of kits23 those in the data folder.")
+    ] = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Check every prediction against its scan and pack a KiTS19 submission. With any problem, nothing is written."""
-    from kitseg.commands import submit as packing
-    from kitseg.volumes.download import parse_cases
+    """Check every prediction against its scan and pack a submission. With any problem, nothing is written.
 
+    Labels are written with the challenge's ids, whatever those of the predictions; for kits19, cysts become kidney.
+    """
+    from kitseg.commands import submit as packing
+    from kitseg.labels import find_scheme
+    from kitseg.volumes.download import SOURCES, parse_cases
+
+    if protocol not in SOURCES:
+        raise UsageError(f"unknown protocol '{protocol}'. Choose {' or '.join(SOURCES)}")
+    output = output or Path(f"{protocol}.zip")
     packing.check_output(output)
-    numbers = parse_cases(cases)
+    cases = cases or ("210-299" if protocol == "kits19" else None)
+    numbers = parse_cases(cases, SOURCES[protocol]) if cases else packing.numbers_in(data)
     with console.bar("check", len(numbers)) as step:
-        submission = packing.check_submission(predictions, data, numbers, step)
+        submission = packing.check_submission(predictions, data, numbers, step, find_scheme(protocol))
     for problem in submission.problems:
         console.print_error(problem)
     if submission.extra:
-        console.print_line(escape(f"left out, not among cases {cases}: {', '.join(submission.extra)}"))
+        console.print_line(escape(f"left out, not among cases {cases or data}: {', '.join(submission.extra)}"))
     if submission.empty:
         names = ", ".join(submission.empty)
         console.print_line(

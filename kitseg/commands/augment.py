@@ -22,6 +22,7 @@ from joblib import delayed
 
 from kitseg import __version__
 from kitseg.errors import InputError, KitsegError, UsageError, format_error
+from kitseg.labels import Scheme, find_scheme
 from kitseg.models.run_folder import Run
 from kitseg.patches.registration import Labelled, Settings, register_copy
 from kitseg.patches.warp import problem
@@ -119,23 +120,23 @@ def choose_pairs(ranked: Sequence[str], cases: Mapping[str, Case], choice: PairS
 
 
 def make_copies(
-    pairs: Sequence[Pair], to: Path, convention: str, jobs: int, on_done: Callable[[Copied], None]
+    pairs: Sequence[Pair], to: Path, scheme: Scheme, jobs: int, on_done: Callable[[Copied], None]
 ) -> list[Copied]:
     """Register each pair and write the copies that pass; a failure doesn't stop the others, and done pairs are skipped.
 
     A registration uses one thread, so as many run at a time as there are jobs. Raises KitsegError: a worker was killed.
     """
     to = to.absolute()  # worker processes may have another working folder
-    tasks = (delayed(_make)(pair, to, convention) for pair in pairs)
+    tasks = (delayed(_make)(pair, to, scheme) for pair in pairs)
     return sorted(in_parallel(tasks, jobs, on_done, ordered=False), key=lambda outcome: outcome.name)
 
 
-def undone(pairs: Sequence[Pair], to: Path, convention: str) -> int:
+def undone(pairs: Sequence[Pair], to: Path, scheme: Scheme) -> int:
     """The number of pairs that are neither kept nor rejected yet."""
     done = 0
     for pair in pairs:
         with suppress(InputError):
-            done += _done(pair, to, _wanted(pair, convention)) is not None
+            done += _done(pair, to, _wanted(pair, scheme)) is not None
     return len(pairs) - done
 
 
@@ -166,21 +167,21 @@ def write_augmented_split(run: Run, to: Path) -> Split:
     return read_split(to / "splits.json")
 
 
-def _make(pair: Pair, to: Path, convention: str) -> Copied:
+def _make(pair: Pair, to: Path, scheme: Scheme) -> Copied:
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
-        wanted = _wanted(pair, convention)
+        wanted = _wanted(pair, scheme)
         return _done(pair, to, wanted) or _copy(pair, to, wanted)
     except Exception as error:  # the other pairs continue, whatever the error
         return Copied(pair.name, "failed", True, format_error(pair.name, error))
 
 
-def _wanted(pair: Pair, convention: str) -> dict[str, Any]:
+def _wanted(pair: Pair, scheme: Scheme) -> dict[str, Any]:
     """The settings and files of a copy, as ``CopyOrigin`` records them. Raises InputError: an unreadable file."""
     files = (file for case in (pair.reference, pair.floating) for file in (case.image, case.label) if file)
     return {
         "settings": asdict(Settings()),
-        "convention": convention,
+        "labels": scheme.line,
         "made_from": tuple(file_digest(file) for file in files),
     }
 
@@ -197,7 +198,7 @@ def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied | None:
 def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
     """Register a pair and write the copy, or the reason why it is rejected."""
     begun, name = time.perf_counter(), pair.name
-    reference, floating = (_read(case, wanted["convention"]) for case in (pair.reference, pair.floating))
+    reference, floating = (_read(case, find_scheme(wanted["labels"])) for case in (pair.reference, pair.floating))
     copy = register_copy(reference, floating, Settings())
     reason = problem(copy.quality)
     patients = {patient for case in (pair.reference, pair.floating) for patient in case.patients or (case.id,)}
@@ -222,20 +223,20 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
         partial.mkdir()
         mark = PHANTOM_MARK if any(is_phantom(case.image) for case in (pair.reference, pair.floating)) else ""
         write_image(partial / IMAGE, copy.image, reference.image.native, mark)
-        write_labels(partial / LABEL, copy.label, reference.image.native, mark)
+        write_labels(partial / LABEL, copy.label, reference.image.native, mark, find_scheme(facts["labels"]))
         COPY_ORIGIN.write(partial / ORIGIN, facts)
     rejected.unlink(missing_ok=True)
     return Copied(name, "kept", True, dice=(copy.quality.dice_before, copy.quality.dice_after))
 
 
-def _read(case: Case, convention: str) -> Labelled:
+def _read(case: Case, scheme: Scheme) -> Labelled:
     """A labelled scan.
 
     Raises InputError: no label, one on another grid than its image or without a kidney, or an unreadable file.
     """
     if case.label is None:
         raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
-    image, label = read_image(case.image, case.id), read_labels(case.label, case.id, convention)
+    image, label = read_image(case.image, case.id), read_labels(case.label, case.id, scheme)
     check_grid(case.label, label.geometry, image.geometry)
     if not label.array.any():
         raise InputError(case.label, "holds no kidney", "Leave the case out of the training, or fix its labels.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.labels import Scheme
 from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
@@ -25,7 +26,7 @@ class CaseRecord:
     files: hashes of the case's files by name; labels_sha256: of the label map among them; scan, scan_sha256: the scan's
     name and hash; recipe, block_sha256: hashes of the settings and of the probabilities, where labels depend on them;
     models, versions: what predicted; learned_from: those of the models that learned from the scan, None where unknown;
-    volumes_ml, note, quality: what was found.
+    volumes_ml, note, quality: what was found; labels: the scheme of the label map, None in records of kitseg 0.1.
     """
 
     case: str = ""
@@ -41,6 +42,7 @@ class CaseRecord:
     volumes_ml: dict[str, float] | None = None
     note: str = ""
     quality: Quality | None = None
+    labels: Scheme | None = None
 
 
 CASE_RECORD = FileFormat(CaseRecord, 4)
@@ -73,6 +75,14 @@ def recorded_learning(labels: Path) -> tuple[str, ...]:
         return ANY_RECORD.read(record_of(labels)).learned_from or ()
     except InputError:
         return ()
+
+
+def scheme_beside(labels: Path) -> Scheme | None:
+    """The scheme of a label map by the record beside it; None where there is none."""
+    try:
+        return ANY_RECORD.read(record_of(labels)).labels
+    except InputError:
+        return None
 
 
 def describe_learning(models: Sequence[str] | None) -> str:

@@ -13,14 +13,16 @@ from joblib import delayed
 
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError, format_error
-from kitseg.labels import to_kits19
+from kitseg.labels import Scheme
 from kitseg.models.ensemble_file import Member, write_ensemble
 from kitseg.models.model import run_digest
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import Run, find_run
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.outcomes import in_parallel
-from kitseg.scoring.kits19 import kits19_scores, mean_scores
+from kitseg.scoring.case import dice_scores
+from kitseg.scoring.kits19 import mean_scores
+from kitseg.scoring.protocols import protocol_of
 from kitseg.splits import read_split
 from kitseg.types import Case
 from kitseg.volumes.blocks import MANIFEST, read_block, read_manifest, recorded_scan_digest
@@ -59,12 +61,12 @@ class Recipe:
 class Search:
     """The search space: members, the references of the cases that all of them have, the priors by name.
 
-    tried: mean Dice of each recipe by class, and under ``mean`` that of kidney and tumor, as KiTS19 ranks.
+    tried: mean Dice of each recipe by class, and under ``mean`` that of the challenge's classes, by which it ranks.
     """
 
     members: Sequence[Validated]
     cases: Sequence[Case]
-    convention: str
+    scheme: Scheme
     priors: Mapping[str, Any]
     tried: dict[Recipe, dict[str, float]] = field(default_factory=dict)
 
@@ -77,7 +79,7 @@ class Search:
 def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
     """The validated runs among the paths, plain and mirrored.
 
-    Raises UsageError: a run that isn't validated, or that has other cases or another label convention than the first.
+    Raises UsageError: a run that isn't validated, or that has other cases or another label scheme than the first.
     """
     members, splits = [], []
     for path in paths:
@@ -95,13 +97,13 @@ def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
         if odd := sorted(set(member.folders) ^ set(members[0].folders)):
             pair = f"{members[0].name} and {member.name}"
             raise UsageError(f"{pair} weren't validated on the same cases: {', '.join(odd)}")
-    if len({split.convention for split in splits}) > 1:
-        raise UsageError("the runs were trained with different label conventions")
+    if len({split.scheme.line for split in splits}) > 1:
+        raise UsageError("the runs were trained with different labels")
     by_id = {case.id: case for case in cases}
     if missing := sorted(members[0].folders.keys() - by_id.keys()):
         raise UsageError(f"cases {', '.join(missing)} are missing. Give their folder with --data")
     references = [by_id[name] for name in sorted(members[0].folders)]
-    return Search(members, references, splits[0].convention, _all_priors(members))
+    return Search(members, references, splits[0].scheme, _all_priors(members))
 
 
 def rounds(search: Search) -> Iterator[list[Recipe]]:
@@ -125,7 +127,7 @@ def try_recipes(search: Search, recipes: Sequence[Recipe], jobs: int, on_done: C
 
     Raises KitsegError: a case can't be scored.
     """
-    given = (search.members, search.priors, search.convention, recipes)
+    given = (search.members, search.priors, search.scheme, recipes)
     tasks = (delayed(_try_case)(case, *given) for case in search.cases)
 
     def done(found: list[dict[str, float]] | str) -> None:
@@ -220,11 +222,11 @@ def _try_case(case: Case, *given: Any) -> list[dict[str, float]] | str:
 
 
 def _dice_of(
-    case: Case, members: Sequence[Validated], priors: Mapping[str, Any], convention: str, recipes: Sequence[Recipe]
+    case: Case, members: Sequence[Validated], priors: Mapping[str, Any], scheme: Scheme, recipes: Sequence[Recipe]
 ) -> list[dict[str, float]]:
     if case.label is None:
         raise UsageError(f"{case.id} has no label to compare with")
-    truth = to_kits19(read_labels(case.label, case.id, convention).array)
+    truth = read_labels(case.label, case.id, scheme).array
     digest = file_digest(case.image)
     if old := [member.name for member in members if recorded_scan_digest(member.folders[case.id], case.id) != digest]:
         raise UsageError(f"{case.image} is not what {', '.join(old)} predicted. Call `kitseg validate` for them again.")
@@ -236,5 +238,6 @@ def _dice_of(
         mean = ensemble.mean((ensemble.convert(block, channels), 1.0) for block in blocks)
         for recipe in group:
             steps = build_steps({name: priors[name] for name in recipe.steps})
-            found.append(kits19_scores(clean(mean, scan, steps), truth))
+            dice = dice_scores(clean(mean, scan, steps), truth, protocol_of(scheme), scheme)
+            found.append({name: dice[name] for name in protocol_of(scheme).targets})
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from kitseg.commands.score_files import read_scores
 from kitseg.errors import InputError, UsageError
+from kitseg.labels import scheme_of
 from kitseg.report.comparison import format_interval, format_p, signed
 from kitseg.runtime.files import write_json
 from kitseg.scoring.compare import FEWEST, PairedGroup, compare_cases
@@ -22,12 +23,13 @@ _PLACES = (Path("scores.json"), Path("validation") / "scores.json")
 class Side:
     """One side of a comparison, from a file of ``kitseg evaluate --json``.
 
-    cases: Dice by case and class; strata: stratum by case and kind; background: cases scored as if nothing was found.
+    labels: of the references; cases: Dice by case and class; strata: stratum by case and kind; background: cases
+    scored as if nothing was found.
     """
 
     path: Path
     protocol: str
-    convention: str
+    labels: str
     cases: dict[str, dict[str, float]]
     strata: dict[str, dict[str, str]]
     background: frozenset[str]
@@ -61,11 +63,9 @@ def compare(a: Path, b: Path) -> Comparison:
     one, other = _read(a), _read(b)
     if one.path.resolve() == other.path.resolve():
         raise UsageError(f"{a} and {b} are the same file. Give the scores of two methods")
-    if (one.protocol, one.convention) != (other.protocol, other.convention):
-        rules = (
-            f"{side.path} was scored by {side.protocol} with labels as in {side.convention}" for side in (one, other)
-        )
-        raise UsageError(f"{' and '.join(rules)}. Evaluate both with the same --protocol and --convention")
+    if (one.protocol, one.labels) != (other.protocol, other.labels):
+        rules = (f"{side.path} was scored by {side.protocol} with the labels {side.labels}" for side in (one, other))
+        raise UsageError(f"{' and '.join(rules)}. Evaluate both with the same --protocol and --labels")
     groups = compare_cases(one.cases, other.cases, _strata(one, other))
     if not groups:
         raise UsageError(f"{one.path} and {other.path} have no case in common. Evaluate both on the same cases")
@@ -75,7 +75,7 @@ def compare(a: Path, b: Path) -> Comparison:
 def write_figures(path: Path, comparison: Comparison) -> None:
     """Write all results as JSON, with the differences of all cases."""
     a, b = comparison.a, comparison.b
-    content: dict[str, Any] = {"protocol": a.protocol, "convention": a.convention, "a": str(a.path), "b": str(b.path)}
+    content: dict[str, Any] = {"protocol": a.protocol, "labels": a.labels, "a": str(a.path), "b": str(b.path)}
     content["only_a"] = sorted(a.cases.keys() - b.cases.keys())
     content["only_b"] = sorted(b.cases.keys() - a.cases.keys())
     content["background_a"], content["background_b"] = sorted(a.background), sorted(b.background)
@@ -114,7 +114,8 @@ def _read(path: Path) -> Side:
                 raise InputError(found, f"{case} has a Dice of {dice} for {name}", "Make it with `kitseg evaluate`.")
             cases.setdefault(case, {})[name] = dice
     background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
-    return Side(found, content["protocol"], content["convention"], cases, content["strata"], background)
+    labels = content.get("labels") or scheme_of(content.get("convention", "kits19")).line
+    return Side(found, content["protocol"], labels, cases, content["strata"], background)
 
 
 def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:

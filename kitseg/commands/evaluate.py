@@ -9,38 +9,36 @@ from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.case_record import recorded_learning
+from kitseg.commands.case_record import recorded_learning, scheme_beside
 from kitseg.errors import KitsegError, UsageError, format_error
-from kitseg.labels import CYST, TUMOR, to_kits19
+from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
 from kitseg.runtime.resume import Task
-from kitseg.scoring.case import Metrics, score
+from kitseg.scoring.case import CaseScore, Metrics, dice_scores, score
 from kitseg.scoring.detection import Detection
-from kitseg.scoring.kits19 import kits19_scores, mean_scores
+from kitseg.scoring.kits19 import mean_scores
 from kitseg.scoring.protocols import PROTOCOLS, Protocol
 from kitseg.scoring.strata import THICKNESSES, in_order, size_of_volume, thickness_class
 from kitseg.splits import held_out
 from kitseg.types import Volume
 from kitseg.volumes.check import refuse_scans
-from kitseg.volumes.download import parse_cases
+from kitseg.volumes.download import KITS23, SOURCES, parse_cases
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import case_name, pair, shorten
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
-PROTOCOL = "kits19"
-
 
 @dataclass(frozen=True)
 class Rules:
     """The scoring rules.
 
-    convention: of the label maps; distances: whether to compute surface distances and detection, which takes seconds,
-    or only Dice (for kits19).
+    scheme: of the references, and of predictions without a record; distances: whether to compute surface distances and
+    detection, which takes seconds, or only Dice.
     """
 
     protocol: Protocol
-    convention: str
+    scheme: Scheme
     distances: bool = True
 
 
@@ -48,8 +46,9 @@ class Rules:
 class Score:
     """A case's metrics per class; ``missing`` where there was no prediction, ``error`` where it can't be scored.
 
-    strata: the groups that its reference belongs to, by kind; cysts: whether the prediction and the reference hold
-    label 3; itself: whether prediction and reference are one file; learned_from: the models of the prediction that
+    strata: the groups that its reference belongs to, by kind; detection, cyst_detection: of each tumor and cyst; cysts:
+    whether the prediction and the reference hold cysts; strange: whether the prediction holds values that are no
+    labels; itself: whether prediction and reference are one file; learned_from: the models of the prediction that
     learned from the scan, by its record.
     """
 
@@ -60,6 +59,8 @@ class Score:
     strata: Mapping[str, str] = field(default_factory=dict)
     detection: Detection | None = None
     cysts: tuple[bool, bool] = (False, False)
+    cyst_detection: Detection | None = None
+    strange: bool = False
     itself: bool = False
     learned_from: tuple[str, ...] = ()
 
@@ -93,11 +94,11 @@ class Job(Task):
         return (self.reference, *([self.prediction] if self.prediction else []))
 
 
-def rules(protocol: str, convention: str | None) -> Rules:
-    """The rules of a protocol, by default with its own label convention. Raises UsageError: an unknown protocol."""
+def rules(protocol: str, scheme: Scheme | None) -> Rules:
+    """The rules of a protocol, by default for the labels of its references. Raises UsageError: an unknown protocol."""
     if protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol '{protocol}'. Choose from {', '.join(PROTOCOLS)}")
-    return Rules(PROTOCOLS[protocol], convention or PROTOCOLS[protocol].convention)
+    return Rules(PROTOCOLS[protocol], scheme or scheme_of(PROTOCOLS[protocol].labels))
 
 
 def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ()) -> tuple[list[Job], list[str]]:
@@ -123,27 +124,34 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
 def score_case(job: Job, rules: Rules) -> Score:
     """Score one case; a prediction that is missing or can't be used counts as background. Never raises."""
     try:
-        truth = read_labels(job.reference, job.case, rules.convention)
+        truth = read_labels(job.reference, job.case, rules.scheme)
         found, problem = np.zeros_like(truth.array), ""
         try:
             if job.prediction is not None:
-                prediction = read_labels(job.prediction, job.case, None, strict=False)
+                own_scheme = scheme_beside(job.prediction) or rules.scheme
+                prediction = read_labels(job.prediction, job.case, own_scheme, strict=False)
                 check_grid(job.prediction, prediction.geometry, truth.geometry, str(job.reference))
                 found = prediction.array
         except KitsegError as error:
             problem = f"{error} It counts as background."
         if rules.distances:
-            scored = score(found, truth.array, truth.geometry.spacing, rules.protocol, rules.convention)
-            metrics, detection = scored.metrics, scored.detection
+            scored = score(found, truth.array, truth.geometry.spacing, rules.protocol, rules.scheme)
         else:
-            pair = (rules.protocol.adopt(labels, rules.convention) for labels in (found, truth.array))
-            metrics, detection = {name: {"dice": dice} for name, dice in kits19_scores(*pair).items()}, None
-        own, true = (bool((labels == CYST).any()) for labels in (found, truth.array))
-        strata = {**_strata(truth), **job.clinical}
-        itself = job.prediction is not None and os.path.realpath(job.prediction) == os.path.realpath(job.reference)
-        learned_from = recorded_learning(job.prediction) if job.prediction else ()
-        cysts = (own, true)
-        return Score(job.case, metrics, job.prediction is None, problem, strata, detection, cysts, itself, learned_from)
+            quick = dice_scores(found, truth.array, rules.protocol, rules.scheme)
+            scored = CaseScore({name: {"dice": dice} for name, dice in quick.items()})
+        return Score(
+            job.case,
+            scored.metrics,
+            job.prediction is None,
+            problem,
+            {**_strata(truth), **job.clinical},
+            scored.detection,
+            (bool((found == CYST).any()), bool((truth.array == CYST).any())),
+            scored.cysts,
+            bool((found == UNKNOWN).any()),
+            job.prediction is not None and os.path.realpath(job.prediction) == os.path.realpath(job.reference),
+            recorded_learning(job.prediction) if job.prediction else (),
+        )
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))
 
@@ -170,7 +178,7 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -
     """Notes on the scores: what they can't be trusted for, references without a prediction, how cysts were counted."""
     scored = [score for score in scores if score.classes]
     found, true = (sum(score.cysts[side] for score in scored) for side in (0, 1))
-    lines, own = [], rules.protocol.convention
+    lines, strange = [], sum(score.strange for score in scored)
     if same := [score.case for score in scored if score.itself]:
         what = f"{len(same)} of {len(scores)} predictions are the reference file itself ({shorten(same)})"
         lines.append(f"{what}: these scores measure nothing; give the folder of the predictions")
@@ -180,20 +188,22 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -
     if unscored:
         names = shorten(unscored)
         lines.append(f"{len(unscored)} references without a prediction are not scored ({names}); --cases includes them")
-    if scored and rules.convention == "kits23" and own == "kits23" and not found:
+    if rules.protocol.knows_cysts(rules.scheme) and scored and not found:
         there = f"the references of {true} of {len(scored)} cases do" if true else "nor does a reference"
         lines.append(
-            f"no prediction has cysts (label 3), {there}: for a model without cysts, mass equals tumor; "
-            "for references as in KiTS19, where cysts are kidney, use --convention kits19"
+            f"no prediction has cysts, {there}: for a model without cysts, mass equals tumor; "
+            "for references as in KiTS19, where cysts are kidney, use --labels kits19"
         )
-    if rules.convention == "kits19" and own == "kits23":
-        lines.append("label convention kits19: cysts are kidney in the references, so mass is the same as tumor")
-    if rules.convention == "kits19" and found:
-        lines.append(f"label 3 in the predictions of {found} cases is background: convention kits19 has no such label")
+    if rules.scheme.cyst is None and rules.protocol.labels == "kits23":
+        lines.append("the references have no cysts, which are kidney there, so mass is the same as tumor")
+    if strange:
+        lines.append(
+            f"values that are no labels, in the predictions of {strange} cases, are background: {rules.scheme}"
+        )
     return lines
 
 
-def required_cases(numbers: str | None, split: Path | None, fold: int | None) -> list[str]:
+def required_cases(numbers: str | None, split: Path | None, fold: int | None, protocol: str = "kits19") -> list[str]:
     """The required cases: from ``--cases 210-299``, a split file's test set, or a fold's validation cases.
 
     Raises UsageError: both are given, or the split has no such cases.
@@ -201,12 +211,12 @@ def required_cases(numbers: str | None, split: Path | None, fold: int | None) ->
     if numbers and split:
         raise UsageError("--cases and --split exclude each other. Give one of them")
     if numbers:
-        return [case_name(number) for number in parse_cases(numbers)]
+        return [case_name(number) for number in parse_cases(numbers, SOURCES.get(protocol, KITS23))]
     return held_out(split, fold)
 
 
 def _strata(truth: Volume) -> dict[str, str]:
     """The groups of a reference by the volume of its tumor and by its slices."""
-    tumor_ml = int((to_kits19(truth.array) == TUMOR).sum()) * truth.geometry.voxel_ml
+    tumor_ml = int((truth.array == TUMOR).sum()) * truth.geometry.voxel_ml
     thickness = thickness_class(truth.geometry.spacing[0])
     return {"tumor size": size_of_volume(tumor_ml), "slices": THICKNESSES[thickness]}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kitseg.commands.measure import LabelTask
 from kitseg.components import Components, bounding_box
 from kitseg.errors import KitsegError, UsageError, format_error
-from kitseg.labels import BACKGROUND, to_kits19
+from kitseg.labels import BACKGROUND, Scheme
 from kitseg.postprocess import Prior
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.intensity import RemoveLowHuTumors
@@ -104,13 +104,13 @@ def training_labels(folder: Path, split: Path | None, fold: int | None, masks: P
     return [LabelTask(case, maps[name].absolute(), scans.get(name)) for case, name in found.items()]
 
 
-def fit_priors(tasks: Sequence[LabelTask], convention: str, jobs: int, on_done: Callable[[CaseTumors], None]) -> Fit:
+def fit_priors(tasks: Sequence[LabelTask], scheme: Scheme, jobs: int, on_done: Callable[[CaseTumors], None]) -> Fit:
     """The range of the tumors' eigenvalue ratios (components of 10 voxels or more, native grids) and what priors cost.
 
     In ``jobs`` processes; ``on_done`` is called after each case. Raises KitsegError: no tumor is large enough to have a
     shape.
     """
-    findings = in_parallel((delayed(find_tumors)(task, convention) for task in tasks), jobs, on_done)
+    findings = in_parallel((delayed(find_tumors)(task, scheme) for task in tasks), jobs, on_done)
     tumors = [tumor for finding in findings for tumor in finding.tumors]
     ratios = [tumor.ratio for tumor in tumors if tumor.voxels >= MIN_VOXELS]
     if not ratios:
@@ -120,15 +120,15 @@ def fit_priors(tasks: Sequence[LabelTask], convention: str, jobs: int, on_done: 
     return Fit(low, high, len(ratios), _costs(tumors, KeepTumorShape(low, high)), findings)
 
 
-def find_tumors(task: LabelTask, convention: str) -> CaseTumors:
+def find_tumors(task: LabelTask, scheme: Scheme) -> CaseTumors:
     """The tumors of a label map, and the priors that keep each of them. Never raises."""
     try:
-        labels, scan = task.read(convention)
+        labels, scan = task.read(scheme)
         box = bounding_box(labels.array != BACKGROUND)
         if box is None:
             return CaseTumors(task.case)
         array, hu = labels.array[box.slices], scan.array[box.slices] if scan else None
-        masks = Masks.from_labels(to_kits19(array) if convention == "kits23" else array)
+        masks = Masks.from_labels(array)
         return CaseTumors(task.case, _tumors(task.case, masks, hu, labels.geometry))
     except Exception as error:  # the other cases continue, whatever the error
         return CaseTumors(task.case, error=format_error(task.labels, error))

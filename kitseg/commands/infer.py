@@ -126,6 +126,7 @@ def manifest_of(model: Model, stage: str | None, postprocess: Mapping[str, Any] 
         "channels": list(model.outputs),
         "method": model.method.name,
         "stage": stage,
+        "labels": model.method.labels.plain(),
         "model": origin(model),
         # the priors need the kidneys, so that an output without them gets none
         "postprocess": steps if {"kidney", "foreground"} & set(model.outputs) else {},

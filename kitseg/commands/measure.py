@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from kitseg.commands.case_record import scheme_beside
 from kitseg.errors import InputError, UsageError
-from kitseg.labels import CYST, KIDNEY, TUMOR
+from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.measurement.findings import Findings, Kidney, Lesion
 from kitseg.measurement.measure import measure
 from kitseg.measurement.mesh import stl, surface, volume
@@ -43,12 +44,12 @@ class LabelTask(Task):
         """Label map and CT."""
         return (self.labels, *(self.scan.files if self.scan else ()))
 
-    def read(self, convention: str) -> tuple[Volume, Volume | None]:
+    def read(self, scheme: Scheme) -> tuple[Volume, Volume | None]:
         """The label map, and the CT on the same grid.
 
         Raises InputError: one can't be used, or they lie on different grids.
         """
-        labels = read_labels(self.labels, self.case, convention)
+        labels = read_labels(self.labels, self.case, scheme)
         scan = read_scan(self.scan) if self.scan else None
         if scan:
             check_grid(self.labels, labels.geometry, scan.geometry)
@@ -69,12 +70,13 @@ class MeasureTask(LabelTask):
 
 @dataclass(frozen=True)
 class Measured:
-    """A case's findings and function after surgery, or its ``error``."""
+    """A case's findings and function after surgery, or its ``error``; labels: the ids of its label map."""
 
     case: str
     findings: Findings = field(default_factory=lambda: Findings((), ()))
     error: str = ""
     after_surgery: AfterSurgery | None = None
+    labels: str = ""
 
     @property
     def note(self) -> str:
@@ -101,22 +103,27 @@ def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
-def measure_case(task: MeasureTask, convention: str) -> Measured:
-    """Measure a case; never raises for a file that can't be used."""
+def measure_case(task: MeasureTask, scheme: Scheme | None) -> Measured:
+    """Measure a case; never raises for a file that can't be used.
+
+    scheme: of the label map; None: that of the record beside it, else KiTS19's.
+    """
     try:
-        labels, scan = task.read(convention)
+        own = scheme or scheme_beside(task.labels) or KITS19
+        labels, scan = task.read(own)
         findings = measure(labels.array, labels.geometry, scan.array if scan else None)
         after = after_surgery(findings, task.patient, labels.array, labels.geometry) if task.patient else None
-        return Measured(task.case, findings, after_surgery=after)
+        return Measured(task.case, findings, after_surgery=after, labels=own.line)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
 
 
-def write_findings(path: Path, results: Sequence[Measured], convention: str) -> None:
+def write_findings(path: Path, results: Sequence[Measured]) -> None:
     """Write the findings of every case as JSON, rounded to 0.001."""
     cases = {result.case: _rounded(_content(result)) for result in results if not result.error}
     failed = {result.case: result.error for result in results if result.error}
-    files.write_json(path, SCHEMA, {"convention": convention, "cases": cases, "failed": failed})
+    labels = "; ".join(sorted({result.labels for result in results if result.labels}))
+    files.write_json(path, SCHEMA, {"labels": labels, "cases": cases, "failed": failed})
 
 
 def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
@@ -130,7 +137,7 @@ def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
     files.write_table(path, columns, ({key: row[key] for key in columns if key in row} for row in rows))
 
 
-def write_mesh(labels: Path, to: Path, part: str, convention: str) -> tuple[int, float]:
+def write_mesh(labels: Path, to: Path, part: str, stated: Scheme | None) -> tuple[int, float]:
     """Write the surface of a part of a label map (``PARTS``) as STL, in mm, in the patient's space (RAS+).
 
     Returns:
@@ -145,10 +152,11 @@ def write_mesh(labels: Path, to: Path, part: str, convention: str) -> tuple[int,
     if to.suffix.lower() != ".stl":
         raise UsageError(f"{to}: the mesh must be an .stl file. Change --output")
     refuse_overwrite(to, "stl")
-    segmentation = read_labels(labels, labels.name, convention)
+    scheme = stated or scheme_beside(labels) or KITS19
+    segmentation = read_labels(labels, labels.name, scheme)
     mask = np.isin(segmentation.array, PARTS[part])
     if not mask.any():
-        what = f"no {part} (label convention {convention})" if segmentation.array.any() else "only background"
+        what = f"no {part} (the labels are {scheme})" if segmentation.array.any() else "only background"
         raise InputError(labels, f"contains {what}", "There is nothing to make a mesh of")
     vertices, faces = surface(mask, segmentation.geometry)
     with files.atomic_write(to) as partial:

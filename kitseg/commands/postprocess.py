@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kitseg.commands.case_record import describe_learning, forget, read_record, refuse_case_overwrite, write_record
 from kitseg.errors import UsageError
-from kitseg.labels import KIDNEY, TUMOR
+from kitseg.labels import CLASSES, scheme_of
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
@@ -59,6 +59,7 @@ def facts_of(manifest: Mapping[str, Any], without: Sequence[str] = ()) -> dict[s
     return {
         "models": models or [manifest["model"]],
         "postprocess": {"steps": manifest["postprocess"], "without": list(without)},
+        "labels": manifest.get("labels") or scheme_of("kits19").plain(),
         "versions": versions(),
     }
 
@@ -74,18 +75,19 @@ def write_case(
 ) -> Outcome:
     """Write a case's label map in its scan's own orientation, and last its record, a JSON file.
 
-    labels: (D, H, W) in orientation (I, P, L); facts: for the record, ``learned_from`` and ``doubts`` for its note too;
-    made: see ``write_record``; more: writers of further files, by the ending of their names.
+    labels: (D, H, W) in orientation (I, P, L); facts: for the record, ``learned_from`` and ``doubts`` for its note,
+    too, and ``labels``, the scheme of the label map; made: see ``write_record``; more: writers of further files, by the
+    ending of their names.
     """
-    case, ml = probabilities.case_id, probabilities.geometry.voxel_ml
-    record = to / f"{case}.json"
-    writers: dict[str, Write] = {".nii.gz": partial(write_labels, labels=labels, native=probabilities.native)}
-    writers |= more or {}
+    case, ml, scheme = probabilities.case_id, probabilities.geometry.voxel_ml, scheme_of(facts["labels"])
+    record, write_map = to / f"{case}.json", partial(write_labels, labels=labels, scheme=scheme)
+    writers: dict[str, Write] = {".nii.gz": partial(write_map, native=probabilities.native), **(more or {})}
     files = [to / f"{case}{ending}" for ending in writers]
     forget(record, files)
     for file, write in zip(files, writers.values(), strict=True):
         write(file)
-    counts = {"kidney": int((labels == KIDNEY).sum()), "tumor": int((labels == TUMOR).sum())}
+    found = set(scheme.ids) & {"kidney", "tumor", *probabilities.channels}
+    counts = {name: int((labels == number).sum()) for name, number in CLASSES.items() if name in found}
     volumes = {name: round(count * ml, 3) for name, count in counts.items()}
     learned = describe_learning(facts["learned_from"])
     note = "; ".join(filter(None, [nothing_found(probabilities), learned, *doubts]))

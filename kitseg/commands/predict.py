@@ -16,6 +16,7 @@ from kitseg import __version__
 from kitseg.commands.case_record import read_record, refuse_case_overwrite
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
+from kitseg.labels import Scheme
 from kitseg.models.members import Ensemble, learned_from
 from kitseg.models.memory import check_memory
 from kitseg.runtime.device import versions
@@ -43,7 +44,8 @@ class PredictOptions:
 
     dicom_seg: a DICOM segmentation of each DICOM series; keep_identifiers: who the patient is, into that and the table
     of series; choices: the series in that table; max_memory: a scan that may need more bytes fails before it is read;
-    part: of the work, such as ``1/2``, empty for the whole.
+    part: of the work, such as ``1/2``, empty for the whole; labels: the scheme of the label maps, the model's where it
+    is None.
     """
 
     dicom_seg: bool = False
@@ -51,6 +53,7 @@ class PredictOptions:
     choices: Sequence[SeriesChoice] = ()
     max_memory: int | None = None
     part: str = ""
+    labels: Scheme | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class PredictScans:
                 raise UsageError(f"{scan.image} is not a DICOM series, which a DICOM segmentation needs")
         model = self.open_ensemble()
         log(model.describe())
+        if self.options.labels and self.options.labels.cyst is None and "cyst" in model.models[0].outputs:
+            log(f"cysts are written as {self.options.labels.kidney.name}: the labels are {self.options.labels}")
         with folder_lock(self.to, "labels", share.part):
             write_choices(self.to, self.options.choices, self.options.keep_identifiers)
             predictor = CasePredictor(model, self.to, self.options)
@@ -91,7 +96,9 @@ class CasePredictor:
 
     def __init__(self, model: Ensemble, to: Path, options: PredictOptions) -> None:
         self.model, self.to, self.options = model, to, options
-        self.facts = {"models": model.origin(), "postprocess": model.postprocess, "versions": versions()}
+        self.scheme = options.labels or model.models[0].method.labels
+        self.facts = {"models": model.origin(), "postprocess": model.postprocess, "labels": self.scheme.plain()}
+        self.facts["versions"] = versions()
         outputs = (options.dicom_seg, options.dicom_seg and options.keep_identifiers)
         self.recipe = recipe(**self.facts, outputs=outputs)
 
@@ -107,7 +114,9 @@ class CasePredictor:
         found = self.model.predict(scan)
         from kitseg.report.pictures import case_picture
 
-        more: dict[str, Write] = {".png": partial(case_picture, ct=scan, labels=found.canonical, title=source.id)}
+        more: dict[str, Write] = {
+            ".png": partial(case_picture, ct=scan, labels=found.canonical, title=source.id, scheme=self.scheme)
+        }
         if self.options.dicom_seg:
             more[".dcm"] = partial(self._write_segmentation, labels=found.canonical, source=source)
         facts: dict[str, Any] = {
@@ -128,7 +137,7 @@ class CasePredictor:
 
         methods = " + ".join(sorted({one.method.name for one in self.model.models}))
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
-        write_segmentation(path, labels, series, algorithm, self.options.keep_identifiers)
+        write_segmentation(path, labels, series, algorithm, self.options.keep_identifiers, self.scheme)
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:

@@ -11,6 +11,7 @@ from joblib import delayed
 
 from kitseg.config import Method
 from kitseg.errors import KitsegError, format_error
+from kitseg.labels import Scheme
 from kitseg.measurement.phase import contrast
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import in_parallel
@@ -39,7 +40,7 @@ def preprocess(
     cases: Sequence[Case],
     grids: Sequence[Grid],
     to: Path,
-    convention: str,
+    scheme: Scheme,
     jobs: int,
     on_done: Callable[[Stored], None],
     part: str = "",
@@ -59,13 +60,13 @@ def preprocess(
             on_done(outcome)
 
     for case in cases:
-        files = CaseFiles(case, convention, contrast)
+        files = CaseFiles(case, scheme, contrast)
         if all(is_fresh(files, to / str(grid) / case.id, grid) for grid in grids):
             done([Stored(case.id, str(grid), "unchanged") for grid in grids])
         else:
             stale.append(case)
     if stale:
-        tasks = (delayed(_store)(case, grids, to, convention) for case in stale)
+        tasks = (delayed(_store)(case, grids, to, scheme) for case in stale)
         with folder_lock(to, "preprocessed cases", part, wait=HOURS):
             _check_disk(stale, grids, to)
             in_parallel(tasks, jobs, done, ordered=False)
@@ -91,9 +92,9 @@ def _check_disk(cases: Sequence[Case], grids: Sequence[Grid], to: Path) -> None:
         raise KitsegError(f"{to}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free. Free some space.")
 
 
-def _store(case: Case, grids: Sequence[Grid], to: Path, convention: str) -> list[Stored]:
+def _store(case: Case, grids: Sequence[Grid], to: Path, scheme: Scheme) -> list[Stored]:
     """A case on every grid, its files read once."""
-    files, outcomes = CaseFiles(case, convention, contrast), []
+    files, outcomes = CaseFiles(case, scheme, contrast), []
     for grid in grids:
         try:
             state = "done" if store_case(files, to / str(grid) / case.id, grid) else "unchanged"

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.commands.case_record import ANY_RECORD, CaseRecord, record_of
+from kitseg.commands.case_record import ANY_RECORD, CaseRecord, record_of, scheme_beside
 from kitseg.commands.measure import LabelTask
 from kitseg.errors import KitsegError, UsageError
+from kitseg.labels import KITS23, Scheme
 from kitseg.measurement.measure import measure
 from kitseg.measurement.quality import assess
 from kitseg.report.case_page import CaseContent, write_case_page
@@ -32,15 +33,14 @@ from kitseg.volumes.names import pair
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
-_CONVENTION = "kits23"  # cysts may be there or not
-
 
 @dataclass(frozen=True)
 class PageTask(LabelTask):
-    """A case for a page, with its scores; to: the folder."""
+    """A case for a page, with its scores; to: the folder; scheme: of label map and reference."""
 
     scores: ScoreTable
     to: Path
+    scheme: Scheme
 
     @property
     def record(self) -> Path:
@@ -59,9 +59,16 @@ class PageTask(LabelTask):
 
 
 def plan_pages(
-    predictions: Path, data: Sequence[Path], scores: StudyScores, to: Path, masks: Path | None = None
+    predictions: Path,
+    data: Sequence[Path],
+    scores: StudyScores,
+    to: Path,
+    masks: Path | None = None,
+    stated: Scheme | None = None,
 ) -> list[PageTask]:
     """The cases that there are label maps of, each with its scan; masks: the folder of the references.
+
+    stated: the scheme of all label maps; None: that of the record beside each, else KiTS23's.
 
     Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one name, scans of none
     of the cases, or files that kitseg did not write in the way.
@@ -75,15 +82,17 @@ def plan_pages(
         raise UsageError(f"the scores are of other cases ({', '.join(sorted(scores.cases)[:3])}) than {predictions}")
     for name in (INDEX, *map(page_name, labels)):
         refuse_overwrite(to / name, "html")
-    return [
-        PageTask(case, path.absolute(), scans.get(case), scores.cases.get(scored.get(case, ""), {}), to.absolute())
-        for case, path in sorted(labels.items())
-    ]
+    tasks = []
+    for case, path in sorted(labels.items()):
+        scheme, figures = stated or scheme_beside(path) or KITS23, scores.cases.get(scored.get(case, ""), {})
+        tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme))
+    return tasks
 
 
-def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores) -> None:
-    """Write the study's page, ``index.html``; a row a case."""
-    write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, {"Cases": str(len(rows)), **_page_facts()})
+def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores, scheme: Scheme) -> None:
+    """Write the study's page, ``index.html``; a row a case; scheme: names and colours."""
+    facts = {"Cases": str(len(rows)), **_page_facts()}
+    write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, facts, scheme)
 
 
 def make_page(task: PageTask) -> CaseRow:
@@ -95,9 +104,9 @@ def make_page(task: PageTask) -> CaseRow:
 
 
 def _make_page(task: PageTask) -> CaseRow:
-    labels, scan = task.read(_CONVENTION)
+    labels, scan = task.read(task.scheme)
     reference = _reference(task, labels)
-    scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference)
+    scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference, task.scheme)
     findings = measure(scene.labels, scene.geometry, scene.hu)
     digest, scan_hash = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
     record, notes = _record(task, digest, scan_hash)
@@ -113,7 +122,7 @@ def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
     path = task.scan.label if task.scan else None
     if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
         return None
-    truth = read_labels(path, task.case, _CONVENTION)
+    truth = read_labels(path, task.case, task.scheme)
     check_grid(path, truth.geometry, labels.geometry)
     return truth.array
 
@@ -147,7 +156,7 @@ def _facts(task: PageTask, geometry: Geometry, record: CaseRecord, digest: str, 
     depth, height, width = geometry.shape
     down, along, across = geometry.spacing
     facts["Grid"] = f"{width} × {height} × {depth} voxels of {across:.3g} × {along:.3g} × {down:.3g} mm"
-    facts["Labels"] = f"{task.labels.name}\nsha256 {digest}"
+    facts["Labels"] = f"{task.labels.name}, {task.scheme}\nsha256 {digest}"
     for number, model in enumerate(record.models, 1):
         facts[f"Model {number}"] = _model(model)
     if record.versions:

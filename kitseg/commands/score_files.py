@@ -10,7 +10,7 @@ from typing import Any, NotRequired, TypedDict, TypeVar
 from kitseg.commands.evaluate import Rules, Score, groups, notes
 from kitseg.runtime import files
 from kitseg.runtime.provenance import FileFormat
-from kitseg.scoring.detection import tally
+from kitseg.scoring.detection import Detection, tally
 from kitseg.scoring.summary import Summary, summarize
 
 Value = TypeVar("Value")
@@ -32,15 +32,17 @@ class ScoreFile(TypedDict):
     """The part of a file of ``write_scores`` that is read again; all else is for other programs."""
 
     protocol: str
-    convention: str
     cases: dict[str, _ByFigure[float | None]]
     mean: _ByFigure[float | None]
     groups: list[_Group]
     strata: dict[str, dict[str, str]]
+    labels: NotRequired[str]
+    convention: NotRequired[str]  # of kitseg 0.1: kits19 or kits23
     median: NotRequired[_ByFigure[float | None]]
     ci95: NotRequired[_ByFigure[tuple[float, float] | None]]
     undefined: NotRequired[_ByFigure[int]]
     detection: NotRequired[_DetectionBySize]
+    cyst_detection: NotRequired[_DetectionBySize]
     missing: NotRequired[list[str]]
     failed: NotRequired[dict[str, str]]
     notes: NotRequired[list[str]]
@@ -49,11 +51,11 @@ class ScoreFile(TypedDict):
 _FORMAT = FileFormat(ScoreFile, 1, "Make it with `kitseg evaluate --json`, or with `kitseg validate RUN`.")
 
 
-def _challenge_score(summaries: Mapping[str, Mapping[str, Summary]]) -> dict[str, float]:
+def _challenge_score(summaries: Mapping[str, Mapping[str, Summary]], rules: Rules) -> dict[str, float]:
     """What the challenge ranks by: mean Dice, and where it has it mean surface Dice, over cases and classes."""
     found = {}
     for figure in ("dice", "surface_dice"):
-        means = [figures[figure].mean for figures in summaries.values() if figure in figures]
+        means = [summaries[name][figure].mean for name in rules.protocol.targets if figure in summaries.get(name, {})]
         values = [mean for mean in means if mean is not None]
         if values:
             found[figure] = sum(values) / len(values)
@@ -65,14 +67,15 @@ def score_content(
 ) -> dict[str, Any]:
     """The scores as plain values; ``folds``: in which fold each case was validated; ``unscored``: see ``find_jobs``."""
     summaries = summarize([score.classes for score in scores if score.classes])
-    content: dict[str, Any] = {"protocol": rules.protocol.name, "convention": rules.convention}
+    content: dict[str, Any] = {"protocol": rules.protocol.name, "labels": rules.scheme.line}
     content["cases"] = {score.case: score.classes for score in scores if score.classes}
     content["mean"] = _each(summaries, lambda s: s.mean)
     content["median"] = _each(summaries, lambda s: s.median)
     content["ci95"] = _each(summaries, lambda s: None if s.low is None else [s.low, s.high])
     content["undefined"] = _each(summaries, lambda s: s.undefined)
-    content["score"] = _challenge_score(summaries)
-    content["detection"] = _detection(scores)
+    content["score"] = _challenge_score(summaries, rules)
+    content["detection"] = _detection({score.case: score.detection for score in scores})
+    content["cyst_detection"] = _detection({score.case: score.cyst_detection for score in scores})
     content["strata"] = {s.case: dict(s.strata) for s in scores if s.strata}
     content["folds"] = dict(folds)
     content["groups"] = [asdict(group) for group in groups(scores, folds)]
@@ -109,9 +112,9 @@ def _each(summaries: Mapping[str, Mapping[str, Summary]], what: Any) -> dict[str
     return {name: {figure: what(summary) for figure, summary in figures.items()} for name, figures in summaries.items()}
 
 
-def _detection(scores: Sequence[Score]) -> dict[str, Any]:
-    """How many tumors were found, in all and by size, and each tumor of each case."""
-    known = {score.case: score.detection for score in scores if score.detection}
+def _detection(found: Mapping[str, Detection | None]) -> dict[str, Any]:
+    """How many lesions were found, in all and by size, and each lesion of each case."""
+    known = {case: detection for case, detection in found.items() if detection}
     if not known:
         return {}
     tallies = {

@@ -1,28 +1,28 @@
-"""KiTS19's submission: a zip of checked label maps, ``prediction_00210.nii.gz`` and so on."""
+"""A challenge's submission: a zip of checked label maps, for KiTS19 ``prediction_00210.nii.gz`` and so on."""
 
 from __future__ import annotations
 
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kitseg.commands.case_record import scheme_beside
 from kitseg.errors import InputError, UsageError
-from kitseg.labels import CONVENTIONS, CYST
+from kitseg.labels import BACKGROUND, CLASSES, CYST, KITS19, Scheme
 from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.overwrite import MARK, refuse_overwrite
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.kits import IMAGE, find_cases, find_labels
-from kitseg.volumes.names import case_name, pair
+from kitseg.volumes.names import case_name, case_number, pair
 
 T = TypeVar("T")
-_NAMES = CONVENTIONS["kits19"]
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that the same labels make the same zip
 
 
@@ -30,10 +30,13 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that the same lab
 class Entry:
     """A required case: its prediction, the scan's lattice as it lies on disk, and what is wrong.
 
-    as_is: the file itself can go into the zip; empty: nothing is labelled; digest: of the file that was checked.
+    scheme: the challenge's labels; own: the file's, None for the challenge's; as_is: the file itself can go into the
+    zip; empty: nothing is labelled; digest: of the file that was checked.
     """
 
     number: int
+    scheme: Scheme
+    own: Scheme | None = None
     path: Path | None = None
     scan: Geometry | None = None
     problems: tuple[str, ...] = ()
@@ -44,7 +47,7 @@ class Entry:
     @property
     def name(self) -> str:
         """What the challenge calls the file."""
-        return f"prediction_{self.number:05d}.nii.gz"
+        return f"{'prediction' if self.scheme.cyst is None else 'case'}_{self.number:05d}.nii.gz"
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,21 @@ def check_output(output: Path) -> None:
     refuse_overwrite(output, "submission")
 
 
+def numbers_in(data: Path) -> list[int]:
+    """The KiTS numbers of the scans in a folder."""
+    return sorted(number for case in find_cases(data) if (number := case_number(case.id)) is not None)
+
+
 def check_submission(
-    predictions: Path, data: Path, numbers: Sequence[int], on_done: Callable[[], None] = lambda: None
+    predictions: Path,
+    data: Path,
+    numbers: Sequence[int],
+    on_done: Callable[[], None] = lambda: None,
+    scheme: Scheme = KITS19,
 ) -> Submission:
     """Check the prediction of every required case, by KiTS number, against its scan; ``on_done`` is called after each.
 
+    scheme: the challenge's labels.
     Reads one label map at a time, and of the scans the headers alone. Raises UsageError: two files are of the same
     case; InputError: a folder is missing or holds nothing of the kind.
     """
@@ -90,7 +103,7 @@ def check_submission(
     found, there, entries = pair(wanted, labels), pair(wanted, scans), []
     for number, name in zip(numbers, wanted, strict=True):
         path, scan = labels.get(found.get(name, "")), scans.get(there.get(name, ""))
-        entries.append(_entry(number, path, scan, predictions, data))
+        entries.append(_entry(Entry(number, scheme, path=path), scan, predictions, data))
         on_done()
     return Submission(entries, sorted(labels.keys() - set(found.values())))
 
@@ -114,7 +127,8 @@ def write_submission(output: Path, submission: Submission, on_done: Callable[[],
             on_done()
 
 
-def _entry(number: int, path: Path | None, scan: Path | None, predictions: Path, data: Path) -> Entry:
+def _entry(asked: Entry, scan: Path | None, predictions: Path, data: Path) -> Entry:
+    number, path, scheme = asked.number, asked.path, asked.scheme
     case, missing, problems = case_name(number), list[str](), list[str]()
     if path is None:
         missing.append(f"{predictions} has no prediction of it: predict it, or select the cases with --cases")
@@ -122,17 +136,20 @@ def _entry(number: int, path: Path | None, scan: Path | None, predictions: Path,
         remedy = f"download it with `kitseg download kits19 --to {data} --cases {number}`"
         missing.append(f"the scan {data / case / IMAGE} is missing: {remedy}")
     if path is None or scan is None:
-        return Entry(number, path, problems=(f"{case}: {'; '.join(missing)}",))
+        return replace(asked, problems=(f"{case}: {'; '.join(missing)}",))
     grid, digest = _try(problems, nifti.read_geometry, scan), _try(problems, file_digest, path)
     stored = _try(problems, nifti.read_geometry, path) if digest else None
     if grid and stored:
         problems += _grid_problems(path, stored, scan, grid)
-    labels = _try(problems, nifti.read_labels, path, case, None) if stored else None
-    if labels:
-        problems += _value_problems(path, labels.array)
+    own = scheme_beside(path)
+    labels = _try(problems, nifti.read_labels, path, case, own) if stored else None
+    if labels and own is None:
+        problems += _value_problems(path, labels.array, scheme)
     as_is = not problems and stored is not None and grid is not None and _is_right(path, stored, grid)
+    as_is = as_is and own in (None, scheme)
     empty = labels is not None and not labels.array.any()
-    return Entry(number, path, grid, tuple(f"{case}: {one}" for one in problems), as_is, empty, digest or "")
+    found = tuple(f"{case}: {one}" for one in problems)
+    return Entry(number, scheme, own, path, grid, found, as_is, empty, digest or "")
 
 
 def _try(problems: list[str], read: Callable[..., T], *arguments: Any) -> T | None:
@@ -156,11 +173,12 @@ def _grid_problems(path: Path, stored: Geometry, scan: Path, grid: Geometry) -> 
     return [str(InputError(path, problem, f"Save it with the shape and affine of {scan}"))]
 
 
-def _value_problems(path: Path, labels: NDArray[np.uint8]) -> list[str]:
-    strange = sorted({int(value) for plane in labels for value in np.unique(plane)} - set(_NAMES))
+def _value_problems(path: Path, labels: NDArray[np.uint8], scheme: Scheme) -> list[str]:
+    names = {BACKGROUND: "background", **{CLASSES[name]: name for name in scheme.classes}}
+    strange = sorted({int(value) for plane in labels for value in np.unique(plane)} - set(names))
     if not strange:
         return []
-    remedy = f"KiTS19 has {', '.join(f'{value} {name}' for value, name in _NAMES.items())}"
+    remedy = f"{'KiTS' + scheme.name[4:]} has {', '.join(f'{value} {name}' for value, name in names.items())}"
     if CYST in strange:
         remedy += f"; a cyst ({CYST} in KiTS23) is kidney there: make it 1"
     word = "label" if len(strange) == 1 else "labels"
@@ -180,8 +198,8 @@ def _content(entry: Entry) -> bytes:
         raise InputError(entry.path, "it has changed since it was checked", "Wait until it is finished and try again")
     if entry.as_is:
         return entry.path.read_bytes()
-    labels = nifti.read_labels(entry.path, entry.name)
+    labels = nifti.read_labels(entry.path, entry.name, entry.own or entry.scheme)
     with tempfile.TemporaryDirectory() as folder:
         rewritten = Path(folder) / entry.name
-        nifti.write_labels(rewritten, labels.array, entry.scan)
+        nifti.write_labels(rewritten, labels.array, entry.scan, scheme=entry.scheme)
         return rewritten.read_bytes()

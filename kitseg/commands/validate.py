@@ -9,7 +9,7 @@ from typing import Any
 
 from kitseg import config
 from kitseg.commands.case_record import read_record
-from kitseg.commands.evaluate import PROTOCOL, Job, Rules, Score, score_case
+from kitseg.commands.evaluate import Job, Rules, Score, score_case
 from kitseg.commands.infer import manifest_of
 from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import score_content, write_scores
@@ -22,7 +22,7 @@ from kitseg.runtime.console import print_plain
 from kitseg.runtime.files import file_digest, identity
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
-from kitseg.scoring.protocols import PROTOCOLS
+from kitseg.scoring.protocols import protocol_of
 from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
 from kitseg.volumes import blocks
@@ -133,7 +133,8 @@ def folds_to_score(validation: Validation) -> dict[str, int]:
 
 def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Callable[[], None]) -> list[Score]:
     """Score the label maps of all validated folds and write them; a case without one counts as background."""
-    rules, scores = Rules(PROTOCOLS[PROTOCOL], validation.split.convention, distances=False), []
+    scheme = validation.split.scheme
+    rules, scores = Rules(protocol_of(scheme), scheme, distances=False), []
     by_id = {case.id: case for cases in validation.cases.values() for case in cases}
     for name, fold in folds.items():
         case = by_id[name]

@@ -12,21 +12,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
+from kitseg.labels import BACKGROUND, CLASSES, CYST, KIDNEY, TUMOR
 
-#: ``foreground`` is kidney with tumor; without a tumor channel it gets the kidney's id.
-IDS = {"background": BACKGROUND, "kidney": KIDNEY, "foreground": KIDNEY, "tumor": TUMOR}
+#: ``foreground`` is kidney with its lesions; without a tumor channel it gets the kidney's id.
+IDS = {"background": BACKGROUND, "foreground": KIDNEY, **CLASSES}
 
 
 def target_ids(label: Tensor, channels: Sequence[str]) -> Tensor:
     """The index of each voxel's true channel; for a single channel, 1 where it is true and 0 elsewhere.
+
+    Cysts are kidney where the channels have no cyst.
 
     Args:
         label: label ids of any shape.
         channels: of the network's output.
     """
     if "kidney" in channels:
-        return label.long()
+        return label.long() if "cyst" in channels else torch.where(label == CYST, KIDNEY, label.long())
     return (label == TUMOR).long() if "tumor" in channels else (label > BACKGROUND).long()
 
 

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError
+from kitseg.labels import KITS19, Scheme
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.quality import Quality, TrainingDomain, assess
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
@@ -36,9 +37,10 @@ from kitseg.volumes.nifti import turn_to_native
 class Prediction:
     """What models find in a scan.
 
-    canonical: labels (D, H, W) in orientation (I, P, L), cleaned by the post-processing; proba: the probabilities that
-    they follow from; findings: kidneys and lesions in mm, ml and HU; quality: flags with their reasons, and the
-    contrast phase; agreement: Dice between the members of an ensemble by class, None for a single member.
+    canonical: labels (D, H, W) in orientation (I, P, L) with kitseg's ids, cleaned by the post-processing; proba: the
+    probabilities that they follow from; findings: kidneys and lesions in mm, ml and HU; quality: flags with their
+    reasons, and the contrast phase; agreement: Dice between the members of an ensemble by class, None for a single
+    member; scheme: of the model's training.
     """
 
     canonical: NDArray[np.uint8]
@@ -46,11 +48,12 @@ class Prediction:
     findings: Findings
     quality: Quality
     agreement: Mapping[str, float] | None
+    scheme: Scheme = KITS19
 
     @cached_property
     def labels(self) -> NDArray[np.uint8]:
-        """The labels in the scan's own shape and axes."""
-        return np.ascontiguousarray(turn_to_native(self.canonical, self.proba.native))
+        """The labels in the scan's own shape and axes, with the ids of the scheme that the model was trained with."""
+        return np.ascontiguousarray(turn_to_native(self.scheme.to_file[self.canonical], self.proba.native))
 
     @property
     def affine(self) -> NDArray[np.float64]:
@@ -99,7 +102,7 @@ class Ensemble:
         labels = clean(probabilities, scan, self.steps)
         findings = measure(labels, scan.geometry, scan.array)
         quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.training_domain)
-        return Prediction(labels, probabilities, findings, quality, agreement)
+        return Prediction(labels, probabilities, findings, quality, agreement, self.models[0].method.labels)
 
     def predict_proba(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
         """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
@@ -213,7 +216,7 @@ def only_member(model: Path | str) -> tuple[Member, Mapping[str, Any] | None]:
 
 
 def describe_model(model: Model) -> str:
-    """The model in a line, with its folds, its device, whether phantoms trained it, and a bundle's licenses."""
+    """The model in a line: folds, device, whether phantoms trained it, what it can't find, and a bundle's licenses."""
     phantoms = "; trained on phantoms, not on patients" if model.run.read_info().phantom else ""
     mirrored = "; each scan also mirrored" if model.mirror else ""
     folds = ", ".join(map(str, model.folds))
@@ -222,7 +225,8 @@ def describe_model(model: Model) -> str:
     if bundle := bundle_of(model.run):
         stated = ", ".join(f"{kind} {text}" for kind, text in bundle.manifest.licenses.items())
         name, licenses = str(bundle), f"; licenses: {stated}"
-    return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{licenses}"
+    cysts = "; it has no class for cysts, which are kidney for it" if "cyst" not in model.outputs else ""
+    return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{cysts}{licenses}"
 
 
 def learned_from(models: Sequence[Model], case: Case, sha256: str) -> tuple[str, ...] | None:

@@ -16,7 +16,7 @@ from joblib import delayed
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
-from kitseg.labels import CYST, KIDNEY, TUMOR
+from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
@@ -68,7 +68,7 @@ def read_body(case: Case) -> tuple[Volume, NDArray[np.bool_]]:
     """
     if case.label is None:
         raise InputError(case.image, "has no kidney mask", "Add segmentation.nii.gz, or give --masks.")
-    scan, mask = read_image(case.image, case.id), read_labels(case.label, case.id, "kits23")
+    scan, mask = read_image(case.image, case.id), read_labels(case.label, case.id, KITS23)
     check_grid(case.label, mask.geometry, scan.geometry)
     if not (mask.array == KIDNEY).any():
         raise InputError(case.label, "holds no kidney", "Leave this body out.")
@@ -176,6 +176,6 @@ def _prepare_body(case: Case, stores: Sequence[Path]) -> None:
 
 
 def _shapes(path: Path, name: str) -> list[tuple[str, Shape]]:
-    label = read_labels(path, name, "kits23")
+    label = read_labels(path, name, KITS23)
     ids, spacing = {"tumor": TUMOR, "cyst": CYST}, label.geometry.spacing
     return [(kind, shape) for kind, value in ids.items() for shape in shapes_of(label.array == value, spacing, name)]

@@ -11,6 +11,7 @@ import torchio as tio
 from torch import Tensor
 from torchio.data.sampler.sampler import RandomSampler
 
+from kitseg.labels import BACKGROUND, CLASSES
 from kitseg.links.crop import crop_into
 from kitseg.links.intensity import AIR
 from kitseg.patches.subjects import region_of
@@ -54,13 +55,16 @@ class ForegroundSampler(PaddedSampler):
 
     Args:
         patch_size: voxels (slices, rows, columns).
-        foreground: the fraction of patches centred on kidney or tumor, half of these on tumor if there is one.
+        foreground: the fraction of patches centred on foreground, an equal share of these on each class of the case.
         per_case: patches per case and epoch.
+        classes: the classes; cysts count as kidney where they are not among them.
     """
 
-    def __init__(self, patch_size: Sequence[int], foreground: float, per_case: int) -> None:
+    def __init__(
+        self, patch_size: Sequence[int], foreground: float, per_case: int, classes: Sequence[str] = ("kidney", "tumor")
+    ) -> None:
         super().__init__(triple(patch_size), per_case)
-        self.foreground = foreground
+        self.foreground, self.ids = foreground, torch.tensor([CLASSES.get(name, BACKGROUND) for name in classes])
 
     def size(self, region: Triple) -> Triple:
         """The patch size, which does not depend on the region."""
@@ -84,6 +88,7 @@ class ForegroundSampler(PaddedSampler):
     def _foreground_voxel(self, subject: tio.Subject) -> list[int] | None:
         rows: Tensor = subject.foreground
         labels = torch.unique(rows[:, 0])
+        labels = labels[torch.isin(labels, self.ids)]
         if not len(labels):
             return None
         rows = rows[rows[:, 0] == labels[_integer(len(labels))]]

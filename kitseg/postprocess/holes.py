@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cc3d
@@ -15,14 +15,14 @@ from kitseg.types import Masks
 
 @dataclass(frozen=True)
 class FillHoles:
-    """Closes both masks with a ball of radius 1 (a voxel and its six neighbors), then fills the holes of each slice.
+    """Closes foreground and tumor with a ball of radius 1 (a voxel, its six neighbors), then fills each slice's holes.
 
     Dual-unet paper, section 2.2, which only states that holes are filled using morphological operators.
     """
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
         """``masks`` with filled holes; ``hu`` and ``spacing`` are not used."""
-        return Masks(fill_holes(masks.foreground), fill_holes(masks.tumor))
+        return replace(masks, foreground=fill_holes(masks.foreground), tumor=fill_holes(masks.tumor))
 
 
 def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class RemoveLowHuTumors:
         dark = tumors.total(hu) < self.threshold * tumors.sizes
         touching = tumors.total(_near_kidney(masks, tumors)) > 0
         kept = masks.foreground & ~tumors.chosen(dark & ~touching)
-        return Masks(kept, masks.tumor & ~tumors.chosen(dark))
+        return replace(masks, foreground=kept, tumor=masks.tumor & ~tumors.chosen(dark))
 
 
 def _near_kidney(masks: Masks, tumors: Components) -> NDArray[np.bool_]:

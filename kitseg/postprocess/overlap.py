@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,4 +25,4 @@ class KeepTumorInKidney:
         """``masks`` without tumors outside the foreground; ``hu`` and ``spacing`` are not used."""
         tumors = Components.of(masks.tumor)
         overlap = tumors.total(masks.foreground) / np.maximum(tumors.sizes, 1)
-        return Masks(masks.foreground, tumors.chosen(overlap >= self.min_overlap))
+        return replace(masks, tumor=tumors.chosen(overlap >= self.min_overlap))

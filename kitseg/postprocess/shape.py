@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -32,7 +32,7 @@ class KeepTumorShape:
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
         """``masks`` without tumors of other shapes; ``hu`` and ``spacing`` are not used."""
         tumors = Components.of(masks.tumor)
-        return Masks(masks.foreground, tumors.chosen(self.keeps(eigenvalue_ratios(tumors), tumors.sizes)))
+        return replace(masks, tumor=tumors.chosen(self.keeps(eigenvalue_ratios(tumors), tumors.sizes)))
 
     def keeps(self, ratios: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which components are kept, by their ratios and sizes (in voxels)."""

@@ -13,7 +13,7 @@ from kitseg.measurement.quality import Quality
 from kitseg.report.html import number, write_page
 from kitseg.report.pictures import PLANES, centre
 from kitseg.report.scores import ScoreTable
-from kitseg.report.slices import COLOURS, LEVEL, UNIT, WIDTH, Scene, around, as_data, cut, scroll
+from kitseg.report.slices import LEVEL, UNIT, WIDTH, Scene, around, as_data, cut, scroll
 from kitseg.report.view3d import plotly_script, title, view
 from kitseg.types import Triple
 
@@ -24,7 +24,6 @@ _VIEW_DIAMETERS = 2.5  # smallest width in diameters of the lesion
 _WIDTHS = (WIDTH, 300, 200, 150)  # HU, to choose from; the pictures hold no more than the first
 _AXES = ("slice", "row", "column")
 _ALONE, _COMPARED = {"prediction": "Labels"}, {"prediction": "Prediction", "reference": "Reference"}
-_TEXTS = {"kidney": "kidney with lesions", "tumor": "tumor", "cyst": "cyst"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def write_case_page(path: Path, content: CaseContent) -> None:
     """Writes the page as one self-contained HTML file below 10 MB, complete or not at all."""
     scene, findings = content.scene, content.findings
     found = scroll(scene, _SCROLL_BYTES)
-    drawn = view(scene.labels, scene.geometry, findings)
+    drawn = view(scene, findings)
     middle = middle_of(scene, findings)[0]
     start = min(range(len(found.indices)), key=lambda n: abs(found.indices[n] - middle))
     write_page(
@@ -60,7 +59,8 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         facts=content.facts,
         scores=content.scores,
         metrics=list(dict.fromkeys(metric for values in content.scores.values() for metric in values)),
-        colours=COLOURS,
+        colours=scene.scheme.colours,
+        names=scene.scheme.names,
         outlines=_outlines(scene),
         origins=_ALONE if scene.reference is None else _COMPARED,
         window="No scan is available." if scene.hu is None else f"Window level: {LEVEL} HU.",
@@ -86,7 +86,8 @@ def _outlines(scene: Scene) -> dict[str, str]:
     """Names and texts of the visible outlines; cysts only if there are any."""
     maps = [scene.labels] if scene.reference is None else [scene.labels, scene.reference]
     cysts = any((labels == CYST).any() for labels in maps)
-    return {name: text for name, text in _TEXTS.items() if cysts or name != "cyst"}
+    texts = {**scene.scheme.names, "kidney": f"{scene.scheme.kidney.name} with lesions"}
+    return {name: text for name, text in texts.items() if cysts or name != "cyst"}
 
 
 def middle_of(scene: Scene, findings: Findings) -> Triple:
@@ -105,7 +106,7 @@ def _lesion_views(scene: Scene, findings: Findings) -> list[dict[str, Any]]:
         ]
     return [
         {
-            "name": title(lesion).capitalize(),
+            "name": title(lesion, scene.scheme).capitalize(),
             "facts": [f"{number(lesion.volume_ml)} ml", *filter(None, [lesion.size_class])],
             "planes": _planes(scene, lesion.centre, max(_VIEW_MM, _VIEW_DIAMETERS * lesion.diameter_mm)),
         }

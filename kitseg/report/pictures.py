@@ -18,13 +18,10 @@ from numpy.typing import NDArray
 
 from kitseg import __version__
 from kitseg.components import keep_kidneys
-from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
+from kitseg.labels import BACKGROUND, CLASSES, KITS19, TUMOR, Scheme
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.overwrite import MARK
 from kitseg.types import Triple, Volume
-
-#: How each label is drawn.
-COLOURS: dict[int, tuple[str, str]] = {KIDNEY: ("kidney", "#2ecc40"), TUMOR: ("tumor", "#ff2d2d")}
 
 _WINDOW = (-160, 240)  # level 40, width 400
 _FILL = 0.3
@@ -55,23 +52,28 @@ PLANES = (_Plane("Axial", 0, "R", "A"), _Plane("Coronal", 1, "R", "H"), _Plane("
 
 
 def case_picture(
-    path: Path, ct: Volume, labels: NDArray[np.uint8], reference: NDArray[np.uint8] | None = None, title: str = ""
+    path: Path,
+    ct: Volume,
+    labels: NDArray[np.uint8],
+    reference: NDArray[np.uint8] | None = None,
+    title: str = "",
+    scheme: Scheme = KITS19,
 ) -> None:
     """Draws a case in three planes and writes a PNG file, complete or not at all.
 
     The planes go through the largest tumor (the reference's, else the prediction's), else through the largest kidney,
     else through the centre. The patient's right, or anterior in the sagittal plane, is on the picture's left; lengths
     are to scale; the window is level 40, width 400 HU. Rows: CT in HU, the reference if there is one, prediction; all
-    of shape (D, H, W) in orientation (I, P, L).
+    of shape (D, H, W) in orientation (I, P, L). scheme: names and colours of the labels.
     """
     maps = {"Reference": reference, "Prediction": labels} if reference is not None else {"Prediction": labels}
     at = centre(list(maps.values()), ct.array.shape)
-    figure, grid = _canvas(ct, 1 + len(maps), title)
+    figure, grid = _canvas(ct, 1 + len(maps), title, scheme)
     for row, overlay in zip(grid, [None, *maps.values()], strict=True):
         for axes, plane in zip(row, PLANES, strict=True):
             _draw_ct(axes, plane, ct, at)
             if overlay is not None:
-                _draw_labels(axes, plane.cut(overlay, at), axes.get_aspect())
+                _draw_labels(axes, plane.cut(overlay, at), axes.get_aspect(), scheme)
     for axes, plane in zip(grid[0], PLANES, strict=True):
         axes.set_title(f"{plane.name} (slice {at[plane.axis] + 1})", fontsize=10)
     for row, name in zip(grid, ["CT", *maps], strict=True):
@@ -116,7 +118,7 @@ def centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
     return z, y, x
 
 
-def _canvas(ct: Volume, rows: int, title: str) -> tuple[Figure, NDArray[Any]]:
+def _canvas(ct: Volume, rows: int, title: str, scheme: Scheme) -> tuple[Figure, NDArray[Any]]:
     """A figure with (rows, 3) axes, each scaled to its plane in millimetres, and a legend."""
     extent = [n * mm for n, mm in zip(ct.array.shape, ct.geometry.spacing, strict=True)]
     sizes = [plane.lengths(extent) for plane in PLANES]
@@ -126,7 +128,7 @@ def _canvas(ct: Volume, rows: int, title: str) -> tuple[Figure, NDArray[Any]]:
     grid = figure.subplots(rows, 3, squeeze=False, width_ratios=widths)
     if title:
         figure.suptitle(title, fontsize=12, parse_math=False)
-    handles = [Patch(fc=to_rgba(colour, _FILL), ec=colour, label=name) for name, colour in COLOURS.values()]
+    handles = [Patch(fc=to_rgba(one.colour, _FILL), ec=one.colour, label=one.name) for one in scheme.classes.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure, grid
 
@@ -143,10 +145,10 @@ def _draw_ct(axes: Axes, plane: _Plane, ct: Volume, at: Triple) -> None:
     axes.text(0.5, 0.98, plane.top, transform=axes.transAxes, ha="center", va="top", **edge)
 
 
-def _draw_labels(axes: Axes, labels: NDArray[np.uint8], aspect: Any) -> None:
+def _draw_labels(axes: Axes, labels: NDArray[np.uint8], aspect: Any, scheme: Scheme) -> None:
     """Draw each label as a transparent area with an outline."""
-    for label, (_, colour) in COLOURS.items():
-        mask = labels == label
+    for name, colour in scheme.colours.items():
+        mask = labels == CLASSES[name]
         if not mask.any():
             continue
         fill = np.zeros((*mask.shape, 4))

@@ -8,6 +8,7 @@ from typing import Any
 
 from kitseg.scoring.protocols import METRICS
 
+_LESIONS = {"": "Tumor", "cyst_": "Cyst"}  # by the start of the key
 ScoreTable = Mapping[str, Mapping[str, float | None]]
 
 
@@ -46,8 +47,9 @@ def study_scores(content: Mapping[str, Any]) -> StudyScores:
 
 
 def score_tables(content: Mapping[str, Any]) -> tuple[Table, ...]:
-    """The metrics over all cases, mean Dice by group, and tumor detection by size; without empty tables."""
-    tables = (_summary(content), group_table(content["groups"]), _detection(content.get("detection", {})))
+    """The metrics over all cases, mean Dice by group, detection of tumors and cysts by size; without empty tables."""
+    found = (_detection(content.get(f"{key}detection", {}), f"{name} detection") for key, name in _LESIONS.items())
+    tables = (_summary(content), group_table(content["groups"]), *found)
     return tuple(table for table in tables if table.rows)
 
 
@@ -83,11 +85,11 @@ def _summary(content: Mapping[str, Any]) -> Table:
     return Table("Over all cases", ("", "mean", "95 % CI", "median", "cases undefined"), rows)
 
 
-def _detection(detection: Mapping[str, Any]) -> Table:
+def _detection(detection: Mapping[str, Any], title: str) -> Table:
     sizes = detection.get("sizes", {})
     columns = tuple(dict.fromkeys(key for found in sizes.values() for key in found))
     rows = tuple((size, *map(found.get, columns)) for size, found in sizes.items())
-    return Table("Tumor detection", ("", *map(display_name, columns)), rows)
+    return Table(title, ("", *map(display_name, columns)), rows)
 
 
 def _notes(content: Mapping[str, Any]) -> tuple[str, ...]:

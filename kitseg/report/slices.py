@@ -14,12 +14,10 @@ from PIL import Image
 from skimage.measure import find_contours
 
 from kitseg.components import bounding_box
-from kitseg.labels import BACKGROUND, CYST, TUMOR
+from kitseg.labels import BACKGROUND, CYST, KITS23, TUMOR, Scheme
 from kitseg.types import Box, Geometry, Triple
 
 LEVEL, WIDTH = 40, 400  # HU, the window of soft tissue
-#: How each outline is drawn.
-COLOURS = {"kidney": "#2ecc40", "tumor": "#ff2d2d", "cyst": "#39a9ff"}
 UNIT = 10  # steps of a path per voxel
 _QUALITY, _EFFORT = 58, 2  # of WebP
 _BODY_HU = -300
@@ -48,12 +46,16 @@ _find_contours: Any = find_contours  # untyped
 
 @dataclass(frozen=True)
 class Scene:
-    """The arrays to draw: labels (D, H, W) in orientation (I, P, L), and optionally CT and reference of that shape."""
+    """The arrays to draw: labels (D, H, W) in orientation (I, P, L), and optionally CT and reference of that shape.
+
+    scheme: names and colours of the classes.
+    """
 
     labels: NDArray[np.uint8]
     geometry: Geometry
     hu: NDArray[Any] | None = None
     reference: NDArray[np.uint8] | None = None
+    scheme: Scheme = KITS23
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from kitseg.labels import Scheme
 from kitseg.measurement.findings import Findings, Lesion
 from kitseg.measurement.quality import LEVELS, Quality
 from kitseg.report.case_page import middle_of
 from kitseg.report.html import page_name, write_page
-from kitseg.report.scores import ScoreTable, StudyScores, display_name
-from kitseg.report.slices import COLOURS, UNIT, Cut, Scene, body_box, cut
+from kitseg.report.scores import ScoreTable, StudyScores
+from kitseg.report.slices import UNIT, Cut, Scene, body_box, cut
 from kitseg.report.strip import Dot, Strip, strip
 
 FAILED = "failed"
@@ -62,8 +63,12 @@ class CaseRow:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def write_study(path: Path, title: str, rows: Sequence[CaseRow], scores: StudyScores, facts: Mapping[str, str]) -> None:
+def write_study(
+    path: Path, title: str, rows: Sequence[CaseRow], scores: StudyScores, facts: Mapping[str, str], scheme: Scheme
+) -> None:
     """Writes the page as one self-contained HTML file below 10 MB with links to the cases' pages in the same folder.
+
+    scheme: names and colours of the classes.
 
     The cases to review first get pictures, up to a size limit.
     """
@@ -78,8 +83,8 @@ def write_study(path: Path, title: str, rows: Sequence[CaseRow], scores: StudySc
         pictured=_pictured(ordered),
         classes=list(dict.fromkeys(name for row in rows for name in row.dice)),
         scores=scores,
-        strips=_strips(rows, scores),
-        colours=COLOURS,
+        strips=_strips(rows, scores, scheme),
+        colours=scheme.colours,
         unit=UNIT,
         facts=facts,
     )
@@ -104,23 +109,22 @@ def _pictured(rows: Sequence[CaseRow]) -> list[CaseRow]:
     return [row for (row, _), size in zip(drawn, used, strict=True) if size <= _PICTURES_BYTES]
 
 
-def _strips(rows: Sequence[CaseRow], scores: StudyScores) -> list[Strip]:
+def _strips(rows: Sequence[CaseRow], scores: StudyScores, scheme: Scheme) -> list[Strip]:
     """Strip plots of Dice by class, tumor Dice by stratum, and the measurements."""
     classes = list(dict.fromkeys(name for row in rows for name in row.dice))
     drawn = [strip("Dice", {name: _dice_dots(rows, name) for name in classes}, 1.0)]
     for kind, names in scores.order.items():
         groups = {
-            name: _dice_dots([row for row in rows if scores.strata.get(row.case, {}).get(kind) == name], classes[-1])
+            name: _dice_dots([row for row in rows if scores.strata.get(row.case, {}).get(kind) == name], "tumor")
             for name in names
-            if classes
         }
         if len(names) > 1:
-            drawn.append(strip(f"Dice of {display_name(classes[-1])} by {kind}", groups, 1.0))
+            drawn.append(strip(f"Dice of tumor by {kind}", groups, 1.0))
     lesions = [(row, lesion) for row in rows for lesion in row.findings.lesions]
     kinds = list(dict.fromkeys(lesion.kind for _, lesion in lesions))
     for name, what in (("Largest 3D diameter of a lesion, mm", "diameter_mm"), ("Volume of a lesion, ml", "volume_ml")):
         dots = {
-            kind: [
+            scheme.names[kind]: [
                 _dot(row, float(getattr(lesion, what)), f"lesion {lesion.number}")
                 for row, lesion in lesions
                 if lesion.kind == kind

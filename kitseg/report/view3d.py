@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
 from kitseg.components import Components, bounding_box
-from kitseg.labels import BACKGROUND, CYST, TUMOR
+from kitseg.labels import BACKGROUND, CYST, TUMOR, Scheme
 from kitseg.measurement.findings import Findings, Lesion
 from kitseg.measurement.mesh import surface, voxel_faces
-from kitseg.report.slices import COLOURS
+from kitseg.report.slices import Scene
 from kitseg.types import Box, Geometry
 
 _MOST_TRIANGLES = 60_000  # of all surfaces of a page together
@@ -23,7 +23,7 @@ _MOST_LESIONS = 40  # with their own surface
 _FINEST_MM = 1.0
 _MOST_AT_ONCE = 2_000_000  # triangles during the search for a coarser step
 _LIGHT = {"ambient": 0.45, "diffuse": 0.7, "specular": 0.15, "roughness": 0.6}
-_KIDNEY_OPACITY = 0.35
+_OPACITY = {"kidney": 0.35}
 _LABELS = {"tumor": TUMOR, "cyst": CYST}
 _AXIS = {"visible": False}
 _LAYOUT = {
@@ -49,20 +49,29 @@ def plotly_script() -> str:
     return base64.b64encode(gzip.compress(get_plotlyjs().encode("utf-8"), 9, mtime=0)).decode("ascii")
 
 
-def view(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> dict[str, Any] | None:
+def view(scene: Scene, findings: Findings) -> dict[str, Any] | None:
     """The Plotly figure (data, layout and config): transparent kidneys, and each lesion in its colour.
 
     Seen from the front, with the patient's right on the left. None if nothing is labelled.
     """
+    labels, geometry, colours = scene.labels, scene.geometry, scene.scheme.colours
     whole = bounding_box(labels != BACKGROUND)
     if whole is None:
         return None
     masks = [("kidneys", "kidney", whole, labels[whole.slices] != BACKGROUND)]
     shown = findings.lesions[:_MOST_LESIONS]
-    masks += [(title(lesion), lesion.kind, lesion.box, lesion_mask(labels, lesion)) for lesion in shown]
+    masks += [(title(lesion, scene.scheme), lesion.kind, lesion.box, lesion_mask(labels, lesion)) for lesion in shown]
     step = _first_step([mask for _, _, _, mask in masks], geometry.spacing)
     while True:
-        traces = [_trace(name, kind, mask, geometry.crop(box), step) for name, kind, box, mask in masks]
+        traces = [
+            {
+                **_trace(mask, geometry.crop(box), step),
+                "name": name,
+                "color": colours[kind],
+                "opacity": _OPACITY.get(kind, 1.0),
+            }
+            for name, kind, box, mask in masks
+        ]
         if sum(trace["triangles"] for trace in traces) <= _MOST_TRIANGLES:
             break
         step *= 1.4
@@ -71,9 +80,9 @@ def view(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> d
     return {"data": [*traces, _marks(geometry, whole)], "layout": _LAYOUT, "config": _CONFIG}
 
 
-def title(lesion: Lesion) -> str:
+def title(lesion: Lesion, scheme: Scheme) -> str:
     """The display name of a lesion."""
-    return f"{lesion.kind} {lesion.number}, {lesion.side}, {lesion.axial_mm:.0f} mm"
+    return f"{scheme.names[lesion.kind]} {lesion.number}, {lesion.side}, {lesion.axial_mm:.0f} mm"
 
 
 def lesion_mask(labels: NDArray[np.uint8], lesion: Lesion) -> NDArray[np.bool_]:
@@ -93,18 +102,15 @@ def _first_step(masks: list[NDArray[np.bool_]], spacing: tuple[float, float, flo
     return max(_FINEST_MM, float(np.sqrt(2 * area / _MOST_AT_ONCE)))
 
 
-def _trace(name: str, kind: str, mask: NDArray[np.bool_], geometry: Geometry, step: float) -> dict[str, Any]:
+def _trace(mask: NDArray[np.bool_], geometry: Geometry, step: float) -> dict[str, Any]:
     vertices, faces = surface(mask, geometry, step)
     small = np.uint16 if len(vertices) <= 2**16 else np.uint32
     x, y, z = (_packed(axis.astype(np.float32)) for axis in vertices.T)
     i, j, k = (_packed(corner.astype(small)) for corner in faces.T)
     return {
         "type": "mesh3d",
-        "name": name,
         "hoverinfo": "name",
         "showlegend": True,
-        "color": COLOURS[kind],
-        "opacity": _KIDNEY_OPACITY if kind == "kidney" else 1.0,
         "lighting": _LIGHT,
         "flatshading": False,
         "triangles": len(faces),

@@ -1,4 +1,4 @@
-"""The scoring protocols of the KiTS challenges: classes, tolerances and label conventions."""
+"""The scoring protocols of the KiTS challenges: classes, tolerances, and whether cysts are a class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR, to_kits19
+from kitseg.labels import CLASSES, CYST, KIDNEY, TUMOR, Scheme, to_kits19
 
 #: The display names of the metrics, by their key.
 METRICS = {
@@ -37,26 +37,34 @@ class Target:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A challenge's scoring rules. targets: the classes by name; convention: label convention of its references.
+    """A challenge's scoring rules. targets: the classes by name; labels: the label scheme of its references.
 
     If prediction and reference of a class are both empty, Dice and surface Dice are 1; if only one is, they are 0.
     """
 
     name: str
     targets: Mapping[str, Target]
-    convention: str
+    labels: str
 
-    def adopt(self, labels: NDArray[np.uint8], convention: str) -> NDArray[np.uint8]:
-        """Convert a label map (any shape) of a convention to the protocol's own.
+    def knows_cysts(self, scheme: Scheme) -> bool:
+        """Whether cysts are a class, for this protocol and in label maps of a scheme."""
+        return self.labels == "kits23" and scheme.cyst is not None
 
-        From kits23 to kits19: cysts become kidney. From kits19 to kits23: cysts remain kidney; 3 is not a label of
-        kits19, so it becomes background.
+    def adopt(self, labels: NDArray[np.uint8], scheme: Scheme) -> NDArray[np.uint8]:
+        """A label map (any shape) as it is scored against references of a scheme: where these have no cysts, as kidney.
+
+        The same for a protocol that has none.
         """
-        if convention == self.convention:
-            return labels
-        if self.convention == "kits19":
-            return to_kits19(labels)
-        return np.where(labels == CYST, np.uint8(BACKGROUND), labels)
+        return labels if self.knows_cysts(scheme) else to_kits19(labels)
+
+    def more_targets(self, scheme: Scheme) -> dict[str, Target]:
+        """The scheme's own regions, scored beside the challenge's classes; none where it calls cysts kidney."""
+        regions = scheme.regions if self.knows_cysts(scheme) else {}
+        return {
+            name: Target(tuple(CLASSES[part] for part in region))
+            for name, region in regions.items()
+            if name not in self.targets
+        }
 
 
 _NESTED = {
@@ -64,6 +72,12 @@ _NESTED = {
     "mass": Target((TUMOR, CYST), 1.1328796488598762),
     "tumor": Target((TUMOR,), 1.1498198361434828),
 }
+
+
+def protocol_of(scheme: Scheme) -> Protocol:
+    """The challenge whose references have the classes of a scheme."""
+    return PROTOCOLS["kits19" if scheme.cyst is None else "kits23"]
+
 
 #: KiTS19 (Heller et al., Medical Image Analysis 2021): Dice of kidney with tumor, and of tumor. KiTS21 and KiTS23
 #: (Heller et al., arXiv 2307.01984): three nested classes, and their surface Dice at the challenges' tolerances.

@@ -15,11 +15,12 @@ from kitseg import config, trust
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.windows import Window
+from kitseg.labels import CYST, to_kits19
 from kitseg.parts import TRAINING
-from kitseg.scoring.kits19 import kits19_scores
+from kitseg.scoring.kits19 import dice, kits19_scores
 
 #: The classes that each reported score is about.
-SCORED = {"kidney": {"kidney", "foreground"}, "tumor": {"tumor"}}
+SCORED = {"kidney": {"kidney", "foreground"}, "tumor": {"tumor"}, "cyst": {"cyst"}}
 
 
 class StageModel(nn.Module):
@@ -68,8 +69,8 @@ class StageModel(nn.Module):
 
     def scores(self, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
         """Dice of a label map against the true one, both (D, H, W), for the classes that the stage predicts."""
-        dice = kits19_scores(labels, truth)
-        return {f"dice_{name}": dice[name] for name in dice if SCORED[name] & set(self.channels)}
+        scored = kits19_scores(to_kits19(labels), to_kits19(truth)) | {"cyst": dice(labels == CYST, truth == CYST)}
+        return {f"dice_{name}": scored[name] for name in scored if SCORED[name] & set(self.channels)}
 
     def threshold(self, cases: Iterable[tuple[Tensor, NDArray[np.uint8]]]) -> float | None:
         """The probability from which foreground counts, chosen on validation cases; None for the most probable channel.

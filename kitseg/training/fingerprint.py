@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kitseg.components import Components, bounding_box
 from kitseg.errors import InputError
-from kitseg.labels import TUMOR
+from kitseg.labels import TUMOR, Scheme
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.types import Case
 from kitseg.volumes.nifti import read_image, read_labels
@@ -53,7 +53,7 @@ class _Seen:
 
 
 def fingerprint(
-    cases: Sequence[Case], convention: str, jobs: int, on_done: Callable[[], None], scans: bool = True
+    cases: Sequence[Case], scheme: Scheme, jobs: int, on_done: Callable[[], None], scans: bool = True
 ) -> Fingerprint:
     """Read the cases in parallel; of each only a few figures are kept.
 
@@ -62,7 +62,7 @@ def fingerprint(
     Raises:
         InputError: a file can't be used, or no label map holds a kidney.
     """
-    tasks = (delayed(_look)(case, convention, scans) for case in cases)
+    tasks = (delayed(_look)(case, scheme, scans) for case in cases)
     seen = [one for one in in_parallel(tasks, jobs, lambda _: on_done()) if one is not None]
     if not seen:
         raise InputError(cases[0].files[-1].parent, "no label map holds a kidney", "Check the labels: `kitseg check`.")
@@ -82,11 +82,11 @@ def fingerprint(
     )
 
 
-def _look(case: Case, convention: str, scans: bool) -> _Seen | None:
+def _look(case: Case, scheme: Scheme, scans: bool) -> _Seen | None:
     """One case; None where nothing is labelled."""
     if case.label is None:
         raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
-    labels = read_labels(case.label, case.id, convention)
+    labels = read_labels(case.label, case.id, scheme)
     spacing, inside = np.array(labels.geometry.spacing), labels.array > 0
     box, hu = bounding_box(inside), None
     if box is None:

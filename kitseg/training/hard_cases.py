@@ -10,6 +10,7 @@ import numpy as np
 
 from kitseg import config
 from kitseg.errors import UsageError
+from kitseg.labels import to_kits19
 from kitseg.method import Method, StageSpec
 from kitseg.models.chain import run_on_grid
 from kitseg.models.run_folder import find_run
@@ -112,7 +113,7 @@ def _judge(plan: Plan, spec: StageSpec, unit: Unit, cases: Collection[str], step
         if case in cases:
             stored = open_stored(plan, spec, case)
             output = run_on_grid(stored.image, stored.grid, predictor, spec.heads[-1], {})
-            dice = kits19_scores(output.labels(), np.asarray(stored.label))
+            dice = kits19_scores(to_kits19(output.labels()), to_kits19(np.asarray(stored.label)))
             found.append(Ranked(case, **dice, dice=(dice["kidney"] + dice["tumor"]) / 2))
             step()
     return found

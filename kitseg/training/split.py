@@ -11,6 +11,7 @@ from joblib import delayed
 
 from kitseg.config import Config
 from kitseg.errors import KitsegError, UsageError, fault, format_error
+from kitseg.labels import Scheme, scheme_of
 from kitseg.runtime.console import bar
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.scoring.strata import THICKNESSES, thickness_class
@@ -18,13 +19,13 @@ from kitseg.splits import Split, make_split, read_split, same_patient, write_spl
 from kitseg.types import Case, Traits
 from kitseg.volumes.traits import read_traits, read_whole
 
-Reader = Callable[[Case, str], Traits]
+Reader = Callable[[Case, Scheme], Traits]
 
 
 def new_split(traits: Iterable[Traits], configuration: Config) -> Split:
     """Create a split with the settings of the configuration."""
-    keys = ("folds", "nested_folds", "test_cases", "seed", "convention")
-    return make_split(traits, *(configuration[key] for key in keys))
+    folds, nested, test, seed = (configuration[key] for key in ("folds", "nested_folds", "test_cases", "seed"))
+    return make_split(traits, folds, nested, test, seed, scheme_of(configuration["labels"]))
 
 
 def unseen_traits(cases: Iterable[Case]) -> list[Traits]:
@@ -33,14 +34,14 @@ def unseen_traits(cases: Iterable[Case]) -> list[Traits]:
 
 
 def look_at(
-    cases: Sequence[Case], convention: str, jobs: int, on_done: Callable[[], None], read: Reader = read_whole
+    cases: Sequence[Case], scheme: Scheme, jobs: int, on_done: Callable[[], None], read: Reader = read_whole
 ) -> tuple[list[Traits], list[str]]:
     """The traits of the scans among the cases, read in parallel, and the errors of unreadable cases.
 
     Raises:
         KitsegError: memory, disk or the system failed, which is not the fault of a case.
     """
-    tasks = (delayed(_look)(case, convention, read) for case in _scans(cases))
+    tasks = (delayed(_look)(case, scheme, read) for case in _scans(cases))
     found = in_parallel(tasks, jobs, lambda _: on_done())
     return [one for one in found if isinstance(one, Traits)], [one for one in found if not isinstance(one, Traits)]
 
@@ -49,18 +50,18 @@ def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: 
     """Read the split file, or create it if it doesn't exist.
 
     Raises:
-        KitsegError: the file is damaged, of another convention, names missing cases, or has a patient on two sides.
+        KitsegError: the file is damaged, of another label scheme, names missing cases, or has a patient on two sides.
     """
+    scheme = scheme_of(configuration["labels"])
     if not path.exists():
         with bar("split", len(_scans(cases))) as step:
-            traits, errors = look_at(cases, configuration["convention"], jobs, step, read_traits)
+            traits, errors = look_at(cases, scheme, jobs, step, read_traits)
         if errors:
             raise KitsegError(errors[0])
         write_split(new_split(traits, configuration), path)
     split = read_split(path)
-    if split.convention != configuration["convention"]:
-        wanted = configuration["convention"]
-        raise UsageError(f"{path} has the label convention {split.convention}, the configuration {wanted}")
+    if split.scheme.ids != scheme.ids:
+        raise UsageError(f"{path} has the labels {split.scheme}, the training {scheme}. Give the same --labels")
     if missing := sorted(split.cases - {case.id for case in cases}):
         raise KitsegError(
             f"{path}: cases {', '.join(missing)} are missing in the data folder, or can't be preprocessed. "
@@ -91,9 +92,9 @@ def _scans(cases: Iterable[Case]) -> list[Case]:
     return [case for case in cases if not case.sources]
 
 
-def _look(case: Case, convention: str, read: Reader) -> Traits | str:
+def _look(case: Case, scheme: Scheme, read: Reader) -> Traits | str:
     try:
-        return read(case, convention)
+        return read(case, scheme)
     except Exception as error:  # an error in a case does not stop the others
         words = format_error(case.image.parent, error)
         if fault(error) or (error.__cause__ and fault(error.__cause__)):

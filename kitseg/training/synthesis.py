@@ -18,6 +18,7 @@ from joblib import delayed
 from kitseg import __version__
 from kitseg.config import StageSpec
 from kitseg.errors import KitsegError, UsageError
+from kitseg.labels import KITS19, KITS23
 from kitseg.models.run_folder import SynthesisRow
 from kitseg.patches.bodies import body_of, open_shapes, prepare_bodies, prepare_shapes, shape_cases
 from kitseg.patches.synthetic import parts_without, write_patient
@@ -110,11 +111,12 @@ class _Patients:
     def __init__(
         self, plan: Plan, body: Case, settings: DataSettings, shapes: Path | None, label_maps: Sequence[str]
     ) -> None:
-        self.store, self.convention, self.seed = plan.store.absolute(), plan.config["convention"], plan.config["seed"]
+        self.store, self.seed = plan.store.absolute(), plan.config["seed"]
+        self.scheme = KITS19 if plan.method.labels.cyst is None else KITS23
         self.body, self.parts, self.shapes, self.label_maps = body, parts_without(settings.without), shapes, label_maps
         files = [InputFile.of(path) for path in body.files]
         made = {"files": [[f.size, f.mtime] for f in files], "maps": list(label_maps), "without": settings.without}
-        key = recipe(version=__version__, seed=self.seed, convention=self.convention, **made)[:8]
+        key = recipe(version=__version__, seed=self.seed, convention=self.scheme.name, **made)[:8]
         self.names = tuple(f"{body.id}-{key}-{number}" for number in range(settings.validation))
 
     def write(self, grids: Sequence[Grid]) -> None:
@@ -128,9 +130,9 @@ class _Patients:
                 patient = make(body, shapes, Window.on(body), self.parts, np.random.default_rng(address))
                 with atomic_write(self.store / "synthetic" / name) as partial:
                     partial.mkdir()
-                    write_patient(partial, patient, scan.native, cysts=self.convention == "kits23")
+                    write_patient(partial, patient, scan.native, cysts=self.scheme.cyst is not None)
         for name in self.names:
-            files = CaseFiles(case_of(self.store / "synthetic" / name), self.convention)
+            files = CaseFiles(case_of(self.store / "synthetic" / name), self.scheme)
             for grid in grids:
                 store_case(files, self.store / str(grid) / name, grid)
 

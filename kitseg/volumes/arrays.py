@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kitseg.errors import InputError, UsageError
-from kitseg.labels import CONVENTIONS
+from kitseg.labels import UNKNOWN, Scheme
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import check_affine, geometry_of
@@ -48,19 +48,19 @@ def scan_from(image: Image, affine: ArrayLike | None = None, name: str = "scan")
     return Volume(hu, canonical_geometry(native), native, name)
 
 
-def labels_from(image: Image, affine: ArrayLike | None, convention: str, name: str = "labels") -> Volume:
-    """A label map as (D, H, W) uint8 in orientation (I, P, L); see ``scan_from``.
+def labels_from(image: Image, affine: ArrayLike | None, scheme: Scheme, name: str = "labels") -> Volume:
+    """A label map of a scheme as (D, H, W) uint8 in orientation (I, P, L), with kitseg's ids; see ``scan_from``.
 
     Raises:
-        InputError: not a 3D image on a regular grid, or values that the label convention doesn't have.
+        InputError: not a 3D image on a regular grid, or values that the scheme doesn't have.
     """
     if isinstance(image, Path | str):
-        return read_labels(Path(image), Path(image).name, convention)
+        return read_labels(Path(image), Path(image).name, scheme)
     array, native = _native(image, affine, name)
-    known = list(CONVENTIONS[convention])
+    known = np.flatnonzero(scheme.from_file != UNKNOWN)
     if odd := np.setdiff1d(np.unique(array), known).tolist():
-        raise InputError(name, f"it holds the values {odd[:5]}", f"Labels of {convention} are {known}")
-    labels = np.array(turn_to_canonical(array, native), np.uint8)
+        raise InputError(name, f"it holds the values {odd[:5]}", f"The labels are {scheme}")
+    labels = scheme.from_file[np.asarray(turn_to_canonical(array, native)).astype(np.uint8)]
     return Volume(labels, canonical_geometry(native), native, name)
 
 

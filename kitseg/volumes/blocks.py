@@ -58,7 +58,8 @@ class _Block:
 class ProbabilitiesManifest(TypedDict):
     """What made a folder of probabilities, and what post-processing they expect.
 
-    stage: the ``stage[.head]`` whose output it is, None for the method's; members: of a mean, its folders.
+    stage: the ``stage[.head]`` whose output it is, None for the method's; labels: the label scheme, KiTS19's where it
+    isn't stated; members: of a mean, its folders.
     """
 
     channels: list[str]
@@ -67,6 +68,7 @@ class ProbabilitiesManifest(TypedDict):
     model: dict[str, Any]
     postprocess: dict[str, Any]
     versions: dict[str, str]
+    labels: NotRequired[dict[str, Any]]
     members: NotRequired[list[dict[str, Any]]]
 
 

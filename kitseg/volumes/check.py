@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError, KitsegError, UsageError, format_error
-from kitseg.labels import TUMOR
+from kitseg.labels import KITS19, TUMOR, Scheme
 from kitseg.types import Case, Geometry, Triple, Volume
 from kitseg.volumes import nifti
 from kitseg.volumes.header import place_doubts
@@ -50,10 +50,10 @@ class CaseReport:
         return not self.problems
 
 
-def check_case(case: Case, convention: str = "kits19") -> CaseReport:
+def check_case(case: Case, scheme: Scheme = KITS19) -> CaseReport:
     """Read a case and check its geometry, values, slices and labels; never raises for bad files."""
     try:
-        return _check(case, convention)
+        return _check(case, scheme)
     except Exception as error:
         return CaseReport(case.id, [f"can't be checked: {format_error(case.image.name, error)}"])
 
@@ -109,7 +109,7 @@ def _changes(array: NDArray[np.generic]) -> NDArray[np.float32]:
     return change
 
 
-def _check(case: Case, convention: str) -> CaseReport:
+def _check(case: Case, scheme: Scheme) -> CaseReport:
     image, problems = _read(nifti.read_image, case.image)
     if image is None:
         return CaseReport(case.id, problems)
@@ -118,7 +118,7 @@ def _check(case: Case, convention: str) -> CaseReport:
     problems += _lattice_problems(image.geometry) + _hu_problems(image.array, low, high)
     kidney_ml, tumor_ml = None, None
     if case.label is not None:
-        labels, unreadable = _read(partial(nifti.read_labels, convention=convention), case.label)
+        labels, unreadable = _read(partial(nifti.read_labels, scheme=scheme), case.label)
         problems += unreadable
         if labels is not None:
             foreground, tumor = np.count_nonzero(labels.array), np.count_nonzero(labels.array == TUMOR)

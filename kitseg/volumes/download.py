@@ -1,4 +1,4 @@
-"""Download KiTS19 from its official sources: labels and clinical data from GitHub, images from Hugging Face.
+"""Download KiTS19 or KiTS23 from the official sources: labels and clinical data from GitHub, images from Hugging Face.
 
 Existing files are skipped, so that an interrupted download resumes at the unfinished file.
 """
@@ -19,33 +19,42 @@ from kitseg.volumes.kits import IMAGE, LABEL
 from kitseg.volumes.names import case_name
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
-CASES, LABELLED_CASES = 300, 210
 GIVE_UP = 3  # failed cases in a row, after which the network is assumed to be down
 _STAGING = ".download"
 
 
 @dataclass(frozen=True)
 class DownloadSource:
-    """The locations of the files.
+    """A challenge's data set: its cases, and the locations of the files.
 
-    labels_url: folder of ``case_00000/segmentation.nii.gz``; images_repo: Hugging Face data set with
-    ``images/case_00000.nii.gz``; endpoint: its server, None for the public one; retries: per label.
+    labels_url: folder of ``case_00000/segmentation.nii.gz`` and of the ``clinical`` data; images_repo: Hugging Face
+    data set with ``images/case_00000.nii.gz``; cases, labelled: numbers, of all cases and of those with labels;
+    endpoint: the images' server, None for the public one; retries: per label.
     """
 
+    name: str = "KiTS19"
     labels_url: str = "https://raw.githubusercontent.com/neheller/kits19/master/data/"
+    clinical: str = CLINICAL
+    cases: tuple[int, ...] = tuple(range(300))
+    labelled: tuple[int, ...] = tuple(range(210))
     images_repo: str = "neheller/KiTS-Challenge-Imaging"
     endpoint: str | None = None
     retries: int = 3
 
 
+_KITS23 = (*range(300), *range(400, 589))
 KITS19 = DownloadSource()
+KITS23 = DownloadSource(
+    "KiTS23", "https://raw.githubusercontent.com/neheller/kits23/main/dataset/", "kits23.json", _KITS23, _KITS23
+)
+SOURCES = {"kits19": KITS19, "kits23": KITS23}
 
 
-def parse_cases(text: str) -> list[int]:
+def parse_cases(text: str, source: DownloadSource = KITS19) -> list[int]:
     """Parse case numbers such as ``0-9,15``; returns them sorted, each once.
 
     Raises:
-        UsageError: invalid text, or a case that KiTS19 doesn't have.
+        UsageError: invalid text, or a case that the data set doesn't have.
     """
     numbers: set[int] = set()
     for part in text.split(","):
@@ -53,19 +62,21 @@ def parse_cases(text: str) -> list[int]:
         if not match:
             raise UsageError(f"invalid case numbers '{text}'. Give numbers and ranges, such as 0-9,15")
         first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < CASES:
-            raise UsageError(f"KiTS19 has no cases {part.strip()}. Give ascending ranges within 0-{CASES - 1}")
-        numbers.update(range(first, last + 1))
+        wanted = set(range(first, last + 1)) & set(source.cases)
+        if not wanted or not {first, last} <= wanted:
+            there = "0-299 and 400-588" if source is KITS23 else "0-299"
+            raise UsageError(f"{source.name} has no cases {part.strip()}. Give ascending ranges within {there}")
+        numbers |= wanted
     return sorted(numbers)
 
 
-def download_kits19(
+def download_cases(
     to: Path, cases: list[int], progress: Callable[[str], None] | None = None, source: DownloadSource = KITS19
 ) -> list[KitsegError]:
     """Download cases into ``to`` in the KiTS layout, with ``kits.json``; returns one error per failed case.
 
     A failed case doesn't stop the others; three in a row do. Files are staged and then renamed; existing files are
-    skipped. Cases from 210 on have no labels. ``progress`` is called with the name of each processed case.
+    skipped. ``progress`` is called with the name of each processed case.
 
     Raises:
         InputError: the folder can't be created.
@@ -105,13 +116,13 @@ def _attempt(name: str, fetch: Callable[[], None]) -> list[KitsegError]:
 
 def _fetch_clinical(to: Path, source: DownloadSource) -> None:
     if not (to / CLINICAL).exists():
-        _place(_staged_from_github(to, CLINICAL, source), to / CLINICAL, read_clinical)
+        _place(_staged_from_github(to, source.clinical, source), to / CLINICAL, read_clinical)
 
 
 def _fetch_case(to: Path, number: int, source: DownloadSource) -> None:
     name = case_name(number)
     image, label = to / name / IMAGE, to / name / LABEL
-    if number < LABELLED_CASES and not label.exists():
+    if number in source.labelled and not label.exists():
         _place(_staged_from_github(to, f"{name}/{LABEL}", source), label, nifti.read_geometry)
     if not image.exists():
         _place(_staged_from_hugging_face(to, f"images/{name}.nii.gz", source), image, nifti.read_geometry)

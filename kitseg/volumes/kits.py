@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.errors import InputError, UsageError, printable
+from kitseg.labels import scheme_of
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
 from kitseg.volumes.check import refuse_scans
@@ -17,6 +18,7 @@ from kitseg.volumes.names import clean_name, pair, shorten
 from kitseg.volumes.tables import PATIENTS, read_patients
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
+MAJORITY = "aggregated_MAJ_seg.nii.gz"  # KiTS21's label map
 IMAGES, LABELS = "imagesTr", "labelsTr"  # nnU-Net's
 SUFFIXES = (".nii.gz", ".nii")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
@@ -27,18 +29,24 @@ _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
 class CopyOrigin:
     """How a registered copy was made, or why it was rejected, which is its ``reason``.
 
-    patients, sources: the patients and the cases that it shows; settings, convention, made_from: the registration's
-    settings, the label convention and the hashes of the files; dice_before, dice_after: overlap of the kidneys.
+    patients, sources: the patients and the cases that it shows; settings, made_from: the registration's settings
+    and the hashes of the files; labels: the ids of the label map; convention: the scheme's name in files of kitseg
+    0.1; dice_before, dice_after: overlap of the kidneys.
     """
 
     patients: tuple[str, ...]
     sources: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    labels: str = ""
     convention: str = ""
     made_from: tuple[str, ...] = ()
     reason: str | None = None
     dice_before: float = 0.0
     dice_after: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.convention:
+            object.__setattr__(self, "labels", scheme_of(self.convention).line)
 
 
 ORIGIN, COPY_ORIGIN = "origin.json", FileFormat(CopyOrigin, 1, "Make the copy again with `kitseg augment`.")
@@ -55,7 +63,7 @@ def scan_id(path: Path) -> str:
 
 def case_of(folder: Path) -> Case:
     """A KiTS case folder as a case; its image may be missing."""
-    label = _found(folder, LABEL) or (None if _is_missing(folder / LABEL) else folder / LABEL)
+    label = _label_in(folder) or (None if _is_missing(folder / LABEL) else folder / LABEL)
     return Case(clean_name(folder.absolute().name), _found(folder, IMAGE) or folder / IMAGE, label)
 
 
@@ -179,10 +187,10 @@ def find_labels(folder: Path) -> dict[str, Path]:
     if folder.is_file():
         return {_label_id(folder): folder}
     _check_folder(folder)
-    if alone := _found(folder, LABEL):
+    if alone := _label_in(folder):
         return {_label_id(alone): alone}
     flat = _flat(folder / LABELS if (folder / LABELS).is_dir() else folder)
-    files = [*filter(None, (_found(f, LABEL) for f in _folders(folder))), *flat]
+    files = [*filter(None, map(_label_in, _folders(folder))), *flat]
     if not files:
         raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
     return {case.id: case.image for case in distinct(Case(_label_id(f), f) for f in files)}
@@ -197,8 +205,13 @@ def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
     return replace(case, patients=origin.patients, sources=origin.sources)
 
 
+def _label_in(folder: Path) -> Path | None:
+    """The label map in a case's folder; of KiTS21's several, the majority of the annotators."""
+    return _found(folder, LABEL) or _found(folder, MAJORITY)
+
+
 def _label_id(path: Path) -> str:
-    return clean_name(path.absolute().parent.name) if path.name in _forms(LABEL) else _stem(path)
+    return clean_name(path.absolute().parent.name) if path.name in (*_forms(LABEL), MAJORITY) else _stem(path)
 
 
 def _is_missing(path: Path) -> bool:

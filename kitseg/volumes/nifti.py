@@ -15,7 +15,7 @@ from isal import igzip
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
-from kitseg.labels import CONVENTIONS
+from kitseg.labels import CYST, KITS19, UNKNOWN, Scheme
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.overwrite import MARK
 from kitseg.types import Geometry, Volume, triple
@@ -83,18 +83,19 @@ def read_image(path: Path, case_id: str) -> Volume:
     return Volume(array, canonical_geometry(native), native, case_id)
 
 
-def read_labels(path: Path, case_id: str, convention: str | None = "kits19", strict: bool = True) -> Volume:
-    """Read a label map as (D, H, W) uint8 in orientation (I, P, L).
+def read_labels(path: Path, case_id: str, scheme: Scheme | None = KITS19, strict: bool = True) -> Volume:
+    """Read a label map of a scheme as (D, H, W) uint8 in orientation (I, P, L), with kitseg's ids.
 
-    Integers stored as floats are accepted. Without a convention, all values from 0 to 255 are.
+    Integers stored as floats are accepted. Without a scheme, all values from 0 to 255 are read as they are.
 
     Raises:
-        InputError: see ``read_image``; also for values outside the convention, which become background if ``strict`` is
+        InputError: see ``read_image``; also for values outside the scheme, which become ``UNKNOWN`` if ``strict`` is
             False.
     """
     native, stored, slope, offset = _stored(path)
-    known = np.array(list(CONVENTIONS[convention]) if convention else range(256), np.uint8)  # consecutive from 0
-    if stored.dtype == np.uint8 and (slope, offset) == (1, 0) and stored.max() <= known.max():
+    ids = scheme.from_file if scheme else np.arange(256, dtype=np.uint8)
+    known = np.flatnonzero(ids != UNKNOWN) if scheme else ids
+    if stored.dtype == np.uint8 and (slope, offset) == (1, 0) and (ids == np.arange(256))[: stored.max() + 1].all():
         return Volume(stored, canonical_geometry(native), native, case_id)
     labels, strange = np.empty(stored.shape, np.uint8), set[float]()
     for row, plane in zip(labels, stored, strict=True):
@@ -103,19 +104,24 @@ def read_labels(path: Path, case_id: str, convention: str | None = "kits19", str
             whole = values if values.dtype.kind in "iu" else np.rint(values)
             good = np.isin(whole, known) & (np.abs(values - whole) <= LABEL_TOLERANCE)
         strange.update(np.unique(values[~good])[:5].tolist())
-        row[:] = np.where(good, whole, 0)
+        row[:] = np.where(good, ids[np.where(good, whole, 0).astype(np.uint8)], UNKNOWN)
     if strange and (strict or min(strange) <= LOWEST_LABEL):
-        raise InputError(path, *_strange_labels(strange, convention or "kits19"))
+        raise InputError(path, *_strange_labels(strange, scheme or KITS19))
     return Volume(labels, canonical_geometry(native), native, case_id)
 
 
-def write_labels(path: Path, labels: NDArray[np.uint8], native: Geometry, description: str = MARK) -> None:
+def write_labels(
+    path: Path, labels: NDArray[np.uint8], native: Geometry, description: str = MARK, scheme: Scheme | None = None
+) -> None:
     """Write (D, H, W) labels in orientation (I, P, L) as uint8 on the native grid, atomically.
+
+    scheme: whose ids the file gets instead of kitseg's; None: the labels as they are.
 
     Raises:
         InputError: the file can't be written.
     """
-    _write(path, labels, np.dtype(np.uint8), native, description)
+    own = labels if scheme is None else scheme.to_file[labels]
+    _write(path, own, np.dtype(np.uint8), native, description)
 
 
 def write_image(path: Path, array: NDArray[np.int16], native: Geometry, description: str = "") -> None:
@@ -196,12 +202,11 @@ def as_ct(stored: NDArray[Any], slope: float, offset: float) -> NDArray[Any]:
     return array
 
 
-def _strange_labels(strange: set[float], convention: str) -> tuple[str, str]:
-    known = ", ".join(f"{value} {name}" for value, name in CONVENTIONS[convention].items())
+def _strange_labels(strange: set[float], scheme: Scheme) -> tuple[str, str]:
     found = ", ".join(f"{value:g}" for value in sorted(strange)[:5])
-    remedy = f"Use the labels of {convention}: {known}"
-    if convention == "kits19" and strange == {3}:
-        remedy += "; for labels with cysts, choose the convention kits23"
+    remedy = f"The labels are {scheme}"
+    if scheme.cyst is None and strange == {CYST}:
+        remedy += "; for label maps with cysts, give --labels kits23"
     return f"it contains the label values {found}", remedy
 
 

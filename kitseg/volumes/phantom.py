@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.errors import InputError
-from kitseg.labels import KIDNEY, TUMOR
+from kitseg.labels import CYST, KIDNEY, TUMOR, Scheme
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
 from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
@@ -162,7 +162,7 @@ def _parenchyma(canvas: Canvas, who: Subject, kidney: KidneyShape, rng: Generato
 def _cyst(canvas: Canvas, lesion: LesionShape, rng: Generator) -> None:
     """Paint a cyst of water with the label kidney, as in KiTS19."""
     index, _, distance = lesion.window(canvas)
-    canvas.paint(index, distance, float(rng.uniform(0, 15)), KIDNEY)
+    canvas.paint(index, distance, float(rng.uniform(0, 15)), CYST)
 
 
 def _tumor(canvas: Canvas, lesion: LesionShape, rng: Generator) -> None:
@@ -237,7 +237,8 @@ def make_case(
         matrix: pixels along rows and columns; the field of view in mm and the anatomy don't depend on it.
 
     Returns:
-        CT (D, H, W) in HU; labels (D, H, W), kits19 convention; affine (4, 4) to mm in RAS+, orientation (I, P, L).
+        CT (D, H, W) in HU; labels (D, H, W) with kitseg's ids, cysts among them; affine (4, 4) to mm in RAS+,
+        orientation (I, P, L).
     """
     rng = np.random.default_rng([seed, index])
     who = Subject.draw(rng)
@@ -250,8 +251,10 @@ def make_case(
     return _acquire(canvas, spacing, rng), canvas.label, affine
 
 
-def write_case(folder: Path, seed: int, index: int, matrix: int) -> None:
+def write_case(folder: Path, seed: int, index: int, matrix: int, scheme: Scheme) -> None:
     """Write ``folder/case_{index:05d}`` with imaging.nii.gz and segmentation.nii.gz, both marked as phantom.
+
+    scheme: of the label map.
 
     The case is written atomically; an earlier phantom of that name is replaced.
 
@@ -268,4 +271,4 @@ def write_case(folder: Path, seed: int, index: int, matrix: int) -> None:
     native = Geometry((ct.shape[0], ct.shape[1], ct.shape[2]), affine)
     with atomic_write(target) as partial:
         write_image(partial / "imaging.nii.gz", ct, native, PHANTOM_MARK)
-        write_labels(partial / "segmentation.nii.gz", label, native, PHANTOM_MARK)
+        write_labels(partial / "segmentation.nii.gz", label, native, PHANTOM_MARK, scheme)

@@ -1,6 +1,6 @@
 """Preprocessed cases on disk: arrays that can be memory-mapped, and what they came from.
 
-``<grid>/<case>/``: ``image.npy`` (D, H, W) int16 HU, ``label.npy`` uint8 in the kits19 convention, ``foreground.npy``
+``<grid>/<case>/``: ``image.npy`` (D, H, W) int16 HU, ``label.npy`` uint8 with kitseg's ids, ``foreground.npy``
 (M, 4) int32 rows of label, slice, row, column, ``slices.npy`` (D, 2) bool which slices hold foreground and tumor, and
 ``meta.json``.
 """
@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError, KitsegError
-from kitseg.labels import KIDNEY, TUMOR, to_kits19
+from kitseg.labels import CYST, KIDNEY, TUMOR, Scheme, scheme_of
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.types import Case, Geometry, Grid, Triple, Volume
@@ -78,11 +78,11 @@ def statistics(image: NDArray[np.int16]) -> tuple[float, float]:
 class CaseFiles:
     """A case's files, each read once, when first asked for; a file that can't be used raises an InputError.
 
-    convention: of the label; describe_contrast: kidney and aorta HU from scan and labels (see ``measurement.phase``).
+    scheme: of the label map; describe_contrast: kidney and aorta HU from scan and labels (see ``measurement.phase``).
     """
 
-    def __init__(self, case: Case, convention: str, describe_contrast: DescribeContrast | None = None) -> None:
-        self.case, self.convention, self.describe_contrast = case, convention, describe_contrast
+    def __init__(self, case: Case, scheme: Scheme, describe_contrast: DescribeContrast | None = None) -> None:
+        self.case, self.scheme, self.describe_contrast = case, scheme, describe_contrast
 
     @cached_property
     def scan(self) -> Volume:
@@ -91,12 +91,12 @@ class CaseFiles:
 
     @cached_property
     def labels(self) -> NDArray[np.uint8] | None:
-        """The label map in the kits19 convention, on the scan's lattice."""
+        """The label map with kitseg's ids, on the scan's lattice."""
         if self.case.label is None:
             return None
-        label = read_labels(self.case.label, self.case.id, self.convention)
+        label = read_labels(self.case.label, self.case.id, self.scheme)
         check_grid(self.case.label, label.geometry, self.scan.geometry)
-        return label.array if self.convention == "kits19" else to_kits19(label.array)
+        return label.array
 
     @cached_property
     def contrast(self) -> dict[str, float | None]:
@@ -113,10 +113,12 @@ class CaseFiles:
 
 @dataclass(frozen=True)
 class _Meta:
-    """A stored case's description: the fields of a ``StoredCase``, and what it was made from."""
+    """A stored case's description: the fields of a ``StoredCase``, and what it was made from.
+
+    ids: in the label map by class; convention: the scheme's name in stores of kitseg 0.1, which held cysts as kidney.
+    """
 
     grid: Grid
-    convention: str
     case: str
     shape: Triple
     affine: NDArray[np.float64]
@@ -126,6 +128,12 @@ class _Meta:
     kidney_hu: float | None
     aorta_hu: float | None
     sources: dict[str, InputFile]
+    ids: dict[str, int] = field(default_factory=dict)
+    convention: str = ""
+
+    def __post_init__(self) -> None:
+        if self.convention == "kits19":
+            object.__setattr__(self, "ids", scheme_of("kits19").ids)
 
 
 _FORMAT = FileFormat(_Meta, 3, _AGAIN)
@@ -216,16 +224,18 @@ def store_bytes(case: Case, grid: Grid) -> int:
 
 
 def _label_arrays(label: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """What is stored of a label map: itself, up to 10,000 evenly chosen voxels of each label, and what slices hold."""
+    """What is stored of a label map: itself, up to 10,000 evenly chosen voxels of each label, and what slices hold.
+
+    Cysts are among the kidney's voxels, too, for networks that learn them as kidney.
+    """
     inside = np.flatnonzero(label != 0)
     values = label.ravel()[inside]
     rows, slices = [], np.zeros((len(label), 2), np.bool_)
-    for value in (KIDNEY, TUMOR):
-        voxels = inside[values == value]
+    for value in (KIDNEY, TUMOR, CYST):
+        voxels = inside[(values == value) | (value == KIDNEY) & (values == CYST)]
         chosen = voxels[np.linspace(0, len(voxels) - 1, min(len(voxels), FOREGROUND_PER_LABEL)).astype(np.int64)]
         rows.append(np.column_stack([np.full(len(chosen), value), *np.unravel_index(chosen, label.shape)]))
-        slices[voxels // label[0].size, int(value == TUMOR)] = True
-    slices[:, 0] |= slices[:, 1]
+        slices[voxels // label[0].size, : 1 + (value == TUMOR)] = True
     return {"label": label, "foreground": np.concatenate(rows).astype(np.int32), "slices": slices}
 
 
@@ -259,4 +269,4 @@ def _is_whole(folder: Path) -> bool:
 
 def _made(files: CaseFiles, grid: Grid, sources: Mapping[str, InputFile]) -> dict[str, Any]:
     """What decides the content of a stored case; how probabilities return from the grid doesn't."""
-    return {"grid": replace(grid, back=Grid.back), "convention": files.convention, "sources": sources}
+    return {"grid": replace(grid, back=Grid.back), "ids": files.scheme.ids, "sources": sources}

@@ -12,7 +12,6 @@ from typing import Any
 from kitseg import __version__, config, trust
 from kitseg.config import Method
 from kitseg.errors import UsageError
-from kitseg.labels import CONVENTIONS
 from kitseg.models.bundles.archive import SAFE, write_archive
 from kitseg.models.bundles.bundle import SUFFIX
 from kitseg.models.ensemble_file import Member
@@ -106,7 +105,7 @@ def _facts(part: ExportedMember) -> dict[str, Any]:
         "method": part.method.name,
         "paper": part.method.paper,
         "folds": part.folds,
-        "labels": CONVENTIONS["kits19"],
+        "labels": part.method.labels.plain(),
         "stages": stages,
         "training": trained,
     }

@@ -20,7 +20,7 @@ from pydicom.uid import UID, CTImageStorage
 from pydicom.valuerep import DA, TM, DSfloat
 
 from kitseg.errors import InputError
-from kitseg.labels import CONVENTIONS, CYST, KIDNEY, TUMOR
+from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR, Scheme, to_kits19
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
 from kitseg.volumes.dicom.headers import Header, made_up_uid, read_dataset
@@ -48,11 +48,17 @@ class Algorithm:
 
 
 def write_segmentation(
-    path: Path, labels: NDArray[np.uint8], series: Series, algorithm: Algorithm, keep_identifiers: bool = False
+    path: Path,
+    labels: NDArray[np.uint8],
+    series: Series,
+    algorithm: Algorithm,
+    keep_identifiers: bool = False,
+    scheme: Scheme = KITS23,
 ) -> None:
     """Write (D, H, W) labels in orientation (I, P, L) as a binary DICOM SEG of a series, atomically.
 
-    The segments are kidney (1), tumor (2) and, if there are any, cyst (3). Frames without labels are omitted, except in
+    The segments are kidney (1), tumor (2) and, if the scheme has them and there are any, cysts (3), with the scheme's
+    names. Frames without labels are omitted, except in
     an empty segmentation. Without ``keep_identifiers``, the attributes of patient and study are empty; the UIDs of
     study, series, frame of reference and slices remain, because the segmentation refers to them.
 
@@ -60,9 +66,11 @@ def write_segmentation(
         InputError: the series forms no volume, or a header can no longer be read.
     """
     stack = stack_of(series)
-    planes = turn_to_native(labels, stack.native).transpose(2, 1, 0)
+    planes = turn_to_native(labels if scheme.cyst else to_kits19(labels), stack.native).transpose(2, 1, 0)
     frames = np.ascontiguousarray(planes[list(stack.slots)])
-    segments = [KIDNEY, TUMOR] + [CYST] * bool((frames == CYST).any())
+    segments = {KIDNEY: scheme.kidney.name, TUMOR: scheme.tumor.name}
+    if scheme.cyst and (frames == CYST).any():
+        segments[CYST] = scheme.cyst.name
     with warnings.catch_warnings(), atomic_write(path) as partial:
         warnings.simplefilter("ignore")
         logging.getLogger("highdicom").setLevel(logging.ERROR)
@@ -70,7 +78,7 @@ def write_segmentation(
             source_images=[_source(header, series, stack.native, keep_identifiers) for header in stack.headers],
             pixel_array=frames,
             segmentation_type="BINARY",
-            segment_descriptions=[_segment(label, algorithm, series) for label in segments],
+            segment_descriptions=[_segment(label, name, algorithm, series) for label, name in segments.items()],
             series_instance_uid=highdicom.UID(),
             series_number=SERIES_NUMBER,
             sop_instance_uid=highdicom.UID(),
@@ -142,8 +150,8 @@ def _decimals(*numbers: float) -> list[DSfloat]:
     return [DSfloat(number, auto_format=True) for number in numbers]
 
 
-def _segment(label: int, algorithm: Algorithm, series: Series) -> SegmentDescription:
-    sct, name = _codes.SCT, CONVENTIONS["kits23"][label]
+def _segment(label: int, name: str, algorithm: Algorithm, series: Series) -> SegmentDescription:
+    sct = _codes.SCT
     kidney = label == KIDNEY
     return SegmentDescription(
         segment_number=label,
