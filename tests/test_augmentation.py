@@ -297,5 +297,7 @@ def test_a_class_with_a_side_is_not_mirrored() -> None:
     with pytest.raises(UsageError, match="kidney_left has a side"):
         fed(part)
     assert fed({**part, "mirror": 0}).batched is not None
+    with pytest.raises(UsageError, match="scale is"):
+        fed({**part, "mirror": 0, "scale": [0.3, 0, 1]})
     with pytest.raises(UsageError, match="must be the last"):
         fed({**part, "mirror": 0}, {"_target_": "torchio.RandomNoise"})

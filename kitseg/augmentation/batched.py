@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ Range = Sequence[float]  # the probability of a change, and the lowest and highe
 Changes = Mapping[str, Tensor]
 #: The parameters of one number, and the value that changes nothing.
 NEUTRAL = {"phase": 1.0, "blur": 0.0, "noise": 0.0, "contrast": 1.0, "brightness": 0.0, "gamma": 1.0}
+POSITIVE = ("scale", "gamma", "contrast", "low_resolution", "thick_slices")
 FLAT = 3  # times as wide as high: a patch that is not tilted
 
 
@@ -47,6 +48,14 @@ class Augmentation:
     brightness: Range = (0.15, -20, 20)
     contrast: Range = (0.15, 0.75, 1.25)
     gamma: Range = (0.3, 0.7, 1.5)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            stated = getattr(self, field.name)
+            chance, low, high = (stated, 1, 1) if field.name == "mirror" else stated
+            ordered = field.name == "rotation" or low <= high
+            if not (0 <= chance <= 1 and ordered and (field.name not in POSITIVE or low > 0)):
+                raise ValueError(f"{field.name} is {stated}; it must be a probability and a range, as the default is")
 
     @property
     def margin(self) -> float:
