@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import ZipFile
 
 import nox
 
@@ -15,6 +16,7 @@ nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = False
 
 ROOT = Path(__file__).resolve().parent
+LARGEST_WHEEL = 15e6  # bytes
 PEERS = ("nnunetv2", "monai", "torchio")
 FAST = (
     *("agreement", "components", "config", "detection", "files", "kits", "links", "losses", "measure", "nifti"),
@@ -101,11 +103,25 @@ def build(session: nox.Session) -> None:
 def wheel(session: nox.Session) -> None:
     """Install the wheel into a clean environment and use it outside the checkout."""
     (built,) = (ROOT / "dist").glob("*.whl")
+    check_contents(session, built)
     install(session, str(built))
     with TemporaryDirectory() as folder, session.chdir(folder):
         session.run("kitseg", "--help")
         session.run("kitseg", "methods")
-        session.run("kitseg", "demo", "--quick")
+        session.run("kitseg", "demo", "--quick", "--train")
+
+
+def check_contents(session: nox.Session, built: Path) -> None:
+    """Make sure that the wheel has the built-in network, the sample, and the text of every license that it names."""
+    with ZipFile(built) as wheel:
+        sizes = {entry.filename: entry.compress_size for entry in wheel.infolist()}
+    names = PYPROJECT["project"]["license"].split(" AND ")[1:]
+    wanted = ["models/builtin.kitseg", "samples/hcc_007b/imaging.nii.gz", "/LICENSE"]
+    wanted += [f"LICENSES/{name}.md" for name in names]
+    if missing := [name for name in wanted if not any(file.endswith(name) for file in sizes)]:
+        session.error(f"the wheel lacks {', '.join(missing)}")
+    if (network := sizes["kitseg/models/builtin.kitseg"]) > 12e6 or built.stat().st_size > LARGEST_WHEEL:
+        session.error(f"the wheel has {built.stat().st_size} bytes, its network {network}: more than agreed")
 
 
 @nox.session

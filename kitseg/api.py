@@ -21,7 +21,8 @@ from kitseg.errors import KitsegError
 from kitseg.labels import Scheme, find_scheme
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.renal_function import AfterSurgery, Patient
-from kitseg.models.members import Ensemble, Prediction, choose_run, open_ensemble
+from kitseg.models.builtin import choose_model
+from kitseg.models.members import Ensemble, Prediction, open_ensemble
 from kitseg.runtime import console
 from kitseg.runtime.outcomes import Outcome
 from kitseg.runtime.sharding import Share
@@ -46,7 +47,7 @@ def load_model(
     """Load a run, a fold of one, an ensemble file or a bundle, or several, whose probabilities are averaged.
 
     Args:
-        model: paths, or addresses such as ``hf://owner/name@revision``.
+        model: paths, addresses such as ``hf://owner/name@revision``, or ``builtin``, which ships with kitseg.
         device: auto, cpu or cuda.
         engine: auto (OpenVINO on a CPU where it is installed), torch or openvino.
         precision: auto (the training's on a GPU, float32 on a CPU), f32 or bf16.
@@ -93,7 +94,8 @@ def predict(
 
     Args:
         scans: one or several: files, folders of them or of DICOM series, or images (see ``Ensemble.predict``).
-        model: a loaded one, or what ``load_model`` takes; the only finished run in ``runs/`` where it is None.
+        model: a loaded one, or what ``load_model`` takes; where it is None, the only finished run in ``runs/`` that
+            was trained on patients, else the built-in network.
         output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``; for scans in files only.
         device: auto, cpu or cuda; a loaded model has its own.
 
@@ -104,7 +106,7 @@ def predict(
         KitsegError: a scan can't be used; with ``output``, after the others are done.
     """
     if not isinstance(model, Ensemble):
-        model = load_model(model or choose_run(Path("runs")).path, device)
+        model = load_model(model or choose_model(Path("runs")), device)
     given = list(scans) if isinstance(scans, list | tuple) else [scans]
     if output is None:
         return [model.predict(scan) for image in given for scan in _scans(image)]

@@ -174,7 +174,8 @@ def to_masks(probabilities: Probabilities) -> Masks:
         part = slice(start, start + SLAB)
         for mask, values in zip(masks, _masks(names, np.asarray(array[:, part])), strict=False):
             mask[part] = values
-    return Masks(*masks)
+    cyst = masks[2] if "cyst" in names else None
+    return Masks(masks[0], masks[1], cyst, array[names.index("tumor")] if "tumor" in names else None)
 
 
 def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np.bool_], ...]:

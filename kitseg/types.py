@@ -56,7 +56,8 @@ class Grid:
     """The resampling grid of a stage: its spacing, and the interpolation to it and back.
 
     slices: mm between slices, None for the scan's own; inplane: mm between pixels; pixels: of the longer side, instead
-    of ``inplane``; image: interpolation of HU to the grid, back: of probabilities from it, ``linear`` or ``nearest``.
+    of ``inplane``; image: interpolation of HU to the grid, back: of probabilities from it, ``linear`` or ``nearest``;
+    an image may also be ``smooth``: blurred along axes that become coarser, so that their noise averages out.
     """
 
     slices: float | None = None
@@ -70,14 +71,14 @@ class Grid:
             raise ValueError("a grid's slices, inplane and pixels must be positive: from 0.2 to 2048")
         if self.inplane is not None and self.pixels is not None:
             raise ValueError("a grid takes inplane or pixels, not both")
-        if not {self.image, self.back} <= {"linear", "nearest"}:
-            raise ValueError("a grid's image and back must be linear or nearest")
+        if self.image not in ("linear", "nearest", "smooth") or self.back not in ("linear", "nearest"):
+            raise ValueError("a grid's image must be linear, nearest or smooth, and its back linear or nearest")
 
     def __str__(self) -> str:
         across = "native" if self.inplane is None else f"{self.inplane:.4g}mm"
         across = across if self.pixels is None else f"{self.pixels}px"
         along = "native" if self.slices is None else f"{self.slices:.4g}mm"
-        return f"{along}-{across}" + ("-nearest" if self.image == "nearest" else "")
+        return f"{along}-{across}" + ("" if self.image == "linear" else f"-{self.image}")
 
 
 @dataclass(frozen=True)
@@ -195,15 +196,17 @@ class Masks:
 
     foreground: (D, H, W), kidney with its lesions as the method predicts it; tumor: (D, H, W), which may reach outside
     the foreground if two networks predict them; cyst: (D, H, W), counts inside the foreground and outside the tumor;
-    None where the method has no such class.
+    None where the method has no such class; tumor_probability: (D, H, W), None where it isn't known.
     """
 
     foreground: NDArray[np.bool_]
     tumor: NDArray[np.bool_]
     cyst: NDArray[np.bool_] | None = None
+    tumor_probability: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
-        shapes = [mask.shape for mask in (self.foreground, self.tumor, self.cyst) if mask is not None]
+        given = (self.foreground, self.tumor, self.cyst, self.tumor_probability)
+        shapes = [array.shape for array in given if array is not None]
         if len(set(shapes)) > 1:
             raise ValueError(f"the masks differ in shape: {' and '.join(map(str, shapes))}")
 
@@ -220,7 +223,8 @@ class Masks:
     def crop(self, box: Box) -> Masks:
         """The part of the masks in a box."""
         cyst = None if self.cyst is None else self.cyst[box.slices]
-        return Masks(self.foreground[box.slices], self.tumor[box.slices], cyst)
+        probability = None if self.tumor_probability is None else self.tumor_probability[box.slices]
+        return Masks(self.foreground[box.slices], self.tumor[box.slices], cyst, probability)
 
     def without(self, removed: NDArray[np.bool_]) -> Masks:
         """Foreground and tumor without the voxels of another mask."""

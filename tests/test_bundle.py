@@ -25,12 +25,12 @@ from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import KITS19
 from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import Bundle, bundle_of, open_bundle
-from kitseg.models.bundles.export import export
+from kitseg.models.bundles.export import ExportOptions, export
 from kitseg.models.ensemble_file import Member, write_ensemble
 from kitseg.models.members import describe_model, locate, members_of, only_member, open_ensemble
 from kitseg.models.model import open_model
 from kitseg.models.run_folder import Run
-from kitseg.models.weights import read_weights
+from kitseg.models.weights import Checkpoint, read_weights
 from kitseg.runtime.files import file_digest
 from kitseg.types import Geometry
 from kitseg.volumes.nifti import write_image
@@ -66,7 +66,7 @@ def test_what_a_bundle_states(content: Files, run: Path) -> None:
 
 
 def test_an_opened_bundle_is_a_run_with_the_same_weights(run: Path, tmp_path: Path, cache: Path) -> None:
-    export(run, tmp_path / "x.kitseg", labels="ours: not to be passed on")
+    export(run, tmp_path / "x.kitseg", ExportOptions(labels="ours: not to be passed on"))
     member, _ = only_member(tmp_path / "x.kitseg")
     assert member.run == cache / "bundles" / file_digest(tmp_path / "x.kitseg") / "runs" / "0"
     for name in ("kidneys", "tumors"):
@@ -77,6 +77,25 @@ def test_an_opened_bundle_is_a_run_with_the_same_weights(run: Path, tmp_path: Pa
     line = describe_model(open_model(member.run, "cpu"))
     assert file_digest(tmp_path / "x.kitseg")[:12] in line
     assert "licenses: code Apache-2.0, weights ours: not to be passed on, labels ours: not to be passed on" in line
+
+
+def test_half_precision_a_name_and_a_card(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text("# What it learned from\n")
+    export(run, tmp_path / "full.kitseg")
+    export(run, tmp_path / "half.kitseg", ExportOptions(half=True, name="ours", card=tmp_path / "card.md"))
+    assert (tmp_path / "half.kitseg").stat().st_size < 0.55 * (tmp_path / "full.kitseg").stat().st_size
+    bundle = open_bundle(tmp_path / "half.kitseg")
+    assert (bundle.path / "README.md").read_text() == "# What it learned from\n"
+    opened = open_ensemble([tmp_path / "half.kitseg"], "cpu", engine="torch")
+    assert opened.origin()[0]["path"] == "ours.kitseg"
+    for name, stage in opened.models[0].chain.items():
+        ((path, _),) = Run(run).stage(0, name).checkpoints()
+        before, after = read_weights(path, torch.device("cpu")), Checkpoint(stage.checkpoints[0], stage.model).load()
+        assert after.state_dict().keys() == before.keys()
+        for key, value in after.state_dict().items():
+            assert torch.equal(value, before[key].half().float() if value.is_floating_point() else before[key])
+    with pytest.raises(UsageError, match=r"nothing\.md: can't be read"):
+        export(run, tmp_path / "none.kitseg", ExportOptions(card=tmp_path / "nothing.md"))
 
 
 def test_a_home_that_can_not_hold_the_cache(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

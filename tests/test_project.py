@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def test_configuration_and_types_are_found_in_the_installed_package() -> None:
     for source in sources:
         shipped = files("kitseg.conf").joinpath(*source.relative_to(ROOT / "conf").parts)
         assert shipped.read_text() == source.read_text()
+
+
+def test_each_license_has_its_text() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    first, *others = project["license"].split(" AND ")
+    assert (first, project["license-files"]) == ("Apache-2.0", ["LICENSE", "LICENSES/*.md"])
+    assert {f"{name}.md" for name in others} == {path.name for path in (ROOT / "LICENSES").iterdir()}
 
 
 def test_commands_start_without_torch() -> None:

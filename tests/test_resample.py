@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.types import Box, Geometry, Grid, Triple
-from kitseg.volumes.resample import box_on, from_grid, grid_geometry, nearest, over, to_grid
+from kitseg.volumes.resample import box_on, from_grid, grid_geometry, nearest, over, to_grid, to_grid_smooth
 
 few = settings(max_examples=30, deadline=None)
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
@@ -55,6 +55,16 @@ def test_to_grid_is_scipys(source: Triple, target: Triple, seed: int) -> None:
     expected = scipys(image(source, seed), [half_voxel(m, n) for m, n in zip(target, source, strict=True)])
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_a_coarser_grid_is_blurred_first() -> None:
+    """As scipy's Gaussian and linear interpolation away from the borders; an axis that gets finer is not blurred."""
+    source, target = (12, 60, 50), (20, 24, 20)
+    sigma = [0, *[0.45 * (2.5**2 - 1) ** 0.5] * 2]
+    blurred = ndimage.gaussian_filter(image(source), sigma, truncate=6)
+    expected = to_grid(blurred, target)[:, 4:-4, 4:-4]
+    np.testing.assert_allclose(to_grid_smooth(image(source), target)[:, 4:-4, 4:-4], expected, rtol=0, atol=0.51)
+    assert (to_grid_smooth(np.full(source, -1000, np.int16), target) == -1000).all()
 
 
 def test_to_grid_by_hand() -> None:

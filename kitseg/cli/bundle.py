@@ -24,6 +24,9 @@ def export(
     labels_license: Annotated[
         str | None, typer.Option(metavar="LICENSE", help="License of the training labels. Default: that of KiTS19.")
     ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Weights in half precision, which halves the file.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the model. Default: that of its method.")] = None,
+    card: Annotated[Path | None, typer.Option(metavar="FILE", help="A model card in Markdown, to include.")] = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -31,10 +34,11 @@ def export(
 
     `kitseg predict --model` opens it on any machine, without executing code from the file.
     """
+    from kitseg.models.bundles.export import ExportOptions
     from kitseg.models.bundles.export import export as write_bundle
     from kitseg.runtime.files import file_digest
 
-    licenses = write_bundle(model, output, weights_license, labels_license)
+    licenses = write_bundle(model, output, ExportOptions(weights_license, labels_license, half, name, card))
     stated = ", ".join(f"{kind} {license}" for kind, license in licenses.items())
     console.print_line(escape(f"{output}: {output.stat().st_size / 1e6:.1f} MB, licensed {stated}"))
     console.print_line(f"sha256 {file_digest(output)}")

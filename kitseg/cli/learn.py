@@ -39,7 +39,7 @@ class TrainRequest:
 
 @app.command(epilog="Example: kitseg methods")
 def methods(config_dir: opt.ConfigDir = None) -> None:
-    """List the methods with their stages, paper, published Dice and origin."""
+    """List the methods with their stages, paper, published Dice and origin, and the trained network that ships."""
     from kitseg import config
 
     table = console.table("method", "stages", "paper", "published Dice", "from")
@@ -47,6 +47,10 @@ def methods(config_dir: opt.ConfigDir = None) -> None:
         dice = ", ".join(f"{key} {value}" for key, value in about["published"].items())
         table.add_row(file.name, " → ".join(about["chain"]), about["paper"], dice, file.origin)
     console.out.print(table)
+    console.print_line(
+        "builtin: trained networks of resenc for kidneys, tumors and cysts, for non-commercial use. `kitseg predict "
+        "SCAN` uses them where no run of yours learned from patients; --model builtin always (docs/methods/builtin.md)."
+    )
 
 
 @app.command(epilog="Example: kitseg train --method two-phase --size small --fold 0 --gpus 1")
@@ -156,12 +160,13 @@ def train(
 @app.command(epilog="Example: kitseg demo")
 def demo(
     out: Annotated[Path | None, typer.Argument(help="Output folder. Default: demo, or demo-quick.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Then train a network on phantoms, in minutes.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A minimal demo, to test the installation.")] = False,
 ) -> None:
-    """Run the whole workflow on phantoms in minutes, and print every command."""
+    """Segment a patient's CT and a phantom with the built-in network, and print every command."""
     from kitseg.commands.demo import run_demo
 
-    run_demo(out or Path("demo-quick" if quick else "demo"), quick, console.print_line)
+    run_demo(out or Path("demo-quick" if quick else "demo"), quick, train, console.print_line)
 
 
 def _fold(text: str) -> int:

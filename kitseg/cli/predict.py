@@ -27,7 +27,9 @@ class Format(StrEnum):
 def infer(
     run: Annotated[
         str | None,
-        typer.Option("--run", "--model", help="A run (mean of its folds), one of its folds, or a bundle of one run."),
+        typer.Option(
+            "--run", "--model", help="A run (mean of its folds), one of its folds, a bundle of one run, or builtin."
+        ),
     ] = None,
     data: Annotated[Path, typer.Option(help="A scan, or a folder of scans or cases.")] = Path("data"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = opt.PROBABILITIES,
@@ -54,7 +56,8 @@ def infer(
     """
     from kitseg.commands.infer import Inference
     from kitseg.commands.predict import choose_scans
-    from kitseg.models.members import choose_run, only_member
+    from kitseg.models.builtin import choose_model
+    from kitseg.models.members import only_member
     from kitseg.models.memory import parse_size
     from kitseg.models.model import open_model
     from kitseg.models.run_folder import of_fold
@@ -66,7 +69,7 @@ def infer(
     show_left_out([data], scans.cases, labels=False)
     if scans.choices:
         raise UsageError(f"{data} contains DICOM files. Use `kitseg predict`, or convert them to NIfTI")
-    member, steps = only_member(run or choose_run(Path("runs")).path)
+    member, steps = only_member(run or choose_model(Path("runs")))
     path = of_fold(member.run, fold)
     model = partial(open_model, path, device, stage, mirror or member.mirror, engine, precision)
     model = partial(deterministically, model) if deterministic else model
@@ -121,8 +124,9 @@ def predict(
     model: Annotated[
         list[str],
         typer.Option(
-            help="A run, one of its folds, an ensemble file, a bundle or hf://owner/name@revision; may be repeated: "
-            "probabilities are averaged. Default: the only finished run in runs."
+            help="A run, one of its folds, an ensemble file, a bundle, hf://owner/name@revision or builtin; may be "
+            "repeated: probabilities are averaged. Default: the only finished run in runs that learned from patients, "
+            "else builtin, the network that ships with kitseg."
         ),
     ] = [],  # noqa: B006
     weights: Annotated[str | None, typer.Option(help="Weights of the models, such as 2,1. Default: equal.")] = None,
@@ -161,7 +165,8 @@ def predict(
     """
     with quick_imports():
         from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans, name_output
-        from kitseg.models.members import choose_run, locate, open_ensemble
+        from kitseg.models.builtin import choose_model
+        from kitseg.models.members import locate, open_ensemble
         from kitseg.models.memory import parse_size
         from kitseg.runtime.device import Machine, deterministically
 
@@ -169,7 +174,7 @@ def predict(
     _ = Machine(device, ranks).accelerator  # before any process is started
     found, output = name_output(choose_scans(scans, split, fold, series), output)
     show_left_out(scans, found.cases, labels=False)
-    models = [locate(one) for one in model] or [choose_run(Path("runs")).path]
+    models = [locate(one) for one in model] or [choose_model(Path("runs"))]
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision, fold)
     opened = partial(deterministically, opened) if deterministic else opened
     if found.choices:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from kitseg import config, ensemble
-from kitseg.errors import KitsegError, UsageError
+from kitseg import ensemble
+from kitseg.errors import UsageError
 from kitseg.labels import KITS19, Scheme
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.quality import Quality, TrainingDomain, assess
+from kitseg.models.builtin import BUILTIN, open_builtin
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import SUFFIX, Bundle, bundle_of, open_bundle
@@ -25,12 +25,14 @@ from kitseg.models.chain import run_chain, to_scan
 from kitseg.models.ensemble_file import Member, read_ensemble
 from kitseg.models.model import Model, open_model, run_digest
 from kitseg.models.postprocessing import build_steps, clean
-from kitseg.models.run_folder import Run, of_fold
+from kitseg.models.run_folder import of_fold
 from kitseg.models.training_domain import merge_domains
 from kitseg.postprocess import Prior
 from kitseg.types import Case, Probabilities, Volume
 from kitseg.volumes.arrays import Image, scan_from, to_nibabel
 from kitseg.volumes.nifti import turn_to_native
+
+NONCOMMERCIAL = "-NC-"  # in the name of a Creative Commons license
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,13 @@ def open_ensemble(
 def locate(model: Path | str) -> Path:
     """Where a model lies; one in a bundle or at an address ``hf://owner/name@revision`` is unpacked into the cache.
 
+    ``builtin`` is the network that ships with kitseg.
+
     Raises:
         UsageError: no such address. KitsegError: it can't be fetched. InputError: a damaged bundle.
     """
+    if model == BUILTIN:
+        return open_builtin().path
     if isinstance(model, str) and model.startswith(SCHEME):
         return fetch_bundle(model).path
     path = Path(model)
@@ -224,7 +230,8 @@ def describe_model(model: Model) -> str:
     name, licenses = str(model.run.path), ""
     if bundle := bundle_of(model.run):
         stated = ", ".join(f"{kind} {text}" for kind, text in bundle.manifest.licenses.items())
-        name, licenses = str(bundle), f"; licenses: {stated}"
+        use = "for non-commercial use; " if NONCOMMERCIAL in bundle.manifest.licenses["weights"] else ""
+        name, licenses = str(bundle), f"; {use}licenses: {stated}"
     cysts = "; it has no class for cysts, which are kidney for it" if "cyst" not in model.outputs else ""
     return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{cysts}{licenses}"
 
@@ -254,24 +261,6 @@ def computed_with(model: Model) -> str:
     return "; ".join(dict.fromkeys(str(stage.engine) for stage in model.chain.values()))
 
 
-def choose_run(runs: Path) -> Run:
-    """The only finished run that was trained on patients' scans.
-
-    Raises:
-        UsageError: there is none, or there are several.
-    """
-    folders = (path for path in sorted(runs.glob("*")) if not re.search(r"\.old-\d+$", path.name))
-    finished = [run for run in map(Run, folders) if run.config.exists() and _is_finished(run)]
-    real = [run for run in finished if not run.read_info().phantom]
-    if len(real) == 1:
-        return real[0]
-    if real:
-        raise UsageError("several runs are finished; pick one with --model: " + ", ".join(str(r.path) for r in real))
-    names = ", ".join(str(run.path) for run in finished)
-    hint = f" ({names} trained on phantoms: name it with --model)" if finished else ""
-    raise UsageError(f"{runs} holds no finished run{hint}; train one with `kitseg train`, or give --model")
-
-
 def origin(model: Model) -> dict[str, Any]:
     """The model of a result, and where it ran: all that two equal results must have in common."""
     info, source = model.run.read_info(), dict[str, Any](path=origin_path(model))
@@ -288,11 +277,3 @@ def origin(model: Model) -> dict[str, Any]:
         "phantom": info.phantom,
         "trained_with": info.kitseg,
     }
-
-
-def _is_finished(run: Run) -> bool:
-    try:
-        last = list(config.method_of(config.read(run.config)).stages)[-1]
-        return bool(run.folds(last)) and run.info.exists()
-    except KitsegError:
-        return False

@@ -115,8 +115,7 @@ def open_model(
     if isinstance(shared := engines[chain[0]], OpenVino):  # one compiled network at a time is in memory
         engines = dict.fromkeys(chain, shared)
     opened = {
-        name: open_stage(method.stages[name], where, engines[name], mirror, _smallest(run, folds, name))
-        for name in chain
+        name: open_stage(method.stages[name], where, engines[name], mirror, _most(run, folds, name)) for name in chain
     }
     stages = {
         number: {name: stage.trained_in(run.stage(number, name)) for name, stage in opened.items()} for number in folds
@@ -124,6 +123,6 @@ def open_model(
     return Model(run, method, where, stages, outputs, mirror)
 
 
-def _smallest(run: Run, folds: Sequence[int], stage: str) -> int:
-    """The bytes of the smallest checkpoint of a stage."""
-    return min(path.stat().st_size for fold in folds for path, _ in run.stage(fold, stage).checkpoints())
+def _most(run: Run, folds: Sequence[int], stage: str) -> int:
+    """The most bytes that a stage's weights may have: twice the smallest checkpoint, which may be in half precision."""
+    return 2 * min(path.stat().st_size for fold in folds for path, _ in run.stage(fold, stage).checkpoints())

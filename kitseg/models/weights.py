@@ -20,6 +20,7 @@ from kitseg.runtime.files import file_digest
 from kitseg.stages.model import StageModel
 
 KINDS, LARGEST_HEAD = {torch.float32: "F32", torch.int64: "I64"}, 1 << 20  # of a safetensors file; bytes
+FULL = {"F16": "F32"}  # the weights of a network may be stored in half precision
 _REMEDY = "Restore it, or train again with --restart."
 
 
@@ -120,14 +121,15 @@ def _check_size(path: Path) -> None:
         raise ValueError("it claims more than it has")
 
 
-def as_safetensors(path: Path) -> bytes:
-    """A checkpoint's weights as a safetensors file, the same bytes for the same weights.
+def as_safetensors(path: Path, half: bool = False) -> bytes:
+    """A checkpoint's weights as a safetensors file, the same bytes for the same weights; ``half``: as float16.
 
     Raises:
         InputError: see ``read_weights``.
     """
     state = read_weights(path, torch.device("cpu"))
-    return save({name: value.contiguous() for name, value in state.items()})
+    kinds = {torch.float32: torch.float16} if half else {}
+    return save({name: value.to(kinds.get(value.dtype, value.dtype)).contiguous() for name, value in state.items()})
 
 
 def check_fit(model: StageModel, path: Path) -> None:
@@ -143,7 +145,8 @@ def check_fit(model: StageModel, path: Path) -> None:
                 raise ValueError("its head is too large")
         with safe_open(path, "pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+            kinds = {name: part.get_dtype() for name, part in parts.items()}
+            found = {name: (FULL.get(kind, kind), parts[name].get_shape()) for name, kind in kinds.items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(path, f"doesn't hold weights ({_reason(error)})", _REMEDY) from error
     if found != expected:

@@ -22,7 +22,7 @@ from kitseg.runtime.files import atomic_write
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.types import Case, Geometry, Grid, Triple, Volume
 from kitseg.volumes.nifti import canonical_geometry, is_phantom, read_geometry, read_image, read_labels
-from kitseg.volumes.resample import grid_geometry, nearest, to_grid
+from kitseg.volumes.resample import grid_geometry, nearest, to_grid, to_grid_smooth
 from kitseg.volumes.scan import check_grid
 
 FOREGROUND_PER_LABEL = 10_000
@@ -59,6 +59,8 @@ class StoredCase:
 def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
     """A scan's HU on a grid, rounded to whole HU, for training and prediction alike."""
     lattice, limits = grid_geometry(scan.geometry, grid), np.iinfo(np.int16)
+    if grid.image == "smooth":
+        return to_grid_smooth(scan.array, lattice.shape), lattice
     if grid.image == "linear":
         return to_grid(scan.array, lattice.shape, np.int16), lattice
     values = nearest(scan.array, lattice.shape)

@@ -28,11 +28,11 @@ from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
-MANIFEST, SAFE = "bundle.json", ".safetensors"
+MANIFEST, CARD, SAFE = "bundle.json", "README.md", ".safetensors"
 MOST_FILES = 2_000
 AT_ONCE = 1 << 20  # bytes read into memory: of the zip's own table, and of the manifest
 _STAGE = r"fold_\d{1,3}/\w[\w-]{0,63}/(done\.json|best/\d{1,3}\.safetensors)"
-_NAME = re.compile(rf"runs/\d{{1,3}}/(config\.yaml|run\.json|{_STAGE})", re.ASCII)
+_NAME = re.compile(rf"README\.md|runs/\d{{1,3}}/(config\.yaml|run\.json|{_STAGE})", re.ASCII)
 _WRONG = (BadZipFile, EOFError, OSError, ValueError, KeyError, RecursionError, RuntimeError, MsgspecError, UsageError)
 
 

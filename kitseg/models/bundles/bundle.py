@@ -82,9 +82,9 @@ def _make(folder: Path) -> None:
         raise KitsegError(f"{folder}: the cache can't be written ({error.strerror}). {_REMEDY}") from error
 
 
-def cached(sha256: str) -> Bundle | None:
-    """The unpacked bundle of this hash; None where it isn't in the cache, or incomplete."""
-    bundle = Bundle(cache_folder() / "bundles" / sha256)
+def cached(sha256: str, cache: Path | None = None) -> Bundle | None:
+    """The unpacked bundle of this hash; None where it isn't in the cache (the user's by default), or incomplete."""
+    bundle = Bundle((cache or cache_folder()) / "bundles" / sha256)
     return bundle if bundle.is_complete() else None
 
 
@@ -95,10 +95,10 @@ def bundle_of(run: Run) -> Bundle | None:
     return Bundle(folder) if unpacked else None
 
 
-def open_bundle(path: Path, sha256: str | None = None) -> Bundle:
+def open_bundle(path: Path, sha256: str | None = None, cache: Path | None = None) -> Bundle:
     """The bundle in a file, from the cache where it was opened before; no code in it runs unless the user trusts it.
 
-    sha256: the hash that the file must have, where one is known.
+    sha256: the hash that the file must have, where one is known; cache: the user's where it is None.
 
     Raises:
         InputError: a damaged or invalid bundle, or one of another hash.
@@ -106,9 +106,9 @@ def open_bundle(path: Path, sha256: str | None = None) -> Bundle:
     with open_archive(path) as (found, archive):
         if sha256 not in (None, found):
             raise ValueError(f"its hash is {found}, not {sha256}")
-        if bundle := cached(found):
+        if bundle := cached(found, cache):
             return bundle
-        folder = cache_folder() / "bundles" / found
+        folder = (cache or cache_folder()) / "bundles" / found
         try:
             _check_manifest(archive.manifest, folder)
             _make(folder)

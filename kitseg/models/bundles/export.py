@@ -6,17 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from kitseg import __version__, config, trust
 from kitseg.config import Method
 from kitseg.errors import UsageError
-from kitseg.models.bundles.archive import SAFE, write_archive
+from kitseg.models.bundles.archive import CARD, SAFE, write_archive
 from kitseg.models.bundles.bundle import SUFFIX
 from kitseg.models.ensemble_file import Member
 from kitseg.models.members import members_of
-from kitseg.models.run_folder import SCHEMA, Run, StageFolder, find_run
+from kitseg.models.run_folder import LARGEST, SCHEMA, Run, StageFolder, find_run
 from kitseg.models.weights import as_safetensors, sound_checkpoints
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -39,18 +40,32 @@ class ExportedMember:
     name: str
 
 
-def export(model: Path, to: Path, weights: str | None = None, labels: str | None = None) -> dict[str, str]:
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a bundle states and holds besides the model.
+
+    weights: their license; the labels' where it is None; labels: the license of the labels that the weights were
+    trained with; KiTS19's where it is None, and for phantoms the code's; half: weights as float16; name: the methods'
+    where it is None; card: a text about the model, in Markdown.
+    """
+
+    weights: str | None = None
+    labels: str | None = None
+    half: bool = False
+    name: str | None = None
+    card: Path | None = None
+
+
+def export(model: Path, to: Path, options: ExportOptions = ExportOptions()) -> dict[str, str]:
     """Write a bundle; the same model gives the same bytes. Returns the licenses that it states.
 
     Args:
         model: a run (its finished folds), a fold of one, or an ensemble file.
         to: the bundle, a file that ends in ``.kitseg``.
-        weights: their license; the labels' where it is None.
-        labels: the license of the labels that the weights were trained with; KiTS19's where it is None, and for
-            phantoms the code's.
+        options: what it states and holds.
 
     Raises:
-        UsageError: not a model, or not a bundle's name. InputError: a damaged run.
+        UsageError: not a model, not a bundle's name, or a card that can't be read. InputError: a damaged run.
     """
     if to.suffix != SUFFIX:
         raise UsageError(f"{to}: the name of a bundle must end in {SUFFIX}")
@@ -60,18 +75,20 @@ def export(model: Path, to: Path, weights: str | None = None, labels: str | None
     members, steps = members_of(model)
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
     usual = CODE_LICENSE if all(part.run.read_info().phantom for part in parts) else KITS19_LICENSE
-    labels = labels or usual
-    if not all(map(trust.is_line, (weights or labels, labels))):
-        raise UsageError("a license must be a name or a line of up to 200 characters")
-    licenses = {"code": CODE_LICENSE, "weights": weights or labels, "labels": labels}
+    labels = options.labels or usual
+    name = options.name or "+".join(dict.fromkeys(part.method.name for part in parts))
+    licenses = {"code": CODE_LICENSE, "weights": options.weights or labels, "labels": labels}
+    if not all(map(trust.is_line, (name, *licenses.values()))):
+        raise UsageError("a name or license must be a line of up to 200 characters")
     facts = {
-        "name": "+".join(dict.fromkeys(part.method.name for part in parts)),
+        "name": name,
         "kitseg": __version__,
         "licenses": licenses,
         "members": [_facts(part) for part in parts],
         "postprocess": parts[0].method.postprocess if steps is None else steps,
     }
-    write_archive(to, facts, (file for part in parts for file in _files(part)))
+    card = [] if options.card is None else [(CARD, _card(options.card))]
+    write_archive(to, facts, chain(card, *(_files(part, options.half) for part in parts)))
     return licenses
 
 
@@ -111,7 +128,17 @@ def _facts(part: ExportedMember) -> dict[str, Any]:
     }
 
 
-def _files(part: ExportedMember) -> Files:
+def _card(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: can't be read ({error.strerror})") from error
+    if len(content) > LARGEST:
+        raise UsageError(f"{path}: a model card has at most {LARGEST} bytes")
+    return content
+
+
+def _files(part: ExportedMember, half: bool) -> Files:
     yield f"{part.name}/config.yaml", part.run.config.read_bytes()
     info = part.run.read_info()
     kept = ((sha256, tuple(n for n in folds if n in part.folds)) for sha256, folds in info.learned.items())
@@ -119,13 +146,13 @@ def _files(part: ExportedMember) -> Files:
     yield f"{part.name}/run.json", _json(asdict(replace(info, cases=(), learned=learned)))  # no case by its name
     for fold in part.folds:
         for stage in part.method.stages:
-            yield from _stage_files(part.run.stage(fold, stage), f"{part.name}/fold_{fold}/{stage}")
+            yield from _stage_files(part.run.stage(fold, stage), f"{part.name}/fold_{fold}/{stage}", half)
 
 
-def _stage_files(folder: StageFolder, name: str) -> Files:
+def _stage_files(folder: StageFolder, name: str, half: bool) -> Files:
     rows = []
     for number, path in enumerate(sound_checkpoints(folder)):
-        content, file = as_safetensors(path), f"best/{number}{SAFE}"
+        content, file = as_safetensors(path, half), f"best/{number}{SAFE}"
         yield f"{name}/{file}", content
         rows.append({"file": file, "sha256": hashlib.sha256(content).hexdigest()})
     yield f"{name}/done.json", _json({"checkpoints": rows, "threshold": folder.threshold()})

@@ -1,0 +1,65 @@
+"""Keep tumors that are large enough, of which the network is certain, and that touch the kidney."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from kitseg.components import Components
+from kitseg.types import Masks
+
+INSIDE = 0.5  # of a component's surroundings: from there on it lies in the kidney
+
+
+@dataclass(frozen=True)
+class KeepCertainTumors:
+    """Keeps tumor components by volume, mean probability and contact; the others become kidney or background.
+
+    Of a removed component, what lies in the foreground becomes kidney where at least half of the surrounding voxels are
+    foreground, else background.
+
+    Attributes:
+        min_ml: smallest volume in millilitres.
+        min_probability: smallest mean probability of tumor; not applied to masks without probabilities.
+        min_contact: smallest share of the voxels around a component (within a corner of it) that are other foreground.
+    """
+
+    min_ml: float = 0.0
+    min_probability: float = 0.0
+    min_contact: float = 0.0
+
+    def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
+        """``masks`` without uncertain tumors; ``hu`` is not used."""
+        tumors = Components.of(masks.tumor)
+        if not tumors.sizes.any():
+            return masks
+        contact = contact_shares(tumors, masks.foreground)
+        kept = (tumors.sizes * math.prod(spacing) / 1000 >= self.min_ml) & (contact >= self.min_contact)
+        if masks.tumor_probability is not None:
+            sums = tumors.total(masks.tumor_probability.astype(np.float32))
+            kept &= sums >= self.min_probability * tumors.sizes
+        outside = tumors.chosen(~kept & (contact < INSIDE))
+        return replace(masks, foreground=masks.foreground & ~outside, tumor=tumors.chosen(kept))
+
+
+def contact_shares(tumors: Components, foreground: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The share of the voxels around each component, by its number, that are foreground of no component.
+
+    Voxels beyond the border of the array count as background; a component without surroundings has no contact.
+    """
+    around = np.pad(tumors.numbers, 1)
+    shell = np.where(around > 0, 0, ndimage.maximum_filter(around, size=3))
+    box = tumors.box.grown(1)
+    inside = box.clip(tumors.shape)
+    kidney = np.zeros(shell.shape, np.bool_)
+    kidney[inside.moved(box.start).slices] = foreground[inside.slices]
+    count = np.bincount(shell.reshape(-1), minlength=tumors.sizes.size)
+    touching = np.bincount(shell[kidney], minlength=tumors.sizes.size)
+    shares: NDArray[np.float64] = touching / np.maximum(count, 1)
+    shares[0] = 0
+    return shares

@@ -1,0 +1,64 @@
+"""The network that ships with kitseg: when it is used, what it states, and what it finds in the sample."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import kitseg
+from nifti_files import save
+
+from kitseg.models.builtin import FILE, choose_model, open_builtin
+from kitseg.models.bundles.archive import CARD
+
+SAMPLE = Path(__file__).parents[1] / "kitseg" / "samples" / "hcc_007b" / "imaging.nii.gz"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KITSEG_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_scan_alone_is_enough(tmp_path: Path) -> None:
+    """No model and no run: the built-in network, named with its license on the screen and in the record."""
+    save(tmp_path / "scan.nii.gz", np.full((20, 24, 24), 40, np.int16))
+    done = kitseg(tmp_path, "predict", "scan.nii.gz", "--engine=torch")
+    assert done.code == 0, done.text
+    (line,) = [line for line in done.text.splitlines() if "non-commercial" in line]
+    assert "bundle builtin" in line
+    (model,) = json.loads((tmp_path / "predictions" / "scan.json").read_text())["models"]
+    assert (model["path"], model["phantom"]) == ("builtin.kitseg", False)
+    assert model["bundle"]["licenses"]["weights"] == "CC-BY-NC-SA-4.0"
+    again = kitseg(tmp_path, "predict", "scan.nii.gz", "--engine=torch", "--model=builtin")
+    assert "unchanged" in again.text
+
+
+def test_it_is_listed(tmp_path: Path) -> None:
+    listed = kitseg(tmp_path, "methods").text
+    assert "builtin" in listed
+    assert "non-commercial" in listed
+
+
+def test_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KITSEG_CACHE", str(tmp_path / "file" / "cache"))
+    bundle = open_builtin()
+    assert bundle.is_complete()
+    assert Path(tempfile.gettempdir()) in bundle.path.parents
+
+
+def test_runs_on_phantoms_are_never_picked_by_themselves(trained: Path) -> None:
+    assert choose_model(trained / "runs") == open_builtin().path
+
+
+def test_its_size_and_its_card() -> None:
+    assert FILE.stat().st_size < 12.5e6
+    manifest = open_builtin().manifest
+    assert manifest.licenses["weights"] == manifest.licenses["labels"] == "CC-BY-NC-SA-4.0"
+    card = (open_builtin().path / CARD).read_text()
+    for part in ("non-commercial", "HCC-TACE-Seg", "KiTS19", "not a medical device"):
+        assert part in card

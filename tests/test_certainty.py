@@ -1,0 +1,62 @@
+"""Tumors kept by volume, probability and contact, checked by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kitseg.components import Components
+from kitseg.postprocess.certainty import KeepCertainTumors, contact_shares
+from kitseg.types import Masks
+
+SPACING = (10.0, 10.0, 10.0)  # 1 ml a voxel
+
+
+@pytest.fixture
+def masks() -> Masks:
+    """A kidney with a tumor of 8 ml inside it (probability 0.9) and one of 1 ml at its surface (0.4)."""
+    foreground, tumor = np.zeros((12, 12, 12), np.bool_), np.zeros((12, 12, 12), np.bool_)
+    foreground[1:10, 1:10, 1:10] = True
+    tumor[4:6, 4:6, 4:6] = tumor[10, 5, 5] = True
+    probability = np.where(tumor, 0.9, 0.1).astype(np.float16)
+    probability[10, 5, 5] = 0.4
+    return Masks(foreground | tumor, tumor, None, probability)
+
+
+def test_contact_by_hand(masks: Masks) -> None:
+    """All 56 voxels around the inner tumor are kidney, 9 of the 26 around the outer one."""
+    shares = contact_shares(Components.of(masks.tumor), masks.foreground)
+    assert shares == pytest.approx([0, 1, 9 / 26])
+
+
+def test_at_the_border_of_the_array() -> None:
+    whole = np.ones((2, 2, 2), np.bool_)
+    assert contact_shares(Components.of(whole), whole)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"),
+    [
+        (KeepCertainTumors(), 9),
+        (KeepCertainTumors(min_ml=1), 9),
+        (KeepCertainTumors(min_ml=1.5), 8),
+        (KeepCertainTumors(min_probability=0.5), 8),
+        (KeepCertainTumors(min_contact=0.4), 8),
+        (KeepCertainTumors(min_ml=9), 0),
+    ],
+)
+def test_what_is_kept(masks: Masks, step: KeepCertainTumors, kept: int) -> None:
+    found = step(masks, np.zeros(masks.tumor.shape), SPACING)
+    assert found.tumor.sum() == kept
+    assert found.foreground.sum() == 729 + (kept == 9)  # a tumor inside becomes kidney, one at the surface background
+    assert (found.tumor <= masks.tumor).all()
+
+
+def test_masks_without_probabilities(masks: Masks) -> None:
+    bare = Masks(masks.foreground, masks.tumor)
+    assert KeepCertainTumors(min_probability=0.99)(bare, np.zeros(bare.tumor.shape), SPACING).tumor.sum() == 9
+
+
+def test_no_tumor(masks: Masks) -> None:
+    none = Masks(masks.foreground, np.zeros_like(masks.tumor))
+    assert KeepCertainTumors(min_ml=1)(none, np.zeros(none.tumor.shape), SPACING) is none
