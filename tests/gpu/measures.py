@@ -166,7 +166,7 @@ class Tasks:
     def trained(self, bundle: Path) -> Row:
         """Time and Dice of a prediction of the full-size case by the trained run, and the bundle."""
         run, out, scores = self.work / "runs" / "ten", self.work / "out", self.work / "scores.json"
-        self.kitseg("export", run, "-o", bundle)
+        self.kitseg("export", run, "-o", bundle, "--half")
         begun = time.monotonic()
         self.kitseg("predict", self.work / "full", "--model", run, "-o", out, "--device", self.device)
         seconds = time.monotonic() - begun
