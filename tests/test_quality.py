@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kitseg.measurement.findings import LEFT, RIGHT, Findings, Kidney, Lesion
-from kitseg.measurement.quality import Flag, Quality, TrainingDomain, assess
+from kitseg.measurement.quality import Flag, Quality, TrainingDomain, assess, tumor_size_flags
 from kitseg.types import Box, Geometry
 from kitseg.volumes.nifti import read_labels
 
@@ -216,6 +216,15 @@ def test_spacing_outside_training(slices: tuple[float, float], pixels: tuple[flo
     found = assess(two_kidneys(), None, GEOMETRY, BOTH, None, training_domain).flags
     assert [(flag.name, flag.level) for flag in found] == [("spacing", "amber")] * len(facts)
     assert all(text in flag.reason for text, flag in zip(facts, found, strict=True))
+
+
+@pytest.mark.parametrize(("seen", "names"), [(None, []), ((5.0, 30.0), []), ((5.0, 10.0), ["tumor-size"])])
+def test_tumors_larger_than_in_training(seen: tuple[float, float] | None, names: list[str]) -> None:
+    """A tumor of 4.19 ml has the volume of a sphere of 20 mm."""
+    lesion = Lesion(1, "tumor", "left", 4.19, 20, 20, "T1a", 0, None, None, None, (0, 0, 0), Box((0, 0, 0), (1, 1, 1)))
+    flags = list(tumor_size_flags(Findings((), (lesion,)), replace(TRAINED, tumor_mm=seen)))
+    assert [flag.name for flag in flags] == names
+    assert all("20 mm; in training they had 5 to 10 mm" in flag.reason for flag in flags)
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,14 @@ class TrainingDomain:
     """The ranges (lowest, highest) of a model's training cases.
 
     slice_mm: slice spacing; pixel_mm: pixel spacing; kidney_hu: median HU of the parenchyma; aorta_hu: HU of the
-    detected aorta, None if it was not found.
+    detected aorta, None if it was not found; tumor_mm: diameters of spheres with the tumors' volumes, None if unknown.
     """
 
     slice_mm: tuple[float, float]
     pixel_mm: tuple[float, float]
     kidney_hu: tuple[float, float]
     aorta_hu: tuple[float, float] | None
+    tumor_mm: tuple[float, float] | None = None
 
 
 def assess(
@@ -113,6 +114,7 @@ def assess(
     if training_domain is not None:
         flags += [] if failed else phase_flags(kidney, aorta, phase, training_domain)
         flags += spacing_flags(geometry, training_domain)
+        flags += tumor_size_flags(findings, training_domain)
     return Quality(tuple(flags), phase)
 
 
@@ -226,6 +228,16 @@ def spacing_flags(geometry: Geometry, training_domain: TrainingDomain) -> Iterat
         if strange := [value for value in values if not smallest <= value <= largest]:
             reason = f"The {name} are {strange[0]:.2f} mm apart"
             yield Flag("spacing", AMBER, f"{reason}; in training they were {low:.2f} to {high:.2f} mm apart.")
+
+
+def tumor_size_flags(findings: Findings, training_domain: TrainingDomain) -> Iterator[Flag]:
+    """A tumor larger than those of the training, where their sizes are known; by the sphere of its volume."""
+    volumes = [lesion.volume_ml for lesion in findings.lesions if lesion.kind == "tumor"]
+    mm = (6000 * max(volumes, default=0.0) / math.pi) ** (1 / 3)
+    if training_domain.tumor_mm and mm > training_domain.tumor_mm[1] * (1 + SPACING_TOLERANCE):
+        low, high = training_domain.tumor_mm
+        seen = f"in training they had {low:.0f} to {high:.0f} mm"
+        yield Flag("tumor-size", AMBER, f"The largest tumor has the volume of a sphere of {mm:.0f} mm; {seen}.")
 
 
 def _kidneys(findings: Findings) -> list[Kidney]:
