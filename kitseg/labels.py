@@ -29,7 +29,7 @@ _FOLDER = Path(str(resources.files("kitseg.conf"))) / "labels"
 _SYNONYMS = {"kidneys": "kidney", "tumour": "tumor", "tumors": "tumor", "tumours": "tumor", "cysts": "cyst"}
 _SYNONYMS |= {"mass": "cyst", "masses": "cyst", "kidney_and_mass": "kidney", "kidney_and_masses": "kidney"}
 _Class = Literal["kidney", "tumor", "cyst"]
-_Line = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,60}$")]
+_Line = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,60}\Z")]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LabelClass:
 
     id: Annotated[int, Meta(ge=1, lt=UNKNOWN)]
     name: _Line
-    colour: Annotated[str, Meta(pattern="^#[0-9a-fA-F]{6}$")]
+    colour: Annotated[str, Meta(pattern=r"^#[0-9a-fA-F]{6}\Z")]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def scheme_of(plain: Any) -> Scheme:
     full = {**usual, "name": "own", **plain}
     for name in CLASSES:
         if isinstance(given := plain.get(name), int | Mapping):
-            full[name] = {**usual[name], **({"id": given} if isinstance(given, int) else given)}
+            full[name] = {**usual[name], "id": None, **({"id": given} if isinstance(given, int) else given)}
     try:
         return convert(full, Scheme)
     except ValidationError as error:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
-from kitseg.volumes.download import KITS19, DownloadSource, download_cases, parse_cases
+from kitseg.volumes.download import KITS19, KITS23, DownloadSource, download_cases, parse_cases
 
 REPO = KITS19.images_repo
 NATIVE = Geometry((10, 16, 16), np.diag([1.0, 1, 1, 1]))
@@ -136,6 +137,20 @@ def test_a_download_has_the_kits_layout(server: ThreadingHTTPServer, tmp_path: P
     for file in to.rglob("*.*z"):
         assert file.stat().st_mode & 0o444 == 0o444, file  # not for the downloader alone
     assert not any(label_path(210) in path for path in gets(server))
+
+
+def test_kits23_has_its_own_cases_and_all_have_labels(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+    assert parse_cases("298-299,400,588", KITS23) == [298, 299, 400, 588]
+    for text in ("300", "299-400", "589"):
+        with pytest.raises(UsageError, match="KiTS23 has no cases"):
+            parse_cases(text, KITS23)
+    for old, new in ((label_path(1), label_path(400)), (image_path(1), image_path(400))):
+        server.files[new.replace("/data/", "/dataset/")] = server.files[old]
+    server.files["/dataset/kits23.json"] = b"[]"
+    url = f"http://127.0.0.1:{server.server_port}"
+    source = replace(KITS23, labels_url=f"{url}/dataset/", endpoint=url, retries=0)
+    assert download_cases(tmp_path / "data", [400], source=source) == []
+    assert tree(tmp_path / "data") == ["case_00400/imaging.nii.gz", "case_00400/segmentation.nii.gz", "kits.json"]
 
 
 def test_what_is_there_is_skipped(server: ThreadingHTTPServer, tmp_path: Path) -> None:

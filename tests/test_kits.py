@@ -160,6 +160,16 @@ def test_labels_in_the_kits_layout(data: Path) -> None:
     assert kits.find_labels(data) == {name: data / name / "segmentation.nii.gz" for name in names}
 
 
+def test_the_majority_of_the_annotators_of_kits21(data: Path) -> None:
+    folder = next(path for path in sorted(data.iterdir()) if (path / "segmentation.nii.gz").exists())
+    for name in ("AND", "MAJ", "OR"):
+        (folder / f"aggregated_{name}_seg.nii.gz").write_bytes(b"")
+    (folder / "segmentation.nii.gz").unlink()
+    label = folder / "aggregated_MAJ_seg.nii.gz"
+    assert next(case.label for case in kits.find_cases(data) if case.id == folder.name) == label
+    assert kits.find_labels(data)[folder.name] == label
+
+
 def test_a_file_and_a_folder_of_one_name_are_not_one_case(data: Path) -> None:
     touch(data / "case_00000.nii.gz")
     for find in (kits.find_labels, kits.list_cases):

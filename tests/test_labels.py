@@ -93,6 +93,12 @@ def test_files_that_are_no_scheme(content: object, words: str, tmp_path: Path) -
         find_scheme(str(path))
 
 
+@pytest.mark.parametrize("label", [{"id": 1, "name": "a\n"}, {"id": 1, "colour": "red"}, {"name": "a"}])
+def test_a_class_that_a_stored_scheme_can_not_have(label: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="kidney"):
+        scheme_of({"kidney": label, "tumor": 2})
+
+
 def test_files_have_the_ids_of_their_scheme(tmp_path: Path) -> None:
     own, labels = find_scheme("kidney=5,tumor=9,cyst=7"), np.array([[[0, KIDNEY, TUMOR, CYST]]], np.uint8)
     write_labels(tmp_path / "own.nii.gz", labels, GRID, scheme=own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from nifti_files import IPL, SHAPE, save
 
 from kitseg.commands.submit import check_submission, write_submission
 from kitseg.errors import InputError
+from kitseg.labels import find_scheme
 from kitseg.volumes.names import case_name
 
 NUMBERS = range(210, 214)
@@ -72,6 +74,22 @@ def test_a_good_submission(folder: Path) -> None:
         image = unpacked(folder, f"prediction_{number:05d}.nii.gz")
         np.testing.assert_array_equal(np.asarray(image.dataobj), labels(number))
         np.testing.assert_allclose(image.affine, IPL, atol=1e-4)
+
+
+def test_kits23_takes_cysts_and_the_ids_of_any_scheme(folder: Path) -> None:
+    with_cyst = labels(210)
+    with_cyst[0, 0, 0] = 3
+    save(file_of(folder, 210), with_cyst)
+    own = find_scheme("kidney=5,tumor=9,cyst=7")
+    save(file_of(folder, 211), own.to_file[with_cyst])
+    file_of(folder, 211).with_name("case_00211.json").write_text(json.dumps({"labels": own.plain()}))
+    done = kitseg(folder, "submit", "predictions", "--protocol=kits23")
+    assert done.code == 0, done.text
+    with zipfile.ZipFile(folder / "kits23.zip") as archive:
+        assert archive.namelist() == [f"case_{number:05d}.nii.gz" for number in NUMBERS]
+        for name in ("case_00210.nii.gz", "case_00211.nii.gz"):
+            image = nibabel.Nifti1Image.from_bytes(gzip.decompress(archive.read(name)))
+            np.testing.assert_array_equal(np.asarray(image.dataobj), with_cyst)
 
 
 def test_every_problem_is_named_in_one_call(folder: Path) -> None:

@@ -133,7 +133,7 @@ def _entry(asked: Entry, scan: Path | None, predictions: Path, data: Path) -> En
     if path is None:
         missing.append(f"{predictions} has no prediction of it: predict it, or select the cases with --cases")
     if scan is None:
-        remedy = f"download it with `kitseg download kits19 --to {data} --cases {number}`"
+        remedy = f"download it with `kitseg download {scheme.name} --to {data} --cases {number}`"
         missing.append(f"the scan {data / case / IMAGE} is missing: {remedy}")
     if path is None or scan is None:
         return replace(asked, problems=(f"{case}: {'; '.join(missing)}",))

@@ -120,7 +120,7 @@ def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, in
             box = (min(n, -(-k * n // m)) for k, n, m in zip(region, scan.shape, grid.shape, strict=True))
             back = max(back, int(np.prod([*box])))
     numbers = 2 if members == 1 else 2 + 2 + 4  # bytes: a member, or the one before it and their sum, too
-    masks = 4 * back + _voxels(scan.shape)
+    masks = (4 + model.method.finds_cysts) * back + _voxels(scan.shape)
     return [*rows, [("outputs", left), ("probabilities", numbers * len(model.outputs) * back), ("masks", masks)]]
 
 
