@@ -91,6 +91,7 @@ def cyst(site: Site, rng: Generator) -> tuple[str, Tensor]:
     """A kind of cyst, and its HU (D, H, W), which contrast agent doesn't change."""
     kind = str(rng.choice(["simple", "hyperdense", "walled", "septate"], p=[0.76, 0.08, 0.08, 0.08]))
     level = rng.uniform(45, 85) if kind == "hyperdense" else rng.uniform(*WATER)
+    level = _apart(level, site.phase, brighter=kind == "hyperdense" and site.phase.native)
     hu = level + site.noise(rng, 6) * float(rng.uniform(0, 2))
     if kind == "walled":
         hu = hu + site.shell(1, 1) * float(rng.uniform(10, 60))
@@ -108,16 +109,23 @@ def _levels(kind: str, phase: Phase, rng: Generator) -> tuple[float, float]:
     """HU of a tumor's solid part, and of what is dead or liquid in it."""
     look = LOOKS[kind]
     if phase.native:
-        level, least = rng.uniform(*look.native), NATIVE_CONTRAST
+        level = rng.uniform(*look.native)
     else:
         strong = phase.name == CORTICAL and kind in (
             "clear cell",
             "bright",
         )  # it takes up contrast as early as the cortex
-        level, least = max(30.0, (phase.cortex if strong else phase.parenchyma) * rng.uniform(*look.level)), CONTRAST
-    if abs(level - phase.parenchyma) < least:
-        level = phase.parenchyma + (least if kind == "bright" else -least)
+        level = max(30.0, (phase.cortex if strong else phase.parenchyma) * rng.uniform(*look.level))
+    level = _apart(level, phase, brighter=kind == "bright")
     return level, min(rng.uniform(8, 32), level - 5)
+
+
+def _apart(level: float, phase: Phase, brighter: bool) -> float:
+    """The HU of a lesion, moved away from the parenchyma's where it could not be seen."""
+    least = NATIVE_CONTRAST if phase.native else CONTRAST
+    if abs(level - phase.parenchyma) >= least:
+        return level
+    return phase.parenchyma + (least if brighter else -least)
 
 
 def _chambers(solid: Tensor, core: float, site: Site, rng: Generator) -> Tensor:
