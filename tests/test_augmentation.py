@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,7 @@ from kitseg.types import Box, Case, Geometry, Grid, Triple
 from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.store import CaseFiles, store_case
 
-OFF = dict.fromkeys(
-    ("rotation", "scale", "bend", "phase", "blur", "low_resolution", "thick_slices", "noise", "brightness", "contrast"),
-    (0, 1, 1),
-)
-NOTHING: dict[str, Any] = {**OFF, "gamma": (0, 1, 1), "mirror": 0}
+NOTHING: dict[str, Any] = {field.name: 0 if field.name == "mirror" else (0, 1, 1) for field in fields(Augmentation)}
 SIZE: Triple = (8, 12, 10)
 #: Each change with certainty.
 SINGLY: dict[str, dict[str, Any]] = {
