@@ -11,6 +11,7 @@ from kitseg.labels import CYST
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.quality import Quality
 from kitseg.report.html import number, write_page
+from kitseg.report.nephrometry_view import nephrometry_view
 from kitseg.report.pictures import PLANES, centre
 from kitseg.report.scores import ScoreTable
 from kitseg.report.slices import LEVEL, UNIT, WIDTH, Scene, around, as_data, cut, scroll
@@ -75,6 +76,7 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         depth=scene.geometry.shape[0],
         every=found.every,
         lesion_views=_lesion_views(scene, findings),
+        nephrometry=nephrometry_view(scene, findings),
         left_out=max(len(findings.lesions) - _MOST_LESIONS, 0),
         has_view=drawn is not None,
         view=drawn,

@@ -118,7 +118,7 @@ def outlines(labels: NDArray[np.uint8]) -> Outlines:
     if not labels.any():
         return {}
     masks = {"kidney": labels != BACKGROUND, "tumor": labels == TUMOR, "cyst": labels == CYST}
-    return {name: _path(mask) for name, mask in masks.items() if mask.any()}
+    return {name: path(mask) for name, mask in masks.items() if mask.any()}
 
 
 def body_box(hu: NDArray[Any] | None, shape: Triple) -> Box:
@@ -200,7 +200,7 @@ def _encode(hu: NDArray[Any] | None, shape: tuple[int, int], pixels: int) -> str
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-def _path(mask: NDArray[np.bool_], unit: int = UNIT) -> str:
+def path(mask: NDArray[np.bool_], unit: int = UNIT) -> str:
     """A mask's outline as closed SVG paths of relative steps, ``unit`` per voxel."""
     box = bounding_box(mask[None])
     if box is None:
@@ -208,7 +208,7 @@ def _path(mask: NDArray[np.bool_], unit: int = UNIT) -> str:
     inside = np.pad(mask[box.slices[1:]], 1)
     corner = np.array(box.start[1:]) - 1 + 0.5  # voxel centres are half a voxel from the edge
     if np.count_nonzero(np.diff(inside, axis=0)) + np.count_nonzero(np.diff(inside, axis=1)) > _MOST_EDGES:
-        return _path(mask[::2, ::2], 2 * unit)
+        return path(mask[::2, ::2], 2 * unit)
     pieces = []
     for contour in _find_contours(inside.astype(np.float32), 0.5):
         points = np.rint((contour[:-1] + corner) * unit).astype(int)[:, ::-1]

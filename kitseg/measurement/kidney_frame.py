@@ -1,0 +1,252 @@
+"""A kidney's own axes, its sinus and its polar lines, from a label map, however patient and kidney are turned.
+
+Everything is computed on a grid of 1 mm. The kidney's outline is the convex hull of its parenchyma. The renal sinus is
+what lies at least 6 mm inside the outline without being labelled: fat, vessels and the collecting system, which KiTS's
+labels leave out where they can be told from parenchyma.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import edt
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import ConvexHull
+
+from kitseg.components import Components
+from kitseg.labels import KIDNEY
+from kitseg.measurement.diameters import line_ends
+from kitseg.types import Geometry
+
+DEEP_MM = 6.0  # inside the outline, from which on a gap belongs to the sinus
+_INNER_MM = 10.0  # inside the outline, from which on every gap is part of the sinus
+SINUS_ML = 0.5  # a smaller one is not used
+_OPEN_MM = 2.0  # inside the outline, up to which a gap reaches the outside
+_NOTCH_MM = 8.0  # inside the outline, which a gap reaches at a level where the medial lip is interrupted
+_STEP = 1.0  # mm of the grid
+_THICK = 1.5  # mm, from which on slices are interpolated
+_PIECE = 0.05  # of the largest piece of parenchyma; smaller ones are ignored
+_DIRECTIONS = 512
+_SAMPLES = 20_000  # most voxels of a tumor that are compared with the outline
+_ROUGH = 64  # of the directions, which rule most voxels out
+_ROUND = 1.15  # ratio of the two longest axes, below which the longest is not the kidney's
+_TURNED = np.deg2rad(30)  # from medial to anterior: where a normal hilum points
+_LINES = 0.3  # of the kidney's length, at least between the polar lines; around its centre without a sinus
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class KidneyFrame:
+    """A kidney on a grid of 1 mm.
+
+    tumor, sinus: masks; affine: of the grid, RAS+; centre: of the outline's volume, in voxels; up, hilum, front: unit
+    vectors in voxels, to the upper pole, to the sinus and to the anterior surface; upper, lower: the polar lines, in mm
+    along ``up`` from the centre; outside: the share of the tumor outside the outline; seen: whether a sinus is left,
+    without which ``hilum`` and the lines are those of a normal kidney.
+    """
+
+    tumor: Mask
+    sinus: Mask
+    affine: Array
+    centre: Array
+    up: Array
+    hilum: Array
+    front: Array
+    upper: float
+    lower: float
+    outside: float
+    seen: bool
+
+    def along(self, mask: Mask, axis: Array) -> Array:
+        """The position in mm along an axis, from the centre, of each voxel of a mask."""
+        return np.asarray((np.argwhere(mask) - self.centre) @ axis, np.float64)
+
+    def at(self, points: Array) -> NDArray[np.int64]:
+        """The voxel nearest to each of (..., 3) points in the patient's space."""
+        moved = np.asarray(points) - self.affine[:3, 3]
+        return np.rint(moved @ np.linalg.inv(self.affine[:3, :3]).T).astype(np.int64)
+
+    def distance(self) -> float:
+        """The gap in mm between tumor and sinus; infinite without a sinus."""
+        return max(float(self._to_sinus().min()) - _STEP, 0.0) if self.sinus.any() else float("inf")
+
+    def nearest(self) -> NDArray[np.int64]:
+        """The tumor's voxel nearest to the sinus, or without one to the kidney's centre."""
+        points = np.argwhere(self.tumor)
+        if not self.sinus.any():
+            return np.asarray(points[np.argmin(((points - self.centre) ** 2).sum(axis=1))])
+        return np.asarray(points[np.argmin(self._to_sinus())])
+
+    def _to_sinus(self) -> NDArray[np.float32]:
+        """The distance of each of the tumor's voxels to the nearest voxel of the sinus."""
+        distance: NDArray[np.float32] = edt.edt(~self.sinus, parallel=1)[self.tumor]
+        return distance
+
+
+def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, medial: Array) -> KidneyFrame | None:
+    """Find the axes of a kidney and its sinus; None without parenchyma.
+
+    Args:
+        labels: (D, H, W), only of this kidney and its lesions, cropped to them: 1 is parenchyma.
+        geometry: of the labels.
+        lesion: the tumor to look at (D, H, W).
+        medial: direction to the patient's midline, (3,) RAS+.
+    """
+    tumor, any_label = (_fine(mask, geometry.spacing) for mask in (lesion, labels > 0))
+    parenchyma = _fine(labels == KIDNEY, geometry.spacing) & ~tumor
+    pieces = Components.of(parenchyma)
+    if not pieces.sizes.any():
+        return None
+    outline = _Outline.of(pieces.chosen(pieces.sizes >= _PIECE * pieces.sizes.max()))
+    depth = outline.depths(~(any_label | tumor))
+    solid = np.argwhere(np.ones([-(-n // 3) for n in tumor.shape], bool)) * 3
+    solid = solid[outline.depth(solid) > 0]
+    centre = solid.mean(axis=0)
+    axes = geometry.affine[:3, :3] / geometry.spacing
+    up = _long_axis(solid - centre, axes.T @ [0.0, 0.0, 1.0])
+    inward = _across(axes.T @ medial, up)
+    sinus = _sinus(depth, centre, inward)
+    seen = bool(sinus.sum() * _STEP**3 / 1000 >= SINUS_ML)
+    front = _across(axes.T @ [0.0, 1.0, 0.0], up)
+    if seen:
+        hilum = _across(np.argwhere(sinus).mean(axis=0) - centre, up)
+    else:
+        hilum = _across(np.cos(_TURNED) * inward + np.sin(_TURNED) * front, up)
+    cross = np.cross(up, hilum)
+    points = np.argwhere(tumor)
+    outside = float(np.mean(outline.depth(points[:: -(-len(points) // _SAMPLES)]) < 0))
+    levels = (solid - centre) @ up
+    length = float(levels.max() - levels.min())
+    lower, upper = _apart(*(_open_levels(depth, sinus, centre, up) if seen else (0.0, 0.0)), _LINES * length)
+    affine = np.eye(4)
+    affine[:3, :3] = axes * _STEP
+    affine[:3, 3] = geometry.affine[:3, 3] + axes @ ((_STEP - np.array(geometry.spacing)) / 2)
+    front = cross if cross @ front > 0 else -cross
+    return KidneyFrame(tumor, sinus & seen, affine, centre, up, hilum, front, upper, lower, outside, seen)
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A convex hull by its extent in many directions, which takes a fraction of the time of its own planes."""
+
+    directions: NDArray[np.float32]
+    extents: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, mask: Mask) -> _Outline:
+        ends = np.concatenate([line_ends(mask, axis, 0.5) for axis in range(3)])
+        corners = ends[ConvexHull(ends).vertices].astype(np.float32)
+        n = np.random.default_rng(0).permutation(_DIRECTIONS)  # the first of them point everywhere too
+        z, turn = 1 - (2 * n + 1) / _DIRECTIONS, n * np.pi * (3 - np.sqrt(5))
+        flat = np.sqrt(1 - z**2)
+        directions = np.stack([z, flat * np.cos(turn), flat * np.sin(turn)], axis=1).astype(np.float32)
+        return cls(directions, (corners @ directions.T).max(axis=0))
+
+    def depth(self, points: NDArray[np.int64], directions: int = _DIRECTIONS) -> NDArray[np.float32]:
+        """The depth in mm below the outline of (N, 3) voxels; negative outside."""
+        deepest = np.full(len(points), np.inf, np.float32)
+        for start in range(0, directions, _ROUGH):
+            part = slice(start, start + _ROUGH)
+            heights = points.astype(np.float32) @ self.directions[part].T
+            np.minimum(deepest, (self.extents[part] - heights).min(axis=1), out=deepest)
+        return deepest
+
+    def depths(self, mask: Mask) -> NDArray[np.float32]:
+        """The depth of a mask's voxels, −1 elsewhere and outside the outline."""
+        points = np.argwhere(mask)
+        points = points[self.depth(points, _ROUGH) >= 0]
+        depth = np.full(mask.shape, -1.0, np.float32)
+        depth[tuple(points.T)] = np.maximum(self.depth(points), -1)
+        return depth
+
+
+def _fine(mask: Mask, spacing: tuple[float, float, float]) -> Mask:
+    """A mask on the grid of 1 mm: the nearest voxel, and between thick slices where the signed distance is positive."""
+    counts = [max(int(n * mm / _STEP), 1) for n, mm in zip(mask.shape, spacing, strict=True)]
+    places = [(np.arange(n) + 0.5) * _STEP / mm - 0.5 for n, mm in zip(counts, spacing, strict=True)]
+    thick = [mm > _THICK for mm in spacing]
+    for axis, at in enumerate(places):
+        if not thick[axis]:
+            mask = mask.take(np.clip(np.rint(at).astype(int), 0, mask.shape[axis] - 1), axis)
+    if not any(thick):
+        return np.ascontiguousarray(mask)
+    steps = tuple(mm if slow else _STEP for mm, slow in zip(spacing, thick, strict=True))
+    field = edt.sdf(np.pad(mask, 1), anisotropy=steps, parallel=1)
+    for axis, at in enumerate(places):
+        inner = at + 1 if thick[axis] else np.arange(mask.shape[axis]) + 1
+        field = _between(field, np.asarray(inner, np.float64), axis)
+    return np.ascontiguousarray(field > 0)
+
+
+def _between(field: NDArray[np.float32], places: Array, axis: int) -> NDArray[np.float32]:
+    """A field at places between its voxels along an axis, linearly interpolated."""
+    below = np.floor(places).astype(int)
+    share = (places - below).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(3)])
+    between: NDArray[np.float32] = field.take(below, axis) * (1 - share)
+    if share.any():
+        between += field.take(below + 1, axis) * share
+    return between
+
+
+def _apart(low: float, high: float, least: float) -> tuple[float, float]:
+    """Two positions, moved apart evenly where they are nearer than ``least``."""
+    more = max(least - (high - low), 0.0) / 2
+    return low - more, high + more
+
+
+def _long_axis(offsets: Array, superior: Array) -> Array:
+    """The longest principal axis of a solid, towards the head; the patient's own where it is too round to have one."""
+    spread, axes = np.linalg.eigh(np.cov(offsets.T))
+    if spread[2] < _ROUND**2 * spread[1]:
+        return np.asarray(superior, np.float64)
+    axis = axes[:, 2]
+    return np.asarray(axis if axis @ superior > 0 else -axis, np.float64)
+
+
+def _across(direction: Array, axis: Array) -> Array:
+    """The unit vector along a direction that is perpendicular to an axis."""
+    part = direction - (direction @ axis) * axis
+    return np.asarray(part / max(float(np.linalg.norm(part)), 1e-9), np.float64)
+
+
+def _sinus(depth: NDArray[np.float32], centre: Array, inward: Array) -> Mask:
+    """The largest gap deep inside the outline, on the medial side where there is one there, and all gaps further in."""
+    found = Components.of(depth >= DEEP_MM)
+    if not found.sizes.any():
+        return np.zeros(depth.shape, bool)
+    points = np.argwhere(found.numbers)
+    numbers = found.numbers[tuple(points.T)]
+    sums = np.bincount(numbers, (points + found.box.start - centre) @ inward, found.sizes.size)
+    sizes = np.where(sums > 0, found.sizes, 0)
+    deepest = np.zeros(found.sizes.size)
+    np.maximum.at(deepest, numbers, depth[found.box.slices][tuple(points.T)])
+    largest = np.arange(found.sizes.size) == int(np.argmax(sizes if sizes.any() else found.sizes))
+    return found.chosen(largest | (deepest >= _INNER_MM))
+
+
+def _open_levels(depth: NDArray[np.float32], sinus: Mask, centre: Array, up: Array) -> tuple[float, float]:
+    """The lowest and the highest level at which the sinus reaches the outside, in mm along ``up`` from the centre.
+
+    There the medial lip of parenchyma is interrupted, which defines the polar lines (Kutikov and Uzzo 2009). Levels are
+    planes across ``up``; without an open one, the sinus's own ends.
+    """
+    side = _across(np.eye(3)[int(np.argmin(np.abs(up)))], up)
+    frame = np.stack([up, side, np.cross(up, side)])
+    points = np.argwhere(depth >= 0)
+    turned = np.rint((points - centre) @ frame.T / _STEP).astype(int)
+    low = turned.min(axis=0)
+    gap, deep, shallow = (np.zeros(turned.max(axis=0) - low + 1, bool) for _ in range(3))
+    values, inside = depth[tuple(points.T)], sinus[tuple(points.T)]
+    for part, chosen in ((gap, values >= 0), (deep, inside & (values >= _NOTCH_MM)), (shallow, values < _OPEN_MM)):
+        part[tuple((turned[chosen] - low).T)] = True
+    gap = ndimage.binary_closing(gap, np.ones((1, 3, 3)))
+    parts, count = ndimage.label(gap, np.array([[[0] * 3] * 3, [[1] * 3] * 3, [[0] * 3] * 3]))
+    both = np.isin(np.arange(count + 1), np.intersect1d(parts[deep], parts[shallow]))
+    levels = np.flatnonzero((both[parts] & deep).any(axis=(1, 2))) + low[0]
+    if not levels.size:
+        levels = turned[inside, 0]
+    return float(levels.min()) * _STEP, float(levels.max()) * _STEP

@@ -1,0 +1,212 @@
+"""Nephrometry: how hard a tumor is to cut out, by scores that radiologists read from slices, here from the label map.
+
+docs/explanation/nephrometry.md defines every part. The collecting system has no label: what concerns it is estimated
+from the renal sinus (``kidney_frame``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kitseg.components import bounding_box, component_at
+from kitseg.labels import BACKGROUND, TUMOR
+from kitseg.measurement.findings import RIGHT, Findings, Lesion
+from kitseg.measurement.kidney_frame import KidneyFrame, kidney_frame
+from kitseg.measurement.renal_function import index_tumor
+from kitseg.measurement.sides import CODES, frame_midline, side_map
+from kitseg.types import Geometry, triple
+
+_SMALL_MM, _LARGE_MM = 40.0, 70.0
+_NEAR_MM, _FAR_MM = 4.0, 7.0  # R.E.N.A.L., to sinus or collecting system
+_TOUCHING_MM = 2.0  # PADUA: sinus and collecting system are involved
+_NONE = 0.02  # of a tumor's volume, below which it isn't beyond a line or an outline
+_HALF = 0.5
+_MOSTLY = 2 / 3  # of a tumor's volume, from which on it is anterior or posterior
+
+
+@dataclass(frozen=True)
+class Renal:
+    """The R.E.N.A.L. score (Kutikov and Uzzo, Journal of Urology 2009).
+
+    radius, exophytic, nearness, location: 1 to 3 points; face: a (anterior), p (posterior) or x (neither). Labels can't
+    show the suffix h, contact with the main artery or vein.
+    """
+
+    radius: int
+    exophytic: int
+    nearness: int
+    face: str
+    location: int
+
+    @property
+    def points(self) -> int:
+        """4 to 12."""
+        return self.radius + self.exophytic + self.nearness + self.location
+
+    def __str__(self) -> str:
+        return f"{self.points}{self.face}"
+
+
+@dataclass(frozen=True)
+class Padua:
+    """The PADUA score (Ficarra et al., European Urology 2009).
+
+    location: 1 polar, 2 middle; exophytic: 1 to 3; rim: 1 lateral, 2 medial; sinus, collecting: 1, or 2 if involved;
+    size: 1 to 3; face: a or p.
+    """
+
+    location: int
+    exophytic: int
+    rim: int
+    sinus: int
+    collecting: int
+    size: int
+    face: str
+
+    @property
+    def points(self) -> int:
+        """6 to 14."""
+        return self.location + self.exophytic + self.rim + self.sinus + self.collecting + self.size
+
+    def __str__(self) -> str:
+        return f"{self.points}{self.face}"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What decided, in the patient's space (mm, RAS+).
+
+    centre: of the kidney; up, hilum, front: unit vectors to its upper pole, its sinus and its anterior surface; upper,
+    lower: the polar lines, in mm along ``up`` from the centre.
+    """
+
+    centre: tuple[float, ...]
+    up: tuple[float, ...]
+    hilum: tuple[float, ...]
+    front: tuple[float, ...]
+    upper: float
+    lower: float
+
+
+@dataclass(frozen=True)
+class Nephrometry:
+    """The scores of a tumor, and the figures that decided their parts.
+
+    lesion: its number; c_index: distance of the centres of tumor and kidney over the tumor's radius (Simmons et al.,
+    Journal of Urology 2010); contact_mm2: contact surface area (Leslie et al., European Urology 2014); nearness_mm: to
+    the sinus, None where no sinus is left; outside, between, anterior, medial: shares of the tumor's volume outside the
+    kidney's outline, between the polar lines, in front of the kidney's own coronal plane, and on the hilum's side of its
+    centre; estimated: what the labels don't show, and what was used instead.
+    """
+
+    lesion: int
+    renal: Renal
+    padua: Padua
+    c_index: float
+    contact_mm2: float | None
+    outside: float
+    nearness_mm: float | None
+    between: float
+    anterior: float
+    medial: float
+    lines: Lines
+    estimated: tuple[str, ...]
+
+
+def nephrometry(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> Nephrometry | None:
+    """Score the largest tumor; None without a tumor, or where its kidney has no parenchyma.
+
+    Args:
+        labels: (D, H, W) in orientation (I, P, L).
+        geometry: of the labels.
+        findings: of the labels.
+    """
+    tumor, frame = index_tumor(findings), tumor_frame(labels, geometry, findings)
+    return score(tumor, frame) if tumor and frame else None
+
+
+def tumor_frame(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> KidneyFrame | None:
+    """The axes, sinus and polar lines of the kidney with the largest tumor; None as for ``nephrometry``."""
+    tumor, box = index_tumor(findings), bounding_box(labels != BACKGROUND)
+    if tumor is None or box is None:
+        return None
+    inside, grid = labels[box.slices], geometry.crop(box)
+    sides = side_map(inside, grid, frame_midline(geometry))
+    own = np.where(sides == CODES[tumor.side], inside, np.uint8(BACKGROUND))
+    near = bounding_box(own != BACKGROUND)
+    if near is None:
+        return None
+    kidney = own[near.slices]
+    lesion = component_at(kidney == TUMOR, triple(np.subtract(tumor.centre, near.placed(box.start).start)))
+    return kidney_frame(kidney, grid.crop(near), lesion, np.array([-1.0 if tumor.side == RIGHT else 1.0, 0, 0]))
+
+
+def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
+    """The scores of a tumor in its kidney."""
+    levels = frame.along(frame.tumor, frame.up)
+    anterior = float(np.mean(frame.along(frame.tumor, frame.front) > 0))
+    medial = float(np.mean(frame.along(frame.tumor, frame.hilum) > 0))
+    between = float(np.mean((levels >= frame.lower) & (levels <= frame.upper)))
+    above = float(np.mean(levels > (frame.upper + frame.lower) / 2))
+    gap = frame.distance() if frame.seen else 0.0
+    size = 1 + (tumor.diameter_mm > _SMALL_MM)
+    exophytic = 1 if frame.outside >= _HALF else 2 if frame.outside >= _NONE else 3
+    face = "a" if anterior >= _MOSTLY else "p" if anterior <= 1 - _MOSTLY else "x"
+    involved = 1 + (gap <= _TOUCHING_MM)
+    renal = Renal(
+        size + (tumor.diameter_mm >= _LARGE_MM),
+        exophytic,
+        3 if gap <= _NEAR_MM else 2 if gap < _FAR_MM else 1,
+        face,
+        _location(between, above),
+    )
+    padua = Padua(
+        1 + (between > _HALF),
+        exophytic,
+        1 + (medial > _HALF),
+        involved,
+        involved,
+        size + (tumor.diameter_mm > _LARGE_MM),
+        "a" if anterior > _HALF else "p",
+    )
+    middle = frame.along(frame.tumor, np.eye(3)).mean(axis=0)
+    return Nephrometry(
+        tumor.number,
+        renal,
+        padua,
+        float(np.linalg.norm(middle)) / (tumor.diameter_mm / 2),
+        tumor.contact_mm2,
+        frame.outside,
+        gap if frame.seen else None,
+        between,
+        anterior,
+        medial,
+        _lines(frame),
+        _estimated(frame),
+    )
+
+
+def _location(between: float, above: float) -> int:
+    """L of R.E.N.A.L.: 1 beyond a polar line, 2 across it, 3 mostly across, between both or across the midline."""
+    crosses_middle = _NONE < above < 1 - _NONE
+    if between > _HALF or crosses_middle:
+        return 3
+    return 2 if between >= _NONE else 1
+
+
+def _lines(frame: KidneyFrame) -> Lines:
+    turn = frame.affine[:3, :3]
+    vectors = (turn @ frame.centre + frame.affine[:3, 3], *(turn @ v for v in (frame.up, frame.hilum, frame.front)))
+    centre, up, hilum, front = (tuple(map(float, vector)) for vector in vectors)
+    return Lines(centre, up, hilum, front, frame.upper, frame.lower)
+
+
+def _estimated(frame: KidneyFrame) -> tuple[str, ...]:
+    if frame.seen:
+        return ("Nearness and the collecting system are estimated from the renal sinus.",)
+    return (
+        "No renal sinus is left beside the tumor: it counts as involved; polar lines and hilum are a normal kidney's.",
+    )
