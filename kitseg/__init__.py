@@ -24,7 +24,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kitseg.api import after_surgery, evaluate, load_method, load_model, measure, predict, preprocess, train
+    from kitseg.api import (
+        after_surgery,
+        evaluate,
+        load_method,
+        load_model,
+        measure,
+        nephrometry,
+        predict,
+        preprocess,
+        train,
+    )
     from kitseg.models.members import Ensemble, Prediction
 
 __version__ = "0.1.0"
@@ -37,6 +47,7 @@ __all__ = [
     "load_method",
     "load_model",
     "measure",
+    "nephrometry",
     "predict",
     "preprocess",
     "train",

@@ -20,6 +20,7 @@ from kitseg.config import Method
 from kitseg.errors import KitsegError
 from kitseg.labels import Scheme, find_scheme
 from kitseg.measurement.findings import Findings
+from kitseg.measurement.nephrometry import Nephrometry
 from kitseg.measurement.renal_function import AfterSurgery, Patient
 from kitseg.models.builtin import choose_model
 from kitseg.models.members import Ensemble, Prediction, open_ensemble
@@ -203,6 +204,26 @@ def after_surgery(
     found = _labels(labels, affine, scheme)
     findings = measure_labels(found.array, found.geometry)
     return predict_function(findings, patient, found.array, found.geometry)
+
+
+def nephrometry(
+    labels: Image | Prediction, affine: ArrayLike | None = None, convention: str = "kits23"
+) -> Nephrometry | None:
+    """R.E.N.A.L., PADUA and C-index of the largest tumor; None without a tumor in a kidney.
+
+    Args:
+        labels: a ``Prediction``, a NIfTI file, an array or an image.
+        affine: (4, 4), of arrays.
+        convention: what label ids mean, kits19 or kits23.
+
+    Raises:
+        InputError: a file or an array can't be used.
+    """
+    from kitseg.measurement import nephrometry as scores
+    from kitseg.measurement.measure import measure as measure_labels
+
+    found = _labels(labels, affine, convention)
+    return scores.nephrometry(found.array, found.geometry, measure_labels(found.array, found.geometry))
 
 
 def preprocess(

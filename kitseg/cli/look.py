@@ -41,6 +41,9 @@ def measure(
     ] = None,
     age: Annotated[float | None, typer.Option(help="The patient's age in years.")] = None,
     diabetes: Annotated[bool, typer.Option("--diabetes", help="The patient has diabetes.")] = False,
+    nephrometry: Annotated[
+        bool, typer.Option("--nephrometry", help="R.E.N.A.L., PADUA and C-index of the largest tumor.")
+    ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="Draw predicted against measured eGFR of KiTS patients to this PNG file.")
     ] = None,
@@ -50,9 +53,10 @@ def measure(
 
     docs/explanation/measure.md defines every measurement. With --egfr and --age, or for a folder with KiTS's kits.json,
     also the eGFR after radical and partial nephrectomy, and the parenchyma that a resection takes
-    (docs/explanation/renal_function.md).
+    (docs/explanation/renal_function.md). With --nephrometry, how hard the largest tumor is to cut out
+    (docs/explanation/nephrometry.md).
     """
-    from kitseg.cli.function_tables import show_function, show_study
+    from kitseg.cli.surgery_tables import show_function, show_nephrometry, show_study
     from kitseg.commands import measure as steps
     from kitseg.commands import renal_function
     from kitseg.runtime.resume import ResultCache
@@ -62,7 +66,7 @@ def measure(
     refuse_overwrite(calibration, "png")
     patient = renal_function.patient_of(egfr, age, diabetes)
     tasks = renal_function.with_patients(steps.plan_measures(labels, ct), labels, patient)
-    output, work = report or table, partial(steps.measure_case, scheme=scheme)
+    output, work = report or table, partial(steps.measure_case, scheme=scheme, scores=nephrometry)
     cache = ResultCache.beside(output, steps.Measured, work) if output else None
     results = gather("measure", tasks, cache or work, jobs, cluster, shard)
     if report:
@@ -72,6 +76,8 @@ def measure(
     if cache:
         cache.clear()
     _show_findings(results)
+    if nephrometry:
+        show_nephrometry(results)
     if any(task.patient for task in tasks):
         show_function(results)
         show_study(renal_function.compare_formulas(results, renal_function.clinical_records(labels)), calibration)

@@ -15,6 +15,7 @@ from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.measurement.findings import Findings, Kidney, Lesion
 from kitseg.measurement.measure import measure
 from kitseg.measurement.mesh import stl, surface, volume
+from kitseg.measurement.nephrometry import Nephrometry, nephrometry
 from kitseg.measurement.renal_function import AfterSurgery, Patient, after_surgery
 from kitseg.runtime import files
 from kitseg.runtime.outcomes import without_paths
@@ -70,13 +71,14 @@ class MeasureTask(LabelTask):
 
 @dataclass(frozen=True)
 class Measured:
-    """A case's findings and function after surgery, or its ``error``; labels: the ids of its label map."""
+    """A case's findings, function after surgery and nephrometry, or its ``error``; labels: the ids of its label map."""
 
     case: str
     findings: Findings = field(default_factory=lambda: Findings((), ()))
     error: str = ""
     after_surgery: AfterSurgery | None = None
     labels: str = ""
+    nephrometry: Nephrometry | None = None
 
     @property
     def note(self) -> str:
@@ -103,8 +105,8 @@ def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
-def measure_case(task: MeasureTask, scheme: Scheme | None) -> Measured:
-    """Measure a case; never raises for a file that can't be used.
+def measure_case(task: MeasureTask, scheme: Scheme | None, scores: bool = False) -> Measured:
+    """Measure a case, with nephrometry ``scores``; never raises for a file that can't be used.
 
     scheme: of the label map; None: that of the record beside it, else KiTS19's.
     """
@@ -113,7 +115,8 @@ def measure_case(task: MeasureTask, scheme: Scheme | None) -> Measured:
         labels, scan = task.read(own)
         findings = measure(labels.array, labels.geometry, scan.array if scan else None)
         after = after_surgery(findings, task.patient, labels.array, labels.geometry) if task.patient else None
-        return Measured(task.case, findings, after_surgery=after, labels=own.line)
+        found = nephrometry(labels.array, labels.geometry, findings) if scores else None
+        return Measured(task.case, findings, after_surgery=after, labels=own.line, nephrometry=found)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
 
@@ -174,8 +177,8 @@ def _rows(result: Measured) -> Iterator[dict[str, Any]]:
 
 
 def _content(result: Measured) -> dict[str, Any]:
-    after = result.after_surgery
-    return {**asdict(result.findings), **({"after_surgery": asdict(after)} if after else {})}
+    more = {"after_surgery": result.after_surgery, "nephrometry": result.nephrometry}
+    return {**asdict(result.findings), **{name: asdict(value) for name, value in more.items() if value}}
 
 
 def _rounded(value: Any) -> Any:

@@ -98,8 +98,8 @@ class Nephrometry:
     lesion: its number; c_index: distance of the centres of tumor and kidney over the tumor's radius (Simmons et al.,
     Journal of Urology 2010); contact_mm2: contact surface area (Leslie et al., European Urology 2014); nearness_mm: to
     the sinus, None where no sinus is left; outside, between, anterior, medial: shares of the tumor's volume outside the
-    kidney's outline, between the polar lines, in front of the kidney's own coronal plane, and on the hilum's side of its
-    centre; estimated: what the labels don't show, and what was used instead.
+    kidney's outline, between the polar lines, in front of the kidney's own coronal plane, and on the hilum's side of
+    its centre; estimated: what the labels don't show, and what was used instead.
     """
 
     lesion: int

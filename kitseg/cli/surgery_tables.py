@@ -1,4 +1,4 @@
-"""Tables of kidney function after surgery: of each patient, and of the formulas over patients."""
+"""Tables for surgery: nephrometry, function after surgery, and its formulas over patients."""
 
 from __future__ import annotations
 
@@ -13,6 +13,29 @@ from kitseg.runtime import console
 if TYPE_CHECKING:
     from kitseg.commands.measure import Measured
     from kitseg.measurement.gfr_study import Study
+
+
+def show_nephrometry(results: Sequence[Measured]) -> None:
+    """Print the scores of each case's largest tumor with their parts."""
+    parts = "R", "E", "N", "A", "L"
+    table = console.table("case", "tumor", "R.E.N.A.L.", *parts, "PADUA", "rim", "sinus", "C-index", "to sinus mm")
+    for result in results:
+        if found := result.nephrometry:
+            renal, padua = found.renal, found.padua
+            cells = (
+                renal.radius,
+                renal.exophytic,
+                renal.nearness,
+                renal.face,
+                renal.location,
+                padua,
+                padua.rim,
+                padua.sinus,
+            )
+            gap = "–" if found.nearness_mm is None else f"{found.nearness_mm:.1f}"
+            table.add_row(escape(result.case), *map(str, (found.lesion, renal, *cells)), f"{found.c_index:.2f}", gap)
+    console.out.print(table)
+    console.print_line("N and the collecting system are estimated from the renal sinus. For research use only.")
 
 
 def show_function(results: Sequence[Measured]) -> None:

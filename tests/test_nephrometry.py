@@ -1,0 +1,112 @@
+"""Nephrometry of painted kidneys with a sinus: every part, however the array lies in the patient, and with a tilt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import kitseg
+from shapes import ORIENTATIONS, Ellipsoid, ball, lattice, paint
+
+import kitseg as library
+from kitseg.labels import BACKGROUND, KIDNEY
+from kitseg.measurement.nephrometry import Nephrometry, _location
+
+KIDNEY_AND_SINUS = (
+    Ellipsoid((60, 0, 0), (27, 25, 55), KIDNEY),
+    Ellipsoid((33, 0, 0), (17, 11, 20), BACKGROUND),  # opens towards the midline, from −20 to 20 mm
+)
+OTHER = Ellipsoid((-60, 0, 0), (27, 25, 55), KIDNEY)
+SIZE = (200, 100, 130)
+
+
+def scores(*tumor: Ellipsoid, tilt: tuple[float, float, float] = (0, 0, 0), codes: str = "IPL") -> Nephrometry:
+    """The scores of a tumor in the right kidney, in a straight scan of a patient who lies tilted."""
+    geometry = lattice(codes, spacing=(2.5, 1.2, 1.2), size=SIZE, degrees=tilt)
+    straight = lattice(codes, spacing=(2.5, 1.2, 1.2), size=SIZE)
+    found = library.nephrometry(paint(geometry, *KIDNEY_AND_SINUS, OTHER, *tumor), straight.affine)
+    assert found is not None
+    return found
+
+
+def test_a_small_tumor_on_the_lower_pole() -> None:
+    found = scores(ball((72, 0, -48), 13))
+    assert (found.renal.radius, found.renal.nearness, found.renal.face, found.renal.location) == (1, 1, "x", 1)
+    assert (found.padua.location, found.padua.rim, found.padua.sinus, found.padua.size) == (1, 1, 1, 1)
+    assert str(found.renal) == f"{found.renal.points}x"
+    assert found.lines.upper == pytest.approx(20, abs=5)
+    assert found.lines.lower == pytest.approx(-20, abs=5)
+    assert np.array(found.lines.centre) == pytest.approx((60, 0, 0), abs=3)
+    for axis, direction in (
+        (found.lines.up, (0, 0, 1)),
+        (found.lines.hilum, (-1, 0, 0)),
+        (found.lines.front, (0, 1, 0)),
+    ):
+        assert np.array(axis) == pytest.approx(direction, abs=0.1)
+    centres = np.hypot(12, 48)
+    assert found.c_index == pytest.approx(centres / 13, rel=0.08)
+
+
+def test_a_tumor_in_the_middle_of_the_kidney() -> None:
+    found = scores(ball((56, 0, 3), 12))
+    assert (found.renal.exophytic, found.renal.nearness, found.renal.location) == (3, 3, 3)
+    assert (found.padua.exophytic, found.padua.sinus, found.padua.collecting, found.padua.location) == (3, 2, 2, 2)
+    assert found.outside == 0
+    assert found.nearness_mm == 0
+
+
+def test_a_large_tumor_on_the_front() -> None:
+    found = scores(ball((66, 50, 0), 36))
+    assert (found.renal.radius, found.renal.exophytic, found.renal.face, found.renal.location) == (3, 1, "a", 3)
+    assert found.padua.size == 3
+    assert found.anterior > 0.95
+
+
+def test_the_gap_to_the_sinus() -> None:
+    found = scores(ball((79, 0, 0), 20))  # from 59 on, and the sinus to 50
+    assert found.nearness_mm == pytest.approx(9, abs=1.5)
+    assert found.renal.nearness == 1
+    assert scores(ball((73, 0, 0), 20)).renal.nearness == 3
+
+
+@pytest.mark.parametrize(
+    ("between", "above", "points"), [(0, 1, 1), (0.3, 1, 2), (0.51, 1, 3), (0.3, 0.9, 3), (1, 0, 3)]
+)
+def test_points_for_the_location(between: float, above: float, points: int) -> None:
+    assert _location(between, above) == points
+
+
+def test_orientation_and_tilt_change_no_part() -> None:
+    tumor = ball((70, 22, 12), 14)
+    found = scores(tumor)
+    parts = found.renal, found.padua
+    for codes in ORIENTATIONS[5::20]:
+        turned = scores(tumor, codes=codes)
+        assert (turned.renal, turned.padua) == parts
+    for tilt in ((20, 0, 0), (0, -14, 14)):
+        turned = scores(tumor, tilt=tilt)
+        assert (turned.renal, turned.padua) == parts
+
+
+def test_a_tumor_in_place_of_the_sinus() -> None:
+    found = scores(ball((36, 0, 0), 25))
+    assert found.renal.nearness == 3
+    assert found.padua.sinus == 2
+
+
+def test_the_command_and_nothing_to_score(tmp_path: Path) -> None:
+    geometry = lattice("RAS", spacing=(3, 2, 2), size=SIZE)
+    labels = paint(geometry, *KIDNEY_AND_SINUS, OTHER, ball((72, 0, -48), 13))
+    nibabel.save(nibabel.Nifti1Image(labels, geometry.affine), tmp_path / "case.nii.gz")
+    shown = kitseg(tmp_path, "measure", "case.nii.gz", "--nephrometry", "--json=found.json")
+    assert shown.code == 0, shown.text
+    assert "PADUA" in shown.text
+    assert '"nearness"' in (tmp_path / "found.json").read_text()
+    assert library.nephrometry(np.minimum(labels, KIDNEY), geometry.affine) is None
+    page = kitseg(tmp_path, "report", "case.nii.gz", "--output=pages")
+    assert page.code == 0, page.text
+    (text,) = [path.read_text() for path in (tmp_path / "pages").glob("*.html") if path.name != "index.html"]
+    assert "R.E.N.A.L. <strong>" in text
+    assert 'class="prediction polar"' in text
