@@ -28,6 +28,8 @@ _NOTCH_MM = 8.0  # inside the outline, which a gap reaches at a level where the 
 _STEP = 1.0  # mm of the grid
 _THICK = 1.5  # mm, from which on slices are interpolated
 _PIECE = 0.05  # of the largest piece of parenchyma; smaller ones are ignored
+_LARGEST_ML = 15_000  # of a kidney's box; labels all over a scan are noise
+_FEWEST = 30  # points on a grid of 3 mm in an outline, 1 ml
 _DIRECTIONS = 512
 _SAMPLES = 20_000  # most voxels of a tumor that are compared with the outline
 _ROUGH = 64  # of the directions, which rule most voxels out
@@ -88,7 +90,7 @@ class KidneyFrame:
 
 
 def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, medial: Array) -> KidneyFrame | None:
-    """Find the axes of a kidney and its sinus; None without parenchyma.
+    """Find the axes of a kidney and its sinus; None for what is too small or too large to be a kidney.
 
     Args:
         labels: (D, H, W), only of this kidney and its lesions, cropped to them: 1 is parenchyma.
@@ -96,15 +98,19 @@ def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, me
         lesion: the tumor to look at (D, H, W).
         medial: direction to the patient's midline, (3,) RAS+.
     """
+    if labels.size * geometry.voxel_ml > _LARGEST_ML:
+        return None
     tumor, any_label = (_fine(mask, geometry.spacing) for mask in (lesion, labels > 0))
     parenchyma = _fine(labels == KIDNEY, geometry.spacing) & ~tumor
     pieces = Components.of(parenchyma)
-    if not pieces.sizes.any():
+    if not pieces.sizes.any() or not tumor.any():
         return None
     outline = _Outline.of(pieces.chosen(pieces.sizes >= _PIECE * pieces.sizes.max()))
     depth = outline.depths(~(any_label | tumor))
     solid = np.argwhere(np.ones([-(-n // 3) for n in tumor.shape], bool)) * 3
     solid = solid[outline.depth(solid) > 0]
+    if len(solid) < _FEWEST:
+        return None
     centre = solid.mean(axis=0)
     axes = geometry.affine[:3, :3] / geometry.spacing
     up = _long_axis(solid - centre, axes.T @ [0.0, 0.0, 1.0])

@@ -135,13 +135,13 @@ def tumor_frame(labels: NDArray[np.uint8], geometry: Geometry, findings: Finding
         return None
     inside, grid = labels[box.slices], geometry.crop(box)
     sides = side_map(inside, grid, frame_midline(geometry))
-    own = np.where(sides == CODES[tumor.side], inside, np.uint8(BACKGROUND))
+    lesion = component_at(inside == TUMOR, triple(np.subtract(tumor.centre, box.start)))
+    own = np.where((sides == CODES[tumor.side]) | lesion, inside, np.uint8(BACKGROUND))
     near = bounding_box(own != BACKGROUND)
-    if near is None:
-        return None
-    kidney = own[near.slices]
-    lesion = component_at(kidney == TUMOR, triple(np.subtract(tumor.centre, near.placed(box.start).start)))
-    return kidney_frame(kidney, grid.crop(near), lesion, np.array([-1.0 if tumor.side == RIGHT else 1.0, 0, 0]))
+    assert near is not None
+    return kidney_frame(
+        own[near.slices], grid.crop(near), lesion[near.slices], np.array([-1.0 if tumor.side == RIGHT else 1.0, 0, 0])
+    )
 
 
 def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
