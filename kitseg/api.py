@@ -207,14 +207,14 @@ def after_surgery(
 
 
 def nephrometry(
-    labels: Image | Prediction, affine: ArrayLike | None = None, convention: str = "kits23"
+    labels: Image | Prediction, affine: ArrayLike | None = None, scheme: Scheme | str = "kits23"
 ) -> Nephrometry | None:
     """R.E.N.A.L., PADUA and C-index of the largest tumor; None without a tumor in a kidney.
 
     Args:
         labels: a ``Prediction``, a NIfTI file, an array or an image.
         affine: (4, 4), of arrays.
-        convention: what label ids mean, kits19 or kits23.
+        scheme: of the label map, see ``labels.find_scheme``; a ``Prediction`` has its own.
 
     Raises:
         InputError: a file or an array can't be used.
@@ -222,7 +222,7 @@ def nephrometry(
     from kitseg.measurement import nephrometry as scores
     from kitseg.measurement.measure import measure as measure_labels
 
-    found = _labels(labels, affine, convention)
+    found = _labels(labels, affine, scheme)
     return scores.nephrometry(found.array, found.geometry, measure_labels(found.array, found.geometry))
 
 
