@@ -93,7 +93,7 @@ def test_plans_of_kits19_are_the_sizes() -> None:
 
 def test_memory_by_hand() -> None:
     assert memory_of(10, 100, "cuda") == 10 * 16 + 500e6 + 100
-    assert memory_of(10, 100, "cpu") == 10 * 16 + 600e6 + 150
+    assert memory_of(10, 100, "cpu") == 10 * 16 + 725e6 + 150
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

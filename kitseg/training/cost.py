@@ -31,7 +31,8 @@ from kitseg.volumes.resample import grid_geometry
 FORWARD_AND_BACKWARD = 3
 BYTES_PER_PARAMETER = 16  # the weight, its gradient, and the two moments of Adam, in float32
 MIXED = 0.64  # of the bytes of all activations in float32: sums and losses stay in it
-PROGRAM, GPU_PROGRAM = 600_000_000, 500_000_000  # Python with its libraries; what CUDA takes of a GPU's memory
+PROGRAM, GPU_PROGRAM = 725_000_000, 500_000_000  # Python with its libraries; what CUDA takes of a GPU's memory
+EARLIER = 100_000_000  # what the predictions of an earlier stage leave in a process on a CPU
 CPU_COPIES = 1.5  # times the activations: reordered inputs of convolutions, and the allocator's gaps
 
 
@@ -117,9 +118,8 @@ def stage_cost(spec: StageSpec, region: Triple, device: str) -> Cost:
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
     parameters = sum(p.numel() for p in module.parameters())
-    memory = memory_of(
-        parameters, activations * (1 if precision_on(device, spec.precision) == "32-true" else MIXED), device
-    )
+    live = activations * (1 if precision_on(device, spec.precision) == "32-true" else MIXED)
+    memory = memory_of(parameters, live, device) + (EARLIER if spec.inputs and device == "cpu" else 0)
     return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)
 
 
