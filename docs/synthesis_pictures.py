@@ -14,22 +14,22 @@ from matplotlib.figure import Figure
 
 from kitseg.patches.bodies import body_of, open_shapes, prepare_shapes, shape_cases
 from kitseg.synthesis import phases, scanners
-from kitseg.synthesis.bodies import Body
+from kitseg.synthesis.bodies import RealBody
 from kitseg.synthesis.fields import blur
 from kitseg.synthesis.habitus import KINDS
 from kitseg.synthesis.lesions import Shapes
-from kitseg.synthesis.patient import Parts, Patient, Window, make
+from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
 from kitseg.synthesis.textures import LOOKS
 from kitseg.types import Case
 
-NONE = Parts(**dict.fromkeys(asdict(Parts()), False))
-NEAR = Window((72, 80, 80), (1.2, 1.2, 1.2), (1.0, 1.0, 0.0), radii=(5, 26))
+NONE = SynthesisParts(**dict.fromkeys(asdict(SynthesisParts()), False))
+NEAR = View((72, 80, 80), (1.2, 1.2, 1.2), (1.0, 1.0, 0.0), radii=(5, 26))
 KIDNEY = replace(NEAR, focus=(0.0, 1.0, 0.0))
 COLOURS = {1: "#00d5ff", 2: "#ff2d2d", 3: "#ffd500"}
-Wanted = Callable[[Patient], bool]
+Wanted = Callable[[SyntheticPatient], bool]
 
 
-def find(body: Body, shapes: Shapes, window: Window, parts: Parts, wanted: Wanted) -> Patient:
+def find(body: RealBody, shapes: Shapes, window: View, parts: SynthesisParts, wanted: Wanted) -> SyntheticPatient:
     """The first patient of its kind."""
     patients = (make(body, shapes, window, parts, np.random.default_rng(n)) for n in range(2000))
     return next(patient for patient in patients if wanted(patient))
@@ -38,21 +38,21 @@ def find(body: Body, shapes: Shapes, window: Window, parts: Parts, wanted: Wante
 def lesion(kind: str, look: str, least: float) -> Wanted:
     """Patients whose first lesion is of a kind, of at least so many ml."""
 
-    def wanted(patient: Patient) -> bool:
+    def wanted(patient: SyntheticPatient) -> bool:
         rows = patient.made["lesions"]
         return bool(rows) and (rows[0]["kind"], rows[0]["look"]) == (kind, look) and rows[0]["ml"] >= least
 
     return wanted
 
 
-def axial(patient: Patient) -> tuple[torch.Tensor, torch.Tensor]:
+def axial(patient: SyntheticPatient) -> tuple[torch.Tensor, torch.Tensor]:
     """HU and labels of the slice with most of a lesion, a stone, or the kidneys."""
     masses, bright = patient.label > 1, (patient.label > 0) & (patient.hu > 400)
     best = next(mask for mask in (masses, bright, patient.label > 0) if mask.any()).sum((1, 2)).argmax()
     return patient.hu[best], patient.label[best]
 
 
-def coronal(patient: Patient) -> tuple[torch.Tensor, torch.Tensor]:
+def coronal(patient: SyntheticPatient) -> tuple[torch.Tensor, torch.Tensor]:
     """HU and labels of the plane with most of the kidneys."""
     best = (patient.label > 0).sum((0, 2)).argmax()
     return patient.hu[:, best], patient.label[:, best]
@@ -100,7 +100,7 @@ def main(scan: Path, mask: Path, out: Path, label_maps: Path | None) -> None:
         )
     page(out / "synthesis_phases.png", {name: axial(patient) for name, patient in shown.items()})
     depth = round(body.hu.shape[0] * body.spacing[0] / 2.5)
-    whole = Window((depth, 100, 140), (2.5, 2.5, 2.5), whole=True)
+    whole = View((depth, 100, 140), (2.5, 2.5, 2.5), whole=True)
     rows = {"as scanned": make(body, shapes, whole, NONE, np.random.default_rng(0))}
     rows["habitus"] = make(body, shapes, whole, replace(NONE, habitus=True), np.random.default_rng(1))
     some = replace(NONE, kidneys=True)
@@ -110,14 +110,14 @@ def main(scan: Path, mask: Path, out: Path, label_maps: Path | None) -> None:
     page(out / "synthesis_scanners.png", scanned(find(body, shapes, KIDNEY, NONE, in_view)))
 
 
-def in_view(patient: Patient, urine: bool = False) -> bool:
+def in_view(patient: SyntheticPatient, urine: bool = False) -> bool:
     """Whether a patch shows much of a kidney, and perhaps bright urine."""
     return bool(
         (patient.label > 0).float().mean() > 0.12 and (not urine or (patient.hu[patient.label > 0] > 400).sum() > 40)
     )
 
 
-def scanned(near: Patient) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def scanned(near: SyntheticPatient) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The changes of the scanner, one by one."""
     mm, rng = np.array(NEAR.spacing), np.random.default_rng(0)
     made = {

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from kitseg.cli import app
-from kitseg.config import compose
+from kitseg.config import compose, sizes
 from kitseg.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def check_call(arguments: list[str]) -> None:
     with COMMANDS[name].make_context(name, rest) as context:
         given = context.params
     if given.get("set_") and Path(given["method"]).suffix != ".yaml":
-        compose(given["method"], given["size"], given["set_"])
+        compose(given["method"], given["size"] or sizes(given["method"]).popitem()[0], given["set_"])
 
 
 def calls_of(script: Path, folder: Path) -> Iterator[list[str]]:
@@ -93,7 +93,9 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
-def test_calls_in_pages_are_valid(page: Path) -> None:
+def test_calls_in_pages_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(ROOT / "conf" / "labels" / "kits23.yaml", tmp_path / "mine.yaml")
+    monkeypatch.chdir(tmp_path)
     for line in blocks(page):
         check_call(shlex.split(line, comments=True))
 

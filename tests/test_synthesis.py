@@ -23,13 +23,13 @@ from kitseg.patches.bodies import shape_cases
 from kitseg.patches.queue import AddressSampler
 from kitseg.patches.synthetic import SyntheticQueue
 from kitseg.synthesis import habitus, lesions, phases, scanners
-from kitseg.synthesis.bodies import FAR, Body, describe, kidney_distance, signed_distance
+from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
 from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
-from kitseg.synthesis.patient import Parts, Patient, Window, make
+from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
 from kitseg.training.stage_inputs import read_places
 
 MM = (3.0, 3.0, 3.0)
-NONE = Parts(**dict.fromkeys(asdict(Parts()), False))
+NONE = SynthesisParts(**dict.fromkeys(asdict(SynthesisParts()), False))
 
 
 def ball(shape: tuple[int, ...], centre: tuple[float, ...], mm: float) -> np.ndarray:
@@ -48,24 +48,24 @@ def scan(shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def body() -> Body:
+def body() -> RealBody:
     hu, kidneys = scan()
     arrays, facts = describe(hu, kidney_distance(kidneys, MM), MM)
-    return Body(name="a", hu=hu, **arrays, spacing=MM, facts=facts)
+    return RealBody(name="a", hu=hu, **arrays, spacing=MM, facts=facts)
 
 
-def patient(body: Body, parts: Parts, *address: int, window: Window | None = None) -> Patient:
-    return make(body, Shapes(), window or Window((40, 40, 40), MM), parts, np.random.default_rng(address))
+def patient(body: RealBody, parts: SynthesisParts, *address: int, window: View | None = None) -> SyntheticPatient:
+    return make(body, Shapes(), window or View((40, 40, 40), MM), parts, np.random.default_rng(address))
 
 
-def test_without_any_part_a_body_is_unchanged(body: Body) -> None:
-    found = patient(body, NONE, 0, window=Window.on(body))
+def test_without_any_part_a_body_is_unchanged(body: RealBody) -> None:
+    found = patient(body, NONE, 0, window=View.on(body))
     assert (found.hu - torch.from_numpy(body.hu.astype(np.float32))).abs().max() < 0.5, "but for rounding"
     assert np.array_equal(found.label.numpy() > 0, np.asarray(body.distance) < 0)
     assert found.made["lesions"] == []
 
 
-def test_facts_of_a_body(body: Body) -> None:
+def test_facts_of_a_body(body: RealBody) -> None:
     assert body.facts.parenchyma == pytest.approx(150, abs=1)
     assert np.allclose([k.centre for k in body.facts.kidneys], [(66, 96, 66), (66, 96, 177)], atol=1.5)
     assert all(np.allclose(kidney.radii, 30, atol=1.5) for kidney in body.facts.kidneys)
@@ -81,15 +81,15 @@ def test_signed_distance_by_hand() -> None:
     assert signed_distance(line, (9, 9, 2))[0, 0].tolist() == [3, 1, -1, -1, 1, 3]
 
 
-def test_one_address_is_one_patient(body: Body) -> None:
-    one, same, other = (patient(body, Parts(), *address) for address in ((1, 2, 3), (1, 2, 3), (1, 2, 4)))
+def test_one_address_is_one_patient(body: RealBody) -> None:
+    one, same, other = (patient(body, SynthesisParts(), *address) for address in ((1, 2, 3), (1, 2, 3), (1, 2, 4)))
     assert torch.equal(one.hu, same.hu)
     assert torch.equal(one.label, same.label)
     assert one.made == same.made
     assert not torch.equal(one.hu, other.hu)
 
 
-def test_hu_levels_of_the_phases(body: Body) -> None:
+def test_hu_levels_of_the_phases(body: RealBody) -> None:
     levels = {}
     for name in phases.SHARES:
         fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
@@ -106,13 +106,13 @@ def test_hu_levels_of_the_phases(body: Body) -> None:
     assert float(hu[torch.from_numpy(shell)].mean()) > levels[phases.CORTICAL] + 20, "the cortex is brighter"
 
 
-def test_a_label_is_where_a_lesion_is_and_shows_its_hu(body: Body) -> None:
+def test_a_label_is_where_a_lesion_is_and_shows_its_hu(body: RealBody) -> None:
     rng = np.random.default_rng(5)
     fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
     label = (fields[1] < 0).to(torch.uint8)
-    scene = lesions.Scene(*fields, label, np.array(MM), phases.Phase("as scanned", 150, 150), 0.0)
+    scene = lesions.Surroundings(*fields, label, np.array(MM), phases.Phase("as scanned", 150, 150), 0.0)
     middle = (np.array(body.hu.shape) - 1) / 2 * MM
-    plan = lesions.Plan("cyst", drawn_shape(rng, 12, True), 1.0, np.eye(3), np.array([66, 96, 66]) - middle)
+    plan = lesions.PlannedLesion("cyst", drawn_shape(rng, 12, True), 1.0, np.eye(3), np.array([66, 96, 66]) - middle)
     made = lesions.insert(plan, scene, rng)
     assert made is not None
     cyst = label.numpy() == 3
@@ -126,11 +126,11 @@ def test_a_label_is_where_a_lesion_is_and_shows_its_hu(body: Body) -> None:
     assert np.allclose(scene.hu.numpy()[~away], body.hu[~away], atol=0.5)
 
 
-def test_lesions_need_a_kidney(body: Body) -> None:
+def test_lesions_need_a_kidney(body: RealBody) -> None:
     fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
-    scene = lesions.Scene(*fields, fields[1].to(torch.uint8) * 0, np.array(MM), phases.Phase("", 150, 150), 0.0)
+    scene = lesions.Surroundings(*fields, fields[1].to(torch.uint8) * 0, np.array(MM), phases.Phase("", 150, 150), 0.0)
     rng = np.random.default_rng(0)
-    far = lesions.Plan("tumor", drawn_shape(rng, 9, False), 1.0, np.eye(3), np.array([0.0, -60, 0]))
+    far = lesions.PlannedLesion("tumor", drawn_shape(rng, 9, False), 1.0, np.eye(3), np.array([0.0, -60, 0]))
     assert lesions.insert(far, scene, rng) is None
     assert not scene.label.any()
 
@@ -145,7 +145,7 @@ def test_shapes_of_a_label_map() -> None:
     assert found[0].distance[middle] == found[0].distance.min() == pytest.approx(-14.5, abs=1.5), "smoothed"
 
 
-def test_moves_and_pushes(body: Body) -> None:
+def test_moves_and_pushes(body: RealBody) -> None:
     kidney = body.facts.kidneys[0]
     middle = (np.array(body.hu.shape) - 1) / 2 * MM
     shift = habitus.Move(np.array(kidney.centre), np.full(3, 60.0), np.zeros((3, 3)), np.array([-12.0, 0, 0]), True)
@@ -159,7 +159,7 @@ def test_moves_and_pushes(body: Body) -> None:
     assert float(distance.min()) == FAR
 
 
-def test_a_removed_kidney_leaves_fat(body: Body) -> None:
+def test_a_removed_kidney_leaves_fat(body: RealBody) -> None:
     kidney, middle = body.facts.kidneys[0], (np.array(body.hu.shape) - 1) / 2 * MM
     points = habitus.Frame(np.eye(3), middle).grid(body.hu.shape, MM)
     hu, distance, _ = habitus.remove(kidney, habitus.sample(body, points), points, np.random.default_rng(0))
@@ -178,11 +178,11 @@ def test_thick_slices_keep_the_mean_and_lose_detail() -> None:
     assert scanners.thick_slices(stripes, 1.0) is stripes
 
 
-def test_each_part_can_be_switched_off(body: Body) -> None:
+def test_each_part_can_be_switched_off(body: RealBody) -> None:
     kinds = {"tumors": "tumor", "cysts": "cyst", "stones": "stone", "lookalikes": "lookalike"}
-    window = Window((14, 14, 14), MM)
+    window = View((14, 14, 14), MM)
     for part, kind in kinds.items():
-        parts = Parts(**{**asdict(NONE), part: True})
+        parts = SynthesisParts(**{**asdict(NONE), part: True})
         made = [row["kind"] for n in range(20) for row in patient(body, parts, n, window=window).made["lesions"]]
         assert set(made) == {kind}, part
 

@@ -66,7 +66,7 @@ def synthesize(
     from kitseg.patches.synthetic import parts_without
     from kitseg.volumes.kits import labelled_cases
 
-    recipe = steps.Recipe(seed, parts_without(without), lesions)
+    recipe = steps.SynthesisRecipe(seed, parts_without(without), lesions)
     cases = labelled_cases([bodies], masks)
     show_left_out([bodies], cases, masks)
     work("synthesize", number, lambda done: steps.synthesize(cases, out, number, recipe, jobs, done))

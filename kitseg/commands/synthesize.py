@@ -17,9 +17,9 @@ from kitseg.patches.synthetic import write_patient
 from kitseg.runtime.files import atomic_write, write_table
 from kitseg.runtime.outcomes import Outcome, each, in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile
-from kitseg.synthesis.bodies import Body
+from kitseg.synthesis.bodies import RealBody
 from kitseg.synthesis.lesions import Shapes
-from kitseg.synthesis.patient import Parts, Window, make
+from kitseg.synthesis.patient import SynthesisParts, View, make
 from kitseg.types import Case, Volume
 from kitseg.volumes.tables import PATIENTS
 
@@ -31,11 +31,11 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SynthesisRecipe:
     """What decides the patients: seed, parts, and the label maps whose lesions give shapes, None for drawn shapes."""
 
     seed: int
-    parts: Parts
+    parts: SynthesisParts
     lesions: Path | None
 
 
@@ -43,7 +43,7 @@ class Recipe:
 class _Record:
     version: str
     address: tuple[int, int]
-    parts: Parts
+    parts: SynthesisParts
     lesions: dict[str, InputFile]
     body: dict[str, InputFile]
     patient: dict[str, Any]
@@ -54,7 +54,7 @@ _FORMAT = FileFormat(_Record, 1)
 
 
 def synthesize(
-    bodies: Sequence[Case], to: Path, count: int, recipe: Recipe, jobs: int, on_done: Callable[[Outcome], None]
+    bodies: Sequence[Case], to: Path, count: int, recipe: SynthesisRecipe, jobs: int, on_done: Callable[[Outcome], None]
 ) -> list[Outcome]:
     """Write ``count`` patients as ``case_00000`` and on, from the bodies in turn; those that are there are kept.
 
@@ -83,13 +83,13 @@ def synthesize(
     return outcomes
 
 
-def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: Recipe) -> list[Outcome]:
+def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: SynthesisRecipe) -> list[Outcome]:
     """The patients of one body, which is read once, when the first of them is missing."""
     shapes_folder = to / ".shapes"
     shapes = open_shapes(shapes_folder, shape_cases(shapes_folder)) if recipe.lesions is not None else Shapes()
     files = {"image": InputFile.of(case.image)} | ({"mask": InputFile.of(case.label)} if case.label else {})
     lesions = {"shapes": InputFile.of(shapes_folder / "shapes.npy")} if recipe.lesions is not None else {}
-    read: list[tuple[Body, Volume]] = []
+    read: list[tuple[RealBody, Volume]] = []
 
     def write(name: str) -> Outcome:
         folder, address = to / name, (recipe.seed, int(name[5:]))
@@ -101,7 +101,7 @@ def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: Recipe) -> li
         if not read:
             read.append(body_of(case))
         body, scan = read[0]
-        patient = make(body, shapes, Window.on(body), recipe.parts, np.random.default_rng(address))
+        patient = make(body, shapes, View.on(body), recipe.parts, np.random.default_rng(address))
         made = patient.made
         with atomic_write(folder) as partial:
             partial.mkdir()

@@ -2,7 +2,7 @@
 
 Everything is computed on a grid of 1 mm. The kidney's outline is the convex hull of its parenchyma. The renal sinus is
 what lies at least 6 mm inside the outline without being labelled: fat, vessels and the collecting system, which KiTS's
-labels leave out where they can be told from parenchyma.
+labels leave out where they can be distinguished from parenchyma.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Patient:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class NewBaseline:
     """New baseline GFR by the three formulas, and the 90 % interval around ``both``."""
 
     volume: float
@@ -62,8 +62,8 @@ class AfterSurgery:
 
     side: str
     other_share: float
-    radical: Prediction
-    partial: Prediction
+    radical: NewBaseline
+    partial: NewBaseline
     margins_mm: tuple[float, ...]
     lost_ml: tuple[float, ...]
     lost_gfr: tuple[float, ...]
@@ -98,11 +98,11 @@ def after_surgery(
     )
 
 
-def _predict(patient: Patient, share: float, tumor_mm: float, operation: str) -> Prediction:
+def _predict(patient: Patient, share: float, tumor_mm: float, operation: str) -> NewBaseline:
     volume = bounded(from_volume(patient.egfr, share, operation))
     clinical = bounded(from_clinic(patient, tumor_mm, operation))
     both, half = (volume + clinical) / 2, _HALF_WIDTH[operation]
-    return Prediction(volume, clinical, both, bounded(both - half), bounded(both + half))
+    return NewBaseline(volume, clinical, both, bounded(both - half), bounded(both + half))
 
 
 def bounded(value: float) -> float:

@@ -20,7 +20,7 @@ from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
-from kitseg.synthesis.bodies import Body, Facts, describe, kidney_distance
+from kitseg.synthesis.bodies import Facts, RealBody, describe, kidney_distance
 from kitseg.synthesis.lesions import Shape, Shapes, shapes_of
 from kitseg.types import Case, Volume
 from kitseg.volumes.kits import find_labels
@@ -79,12 +79,12 @@ def read_body(case: Case) -> tuple[Volume, NDArray[np.bool_]]:
     return scan, mask.array == KIDNEY
 
 
-def body_of(case: Case) -> tuple[Body, Volume]:
+def body_of(case: Case) -> tuple[RealBody, Volume]:
     """A body on its scan's own grid, in memory, and the scan. Raises InputError: see ``read_body``."""
     scan, kidney = read_body(case)
     hu = np.clip(np.rint(scan.array), -1024, 3071).astype(np.int16)
     arrays, facts = describe(hu, kidney_distance(kidney, scan.geometry.spacing), scan.geometry.spacing)
-    return Body(name=case.id, hu=hu, **arrays, spacing=scan.geometry.spacing, facts=facts), scan
+    return RealBody(name=case.id, hu=hu, **arrays, spacing=scan.geometry.spacing, facts=facts), scan
 
 
 def prepare_bodies(cases: Sequence[Case], stores: Sequence[Path], jobs: int, on_done: Callable[[], None]) -> None:
@@ -96,7 +96,7 @@ def prepare_bodies(cases: Sequence[Case], stores: Sequence[Path], jobs: int, on_
     in_parallel((delayed(_prepare_body)(case, stores) for case in todo), jobs, lambda _: on_done(), ordered=False)
 
 
-def open_body(folder: Path) -> Body:
+def open_body(folder: Path) -> RealBody:
     """A stored case as a body, memory-mapped. Raises InputError: not prepared, or damaged."""
     case, info = open_case(folder), _BODY.read(folder / "body" / "body.json")
     try:
@@ -105,7 +105,7 @@ def open_body(folder: Path) -> Body:
             raise ValueError("its arrays have another shape than the scan")
     except (OSError, ValueError, EOFError) as error:
         raise unreadable(folder / "body", error, _AGAIN) from error
-    return Body(name=case.id, hu=case.image, **arrays, spacing=info.spacing, facts=info.facts)
+    return RealBody(name=case.id, hu=case.image, **arrays, spacing=info.spacing, facts=info.facts)
 
 
 def prepare_shapes(labels: Path, to: Path, jobs: int) -> None:

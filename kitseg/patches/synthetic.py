@@ -19,16 +19,16 @@ from kitseg.labels import CYST, KIDNEY
 from kitseg.links.input_transform import InputTransform
 from kitseg.patches.bodies import open_body, open_shapes
 from kitseg.patches.queue import Address
-from kitseg.synthesis.bodies import Body
+from kitseg.synthesis.bodies import RealBody
 from kitseg.synthesis.lesions import Shapes
-from kitseg.synthesis.patient import Parts, Patient, Window, make
+from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
 from kitseg.types import Geometry
 from kitseg.volumes.kits import IMAGE, LABEL
 from kitseg.volumes.nifti import write_image, write_labels
 from kitseg.volumes.store import open_case
 
 MARK = "kitseg synthesis"  # ``descrip`` in the header of a synthetic patient
-LESION_STAGE, KIDNEY_STAGE = (0.6, 0.55, 0.45), (0.5, 0.35, 0.65)  # see ``Window.focus``
+LESION_STAGE, KIDNEY_STAGE = (0.6, 0.55, 0.45), (0.5, 0.35, 0.65)  # see ``View.focus``
 LARGEST = 50.0  # mm, the radius of a lesion
 
 
@@ -64,7 +64,7 @@ class SyntheticQueue(Dataset[tio.Subject]):
         self.source, self.transform, self.seed = source, transform, seed
         depth, height, width = map(int, size)
         least = max(2.5, 2 * float(np.mean(source.spacing)))
-        self.window = Window(
+        self.window = View(
             (depth, height, width),
             source.spacing,
             KIDNEY_STAGE if source.everywhere else LESION_STAGE,
@@ -74,7 +74,7 @@ class SyntheticQueue(Dataset[tio.Subject]):
         self.parts = parts_without(source.without)
 
     @cached_property
-    def bodies(self) -> list[tuple[Body, tuple[float, float]]]:
+    def bodies(self) -> list[tuple[RealBody, tuple[float, float]]]:
         """The bodies, and mean and standard deviation of each scan's HU; opened in each process."""
         return [(open_body(folder), open_case(folder).statistics) for folder in self.source.bodies]
 
@@ -104,15 +104,15 @@ class SyntheticQueue(Dataset[tio.Subject]):
         )
 
 
-def parts_without(names: Sequence[str]) -> Parts:
+def parts_without(names: Sequence[str]) -> SynthesisParts:
     """All parts but those named. Raises UsageError: an unknown part."""
-    known = asdict(Parts())
+    known = asdict(SynthesisParts())
     if odd := [name for name in names if name not in known]:
         raise UsageError(f"there is no part '{odd[0]}' of the synthesis. Choose from {', '.join(known)}")
-    return Parts(**{name: name not in names for name in known})
+    return SynthesisParts(**{name: name not in names for name in known})
 
 
-def write_patient(folder: Path, patient: Patient, native: Geometry, cysts: bool = True) -> None:
+def write_patient(folder: Path, patient: SyntheticPatient, native: Geometry, cysts: bool = True) -> None:
     """Write a patient in the KiTS layout into an existing folder, with kits23 labels on a body's own grid.
 
     cysts: whether they have a label of their own, or are kidney.

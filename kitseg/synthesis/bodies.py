@@ -15,7 +15,7 @@ from kitseg.components import Components, kidneys_among
 
 FAR = 60.0  # mm, where distances are cut off
 NATIVE = 60.0  # HU of the parenchyma, below which a scan has no contrast
-VESSEL, SINUS = 1, -1  # in ``Body.tissue``
+VESSEL, SINUS = 1, -1  # in ``RealBody.tissue``
 CLOSING, DEPTH = 9.0, 5.0  # mm: the sinus is what closing a kidney by so much fills, where it is this deep
 PLACES = 40_000
 Mask = NDArray[np.bool_]
@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Kidney:
+class KidneyBox:
     """One kidney of a body: centre and half the size of its bounding box in mm from the centre of voxel 0."""
 
     centre: tuple[float, float, float]
@@ -37,11 +37,11 @@ class Facts:
     parenchyma: float
     noise: float
     back: float
-    kidneys: tuple[Kidney, ...]
+    kidneys: tuple[KidneyBox, ...]
 
 
 @dataclass(frozen=True)
-class Body:
+class RealBody:
     """A body on a grid, as (D, H, W) arrays that may be memory-mapped.
 
     name: of its case; hu: the scan; distance: mm to the kidneys' surface, negative inside, at most ``FAR``; tissue:
@@ -136,14 +136,14 @@ def _back(hu: Floats, spacing: Sequence[float]) -> float:
     return float(rows[-1] * spacing[1]) if rows.size else float(hu.shape[1] * spacing[1])
 
 
-def _kidneys(kidney: Mask, spacing: Sequence[float]) -> tuple[Kidney, ...]:
+def _kidneys(kidney: Mask, spacing: Sequence[float]) -> tuple[KidneyBox, ...]:
     parts = Components.of(kidney)
     chosen = kidneys_among(parts.sizes, float(np.prod(spacing)) / 1000)
     found = []
     for number in np.flatnonzero(chosen):
         box, mm = Components.of(parts.chosen(np.arange(len(parts.sizes)) == number)).box, np.array(spacing)
         start, stop = np.array(box.start) * mm, (np.array(box.stop) - 1) * mm
-        found.append(Kidney(*(_triple(v) for v in ((start + stop) / 2, (stop - start) / 2))))
+        found.append(KidneyBox(*(_triple(v) for v in ((start + stop) / 2, (stop - start) / 2))))
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from kitseg.synthesis.bodies import FAR, Body, Kidney
+from kitseg.synthesis.bodies import FAR, KidneyBox, RealBody
 from kitseg.synthesis.fields import Vector, rotation, smooth_noise, step, upsampled, white
 
 AIR = -1000.0
@@ -52,7 +52,7 @@ class Unusual:
     """A kidney that is absent, small, low or malrotated (``kind``), and the move that makes it so, in the body."""
 
     kind: str
-    kidney: Kidney
+    kidney: KidneyBox
     move: Move
 
 
@@ -70,7 +70,7 @@ class Frame:
     unusual: tuple[Unusual, ...] = ()
 
     @property
-    def removed(self) -> list[Kidney]:
+    def removed(self) -> list[KidneyBox]:
         """The kidneys that are filled with fat."""
         return [one.kidney for one in self.unusual if one.kind == "absent"]
 
@@ -130,7 +130,7 @@ def push(centre: Vector, radius: float, strength: float) -> Move:
     return Move(centre, np.full(3, 1.5 * radius), -strength * np.eye(3), np.zeros(3))
 
 
-def unusual_kidneys(rng: Generator, kidneys: Sequence[Kidney]) -> tuple[Unusual, ...]:
+def unusual_kidneys(rng: Generator, kidneys: Sequence[KidneyBox]) -> tuple[Unusual, ...]:
     """Each kidney may be absent (one of two), small, low or malrotated; most are usual."""
     kinds = rng.choice(["usual", *KINDS], len(kidneys), p=[1 - sum(KINDS.values()), *KINDS.values()]).tolist()
     if len(kidneys) == 1 or kinds == ["absent"] * len(kidneys):
@@ -139,7 +139,7 @@ def unusual_kidneys(rng: Generator, kidneys: Sequence[Kidney]) -> tuple[Unusual,
     return tuple(Unusual(kind, kidney, _moved(kind, kidney, rng)) for kind, kidney in chosen if kind != "usual")
 
 
-def _moved(kind: str, kidney: Kidney, rng: Generator) -> Move:
+def _moved(kind: str, kidney: KidneyBox, rng: Generator) -> Move:
     """The move that makes a kidney unusual; what was around an absent one comes closer."""
     centre, radii, still = np.array(kidney.centre), np.array(kidney.radii), np.zeros(3)
     if kind == "absent":
@@ -154,7 +154,7 @@ def _moved(kind: str, kidney: Kidney, rng: Generator) -> Move:
     return Move(centre, radii * 1.35 + 6, turn - np.eye(3), still, flat=True)
 
 
-def sample(body: Body, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample(body: RealBody, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """HU, distance to the kidneys in the body's mm and tissue (1 vessel, -1 sinus), (D, H, W), at (3, D, H, W) points.
 
     Outside the body's scan there is air; only its first and last slice are continued by ``EDGE`` mm.
@@ -177,7 +177,7 @@ def sample(body: Body, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def remove(
-    kidney: Kidney, fields: tuple[Tensor, Tensor, Tensor], grid: Tensor, rng: Generator
+    kidney: KidneyBox, fields: tuple[Tensor, Tensor, Tensor], grid: Tensor, rng: Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """HU, distance and tissue with fat where the kidney was."""
     hu, distance, tissue = fields

@@ -54,7 +54,7 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedLesion:
     """A lesion to be put into a patch.
 
     kind: tumor, cyst, stone, or lookalike, the image of a tumor away from the kidney, without a label; scale, turn: of
@@ -74,7 +74,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Surroundings:
     """What lesions are put into, each (D, H, W) and changed in place: HU, distance to the kidneys, tissue, label.
 
     spacing: mm; noise: deviation of the body's fine noise in HU.
@@ -145,7 +145,7 @@ def orientation(kind: str, rng: Generator) -> Vector:
 
 
 def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rng: Generator) -> Vector:
-    """The voxel of a body (slice, row, column) for a lesion's centre, from rows of ``Body.places``."""
+    """The voxel of a body (slice, row, column) for a lesion's centre, from rows of ``RealBody.places``."""
     if kind == "stone" or (kind == "cyst" and rng.random() < 0.1):  # in the collecting system; a parapelvic cyst
         inner = places[(places[:, 4] > 0) if kind == "cyst" or rng.random() < 0.5 else (places[:, 3] < -4)]
         places = inner if len(inner) else places
@@ -162,7 +162,7 @@ def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rn
     return found
 
 
-def insert(plan: Plan, scene: Scene, rng: Generator) -> dict[str, Any] | None:
+def insert(plan: PlannedLesion, scene: Surroundings, rng: Generator) -> dict[str, Any] | None:
     """Put a lesion into a scene. Returns what it is, or None where nothing of it is in the patch or in the kidney."""
     box = _box(plan, scene)
     if box is None:
@@ -188,7 +188,7 @@ def insert(plan: Plan, scene: Scene, rng: Generator) -> dict[str, Any] | None:
     return {"kind": plan.kind, "look": look, "ml": round(ml, 3), "shape_from": plan.shape.case or "drawn"}
 
 
-def lesion_distance(plan: Plan, box: Box3, scene: Scene, rng: Generator) -> Tensor:
+def lesion_distance(plan: PlannedLesion, box: Box3, scene: Surroundings, rng: Generator) -> Tensor:
     """Distance in mm of the voxels in a box to the lesion's warped surface, negative inside."""
     axes = [
         (torch.arange(s.start, s.stop, dtype=torch.float32) - (n - 1) / 2) * float(mm) - float(c)
@@ -206,7 +206,7 @@ def lesion_distance(plan: Plan, box: Box3, scene: Scene, rng: Generator) -> Tens
     return found + beyond + bumps * float(min(0.12 * plan.radius, 3.0) * rng.uniform(0, 1))
 
 
-def _kept_apart(lesion: Tensor, plan: Plan, scene: Scene, box: Box3, rng: Generator) -> Tensor:
+def _kept_apart(lesion: Tensor, plan: PlannedLesion, scene: Surroundings, box: Box3, rng: Generator) -> Tensor:
     """The distance to a lesion that grows into fat, and stops at bone, vessels, air and ribs."""
     distance, edge = scene.distance[box], max(3, 2 * round(3 / float(scene.spacing.mean())) + 1)
     around, vessel = box_mean(scene.hu[box], edge), box_mean(scene.tissue[box].clamp(min=0), edge)
@@ -223,7 +223,7 @@ def _kept_apart(lesion: Tensor, plan: Plan, scene: Scene, box: Box3, rng: Genera
     return lesion
 
 
-def _box(plan: Plan, scene: Scene) -> Box3 | None:
+def _box(plan: PlannedLesion, scene: Surroundings) -> Box3 | None:
     """The voxels that a lesion and its edge may reach; None if these are too few."""
     middle = (np.array(scene.hu.shape) - 1) / 2 + plan.centre / scene.spacing
     reach = (max(plan.shape.distance.shape) * plan.shape.mm * plan.scale / 2 * 1.25 + 4) / scene.spacing

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kitseg.labels import KIDNEY
 from kitseg.synthesis import habitus, lesions, phases, scanners
-from kitseg.synthesis.bodies import Body, Kidney
+from kitseg.synthesis.bodies import KidneyBox, RealBody
 from kitseg.synthesis.fields import Vector
 from kitseg.synthesis.habitus import Frame
-from kitseg.synthesis.lesions import Plan, Scene, Shapes
+from kitseg.synthesis.lesions import PlannedLesion, Shapes, Surroundings
 
 LESIONS = (0.38, 0.41, 0.15, 0.06)  # probability of 0, 1, 2, 3 lesions
 TUMORS, SEVERAL, STONES, LOOKALIKES = 0.7, 0.12, 0.08, 0.18  # of the lesions; of the patients
@@ -27,7 +27,7 @@ JITTER, FEWEST = 0.22, 50  # of a patch's extent; places in view, below which no
 
 
 @dataclass(frozen=True)
-class Parts:
+class SynthesisParts:
     """The parts of the synthesis, each of which can be switched off.
 
     tumors, cysts, stones; lookalikes: of tumors, away from the kidney; pushes: large lesions displace tissue; phases;
@@ -46,7 +46,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Window:
+class View:
     """What a patient is made for: voxels and spacing (mm) of the patch, and what it shows.
 
     focus: probability of a lesion in its centre, if the patient has one; otherwise shares of a kidney and of any place;
@@ -62,14 +62,14 @@ class Window:
     whole: bool = False
 
     @classmethod
-    def on(cls, body: Body) -> Window:
+    def on(cls, body: RealBody) -> View:
         """The whole scan of a body."""
         depth, height, width = body.hu.shape
         return cls((depth, height, width), body.spacing, whole=True)
 
 
 @dataclass(frozen=True)
-class Patient:
+class SyntheticPatient:
     """HU (D, H, W) float32, labels (D, H, W) uint8, and what was made, in plain values."""
 
     hu: Tensor
@@ -77,7 +77,7 @@ class Patient:
     made: dict[str, Any]
 
 
-def make(body: Body, shapes: Shapes, window: Window, parts: Parts, rng: Generator) -> Patient:
+def make(body: RealBody, shapes: Shapes, window: View, parts: SynthesisParts, rng: Generator) -> SyntheticPatient:
     """A synthetic patient on the body's anatomy."""
     frame, plans = _arranged(body, shapes, window, parts, rng)
     points = frame.grid(window.shape, window.spacing)
@@ -90,13 +90,13 @@ def make(body: Body, shapes: Shapes, window: Window, parts: Parts, rng: Generato
     level = body.facts.parenchyma
     hu, phase = phases.show(name, on, body.facts, rng) if parts.phases else (on.hu, phases.Phase(name, level, level))
     label = (on.distance < 0).to(torch.uint8) * KIDNEY
-    scene = Scene(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise)
+    scene = Surroundings(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise)
     order = sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind))  # cysts and stones over tumors
     found = [made for plan in order if (made := lesions.insert(plan, scene, rng)) is not None]
     if parts.scanners:
         hu = _scanned(hu, points, spacing, body, rng)
     made = {"body": body.name, "phase": phase.name, "parenchyma_hu": round(phase.parenchyma, 1), "lesions": found}
-    return Patient(hu, label, {**made, "kidneys": [one.kind for one in frame.unusual]})
+    return SyntheticPatient(hu, label, {**made, "kidneys": [one.kind for one in frame.unusual]})
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ class _Chosen:
     voxel: Vector
 
 
-def _arranged(body: Body, shapes: Shapes, window: Window, parts: Parts, rng: Generator) -> tuple[Frame, list[Plan]]:
+def _arranged(
+    body: RealBody, shapes: Shapes, window: View, parts: SynthesisParts, rng: Generator
+) -> tuple[Frame, list[PlannedLesion]]:
     """Where the patch lies in the body, and the lesions in it."""
     frame, kinds = _frame(body, window, parts, rng), _kinds(parts, window.whole, rng)
     places, chosen = _outside(body, frame.removed), list[_Chosen]()
@@ -134,7 +136,9 @@ def _arranged(body: Body, shapes: Shapes, window: Window, parts: Parts, rng: Gen
         places = _in_view(places, body, frame, window)
     chosen += [choose(kind) for kind in kinds[len(chosen) :] if len(places) >= FEWEST]
     plans = [
-        Plan(one.kind, one.shape, one.scale, lesions.orientation(one.kind, rng), frame.find(one.voxel * body.spacing))
+        PlannedLesion(
+            one.kind, one.shape, one.scale, lesions.orientation(one.kind, rng), frame.find(one.voxel * body.spacing)
+        )
         for one in chosen
     ]
     large = [plan for plan in plans if plan.radius > ROOM and rng.random() < 0.8] if parts.pushes else []
@@ -142,7 +146,7 @@ def _arranged(body: Body, shapes: Shapes, window: Window, parts: Parts, rng: Gen
     return replace(frame, pushes=pushes), plans
 
 
-def _frame(body: Body, window: Window, parts: Parts, rng: Generator) -> Frame:
+def _frame(body: RealBody, window: View, parts: SynthesisParts, rng: Generator) -> Frame:
     """The map from a patch in the middle of the body, with the kidneys as they are in this patient."""
     frame = Frame(np.eye(3), (np.array(body.hu.shape) - 1) / 2 * body.spacing)
     if parts.habitus:
@@ -152,7 +156,7 @@ def _frame(body: Body, window: Window, parts: Parts, rng: Generator) -> Frame:
     return frame
 
 
-def _kinds(parts: Parts, whole: bool, rng: Generator) -> list[str]:
+def _kinds(parts: SynthesisParts, whole: bool, rng: Generator) -> list[str]:
     """The kinds of the lesions, those of the parts that are switched on; twice as many in a whole scan."""
     count = sum(int(rng.choice(len(LESIONS), p=LESIONS)) for _ in range(1 + whole))
     kinds = ["tumor" if rng.random() < TUMORS else "cyst" for _ in range(count)]
@@ -166,7 +170,7 @@ def _kinds(parts: Parts, whole: bool, rng: Generator) -> list[str]:
     return [kind for kind in kinds if on[kind]]
 
 
-def _outside(body: Body, removed: Sequence[Kidney]) -> NDArray[np.float32]:
+def _outside(body: RealBody, removed: Sequence[KidneyBox]) -> NDArray[np.float32]:
     """The body's places, but for those in and around removed kidneys."""
     keep = np.ones(len(body.places), np.bool_)
     for kidney in removed:
@@ -175,7 +179,7 @@ def _outside(body: Body, removed: Sequence[Kidney]) -> NDArray[np.float32]:
     return body.places[keep] if keep.any() else body.places
 
 
-def _in_view(places: NDArray[np.float32], body: Body, frame: Frame, window: Window) -> NDArray[np.float32]:
+def _in_view(places: NDArray[np.float32], body: RealBody, frame: Frame, window: View) -> NDArray[np.float32]:
     """The places that the patch shows."""
     points = (places[:, :3] * body.spacing - frame.centre) @ np.linalg.inv(frame.matrix).T
     return places[(np.abs(points) < np.array(window.shape) * window.spacing / 2 + 4).all(1)]
@@ -186,7 +190,7 @@ def _any_place(places: NDArray[np.float32], rng: Generator) -> Vector:
     return voxel
 
 
-def _anywhere(body: Body, rng: Generator) -> Vector:
+def _anywhere(body: RealBody, rng: Generator) -> Vector:
     """A voxel of the body, or after some tries one outside."""
     for _ in range(8):
         voxel: Vector = rng.uniform(0, 1, 3) * (np.array(body.hu.shape) - 1)
@@ -195,7 +199,7 @@ def _anywhere(body: Body, rng: Generator) -> Vector:
     return voxel
 
 
-def _scanned(hu: Tensor, points: Tensor, spacing: Vector, body: Body, rng: Generator) -> Tensor:
+def _scanned(hu: Tensor, points: Tensor, spacing: Vector, body: RealBody, rng: Generator) -> Tensor:
     """HU from another scanner, on another table."""
     size = np.array(body.hu.shape) * body.spacing
     if rng.random() < 0.08:

@@ -27,7 +27,7 @@ from kitseg.runtime.files import atomic_write
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile, recipe
 from kitseg.synthesis.lesions import Shapes
-from kitseg.synthesis.patient import Window, make
+from kitseg.synthesis.patient import View, make
 from kitseg.training.data_source import DataSettings, data_settings
 from kitseg.training.plan import Plan
 from kitseg.types import Case, Grid
@@ -127,7 +127,7 @@ class _Patients:
             shapes = Shapes() if self.shapes is None else open_shapes(self.shapes, self.label_maps)
             for name in missing:
                 address = (self.seed, VALIDATION, self.names.index(name), crc32(self.body.id.encode()))
-                patient = make(body, shapes, Window.on(body), self.parts, np.random.default_rng(address))
+                patient = make(body, shapes, View.on(body), self.parts, np.random.default_rng(address))
                 with atomic_write(self.store / "synthetic" / name) as partial:
                     partial.mkdir()
                     write_patient(partial, patient, scan.native, cysts=self.scheme.cyst is not None)

@@ -95,7 +95,11 @@ def read_labels(path: Path, case_id: str, scheme: Scheme | None = KITS19, strict
     native, stored, slope, offset = _stored(path)
     ids = scheme.from_file if scheme else np.arange(256, dtype=np.uint8)
     known = np.flatnonzero(ids != UNKNOWN) if scheme else ids
-    if stored.dtype == np.uint8 and (slope, offset) == (1, 0) and (ids == np.arange(256))[: stored.max() + 1].all():
+    if (
+        stored.dtype == np.uint8
+        and (slope, offset) == (1, 0)
+        and (ids == np.arange(256))[: int(stored.max()) + 1].all()
+    ):
         return Volume(stored, canonical_geometry(native), native, case_id)
     labels, strange = np.empty(stored.shape, np.uint8), set[float]()
     for row, plane in zip(labels, stored, strict=True):

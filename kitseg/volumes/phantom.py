@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.errors import InputError
-from kitseg.labels import CYST, KIDNEY, TUMOR, Scheme
+from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
 from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
@@ -251,7 +251,7 @@ def make_case(
     return _acquire(canvas, spacing, rng), canvas.label, affine
 
 
-def write_case(folder: Path, seed: int, index: int, matrix: int, scheme: Scheme) -> None:
+def write_case(folder: Path, seed: int, index: int, matrix: int, scheme: Scheme = KITS19) -> None:
     """Write ``folder/case_{index:05d}`` with imaging.nii.gz and segmentation.nii.gz, both marked as phantom.
 
     scheme: of the label map.
