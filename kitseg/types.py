@@ -196,16 +196,18 @@ class Masks:
 
     foreground: (D, H, W), kidney with its lesions as the method predicts it; tumor: (D, H, W), which may reach outside
     the foreground if two networks predict them; cyst: (D, H, W), counts inside the foreground and outside the tumor;
-    None where the method has no such class; tumor_probability: (D, H, W), None where it isn't known.
+    None where the method has no such class; tumor_probability: (D, H, W), None where it isn't known; healthy: (D, H,
+    W), the foreground if there were no class tumor, None where it isn't known.
     """
 
     foreground: NDArray[np.bool_]
     tumor: NDArray[np.bool_]
     cyst: NDArray[np.bool_] | None = None
     tumor_probability: NDArray[np.float16] | None = None
+    healthy: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
-        given = (self.foreground, self.tumor, self.cyst, self.tumor_probability)
+        given = (self.foreground, self.tumor, self.cyst, self.tumor_probability, self.healthy)
         shapes = [array.shape for array in given if array is not None]
         if len(set(shapes)) > 1:
             raise ValueError(f"the masks differ in shape: {' and '.join(map(str, shapes))}")
@@ -224,7 +226,8 @@ class Masks:
         """The part of the masks in a box."""
         cyst = None if self.cyst is None else self.cyst[box.slices]
         probability = None if self.tumor_probability is None else self.tumor_probability[box.slices]
-        return Masks(self.foreground[box.slices], self.tumor[box.slices], cyst, probability)
+        healthy = None if self.healthy is None else self.healthy[box.slices]
+        return Masks(self.foreground[box.slices], self.tumor[box.slices], cyst, probability, healthy)
 
     def without(self, removed: NDArray[np.bool_]) -> Masks:
         """Foreground and tumor without the voxels of another mask."""

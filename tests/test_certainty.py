@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,14 @@ def test_what_is_kept(masks: Masks, step: KeepCertainTumors, kept: int) -> None:
     assert found.tumor.sum() == kept
     assert found.foreground.sum() == 729 + (kept == 9)  # a tumor inside becomes kidney, one at the surface background
     assert (found.tumor <= masks.tumor).all()
+
+
+def test_a_removed_tumor_becomes_what_is_next_probable(masks: Masks) -> None:
+    """Of the tumor of eight voxels, four are rather kidney than background."""
+    healthy = masks.foreground.copy()
+    healthy[4, 4:6, 4:6] = False
+    found = KeepCertainTumors(min_ml=9)(replace(masks, healthy=healthy), np.zeros(healthy.shape), SPACING)
+    assert (found.tumor.sum(), found.foreground.sum()) == (0, 730 - 4)
 
 
 def test_masks_without_probabilities(masks: Masks) -> None:

@@ -20,8 +20,8 @@ INSIDE = 0.5  # of a component's surroundings: from there on it lies in the kidn
 class KeepCertainTumors:
     """Keeps tumor components by volume, mean probability and contact; the others become kidney or background.
 
-    Of a removed component, what lies in the foreground becomes kidney where at least half of the surrounding voxels are
-    foreground, else background.
+    A voxel of a removed component becomes kidney where kidney or cyst is more probable than background. Without
+    probabilities, a component becomes kidney if at least half of the surrounding voxels are foreground.
 
     Attributes:
         min_ml: smallest volume in millilitres.
@@ -43,7 +43,10 @@ class KeepCertainTumors:
         if masks.tumor_probability is not None:
             sums = tumors.total(masks.tumor_probability.astype(np.float32))
             kept &= sums >= self.min_probability * tumors.sizes
-        outside = tumors.chosen(~kept & (contact < INSIDE))
+        if masks.healthy is not None:
+            outside = tumors.chosen(~kept) & ~masks.healthy
+        else:
+            outside = tumors.chosen(~kept & (contact < INSIDE))
         return replace(masks, foreground=masks.foreground & ~outside, tumor=tumors.chosen(kept))
 
 
