@@ -169,23 +169,17 @@ def to_masks(probabilities: Probabilities) -> Masks:
     names, array = probabilities.channels, probabilities.array
     if strange := sorted(set(names) - set(CHANNELS)):
         raise ValueError(f"unknown channels {', '.join(strange)}; masks need {', '.join(CHANNELS)}")
-    masks = [np.zeros(probabilities.box.size, np.bool_) for _ in range(4)]
+    masks = [np.zeros(probabilities.box.size, np.bool_) for _ in range(3 if "cyst" in names else 2)]
     for start in range(0, array.shape[1], SLAB):
         part = slice(start, start + SLAB)
-        for mask, values in zip(masks, _masks(names, np.asarray(array[:, part])), strict=True):
+        for mask, values in zip(masks, _masks(names, np.asarray(array[:, part])), strict=False):
             mask[part] = values
-    foreground, tumor, cyst, healthy = masks
-    return Masks(
-        foreground,
-        tumor,
-        cyst if "cyst" in names else None,
-        array[names.index("tumor")] if "tumor" in names else None,
-        healthy if {"background", "kidney", "tumor"} <= set(names) else None,
-    )
+    cyst = masks[2] if "cyst" in names else None
+    return Masks(masks[0], masks[1], cyst, dict(zip(names, array, strict=True)))
 
 
 def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np.bool_], ...]:
-    """Foreground, tumor, cyst, and foreground without a class tumor, of some slices (K, d, H, W)."""
+    """Foreground, tumor and cyst of some slices (K, d, H, W)."""
     nothing = np.zeros(array.shape[1:], np.bool_)
     if "background" in names:
         best = array.argmax(axis=0)
@@ -194,11 +188,7 @@ def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np
         found = {name: channel > np.float16(0.5) for name, channel in zip(names, array, strict=True)}
     tumor, cyst = found.get("tumor", nothing), found.get("cyst", nothing)
     foreground = found["kidney"] | tumor | cyst if "kidney" in found else nothing
-    healthy = nothing
-    if {"background", "kidney"} <= found.keys():
-        kidney = [array[index] for index, name in enumerate(names) if name in ("kidney", "cyst")]
-        healthy = np.maximum.reduce(kidney) > array[names.index("background")]
-    return found.get("foreground", foreground), tumor, cyst, healthy
+    return found.get("foreground", foreground), tumor, cyst
 
 
 def _add(total: NDArray[np.float32], box: Box, member: Probabilities, weight: np.float32) -> None:

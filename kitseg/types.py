@@ -5,6 +5,7 @@ Arrays are (D, H, W): slices, rows, columns in KiTS orientation (I, P, L).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -196,18 +197,16 @@ class Masks:
 
     foreground: (D, H, W), kidney with its lesions as the method predicts it; tumor: (D, H, W), which may reach outside
     the foreground if two networks predict them; cyst: (D, H, W), counts inside the foreground and outside the tumor;
-    None where the method has no such class; tumor_probability: (D, H, W), None where it isn't known; healthy: (D, H,
-    W), the foreground if there were no class tumor, None where it isn't known.
+    None where the method has no such class; probabilities: (D, H, W) by class, empty where they aren't known.
     """
 
     foreground: NDArray[np.bool_]
     tumor: NDArray[np.bool_]
     cyst: NDArray[np.bool_] | None = None
-    tumor_probability: NDArray[np.float16] | None = None
-    healthy: NDArray[np.bool_] | None = None
+    probabilities: Mapping[str, NDArray[np.float16]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = (self.foreground, self.tumor, self.cyst, self.tumor_probability, self.healthy)
+        given = (self.foreground, self.tumor, self.cyst, *self.probabilities.values())
         shapes = [array.shape for array in given if array is not None]
         if len(set(shapes)) > 1:
             raise ValueError(f"the masks differ in shape: {' and '.join(map(str, shapes))}")
@@ -225,9 +224,8 @@ class Masks:
     def crop(self, box: Box) -> Masks:
         """The part of the masks in a box."""
         cyst = None if self.cyst is None else self.cyst[box.slices]
-        probability = None if self.tumor_probability is None else self.tumor_probability[box.slices]
-        healthy = None if self.healthy is None else self.healthy[box.slices]
-        return Masks(self.foreground[box.slices], self.tumor[box.slices], cyst, probability, healthy)
+        probabilities = {name: array[box.slices] for name, array in self.probabilities.items()}
+        return Masks(self.foreground[box.slices], self.tumor[box.slices], cyst, probabilities)
 
     def without(self, removed: NDArray[np.bool_]) -> Masks:
         """Foreground and tumor without the voxels of another mask."""

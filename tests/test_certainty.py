@@ -22,7 +22,7 @@ def masks() -> Masks:
     tumor[4:6, 4:6, 4:6] = tumor[10, 5, 5] = True
     probability = np.where(tumor, 0.9, 0.1).astype(np.float16)
     probability[10, 5, 5] = 0.4
-    return Masks(foreground | tumor, tumor, None, probability)
+    return Masks(foreground | tumor, tumor, None, {"tumor": probability})
 
 
 def test_contact_by_hand(masks: Masks) -> None:
@@ -56,9 +56,10 @@ def test_what_is_kept(masks: Masks, step: KeepCertainTumors, kept: int) -> None:
 
 def test_a_removed_tumor_becomes_what_is_next_probable(masks: Masks) -> None:
     """Of the tumor of eight voxels, four are rather kidney than background."""
-    healthy = masks.foreground.copy()
-    healthy[4, 4:6, 4:6] = False
-    found = KeepCertainTumors(min_ml=9)(replace(masks, healthy=healthy), np.zeros(healthy.shape), SPACING)
+    kidney = np.full(masks.tumor.shape, 0.3, np.float16)
+    kidney[4, 4:6, 4:6] = 0.1
+    known = {**masks.probabilities, "background": np.full(kidney.shape, 0.2, np.float16), "kidney": kidney}
+    found = KeepCertainTumors(min_ml=9)(replace(masks, probabilities=known), np.zeros(kidney.shape), SPACING)
     assert (found.tumor.sum(), found.foreground.sum()) == (0, 730 - 4)
 
 

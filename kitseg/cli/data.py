@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -15,9 +15,6 @@ from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.scoring.strata import THICKNESSES
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")

@@ -40,11 +40,14 @@ class KeepCertainTumors:
             return masks
         contact = contact_shares(tumors, masks.foreground)
         kept = (tumors.sizes * math.prod(spacing) / 1000 >= self.min_ml) & (contact >= self.min_contact)
-        if masks.tumor_probability is not None:
-            sums = tumors.total(masks.tumor_probability.astype(np.float32))
+        known = masks.probabilities
+        if "tumor" in known:
+            sums = tumors.total(known["tumor"].astype(np.float32))
             kept &= sums >= self.min_probability * tumors.sizes
-        if masks.healthy is not None:
-            outside = tumors.chosen(~kept) & ~masks.healthy
+        if {"background", "kidney"} <= known.keys():
+            outside = tumors.chosen(~kept)
+            healthy = [known[name][outside] for name in ("kidney", "cyst") if name in known]
+            outside[outside] = np.maximum.reduce(healthy) <= known["background"][outside]
         else:
             outside = tumors.chosen(~kept & (contact < INSIDE))
         return replace(masks, foreground=masks.foreground & ~outside, tumor=tumors.chosen(kept))

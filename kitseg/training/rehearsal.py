@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import timeit
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +42,7 @@ def try_step(spec: StageSpec) -> float:
         patches = [feed.transform(_random_patch(feed, size)) for _ in range(min(2, spec.batch))]
         loader = tio.SubjectsLoader(patches, batch_size=2)  # type: ignore[arg-type]
         batch = feed.on_device(next(iter(loader)))
-        made = stage.configure_optimizers()
-        optimizer = made["optimizer"] if isinstance(made, dict) else made
+        optimizer = _optimizer_of(stage)
         loss: Tensor = stage.training_step(batch, 0)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -76,8 +76,7 @@ def seconds_to_load(spec: StageSpec, folder: Path) -> float | None:
 def seconds_a_step(spec: StageSpec, patch: Triple, device: str) -> float:
     """The measured time of a training step on random patches of a stage without a guide, on ``cpu`` or ``cuda``."""
     stage = Stage.of(spec).to(device)
-    made = stage.configure_optimizers()
-    optimizer = made["optimizer"] if isinstance(made, dict) else made
+    optimizer = _optimizer_of(stage)
     mixed = precision_on(device, spec.precision)
     image = torch.randn(spec.batch, 1, *patch, device=device)
     label = torch.randint(0, 3, image.shape, dtype=torch.uint8, device=device)
@@ -93,6 +92,12 @@ def seconds_a_step(spec: StageSpec, patch: Triple, device: str) -> float:
 
     step()  # the first also makes the optimizer's state
     return min(timeit.repeat(step, repeat=2, number=1))
+
+
+def _optimizer_of(stage: Stage) -> torch.optim.Optimizer:
+    made: Any = stage.configure_optimizers()
+    found: torch.optim.Optimizer = made["optimizer"] if isinstance(made, dict) else made
+    return found
 
 
 def _smallest_patch(spec: StageSpec, feed: Feed) -> Triple:
