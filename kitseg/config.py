@@ -23,18 +23,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kitseg import trust
 from kitseg.errors import InputError, UsageError
-from kitseg.labels import built_in_names, find_scheme, scheme_of
+from kitseg.labels import Scheme, built_in_names, find_scheme, scheme_of
 from kitseg.method import OPTIONAL, Method, Source, StageSpec, method_of
 from kitseg.method_files import BUILT_IN, MethodFile, find_method, method_files
 from kitseg.parts import check_arguments
 
 __all__ = [
     "Config", "Method", "Source", "StageSpec", "build", "compose", "differences", "method_of", "read", "sizes",
-    "summaries",
+    "stated_scheme", "summaries",
 ]  # fmt: skip
 
 Config = dict[str, Any]
 EACH_STAGE = "stages.*."
+LABELS = ("labels=", "convention=")
 CHOSEN = "kitseg_chosen"  # the name that Hydra knows the chosen method and size by
 RENAMED = {"at_once": "micro_batch_size", "inner_folds": "nested_folds"}
 TARGETS = {  # classes that were dropped, whose parts the general ones take
@@ -78,9 +79,8 @@ def compose(
     for override in overrides:
         if not re.match(r"(?!hydra\.|method=|size=)[A-Za-z]\S*=", override):
             raise UsageError(f"--set {override}: write KEY=VALUE, such as stages.*.epochs=50")
-    named = [o.partition("=")[2] for o in overrides if o.startswith(("labels=", "convention="))]
-    overrides = [o for o in overrides if not o.startswith(("labels=", "convention="))]
-    ConfigStore.instance().store(CHOSEN, find_scheme(named[-1] if named else "kits19").plain(), "labels")
+    ConfigStore.instance().store(CHOSEN, stated_scheme(overrides).plain(), "labels")
+    overrides = [override for override in overrides if not override.startswith(LABELS)]
     ConfigStore.instance().store(CHOSEN, {"name": size, **((plan if plan is not None else known[size]) or {})}, "size")
     changes = [f"labels={CHOSEN}", f"+size={CHOSEN}", *(["~sizes"] if "sizes" in described else [])]
     for name, stage in described["stages"].items():
@@ -103,6 +103,12 @@ def compose(
     if file.own:
         _check_own(file, configuration)
     return configuration
+
+
+def stated_scheme(overrides: Sequence[str]) -> Scheme:
+    """The label scheme that overrides state last; kits19 where they state none. Raises: see ``labels.find_scheme``."""
+    named = [override.partition("=")[2] for override in overrides if override.startswith(LABELS)]
+    return find_scheme(named[-1] if named else "kits19")
 
 
 def sizes(method: str, config_dir: Path | None = None) -> Config:

@@ -102,7 +102,6 @@ def train(
 ) -> None:
     """Train the stages of a method in order. Running the same command again resumes."""
     from kitseg import config
-    from kitseg.labels import scheme_of
     from kitseg.models.run_folder import Run
     from kitseg.runtime.device import Machine, be_deterministic
     from kitseg.runtime.launcher import Launch, is_started_again
@@ -122,7 +121,7 @@ def train(
     overrides += [f"labels={labels}"] if labels else []
 
     def make(sizes: dict[str, Any]) -> dict[str, Any]:
-        known = scheme_of(config.compose(method, next(iter(sizes)), overrides, config_dir)["labels"])
+        known = config.stated_scheme(overrides)
         return make_plan(
             method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory_here(device), labels=known
         )

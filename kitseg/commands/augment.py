@@ -33,8 +33,8 @@ from kitseg.runtime.provenance import FileFormat
 from kitseg.splits import Split, read_split, with_copies, write_split
 from kitseg.types import Case
 from kitseg.volumes.kits import COPY_ORIGIN, IMAGE, LABEL, ORIGIN, find_cases
-from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, read_image, read_labels, write_image, write_labels
-from kitseg.volumes.scan import check_grid
+from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
+from kitseg.volumes.scan import label_of, read_labelled
 
 DIRECTIONS = ("partner-to-hard", "hard-to-partner")
 
@@ -234,10 +234,7 @@ def _read(case: Case, scheme: Scheme) -> Labelled:
 
     Raises InputError: no label, one on another grid than its image or without a kidney, or an unreadable file.
     """
-    if case.label is None:
-        raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
-    image, label = read_image(case.image, case.id), read_labels(case.label, case.id, scheme)
-    check_grid(case.label, label.geometry, image.geometry)
+    image, label = read_labelled(case, scheme)
     if not label.array.any():
-        raise InputError(case.label, "holds no kidney", "Leave the case out of the training, or fix its labels.")
+        raise InputError(label_of(case), "holds no kidney", "Leave the case out of the training, or fix its labels.")
     return Labelled(image, label)

@@ -24,9 +24,9 @@ from kitseg.synthesis.bodies import Facts, RealBody, describe, kidney_distance
 from kitseg.synthesis.lesions import Shape, Shapes, shapes_of
 from kitseg.types import Case, Volume
 from kitseg.volumes.kits import find_labels
-from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.resample import to_grid
-from kitseg.volumes.scan import check_grid
+from kitseg.volumes.scan import read_labelled
 from kitseg.volumes.store import open_case
 
 _AGAIN = "Run the command again; it is made anew if its folder is deleted."
@@ -68,8 +68,7 @@ def read_body(case: Case) -> tuple[Volume, NDArray[np.bool_]]:
     """
     if case.label is None:
         raise InputError(case.image, "has no kidney mask", "Add segmentation.nii.gz, or give --masks.")
-    scan, mask = read_image(case.image, case.id), read_labels(case.label, case.id, KITS23)
-    check_grid(case.label, mask.geometry, scan.geometry)
+    scan, mask = read_labelled(case, KITS23)
     if not (mask.array == KIDNEY).any():
         raise InputError(case.label, "holds no kidney", "Leave this body out.")
     if (mask.array > KIDNEY).any():

@@ -15,7 +15,7 @@ from kitseg.labels import TUMOR, Scheme
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.types import Case
 from kitseg.volumes.nifti import read_image, read_labels
-from kitseg.volumes.scan import check_grid
+from kitseg.volumes.scan import check_grid, label_of
 
 Millimetres = tuple[float, float, float]
 LOWEST, HIGHEST = -1024, 3071  # HU that are counted separately
@@ -84,16 +84,15 @@ def fingerprint(
 
 def _look(case: Case, scheme: Scheme, scans: bool) -> _Seen | None:
     """One case; None where nothing is labelled."""
-    if case.label is None:
-        raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
-    labels = read_labels(case.label, case.id, scheme)
+    label = label_of(case)
+    labels = read_labels(label, case.id, scheme)
     spacing, inside = np.array(labels.geometry.spacing), labels.array > 0
     box, hu = bounding_box(inside), None
     if box is None:
         return None
     if scans:
         scan = read_image(case.image, case.id)
-        check_grid(case.label, labels.geometry, scan.geometry)
+        check_grid(label, labels.geometry, scan.geometry)
         values = np.clip(np.rint(scan.array[box.slices][inside[box.slices]]), LOWEST, HIGHEST).astype(np.int64)
         hu = np.bincount(values - LOWEST, minlength=HIGHEST - LOWEST + 1) / values.size
     voxels = Components.of(labels.array[box.slices] >= TUMOR).sizes

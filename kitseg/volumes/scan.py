@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kitseg.errors import InputError, UsageError
+from kitseg.labels import Scheme
 from kitseg.runtime.files import file_digest
 from kitseg.types import Case, Geometry, Volume
 from kitseg.volumes.header import place_doubts
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
 from kitseg.volumes.names import pair
-from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image
+from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, read_labels
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
@@ -74,6 +75,25 @@ def check_grid(path: Path, labels: Geometry, scan: Geometry, of: str = "its scan
     if not labels.same_as(scan, TOLERANCE):
         problem = f"lies on another grid than {of} (shape {labels.shape} and {scan.shape}, or affine)"
         raise InputError(path, problem, "Save it with the shape and affine of the scan.")
+
+
+def label_of(case: Case) -> Path:
+    """A case's label map. Raises InputError: it has none."""
+    if case.label is None:
+        raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
+    return case.label
+
+
+def read_labelled(case: Case, scheme: Scheme) -> tuple[Volume, Volume]:
+    """The CT of a case, and its label map on the same grid.
+
+    Raises:
+        InputError: there is no label map, one of both can't be used, or they lie on different grids.
+    """
+    label = label_of(case)
+    scan, labels = read_image(case.image, case.id), read_labels(label, case.id, scheme)
+    check_grid(label, labels.geometry, scan.geometry)
+    return scan, labels
 
 
 def read_scan(case: Case) -> Volume:

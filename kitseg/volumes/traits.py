@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from kitseg.errors import InputError
 from kitseg.labels import TUMOR, Scheme
 from kitseg.types import Case, Traits
 from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, read_labels
-from kitseg.volumes.scan import check_grid
+from kitseg.volumes.scan import check_grid, label_of
 
 
 def read_traits(case: Case, scheme: Scheme) -> Traits:
@@ -15,9 +14,7 @@ def read_traits(case: Case, scheme: Scheme) -> Traits:
     Raises:
         InputError: no label, or one that can't be read.
     """
-    if case.label is None:
-        raise InputError(case.image, "has no segmentation beside it", "Add segmentation.nii.gz.")
-    label = read_labels(case.label, case.id, scheme)
+    label = read_labels(label_of(case), case.id, scheme)
     tumor_ml = int((label.array == TUMOR).sum()) * label.geometry.voxel_ml
     patient = case.patients[0] if case.patients else case.id
     return Traits(case.id, patient, tumor_ml, label.geometry.spacing[0])
@@ -27,6 +24,5 @@ def read_whole(case: Case, scheme: Scheme) -> Traits:
     """The same, after a check of the CT: it is read, and an InputError is raised unless it lies on the labels' grid."""
     geometry = read_image(case.image, case.id).geometry
     traits = read_traits(case, scheme)
-    if case.label is not None:
-        check_grid(case.label, canonical_geometry(read_geometry(case.label)), geometry)
+    check_grid(label_of(case), canonical_geometry(read_geometry(label_of(case))), geometry)
     return traits
