@@ -29,9 +29,9 @@ COLOURS = {1: "#00d5ff", 2: "#ff2d2d", 3: "#ffd500"}
 Wanted = Callable[[SyntheticPatient], bool]
 
 
-def find(body: RealBody, shapes: Shapes, window: View, parts: SynthesisParts, wanted: Wanted) -> SyntheticPatient:
+def find(body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, wanted: Wanted) -> SyntheticPatient:
     """The first patient of its kind."""
-    patients = (make(body, shapes, window, parts, np.random.default_rng(n)) for n in range(2000))
+    patients = (make(body, shapes, view, parts, np.random.default_rng(n)) for n in range(2000))
     return next(patient for patient in patients if wanted(patient))
 
 

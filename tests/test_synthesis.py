@@ -54,12 +54,12 @@ def body() -> RealBody:
     return RealBody(name="a", hu=hu, **arrays, spacing=MM, facts=facts)
 
 
-def patient(body: RealBody, parts: SynthesisParts, *address: int, window: View | None = None) -> SyntheticPatient:
-    return make(body, Shapes(), window or View((40, 40, 40), MM), parts, np.random.default_rng(address))
+def patient(body: RealBody, parts: SynthesisParts, *address: int, view: View | None = None) -> SyntheticPatient:
+    return make(body, Shapes(), view or View((40, 40, 40), MM), parts, np.random.default_rng(address))
 
 
 def test_without_any_part_a_body_is_unchanged(body: RealBody) -> None:
-    found = patient(body, NONE, 0, window=View.on(body))
+    found = patient(body, NONE, 0, view=View.on(body))
     assert (found.hu - torch.from_numpy(body.hu.astype(np.float32))).abs().max() < 0.5, "but for rounding"
     assert np.array_equal(found.label.numpy() > 0, np.asarray(body.distance) < 0)
     assert found.made["lesions"] == []
@@ -180,10 +180,10 @@ def test_thick_slices_keep_the_mean_and_lose_detail() -> None:
 
 def test_each_part_can_be_switched_off(body: RealBody) -> None:
     kinds = {"tumors": "tumor", "cysts": "cyst", "stones": "stone", "lookalikes": "lookalike"}
-    window = View((14, 14, 14), MM)
+    view = View((14, 14, 14), MM)
     for part, kind in kinds.items():
         parts = SynthesisParts(**{**asdict(NONE), part: True})
-        made = [row["kind"] for n in range(20) for row in patient(body, parts, n, window=window).made["lesions"]]
+        made = [row["kind"] for n in range(20) for row in patient(body, parts, n, view=view).made["lesions"]]
         assert set(made) == {kind}, part
 
 

@@ -64,7 +64,7 @@ class SyntheticQueue(Dataset[tio.Subject]):
         self.source, self.transform, self.seed = source, transform, seed
         depth, height, width = map(int, size)
         least = max(2.5, 2 * float(np.mean(source.spacing)))
-        self.window = View(
+        self.view = View(
             (depth, height, width),
             source.spacing,
             KIDNEY_STAGE if source.everywhere else LESION_STAGE,
@@ -96,7 +96,7 @@ class SyntheticQueue(Dataset[tio.Subject]):
         """The patch at (epoch, index): ``image``, the network's input, and ``label``."""
         rng = np.random.default_rng((self.seed, *address))
         body, statistics = self.bodies[int(rng.integers(len(self.bodies)))]
-        patient = make(body, self.shapes, self.window, self.parts, rng)
+        patient = make(body, self.shapes, self.view, self.parts, rng)
         label = patient.label if self.source.cysts else _without_cysts(patient.label)
         image = self.transform(patient.hu[None], statistics, None)
         return tio.Subject(

@@ -77,14 +77,14 @@ class SyntheticPatient:
     made: dict[str, Any]
 
 
-def make(body: RealBody, shapes: Shapes, window: View, parts: SynthesisParts, rng: Generator) -> SyntheticPatient:
+def make(body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, rng: Generator) -> SyntheticPatient:
     """A synthetic patient on the body's anatomy."""
-    frame, plans = _arranged(body, shapes, window, parts, rng)
-    points = frame.grid(window.shape, window.spacing)
+    frame, plans = _arranged(body, shapes, view, parts, rng)
+    points = frame.grid(view.shape, view.spacing)
     fields = habitus.sample(body, points)
     for kidney in frame.removed:
         fields = habitus.remove(kidney, fields, points, rng)
-    spacing = np.array(window.spacing)
+    spacing = np.array(view.spacing)
     on = phases.Tissues(fields[0], fields[1] * frame.zoom, fields[2], spacing)
     name = phases.any_phase(rng, body.facts) if parts.phases else phases.SCANNED
     level = body.facts.parenchyma
@@ -110,30 +110,30 @@ class _Chosen:
 
 
 def _arranged(
-    body: RealBody, shapes: Shapes, window: View, parts: SynthesisParts, rng: Generator
+    body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, rng: Generator
 ) -> tuple[Frame, list[PlannedLesion]]:
     """Where the patch lies in the body, and the lesions in it."""
-    frame, kinds = _frame(body, window, parts, rng), _kinds(parts, window.whole, rng)
+    frame, kinds = _frame(body, view, parts, rng), _kinds(parts, view.whole, rng)
     places, chosen = _outside(body, frame.removed), list[_Chosen]()
 
     def choose(kind: str) -> _Chosen:
-        shape, scale = lesions.choose(kind, shapes, rng, window.radii)
+        shape, scale = lesions.choose(kind, shapes, rng, view.radii)
         voxel = lesions.place(kind, shape.radius * scale, places, frame.zoom, rng)
         return _Chosen(kind, shape, scale, voxel)
 
-    if not window.whole:
-        if kinds and rng.random() < window.focus[0]:
+    if not view.whole:
+        if kinds and rng.random() < view.focus[0]:
             chosen.append(choose(kinds[0]))
             centre = chosen[0].voxel
-        elif rng.random() < window.focus[1] / sum(window.focus[1:]):
+        elif rng.random() < view.focus[1] / sum(view.focus[1:]):
             centre = _any_place(places, rng)
-        elif window.everywhere:
+        elif view.everywhere:
             centre = _anywhere(body, rng)
         else:
             centre = _any_place(places, rng) + rng.uniform(-NEAR, NEAR, 3) / body.spacing
-        offset = frame.matrix @ (rng.uniform(-1, 1, 3) * JITTER * window.shape * window.spacing)
+        offset = frame.matrix @ (rng.uniform(-1, 1, 3) * JITTER * view.shape * view.spacing)
         frame = replace(frame, centre=frame.source(centre * body.spacing) + offset)
-        places = _in_view(places, body, frame, window)
+        places = _in_view(places, body, frame, view)
     chosen += [choose(kind) for kind in kinds[len(chosen) :] if len(places) >= FEWEST]
     plans = [
         PlannedLesion(
@@ -146,11 +146,11 @@ def _arranged(
     return replace(frame, pushes=pushes), plans
 
 
-def _frame(body: RealBody, window: View, parts: SynthesisParts, rng: Generator) -> Frame:
+def _frame(body: RealBody, view: View, parts: SynthesisParts, rng: Generator) -> Frame:
     """The map from a patch in the middle of the body, with the kidneys as they are in this patient."""
     frame = Frame(np.eye(3), (np.array(body.hu.shape) - 1) / 2 * body.spacing)
     if parts.habitus:
-        frame = replace(frame, matrix=habitus.any_matrix(rng, window.whole), elastic=habitus.any_elastic(rng))
+        frame = replace(frame, matrix=habitus.any_matrix(rng, view.whole), elastic=habitus.any_elastic(rng))
     if parts.kidneys:
         frame = replace(frame, unusual=habitus.unusual_kidneys(rng, body.facts.kidneys))
     return frame
@@ -179,10 +179,10 @@ def _outside(body: RealBody, removed: Sequence[KidneyBox]) -> NDArray[np.float32
     return body.places[keep] if keep.any() else body.places
 
 
-def _in_view(places: NDArray[np.float32], body: RealBody, frame: Frame, window: View) -> NDArray[np.float32]:
+def _in_view(places: NDArray[np.float32], body: RealBody, frame: Frame, view: View) -> NDArray[np.float32]:
     """The places that the patch shows."""
     points = (places[:, :3] * body.spacing - frame.centre) @ np.linalg.inv(frame.matrix).T
-    return places[(np.abs(points) < np.array(window.shape) * window.spacing / 2 + 4).all(1)]
+    return places[(np.abs(points) < np.array(view.shape) * view.spacing / 2 + 4).all(1)]
 
 
 def _any_place(places: NDArray[np.float32], rng: Generator) -> Vector:
