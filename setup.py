@@ -1,8 +1,23 @@
-"""Which packages ship: all of kitseg, and ``conf`` as ``kitseg.conf``; everything else is in pyproject.toml."""
+"""Which packages ship: all of kitseg, and ``conf`` as ``kitseg.conf``; its kernels; everything else: pyproject.toml."""
 
-from setuptools import find_packages, setup
+from pathlib import Path
 
+from setuptools import Extension, find_packages, setup
+
+NATIVE = Path("kitseg/native")
+kernels = Extension(  # a plain shared library that ctypes loads: it needs no Python headers and serves every version
+    "kitseg.native.kernels",
+    [str(NATIVE / "kernels.cpp")],
+    depends=[str(NATIVE / name) for name in ("pointwise.h", "vectors.h", "winograd.h")],
+    extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-g0"],
+    extra_link_args=["-pthread"],
+    language="c++",
+    py_limited_api=True,
+    optional=True,  # without a compiler kitseg works too, see kitseg --version
+)
 setup(
     packages=[*find_packages(include=["kitseg*"]), "kitseg.conf"],
     package_dir={"kitseg": "kitseg", "kitseg.conf": "conf"},
+    ext_modules=[kernels],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -69,7 +69,9 @@ def main() -> None:
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
-        console.print_line(f"kitseg {__version__}")
+        from kitseg.native.library import describe
+
+        console.print_line(f"kitseg {__version__} (native kernels: {describe()})")
         raise typer.Exit
 
 

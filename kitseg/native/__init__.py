@@ -1,0 +1,1 @@
+"""Kernels in C++ for networks on CPUs, and networks compiled to use them."""

@@ -1,0 +1,169 @@
+// The plain C interface of kitseg's kernels, and the choice of an instruction set. Every size is checked here, before any
+// pointer is used; the caller states how many values each buffer has. Functions return 0, or -1 for sizes that don't fit.
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#if !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
+#error "kitseg's kernels need GCC and x86-64"
+#endif
+#pragma GCC diagnostic ignored "-Wpsabi"
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// A convolution. Pointers to bias, slope (of a leaky ReLU) and moments may be null; sizes are numbers of values.
+struct Job {
+  const float *x, *weights, *bias, *slope;
+  float *y, *scratch;
+  double *moments;
+  long size_x, size_weights, size_bias, size_slope, size_y, size_scratch, size_moments;
+  long images, depth, height, width, channels_in, channels_out;
+  long pixel_in, pixel_out;  // values from a voxel to the next: the channels of the tensor that x or y is a part of
+  long kind, replicate;      // of KINDS; whether to pad with the edge instead of zeros
+  long lanes, threads;       // floats a vector: 16 (AVX-512) or 8 (AVX2)
+};
+
+// How a job is done. The caller needs the first four.
+struct Plan {
+  long panel, weights, blocks, scratch;  // channels of a weight panel; values of all weights; blocks; floats a thread
+  long tiles_z, tiles_y, tiles_x, tiles, tiles_a_block, channels_in, panels, parts, panels_a_part;
+};
+
+// What follows a convolution, on voxels x channels. The pointers from shift on may be null, but see pointwise.h.
+struct Pointwise {
+  float *x;
+  const float *scale, *shift, *first, *second, *residual;
+  double *moments;
+  long size_x, size_channels, size_residual, size_moments;  // size_channels: of scale, shift, first and second, each
+  long voxels, channels, lanes, threads;
+};
+
+struct Kind {
+  long nz, mz, n, m;
+};
+constexpr Kind KINDS[] = {{6, 4, 6, 4}, {8, 4, 8, 4}, {6, 2, 6, 2}, {1, 1, 6, 4}};  // 3^3; 5^3; 5^3, few tiles; 1 x 3^2
+constexpr long LARGEST = 1L << 40, MOST_CHANNELS = 1L << 14, MOST_THREADS = 1024;
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")
+namespace avx512 {
+constexpr int VL = 16, ROWS = 12;
+#include "vectors.h"
+#include "winograd.h"
+#include "pointwise.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr int VL = 8, ROWS = 6;
+#include "vectors.h"
+#include "winograd.h"
+#include "pointwise.h"
+}  // namespace avx2
+#pragma GCC pop_options
+constexpr long SLAB = avx2::SLAB;
+
+static long ceiling(long a, long b) { return (a + b - 1) / b; }
+static bool between(long low, long x, long high) { return low <= x && x <= high; }
+
+// The product of positive numbers; 0 if one isn't positive or the product is beyond LARGEST.
+static long product(std::initializer_list<long> factors) {
+  long all = 1;
+  for (long factor : factors) {
+    if (factor <= 0 || factor > LARGEST / all) return 0;
+    all *= factor;
+  }
+  return all;
+}
+
+EXPORT long kitseg_lanes() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  return wide ? 16 : 8;
+}
+
+static bool lanes_exist(long lanes) { return (lanes == 8 || lanes == 16) && lanes <= kitseg_lanes(); }
+
+// Calls what(number, thread) for each number below count.
+template <class What> static void parallel(long count, long threads, const What &what) {
+  std::atomic<long> next{0};
+  auto work = [&](long thread) {
+    for (long number; (number = next++) < count;) what(number, thread);
+  };
+  std::vector<std::thread> others;
+  try {
+    for (long thread = 1; thread < std::min(threads, count); thread++) others.emplace_back(work, thread);
+  } catch (...) {  // the system gives no more threads: those that there are do the work
+  }
+  work(0);
+  for (auto &other : others) other.join();
+}
+
+EXPORT int kitseg_plan(const Job *job, Plan *plan) {
+  const Job &j = *job;
+  if (!between(0, j.kind, 3) || !lanes_exist(j.lanes) || !between(1, j.threads, MOST_THREADS)) return -1;
+  if (!between(1, j.channels_in, MOST_CHANNELS) || !between(1, j.channels_out, MOST_CHANNELS)) return -1;
+  if (!product({j.images, j.depth, j.height, j.width, std::max(j.channels_in, j.channels_out)})) return -1;
+  const Kind kind = KINDS[j.kind];
+  long points = kind.nz * kind.n * kind.n;
+  Plan p{};
+  p.panel = 2 * j.lanes;
+  p.tiles_z = ceiling(j.depth, kind.mz), p.tiles_y = ceiling(j.height, kind.m), p.tiles_x = ceiling(j.width, kind.m);
+  p.tiles = j.images * p.tiles_z * p.tiles_y * p.tiles_x;
+  p.channels_in = ceiling(j.channels_in, j.lanes) * j.lanes;
+  p.panels = ceiling(j.channels_out, p.panel);
+  p.weights = points * p.panels * p.panel * j.channels_in;
+  long work = j.channels_in * p.panels * p.panel;
+  p.tiles_a_block = std::min(p.tiles, work <= 64 * 64 ? 24L : work <= 128 * 128 ? 48L : 72L);
+  p.blocks = ceiling(p.tiles, p.tiles_a_block);
+  p.parts = std::min(p.panels, ceiling(8, p.blocks));  // few blocks: threads share the channels
+  p.panels_a_part = ceiling(p.panels, p.parts);
+  p.parts = ceiling(p.panels, p.panels_a_part);
+  p.scratch = points * (j.lanes + p.tiles_a_block * (p.channels_in + p.panel) + 32);
+  *plan = p;
+  return 0;
+}
+
+EXPORT int kitseg_convolve(const Job *job) {
+  const Job &j = *job;
+  Plan plan;
+  if (kitseg_plan(job, &plan)) return -1;
+  long voxels = j.images * j.depth * j.height * j.width;
+  if (j.pixel_in < j.channels_in || j.pixel_out < j.channels_out) return -1;
+  long need_x = product({voxels, j.pixel_in}), need_y = product({voxels, j.pixel_out});
+  if (!need_x || !need_y || j.size_x < need_x - j.pixel_in + j.channels_in) return -1;
+  if (j.size_y < need_y - j.pixel_out + j.channels_out || j.size_weights < plan.weights) return -1;
+  if ((j.bias && j.size_bias < j.channels_out) || (j.slope && j.size_slope < j.channels_out)) return -1;
+  if (j.moments && (j.images > 1 || j.size_moments < plan.blocks * 3 * j.channels_out)) return -1;
+  if (!j.x || !j.y || !j.weights || !j.scratch || j.size_scratch < plan.scratch * j.threads) return -1;
+  auto convolve = j.lanes == 16 ? avx512::convolve : avx2::convolve;
+  parallel(plan.blocks * plan.parts, j.threads,
+           [&](long number, long thread) { convolve(j, plan, number, j.scratch + thread * plan.scratch); });
+  return 0;
+}
+
+static bool fits(const Pointwise &j) {
+  if (!lanes_exist(j.lanes) || !between(1, j.threads, MOST_THREADS) || !between(1, j.channels, MOST_CHANNELS)) return false;
+  long values = product({j.voxels, j.channels});
+  return values && j.x && j.size_x >= values;
+}
+
+EXPORT int kitseg_moments(const Pointwise *job) {
+  long slabs = fits(*job) ? ceiling(job->voxels, SLAB) : 0;
+  if (!slabs || !job->moments || job->size_moments < slabs * 3 * job->channels) return -1;
+  auto moments = job->lanes == 16 ? avx512::moments : avx2::moments;
+  parallel(slabs, job->threads, [&](long slab, long) { moments(*job, slab); });
+  return 0;
+}
+
+EXPORT int kitseg_affine(const Pointwise *job) {
+  if (!fits(*job) || !job->scale || !job->shift || job->size_channels < job->channels) return -1;
+  if (job->residual && job->size_residual < job->voxels * job->channels) return -1;
+  auto affine = job->lanes == 16 ? avx512::affine : avx2::affine;
+  parallel(ceiling(job->voxels, SLAB), job->threads, [&](long slab, long) { affine(*job, slab); });
+  return 0;
+}

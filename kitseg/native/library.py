@@ -1,0 +1,71 @@
+"""The compiled kernels: whether they are there, and calls with tensors. Imports no PyTorch by itself."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WIDTHS = {16: "AVX-512", 8: "AVX2"}  # floats a vector
+_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
+
+
+def _structure(name: str, pointers: str, numbers: str) -> type[ctypes.Structure]:
+    fields = [*((name, _POINTER) for name in pointers.split()), *((name, _LONG) for name in numbers.split())]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# The structures of kernels.cpp.
+_BUFFERS = "x weights bias slope y scratch moments"
+Convolution = _structure(
+    "Convolution",
+    _BUFFERS,
+    " ".join(f"size_{name}" for name in _BUFFERS.split())
+    + " images depth height width channels_in channels_out pixel_in pixel_out kind replicate lanes threads",
+)
+Plan = _structure("Plan", "", "panel weights blocks scratch z y x tiles a b c d e")
+Pointwise = _structure(
+    "Pointwise",
+    "x scale shift first second residual moments",
+    "size_x size_channels size_residual size_moments voxels channels lanes threads",
+)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels; None where they were not compiled, or the CPU has neither AVX-512 nor AVX2."""
+    folder = Path(__file__).parent
+    for path in (folder / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES):
+        if path.is_file():
+            found = ctypes.CDLL(str(path))
+            found.kitseg_lanes.restype = _LONG
+            return found if found.kitseg_lanes() else None
+    return None
+
+
+def lanes() -> int:
+    """Floats a vector of this CPU: 16 with AVX-512, 8 with AVX2; 0 where the kernels can't be used."""
+    found = library()
+    return int(found.kitseg_lanes()) if found else 0
+
+
+def describe() -> str:
+    """What the kernels use here, as a text."""
+    return WIDTHS.get(lanes(), "none")
+
+
+def call(name: str, job: ctypes.Structure, *more: Any) -> None:
+    """Run a kernel. Raises ValueError: its buffers are smaller than its sizes say."""
+    found = library()
+    if found is None or getattr(found, f"kitseg_{name}")(ctypes.byref(job), *map(ctypes.byref, more)):
+        raise ValueError(f"the kernel {name} can't be used with these sizes")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's values are; None for no tensor."""
+    return None if tensor is None else tensor.data_ptr()

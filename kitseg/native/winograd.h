@@ -1,0 +1,189 @@
+// Winograd convolution with stride 1, padded to preserve the size.
+//
+// A job covers its output with tiles of MZ x M x M voxels, made of NZ x N x N input voxels. A block of tiles goes through
+// three steps: input tiles are transformed to P = NZ N N points; at each point the block's tiles are a matrix
+// (tiles x channels) that is multiplied by the transformed weights; the products are transformed back. Blocks are the
+// same whatever the number of threads, and so are all sums.
+
+// B^T x, in place. The points are 0, 1, -1, 1/2, -2, infinity for N = 6 and 0, +-1, +-2, +-1/2, infinity for N = 8.
+template <int N> static inline void to_points(Vec *x) {
+  Vec a = x[0], b = x[1], c = x[2], d = x[3], e = x[4], f = x[5];
+  if constexpr (N == 6) {
+    Vec q = c + 1.5f * b - a, r = d + 1.5f * c - b, s = e + 1.5f * d - c, t = f + 1.5f * e - d, even = e - c, odd = d - b;
+    x[0] = s - q, x[1] = s + r, x[2] = s - r, x[3] = even + 2.f * odd, x[4] = even - .5f * odd, x[5] = t - r;
+  } else {
+    Vec g = x[6], h = x[7];
+    Vec e1 = c + g - 4.25f * e, o1 = b + f - 4.25f * d;
+    Vec e2 = .25f * c + (g - 1.25f * e), o2 = .5f * b + (2.f * f - 2.5f * d);
+    Vec e3 = 4.f * c + (g - 5.f * e), o3 = 2.f * b + (.5f * f - 2.5f * d);
+    x[0] = 5.25f * (c - e) + (g - a), x[7] = 5.25f * (d - f) + (h - b);
+    x[1] = e1 + o1, x[2] = e1 - o1, x[3] = e2 + o2, x[4] = e2 - o2, x[5] = e3 + o3, x[6] = e3 - o3;
+  }
+}
+
+// A^T m for the first M outputs.
+template <int N, int M> static inline void from_points(const Vec *m, Vec *y) {
+  Vec s = m[1] + m[2], d = m[1] - m[2];
+  if constexpr (N == 8) {
+    Vec s2 = m[3] + m[4], d2 = m[3] - m[4], s3 = m[5] + m[6], d3 = m[5] - m[6];
+    y[0] = m[0] + s + (s2 + s3);
+    y[1] = d + 2.f * d2 + .5f * d3;
+    y[2] = s + 4.f * s2 + .25f * s3;
+    y[3] = d + 8.f * d2 + .125f * d3 + m[7];
+  } else {
+    y[0] = m[0] + s + (m[3] + m[4]);
+    y[1] = d + .5f * m[3] - 2.f * m[4];
+    if constexpr (M == 2) y[1] += m[5];
+    if constexpr (M == 4) y[2] = s + .25f * m[3] + 4.f * m[4];
+    if constexpr (M == 4) y[3] = d + .125f * m[3] - 8.f * m[4] + m[5];
+  }
+}
+
+// C (R x NB) = A (R x k) B (k x NB)
+template <int R> static inline void multiply(const float *A, long lda, const float *B, float *C, long ldc, long k) {
+  Vec c[R][2];
+  for (int i = 0; i < R; i++) c[i][0] = c[i][1] = Vec{};
+  for (long p = 0; p < k; p++) {
+    Vec b0 = load(B + p * NB), b1 = load(B + p * NB + VL);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++) {
+      float a = A[i * lda + p];
+      c[i][0] += a * b0, c[i][1] += a * b1;
+    }
+  }
+  for (int i = 0; i < R; i++) store(C + i * ldc, c[i][0]), store(C + i * ldc + VL, c[i][1]);
+}
+
+template <int NZ, int MZ, int N, int M> struct Tiles {
+  static constexpr int P = NZ * N * N, EDGE = (N - M) / 2, EDGE_Z = (NZ - MZ) / 2;
+  const Job &job;
+  const Plan &plan;
+
+  struct Place { long image, z, y, x; };
+  Place place(long tile) const {
+    long x = tile % plan.tiles_x * M, y = tile / plan.tiles_x % plan.tiles_y * M;
+    long rest = tile / plan.tiles_x / plan.tiles_y;
+    return {rest / plan.tiles_z, rest % plan.tiles_z * MZ, y, x};
+  }
+
+  // The input index of each of a tile's n voxels along an axis; -1 for zeros outside.
+  bool indices(long start, long length, long *index, int n) const {
+    bool inside = start >= 0 && start + n <= length;
+    for (int i = 0; i < n; i++) {
+      long k = start + i;
+      index[i] = k >= 0 && k < length ? k : job.replicate ? (k < 0 ? 0 : length - 1) : -1;
+    }
+    return inside;
+  }
+
+  void input(long tile, float *to, long stride, float *patch) const {
+    Place at = place(tile);
+    long zs[NZ], ys[N], xs[N];
+    bool inside = indices(at.z - EDGE_Z, job.depth, zs, NZ);
+    inside = indices(at.y - EDGE, job.height, ys, N) && inside;
+    inside = indices(at.x - EDGE, job.width, xs, N) && inside;
+    for (long g = 0; g < job.channels_in; g += VL) {
+      long left = job.channels_in - g;
+      for (int d = 0; d < NZ; d++) for (int h = 0; h < N; h++) {
+        Vec r[N];
+        if (inside && left >= VL) {
+          const float *from = row(at.image, zs[d], ys[h]) + xs[0] * job.pixel_in + g;
+          for (int w = 0; w < N; w++) r[w] = load(from + w * job.pixel_in);
+        } else {
+          for (int w = 0; w < N; w++) {
+            bool there = zs[d] >= 0 && ys[h] >= 0 && xs[w] >= 0;
+            r[w] = there ? load(row(at.image, zs[d], ys[h]) + xs[w] * job.pixel_in + g, left) : Vec{};
+          }
+        }
+        to_points<N>(r);
+        for (int w = 0; w < N; w++) store(patch + ((d * N + h) * N + w) * VL, r[w]);
+      }
+      for (int d = 0; d < NZ; d++) for (int w = 0; w < N; w++) {
+        Vec r[N];
+        for (int h = 0; h < N; h++) r[h] = load(patch + ((d * N + h) * N + w) * VL);
+        to_points<N>(r);
+        for (int h = 0; h < N; h++) {
+          float *point = NZ == 1 ? to + (h * N + w) * stride + g : patch + ((d * N + h) * N + w) * VL;
+          store(point, r[h]);
+        }
+      }
+      if constexpr (NZ > 1) for (int h = 0; h < N; h++) for (int w = 0; w < N; w++) {
+        Vec r[NZ];
+        for (int d = 0; d < NZ; d++) r[d] = load(patch + ((d * N + h) * N + w) * VL);
+        to_points<NZ>(r);
+        for (int d = 0; d < NZ; d++) store(to + ((d * N + h) * N + w) * stride + g, r[d]);
+      }
+    }
+  }
+
+  const float *row(long image, long z, long y) const {
+    return job.x + ((image * job.depth + z) * job.height + y) * job.width * job.pixel_in;
+  }
+
+  // VL channels of a tile's output.
+  void output(long tile, const float *from, long stride, float *patch, long channel, Sums *sums) const {
+    Place at = place(tile);
+    long left = job.channels_out - channel;
+    long depth = std::min<long>(MZ, job.depth - at.z), height = std::min<long>(M, job.height - at.y);
+    long width = std::min<long>(M, job.width - at.x);
+    if constexpr (NZ > 1) for (int h = 0; h < N; h++) for (int w = 0; w < N; w++) {
+      Vec r[NZ], o[MZ];
+      for (int d = 0; d < NZ; d++) r[d] = load(from + ((d * N + h) * N + w) * stride);
+      from_points<NZ, MZ>(r, o);
+      for (int d = 0; d < MZ; d++) store(patch + ((d * N + h) * N + w) * VL, o[d]);
+    }
+    for (int d = 0; d < depth; d++) for (int w = 0; w < N; w++) {
+      Vec r[N], o[M];
+      for (int h = 0; h < N; h++)
+        r[h] = load(NZ == 1 ? from + (h * N + w) * stride : patch + ((d * N + h) * N + w) * VL);
+      from_points<N, M>(r, o);
+      for (int h = 0; h < M; h++) store(patch + ((d * N + h) * N + w) * VL, o[h]);
+    }
+    Vec bias = job.bias ? load(job.bias + channel, left) : Vec{}, slope = job.slope ? load(job.slope + channel, left) : Vec{};
+    for (int d = 0; d < depth; d++) for (int h = 0; h < height; h++) {
+      Vec r[N], o[M];
+      for (int w = 0; w < N; w++) r[w] = load(patch + ((d * N + h) * N + w) * VL);
+      from_points<N, M>(r, o);
+      long voxel = ((at.image * job.depth + at.z + d) * job.height + at.y + h) * job.width + at.x;
+      float *to = job.y + voxel * job.pixel_out + channel;
+      for (int w = 0; w < width; w++) {
+        Vec value = o[w] + bias;
+        if (sums) sums->add(value);
+        store(to + w * job.pixel_out, job.slope ? leaky(value, slope) : value, left);
+      }
+    }
+  }
+
+  // A block of tiles and a part of the output channels.
+  void run(long number, float *scratch) const {
+    long block = number / plan.parts, first = number % plan.parts * plan.panels_a_part;
+    long last = std::min(first + plan.panels_a_part, plan.panels);
+    long tile = block * plan.tiles_a_block, count = std::min(plan.tiles_a_block, plan.tiles - tile);
+    long stride_in = plan.tiles_a_block * plan.channels_in + 16, stride_out = plan.tiles_a_block * NB + 16;
+    float *patch = scratch, *in = patch + P * VL, *out = in + P * stride_in;
+    for (long t = 0; t < count; t++) input(tile + t, in + t * plan.channels_in, stride_in, patch);
+    for (long panel = first; panel < last; panel++) {
+      for (long p = 0; p < P; p++) {
+        const float *A = in + p * stride_in, *B = job.weights + (p * plan.panels + panel) * job.channels_in * NB;
+        float *C = out + p * stride_out;
+        long t = 0, lda = plan.channels_in, k = job.channels_in;
+        for (; t + ROWS <= count; t += ROWS) multiply<ROWS>(A + t * lda, lda, B, C + t * NB, NB, k);
+        for (; t + 4 <= count; t += 4) multiply<4>(A + t * lda, lda, B, C + t * NB, NB, k);
+        for (; t < count; t++) multiply<1>(A + t * lda, lda, B, C + t * NB, NB, k);
+      }
+      for (long channel = panel * NB; channel < std::min((panel + 1) * NB, job.channels_out); channel += VL) {
+        Sums sums;
+        const float *from = out + channel - panel * NB;
+        for (long t = 0; t < count; t++) output(tile + t, from + t * NB, stride_out, patch, channel, job.moments ? &sums : nullptr);
+        if (job.moments) sums.write(job.moments + block * 3 * job.channels_out, channel, job.channels_out);
+      }
+    }
+  }
+};
+
+static void convolve(const Job &job, const Plan &plan, long number, float *scratch) {
+  if (job.kind == 0) Tiles<6, 4, 6, 4>{job, plan}.run(number, scratch);
+  if (job.kind == 1) Tiles<8, 4, 8, 4>{job, plan}.run(number, scratch);
+  if (job.kind == 2) Tiles<6, 2, 6, 2>{job, plan}.run(number, scratch);
+  if (job.kind == 3) Tiles<1, 1, 6, 4>{job, plan}.run(number, scratch);
+}

@@ -1,0 +1,119 @@
+"""Winograd convolution: F(4, 3) and F(2, 5) at the points 0, ±1, ½, −2 and F(4, 5) at 0, ±1, ±2, ±½ (and infinity).
+
+Lavin and Gray 2016, Fast Algorithms for Convolutional Neural Networks; here in three dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kitseg.native import library
+from kitseg.native.pointwise import merge_moments
+
+SIX, EIGHT = (0.0, 1.0, -1.0, 0.5, -2.0), (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An algorithm of the kernels: its number there, kernel size, and the points besides infinity."""
+
+    number: int
+    size: tuple[int, int, int]
+    points: Sequence[float]
+
+    def transform(self, size: int) -> Tensor:
+        """The matrix (points, size) from a kernel's taps along an axis to its values at the points, float64."""
+        if size == 1:
+            return torch.ones(1, 1, dtype=torch.float64)
+        rows = [[p**k / prod(p - q for q in self.points if q != p) for k in range(size)] for p in self.points]
+        return torch.tensor([*rows, [0.0] * (size - 1) + [1.0]], dtype=torch.float64)
+
+
+F43, F45, F25, F43_2D = (
+    Kind(0, (3, 3, 3), SIX),
+    Kind(1, (5, 5, 5), EIGHT),
+    Kind(2, (5, 5, 5), SIX),
+    Kind(3, (1, 3, 3), SIX),
+)
+KINDS = (F43, F45, F25, F43_2D)
+
+
+def transform_weights(weight: Tensor, kind: Kind, panel: int) -> Tensor:
+    """Weights (out, in, kernel) as the kernels read them: (points, panels, in, panel) float32."""
+    z, y, x = (kind.transform(n) for n in kind.size)
+    outputs, inputs = weight.shape[:2]
+    panels = -(-outputs // panel)
+    found = torch.zeros(len(z) * len(y) * len(x), panels, inputs, panel)
+    for number in range(panels):
+        part = weight[number * panel : (number + 1) * panel].double()
+        points = torch.einsum("za,yb,xc,oiabc->zyxio", z, y, x, part)
+        found[:, number, :, : len(part)] = points.flatten(0, 2)
+    return found
+
+
+class Scratch:
+    """Memory that kernels work in, which grows to the most that one has asked for."""
+
+    def __init__(self) -> None:
+        self._values = torch.empty(0)
+
+    def take(self, count: int) -> Tensor:
+        """At least so many float32."""
+        if len(self._values) < count:
+            self._values = torch.empty(0)  # the old ones are freed first
+            self._values = torch.empty(count)
+        return self._values
+
+
+class Convolution:
+    """A convolution with stride 1, padded to preserve D, H and W; its weights are transformed once.
+
+    weight: (out, in, *kind.size). slope: of a leaky ReLU that follows, for each channel. replicate: pad with the edge
+    instead of zeros.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        kind: Kind,
+        bias: Tensor | None = None,
+        slope: Tensor | None = None,
+        replicate: bool = False,
+    ) -> None:
+        if weight.shape[2:] != kind.size:
+            raise ValueError(f"a kernel of {tuple(weight.shape[2:])} isn't one of {kind.size}")
+        self.outputs, self.inputs = weight.shape[:2]
+        self.kind, self.replicate, self.lanes = kind, replicate, library.lanes()
+        self.bias, self.slope = (None if v is None else v.detach().float().contiguous() for v in (bias, slope))
+        self.points = transform_weights(weight.detach(), kind, 2 * self.lanes)
+
+    def __call__(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """Convolve (N, in, D, H, W): (N, out, D, H, W), channels last."""
+        return self._run(x, scratch, False)[0]
+
+    def with_moments(self, x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of one image, and the mean and the biased variance (out,) of each of its channels, float64."""
+        y, rows = self._run(x, scratch, True)
+        return y, *merge_moments(rows)
+
+    def _run(self, x: Tensor, scratch: Scratch, moments: bool) -> tuple[Tensor, Tensor]:
+        images, channels, depth, height, width = x.shape
+        if channels != self.inputs or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise ValueError(f"a tensor of {self.inputs} channels is needed, in float32 on the CPU")
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        y = torch.empty(images, self.outputs, depth, height, width, memory_format=torch.channels_last_3d)
+        numbers = (images, depth, height, width, self.inputs, self.outputs, self.inputs, self.outputs)
+        how = (*numbers, self.kind.number, self.replicate, self.lanes, torch.get_num_threads())
+        plan, nothing = library.Plan(), torch.empty(0)
+        library.call("plan", library.Convolution(*[None] * 7, *[0] * 7, *how), plan)
+        rows = torch.empty(plan.blocks, 3, self.outputs, dtype=torch.float64) if moments else nothing
+        work = scratch.take(plan.scratch * torch.get_num_threads())
+        buffers = (x, self.points, self.bias, self.slope, y, work, rows if moments else None)
+        sizes = (0 if buffer is None else buffer.numel() for buffer in buffers)
+        library.call("convolve", library.Convolution(*map(library.address, buffers), *sizes, *how))
+        return y, rows

@@ -1,0 +1,175 @@
+"""The kernels in C++ compute what PyTorch does in float64; skipped where there is no compiler for them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kitseg.native import library
+from kitseg.native.pointwise import affine, moments
+from kitseg.native.winograd import F43, F45, KINDS, Convolution, Kind, Scratch
+
+compiled = pytest.mark.skipif(library.library() is None and not shutil.which("g++"), reason="no C++ compiler")
+pytestmark = compiled
+SHAPES = [  # images, channels in and out, D, H, W
+    (1, 1, 1, (1, 1, 1)),
+    (1, 1, 16, (5, 7, 9)),
+    (1, 3, 5, (2, 13, 3)),
+    (1, 17, 33, (1, 3, 13)),
+    (1, 40, 70, (9, 10, 11)),
+    (1, 130, 200, (3, 5, 4)),
+    (2, 8, 8, (6, 7, 8)),
+    (1, 16, 32, (8, 8, 40)),
+]
+
+
+def sets() -> list[int]:
+    """The instruction sets of this CPU, by the floats of a vector."""
+    return [lanes for lanes in (16, 8) if lanes <= library.lanes()] or [0]
+
+
+@pytest.fixture(autouse=True, params=sets(), ids=lambda lanes: library.WIDTHS.get(lanes, "none"))
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "lanes", lambda: request.param)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kernel(kind: Kind, inputs: int, outputs: int) -> Tensor:
+    taps = kind.size[0] * kind.size[1] * kind.size[2]
+    return noise(outputs, inputs, *kind.size, seed=1) / (inputs * taps) ** 0.5
+
+
+def exact(x: Tensor, weight: Tensor, bias: Tensor | None = None, replicate: bool = False) -> Tensor:
+    edges = [edge for n in reversed(weight.shape[2:]) for edge in (n // 2, n // 2)]
+    padded = functional.pad(x.double(), edges, mode="replicate" if replicate else "constant")
+    return functional.conv3d(padded, weight.double(), None if bias is None else bias.double())
+
+
+def leaky(x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x > 0, x, x * slope[:, None, None, None])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D"])
+def test_convolution_is_pytorchs(kind: Kind, shape: tuple[int, int, int, tuple[int, ...]]) -> None:
+    images, inputs, outputs, size = shape
+    x, weight = noise(images, inputs, *size), kernel(kind, inputs, outputs)
+    bias, slope = noise(outputs, seed=2), noise(outputs, seed=3).abs()
+    for replicate in (False, True):
+        expected = leaky(exact(x, weight, bias, replicate), slope)
+        found = Convolution(weight, kind, bias, slope, replicate)(x, Scratch())
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D"])
+def test_moments_of_a_convolution_far_from_zero(kind: Kind) -> None:
+    """One of many blocks of tiles, with a mean of 30 deviations."""
+    x, weight, bias = noise(1, 4, 9, 22, 41), kernel(kind, 4, 6), torch.full((6,), 30.0)
+    expected = exact(x, weight, bias)[0]
+    y, mean, variance = Convolution(weight, kind, bias).with_moments(x, Scratch())
+    torch.testing.assert_close(y[0].double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(mean, expected.mean((1, 2, 3)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(variance, expected.var((1, 2, 3), unbiased=False), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 16, 40])
+def test_moments_and_affine_are_pytorchs(channels: int) -> None:
+    x, residual = noise(1, channels, 3, 41, 57) + 20, noise(1, channels, 3, 41, 57, seed=1)
+    mean, variance = moments(x)
+    torch.testing.assert_close(mean, x.double().mean((0, 2, 3, 4)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance, x.double().var((0, 2, 3, 4), unbiased=False), rtol=1e-4, atol=0)
+    scale, shift, first, second = (noise(channels, seed=n) for n in range(4))
+    plain = x * scale[:, None, None, None] + shift[:, None, None, None]
+    torch.testing.assert_close(affine(x.clone(), scale, shift), plain)
+    torch.testing.assert_close(affine(x.clone(), scale, shift, None, residual), plain + residual)
+    found = affine(x.clone(), scale, shift, first, residual, second)
+    torch.testing.assert_close(found, leaky(leaky(plain, first) + residual, second))
+
+
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    x, layer = noise(1, 20, 9, 20, 30), Convolution(kernel(F43, 20, 70), F43)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = layer.with_moments(x, Scratch())
+        torch.set_num_threads(3)
+        for one, other in zip(alone, layer.with_moments(x, Scratch()), strict=True):
+            assert torch.equal(one, other)
+    finally:
+        torch.set_num_threads(before)
+
+
+def job(**changes: int) -> library.Convolution:
+    """A convolution of 4 to 3 channels on 5 x 6 x 7 voxels in buffers that are exactly large enough."""
+    numbers = {"images": 1, "depth": 5, "height": 6, "width": 7, "channels_in": 4, "channels_out": 3}
+    numbers |= {"pixel_in": 4, "pixel_out": 3, "kind": 3, "lanes": library.lanes(), "threads": 1}
+    plan = library.Plan()
+    library.call("plan", library.Convolution(**numbers), plan)
+    sizes = {"x": 840, "y": 630, "bias": 3, "slope": 3, "weights": plan.weights, "scratch": plan.scratch}
+    made = library.Convolution(**{**numbers, **{f"size_{name}": size for name, size in sizes.items()}, **changes})
+    buffers = {name: torch.ones(max(1, size)) for name, size in sizes.items()}
+    buffers["moments"] = torch.ones(3 * 3 * plan.blocks, dtype=torch.float64)
+    for name, buffer in buffers.items():
+        setattr(made, name, buffer.data_ptr())
+    made.size_moments = changes.get("size_moments", len(buffers["moments"]))
+    made.kept = buffers  # alive as long as the job
+    return made
+
+
+WRONG = [
+    *({f"size_{name}": size} for name, size in {"x": 839, "y": 629, "bias": 2, "slope": 2, "moments": 8}.items()),
+    {"size_weights": 5},
+    {"size_scratch": 5},
+    *({name: 0} for name in ("images", "depth", "height", "width", "channels_in", "channels_out", "threads", "lanes")),
+    *({name: -1} for name in ("depth", "pixel_in", "kind", "threads")),
+    *({name: 2**40} for name in ("images", "depth", "height", "width", "channels_in", "pixel_in", "pixel_out")),
+    {"kind": 4},
+    {"lanes": 32},
+    {"pixel_out": 2},
+    {"depth": 2**31, "height": 2**31, "width": 4},
+]
+
+
+def test_sizes_that_fit_are_accepted() -> None:
+    library.call("convolve", job())
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_sizes_are_checked_before_memory_is_used(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="sizes"):
+        library.call("convolve", job(**wrong))
+
+
+def test_tensors_of_other_shapes_or_types_are_refused() -> None:
+    layer = Convolution(kernel(F43, 4, 3), F43)
+    for x in (noise(1, 5, 4, 4, 4), noise(1, 4, 4, 4, 4).double(), torch.empty(1, 4, 4, 4, 4, device="meta")):
+        with pytest.raises(ValueError, match="channels"):
+            layer(x, Scratch())
+    with pytest.raises(ValueError, match="kernel"):
+        Convolution(kernel(F43, 4, 3), F45)
+    with pytest.raises(ValueError, match="residual"):
+        affine(noise(1, 4, 4, 4, 4), torch.ones(4), torch.ones(4), residual=noise(1, 4, 4, 4, 3))
+    with pytest.raises(ValueError, match="each channel"):
+        affine(noise(1, 4, 4, 4, 4), torch.ones(4), torch.ones(3))
+    with pytest.raises(ValueError, match="float32"):
+        moments(noise(1, 4, 4, 4, 4).double())
+
+
+def test_only_its_own_channels_of_a_larger_tensor_are_written() -> None:
+    """And nothing before or behind it, where the last tiles are not whole."""
+    made = job(pixel_out=5, size_y=1050)
+    y = torch.full((1070,), 0.123)
+    made.y = y[10:].data_ptr()
+    library.call("convolve", made)
+    inside = y[10:1060].view(210, 5)
+    assert (inside[:, 3:] == y[0]).all()
+    assert (inside[:, :3] != y[0]).all()
+    assert (y[:10] == y[0]).all()
+    assert (y[1060:] == y[0]).all()
