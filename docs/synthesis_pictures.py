@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,11 @@ def main(scan: Path, mask: Path, out: Path, label_maps: Path | None) -> None:
     page(out / "synthesis_tumors.png", {name: axial(patient) for name, patient in tumors.items()})
     cysts = {name: ("cyst", name, 1.5) for name in ("simple", "hyperdense", "walled", "septate")}
     others = {**cysts, "stone": ("stone", "stone", 0.03)}
+    if shapes.anatomies:
+        some = replace(NONE, anatomies=True, tumors=True, cysts=True, phases=True)
+        patients = (make(body, shapes, NEAR, some, np.random.default_rng(n)) for n in range(2000))
+        large = (p for p in patients if p.made["kidneys_from"] and any(r["ml"] > 4 for r in p.made["lesions"]))
+        page(out / "synthesis_anatomies.png", {f"{p.made['kidneys_from'][0]}": axial(p) for p in islice(large, 7)})
     some = replace(NONE, cysts=True, stones=True)
     found = {name: find(body, shapes, NEAR, some, lesion(*row)) for name, row in others.items()}
     page(out / "synthesis_cysts.png", {name: axial(patient) for name, patient in found.items()})

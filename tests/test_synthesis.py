@@ -23,6 +23,7 @@ from kitseg.patches.bodies import shape_cases
 from kitseg.patches.queue import AddressSampler
 from kitseg.patches.synthetic import SyntheticQueue
 from kitseg.synthesis import habitus, lesions, phases, scanners
+from kitseg.synthesis.anatomies import anatomies_of
 from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
 from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
 from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
@@ -143,6 +144,59 @@ def test_shapes_of_a_label_map() -> None:
     assert [one.radius for one in found] == pytest.approx([18, 9], abs=1)
     middle = tuple(n // 2 for n in found[0].distance.shape)
     assert found[0].distance[middle] == found[0].distance.min() == pytest.approx(-14.5, abs=1.5), "smoothed"
+
+
+def kidney_map() -> np.ndarray:
+    """Two kidneys of radius 24 mm; a tumor of 15 mm at the top of the one at lower columns, a cyst in the other."""
+    shape = (44, 60, 80)
+    labels = np.where(ball(shape, (72, 96, 60), 24) | ball(shape, (72, 96, 170), 24), 1, 0).astype(np.uint8)
+    labels[ball(shape, (51, 96, 60), 15)] = 2
+    labels[ball(shape, (72, 90, 170), 15)] = 3
+    return labels
+
+
+def test_kidneys_of_a_label_map() -> None:
+    right, left = anatomies_of(kidney_map(), MM, "case_1")
+    assert (right.right, left.right, right.case) == (True, False, "case_1")
+    found = np.array([(one.fields[:3] < 0).sum((1, 2, 3)) * 8 / 1000 for one in (right, left)])  # ml
+    tumor, cyst = 4 / 3 * np.pi * np.array([15, 15]) ** 3 / 1000
+    assert found[0, 1:] == pytest.approx([tumor, 0], rel=0.2)
+    assert found[1, 1:] == pytest.approx([0, cyst], rel=0.2), "smoothed on voxels of 3 mm"
+    whole = 4 / 3 * np.pi * 24**3 / 1000
+    shell = 4 / 3 * np.pi * (15**3 - 13**3) / 1000
+    assert found[1, 0] == pytest.approx(whole - shell, rel=0.13), "under the cyst there is parenchyma"
+    assert left.parenchyma_ml == pytest.approx(whole - cyst, rel=0.13)
+    cut = kidney_map()[18:]
+    assert [one.right for one in anatomies_of(cut, MM, "b")] == [], "of cut kidneys the shape is not known"
+
+
+def test_a_transplant_replaces_the_kidneys(body: RealBody) -> None:
+    shapes = Shapes(anatomies=anatomies_of(kidney_map(), MM, "case_1"))
+    parts = SynthesisParts(**{**asdict(NONE), "anatomies": True, "tumors": True, "cysts": True})
+    made = (make(body, shapes, View.on(body), parts, np.random.default_rng(n)) for n in range(60))
+    found = next(one for one in made if one.made["kidneys_from"] and {1, 2, 3} <= set(one.label.unique().tolist()))
+    assert found.made["kidneys_from"] == ["case_1", "case_1"]
+    assert {row["kind"] for row in found.made["lesions"]} == {"tumor", "cyst"}
+    label, hu = found.label.numpy(), found.hu.numpy()
+    assert ndimage.label(label > 0)[1] == 2
+    centres = ndimage.center_of_mass(label > 0, ndimage.label(label > 0)[0], [1, 2])
+    assert np.allclose(sorted(np.array(centres)[:, 2] * 3), [66, 177], atol=9), "where the body's own were"
+    deep = ndimage.binary_erosion(label == 1, iterations=2)
+    assert float(hu[deep].mean()) == pytest.approx(150, abs=6)
+    old = (np.asarray(body.distance) < -2) & ~ndimage.binary_dilation(label > 0)
+    assert old.any()
+    assert np.median(hu[old]) < -70, "fat where the body's own were larger"
+
+
+def test_no_label_out_of_view() -> None:
+    hu, kidneys = scan(shift=-30)
+    arrays, facts = describe(hu, kidney_distance(kidneys, MM), MM)
+    body = RealBody(name="a", hu=hu, **arrays, spacing=MM, facts=facts)
+    parts = SynthesisParts(**{**asdict(NONE), "scanners": True})
+    views = [patient(body, parts, 7, number, view=View.on(body)) for number in range(20)]
+    cut = [one for one in views if (one.label > 0).sum() < 0.98 * kidneys.sum()]
+    assert cut
+    assert all(one.hu[ndimage.binary_erosion(one.label.numpy() > 0)].min() > -500 for one in cut)
 
 
 def test_moves_and_pushes(body: RealBody) -> None:

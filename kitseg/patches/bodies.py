@@ -1,7 +1,8 @@
 """Bodies and lesion shapes of the synthesis on disk: prepared once, then memory-mapped by every process.
 
 A stored case that serves as a body has a folder ``body``: ``distance.npy``, ``tissue.npy``, ``places.npy`` and
-``body.json``. The shapes of a folder of label maps are ``shapes.npy``, one after the other, and ``shapes.json``.
+``body.json``. The shapes of a folder of label maps are ``shapes.npy``, one after the other, its kidneys
+``anatomies.npy``, and both are listed in ``shapes.json``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
+from kitseg.synthesis.anatomies import Anatomy, anatomies_of
 from kitseg.synthesis.bodies import Facts, RealBody, describe, kidney_distance
 from kitseg.synthesis.lesions import Shape, Shapes, shapes_of
 from kitseg.types import Case, Volume
@@ -52,12 +54,23 @@ class _ShapeRow:
 
 
 @dataclass(frozen=True)
+class _AnatomyRow:
+    """A kidney: see ``Anatomy``; size: of its fields; start: where their values begin."""
+
+    case: str
+    right: bool
+    size: tuple[int, int, int, int]
+    start: int
+
+
+@dataclass(frozen=True)
 class _ShapesFile:
     files: dict[str, InputFile]
     shapes: tuple[_ShapeRow, ...]
+    anatomies: tuple[_AnatomyRow, ...]
 
 
-_BODY, _SHAPES = FileFormat(_BodyFile, 1, _AGAIN), FileFormat(_ShapesFile, 1, _AGAIN)
+_BODY, _SHAPES = FileFormat(_BodyFile, 1, _AGAIN), FileFormat(_ShapesFile, 2, _AGAIN)
 
 
 def read_body(case: Case) -> tuple[Volume, NDArray[np.bool_]]:
@@ -118,18 +131,29 @@ def prepare_shapes(labels: Path, to: Path, jobs: int) -> None:
     if _SHAPES.find(to / "shapes.json", {"files": files}) and (to / "shapes.npy").exists():
         return
     found = in_parallel((delayed(_shapes)(path, name) for name, path in maps.items()), jobs)
-    pairs = [pair for part in found for pair in part]
+    pairs, kidneys = ([one for part in parts for one in part] for parts in zip(*found, strict=True))
     if not pairs:
         raise InputError(labels, "its label maps hold no tumor (2) and no cyst (3)", "Give label maps with lesions.")
-    starts = np.cumsum([0, *(shape.distance.size for _, shape in pairs)]).tolist()
     rows = tuple(
         _ShapeRow(kind, shape.case, shape.distance.shape, start, shape.mm, shape.radius)
-        for (kind, shape), start in zip(pairs, starts, strict=False)
+        for (kind, shape), start in zip(pairs, _starts([shape.distance for _, shape in pairs]), strict=True)
+    )
+    anatomies = tuple(
+        _AnatomyRow(one.case, one.right, one.fields.shape, start)
+        for one, start in zip(kidneys, _starts([one.fields for one in kidneys]), strict=True)
     )
     with atomic_write(to) as partial:
         partial.mkdir()
         np.save(partial / "shapes.npy", np.concatenate([shape.distance.ravel() for _, shape in pairs]))
-        _SHAPES.write(partial / "shapes.json", _ShapesFile(files, rows))
+        np.save(
+            partial / "anatomies.npy", np.concatenate([np.zeros(0, np.int8), *(one.fields.ravel() for one in kidneys)])
+        )
+        _SHAPES.write(partial / "shapes.json", _ShapesFile(files, rows, anatomies))
+
+
+def _starts(arrays: Sequence[NDArray[Any]]) -> list[int]:
+    """Where each array begins when they are written one after the other."""
+    return [0, *np.cumsum([array.size for array in arrays]).tolist()][: len(arrays)]
 
 
 def shape_cases(folder: Path) -> list[str]:
@@ -139,16 +163,23 @@ def shape_cases(folder: Path) -> list[str]:
 
 def open_shapes(folder: Path, cases: Collection[str]) -> Shapes:
     """The shapes from these label maps, memory-mapped. Raises InputError: not prepared, or damaged."""
-    rows = [row for row in _SHAPES.read(folder / "shapes.json").shapes if row.case in cases]
+    listed = _SHAPES.read(folder / "shapes.json")
     try:
-        flat = np.load(folder / "shapes.npy", mmap_mode="r")
+        flat, kidneys = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("shapes", "anatomies"))
         kinds: dict[str, list[Shape]] = {"tumor": [], "cyst": []}
-        for row in rows:
-            values = flat[row.start : row.start + int(np.prod(row.size))].reshape(row.size)
-            kinds[row.kind].append(Shape(values, row.mm, row.radius, row.case))
+        for row in listed.shapes:
+            if row.case in cases:
+                kinds[row.kind].append(Shape(_part(flat, row), row.mm, row.radius, row.case))
+        found = [Anatomy(_part(kidneys, row), row.right, row.case) for row in listed.anatomies if row.case in cases]
     except (OSError, ValueError, EOFError, KeyError) as error:
-        raise unreadable(folder / "shapes.npy", error, _AGAIN) from error
-    return Shapes(**kinds)
+        raise unreadable(folder, error, _AGAIN) from error
+    return Shapes(kinds["tumor"], kinds["cyst"], found)
+
+
+def _part(flat: NDArray[Any], row: _ShapeRow | _AnatomyRow) -> NDArray[Any]:
+    """An array out of those that are written one after the other."""
+    part: NDArray[Any] = flat[row.start : row.start + int(np.prod(row.size))].reshape(row.size)
+    return part
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -174,7 +205,8 @@ def _prepare_body(case: Case, stores: Sequence[Path]) -> None:
             _BODY.write(partial / "body.json", _BodyFile(stored.grid.spacing, facts))
 
 
-def _shapes(path: Path, name: str) -> list[tuple[str, Shape]]:
+def _shapes(path: Path, name: str) -> tuple[list[tuple[str, Shape]], list[Anatomy]]:
     label = read_labels(path, name, KITS23)
     ids, spacing = {"tumor": TUMOR, "cyst": CYST}, label.geometry.spacing
-    return [(kind, shape) for kind, value in ids.items() for shape in shapes_of(label.array == value, spacing, name)]
+    shapes = [(kind, shape) for kind, value in ids.items() for shape in shapes_of(label.array == value, spacing, name)]
+    return shapes, anatomies_of(label.array, spacing, name)

@@ -87,7 +87,7 @@ def describe(hu: NDArray[Any], distance: Floats, spacing: Sequence[float]) -> tu
     if not kidney.any():
         raise ValueError("it has no kidney")
     smooth = hu.astype(np.float32)
-    sinus = _sinus(kidney, distance, spacing)
+    sinus = sinus_of(kidney, distance, spacing)
     tissue = np.where(sinus, SINUS, vessels(smooth, spacing) & (distance > 3)).astype(np.int8)
     deep = smooth[distance < -4] if (distance < -4).any() else smooth[kidney]
     facts = Facts(float(deep.mean()), noise_level(smooth), _back(smooth, spacing), _kidneys(kidney, spacing))
@@ -119,7 +119,7 @@ def noise_level(hu: Floats) -> float:
     return float(np.percentile(tissue, 20) * 1.1) if tissue.size else 8.0
 
 
-def _sinus(kidney: Mask, distance: Floats, spacing: Sequence[float]) -> Mask:
+def sinus_of(kidney: Mask, distance: Floats, spacing: Sequence[float]) -> Mask:
     """Fat, pelvis and vessels in the hollow of each kidney."""
     near = Components.of(distance < CLOSING + 3).box.slices
     hull = signed_distance(distance[near] < CLOSING, spacing) + CLOSING

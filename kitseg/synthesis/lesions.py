@@ -21,6 +21,7 @@ from torch.nn.functional import grid_sample
 from kitseg.components import Components
 from kitseg.labels import CYST, TUMOR
 from kitseg.synthesis import phases, textures
+from kitseg.synthesis.anatomies import Anatomy
 from kitseg.synthesis.bodies import signed_distance
 from kitseg.synthesis.fields import Vector, any_rotation, box_mean, rotation, smooth_noise
 from kitseg.synthesis.phases import Phase
@@ -28,6 +29,7 @@ from kitseg.synthesis.textures import Site
 
 IDS = {"tumor": TUMOR, "cyst": CYST, "stone": None, "lookalike": None}  # label ids; None: the label stays as it is
 RADII = {"tumor": (2.5, 55.0), "lookalike": (2.5, 25.0), "cyst": (2.5, 35.0), "stone": (1.0, 6.0)}  # mm
+IN_KIDNEY = ("tumor", "cyst")
 Box3 = tuple[slice, slice, slice]
 
 
@@ -47,10 +49,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of tumors and of cysts; where there are none, rounded ones are drawn."""
+    """Shapes of tumors and of cysts, and whole kidneys; where there are no shapes, rounded ones are drawn."""
 
     tumor: Sequence[Shape] = ()
     cyst: Sequence[Shape] = ()
+    anatomies: Sequence[Anatomy] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Voxels of a scene, and the label map that gives the shape of the lesion in them, empty for a drawn one."""
+
+    box: Box3
+    case: str
 
 
 @dataclass(frozen=True)
@@ -167,25 +178,33 @@ def insert(plan: PlannedLesion, scene: Surroundings, rng: Generator) -> dict[str
     box = _box(plan, scene)
     if box is None:
         return None
-    hu, distance, label = scene.hu[box], scene.distance[box], scene.label[box]
     lesion = lesion_distance(plan, box, scene, rng)
-    if plan.kind != "stone":
-        lesion = _kept_apart(lesion, plan, scene, box, rng)
+    return put(plan.kind, lesion, plan.radius, Part(box, plan.shape.case), scene, rng)
+
+
+def put(
+    kind: str, lesion: Tensor, radius: float, part: Part, scene: Surroundings, rng: Generator
+) -> dict[str, Any] | None:
+    """Put what is within a surface into a part of a scene; see ``insert``. lesion: distance in mm, negative inside."""
+    box = part.box
+    hu, distance, label = scene.hu[box], scene.distance[box], scene.label[box]
+    if kind != "stone":
+        lesion = _kept_apart(lesion, radius, scene, box, rng)
     inside = lesion < 0
-    if plan.kind in ("tumor", "cyst") and ((inside & (distance < 0)).sum() < 0.06 * inside.sum() or not inside.any()):
+    if kind in IN_KIDNEY and ((inside & (distance < 0)).sum() < 0.06 * inside.sum() or not inside.any()):
         return None
-    site = Site(lesion, plan.radius, scene.spacing, scene.phase)
-    if plan.kind == "stone":
+    site = Site(lesion, radius, scene.spacing, scene.phase)
+    if kind == "stone":
         look, made = "stone", textures.stone(site, rng)
     else:
-        look, made = textures.cyst(site, rng) if plan.kind == "cyst" else textures.tumor(site, rng)
+        look, made = textures.cyst(site, rng) if kind == "cyst" else textures.tumor(site, rng)
     made = made + smooth_noise(rng, hu.shape, 1.2) * scene.noise * float(rng.uniform(*phases.GRAIN))
     width = float(rng.uniform(0.35, 0.6)) * max(float(scene.spacing.mean()), 1.2)
     hu += torch.sigmoid(-lesion / width) * (made - hu)
-    if (number := IDS[plan.kind]) is not None:
+    if (number := IDS[kind]) is not None:
         label[inside] = number
     ml = float(inside.sum()) * float(np.prod(scene.spacing)) / 1000
-    return {"kind": plan.kind, "look": look, "ml": round(ml, 3), "shape_from": plan.shape.case or "drawn"}
+    return {"kind": kind, "look": look, "ml": round(ml, 3), "shape_from": part.case or "drawn"}
 
 
 def lesion_distance(plan: PlannedLesion, box: Box3, scene: Surroundings, rng: Generator) -> Tensor:
@@ -206,7 +225,7 @@ def lesion_distance(plan: PlannedLesion, box: Box3, scene: Surroundings, rng: Ge
     return found + beyond + bumps * float(min(0.12 * plan.radius, 3.0) * rng.uniform(0, 1))
 
 
-def _kept_apart(lesion: Tensor, plan: PlannedLesion, scene: Surroundings, box: Box3, rng: Generator) -> Tensor:
+def _kept_apart(lesion: Tensor, radius: float, scene: Surroundings, box: Box3, rng: Generator) -> Tensor:
     """The distance to a lesion that grows into fat, and stops at bone, vessels, air and ribs."""
     distance, edge = scene.distance[box], max(3, 2 * round(3 / float(scene.spacing.mean())) + 1)
     around, vessel = box_mean(scene.hu[box], edge), box_mean(scene.tissue[box].clamp(min=0), edge)
@@ -215,7 +234,7 @@ def _kept_apart(lesion: Tensor, plan: PlannedLesion, scene: Surroundings, box: B
     barred = ((around > 190) | (vessel > 0.5)) & (distance > 6) | (around < -250)
     out = torch.tensor(float(scene.spacing.mean()))
     lesion = box_mean(torch.where(barred, torch.maximum(lesion, out), lesion), 3)
-    if plan.radius > 10 and bool(barred.any()):  # nothing of it beyond the ribs
+    if radius > 10 and bool(barred.any()):  # nothing of it beyond the ribs
         parts, count = ndimage.label((lesion < 0).numpy())
         if count > 1:
             largest = np.bincount(parts[parts > 0]).argmax()

@@ -12,8 +12,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kitseg.labels import KIDNEY
+from kitseg.labels import BACKGROUND, KIDNEY
 from kitseg.synthesis import habitus, lesions, phases, scanners
+from kitseg.synthesis.anatomies import SHARE, Graft, Transplant, any_transplants, graft
 from kitseg.synthesis.bodies import KidneyBox, RealBody
 from kitseg.synthesis.fields import Vector
 from kitseg.synthesis.habitus import Frame
@@ -30,10 +31,12 @@ JITTER, FEWEST = 0.22, 50  # of a patch's extent; places in view, below which no
 class SynthesisParts:
     """The parts of the synthesis, each of which can be switched off.
 
-    tumors, cysts, stones; lookalikes: of tumors, away from the kidney; pushes: large lesions displace tissue; phases;
-    habitus: rotation, scale, flip, displacement; kidneys: absent, small, low and malrotated ones; scanners.
+    anatomies: kidneys of other patients with their tumors and cysts; tumors, cysts, stones; lookalikes: of tumors,
+    away from the kidney; pushes: large lesions displace tissue; phases; habitus: rotation, scale, flip, displacement;
+    kidneys: absent, small, low and malrotated ones; scanners.
     """
 
+    anatomies: bool = True
     tumors: bool = True
     cysts: bool = True
     stones: bool = True
@@ -79,24 +82,46 @@ class SyntheticPatient:
 
 def make(body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, rng: Generator) -> SyntheticPatient:
     """A synthetic patient on the body's anatomy."""
-    frame, plans = _arranged(body, shapes, view, parts, rng)
+    frame, plans, transplants = _arranged(body, shapes, view, parts, rng)
     points = frame.grid(view.shape, view.spacing)
     fields = habitus.sample(body, points)
     for kidney in frame.removed:
         fields = habitus.remove(kidney, fields, points, rng)
+    grafts = [graft(one, fields, points, body.facts.parenchyma, rng) for one in transplants]
     spacing = np.array(view.spacing)
     on = phases.Tissues(fields[0], fields[1] * frame.zoom, fields[2], spacing)
-    name = phases.any_phase(rng, body.facts) if parts.phases else phases.SCANNED
+    name = phases.any_phase(rng, body.facts, bool(transplants)) if parts.phases else phases.SCANNED
     level = body.facts.parenchyma
     hu, phase = phases.show(name, on, body.facts, rng) if parts.phases else (on.hu, phases.Phase(name, level, level))
     label = (on.distance < 0).to(torch.uint8) * KIDNEY
     scene = Surroundings(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise)
     order = sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind))  # cysts and stones over tumors
-    found = [made for plan in order if (made := lesions.insert(plan, scene, rng)) is not None]
-    if parts.scanners:
-        hu = _scanned(hu, points, spacing, body, rng)
-    made = {"body": body.name, "phase": phase.name, "parenchyma_hu": round(phase.parenchyma, 1), "lesions": found}
-    return SyntheticPatient(hu, label, {**made, "kidneys": [one.kind for one in frame.unusual]})
+    tried = [lesions.insert(plan, scene, rng) for plan in order]
+    tried += [made for one in grafts if one is not None for made in _grown(one, parts, frame.zoom, scene, rng)]
+    made = {
+        "body": body.name,
+        "phase": phase.name,
+        "parenchyma_hu": round(phase.parenchyma, 1),
+        "lesions": [row for row in tried if row],
+        "kidneys": [one.kind for one in frame.unusual],
+        "kidneys_from": [one.anatomy.case for one in transplants],
+    }
+    patient = SyntheticPatient(hu, label, made)
+    return replace(patient, hu=_scanned(patient, points, spacing, body, rng)) if parts.scanners else patient
+
+
+def _grown(
+    one: Graft, parts: SynthesisParts, zoom: float, scene: Surroundings, rng: Generator
+) -> list[dict[str, Any] | None]:
+    """The tumors and cysts of a transplant, put into a scene."""
+    made = []
+    for kind, on in (("tumor", parts.tumors), ("cyst", parts.cysts)):
+        lesion = one.lesions[kind] * zoom
+        ml = float((lesion < 0).sum()) * float(np.prod(scene.spacing)) / 1000
+        if on and ml > 0:
+            radius = (750 * ml / np.pi) ** (1 / 3)
+            made.append(lesions.put(kind, lesion, radius, lesions.Part(one.box, one.case), scene, rng))
+    return made
 
 
 @dataclass(frozen=True)
@@ -111,10 +136,14 @@ class _Chosen:
 
 def _arranged(
     body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, rng: Generator
-) -> tuple[Frame, list[PlannedLesion]]:
-    """Where the patch lies in the body, and the lesions in it."""
-    frame, kinds = _frame(body, view, parts, rng), _kinds(parts, view.whole, rng)
-    places, chosen = _outside(body, frame.removed), list[_Chosen]()
+) -> tuple[Frame, list[PlannedLesion], list[Transplant]]:
+    """Where the patch lies in the body, and the lesions and transplanted kidneys in it."""
+    frame = _frame(body, view, parts, rng)
+    if parts.anatomies and shapes.anatomies and rng.random() < SHARE:
+        kept = [kidney for kidney in body.facts.kidneys if kidney not in frame.removed]
+        others = any_transplants(kept, shapes.anatomies, rng)
+        return _focused(frame, others, body, view, rng), [], others
+    kinds, places, chosen = _kinds(parts, view.whole, rng), _outside(body, frame.removed), list[_Chosen]()
 
     def choose(kind: str) -> _Chosen:
         shape, scale = lesions.choose(kind, shapes, rng, view.radii)
@@ -131,8 +160,7 @@ def _arranged(
             centre = _anywhere(body, rng)
         else:
             centre = _any_place(places, rng) + rng.uniform(-NEAR, NEAR, 3) / body.spacing
-        offset = frame.matrix @ (rng.uniform(-1, 1, 3) * JITTER * view.shape * view.spacing)
-        frame = replace(frame, centre=frame.source(centre * body.spacing) + offset)
+        frame = _around(frame, centre * body.spacing, view, rng)
         places = _in_view(places, body, frame, view)
     chosen += [choose(kind) for kind in kinds[len(chosen) :] if len(places) >= FEWEST]
     plans = [
@@ -143,7 +171,29 @@ def _arranged(
     ]
     large = [plan for plan in plans if plan.radius > ROOM and rng.random() < 0.8] if parts.pushes else []
     pushes = tuple(habitus.push(plan.centre, plan.radius, float(rng.uniform(0.2, 0.6))) for plan in large)
-    return replace(frame, pushes=pushes), plans
+    return replace(frame, pushes=pushes), plans, []
+
+
+def _around(frame: Frame, point: Vector, view: View, rng: Generator) -> Frame:
+    """The frame of a patch whose centre is near a point (mm) of the body."""
+    offset = frame.matrix @ (rng.uniform(-1, 1, 3) * JITTER * view.shape * view.spacing)
+    return replace(frame, centre=frame.source(point) + offset)
+
+
+def _focused(frame: Frame, others: Sequence[Transplant], body: RealBody, view: View, rng: Generator) -> Frame:
+    """The frame of a patch on a lesion or another point of transplanted kidneys, or on any place."""
+    if view.whole:
+        return frame
+    diseased = [points for one in others if len(points := one.points(lesions=True))]
+    if diseased and rng.random() < view.focus[0]:
+        points = diseased[int(rng.integers(len(diseased)))]
+    else:
+        points = others[int(rng.integers(len(others)))].points(lesions=False)
+    centre = points[int(rng.integers(len(points)))]
+    if not diseased and rng.random() < view.focus[2] / sum(view.focus[1:]):
+        near = centre + rng.uniform(-NEAR, NEAR, 3)
+        centre = _anywhere(body, rng) * body.spacing if view.everywhere else near
+    return _around(frame, centre, view, rng)
 
 
 def _frame(body: RealBody, view: View, parts: SynthesisParts, rng: Generator) -> Frame:
@@ -199,11 +249,13 @@ def _anywhere(body: RealBody, rng: Generator) -> Vector:
     return voxel
 
 
-def _scanned(hu: Tensor, points: Tensor, spacing: Vector, body: RealBody, rng: Generator) -> Tensor:
-    """HU from another scanner, on another table."""
-    size = np.array(body.hu.shape) * body.spacing
+def _scanned(patient: SyntheticPatient, points: Tensor, spacing: Vector, body: RealBody, rng: Generator) -> Tensor:
+    """HU from another scanner, on another table; labels out of its view are removed."""
+    size, hu = np.array(body.hu.shape) * body.spacing, patient.hu
     if rng.random() < 0.08:
-        hu = scanners.field_of_view(hu, points, float(size[1:].max()), rng)
+        outside = scanners.out_of_view(points, float(size[1:].max()), rng)
+        hu = hu.masked_fill(outside, habitus.AIR)
+        patient.label[outside] = BACKGROUND
     if rng.random() < 0.3 and float(points[1].max()) > body.facts.back:
         hu = scanners.table(hu, points, body.facts.back, float(size[2]), rng)
     return scanners.scan(hu, spacing, rng)

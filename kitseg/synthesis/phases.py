@@ -51,9 +51,13 @@ class Tissues:
         return step(-(self.distance + 0.3 * mm), 0.45 * mm)
 
 
-def any_phase(rng: Generator, facts: Facts) -> str:
-    """A random phase that a body can be shown in: one without contrast stays native."""
-    return SCANNED if facts.parenchyma < NATIVE else str(rng.choice(list(SHARES), p=list(SHARES.values())))
+def any_phase(rng: Generator, facts: Facts, drawn: bool = False) -> str:
+    """A random phase that a body can be shown in: one without contrast stays native; drawn kidneys were not scanned."""
+    if facts.parenchyma < NATIVE:
+        return SCANNED
+    names = [name for name in SHARES if not (drawn and name == SCANNED)]
+    shares = np.array([SHARES[name] for name in names])
+    return str(rng.choice(names, p=shares / shares.sum()))
 
 
 def show(name: str, on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, Phase]:

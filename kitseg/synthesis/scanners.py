@@ -74,12 +74,16 @@ def gamma(hu: Tensor, rng: Generator, low: float = -200, high: float = 350) -> T
     return torch.where((hu > low) & (hu < high), low + (high - low) * between**exponent, hu)
 
 
-def field_of_view(hu: Tensor, points: Tensor, width: float, rng: Generator) -> Tensor:
-    """Air outside a circle in the plane of the slices; points: (3, D, H, W) mm in a body of this width in mm."""
+def out_of_view(points: Tensor, width: float, rng: Generator) -> Tensor:
+    """Where a smaller field of view shows air, outside a circle in the plane of the slices.
+
+    points: (3, D, H, W) mm in a body of this width in mm.
+    """
     centre = width / 2 + rng.normal(0, 12, 2)
     radius = float(rng.uniform(0.36, 0.52) * width)
     r2 = (points[1] - centre[0]) ** 2 + (points[2] - centre[1]) ** 2
-    return torch.where(r2 > radius**2, torch.tensor(AIR), hu)
+    outside: Tensor = r2 > radius**2
+    return outside
 
 
 def table(hu: Tensor, points: Tensor, back: float, width: float, rng: Generator) -> Tensor:
