@@ -1,8 +1,9 @@
-"""Commands for the results in label maps: measure, mesh, report."""
+"""Commands for the results in label maps: measure, followup, mesh, report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,6 +82,51 @@ def measure(
     if any(task.patient for task in tasks):
         show_function(results)
         show_study(renal_function.compare_formulas(results, renal_function.clinical_records(labels)), calibration)
+    exit_if(any(result.error for result in results))
+
+
+@app.command(epilog="Example: kitseg followup 2023.nii.gz 2024.nii.gz --dates 2023-05-10 2024-06-02")
+def followup(
+    before: Annotated[Path, typer.Argument(help="Label map of the first date, its case folder, or a folder of them.")],
+    after: Annotated[Path, typer.Argument(help="The same of the second date; in folders, cases of the same name.")],
+    ct: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="BEFORE AFTER", help="The scans, or the folders of scans.")
+    ] = None,
+    dates: Annotated[
+        tuple[datetime, datetime] | None,
+        typer.Option(
+            metavar="DATE DATE", formats=["%Y-%m-%d"], help="Dates of the scans (YYYY-MM-DD). Default: those of DICOM."
+        ),
+    ] = None,
+    scheme: opt.Labels = None,
+    jobs: opt.Jobs = -1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("followup"),
+    table: Annotated[Path | None, typer.Option("--csv", help="Write one row per lesion to this file.")] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Compare two dates of a patient: lesions found again, their growth in mm, ml and per year, new and vanished ones.
+
+    The kidneys are aligned rigidly, so neither the patient's position nor the scans' grids matter. A page for each
+    patient shows both dates side by side. docs/explanation/followup.md defines every figure.
+    """
+    from kitseg.cli.surgery_tables import show_followup
+    from kitseg.commands import followup as steps
+
+    refuse_overwrite(report, "followup")
+    refuse_overwrite(table, "followup table")
+    days = (dates[0].date(), dates[1].date()) if dates else None
+    tasks, alone = steps.plan_followups(before, after, ct, days, output)
+    results: list[steps.Followed] = gather("followup", tasks, partial(steps.follow, scheme=scheme), jobs, None, None)
+    if report:
+        steps.write_followups(report, results)
+    if table:
+        steps.write_followup_table(table, results)
+    show_followup(results)
+    if alone:
+        console.print_line(escape(f"left out, without the other date: {', '.join(alone)}"))
+    done = [task for task, result in zip(tasks, results, strict=True) if not result.error]
+    console.print_line(escape(f"→ {done[0].page if len(done) == 1 else output}"))
     exit_if(any(result.error for result in results))
 
 

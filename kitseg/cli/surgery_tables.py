@@ -1,4 +1,4 @@
-"""Tables for surgery: nephrometry, function after surgery, and its formulas over patients."""
+"""Tables for urologists: follow-up, nephrometry, function after surgery, and its formulas over patients."""
 
 from __future__ import annotations
 
@@ -11,8 +11,36 @@ from rich.markup import escape
 from kitseg.runtime import console
 
 if TYPE_CHECKING:
+    from kitseg.commands.followup import Followed
     from kitseg.commands.measure import Measured
     from kitseg.measurement.gfr_study import Study
+
+
+def show_followup(results: Sequence[Followed]) -> None:
+    """Print each lesion at both dates, and its growth."""
+    table = console.table(
+        "case", "lesion", "side", "", "ml", "change ml", "mean Ø mm", "3D mm", "mm/year", "doubling days", "least ml"
+    )
+    for result in results:
+        for row in result.rows:
+            lesion = f"{row['kind']} {row['before'] or '–'} → {row['after'] or '–'}"
+            volumes = " → ".join(_number(row[f"{name}_volume_ml"]) for name in ("before", "after"))
+            growth = (_number(row[key], "+") for key in ("change_mean_mm", "change_diameter_mm", "mean_mm_a_year"))
+            change = _number(row["change_volume_ml"], "+")
+            change += "" if row["change_share"] is None else f" ({row['change_share']:+.0%})"
+            doubling = _number(row["doubling_days"], digits=0)
+            cells = (lesion, row["side"], row["verdict"], volumes, change, *growth, doubling, _number(row["least_ml"]))
+            table.add_row(escape(result.case), *cells)
+        table.add_section()
+    console.out.print(table)
+    console.print_line(
+        "least ml: what the grids of two scans make of an unchanged lesion; outlines of different readers or networks "
+        "differ more. mean Ø: diameter of a ball of the same volume. For research use only."
+    )
+
+
+def _number(value: float | None, sign: str = "", digits: int = 1) -> str:
+    return "–" if value is None else f"{value:{sign}.{digits}f}"
 
 
 def show_nephrometry(results: Sequence[Measured]) -> None:

@@ -90,16 +90,14 @@ class Measured:
 def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     """A label map, or those in a folder, each with the scan of the same name.
 
-    With a file for the label map and one NIfTI scan, names don't matter. Raises InputError: a path is missing or holds
+    With a file for the label map and one scan, names don't matter. Raises InputError: a path is missing or holds
     nothing of the kind; UsageError: two files of one name, or no scan of a case.
     """
     maps = find_labels(labels)
     refuse_scans(labels, maps)
     found = find_scans([ct]).cases if ct and labels.is_file() else ()
-    if len(found) == 1 and not found[0].slices:
-        scans = dict(zip(maps, found, strict=True))
-    else:
-        scans = scans_of_labels(maps, [ct] if ct else [])
+    alone = dict(zip(maps, found, strict=False)) if len(found) == 1 else None
+    scans = alone or scans_of_labels(maps, [ct] if ct else [])
     if ct and (missing := sorted(maps.keys() - scans.keys())):
         raise UsageError(f"{ct} has no scan of {', '.join(missing[:5])}. Add it, or measure without --ct")
     return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +125,19 @@ def scan_digest(case: Case) -> str:
     if not case.slices:
         return file_digest(case.image)
     return hashlib.sha256("".join(map(file_digest, case.slices)).encode()).hexdigest()
+
+
+def scan_date(case: Case) -> date | None:
+    """The date of acquisition of a DICOM series, else of its study; None for NIfTI, and where it isn't given."""
+    if not case.slices:
+        return None
+    from kitseg.volumes.dicom.headers import read_dataset
+
+    found = read_dataset(case.slices[0])
+    for name in ("AcquisitionDate", "SeriesDate", "StudyDate"):
+        with suppress(ValueError):
+            return datetime.strptime(str(found.get(name, "")), "%Y%m%d").date()
+    return None
 
 
 def scan_doubts(case: Case) -> list[str]:

@@ -1,0 +1,161 @@
+"""Follow-up of patients: label maps of two dates compared lesion by lesion, as tables and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from kitseg.commands.case_record import scheme_beside
+from kitseg.commands.measure import DECIMALS, LabelTask, plan_measures
+from kitseg.errors import UsageError
+from kitseg.labels import KITS19, Scheme
+from kitseg.measurement.followup import DAYS_A_YEAR, Change, Visit, followup
+from kitseg.measurement.measure import measure
+from kitseg.report.followup_page import FollowupContent, write_followup_page
+from kitseg.report.html import page_name
+from kitseg.runtime import files
+from kitseg.runtime.overwrite import refuse_overwrite
+from kitseg.runtime.resume import Task
+from kitseg.types import Case
+from kitseg.volumes.kits import LABEL, case_of
+from kitseg.volumes.names import pair
+from kitseg.volumes.scan import scan_date
+
+SCHEMA = 1
+Dates = tuple[date, date]
+
+
+@dataclass(frozen=True)
+class FollowupTask(Task):
+    """The label maps of a patient's two dates; dates: None where unknown; page: the HTML file to write."""
+
+    before: LabelTask
+    after: LabelTask
+    dates: Dates | None
+    page: Path
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A patient's lesions, a row each (``row_of``), or the ``error``; residual_mm: of the alignment of each kidney."""
+
+    case: str
+    error: str = ""
+    rows: tuple[dict[str, Any], ...] = ()
+    dates: Dates | None = None
+    residual_mm: Mapping[str, float] = field(default_factory=dict)
+
+
+def plan_followups(
+    before: Path, after: Path, ct: tuple[Path, Path] | None, dates: Dates | None, to: Path
+) -> tuple[list[FollowupTask], list[str]]:
+    """The patients of two label maps, or of two folders of them, by name; and the names that only one folder has.
+
+    The scan is that of ``ct``, or ``imaging.nii.gz`` beside a KiTS case's label map.
+
+    Raises:
+        InputError: a path is missing or holds no label map.
+        UsageError: no name is in both folders, a scan is missing, or the dates can't be used.
+    """
+    if dates and dates[0] >= dates[1]:
+        raise UsageError(f"--dates: {dates[0]} isn't before {dates[1]}. Give the earlier one first")
+    old, new = (plan_measures(path, scans) for path, scans in zip((before, after), ct or (None, None), strict=True))
+    here, there = {task.case: task for task in old}, {task.case: task for task in new}
+    pairs = pair(here, there) if len(old) > 1 or len(new) > 1 else {old[0].case: new[0].case}
+    if not pairs:
+        raise UsageError(f"{before} and {after} have no case of the same name. Rename the files of one date")
+    if dates and len(pairs) > 1:
+        raise UsageError("--dates are those of one patient. Give two files, or DICOM scans, which hold their dates")
+    tasks = []
+    for name, other in pairs.items():
+        page = to.absolute() / page_name(name if name == other else f"{name}-{other}")
+        refuse_overwrite(page, "html")
+        tasks.append(FollowupTask(name, _with_scan(here[name]), _with_scan(there[other]), dates, page))
+    alone = {*(here.keys() - pairs.keys()), *(there.keys() - set(pairs.values()))}
+    return tasks, sorted(alone)
+
+
+def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
+    """Compare a patient's dates and write the page; never raises for a file that can't be used.
+
+    scheme: of both label maps; None: that of the record beside each, else KiTS19's.
+    """
+    visits, current = [], task.before
+    try:
+        for current in (task.before, task.after):
+            own = scheme or scheme_beside(current.labels) or KITS19
+            labels, scan = current.read(own)
+            hu = scan.array if scan else None
+            visits.append(Visit(labels.array, labels.geometry, measure(labels.array, labels.geometry, hu), hu))
+        dates = task.dates or _dates(task)
+        days = (dates[1] - dates[0]).days if dates else None
+        found = followup(*visits)
+        rows = tuple(row_of(change, days) for change in found.changes)
+        names = tuple(map(str, dates)) if dates else ("First date", "Second date")
+        write_followup_page(
+            task.page, FollowupContent(task.case, (visits[0], visits[1]), found, rows, (names[0], names[1]), own)
+        )
+        residuals = {side: round(found.residual_mm, DECIMALS) for side, found in found.alignments.items()}
+        return Followed(task.case, "", rows, dates, residuals)
+    except Exception as error:  # the other patients continue, whatever the error
+        return Followed(task.case, current.format_error(error))
+
+
+def row_of(change: Change, days: int | None) -> dict[str, Any]:
+    """A lesion's change as plain values; those that can't be computed are None.
+
+    Numbers are those of ``kitseg measure`` at each date; a change per year and the doubling time need the days.
+    """
+    one, other = change.before, change.after
+    known = other or one
+    assert known is not None
+    row: dict[str, Any] = {"verdict": change.verdict, "kind": known.kind, "side": known.side}
+    for name, lesion in (("before", one), ("after", other)):
+        row[name] = lesion.number if lesion else None
+        row[f"{name}_kind"] = lesion.kind if lesion else None
+        row |= {f"{name}_{key}": getattr(lesion, key, None) for key in ("volume_ml", "diameter_mm", "axial_mm")}
+    row |= {f"change_{key}": getattr(change, key) for key in ("volume_ml", "mean_mm", "diameter_mm", "axial_mm")}
+    row |= {"change_share": change.share, "least_ml": change.least_ml, "least_mm": change.least_mm}
+    for key in ("volume_ml", "mean_mm"):
+        value = getattr(change, key)
+        row[f"{key}_a_year"] = value * DAYS_A_YEAR / days if value is not None and days else None
+    row |= {"doubling_days": change.doubling_days(days), "offset_mm": change.offset_mm}
+    return {key: round(value, DECIMALS) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def write_followups(path: Path, results: Sequence[Followed]) -> None:
+    """Write the rows of every patient as JSON."""
+    good = [result for result in results if not result.error]
+    content = {
+        result.case: {
+            "dates": [str(day) for day in result.dates] if result.dates else None,
+            "residual_mm": result.residual_mm,
+            "lesions": result.rows,
+        }
+        for result in good
+    }
+    failed = {result.case: result.error for result in results if result.error}
+    files.write_json(path, SCHEMA, {"followup": content, "failed": failed})
+
+
+def write_followup_table(path: Path, results: Sequence[Followed]) -> None:
+    """Write a CSV row for each lesion of every patient."""
+    rows = [{"case": result.case, **row} for result in results for row in result.rows]
+    rows += [{"case": r.case, "note": r.error or "no lesion at either date"} for r in results if not r.rows]
+    files.write_table(path, dict.fromkeys(["case", "verdict", *(key for row in rows for key in row), "note"]), rows)
+
+
+def _with_scan(task: LabelTask) -> LabelTask:
+    """The task with the scan beside its label map in the KiTS layout, if it has none yet."""
+    beside = case_of(task.labels.parent)
+    known = task.scan or task.labels.name not in (LABEL, LABEL.removesuffix(".gz")) or not beside.image.exists()
+    return task if known else LabelTask(task.case, task.labels, Case(beside.id, beside.image))
+
+
+def _dates(task: FollowupTask) -> Dates | None:
+    """The dates of DICOM scans; None where one is unknown or they are not in order."""
+    first, second = (scan_date(part.scan) if part.scan else None for part in (task.before, task.after))
+    return (first, second) if first and second and first < second else None

@@ -1,0 +1,160 @@
+"""Follow-up: the same lesions in two label maps of a patient, and how much they changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from kitseg.components import bounding_box
+from kitseg.labels import BACKGROUND
+from kitseg.measurement.alignment import Alignment, Surface, align, kidney_surfaces
+from kitseg.measurement.findings import Findings, Lesion
+from kitseg.measurement.sides import body_midline, frame_midline
+from kitseg.types import Geometry
+
+DAYS_A_YEAR = 365.25
+_REACH_MM = 5.0  # beyond the radius of the larger lesion, within which the other's centre must lie
+_OTHER_KIND = 0.5  # of the closeness of a lesion of the same kind
+#: The least change of volume: a layer on the ball's surface, relative to the voxels' mean size, that more than 95 % of
+#: the pairs without growth don't exceed (docs/explanation/followup.md).
+_LEAST_LAYER = 0.1
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A label map (D, H, W) of a date, with its findings, and the CT on its grid where there is one."""
+
+    labels: NDArray[np.uint8]
+    geometry: Geometry
+    findings: Findings
+    hu: NDArray[Any] | None = None
+
+    def place(self, lesion: Lesion) -> NDArray[np.float64]:
+        """A lesion's centre in mm (RAS+)."""
+        return np.asarray(self.geometry.affine[:3, :3] @ lesion.centre + self.geometry.affine[:3, 3], np.float64)
+
+    def surfaces(self) -> dict[str, Surface]:
+        """The kidneys by side."""
+        box = bounding_box(self.labels != BACKGROUND)
+        if box is None:
+            return {}
+        midline = frame_midline(self.geometry) if self.hu is None else body_midline(self.hu, self.geometry, box)
+        return kidney_surfaces(self.labels, self.geometry, midline)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A lesion at both dates, or at one of them if it is new or vanished; growth is positive.
+
+    volume_ml: change of the volume; mean_mm, diameter_mm, axial_mm: of the diameter of a ball of that volume, of the
+    largest diameter in 3D, and of that within a slice, which depends on how the patient lies; least_ml, least_mm: the
+    least changes of volume and ball that exceed the effect of the grids; offset_mm: from the centre at the first date,
+    aligned, to that at the second. None for a lesion with one date.
+    """
+
+    before: Lesion | None
+    after: Lesion | None
+    volume_ml: float | None = None
+    mean_mm: float | None = None
+    diameter_mm: float | None = None
+    axial_mm: float | None = None
+    least_ml: float | None = None
+    least_mm: float | None = None
+    offset_mm: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``new``, ``vanished``, ``larger``, ``smaller``, or ``unchanged``: by no more than the least volume."""
+        if self.before is None or self.volume_ml is None or self.least_ml is None:
+            return "new" if self.before is None else "vanished"
+        if abs(self.volume_ml) <= self.least_ml:
+            return "unchanged"
+        return "larger" if self.volume_ml > 0 else "smaller"
+
+    @property
+    def share(self) -> float | None:
+        """The change of the volume, relative to the first date."""
+        return None if self.before is None or self.volume_ml is None else self.volume_ml / self.before.volume_ml
+
+    def doubling_days(self, days: float | None) -> float | None:
+        """The volume's doubling time in days, from the days between the dates; None unless it is larger."""
+        if days is None or self.verdict != "larger" or self.before is None or self.after is None:
+            return None
+        return float(days * np.log(2) / np.log(self.after.volume_ml / self.before.volume_ml))
+
+
+@dataclass(frozen=True)
+class Followup:
+    """The lesions of both dates (those of the first date in their order, then new ones), and the kidneys' alignments.
+
+    alignments: by side; a lesion of a kidney without one can't be found again.
+    """
+
+    changes: tuple[Change, ...]
+    alignments: Mapping[str, Alignment]
+
+
+def followup(before: Visit, after: Visit) -> Followup:
+    """Find the lesions of the first date again at the second one.
+
+    Each kidney's surface is aligned rigidly (``alignment.align``). A lesion may be another one's if its aligned centre
+    lies within the larger lesion's radius (of a ball of its volume) and 5 mm of the other's centre; the closest pairs
+    are chosen together, pairs of one kind first.
+    """
+    here, there = before.surfaces(), after.surfaces()
+    alignments = {side: align(here[side], there[side]) for side in here if side in there}
+    old, new = before.findings.lesions, after.findings.lesions
+    offsets = np.array([[_offset(one, other, before, after, alignments) for other in new] for one in old])
+    pairs = _pairs(offsets.reshape(len(old), len(new)), old, new)
+    changes = [
+        _change(lesion, new[pairs[n]], before, after, float(offsets[n][pairs[n]]))
+        if n in pairs
+        else Change(lesion, None)
+        for n, lesion in enumerate(old)
+    ]
+    changes += [Change(None, lesion) for n, lesion in enumerate(new) if n not in pairs.values()]
+    return Followup(tuple(changes), alignments)
+
+
+def _offset(one: Lesion, other: Lesion, before: Visit, after: Visit, alignments: Mapping[str, Alignment]) -> float:
+    if one.side != other.side or one.side not in alignments:
+        return float("inf")
+    return float(np.linalg.norm(alignments[one.side](before.place(one)[None])[0] - after.place(other)))
+
+
+def _pairs(offsets: NDArray[np.float64], old: tuple[Lesion, ...], new: tuple[Lesion, ...]) -> dict[int, int]:
+    """Which lesion of the second date each one of the first date is."""
+    if not offsets.size:
+        return {}
+    reach = np.array([[max(_radius(one), _radius(other)) + _REACH_MM for other in new] for one in old])
+    same = np.array([[1.0 if one.kind == other.kind else _OTHER_KIND for other in new] for one in old])
+    closeness = np.where(offsets <= reach, (1 + 1e-6 - offsets / reach) * same, 0)
+    rows, columns = linear_sum_assignment(closeness, maximize=True)
+    return {int(n): int(m) for n, m in zip(rows, columns, strict=True) if closeness[n, m] > 0}
+
+
+def _change(one: Lesion, other: Lesion, before: Visit, after: Visit, offset: float) -> Change:
+    voxels = [float(np.mean(visit.geometry.spacing)) for visit in (before, after)]
+    layer = _LEAST_LAYER * float(np.sqrt(np.mean(np.square(voxels))))
+    radius = max(_radius(one), _radius(other))
+    return Change(
+        one,
+        other,
+        other.volume_ml - one.volume_ml,
+        2 * (_radius(other) - _radius(one)),
+        other.diameter_mm - one.diameter_mm,
+        other.axial_mm - one.axial_mm,
+        layer * 4 * np.pi * radius**2 / 1000,
+        2 * layer,
+        offset,
+    )
+
+
+def _radius(lesion: Lesion) -> float:
+    """The radius in mm of a ball of the lesion's volume."""
+    return float(np.cbrt(lesion.volume_ml * 1000 * 3 / 4 / np.pi))
