@@ -138,7 +138,7 @@ def test_the_table(tmp_path: Path) -> None:
 
 def test_the_table_with_identifiers(tmp_path: Path) -> None:
     add(tmp_path, 1)
-    write_series_table(tmp_path / "series.csv", choose_series(find_series(tmp_path)), keep_identifiers=True)
+    write_series_table(tmp_path / "series.csv", choose_series(find_series(tmp_path)), identifiers=True)
     with (tmp_path / "series.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert row["series_uid"] == uid("series 1")

@@ -87,13 +87,12 @@ def test_the_table_gives_a_reason_for_each_series(predicted: Path) -> None:
     assert sorted(row["reason"] for row in rows if row["chosen"] == "no") == ["a scout", "not a CT (MR)"]
 
 
-@pytest.mark.parametrize("options", [[], ["--keep-identifiers"]])
-def test_no_output_identifies_the_patient_unless_asked(
-    trained: Path, archive: Path, tmp_path: Path, options: list[str]
+@pytest.mark.parametrize("options", ["", "--anonymous", "--identifiers"])
+def test_only_dicom_output_identifies_the_patient_unless_asked(
+    trained: Path, archive: Path, predicted: Path, tmp_path: Path, options: str
 ) -> None:
-    out = tmp_path / "out"
-    assert predict(trained, archive, out, "--format=dicom-seg", *options).code == 0
-    pages = tmp_path / "pages"
+    out, pages = tmp_path / "out" if options else predicted, tmp_path / "pages"
+    assert not options or predict(trained, archive, out, "--format=dicom-seg", options).code == 0
     shown = kitseg(trained, "report", str(out), str(archive), "-o", str(pages))
     assert shown.code == 0, shown.text
     measured = kitseg(trained, "measure", str(out), f"--json={pages / 'm.json'}", f"--csv={pages / 'm.csv'}")
@@ -101,8 +100,35 @@ def test_no_output_identifies_the_patient_unless_asked(
     files = [path for folder in (out, pages) for path in folder.rglob("*")]
     assert {path.suffix for path in files} >= {".gz", ".json", ".png", ".csv", ".dcm", ".html"}
     telling = {path.name for path in files for word in WORDS if word in contents(path) + path.name.encode()}
-    names = {"series.csv", one(out, "*.dcm").name} if options else set()
-    assert telling == names
+    names = {"": ["*.dcm"], "--anonymous": [], "--identifiers": ["*.dcm", "series.csv"]}[options]
+    assert telling == {one(out, name).name for name in names}
+
+
+def test_a_segmentation_is_measured_and_shown_as_its_nifti_file(
+    trained: Path, archive: Path, predicted: Path, tmp_path: Path
+) -> None:
+    """Alone, under a name that names the patient, without the record."""
+    (tmp_path / "seg").mkdir()
+    shutil.copy(one(predicted, "*.dcm"), tmp_path / "seg" / "Zwiebelfisch")
+    found = []
+    for labels in (predicted, tmp_path / "seg"):
+        to = tmp_path / f"{labels.name}.json"
+        done = kitseg(trained, "measure", str(labels), f"--ct={archive}", f"--json={to}", "--labels=kits23")
+        assert done.code == 0, done.text
+        found.append(json.loads(to.read_text())["cases"])
+    assert found[0] == found[1]
+    assert next(iter(found[0].values()))["kidneys"]
+    shown = kitseg(tmp_path, "report", "seg", str(archive))
+    assert shown.code == 0, shown.text
+    assert not [word for path in (tmp_path / "report").iterdir() for word in WORDS if word in path.read_bytes()]
+    alone = kitseg(tmp_path, "measure", "seg/Zwiebelfisch")
+    assert alone.code == 0, alone.text
+
+
+def test_the_former_option_names_its_replacements(tmp_path: Path) -> None:
+    done = kitseg(tmp_path, "predict", "scans", "--keep-identifiers")
+    assert done.code == 2
+    assert all(option in done.text for option in ("--anonymous", "--identifiers"))
 
 
 def test_the_same_scan_shuffled_or_with_a_slice_missing(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +14,14 @@ from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
 
+#: The endings of what each format of `predict` writes beside the NIfTI file.
+_FORMATS = {"nifti": (), "dicom-seg": (".dcm",)}
 
-class Format(StrEnum):
-    """The output formats of `predict`."""
 
-    NIFTI = "nifti"
-    DICOM_SEG = "dicom-seg"
+def _keep_identifiers(given: bool) -> None:
+    if given:
+        replacement = "DICOM output keeps patient and study unless --anonymous; --identifiers adds them to series.csv"
+        raise UsageError(f"--keep-identifiers no longer exists: {replacement}")
 
 
 @app.command(epilog="Example: kitseg infer --run runs/two-phase-small --stage fine.1 --data data -o probabilities")
@@ -144,12 +145,16 @@ def predict(
     series: Annotated[
         list[str], typer.Option(help="Select this DICOM series by UID or by its name in series.csv; may be repeated.")
     ] = [],  # noqa: B006
-    format_: Annotated[
-        Format, typer.Option("--format", help="dicom-seg: also write a DICOM segmentation of DICOM series.")
-    ] = Format.NIFTI,
-    keep_identifiers: Annotated[
-        bool, typer.Option("--keep-identifiers", help="Include patient data in the DICOM output and series.csv.")
+    formats: Annotated[
+        str, typer.Option("--format", help="dicom-seg: also write a DICOM segmentation of DICOM series.")
+    ] = "nifti",
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="DICOM output without patient and study (by default it joins them).")
     ] = False,
+    identifiers: Annotated[
+        bool, typer.Option("--identifiers", help="Patient ID, UIDs, description and folder in series.csv.")
+    ] = False,
+    removed: Annotated[bool, typer.Option("--keep-identifiers", hidden=True, callback=_keep_identifiers)] = False,
     scheme: opt.Labels = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,
@@ -172,6 +177,7 @@ def predict(
 
     device, ranks = choose_ranks(gpus, processes, device)
     _ = Machine(device, ranks).accelerator  # before any process is started
+    dicom = _dicom_endings(formats)
     found, output = name_output(choose_scans(scans, split, fold, series), output)
     show_left_out(scans, found.cases, labels=False)
     models = [locate(one) for one in model] or [choose_model(Path("runs"))]
@@ -182,8 +188,16 @@ def predict(
             f"{len(found.cases)} of {len(found.choices)} DICOM series selected; {output / SERIES_TABLE} states why"
         )
     part, most = Share.asked(shard).part, parse_size(max_memory)
-    options = PredictOptions(format_ is Format.DICOM_SEG, keep_identifiers, found.choices, most, part, scheme)
+    options = PredictOptions(dicom, anonymous, identifiers, found.choices, most, part, scheme)
     shared_work("predict", found.cases, PredictScans(opened, output, options), shard, ranks)
+
+
+def _dicom_endings(formats: str) -> list[str]:
+    """The endings of the DICOM files among comma-separated formats."""
+    wanted = [name.strip() for name in formats.split(",")]
+    if unknown := [name for name in wanted if name not in _FORMATS]:
+        raise UsageError(f"--format {unknown[0]}: give {', '.join(_FORMATS)}, or several with commas between")
+    return list(dict.fromkeys(ending for name in wanted for ending in _FORMATS[name]))
 
 
 def _numbers(text: str | None) -> list[float]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.labels import Scheme
+from kitseg.labels import KITS23, Scheme
 from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
+from kitseg.volumes.names import is_volume_name
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class CaseRecord:
     quality: Quality | None = None
     labels: Scheme | None = None
 
+    def is_of(self, digest: str) -> bool:
+        """Whether a label map with this hash is as kitseg wrote it, as far as the record states."""
+        return self.labels_sha256 is None or digest in (self.labels_sha256, *self.files.values())
+
 
 CASE_RECORD = FileFormat(CaseRecord, 4)
 ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
@@ -66,7 +71,10 @@ def read_record(path: Path, made: Mapping[str, str]) -> CaseRecord | None:
 
 def record_of(labels: Path) -> Path:
     """The record beside a label map; label maps of other tools have none."""
-    return labels.with_name(labels.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+    name = labels.name
+    for ending in (".gz", ".nii", ".dcm"):
+        name = name.removesuffix(ending)
+    return labels.with_name(f"{name}.json")
 
 
 def recorded_learning(labels: Path) -> tuple[str, ...]:
@@ -78,11 +86,11 @@ def recorded_learning(labels: Path) -> tuple[str, ...]:
 
 
 def scheme_beside(labels: Path) -> Scheme | None:
-    """The scheme of a label map by the record beside it; None where there is none."""
+    """The scheme of a label map by the record beside it; of DICOM segmentations KiTS23's; None where there is none."""
     try:
         return ANY_RECORD.read(record_of(labels)).labels
     except InputError:
-        return None
+        return None if is_volume_name(labels) else KITS23
 
 
 def describe_learning(models: Sequence[str] | None) -> str:

@@ -24,8 +24,9 @@ from kitseg.runtime.resume import Task
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
+from kitseg.volumes.names import is_volume_name
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.scan import check_grid, find_scans, read_scan, scans_of_labels
+from kitseg.volumes.scan import check_grid, find_scans, place_on, read_scan, scans_of_labels
 
 SCHEMA = 1
 DECIMALS = 3
@@ -41,6 +42,11 @@ class LabelTask(Task):
     scan: Case | None
 
     @property
+    def is_dicom(self) -> bool:
+        """Whether one of both is DICOM, whose files' names may name the patient."""
+        return not is_volume_name(self.labels) or bool(self.scan and self.scan.slices)
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Label map and CT."""
         return (self.labels, *(self.scan.files if self.scan else ()))
@@ -53,13 +59,14 @@ class LabelTask(Task):
         labels = read_labels(self.labels, self.case, scheme)
         scan = read_scan(self.scan) if self.scan else None
         if scan:
+            labels = labels if is_volume_name(self.labels) else place_on(labels, scan)
             check_grid(self.labels, labels.geometry, scan.geometry)
         return labels, scan
 
     def format_error(self, error: Exception) -> str:
         """An error's text for a file that others may read."""
         paths = [self.labels, *([self.scan.image] if self.scan else []), *([self.output] if self.output else [])]
-        return without_paths(self.case, error, paths, self.scan)
+        return without_paths(self.case, error, paths, self.is_dicom)
 
 
 @dataclass(frozen=True)

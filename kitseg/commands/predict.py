@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kitseg import __version__
 from kitseg.commands.case_record import read_record, refuse_case_overwrite
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
-from kitseg.labels import Scheme
-from kitseg.models.members import Ensemble, learned_from
+from kitseg.labels import CYST, Scheme, to_kits19
+from kitseg.measurement.measure import measure
+from kitseg.models.members import Ensemble, Prediction, learned_from
 from kitseg.models.memory import check_memory
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
@@ -42,14 +40,15 @@ SERIES_TABLE = "series.csv"
 class PredictOptions:
     """What `predict` writes beside labels, figures and a picture.
 
-    dicom_seg: a DICOM segmentation of each DICOM series; keep_identifiers: who the patient is, into that and the table
-    of series; choices: the series in that table; max_memory: a scan that may need more bytes fails before it is read;
-    part: of the work, such as ``1/2``, empty for the whole; labels: the scheme of the label maps, the model's where it
-    is None.
+    dicom: endings of the DICOM files of each series, ``.dcm`` is the segmentation; anonymous: these without patient and
+    study; identifiers: patient and UIDs in the table of series; choices: the series in that table; max_memory: a scan
+    that may need more bytes fails before it is read; part: of the work, such as ``1/2``, empty for the whole; labels:
+    the scheme of the label maps, the model's where it is None.
     """
 
-    dicom_seg: bool = False
-    keep_identifiers: bool = False
+    dicom: Sequence[str] = ()
+    anonymous: bool = False
+    identifiers: bool = False
     choices: Sequence[SeriesChoice] = ()
     max_memory: int | None = None
     part: str = ""
@@ -73,20 +72,20 @@ class PredictScans:
         Raises UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is not a DICOM
         series; KitsegError: another process writes there.
         """
-        endings = (".nii.gz", ".png", *([".dcm"] if self.options.dicom_seg else []))
+        endings = (".nii.gz", ".png", *self.options.dicom)
         if self.options.choices:
             refuse_overwrite(self.to / SERIES_TABLE, "series table")
         for scan in scans:
             refuse_scan_overwrite(scan.image, self.to / f"{scan.id}.nii.gz")
             refuse_case_overwrite(self.to / f"{scan.id}.json", endings)
-            if self.options.dicom_seg and not scan.slices:
-                raise UsageError(f"{scan.image} is not a DICOM series, which a DICOM segmentation needs")
+            if self.options.dicom and not scan.slices:
+                raise UsageError(f"{scan.image} is not a DICOM series, which DICOM output needs")
         model = self.open_ensemble()
         log(model.describe())
         if self.options.labels and self.options.labels.cyst is None and "cyst" in model.models[0].outputs:
             log(f"cysts are written as {self.options.labels.kidney.name}: the labels are {self.options.labels}")
         with folder_lock(self.to, "labels", share.part):
-            write_choices(self.to, self.options.choices, self.options.keep_identifiers)
+            write_choices(self.to, self.options.choices, self.options.identifiers)
             predictor = CasePredictor(model, self.to, self.options)
             return each(scans, predictor.predict, on_done)
 
@@ -99,8 +98,7 @@ class CasePredictor:
         self.scheme = options.labels or model.models[0].method.labels
         self.facts = {"models": model.origin(), "postprocess": model.postprocess, "labels": self.scheme.plain()}
         self.facts["versions"] = versions()
-        outputs = (options.dicom_seg, options.dicom_seg and options.keep_identifiers)
-        self.recipe = recipe(**self.facts, outputs=outputs)
+        self.recipe = recipe(**self.facts, outputs=(*options.dicom, options.anonymous))
 
     def predict(self, source: Case) -> Outcome:
         """Labels, figures and a picture of a scan, unless they are there; its record is written last."""
@@ -117,8 +115,8 @@ class CasePredictor:
         more: dict[str, Write] = {
             ".png": partial(case_picture, ct=scan, labels=found.canonical, title=source.id, scheme=self.scheme)
         }
-        if self.options.dicom_seg:
-            more[".dcm"] = partial(self._write_segmentation, labels=found.canonical, source=source)
+        if self.options.dicom:
+            more |= self._dicom_files(source, found, scan)
         facts: dict[str, Any] = {
             "scan": source.id if source.slices else source.image.name,
             "seconds": round(time.perf_counter() - start, 2),
@@ -131,13 +129,19 @@ class CasePredictor:
         written = write_case(self.to, found.canonical, found.proba, facts, made, doubts(source, scan), more)
         return replace(written, quality=found.quality)
 
-    def _write_segmentation(self, path: Path, labels: NDArray[np.uint8], source: Case) -> None:
-        from kitseg.volumes.dicom.segmentation import Algorithm, write_segmentation
+    def _dicom_files(self, source: Case, found: Prediction, scan: Volume) -> dict[str, Write]:
+        """The writers of the DICOM files of a series, by their endings."""
+        from kitseg.volumes.dicom.segmentation import Algorithm, SegmentedSeries, write_segmentation
         from kitseg.volumes.dicom.series import open_series
 
         methods = " + ".join(sorted({one.method.name for one in self.model.models}))
+        labels, findings = found.canonical, found.findings
+        if not self.scheme.cyst and (labels == CYST).any():
+            labels = to_kits19(labels)
+            findings = measure(labels, scan.geometry, scan.array)
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
-        write_segmentation(path, labels, series, algorithm, self.options.keep_identifiers, self.scheme)
+        made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, self.options.anonymous)
+        return {".dcm": partial(write_segmentation, found=made)}
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:
@@ -167,7 +171,7 @@ def name_output(scans: Scans, output: Path) -> tuple[Scans, Path]:
     return replace(scans, cases=(replace(scans.cases[0], id=name),)), output.parent
 
 
-def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: bool) -> None:
+def write_choices(to: Path, choices: Sequence[SeriesChoice], identifiers: bool) -> None:
     """Write which DICOM series were chosen and why, where there are any.
 
     Raises KitsegError: none of them was chosen.
@@ -176,7 +180,7 @@ def write_choices(to: Path, choices: Sequence[SeriesChoice], keep_identifiers: b
         return
     from kitseg.volumes.dicom.choice import write_series_table
 
-    write_series_table(to / SERIES_TABLE, choices, keep_identifiers)
+    write_series_table(to / SERIES_TABLE, choices, identifiers)
     if not any(choice.chosen for choice in choices):
         reasons = "; ".join(f"{choice.series.case_id}: {choice.reason}" for choice in choices[:5])
         raise KitsegError(f"none of {len(choices)} DICOM series is a CT to segment ({reasons}). See {SERIES_TABLE}.")

@@ -110,7 +110,7 @@ def _make_page(task: PageTask) -> CaseRow:
     findings = measure(scene.labels, scene.geometry, scene.hu)
     digest, scan_hash = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
     record, notes = _record(task, digest, scan_hash)
-    quality = record.quality if record.labels_sha256 in (None, digest) else None
+    quality = record.quality if record.is_of(digest) else None
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)
     write_case_page(task.output, CaseContent(task.case, scene, findings, quality, task.scores, facts, notes))
@@ -140,7 +140,7 @@ def _record(task: PageTask, digest: str, scan: str | None) -> tuple[CaseRecord, 
 
 def _notes(record: CaseRecord, digest: str, scan: str | None) -> list[str]:
     notes = [f"{record.note[:1].upper()}{record.note[1:]}."] if record.note else []
-    if record.labels_sha256 not in (None, digest):
+    if not record.is_of(digest):
         notes.append("The labels were changed since they were predicted; the flags describe the changed labels.")
     if scan and record.scan_sha256 not in (None, scan):
         notes.append("The scan on this page is not the file that the labels were predicted from.")
@@ -156,7 +156,7 @@ def _facts(task: PageTask, geometry: Geometry, record: CaseRecord, digest: str, 
     depth, height, width = geometry.shape
     down, along, across = geometry.spacing
     facts["Grid"] = f"{width} × {height} × {depth} voxels of {across:.3g} × {along:.3g} × {down:.3g} mm"
-    facts["Labels"] = f"{task.labels.name}, {task.scheme}\nsha256 {digest}"
+    facts["Labels"] = f"{task.case if task.is_dicom else task.labels.name}, {task.scheme}\nsha256 {digest}"
     for number, model in enumerate(record.models, 1):
         facts[f"Model {number}"] = _model(model)
     if record.versions:

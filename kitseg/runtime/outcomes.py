@@ -50,9 +50,12 @@ def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> l
     return outcomes
 
 
-def without_paths(name: str, error: Exception, paths: Sequence[Path], scan: Case | None) -> str:
-    """An error's text for a file that others may read: without these paths' folders, of DICOM without file names."""
-    if isinstance(error, InputError) and scan and scan.slices:
+def without_paths(name: str, error: Exception, paths: Sequence[Path], nameless: bool) -> str:
+    """An error's text for a file that others may read: without these paths' folders.
+
+    nameless: also without the name of the file that can't be used.
+    """
+    if isinstance(error, InputError) and nameless:
         return f"{name}: {error.problem}. {error.remedy}"
     text = format_error(name, error)
     for folder in sorted({parent for path in paths for parent in path.parents}, key=lambda p: -len(str(p))):

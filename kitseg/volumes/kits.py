@@ -14,13 +14,12 @@ from kitseg.labels import scheme_of
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
 from kitseg.volumes.check import refuse_scans
-from kitseg.volumes.names import clean_name, pair, shorten
+from kitseg.volumes.names import clean_name, is_volume_name, pair, shorten
 from kitseg.volumes.tables import PATIENTS, read_patients
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
 MAJORITY = "aggregated_MAJ_seg.nii.gz"  # KiTS21's label map
 IMAGES, LABELS = "imagesTr", "labelsTr"  # nnU-Net's
-SUFFIXES = (".nii.gz", ".nii")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
 
@@ -180,6 +179,8 @@ def collect_scans(paths: Sequence[Path]) -> list[Case]:
 def find_labels(folder: Path) -> dict[str, Path]:
     """The label maps in a folder, KiTS layout, flat or nnU-Net's, or a single file, by the names of their cases.
 
+    In a folder without NIfTI files, the DICOM segmentations below it.
+
     Raises:
         InputError: the folder is missing or holds no label maps.
         UsageError: two files have the same name.
@@ -192,7 +193,13 @@ def find_labels(folder: Path) -> dict[str, Path]:
     flat = _flat(folder / LABELS if (folder / LABELS).is_dir() else folder)
     files = [*filter(None, map(_label_in, _folders(folder))), *flat]
     if not files:
-        raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
+        from kitseg.volumes.dicom.headers import walk
+        from kitseg.volumes.dicom.labels import is_segmentation
+
+        files = [path for path in walk(folder) if is_segmentation(path)]
+    if not files:
+        remedy = f"Give one of case_00000/{LABEL}, .nii.gz files or DICOM segmentations"
+        raise InputError(folder, "the folder holds no label maps", remedy)
     return {case.id: case.image for case in distinct(Case(_label_id(f), f) for f in files)}
 
 
@@ -211,6 +218,11 @@ def _label_in(folder: Path) -> Path | None:
 
 
 def _label_id(path: Path) -> str:
+    if not is_volume_name(path):
+        from kitseg.volumes.dicom.labels import case_of_segmentation, is_segmentation
+
+        if is_segmentation(path):
+            return case_of_segmentation(path)
     return clean_name(path.absolute().parent.name) if path.name in (*_forms(LABEL), MAJORITY) else _stem(path)
 
 
@@ -258,7 +270,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _flat(folder: Path) -> list[Path]:
-    return sorted(f for f in _visible(folder) if f.name.lower().endswith(SUFFIXES))
+    return sorted(f for f in _visible(folder) if is_volume_name(f))
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from kitseg.errors import UsageError, printable
+
+SUFFIXES = (".nii.gz", ".nii")
+
+
+def is_volume_name(path: Path) -> bool:
+    """Whether a file's name is that of one volume in one file; DICOM files have any name."""
+    return path.name.lower().endswith(SUFFIXES)
 
 
 def case_number(name: str) -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -15,12 +16,13 @@ from isal import igzip
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
-from kitseg.labels import CYST, KITS19, UNKNOWN, Scheme
+from kitseg.labels import CYST, KITS19, UNKNOWN, Scheme, to_kits19
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.overwrite import MARK
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_errors, open_voxels, read_header
+from kitseg.volumes.names import is_volume_name
 
 #: ``descrip`` in the header of a synthetic scan.
 PHANTOM_MARK = "kitseg phantom"
@@ -86,12 +88,19 @@ def read_image(path: Path, case_id: str) -> Volume:
 def read_labels(path: Path, case_id: str, scheme: Scheme | None = KITS19, strict: bool = True) -> Volume:
     """Read a label map of a scheme as (D, H, W) uint8 in orientation (I, P, L), with kitseg's ids.
 
-    Integers stored as floats are accepted. Without a scheme, all values from 0 to 255 are read as they are.
+    Integers stored as floats are accepted. Without a scheme, all values from 0 to 255 are read as they are. A DICOM
+    segmentation states itself what its segments are.
 
     Raises:
         InputError: see ``read_image``; also for values outside the scheme, which become ``UNKNOWN`` if ``strict`` is
             False.
     """
+    if not is_volume_name(path):
+        from kitseg.volumes.dicom.labels import is_segmentation, read_segmentation
+
+        if is_segmentation(path):
+            found = read_segmentation(path, case_id)
+            return replace(found, array=to_kits19(found.array)) if scheme and not scheme.cyst else found
     native, stored, slope, offset = _stored(path)
     ids = scheme.from_file if scheme else np.arange(256, dtype=np.uint8)
     known = np.flatnonzero(ids != UNKNOWN) if scheme else ids

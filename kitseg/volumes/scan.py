@@ -10,10 +10,12 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import Scheme
 from kitseg.runtime.files import file_digest
-from kitseg.types import Case, Geometry, Volume
+from kitseg.types import Box, Case, Geometry, Volume, triple
 from kitseg.volumes.header import place_doubts
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
 from kitseg.volumes.names import pair
@@ -77,6 +79,18 @@ def check_grid(path: Path, labels: Geometry, scan: Geometry, of: str = "its scan
     if not labels.same_as(scan, TOLERANCE):
         problem = f"lies on another grid than {of} (shape {labels.shape} and {scan.shape}, or affine)"
         raise InputError(path, problem, "Save it with the shape and affine of the scan.")
+
+
+def place_on(labels: Volume, scan: Volume) -> Volume:
+    """A label map on its scan's grid, where it covers a part of it as a DICOM segmentation does; else unchanged."""
+    shift = np.linalg.inv(scan.geometry.affine) @ labels.geometry.affine
+    start = np.rint(shift[:3, 3]).astype(int)
+    box = Box(triple(start), triple(start + labels.array.shape))
+    if box.clip(scan.geometry.shape) != box or not scan.geometry.crop(box).same_as(labels.geometry, TOLERANCE):
+        return labels
+    whole = np.zeros(scan.geometry.shape, labels.array.dtype)
+    whole[box.slices] = labels.array
+    return Volume(whole, scan.geometry, scan.native, labels.case_id)
 
 
 def label_of(case: Case) -> Path:

@@ -69,12 +69,12 @@ def choose_series(found: Sequence[Series], wanted: Sequence[str] = ()) -> list[S
     return [choice for study in _studies(found) for choice in _of_study(study)]
 
 
-def write_series_table(path: Path, choices: Sequence[SeriesChoice], keep_identifiers: bool = False) -> None:
+def write_series_table(path: Path, choices: Sequence[SeriesChoice], identifiers: bool = False) -> None:
     """Write a CSV file with one row per series: whether it was chosen, the reason, and its properties.
 
-    Without ``keep_identifiers`` it contains no UID, path, date or free text of the files.
+    Without ``identifiers`` it contains no UID, path, date or free text of the files.
     """
-    rows = [_facts(choice) | (_identifiers(choice.series) if keep_identifiers else {}) for choice in choices]
+    rows = [_facts(choice) | (_identifiers(choice.series) if identifiers else {}) for choice in choices]
     write_table(path, rows[0] if rows else ["case"], rows)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,14 @@ def read_dataset(path: Path, stop_before_pixels: bool = True) -> pydicom.Dataset
         implicit, _ = found.original_encoding
         found.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     return found
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of pydicom and highdicom, which may quote patient data."""
+    logging.getLogger("highdicom").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
+        yield
 
 
 def read_dicom_header(path: Path) -> Header | None:

@@ -35,7 +35,7 @@ from kitseg.volumes.dicom.headers import (
 )
 from kitseg.volumes.dicom.stack import Stack, Unstackable, is_scout, repeats, split_stacks, stack
 from kitseg.volumes.header import MAX_VOXELS
-from kitseg.volumes.kits import SUFFIXES
+from kitseg.volumes.names import is_volume_name
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
 
 AIR = -1024  # HU outside the reconstructed circle; air is never lower
@@ -96,7 +96,7 @@ class Series:
 
 def holds_dicom(folder: Path) -> bool:
     """Whether any file below a folder is DICOM, except files named as NIfTI; stops at the first."""
-    return any(not path.name.lower().endswith(SUFFIXES) and is_dicom(path) for path in walk(folder))
+    return any(not is_volume_name(path) and is_dicom(path) for path in walk(folder))
 
 
 def find_series(*folders: Path) -> list[Series]:
