@@ -47,6 +47,18 @@ def test_as_many_pairs_as_possible_come_before_overlap() -> None:
     assert matched(pred, ref) == ([True, True], [True, True])
 
 
+def test_each_pair_has_its_own_dice() -> None:
+    # the first is exact, the second shares 6 of 10 and 12 voxels, the third is missed
+    found = detect(mask((0, 8), (12, 22)), mask((0, 8), (16, 28), (35, 38)), SPACING)
+    assert [tumor.dice for tumor in found.reference] == [1, pytest.approx(12 / 22), None]
+    assert [tumor.dice for tumor in found.predicted] == [1, pytest.approx(12 / 22)]
+    exact, shifted, missed = (tumor.surface_dice for tumor in found.reference)
+    assert (exact, missed) == (1, None)
+    assert 0.4 < shifted < 0.8  # the ends are apart by 4 and 6 mm
+    total = tally([found])[ALL]
+    assert (total.dice, total.surface_dice) == (pytest.approx((1 + 12 / 22) / 2), pytest.approx((1 + shifted) / 2))
+
+
 def test_size_and_volume_of_a_tumor() -> None:
     (tumor,) = detect(mask((0, 31)), mask((0, 31)), SPACING).predicted
     assert tumor.diameter_mm == pytest.approx(30, abs=1)

@@ -61,6 +61,13 @@ def test_other_patients_of_the_same_number_are_no_pair(tmp_path: Path) -> None:
     files(tmp_path / "pred", "bern_00012", array=labels())
     files(tmp_path / "ref", "zurich_00012", array=labels())
     assert "ref has no reference for bern_00012" in evaluate(tmp_path, code=2)[1]
+    files(tmp_path / "pred", "zurich_00012", array=labels())
+    _, text = evaluate(tmp_path, code=1)  # the other case is scored, and scripts can see that one wasn't
+    assert "1 predictions without a reference are not scored (bern_00012)" in text
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert (list(content["cases"]), content["without_reference"]) == (["zurich_00012"], ["bern_00012"])
+    write_split(Split((Fold(("zurich_00012",), ("bern_00012",)),), KITS19), tmp_path / "splits.json")
+    assert "has no reference for bern_00012" in evaluate(tmp_path, "--split=splits.json", "--fold=0", code=2)[1]
     files(tmp_path / "pred", "prediction_00012", "case_00012", array=labels())
     files(tmp_path / "ref", "bern_00012", "case_00012", array=labels())
     assert "case_00012 and prediction_00012 stand for one KiTS case" in evaluate(tmp_path, code=2)[1]

@@ -71,7 +71,10 @@ def evaluate(
     """Score label maps: official KiTS metrics, surface distances, volume errors and tumor detection.
 
     Classes of kits19: kidney (with tumor), tumor. Classes of kits21 and kits23: kidney_and_mass, mass (tumor and
-    cyst), tumor; these also have surface Dice. Scores are given per case and over all cases.
+    cyst), tumor; these also have surface Dice. Scores are given per case and over all cases; each tumor found has its
+    own Dice and surface Dice.
+
+    Exit code 1: a case is missing, could not be scored, or has no reference; the others are scored and written.
     """
     from kitseg.commands import evaluate as scoring
     from kitseg.commands.score_files import score_content, write_score_table, write_scores
@@ -92,7 +95,7 @@ def evaluate(
         write_score_table(table, scores)
     if cache:
         cache.clear()
-    exit_if(any(score.missing or score.error for score in scores))
+    exit_if(bool(unscored.predictions) or any(score.missing or score.error for score in scores))
 
 
 @app.command(epilog="Example: kitseg validate runs/two-phase-small --data data")

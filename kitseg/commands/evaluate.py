@@ -101,24 +101,32 @@ def rules(protocol: str, scheme: Scheme | None) -> Rules:
     return Rules(PROTOCOLS[protocol], scheme or scheme_of(PROTOCOLS[protocol].labels))
 
 
-def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ()) -> tuple[list[Job], list[str]]:
-    """The cases in ``predictions``, or the ``required`` ones, where a missing one counts as background.
+@dataclass(frozen=True)
+class Unscored:
+    """What isn't scored: references without a prediction that aren't required, and predictions without a reference."""
 
-    And the references that are left out, since they have no prediction and aren't required. Raises UsageError: no case
-    to score, or a required case without a reference.
+    references: tuple[str, ...] = ()
+    predictions: tuple[str, ...] = ()
+
+
+def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ()) -> tuple[list[Job], Unscored]:
+    """The cases in ``predictions``, or the ``required`` ones, where a missing one counts as background; and the others.
+
+    Raises UsageError: no case has a reference, or a required one has none.
     """
     # absolute, because worker processes may have another working directory
     found, truth = find_labels(predictions.absolute()), find_labels(references.absolute())
     refuse_scans(predictions, found)
     refuse_scans(references, truth)
     known = pair(required or found, truth)
-    if lacking := sorted(set(required or found) - known.keys()):
+    lacking = sorted(set(required or found) - known.keys())
+    if lacking and (required or not known):
         remedy = "Give the folder that holds them, or select the cases to score with --cases"
-        raise UsageError(f"{references} has no reference for {', '.join(lacking)}. {remedy}")
+        raise UsageError(f"{references} has no reference for {shorten(lacking)}. {remedy}")
     cases, clinical = sorted(known.values()), read_clinical(references / CLINICAL)
     predicted = pair(cases, found)
     jobs = [Job(case, found.get(predicted.get(case, "")), truth[case], clinical.get(case, {})) for case in cases]
-    return jobs, [] if required else sorted(truth.keys() - set(cases))
+    return jobs, Unscored(() if required else tuple(sorted(truth.keys() - set(cases))), tuple(lacking))
 
 
 def score_case(job: Job, rules: Rules) -> Score:
@@ -174,7 +182,7 @@ def groups(scores: Sequence[Score], folds: Mapping[str, int]) -> list[ScoreGroup
     return found
 
 
-def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -> list[str]:
+def notes(scores: Sequence[Score], rules: Rules, unscored: Unscored) -> list[str]:
     """Notes on the scores: what they can't be trusted for, references without a prediction, how cysts were counted."""
     scored = [score for score in scores if score.classes]
     found, true = (sum(score.cysts[side] for score in scored) for side in (0, 1))
@@ -185,9 +193,11 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Sequence[str] = ()) -
     if learned := [score.case for score in scored if score.learned_from]:
         what = f"the networks learned from the scans of {len(learned)} of {len(scores)} cases ({shorten(learned)})"
         lines.append(f"{what}: these scores are no measure for new scans")
-    if unscored:
-        names = shorten(unscored)
-        lines.append(f"{len(unscored)} references without a prediction are not scored ({names}); --cases includes them")
+    if alone := unscored.predictions:
+        lines.append(f"{len(alone)} predictions without a reference are not scored ({shorten(alone)})")
+    if alone := unscored.references:
+        names = shorten(alone)
+        lines.append(f"{len(alone)} references without a prediction are not scored ({names}); --cases includes them")
     if rules.protocol.knows_cysts(rules.scheme) and scored and not found:
         there = f"the references of {true} of {len(scored)} cases do" if true else "nor does a reference"
         lines.append(

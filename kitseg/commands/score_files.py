@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
 
-from kitseg.commands.evaluate import Rules, Score, groups, notes
+from kitseg.commands.evaluate import Rules, Score, Unscored, groups, notes
 from kitseg.runtime import files
 from kitseg.runtime.provenance import FileFormat
 from kitseg.scoring.detection import Detection, tally
@@ -63,7 +63,7 @@ def _challenge_score(summaries: Mapping[str, Mapping[str, Summary]], rules: Rule
 
 
 def score_content(
-    scores: Sequence[Score], rules: Rules, folds: Mapping[str, int], unscored: Sequence[str] = ()
+    scores: Sequence[Score], rules: Rules, folds: Mapping[str, int], unscored: Unscored
 ) -> dict[str, Any]:
     """The scores as plain values; ``folds``: in which fold each case was validated; ``unscored``: see ``find_jobs``."""
     summaries = summarize([score.classes for score in scores if score.classes])
@@ -80,6 +80,7 @@ def score_content(
     content["folds"] = dict(folds)
     content["groups"] = [asdict(group) for group in groups(scores, folds)]
     content["missing"] = [score.case for score in scores if score.missing]
+    content["without_reference"] = list(unscored.predictions)
     content["failed"] = {score.case: score.error for score in scores if score.error}
     content["learned_from"] = {score.case: score.learned_from for score in scores if score.learned_from}
     content["notes"] = notes(scores, rules, unscored)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kitseg import config
 from kitseg.commands.case_record import read_record
-from kitseg.commands.evaluate import Job, Rules, Score, score_case
+from kitseg.commands.evaluate import Job, Rules, Score, Unscored, score_case
 from kitseg.commands.infer import manifest_of
 from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import score_content, write_scores
@@ -142,7 +142,7 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
         groups = validation.clinical.get(name, {})
         scores.append(score_case(Job(name, there, case.label or case.image, groups), rules))
         on_done()
-    write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds))
+    write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds, Unscored()))
     return scores
 
 
