@@ -19,6 +19,7 @@ from kitseg.volumes.dicom.series import find_series
 from kitseg.volumes.nifti import read_image, read_labels
 
 pytestmark = pytest.mark.slow
+SEG_SR = ["series_*[0-9a-f].dcm", "*.sr.dcm"]
 MODEL = "--model=runs/two-phase-tiny"
 
 
@@ -47,7 +48,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory, planes: tuple[np.ndarray, 
 @pytest.fixture(scope="module")
 def predicted(trained: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dicom") / "out"
-    done = predict(trained, archive, out, "--format=dicom-seg")
+    done = predict(trained, archive, out, "--format=dicom-seg,dicom-sr")
     assert done.code == 0, done.text
     return out
 
@@ -75,9 +76,9 @@ def test_the_labels_are_those_of_the_same_scan_as_nifti(trained: Path, predicted
 
 
 def test_the_segmentation_lies_voxel_for_voxel_on_the_series(archive: Path, predicted: Path) -> None:
-    labels, name = one(predicted, "series_*.nii.gz"), one(predicted, "*.dcm").stem
+    labels, name = one(predicted, "series_*.nii.gz"), one(predicted, SEG_SR[0]).stem
     (series,) = [series for series in find_series(archive) if series.case_id == name]
-    lies_on(one(predicted, "*.dcm"), read_labels(labels, "a").array, series)
+    lies_on(one(predicted, SEG_SR[0]), read_labels(labels, "a").array, series)
 
 
 def test_the_table_gives_a_reason_for_each_series(predicted: Path) -> None:
@@ -92,7 +93,7 @@ def test_only_dicom_output_identifies_the_patient_unless_asked(
     trained: Path, archive: Path, predicted: Path, tmp_path: Path, options: str
 ) -> None:
     out, pages = tmp_path / "out" if options else predicted, tmp_path / "pages"
-    assert not options or predict(trained, archive, out, "--format=dicom-seg", options).code == 0
+    assert not options or predict(trained, archive, out, "--format=dicom-sr", options).code == 0
     shown = kitseg(trained, "report", str(out), str(archive), "-o", str(pages))
     assert shown.code == 0, shown.text
     measured = kitseg(trained, "measure", str(out), f"--json={pages / 'm.json'}", f"--csv={pages / 'm.csv'}")
@@ -100,7 +101,7 @@ def test_only_dicom_output_identifies_the_patient_unless_asked(
     files = [path for folder in (out, pages) for path in folder.rglob("*")]
     assert {path.suffix for path in files} >= {".gz", ".json", ".png", ".csv", ".dcm", ".html"}
     telling = {path.name for path in files for word in WORDS if word in contents(path) + path.name.encode()}
-    names = {"": ["*.dcm"], "--anonymous": [], "--identifiers": ["*.dcm", "series.csv"]}[options]
+    names = {"": SEG_SR, "--anonymous": [], "--identifiers": [*SEG_SR, "series.csv"]}[options]
     assert telling == {one(out, name).name for name in names}
 
 
@@ -109,7 +110,7 @@ def test_a_segmentation_is_measured_and_shown_as_its_nifti_file(
 ) -> None:
     """Alone, under a name that names the patient, without the record."""
     (tmp_path / "seg").mkdir()
-    shutil.copy(one(predicted, "*.dcm"), tmp_path / "seg" / "Zwiebelfisch")
+    shutil.copy(one(predicted, SEG_SR[0]), tmp_path / "seg" / "Zwiebelfisch")
     found = []
     for labels in (predicted, tmp_path / "seg"):
         to = tmp_path / f"{labels.name}.json"

@@ -15,7 +15,7 @@ from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
 
 #: The endings of what each format of `predict` writes beside the NIfTI file.
-_FORMATS = {"nifti": (), "dicom-seg": (".dcm",)}
+_FORMATS = {"nifti": (), "dicom-seg": (".dcm",), "dicom-sr": (".dcm", ".sr.dcm")}
 
 
 def _keep_identifiers(given: bool) -> None:
@@ -146,7 +146,10 @@ def predict(
         list[str], typer.Option(help="Select this DICOM series by UID or by its name in series.csv; may be repeated.")
     ] = [],  # noqa: B006
     formats: Annotated[
-        str, typer.Option("--format", help="dicom-seg: also write a DICOM segmentation of DICOM series.")
+        str,
+        typer.Option(
+            "--format", help="Also written of DICOM series: dicom-seg; dicom-sr (measurements and dicom-seg)."
+        ),
     ] = "nifti",
     anonymous: Annotated[
         bool, typer.Option("--anonymous", help="DICOM output without patient and study (by default it joins them).")

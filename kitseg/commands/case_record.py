@@ -52,7 +52,7 @@ class CaseRecord:
 
 CASE_RECORD = FileFormat(CaseRecord, 4)
 ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
-_KINDS = {".nii.gz": "nifti", ".png": "png", ".dcm": "dicom"}
+_KINDS = {".nii.gz": "nifti", ".png": "png", ".dcm": "dicom", ".sr.dcm": "dicom"}
 
 
 def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:

@@ -40,10 +40,10 @@ SERIES_TABLE = "series.csv"
 class PredictOptions:
     """What `predict` writes beside labels, figures and a picture.
 
-    dicom: endings of the DICOM files of each series, ``.dcm`` is the segmentation; anonymous: these without patient and
-    study; identifiers: patient and UIDs in the table of series; choices: the series in that table; max_memory: a scan
-    that may need more bytes fails before it is read; part: of the work, such as ``1/2``, empty for the whole; labels:
-    the scheme of the label maps, the model's where it is None.
+    dicom: endings of the DICOM files of each series, ``.dcm`` the segmentation, ``.sr.dcm`` the report; anonymous:
+    these without patient and study; identifiers: patient and UIDs in the table of series; choices: the series in that
+    table; max_memory: a scan that may need more bytes fails before it is read; part: of the work, such as ``1/2``,
+    empty for the whole; labels: the scheme of the label maps, the model's where it is None.
     """
 
     dicom: Sequence[str] = ()
@@ -133,6 +133,7 @@ class CasePredictor:
         """The writers of the DICOM files of a series, by their endings."""
         from kitseg.volumes.dicom.segmentation import Algorithm, SegmentedSeries, write_segmentation
         from kitseg.volumes.dicom.series import open_series
+        from kitseg.volumes.dicom.structured_report import write_report
 
         methods = " + ".join(sorted({one.method.name for one in self.model.models}))
         labels, findings = found.canonical, found.findings
@@ -141,7 +142,9 @@ class CasePredictor:
             findings = measure(labels, scan.geometry, scan.array)
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
         made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, self.options.anonymous)
-        return {".dcm": partial(write_segmentation, found=made)}
+        report = partial(write_report, found=made, segmentation=self.to / f"{source.id}.dcm")
+        writers: dict[str, Write] = {".dcm": partial(write_segmentation, found=made), ".sr.dcm": report}
+        return {ending: writers[ending] for ending in self.options.dicom}
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:

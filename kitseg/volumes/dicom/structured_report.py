@@ -1,0 +1,111 @@
+"""DICOM output: measurements as a structured report (TID 1500) that refers to the segments of a DICOM segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from highdicom import sr
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+
+from kitseg.measurement.findings import Kidney, Lesion
+from kitseg.measurement.parts import Part
+from kitseg.runtime.files import atomic_write
+from kitseg.volumes.dicom.headers import quiet
+from kitseg.volumes.dicom.segmentation import KINDS, NOTICE, SegmentedSeries, equipment, laterality, tracking
+from kitseg.volumes.dicom.source import series_number, source_images
+
+DECIMALS = 3  # of each number, as in the JSON file of `kitseg measure`
+_codes: Any = codes
+_ML, _MM = Code("ml", "UCUM", "milliliter"), Code("mm", "UCUM", "millimeter")
+_HU = _codes.DCM.AttenuationCoefficient
+#: The concept, unit and derivation of each measurement by its name in findings.
+MEASUREMENTS: dict[str, tuple[Any, Any, Any]] = {
+    "parenchyma_ml": (_codes.SCT.Volume, _ML, None),
+    "volume_ml": (_codes.SCT.Volume, _ML, _codes.SCT.Total),  # of a kidney with its lesions
+    "axial_mm": (_codes.SCT.LongAxis, _MM, None),
+    "diameter_mm": (_codes.IBSI.Maximum3DDiameterOfAMesh, _MM, None),
+    "hu_mean": (_HU, _codes.UCUM.HounsfieldUnit, _codes.SCT.Mean),
+    "hu_sd": (_HU, _codes.UCUM.HounsfieldUnit, _codes.SCT.StandardDeviation),
+}
+NOTHING_FOUND = (_codes.DCM.SummaryOfDetections, _codes.DCM.AllAlgorithmsSucceededWithoutFindings)
+
+
+def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None:
+    """Write the findings of a segmented series as a DICOM SR document, atomically: a measurement group per segment.
+
+    segmentation: the DICOM segmentation of the same labels, which the groups refer to.
+
+    Raises:
+        InputError: the series forms no volume, or a header can no longer be read.
+    """
+    with quiet(), atomic_write(path) as partial:
+        segments = pydicom.dcmread(segmentation)
+        groups = [
+            _group(number, part, found, segments)
+            for number, part in enumerate(found.parts[1], start=1)
+            if part.found is not None
+        ]
+        observer = sr.ObserverContext(
+            _codes.DCM.Device,
+            sr.DeviceObserverIdentifyingAttributes(
+                uid=segments.SOPInstanceUID,
+                name="kitseg",
+                manufacturer_name="kitseg",
+                model_name=found.algorithm.name,
+                serial_number="none",
+                physical_location=NOTICE,
+            ),
+        )
+        report = sr.MeasurementReport(
+            observation_context=sr.ObservationContext(observer_device_context=observer),
+            procedure_reported=_codes.LN.CTUnspecifiedBodyRegion,
+            imaging_measurements=groups or [_nothing(found)],
+            title=_codes.DCM.ImagingMeasurementReport,
+        )
+        sr.Comprehensive3DSR(
+            evidence=[segments, *source_images(found.series, found.anonymous)],
+            content=report[0],
+            series_number=series_number(found.series, 1),
+            is_complete=True,
+            series_description="kitseg measurements, research use",
+            **equipment(found.algorithm),
+        ).save_as(partial)
+
+
+def _group(number: int, part: Part, found: SegmentedSeries, segments: Any) -> Any:
+    assert part.found is not None
+    site = sr.FindingSite(_codes.SCT.Kidney, laterality(part.found.side))
+    name, uid = tracking(found.name(part), found)
+    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=uid, identifier=name),
+        referenced_segment=sr.ReferencedSegment(
+            segments.SOPClassUID,
+            segments.SOPInstanceUID,
+            number,
+            source_series=sr.SourceSeriesForSegmentation(segments.ReferencedSeriesSequence[0].SeriesInstanceUID),
+        ),
+        finding_type=KINDS[part.kind],
+        finding_sites=[site],
+        algorithm_id=sr.AlgorithmIdentification(found.algorithm.name, found.algorithm.version),
+        measurements=list(_measurements(part.found)),
+    )
+
+
+def _measurements(found: Kidney | Lesion) -> Iterator[Any]:
+    for name, (concept, unit, derivation) in MEASUREMENTS.items():
+        if (value := getattr(found, name, None)) is not None:
+            whole = derivation if isinstance(found, Kidney) or name != "volume_ml" else None
+            yield sr.Measurement(concept, round(float(value), DECIMALS), unit, derivation=whole)
+
+
+def _nothing(found: SegmentedSeries) -> Any:
+    name, uid = tracking("nothing found", found)
+    return sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=uid, identifier=name),
+        finding_type=_codes.SCT.Kidney,
+        qualitative_evaluations=[sr.QualitativeEvaluation(*NOTHING_FOUND)],
+    )

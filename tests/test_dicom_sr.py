@@ -1,0 +1,126 @@
+"""DICOM structured reports: the numbers of `kitseg measure`, and the segments that they are of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from conftest import kitseg
+from dicom_files import WHO, WORDS, hu, write_series
+from highdicom import sr
+from scipy import ndimage
+from test_dicom import only
+from test_dicom_seg import BY, SHAPE
+
+from kitseg.measurement.findings import Findings
+from kitseg.measurement.measure import measure
+from kitseg.volumes.dicom.segmentation import SegmentedSeries, write_segmentation
+from kitseg.volumes.dicom.series import read_series
+from kitseg.volumes.dicom.structured_report import write_report
+from kitseg.volumes.nifti import write_labels
+from kitseg.volumes.phantom import make_case
+
+NAMES = {
+    ("Volume", ""): "volume_ml",
+    ("Long axis", ""): "axial_mm",
+    ("Maximum 3D Diameter of a Mesh", ""): "diameter_mm",
+    ("Attenuation Coefficient", "Mean"): "hu_mean",
+    ("Attenuation Coefficient", "Standard Deviation"): "hu_sd",
+}
+UNITS = {"volume_ml": "ml", "parenchyma_ml": "ml", "axial_mm": "mm", "diameter_mm": "mm"}
+
+
+@pytest.fixture(scope="module", params=["identified", "anonymous"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a phantom's series, its labels, and the segmentation and the report of them."""
+    folder = tmp_path_factory.mktemp("report")
+    array, labels, affine = make_case(seed=3, index=0, matrix=64)
+    labels[ndimage.binary_erosion(labels == 1, iterations=2)] = 3
+    write_series(folder / "in", array, affine, SeriesNumber="7")
+    series = only(folder / "in")
+    scan = read_series(series)
+    write_labels(folder / f"{series.case_id}.nii.gz", labels, scan.native)
+    findings = measure(labels, scan.geometry, scan.array)
+    made = SegmentedSeries(series, labels, findings, BY, scan.array, anonymous=request.param == "anonymous")
+    write_segmentation(folder / "seg.dcm", made)
+    write_report(folder / "sr.dcm", made, folder / "seg.dcm")
+    return folder
+
+
+def groups(path: Path) -> list[sr.VolumetricROIMeasurementsAndQualitativeEvaluations]:
+    return sr.srread(path).content.get_volumetric_roi_measurement_groups()
+
+
+def test_each_number_is_that_of_the_json_file(written: Path) -> None:
+    labels = next(written.glob("series_*.nii.gz"))
+    done = kitseg(written, "measure", labels.name, "--ct=in", "--json=m.json", "--labels=kits23", "--jobs=1")
+    assert done.code == 0, done.text
+    (expected,) = json.loads((written / "m.json").read_text())["cases"].values()
+    segments = pydicom.dcmread(written / "seg.dcm").SegmentSequence
+    assert len(groups(written / "sr.dcm")) == len(segments) == len(expected["kidneys"] + expected["lesions"]) > 4
+    for number, (group, finding) in enumerate(
+        zip(groups(written / "sr.dcm"), expected["kidneys"] + expected["lesions"], strict=True), 1
+    ):
+        kidney, found = "parenchyma_ml" in finding, {}
+        for one in group.get_measurements():
+            derivation = one.derivation.meaning if one.derivation else ""
+            name = {("Volume", ""): "parenchyma_ml", ("Volume", "Total"): "volume_ml"} if kidney else NAMES
+            key = name[one.name.meaning, derivation]
+            found[key] = one.value
+            assert one.unit.value == UNITS.get(key, "[hnsf'U]")
+        assert found == {key: finding[key] for key in found}
+        assert set(found) == ({"parenchyma_ml", "volume_ml"} if kidney else set(NAMES.values()))
+        segment = segments[number - 1]
+        assert group.tracking_uid == segment.TrackingUID
+        assert group.finding_sites[0].laterality.meaning.lower() == finding["side"]
+        assert group.finding_type.value == segment.SegmentedPropertyTypeCodeSequence[0].CodeValue
+
+
+def test_the_groups_refer_to_the_segments_of_the_series(written: Path) -> None:
+    segmentation = pydicom.dcmread(written / "seg.dcm")
+    for number, group in enumerate(groups(written / "sr.dcm"), 1):
+        reference = group.referenced_segment[0]
+        assert reference.referenced_sop_instance_uid == segmentation.SOPInstanceUID
+        assert reference.referenced_segment_numbers == [number]
+
+
+def test_it_is_filed_with_its_series(written: Path) -> None:
+    report, segmentation = pydicom.dcmread(written / "sr.dcm"), pydicom.dcmread(written / "seg.dcm")
+    source = pydicom.dcmread(only(written / "in").files[0])
+    assert report.StudyInstanceUID == segmentation.StudyInstanceUID == source.StudyInstanceUID
+    assert len({one.SeriesInstanceUID for one in (report, segmentation, source)}) == 3
+    assert [one.SeriesNumber for one in (source, segmentation, report)] == [7, 9007, 10007]
+    content = (written / "sr.dcm").read_bytes() + (written / "seg.dcm").read_bytes()
+    if report.PatientID:
+        assert all(report[name].value == source[name].value for name in ("PatientID", "StudyDate", "StudyDescription"))
+        assert WHO["PatientAddress"].encode() not in content
+    else:
+        assert not [word for word in WORDS if word in content]
+
+
+def test_a_validator_finds_no_error(written: Path) -> None:
+    if not shutil.which("dciodvfy"):
+        pytest.skip("no dciodvfy (Debian's dicom3tools)")
+    for name in ("seg.dcm", "sr.dcm"):
+        done = subprocess.run(["dciodvfy", written / name], capture_output=True, text=True, check=False)
+        about = [line for line in done.stderr.splitlines() if line.startswith(("Error", "Warning"))]
+        if pydicom.dcmread(written / name).PatientID == "":  # an anonymous file can't have what a DICOMDIR needs
+            about = [line for line in about if "DICOMDIR" not in line]
+        assert not about
+
+
+def test_nothing_found(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", hu())
+    made = SegmentedSeries(only(tmp_path / "in"), np.zeros(SHAPE, np.uint8), Findings((), ()), BY)
+    write_segmentation(tmp_path / "seg.dcm", made)
+    write_report(tmp_path / "sr.dcm", made, tmp_path / "seg.dcm")
+    content = sr.srread(tmp_path / "sr.dcm").content
+    assert not content.get_volumetric_roi_measurement_groups()
+    (group,) = content.get_image_measurement_groups()
+    (result,) = group.get_qualitative_evaluations()
+    assert result.value.meaning == "All algorithms succeeded; without findings"
