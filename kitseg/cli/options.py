@@ -96,7 +96,9 @@ NetworkFold = Annotated[
     typer.Option(help="With --split: only the validation cases of this fold, by the networks of this fold of a run."),
 ]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Test-time augmentation: left-right flip.")]
-Engine = Annotated[str, typer.Option(help="auto (openvino on a CPU if installed, else torch), torch or openvino.")]
+Engine = Annotated[
+    str, typer.Option(help="auto (openvino on a CPU if installed, else torch), torch, openvino or winograd.")
+]
 Precision = Annotated[str, typer.Option(help="auto (as in training on a GPU, f32 on a CPU), f32 or bf16.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same result.")]
 MaxMemory = Annotated[

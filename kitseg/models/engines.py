@@ -1,10 +1,11 @@
-"""Inference engines for trained networks: PyTorch, or OpenVINO on a CPU."""
+"""Inference engines for trained networks: PyTorch, or, on a CPU, OpenVINO or kitseg's own kernels."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Hashable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from kitseg.inference.windows import Predict
 from kitseg.models.weights import Checkpoint
+from kitseg.native.library import describe, lanes
+from kitseg.runtime.console import print_plain
 
 # With this package installed, OpenVINO reports its import to Google Analytics.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -94,7 +97,56 @@ class OpenVino:
         return openvino.Core()
 
 
-Engine = Torch | OpenVino
+@dataclass
+class Winograd:
+    """kitseg's kernels on the CPU, float32; keeps the last compiled network, which has its own copy of the weights.
+
+    Networks whose operations can't be traced are computed by PyTorch, which a line reports once.
+    """
+
+    _at: tuple[Hashable, ...] = field(default=(), init=False)
+    _compiled: Predict | None = field(default=None, init=False)
+    _reported: bool = field(default=False, init=False)
+
+    def __str__(self) -> str:
+        return f"Winograd with {describe()}, float32"
+
+    def __call__(self, weights: Checkpoint, head: int) -> Predict:
+        """Predicts one head's probabilities; the network is compiled once for all input shapes."""
+
+        def predict(x: Tensor) -> Tensor:
+            if self._compiled is None or self._at != (weights.name, head):
+                self._compiled, self._at = None, (weights.name, head)
+                self._compiled = self._compile(weights, head)
+            return self._compiled(x)
+
+        return predict
+
+    def _compile(self, weights: Checkpoint, head: int) -> Predict:
+        from kitseg.native.compiled import compile_network  # torch.fx, which takes a moment to import
+
+        model = weights.load()
+        try:
+            network = compile_network(model, "logits", head)
+        except Exception as error:  # a network of the user's own can make tracing raise anything
+            if not self._reported:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                print_plain(f"PyTorch computes a network that --engine winograd can't: {reason}")
+            self._reported = True
+            return partial(model.probabilities, head=head)
+        shell = copy(model)
+        shell.__dict__.update(_modules={}, logits=lambda x: (network(x),))
+        weights.drop()
+        return partial(shell.probabilities, head=0)
+
+
+Engine = Torch | OpenVino | Winograd
+Compiling = OpenVino | Winograd  # those that hold one compiled network with its own weights
+
+
+def has_kernels() -> bool:
+    """Whether kitseg's kernels were compiled and this CPU can run them."""
+    return lanes() > 0
 
 
 def has_openvino() -> bool:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from kitseg.ensemble import SLAB
 from kitseg.errors import UsageError
-from kitseg.models.engines import OpenVino, Torch
+from kitseg.models.engines import Compiling, OpenVino, Torch, Winograd
 from kitseg.models.model import Model
 from kitseg.models.stage import TrainedStage
 from kitseg.stages.model import build_model
@@ -115,7 +115,7 @@ def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, in
         weights = sum(weight.nbytes for weight in stage.model.parameters())
         network, data = _network(stage, weights, region), inputs + copies * output
         rows.append([("earlier stages", left), (f"{name}'s network", network), (f"{name}'s data", data)])
-        left += output + (0 if isinstance(stage.engine, OpenVino) else weights)
+        left += output + (0 if isinstance(stage.engine, Compiling) else weights)
         if name in {source.stage for source in model.outputs.values()}:
             box = (min(n, -(-k * n // m)) for k, n, m in zip(region, scan.shape, grid.shape, strict=True))
             back = max(back, int(np.prod([*box])))
@@ -132,6 +132,11 @@ def _network(stage: TrainedStage, weights: int, region: Triple) -> int:
         model = build_model(stage.spec).eval()
     active = activation_bytes(model.probabilities, (1, _channels(stage), *stage.window.part(region)))
     engine = stage.engine
+    if isinstance(engine, Winograd):
+        from kitseg.native.layers import memory_needs
+
+        transformed, scratch = memory_needs(model)
+        return int(max(weights + transformed, transformed + scratch + active * SPARE))
     half = isinstance(engine, OpenVino | Torch) and engine.kind in (torch.bfloat16, torch.float16)
     running = active * SPARE * (0.5 if half else 1)
     if isinstance(engine, OpenVino):  # it packs the weights into a form of its own, after which ours are dropped

@@ -15,12 +15,12 @@ from kitseg.errors import InputError, UsageError
 from kitseg.inference.windows import Slices, Window
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.regions import Region
-from kitseg.models.engines import Engine, OpenVino, Torch, has_openvino
+from kitseg.models.engines import Engine, OpenVino, Torch, Winograd, has_kernels, has_openvino
 from kitseg.models.run_folder import StageFolder
 from kitseg.models.weights import Checkpoint, allocate
 from kitseg.stages.model import StageModel, build_model, build_window
 
-ENGINES = ("auto", "torch", "openvino")
+ENGINES = ("auto", "torch", "openvino", "winograd")
 PRECISIONS = {"auto": None, "f32": None, "bf16": torch.bfloat16}
 
 
@@ -96,20 +96,33 @@ def choose_engine(name: str, device: torch.device, precision: str, spec: StageSp
     """What runs a stage's network, by its name and that of a precision.
 
     Raises:
-        UsageError: an unknown name, or OpenVINO where it can't be used.
+        UsageError: an unknown name, or an engine where it can't be used.
     """
     if name not in ENGINES:
         raise UsageError(f"unknown engine '{name}'; choose from {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision '{precision}'; choose from {', '.join(PRECISIONS)}")
     kind = _training_precision(device, spec) if precision == "auto" else PRECISIONS[precision]
-    if name == "openvino" and device.type != "cpu":
-        raise UsageError("OpenVINO computes on the CPU here; add --device cpu")
+    if name in ("openvino", "winograd") and device.type != "cpu":
+        raise UsageError(f"--engine {name} computes on the CPU; add --device cpu")
     if name == "openvino" and not has_openvino():
         raise UsageError("OpenVINO isn't installed; pip install openvino adds it")
+    if name == "winograd":
+        return _winograd(precision)
     if name != "torch" and device.type == "cpu" and has_openvino():
         return OpenVino(kind or torch.float32)
     return Torch(kind)
+
+
+def _winograd(precision: str) -> Winograd:
+    if precision == "bf16":
+        raise UsageError("--engine winograd computes in float32; drop --precision bf16, or take another engine")
+    if not has_kernels():
+        raise UsageError(
+            "--engine winograd needs kitseg's kernels, which are compiled when kitseg is installed with GCC on Linux "
+            "x86-64, and a CPU with AVX2; see kitseg --version"
+        )
+    return Winograd()
 
 
 def build_input_transform(spec: StageSpec) -> InputTransform:

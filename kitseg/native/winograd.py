@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Kind:
     number: int
     size: tuple[int, int, int]
     points: Sequence[float]
+
+    @property
+    def points_in_all(self) -> int:
+        """Points of a tile along all axes."""
+        return prod(1 if n == 1 else len(self.points) + 1 for n in self.size)
 
     def transform(self, size: int) -> Tensor:
         """The matrix (points, size) from a kernel's taps along an axis to its values at the points, float64."""
@@ -53,6 +59,14 @@ def transform_weights(weight: Tensor, kind: Kind, panel: int) -> Tensor:
         part = weight[number * panel : (number + 1) * panel].double()
         points = torch.einsum("za,yb,xc,oiabc->zyxio", z, y, x, part)
         found[:, number, :, : len(part)] = points.flatten(0, 2)
+    return found
+
+
+def plan(kind: Kind, shape: Sequence[int], inputs: int, outputs: int) -> Any:
+    """What a convolution of ``shape`` (N, D, H, W) needs: the fields of ``Plan`` in kernels.cpp."""
+    found = library.Plan()
+    how = (*shape, inputs, outputs, inputs, outputs, kind.number, 0, library.lanes(), torch.get_num_threads())
+    library.call("plan", library.Convolution(*[None] * 7, *[0] * 7, *how), found)
     return found
 
 
@@ -109,10 +123,9 @@ class Convolution:
         y = torch.empty(images, self.outputs, depth, height, width, memory_format=torch.channels_last_3d)
         numbers = (images, depth, height, width, self.inputs, self.outputs, self.inputs, self.outputs)
         how = (*numbers, self.kind.number, self.replicate, self.lanes, torch.get_num_threads())
-        plan, nothing = library.Plan(), torch.empty(0)
-        library.call("plan", library.Convolution(*[None] * 7, *[0] * 7, *how), plan)
-        rows = torch.empty(plan.blocks, 3, self.outputs, dtype=torch.float64) if moments else nothing
-        work = scratch.take(plan.scratch * torch.get_num_threads())
+        needs = plan(self.kind, (images, depth, height, width), self.inputs, self.outputs)
+        rows = torch.empty(needs.blocks if moments else 0, 3, self.outputs, dtype=torch.float64)
+        work = scratch.take(needs.scratch * torch.get_num_threads())
         buffers = (x, self.points, self.bias, self.slope, y, work, rows if moments else None)
         sizes = (0 if buffer is None else buffer.numel() for buffer in buffers)
         library.call("convolve", library.Convolution(*map(library.address, buffers), *sizes, *how))

@@ -90,7 +90,7 @@ class SliceModel(StageModel):
 
 def heads_of(found: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A network's output as a sequence of heads; a tensor is the only one."""
-    return (found,) if isinstance(found, Tensor) else tuple(found)
+    return tuple(found) if isinstance(found, Sequence) else (found,)
 
 
 def module_parts(spec: StageSpec) -> tuple[dict[str, Any], Any, dict[str, Any]]:

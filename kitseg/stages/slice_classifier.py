@@ -28,7 +28,7 @@ class SliceClassifier(StageModel):
     def logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """One head: (N, 2, 1, H, W), the same on the whole slice."""
         logits: Tensor = self.net(x[:, :, 0])
-        return (logits[:, :, None, None, None].expand(-1, -1, *x.shape[2:]),)
+        return (logits[:, :, None, None, None].expand(-1, -1, -1, x.shape[3], x.shape[4]),)
 
     def losses(self, x: Tensor, target: Tensor, loss: Callable[..., Tensor]) -> Tensor:
         """Cross-entropy of the slices: a slice is positive where any of its pixels is."""

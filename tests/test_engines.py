@@ -1,4 +1,4 @@
-"""OpenVINO computes what PyTorch does; skipped where it isn't installed."""
+"""OpenVINO and kitseg's kernels compute what PyTorch does; skipped where they aren't installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.windows import Slices
-from kitseg.models.engines import Engine, OpenVino, Torch, has_openvino
+from kitseg.models.engines import Compiling, Engine, OpenVino, Torch, Winograd, has_kernels, has_openvino
 from kitseg.models.stage import build_input_transform, choose_engine, open_stage
 from kitseg.models.weights import Checkpoint
 from kitseg.stages.model import StageModel, build_model
@@ -24,6 +24,10 @@ from kitseg.stages.model import StageModel, build_model
 STAGES = [(name, stage) for name in METHODS for stage in config.compose(name, "tiny")["chain"]]
 CPU = torch.device("cpu")
 installed = pytest.mark.skipif(not has_openvino(), reason="OpenVINO is not installed")
+compiled = pytest.mark.skipif(not has_kernels(), reason="the kernels are not compiled")
+both = pytest.mark.parametrize(
+    "make", [pytest.param(OpenVino, marks=installed), pytest.param(Winograd, marks=compiled)]
+)
 
 
 @cache
@@ -65,12 +69,12 @@ def see(engine: Engine, module: StageModel, x: Tensor, head: int = -1, name: str
         return engine(Weights(name, module), head)(x)
 
 
-@installed
+@both
 @pytest.mark.parametrize(("method", "stage"), STAGES)
-def test_every_network_gives_the_same_labels(method: str, stage: str) -> None:
+def test_every_network_gives_the_same_labels(method: str, stage: str, make: type[Compiling]) -> None:
     """At shapes other than the traced one: the sizes inside a network follow its input."""
     spec = spec_of(method, stage)
-    module, engine = stage_of(spec), OpenVino()
+    module, engine = stage_of(spec), make()
     slices = spec.grid.pixels is not None and stage != "foreground"
     x = region(spec, *(1, 64, 96) if slices else (32, 48, 64))
     for head in {0, len(spec.heads) - 1}:
@@ -79,9 +83,9 @@ def test_every_network_gives_the_same_labels(method: str, stage: str) -> None:
         assert (found.argmax(1) == expected.argmax(1)).double().mean() >= 0.9999
 
 
-@installed
-def test_other_weights_are_noticed() -> None:
-    spec, engine = spec_of("dual-unet", "kidneys"), OpenVino()
+@both
+def test_other_weights_are_noticed(make: type[Compiling]) -> None:
+    spec, engine = spec_of("dual-unet", "kidneys"), make()
     module, x = stage_of(spec, 0), region(spec, 1, 32, 32)
     first, other = see(engine, module, x), stage_of(spec, 1)
     module.load_state_dict(other.state_dict())
@@ -110,6 +114,76 @@ def test_weights_are_in_memory_once(tmp_path: Path) -> None:
         assert module.device.type == "meta"
         torch.testing.assert_close(Torch()(weights, 0)(larger), expected)
     assert module.device == CPU
+
+
+@compiled
+def test_the_kernels_need_no_weights_of_pytorchs(tmp_path: Path) -> None:
+    """Compiled once for windows of any shape; the weights in memory are the kernels' own."""
+    spec, engine = spec_of("two-phase", "fine"), Winograd()
+    module, x, larger = stage_of(spec), region(spec, 16, 16, 32), region(spec, 32, 16, 16)
+    expected = see(Torch(), module, larger)
+    path = tmp_path / "weights.ckpt"
+    torch.save({"state_dict": module.state_dict()}, path)
+    with torch.inference_mode():
+        look = engine(Checkpoint(path, module), 1)
+        look(x)
+        assert module.device.type == "meta"
+        first = engine._compiled
+        torch.testing.assert_close(look(larger), expected, rtol=0, atol=1e-3)
+        assert engine._compiled is first
+
+
+class Odd(torch.nn.Module):
+    """What no method's network has: sums of other shapes, inputs changed in place, a convolution used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.start, self.one = nn.Conv3d(1, 6, 3, padding="same"), nn.Conv3d(6, 1, 1)
+        self.twice, self.groups = nn.Conv3d(6, 6, 3, padding=1), nn.Conv3d(6, 6, 3, padding=1, groups=2)
+        self.coarse, self.drop = nn.Conv3d(6, 6, 3, stride=2, padding=1), nn.Dropout3d(0.5)
+        self.norm, self.batch, self.act = nn.InstanceNorm3d(6), nn.BatchNorm3d(6), nn.ReLU(inplace=True)
+        self.prelu, self.head = nn.PReLU(), nn.Conv3d(6, 2, 3, padding=1, padding_mode="replicate")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.start(x)
+        y = self.twice(x)
+        x = self.act(x)
+        y = y + x
+        y = self.prelu(self.one(y) + self.batch(y))
+        y = self.norm(self.twice(self.drop(y))) + self.one(y)
+        y = y + self.coarse(y).mean((2, 3, 4), keepdim=True) + self.groups(y)
+        found: Tensor = self.head(self.norm(y) + 1)
+        return found
+
+
+@compiled
+def test_operations_that_no_method_has() -> None:
+    torch.manual_seed(0)
+    module, x = StageModel(Odd(), ("background", "kidney")).eval(), torch.randn(1, 1, 9, 10, 11)
+    before = x.clone()
+    torch.testing.assert_close(see(Winograd(), module, x, 0), see(Torch(), module, x, 0), rtol=0, atol=1e-5)
+    assert torch.equal(x, before)
+
+
+class Looks(torch.nn.Module):
+    """A network that can't be traced: it looks at its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = torch.nn.Conv3d(1, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.convolution(x)
+        return found if found.mean() > 0 else -found
+
+
+@compiled
+def test_pytorch_computes_what_the_kernels_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    module, x, engine = StageModel(Looks(), ("background", "kidney")).eval(), torch.randn(1, 1, 4, 5, 6), Winograd()
+    assert torch.equal(see(engine, module, x, 0), see(Torch(), module, x, 0))
+    see(engine, module, x, 0, "another")
+    assert capsys.readouterr().out.count("PyTorch computes a network") == 1
 
 
 @pytest.mark.parametrize("engine", [Torch, pytest.param(OpenVino, marks=installed)])
@@ -143,6 +217,8 @@ def test_engines_by_name() -> None:
         ("onnx", "cpu", "auto", "unknown engine 'onnx'"),
         ("torch", "cpu", "int8", "unknown precision 'int8'"),
         ("openvino", "cuda", "auto", "--device cpu"),
+        ("winograd", "cuda", "auto", "--device cpu"),
+        ("winograd", "cpu", "bf16", "--precision bf16"),
     ],
 )
 def test_engines_that_are_not_there(name: str, device: str, precision: str, problem: str) -> None:
@@ -156,6 +232,12 @@ def test_missing_openvino_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="pip install"):
         choose_engine("openvino", CPU, "auto", spec)
     assert choose_engine("auto", CPU, "auto", spec) == Torch()
+
+
+def test_missing_kernels_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitseg.models.stage.has_kernels", lambda: False)
+    with pytest.raises(UsageError, match="GCC"):
+        choose_engine("winograd", CPU, "auto", spec_of("dual-unet", "kidneys"))
 
 
 @pytest.mark.parametrize(("method", "stage"), STAGES)

@@ -1,0 +1,144 @@
+"""A network compiled for the kernels: its operations are traced, and those that follow each other become layers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kitseg.native.layers import ACTIVATIONS, CONVOLUTIONS, INSTANCE_NORMS, Layer, is_norm, kind_of
+from kitseg.native.winograd import Scratch
+
+ADD = (operator.add, operator.iadd, torch.add)
+Modules = Mapping[fx.Node, nn.Module]
+IN_PLACE = ("iadd", "imul", "isub", "itruediv")
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d)  # in inference
+
+
+class _Tracer(fx.Tracer):
+    """Traces a method; a module of a subclass of PyTorch's own is one operation, too."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.traced_func_name = method
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = isinstance(m, (*CONVOLUTIONS, *INSTANCE_NORMS))
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
+def compile_network(model: nn.Module, method: str, output: int) -> Callable[[Tensor], Tensor]:
+    """One of the tensors that a method returns for a tensor; holds copies of the weights that it needs.
+
+    Raises:
+        Exception: of any kind, where the method can't be traced.
+    """
+    graph = _Tracer(method).trace(model)
+    end: Any = next(node for node in graph.nodes if node.op == "output")
+    end.args = (end.args[0][output],)
+    modules = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _changes(node, modules))
+    modules = {node: module for node, module in modules.items() if node in graph.nodes}
+    for node, module in modules.items():
+        if isinstance(module, NOTHING):
+            before: Any = node.args[0]
+            node.replace_all_uses_with(before)
+            graph.erase_node(node)
+    root, scratch, done = nn.Module(), Scratch(), set[fx.Node]()
+    for number, node in enumerate([*graph.nodes]):
+        name = f"part_{number}"
+        if node.op == "get_attr":
+            root.register_buffer(name, _attribute(model, str(node.target)).detach().clone())
+            node.target = name
+        elif node.op == "call_module" and node not in done:
+            chain = _Chain(node, modules)
+            root.add_module(name, chain.layer(scratch) if chain.is_layer else deepcopy(modules[node]))
+            chain.replace_by(name)
+            done.update(chain.nodes)
+    graph.lint()
+    return fx.GraphModule(root, graph)
+
+
+class _Chain:
+    """The operations after a node, each the only one that uses what comes before it, that a layer does at once."""
+
+    def __init__(self, node: fx.Node, modules: Modules) -> None:
+        self.modules, self.nodes = modules, [node]
+        self.residual: fx.Node | None = None
+        module = modules[node]
+        self.convolution = module if isinstance(module, CONVOLUTIONS) else None
+        self.norm = module if is_norm(module) else None
+        if self.convolution is not None:
+            self.norm = self._next(is_norm)
+        self.first, self.second = None, None
+        if self.convolution is not None or self.norm is not None:
+            self.first = self._next(_is_activation)
+            self._add()
+            self.second = self._next(_is_activation) if self.residual else None
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether a layer does more than PyTorch."""
+        return kind_of(self.convolution) is not None or len(self.nodes) > 1 or self.norm is not None
+
+    def layer(self, scratch: Scratch) -> Layer:
+        """The layer that does it all."""
+        return Layer(self.convolution, self.norm, self.first, self.second, scratch)
+
+    def replace_by(self, name: str) -> None:
+        """Put a module where the last operation is, and remove the operations."""
+        start, end = self.nodes[0], self.nodes[-1]
+        inputs = (*start.args[:1], *([self.residual] if self.residual else []))
+        if len(self.nodes) == 1:
+            start.target = name
+            return
+        with end.graph.inserting_before(end):
+            new = end.graph.call_module(name, inputs)
+        end.replace_all_uses_with(new)
+        for node in reversed(self.nodes):
+            node.graph.erase_node(node)
+
+    def _next(self, wanted: Callable[[nn.Module], bool]) -> nn.Module | None:
+        """Add the only user of the last operation to the chain, if it is a module of a kind."""
+        user = self._user()
+        if user is None or user not in self.modules or not wanted(self.modules[user]):
+            return None
+        self.nodes.append(user)
+        return self.modules[user]
+
+    def _add(self) -> None:
+        """Add a sum with another tensor, unless something changes the chain's input in place before that."""
+        user, last = self._user(), self.nodes[-1]
+        if user is None or user.op != "call_function" or user.target not in ADD or user.kwargs or len(user.args) != 2:
+            return
+        (other,) = [arg for arg in user.args if arg is not last] or [None]
+        source: Any = self.nodes[0].args[0]
+        if isinstance(other, fx.Node) and not any(_changes(node, self.modules) for node in source.users):
+            self.residual = other
+            self.nodes.append(user)
+
+    def _user(self) -> fx.Node | None:
+        users = [*self.nodes[-1].users]
+        return users[0] if len(users) == 1 else None
+
+
+def _changes(node: fx.Node, modules: Modules) -> bool:
+    """Whether an operation may change its input in place."""
+    if node.op == "call_module":
+        return bool(getattr(modules.get(node), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.endswith("_") or bool(node.kwargs.get("inplace")) or name in IN_PLACE
+
+
+def _attribute(model: nn.Module, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), last)
+    return found
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return isinstance(module, ACTIVATIONS)

@@ -1,0 +1,137 @@
+"""A convolution with what follows it (norm, activation, residual) as one layer, channels last."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from kitseg.native.pointwise import affine, moments
+from kitseg.native.winograd import F25, F43, F43_2D, F45, Convolution, Kind, Scratch, plan
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
+LARGEST = 40_000_000  # bytes of a layer's weights for F(4, 5); beyond, F(2, 5) has them in less than half as many
+
+
+class Layer(nn.Module):
+    """``second(first(norm(convolution(x))) + residual)``; each part may be missing.
+
+    A convolution without a kernel of ours stays PyTorch's. scratch: memory that all layers of a network share.
+    """
+
+    def __init__(
+        self,
+        convolution: nn.Module | None,
+        norm: nn.Module | None,
+        first: nn.Module | None,
+        second: nn.Module | None,
+        scratch: Scratch,
+    ) -> None:
+        super().__init__()
+        conv: Any = deepcopy(convolution)
+        if conv is not None and isinstance(norm, BATCH_NORMS):
+            conv, norm = fuse_conv_bn_eval(conv, norm, conv.transposed), None
+        self.channels: int = getattr(conv if norm is None else norm, "out_channels" if norm is None else "num_features")
+        self.first, self.second = slopes(first, self.channels), slopes(second, self.channels)
+        self.norm: Any = deepcopy(norm)
+        self.native: Convolution | None = None
+        self.scratch = scratch
+        if kind := kind_of(conv):
+            weight = conv.weight if conv.weight.dim() == 5 else conv.weight[:, :, None]
+            early = None
+            if norm is None:  # the kernel applies the activation
+                early, self.first = self.first, None
+            self.native, conv = Convolution(weight, kind, conv.bias, early, conv.padding_mode == "replicate"), None
+        self.convolution: Any = conv
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Run the layer on (N, C, D, H, W) or (N, C, H, W); the result has its channels last."""
+        if self.convolution is not None:
+            x = self.convolution(x)
+        elif self.native is None:
+            x = x.clone()  # what follows works in place
+        if x.dim() == 5:
+            return self._run(x, residual)
+        return self._run(x[:, :, None], None if residual is None else residual[:, :, None])[:, :, 0]
+
+    def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if isinstance(self.norm, INSTANCE_NORMS) and len(x) > 1:
+            rows = [None if residual is None else residual[i : i + 1] for i in range(len(x))]
+            return torch.cat([self._run(x[i : i + 1], row) for i, row in enumerate(rows)])
+        found: tuple[Tensor, Tensor] | None = None
+        if self.native is not None and isinstance(self.norm, INSTANCE_NORMS):
+            x, *rest = self.native.with_moments(x, self.scratch)
+            found = rest[0], rest[1]
+        elif self.native is not None:
+            x = self.native(x, self.scratch)
+        scale, shift = self._scale(x, found)
+        if residual is not None and residual.shape != x.shape:  # PyTorch repeats what is smaller
+            x = affine(x, scale, shift, self.first) + residual
+            return x if self.second is None else torch.where(x > 0, x, x * self.second[:, None, None, None])
+        if self.norm is None and self.first is None and residual is None and self.second is None:
+            return x
+        return affine(x, scale, shift, self.first, residual, self.second)
+
+    def _scale(self, x: Tensor, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The norm as a scale and a shift of each channel."""
+        ones, zeros = torch.ones(self.channels), torch.zeros(self.channels)
+        if self.norm is None:
+            return ones, zeros
+        if isinstance(self.norm, BATCH_NORMS):
+            mean, variance = self.norm.running_mean, self.norm.running_var
+        else:
+            mean, variance = found or moments(x)
+        weight, bias = (ones, zeros) if self.norm.weight is None else (self.norm.weight, self.norm.bias)
+        scale = weight / (variance + self.norm.eps).sqrt()
+        return scale, bias - mean * scale
+
+
+def kind_of(convolution: Any) -> Kind | None:
+    """The algorithm for a convolution; None where PyTorch computes it."""
+    if not isinstance(convolution, nn.Conv2d | nn.Conv3d):
+        return None
+    size = (1, *convolution.kernel_size)[-3:]
+    same = convolution.padding in ("same", tuple(n // 2 for n in convolution.kernel_size))
+    plain = {*convolution.stride, *convolution.dilation, convolution.groups} == {1}
+    if not (same and plain and convolution.padding_mode in ("zeros", "replicate")):
+        return None
+    if size == F45.size:
+        bytes_ = 4 * F45.points_in_all * convolution.in_channels * convolution.out_channels
+        return F45 if bytes_ <= LARGEST else F25
+    return next((kind for kind in (F43, F43_2D) if kind.size == size), None)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is an instance or batch normalization whose inference a layer computes."""
+    if isinstance(module, INSTANCE_NORMS):
+        return not module.track_running_stats
+    return isinstance(module, BATCH_NORMS) and module.running_mean is not None
+
+
+def slopes(activation: Any, channels: int) -> Tensor | None:
+    """The slope below zero of each channel's ReLU, leaky ReLU or PReLU; None for no activation."""
+    if activation is None:
+        return None
+    if isinstance(activation, nn.PReLU):
+        return activation.weight.detach().float().expand(channels).contiguous()
+    return torch.full((channels,), getattr(activation, "negative_slope", 0.0))
+
+
+def memory_needs(model: nn.Module) -> tuple[int, int]:
+    """Bytes of a network's weights for the kernels, and of the memory that these work in, at most."""
+    weights, scratch = 0, 0
+    module: Any
+    for module in model.modules():
+        own = sum(value.nbytes for value in module.parameters(recurse=False))
+        if kind := kind_of(module):
+            needs = plan(kind, (1, 256, 256, 256), module.in_channels, module.out_channels)
+            own = 4 * needs.weights
+            scratch = max(scratch, 4 * needs.scratch * torch.get_num_threads())
+        weights += own
+    return weights, scratch
