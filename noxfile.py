@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -112,11 +113,12 @@ def wheel(session: nox.Session) -> None:
 
 
 def check_contents(session: nox.Session, built: Path) -> None:
-    """Make sure that the wheel has the built-in network, the sample, and the text of every license that it names."""
+    """Make sure that the wheel has the kernels, the built-in network, the sample, and the licenses that it names."""
     with ZipFile(built) as wheel:
         sizes = {entry.filename: entry.compress_size for entry in wheel.infolist()}
     names = PYPROJECT["project"]["license"].split(" AND ")[1:]
-    wanted = ["models/builtin.kitseg", "samples/hcc_007b/imaging.nii.gz", "/LICENSE"]
+    wanted = ["native/kernels.abi3.so"] if platform.machine() == "x86_64" and shutil.which("g++") else []
+    wanted += ["models/builtin.kitseg", "samples/hcc_007b/imaging.nii.gz", "/LICENSE"]
     wanted += [f"LICENSES/{name}.md" for name in names]
     if missing := [name for name in wanted if not any(file.endswith(name) for file in sizes)]:
         session.error(f"the wheel lacks {', '.join(missing)}")

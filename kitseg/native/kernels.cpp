@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <immintrin.h>
 #include <thread>
 #include <vector>
 
@@ -45,14 +46,17 @@ struct Kind {
 constexpr Kind KINDS[] = {{6, 4, 6, 4}, {8, 4, 8, 4}, {6, 2, 6, 2}, {1, 1, 6, 4}};  // 3^3; 5^3; 5^3, few tiles; 1 x 3^2
 constexpr long LARGEST = 1L << 40, MOST_CHANNELS = 1L << 14, MOST_THREADS = 1024;
 
+constexpr int MASKS[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // and as many zeros: where lanes count, and where not
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")
+#define WIDE
 namespace avx512 {
 constexpr int VL = 16, ROWS = 12;
 #include "vectors.h"
 #include "winograd.h"
 #include "pointwise.h"
 }  // namespace avx512
+#undef WIDE
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
@@ -118,12 +122,12 @@ EXPORT int kitseg_plan(const Job *job, Plan *plan) {
   p.panels = ceiling(j.channels_out, p.panel);
   p.weights = points * p.panels * p.panel * j.channels_in;
   long work = j.channels_in * p.panels * p.panel;
-  p.tiles_a_block = std::min(p.tiles, work <= 64 * 64 ? 24L : work <= 128 * 128 ? 48L : 72L);
+  p.tiles_a_block = std::min(p.tiles, work <= 64 * 64 ? 12L : 24L);  // what they need stays near the core
   p.blocks = ceiling(p.tiles, p.tiles_a_block);
   p.parts = std::min(p.panels, ceiling(8, p.blocks));  // few blocks: threads share the channels
   p.panels_a_part = ceiling(p.panels, p.parts);
   p.parts = ceiling(p.panels, p.panels_a_part);
-  p.scratch = points * (j.lanes + p.tiles_a_block * (p.channels_in + p.panel) + 32);
+  p.scratch = points * (j.lanes + p.tiles_a_block * (p.channels_in + p.panels_a_part * p.panel) + 32);
   *plan = p;
   return 0;
 }

@@ -6,15 +6,28 @@ constexpr int NB = 2 * VL;  // output channels of a panel of weights
 
 static inline Vec load(const float *p) { return *(const Loose *)p; }
 static inline void store(float *p, Vec x) { *(Loose *)p = x; }
-static inline Vec load(const float *p, long n) {  // the first n floats only
+// The first n floats only: the rest of memory is neither read nor written. Sanitizers see what plain loops do.
+static inline Vec load(const float *p, long n) {
   if (n >= VL) return load(p);
   Vec x = {};
+#ifdef __SANITIZE_ADDRESS__
   for (long i = 0; i < n; i++) x[i] = p[i];
+#elif defined(WIDE)
+  x = (Vec)_mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);
+#else
+  x = (Vec)_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *)(MASKS + VL - n)));
+#endif
   return x;
 }
 static inline void store(float *p, Vec x, long n) {
   if (n >= VL) return store(p, x);
+#ifdef __SANITIZE_ADDRESS__
   for (long i = 0; i < n; i++) p[i] = x[i];
+#elif defined(WIDE)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1 << n) - 1), (__m512)x);
+#else
+  _mm256_maskstore_ps(p, _mm256_loadu_si256((const __m256i *)(MASKS + VL - n)), (__m256)x);
+#endif
 }
 static inline Vec leaky(Vec x, Vec slope) { return x > 0 ? x : x * slope; }
 

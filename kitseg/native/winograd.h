@@ -39,19 +39,29 @@ template <int N, int M> static inline void from_points(const Vec *m, Vec *y) {
   }
 }
 
-// C (R x NB) = A (R x k) B (k x NB)
-template <int R> static inline void multiply(const float *A, long lda, const float *B, float *C, long ldc, long k) {
-  Vec c[R][2];
-  for (int i = 0; i < R; i++) c[i][0] = c[i][1] = Vec{};
+// C (R x W vectors) = A (R x k) B (k x NB)
+template <int R, int W> static inline void multiply(const float *A, long lda, const float *B, float *C, long ldc, long k) {
+  Vec c[R][W] = {};
   for (long p = 0; p < k; p++) {
-    Vec b0 = load(B + p * NB), b1 = load(B + p * NB + VL);
+    Vec b[W];
+    for (int j = 0; j < W; j++) b[j] = load(B + p * NB + j * VL);
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
       float a = A[i * lda + p];
-      c[i][0] += a * b0, c[i][1] += a * b1;
+      for (int j = 0; j < W; j++) c[i][j] += a * b[j];
     }
   }
-  for (int i = 0; i < R; i++) store(C + i * ldc, c[i][0]), store(C + i * ldc + VL, c[i][1]);
+  for (int i = 0; i < R; i++)
+    for (int j = 0; j < W; j++) store(C + i * ldc + j * VL, c[i][j]);
+}
+
+// The same for any number of rows.
+template <int W>
+static inline void multiply_rows(long rows, const float *A, long lda, const float *B, float *C, long ldc, long k) {
+  long t = 0;
+  for (; t + ROWS <= rows; t += ROWS) multiply<ROWS, W>(A + t * lda, lda, B, C + t * ldc, ldc, k);
+  for (; t + 4 <= rows; t += 4) multiply<4, W>(A + t * lda, lda, B, C + t * ldc, ldc, k);
+  for (; t < rows; t++) multiply<1, W>(A + t * lda, lda, B, C + t * ldc, ldc, k);
 }
 
 template <int NZ, int MZ, int N, int M> struct Tiles {
@@ -159,24 +169,23 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
     long block = number / plan.parts, first = number % plan.parts * plan.panels_a_part;
     long last = std::min(first + plan.panels_a_part, plan.panels);
     long tile = block * plan.tiles_a_block, count = std::min(plan.tiles_a_block, plan.tiles - tile);
-    long stride_in = plan.tiles_a_block * plan.channels_in + 16, stride_out = plan.tiles_a_block * NB + 16;
+    long k = job.channels_in, lda = plan.channels_in, ldc = (last - first) * NB;
+    long stride_in = plan.tiles_a_block * lda + 16, stride_out = plan.tiles_a_block * ldc + 16;
     float *patch = scratch, *in = patch + P * VL, *out = in + P * stride_in;
-    for (long t = 0; t < count; t++) input(tile + t, in + t * plan.channels_in, stride_in, patch);
-    for (long panel = first; panel < last; panel++) {
-      for (long p = 0; p < P; p++) {
-        const float *A = in + p * stride_in, *B = job.weights + (p * plan.panels + panel) * job.channels_in * NB;
-        float *C = out + p * stride_out;
-        long t = 0, lda = plan.channels_in, k = job.channels_in;
-        for (; t + ROWS <= count; t += ROWS) multiply<ROWS>(A + t * lda, lda, B, C + t * NB, NB, k);
-        for (; t + 4 <= count; t += 4) multiply<4>(A + t * lda, lda, B, C + t * NB, NB, k);
-        for (; t < count; t++) multiply<1>(A + t * lda, lda, B, C + t * NB, NB, k);
+    for (long t = 0; t < count; t++) input(tile + t, in + t * lda, stride_in, patch);
+    for (long p = 0; p < P; p++)
+      for (long panel = first; panel < last; panel++) {
+        const float *A = in + p * stride_in, *B = job.weights + (p * plan.panels + panel) * k * NB;
+        float *C = out + p * stride_out + (panel - first) * NB;
+        if (job.channels_out - panel * NB > VL) multiply_rows<2>(count, A, lda, B, C, ldc, k);
+        else multiply_rows<1>(count, A, lda, B, C, ldc, k);
       }
-      for (long channel = panel * NB; channel < std::min((panel + 1) * NB, job.channels_out); channel += VL) {
-        Sums sums;
-        const float *from = out + channel - panel * NB;
-        for (long t = 0; t < count; t++) output(tile + t, from + t * NB, stride_out, patch, channel, job.moments ? &sums : nullptr);
-        if (job.moments) sums.write(job.moments + block * 3 * job.channels_out, channel, job.channels_out);
-      }
+    for (long channel = first * NB; channel < std::min(last * NB, job.channels_out); channel += VL) {
+      Sums sums;
+      const float *from = out + channel - first * NB;
+      for (long t = 0; t < count; t++)
+        output(tile + t, from + t * ldc, stride_out, patch, channel, job.moments ? &sums : nullptr);
+      if (job.moments) sums.write(job.moments + block * 3 * job.channels_out, channel, job.channels_out);
     }
   }
 };
