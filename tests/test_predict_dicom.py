@@ -67,7 +67,15 @@ def one(out: Path, pattern: str) -> Path:
 
 
 def test_the_labels_are_those_of_the_same_scan_as_nifti(trained: Path, predicted: Path, tmp_path: Path) -> None:
-    assert kitseg(trained, "predict", "test/case_00000", "-o", str(tmp_path), MODEL).code == 0
+    """The scan comes in a zip file, and its labels in two more formats."""
+    scan = shutil.make_archive(str(tmp_path / "study"), "zip", trained / "test" / "case_00000")
+    done = kitseg(trained, "predict", scan, "-o", str(tmp_path), MODEL, "--format=mha,seg.nrrd")
+    assert done.code == 0, done.text
+    name = one(tmp_path, "*.nii.gz").name.removesuffix(".nii.gz")
+    (tmp_path / f"{name}.nii.gz").rename(tmp_path / "case_00000.nii.gz")
+    for ending in (".mha", ".seg.nrrd"):
+        same = read_labels(tmp_path / f"{name}{ending}", "a").array
+        assert np.array_equal(same, read_labels(tmp_path / "case_00000.nii.gz", "a").array)
     expected, found = nib.load(tmp_path / "case_00000.nii.gz"), nib.load(one(predicted, "series_*.nii.gz"))
     straight, turned = (nib.as_closest_canonical(image) for image in (expected, found))
     assert np.allclose(straight.affine, turned.affine, atol=1e-3)

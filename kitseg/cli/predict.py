@@ -15,7 +15,19 @@ from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
 
 #: The endings of what each format of `predict` writes beside the NIfTI file.
-_FORMATS = {"nifti": (), "dicom-seg": (".dcm",), "dicom-sr": (".dcm", ".sr.dcm")}
+_FORMATS = {
+    "nifti": (),
+    "mha": (".mha",),
+    "seg.nrrd": (".seg.nrrd",),
+    "dicom-seg": (".dcm",),
+    "dicom-sr": (".dcm", ".sr.dcm"),
+}
+
+
+def _unpack(context: typer.Context, paths: list[Path]) -> list[Path]:
+    from kitseg.volumes.zipped import unpacked
+
+    return context.with_resource(unpacked(paths)) if any(path.suffix.lower() == ".zip" for path in paths) else paths
 
 
 def _keep_identifiers(given: bool) -> None:
@@ -117,7 +129,11 @@ def postprocess(
 @app.command(epilog="Example: kitseg predict case_00210.nii.gz --model runs/two-phase-paper")
 def predict(
     scans: Annotated[
-        list[Path], typer.Argument(help="NIfTI files, case folders, or folders of NIfTI files or DICOM series.")
+        list[Path],
+        typer.Argument(
+            callback=_unpack,
+            help="NIfTI, MetaImage or NRRD files, case folders, folders of files or DICOM series, or their zip.",
+        ),
     ] = [Path("data")],  # noqa: B006
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for labels and pictures; of one scan also a .nii.gz file.")
@@ -148,7 +164,8 @@ def predict(
     formats: Annotated[
         str,
         typer.Option(
-            "--format", help="Also written of DICOM series: dicom-seg; dicom-sr (measurements and dicom-seg)."
+            "--format",
+            help="Also write mha, seg.nrrd (3D Slicer), or of DICOM series dicom-seg, dicom-sr (with measurements).",
         ),
     ] = "nifti",
     anonymous: Annotated[
@@ -180,7 +197,7 @@ def predict(
 
     device, ranks = choose_ranks(gpus, processes, device)
     _ = Machine(device, ranks).accelerator  # before any process is started
-    dicom = _dicom_endings(formats)
+    endings = _endings(formats)
     found, output = name_output(choose_scans(scans, split, fold, series), output)
     show_left_out(scans, found.cases, labels=False)
     models = [locate(one) for one in model] or [choose_model(Path("runs"))]
@@ -191,12 +208,12 @@ def predict(
             f"{len(found.cases)} of {len(found.choices)} DICOM series selected; {output / SERIES_TABLE} states why"
         )
     part, most = Share.asked(shard).part, parse_size(max_memory)
-    options = PredictOptions(dicom, anonymous, identifiers, found.choices, most, part, scheme)
+    options = PredictOptions(endings, anonymous, identifiers, found.choices, most, part, scheme)
     shared_work("predict", found.cases, PredictScans(opened, output, options), shard, ranks)
 
 
-def _dicom_endings(formats: str) -> list[str]:
-    """The endings of the DICOM files among comma-separated formats."""
+def _endings(formats: str) -> list[str]:
+    """The endings of the files in comma-separated formats."""
     wanted = [name.strip() for name in formats.split(",")]
     if unknown := [name for name in wanted if name not in _FORMATS]:
         raise UsageError(f"--format {unknown[0]}: give {', '.join(_FORMATS)}, or several with commas between")

@@ -52,7 +52,7 @@ class CaseRecord:
 
 CASE_RECORD = FileFormat(CaseRecord, 4)
 ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
-_KINDS = {".nii.gz": "nifti", ".png": "png", ".dcm": "dicom", ".sr.dcm": "dicom"}
+_KINDS = {".nii.gz": "nifti", ".png": "png", ".dcm": "dicom", ".sr.dcm": "dicom", ".mha": "mha", ".seg.nrrd": "nrrd"}
 
 
 def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:
@@ -72,7 +72,7 @@ def read_record(path: Path, made: Mapping[str, str]) -> CaseRecord | None:
 def record_of(labels: Path) -> Path:
     """The record beside a label map; label maps of other tools have none."""
     name = labels.name
-    for ending in (".gz", ".nii", ".dcm"):
+    for ending in (".gz", ".nii", ".dcm", ".mha", ".mhd", ".seg.nrrd", ".nrrd"):
         name = name.removesuffix(ending)
     return labels.with_name(f"{name}.json")
 

@@ -28,6 +28,7 @@ from kitseg.splits import held_out
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
 from kitseg.volumes.names import pair
+from kitseg.volumes.nifti import write_volume
 from kitseg.volumes.scan import Scans, find_scans, read_scan, scan_digest, scan_doubts, scan_geometry
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ SERIES_TABLE = "series.csv"
 class PredictOptions:
     """What `predict` writes beside labels, figures and a picture.
 
-    dicom: endings of the DICOM files of each series, ``.dcm`` the segmentation, ``.sr.dcm`` the report; anonymous:
-    these without patient and study; identifiers: patient and UIDs in the table of series; choices: the series in that
-    table; max_memory: a scan that may need more bytes fails before it is read; part: of the work, such as ``1/2``,
-    empty for the whole; labels: the scheme of the label maps, the model's where it is None.
+    endings: of the files in other formats, of DICOM series ``.dcm`` the segmentation and ``.sr.dcm`` the report;
+    anonymous: DICOM files without patient and study; identifiers: patient and UIDs in the table of series; choices: the
+    series in that table; max_memory: a scan that may need more bytes fails before it is read; part: of the work, such
+    as ``1/2``, empty for the whole; labels: the scheme of the label maps, the model's where it is None.
     """
 
-    dicom: Sequence[str] = ()
+    endings: Sequence[str] = ()
     anonymous: bool = False
     identifiers: bool = False
     choices: Sequence[SeriesChoice] = ()
@@ -72,13 +73,13 @@ class PredictScans:
         Raises UsageError: a file of another origin is in the way, or a DICOM segmentation of a scan that is not a DICOM
         series; KitsegError: another process writes there.
         """
-        endings = (".nii.gz", ".png", *self.options.dicom)
+        endings = (".nii.gz", ".png", *self.options.endings)
         if self.options.choices:
             refuse_overwrite(self.to / SERIES_TABLE, "series table")
         for scan in scans:
             refuse_scan_overwrite(scan.image, self.to / f"{scan.id}.nii.gz")
             refuse_case_overwrite(self.to / f"{scan.id}.json", endings)
-            if self.options.dicom and not scan.slices:
+            if any(map(_is_dicom, self.options.endings)) and not scan.slices:
                 raise UsageError(f"{scan.image} is not a DICOM series, which DICOM output needs")
         model = self.open_ensemble()
         log(model.describe())
@@ -98,7 +99,7 @@ class CasePredictor:
         self.scheme = options.labels or model.models[0].method.labels
         self.facts = {"models": model.origin(), "postprocess": model.postprocess, "labels": self.scheme.plain()}
         self.facts["versions"] = versions()
-        self.recipe = recipe(**self.facts, outputs=(*options.dicom, options.anonymous))
+        self.recipe = recipe(**self.facts, outputs=(*options.endings, options.anonymous))
 
     def predict(self, source: Case) -> Outcome:
         """Labels, figures and a picture of a scan, unless they are there; its record is written last."""
@@ -115,7 +116,10 @@ class CasePredictor:
         more: dict[str, Write] = {
             ".png": partial(case_picture, ct=scan, labels=found.canonical, title=source.id, scheme=self.scheme)
         }
-        if self.options.dicom:
+        for ending in self.options.endings:
+            if not _is_dicom(ending):
+                more[ending] = partial(write_volume, labels=found.canonical, native=scan.native, scheme=self.scheme)
+        if any(map(_is_dicom, self.options.endings)):
             more |= self._dicom_files(source, found, scan)
         facts: dict[str, Any] = {
             "scan": source.id if source.slices else source.image.name,
@@ -144,7 +148,7 @@ class CasePredictor:
         made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, self.options.anonymous)
         report = partial(write_report, found=made, segmentation=self.to / f"{source.id}.dcm")
         writers: dict[str, Write] = {".dcm": partial(write_segmentation, found=made), ".sr.dcm": report}
-        return {ending: writers[ending] for ending in self.options.dicom}
+        return {ending: write for ending, write in writers.items() if ending in self.options.endings}
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:
@@ -187,6 +191,10 @@ def write_choices(to: Path, choices: Sequence[SeriesChoice], identifiers: bool) 
     if not any(choice.chosen for choice in choices):
         reasons = "; ".join(f"{choice.series.case_id}: {choice.reason}" for choice in choices[:5])
         raise KitsegError(f"none of {len(choices)} DICOM series is a CT to segment ({reasons}). See {SERIES_TABLE}.")
+
+
+def _is_dicom(ending: str) -> bool:
+    return ending.endswith(".dcm")
 
 
 def doubts(case: Case, scan: Volume) -> list[str]:

@@ -40,6 +40,8 @@ _MARKS = {
     "html": rb'<meta name="generator" content="kitseg',
     "png": rb"Software\x00kitseg",
     "nifti": rb"\A[\s\S]{148}kitseg",
+    "mha": rb"\AObjectType[\s\S]*?\nComment = kitseg",
+    "nrrd": rb"\ANRRD[\s\S]*?\nCreator:=kitseg\n",
     "dicom": rb"\x08\x00\x70\x00LO\x06\x00kitseg",
     "stl": rb"\Akitseg",
     "submission": rb"kitseg\Z",

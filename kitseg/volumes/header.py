@@ -21,6 +21,7 @@ from kitseg.errors import InputError
 from kitseg.runtime.files import check_regular, read_errors
 from kitseg.types import Geometry, triple
 from kitseg.volumes._nibabel import nibabel
+from kitseg.volumes.names import is_itk_name
 
 MAX_VOXELS = 2**30  # three times the largest CT of the challenge
 MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
@@ -30,7 +31,7 @@ COPY_AGAIN = "Copy or download the file again"
 _CONVERT = "Convert the scan to a 3D NIfTI file (.nii or .nii.gz)"
 _CONVERT_AGAIN = "Convert the scan again, with its position and spacing"
 _CORRECT = "Correct the one that is wrong, or convert the scan again"
-_DEFLATE_RATIO = 1032  # the maximum compression ratio of deflate
+DEFLATE_RATIO = 1032  # the maximum compression ratio of deflate
 _SNIFF = 1024  # bytes; the larger of the two header types has 540
 _UNITS = {1: 1000.0, 3: 0.001}  # mm, by the code of metre and micron; any other is taken as mm
 SAME_SPACING = 0.01  # relative tolerance between two spacings that a header states
@@ -80,7 +81,7 @@ def read_header(path: Path) -> Any:
         if other := _other_format(_start(path)):
             raise InputError(path, *other)
         if not path.name.lower().endswith((".nii", ".nii.gz")):
-            raise InputError(path, "not a NIfTI file (.nii or .nii.gz)", _CONVERT)
+            raise InputError(path, "not a NIfTI, MetaImage or NRRD file", _CONVERT)
         with open_voxels(path) as stream:
             start = stream.read(_SNIFF)
         kinds = (_nib.Nifti1Header, _nib.Nifti2Header)
@@ -129,6 +130,10 @@ def geometry_of(path: Path, header: Any) -> Geometry:
 
 def place_doubts(path: Path) -> list[str]:
     """What a header leaves open, or states twice in different ways, about the scan's place in the patient."""
+    if is_itk_name(path):
+        from kitseg.volumes.itk import itk_doubts
+
+        return itk_doubts(path)
     header = read_header(path)
     qform, sform = _coded(header, "q"), _coded(header, "s")
     if qform is None or sform is None:
@@ -180,7 +185,7 @@ def check_size(path: Path, header: Any, native: Geometry) -> None:
     with open_errors(path):
         size, offset = check_regular(path), header.get_data_offset()
     needed = offset + int(np.prod(native.shape, dtype=object)) * header.get_data_dtype().itemsize
-    if needed > size * (_DEFLATE_RATIO if _start(path)[:2] == _GZIP else 1):
+    if needed > size * (DEFLATE_RATIO if _start(path)[:2] == _GZIP else 1):
         raise InputError(path, f"the file is truncated: its header requires {needed} bytes", COPY_AGAIN)
     if offset < header.single_vox_offset:
         raise InputError(path, f"its voxels begin at byte {offset}, inside its header", COPY_AGAIN)

@@ -14,7 +14,7 @@ from kitseg.labels import scheme_of
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
 from kitseg.volumes.check import refuse_scans
-from kitseg.volumes.names import clean_name, is_volume_name, pair, shorten
+from kitseg.volumes.names import clean_name, is_itk_name, is_volume_name, pair, shorten
 from kitseg.volumes.tables import PATIENTS, read_patients
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
@@ -237,7 +237,7 @@ def _is_missing(path: Path) -> bool:
 
 def _stem(path: Path) -> str:
     """A file's name as an id; in nnU-Net's folders of scans without the number of the channel."""
-    name = clean_name(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE))
+    name = clean_name(re.sub(r"\.(nii(\.gz)?|mha|mhd|(seg\.)?nrrd)$", "", path.name, flags=re.IGNORECASE))
     return name.removesuffix("_0000") if re.fullmatch("images(Tr|Ts)", path.absolute().parent.name) else name
 
 
@@ -270,7 +270,12 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _flat(folder: Path) -> list[Path]:
-    return sorted(f for f in _visible(folder) if is_volume_name(f))
+    """The volumes in a folder; of files of one name in several formats, the NIfTI files, else the first."""
+    found = sorted(f for f in _visible(folder) if is_volume_name(f))
+    nifti = [f for f in found if not is_itk_name(f)]
+    others = {_stem(f): f for f in reversed(found) if is_itk_name(f)}
+    names = {_stem(f) for f in nifti}
+    return sorted([*nifti, *(f for name, f in others.items() if name not in names)])
 
 
 def _visible(folder: Path) -> list[Path]:

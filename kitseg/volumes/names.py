@@ -9,7 +9,14 @@ from pathlib import Path
 
 from kitseg.errors import UsageError, printable
 
-SUFFIXES = (".nii.gz", ".nii")
+NIFTI = (".nii.gz", ".nii")
+ITK = (".mha", ".mhd", ".nrrd")  # read through SimpleITK
+SUFFIXES = (*NIFTI, *ITK)
+
+
+def is_itk_name(path: Path) -> bool:
+    """Whether a file's name is that of a MetaImage or NRRD file."""
+    return path.name.lower().endswith(ITK)
 
 
 def is_volume_name(path: Path) -> bool:

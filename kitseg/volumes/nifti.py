@@ -1,4 +1,4 @@
-"""Read and write NIfTI files: CT and label maps in orientation (I, P, L), written on exactly the file's own grid.
+"""Read and write volumes: CT and label maps in orientation (I, P, L), NIfTI files on exactly the scan's own grid.
 
 Every file is validated; a file that can't be used raises an InputError with the problem and the remedy.
 """
@@ -22,7 +22,7 @@ from kitseg.runtime.overwrite import MARK
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_errors, open_voxels, read_header
-from kitseg.volumes.names import is_volume_name
+from kitseg.volumes.names import is_itk_name, is_volume_name
 
 #: ``descrip`` in the header of a synthetic scan.
 PHANTOM_MARK = "kitseg phantom"
@@ -42,6 +42,10 @@ def read_geometry(path: Path) -> Geometry:
     Raises:
         InputError: the file is missing, broken or not a 3D NIfTI file, or its geometry is not plausible for a CT.
     """
+    if is_itk_name(path):
+        from kitseg.volumes.itk import read_itk_geometry
+
+        return read_itk_geometry(path)
     return geometry_of(path, read_header(path))
 
 
@@ -137,6 +141,13 @@ def write_labels(
     _write(path, own, np.dtype(np.uint8), native, description)
 
 
+def write_volume(path: Path, labels: NDArray[np.uint8], native: Geometry, scheme: Scheme) -> None:
+    """Write (D, H, W) labels in orientation (I, P, L) on the native grid as .mha or .seg.nrrd; see ``write_itk``."""
+    from kitseg.volumes.itk import write_itk
+
+    write_itk(path, turn_to_native(labels, native), native, scheme)
+
+
 def write_image(path: Path, array: NDArray[np.int16], native: Geometry, description: str = "") -> None:
     """Write a (D, H, W) CT in orientation (I, P, L) as int16 on the native grid, atomically.
 
@@ -155,7 +166,7 @@ def stores_plain_integers(path: Path) -> bool:
 
 def is_phantom(path: Path) -> bool:
     """Whether a scan is synthetic, which ``PHANTOM_MARK`` in its header shows."""
-    return bool(read_header(path)["descrip"].item() == PHANTOM_MARK.encode())
+    return not is_itk_name(path) and bool(read_header(path)["descrip"].item() == PHANTOM_MARK.encode())
 
 
 def axis_codes(geometry: Geometry) -> str:
@@ -168,6 +179,11 @@ def _stored(path: Path) -> tuple[Geometry, NDArray[Any], float, float]:
 
     Reads to the end of the file, where gzip's checksum is.
     """
+    if is_itk_name(path):
+        from kitseg.volumes.itk import read_itk
+
+        native, stored = read_itk(path)
+        return native, np.ascontiguousarray(turn_to_canonical(stored, native)), 1.0, 0.0
     header = read_header(path)
     native = geometry_of(path, header)
     check_size(path, header, native)
