@@ -73,6 +73,7 @@ def test_every_case_is_predicted_by_the_fold_that_never_saw_it(validated: Path, 
 @pytest.mark.parametrize("run", RUNS)
 def test_scores_are_those_of_the_label_maps_together_by_fold_and_by_stratum(validated: Path, run: str) -> None:
     found = scores(validated, run)
+    assert json.loads((validated / run / "validation/intervals.json").read_text())["cases"] == CASES
     dice = {}
     for case in found["cases"]:
         pair = (f"{run}/validation/predictions/{case}.nii.gz", f"data/{case}/segmentation.nii.gz")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from kitseg.runtime.overwrite import refuse_overwrite
 
 if TYPE_CHECKING:
     from kitseg.commands.measure import Measured
-    from kitseg.measurement.findings import Lesion
+    from kitseg.measurement.findings import Kidney, Lesion
 
 
 @app.command(epilog="Example: kitseg measure predictions --ct data --csv lesions.csv")
@@ -45,6 +45,7 @@ def measure(
     nephrometry: Annotated[
         bool, typer.Option("--nephrometry", help="R.E.N.A.L., PADUA and C-index of the largest tumor.")
     ] = False,
+    intervals: opt.Intervals = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Draw predicted against measured eGFR of KiTS patients to this PNG file.")
     ] = None,
@@ -60,6 +61,7 @@ def measure(
     from kitseg.cli.surgery_tables import show_function, show_nephrometry, show_study
     from kitseg.commands import measure as steps
     from kitseg.commands import renal_function
+    from kitseg.commands.intervals import read_intervals
     from kitseg.runtime.resume import ResultCache
 
     refuse_overwrite(report, "findings")
@@ -67,7 +69,10 @@ def measure(
     refuse_overwrite(calibration, "png")
     patient = renal_function.patient_of(egfr, age, diabetes)
     tasks = renal_function.with_patients(steps.plan_measures(labels, ct), labels, patient)
-    output, work = report or table, partial(steps.measure_case, scheme=scheme, scores=nephrometry)
+    output, work = (
+        report or table,
+        partial(steps.measure_case, scheme=scheme, scores=nephrometry, calibration=read_intervals(intervals)),
+    )
     cache = ResultCache.beside(output, steps.Measured, work) if output else None
     results = gather("measure", tasks, cache or work, jobs, cluster, shard)
     if report:
@@ -147,21 +152,29 @@ def mesh(
 
 @app.command(epilog="Example: kitseg report predictions data --scores scores.json")
 def report(
-    predictions: Annotated[Path, typer.Argument(help="Folder of label maps, or one of them.")] = opt.PREDICTIONS,
+    predictions: Annotated[
+        Path, typer.Argument(help="Folder of label maps, or one of them; or a run, for its methods.")
+    ] = opt.PREDICTIONS,
     data: Annotated[
         list[Path], typer.Argument(help="Files or folders of the scans and, if available, the references.")
     ] = [],  # noqa: B006
     masks: opt.Masks = None,
     scores: Annotated[Path | None, typer.Option(help="A file from `kitseg evaluate --json`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
+    intervals: opt.Intervals = None,
     scheme: opt.Labels = None,
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
     shard: opt.Shard = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write HTML pages: one per case and one for the study, each a self-contained file that works offline."""
+    """Write HTML pages: one per case and one for the study, each a self-contained file that works offline.
+
+    Of a run (a folder with config.yaml): a page for a publication, with a methods paragraph and the items of the CLAIM
+    checklist, from the run's own files.
+    """
     from kitseg.commands import report as pages
+    from kitseg.commands.intervals import read_intervals
     from kitseg.commands.score_files import read_scores
     from kitseg.report.html import INDEX
     from kitseg.report.scores import StudyScores, study_scores
@@ -170,8 +183,12 @@ def report(
     from kitseg.runtime.resume import ResultCache
     from kitseg.runtime.sharding import Share
 
+    if (predictions / "config.yaml").exists():
+        from kitseg.commands.methods_report import write_methods
+
+        return console.print_line(escape(f"→ {write_methods(predictions, output)}"))
     known = study_scores(read_scores(scores)) if scores else StudyScores()
-    tasks = pages.plan_pages(predictions, data, known, output, masks, scheme)
+    tasks = pages.plan_pages(predictions, data, known, output, masks, scheme, read_intervals(intervals))
     cache = ResultCache(output.absolute() / ".cases", CaseRow, partial(pages.make_page))
     with folder_lock(output, "pages", Share.asked(shard).part):
         rows = gather("report", tasks, cache, jobs, cluster, shard)
@@ -192,19 +209,28 @@ def _show_findings(results: Sequence[Measured]) -> None:
     for result in results:
         if result.note:
             table.add_row(escape(result.case), "failed" if result.error else escape(result.note))
-        for kidney in result.findings.kidneys:
-            volumes = f"{kidney.volume_ml:.1f}", *[""] * 6, f"{kidney.parenchyma_ml:.1f}"
-            table.add_row(escape(result.case), "kidney", kidney.side, *volumes)
-        for lesion in result.findings.lesions:
-            table.add_row(escape(result.case), f"{lesion.kind} {lesion.number}", lesion.side, *_lesion_cells(lesion))
+        for part, ends in result.parts:
+            table.add_row(escape(result.case), *_cells(part, ends))
         table.add_section()
     console.out.print(table)
+    if any(result.intervals for result in results):
+        console.print_line("In brackets: 90 % intervals; ?: outside of the sizes and slices that were calibrated.")
 
 
-def _lesion_cells(lesion: Lesion) -> Iterator[str]:
-    yield from (f"{value:.1f}" for value in (lesion.volume_ml, lesion.axial_mm, lesion.diameter_mm))
-    yield lesion.size_class or "–"
-    yield "–" if lesion.exophytic is None else f"{lesion.exophytic:.0%}"
-    yield "–" if lesion.contact_mm2 is None else f"{lesion.contact_mm2 / 100:.1f}"
-    yield "–" if lesion.hu_mean is None else f"{lesion.hu_mean:.0f} ± {lesion.hu_sd:.0f}"
+def _cells(part: Kidney | Lesion, ends: Mapping[str, tuple[float, float] | None]) -> Iterator[str]:
+    from kitseg.measurement.findings import Kidney
+
+    def sized(name: str) -> str:
+        known = ends.get(name)
+        bracket = f" ({known[0]:.1f} to {known[1]:.1f})" if known else " (?)" if name in ends else ""
+        return f"{getattr(part, name):.1f}{bracket}"
+
+    if isinstance(part, Kidney):
+        yield from ("kidney", part.side, sized("volume_ml"), *[""] * 6, sized("parenchyma_ml"))
+        return
+    yield from (f"{part.kind} {part.number}", part.side, *map(sized, ("volume_ml", "axial_mm", "diameter_mm")))
+    yield part.size_class or "–"
+    yield "–" if part.exophytic is None else f"{part.exophytic:.0%}"
+    yield "–" if part.contact_mm2 is None else f"{part.contact_mm2 / 100:.1f}"
+    yield "–" if part.hu_mean is None else f"{part.hu_mean:.0f} ± {part.hu_sd:.0f}"
     yield ""

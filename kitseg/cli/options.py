@@ -121,6 +121,13 @@ Labels = Annotated[
     Any, typer.Option("--labels", metavar="SCHEME", parser=read_scheme, show_default=False, help=_SCHEME)
 ]
 LabelsName = Annotated[str | None, typer.Option("--labels", metavar="SCHEME", show_default=False, help=_SCHEME)]
+Intervals = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN|FILE",
+        help="90 % intervals of volumes and diameters: of a validated run, or of `kitseg evaluate --intervals`.",
+    ),
+]
 Cluster = Annotated[
     str | None,
     typer.Option(metavar="dask://HOST:PORT", help="Process the cases on the workers of a dask cluster."),

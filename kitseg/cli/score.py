@@ -12,7 +12,7 @@ from rich.markup import escape
 from kitseg.cli import options as opt
 from kitseg.cli.app import app, cross_validate, exit_if
 from kitseg.cli.cases import gather
-from kitseg.cli.score_tables import show_comparison, show_fit, show_scores
+from kitseg.cli.score_tables import show_comparison, show_fit, show_intervals, show_scores
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -66,6 +66,10 @@ def evaluate(
     shard: opt.Shard = None,
     table: Annotated[Path | None, typer.Option("--csv", help="Write one row per case and class to this file.")] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+    intervals: Annotated[
+        Path | None,
+        typer.Option(help="Write 90 % intervals of volumes and diameters to this file."),
+    ] = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Score label maps: official KiTS metrics, surface distances, volume errors and tumor detection.
@@ -77,11 +81,13 @@ def evaluate(
     Exit code 1: a case is missing, could not be scored, or has no reference; the others are scored and written.
     """
     from kitseg.commands import evaluate as scoring
+    from kitseg.commands.intervals import case_errors, write_intervals
     from kitseg.commands.score_files import score_content, write_score_table, write_scores
     from kitseg.runtime.resume import ResultCache
 
     refuse_overwrite(report, "scores")
     refuse_overwrite(table, "score table")
+    refuse_overwrite(intervals, "intervals")
     rules = scoring.rules(protocol, scheme)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
     output, work = report or table, partial(scoring.score_case, rules=rules)
@@ -95,6 +101,9 @@ def evaluate(
         write_score_table(table, scores)
     if cache:
         cache.clear()
+    if intervals:
+        errors = gather("intervals", found, partial(case_errors, rules=rules), jobs, None, None)
+        show_intervals(write_intervals(intervals, errors), intervals)
     exit_if(bool(unscored.predictions) or any(score.missing or score.error for score in scores))
 
 

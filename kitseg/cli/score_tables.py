@@ -10,9 +10,12 @@ from rich.markup import escape
 from kitseg.runtime import console
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kitseg.commands.compare import Comparison
     from kitseg.commands.evaluate import Rules, Score
     from kitseg.commands.fit_priors import Fit
+    from kitseg.measurement.intervals import Calibration
     from kitseg.report.scores import Table
 
 
@@ -46,6 +49,24 @@ def show_table(table: Table) -> None:
     for name, *values in table.rows:
         shown.add_row(escape(str(name)), *map(console.cell, values))
     console.out.print(table.title, shown)
+
+
+def show_intervals(found: Calibration | None, path: Path) -> None:
+    """Print the errors that the intervals of each quantity reach to."""
+    if found is None:
+        console.print_line("No intervals: no case could be measured.")
+        return
+    table = console.table("quantity", "errors", "low mm", "high mm", "predicted mm")
+    for name, known in found.quantities.items():
+        sizes = "{:.0f} to {:.0f}".format(*known.predicted_mm)
+        table.add_row(name, str(known.count), f"{known.low_mm:+.1f}", f"{known.high_mm:+.1f}", sizes)
+    console.out.print(table)
+    slices = "{:g} to {:g}".format(*found.slice_mm)
+    console.print_line(
+        f"{found.level:.0%} intervals from {found.cases} cases, slices {slices} mm apart; errors of volumes are those "
+        "of the diameter of a ball. A quantity needs 19 errors."
+    )
+    console.print_line(escape(f"→ {path}"))
 
 
 def show_comparison(comparison: Comparison) -> None:

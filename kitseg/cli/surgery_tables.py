@@ -86,7 +86,7 @@ def show_function(results: Sequence[Measured]) -> None:
     console.out.print(table)
     console.print_line(
         "eGFR after surgery, ml/min/1.73 m². volume: 1.24 × eGFR × the other kidney's share of parenchyma (radical), "
-        "0.89 × eGFR (partial); clinical: Aguilar Palacios 2021; both: their mean, with its 90 % interval. "
+        "0.89 × eGFR (partial); clinical: from eGFR, age, size and diabetes; both: their mean, with its 90 % interval. "
         "margin: parenchyma within it, and its share of the eGFR. For research use only."
     )
 

@@ -13,6 +13,7 @@ from kitseg.commands.case_record import scheme_beside
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.measurement.findings import Findings, Kidney, Lesion
+from kitseg.measurement.intervals import Calibration
 from kitseg.measurement.measure import measure
 from kitseg.measurement.mesh import stl, surface, volume
 from kitseg.measurement.nephrometry import Nephrometry, nephrometry
@@ -78,7 +79,11 @@ class MeasureTask(LabelTask):
 
 @dataclass(frozen=True)
 class Measured:
-    """A case's findings, function after surgery and nephrometry, or its ``error``; labels: the ids of its label map."""
+    """A case's findings, function after surgery and nephrometry, or its ``error``.
+
+    labels: the ids of its label map; intervals: with a calibration, those of the kidneys and then of the lesions
+    (``Calibration.of``).
+    """
 
     case: str
     findings: Findings = field(default_factory=lambda: Findings((), ()))
@@ -86,6 +91,13 @@ class Measured:
     after_surgery: AfterSurgery | None = None
     labels: str = ""
     nephrometry: Nephrometry | None = None
+    intervals: tuple[dict[str, tuple[float, float] | None], ...] = ()
+
+    @property
+    def parts(self) -> Iterator[tuple[Kidney | Lesion, Mapping[str, tuple[float, float] | None]]]:
+        """The kidneys and lesions, each with its intervals by the names of its figures."""
+        known = self.intervals or ({},) * (len(self.findings.kidneys) + len(self.findings.lesions))
+        return zip((*self.findings.kidneys, *self.findings.lesions), known, strict=True)
 
     @property
     def note(self) -> str:
@@ -110,8 +122,10 @@ def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]
 
 
-def measure_case(task: MeasureTask, scheme: Scheme | None, scores: bool = False) -> Measured:
-    """Measure a case, with nephrometry ``scores``; never raises for a file that can't be used.
+def measure_case(
+    task: MeasureTask, scheme: Scheme | None, scores: bool = False, calibration: Calibration | None = None
+) -> Measured:
+    """Measure a case, with nephrometry ``scores`` and intervals; never raises for a file that can't be used.
 
     scheme: of the label map; None: that of the record beside it, else KiTS19's.
     """
@@ -121,7 +135,8 @@ def measure_case(task: MeasureTask, scheme: Scheme | None, scores: bool = False)
         findings = measure(labels.array, labels.geometry, scan.array if scan else None)
         after = after_surgery(findings, task.patient, labels.array, labels.geometry) if task.patient else None
         found = nephrometry(labels.array, labels.geometry, findings) if scores else None
-        return Measured(task.case, findings, after_surgery=after, labels=own.line, nephrometry=found)
+        intervals = calibration.of_all(findings, labels.geometry.spacing[0]) if calibration else ()
+        return Measured(task.case, findings, "", after, own.line, found, intervals)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
 
@@ -140,8 +155,9 @@ def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
     A case without any has a row with a note: nothing found, or the error.
     """
     kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
-    columns = list(dict.fromkeys(["case", "kind", "side", *kept, "note"]))
-    rows = (row for result in results for row in _rows(result))
+    rows = [row for result in results for row in _rows(result)]
+    ends = [name for row in rows for name in row if name.endswith(("_low", "_high"))]
+    columns = list(dict.fromkeys(["case", "kind", "side", *kept, *ends, "note"]))
     files.write_table(path, columns, ({key: row[key] for key in columns if key in row} for row in rows))
 
 
@@ -175,15 +191,18 @@ def write_mesh(labels: Path, to: Path, part: str, stated: Scheme | None) -> tupl
 def _rows(result: Measured) -> Iterator[dict[str, Any]]:
     if result.note:
         yield {"case": result.case, "note": result.note}
-    for kidney in result.findings.kidneys:
-        yield {"case": result.case, "kind": "kidney", **_rounded(asdict(kidney))}
-    for lesion in result.findings.lesions:
-        yield {"case": result.case, **_rounded(asdict(lesion))}
+    for part, intervals in result.parts:
+        ends = {name: known or (None, None) for name, known in intervals.items()}
+        low, high = ({f"{name}_{end}": pair[n] for name, pair in ends.items()} for n, end in enumerate(("low", "high")))
+        yield {"case": result.case, "kind": "kidney", **_rounded({**asdict(part), **low, **high})}
 
 
 def _content(result: Measured) -> dict[str, Any]:
     more = {"after_surgery": result.after_surgery, "nephrometry": result.nephrometry}
-    return {**asdict(result.findings), **{name: asdict(value) for name, value in more.items() if value}}
+    content = asdict(result.findings)
+    for part, intervals in zip((*content["kidneys"], *content["lesions"]), result.intervals, strict=False):
+        part["intervals"] = intervals
+    return {**content, **{name: asdict(value) for name, value in more.items() if value}}
 
 
 def _rounded(value: Any) -> Any:

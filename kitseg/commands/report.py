@@ -17,6 +17,7 @@ from kitseg.commands.case_record import ANY_RECORD, CaseRecord, record_of, schem
 from kitseg.commands.measure import LabelTask
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import KITS23, Scheme
+from kitseg.measurement.intervals import Calibration
 from kitseg.measurement.measure import measure
 from kitseg.measurement.quality import assess
 from kitseg.report.case_page import CaseContent, write_case_page
@@ -36,11 +37,12 @@ from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
 @dataclass(frozen=True)
 class PageTask(LabelTask):
-    """A case for a page, with its scores; to: the folder; scheme: of label map and reference."""
+    """A case for a page, with its scores; to: the folder; scheme: of label map and reference; intervals: of figures."""
 
     scores: ScoreTable
     to: Path
     scheme: Scheme
+    intervals: Calibration | None = None
 
     @property
     def record(self) -> Path:
@@ -65,10 +67,11 @@ def plan_pages(
     to: Path,
     masks: Path | None = None,
     stated: Scheme | None = None,
+    intervals: Calibration | None = None,
 ) -> list[PageTask]:
     """The cases that there are label maps of, each with its scan; masks: the folder of the references.
 
-    stated: the scheme of all label maps; None: that of the record beside each, else KiTS23's.
+    stated: the scheme of all label maps; None: that of the record beside each, else KiTS23's; intervals: of figures.
 
     Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one name, scans of none
     of the cases, or files that kitseg did not write in the way.
@@ -85,7 +88,7 @@ def plan_pages(
     tasks = []
     for case, path in sorted(labels.items()):
         scheme, figures = stated or scheme_beside(path) or KITS23, scores.cases.get(scored.get(case, ""), {})
-        tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme))
+        tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme, intervals))
     return tasks
 
 
@@ -113,7 +116,9 @@ def _make_page(task: PageTask) -> CaseRow:
     quality = record.quality if record.is_of(digest) else None
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)
-    write_case_page(task.output, CaseContent(task.case, scene, findings, quality, task.scores, facts, notes))
+    intervals = task.intervals.of_all(findings, scene.geometry.spacing[0]) if task.intervals else ()
+    content = CaseContent(task.case, scene, findings, quality, task.scores, facts, notes, intervals)
+    write_case_page(task.output, content)
     return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
 
 

@@ -11,6 +11,7 @@ from kitseg import config
 from kitseg.commands.case_record import read_record
 from kitseg.commands.evaluate import Job, Rules, Score, Unscored, score_case
 from kitseg.commands.infer import manifest_of
+from kitseg.commands.intervals import INTERVALS, case_errors, write_intervals
 from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import score_content, write_scores
 from kitseg.errors import InputError, KitsegError, UsageError
@@ -132,17 +133,23 @@ def folds_to_score(validation: Validation) -> dict[str, int]:
 
 
 def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Callable[[], None]) -> list[Score]:
-    """Score the label maps of all validated folds and write them; a case without one counts as background."""
+    """Score the label maps of all validated folds and write the scores; a case without one counts as background.
+
+    And the intervals of their measurements, see ``commands.intervals``.
+    """
     scheme = validation.split.scheme
-    rules, scores = Rules(protocol_of(scheme), scheme, distances=False), []
+    rules, scores, errors = Rules(protocol_of(scheme), scheme, distances=False), [], []
     by_id = {case.id: case for cases in validation.cases.values() for case in cases}
     for name, fold in folds.items():
         case = by_id[name]
         there = validation.label(case) if validation.is_done(fold, case) else None
         groups = validation.clinical.get(name, {})
-        scores.append(score_case(Job(name, there, case.label or case.image, groups), rules))
+        job = Job(name, there, case.label or case.image, groups)
+        scores.append(score_case(job, rules))
+        errors.append(case_errors(job, rules))
         on_done()
     write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds, Unscored()))
+    write_intervals(validation.run.validation(validation.mirror) / INTERVALS, errors)
     return scores
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ def followup(before: Visit, after: Visit) -> Followup:
     alignments = {side: align(here[side], there[side]) for side in here if side in there}
     old, new = before.findings.lesions, after.findings.lesions
     offsets = np.array([[_offset(one, other, before, after, alignments) for other in new] for one in old])
-    pairs = _pairs(offsets.reshape(len(old), len(new)), old, new)
+    pairs = match(offsets.reshape(len(old), len(new)), old, new, _REACH_MM)
     changes = [
         _change(lesion, new[pairs[n]], before, after, float(offsets[n][pairs[n]]))
         if n in pairs
@@ -127,11 +127,18 @@ def _offset(one: Lesion, other: Lesion, before: Visit, after: Visit, alignments:
     return float(np.linalg.norm(alignments[one.side](before.place(one)[None])[0] - after.place(other)))
 
 
-def _pairs(offsets: NDArray[np.float64], old: tuple[Lesion, ...], new: tuple[Lesion, ...]) -> dict[int, int]:
-    """Which lesion of the second date each one of the first date is."""
+def match(offsets: NDArray[np.float64], old: Sequence[Lesion], new: Sequence[Lesion], more_mm: float) -> dict[int, int]:
+    """Which lesion of a second label map each one of a first is, by index, for those that are in both.
+
+    Args:
+        offsets: (first, second) distances of their centres in mm.
+        old: lesions of the first.
+        new: lesions of the second.
+        more_mm: beyond the larger one's radius, within which the other's centre must lie.
+    """
     if not offsets.size:
         return {}
-    reach = np.array([[max(_radius(one), _radius(other)) + _REACH_MM for other in new] for one in old])
+    reach = np.array([[max(_radius(one), _radius(other)) + more_mm for other in new] for one in old])
     same = np.array([[1.0 if one.kind == other.kind else _OTHER_KIND for other in new] for one in old])
     closeness = np.where(offsets <= reach, (1 + 1e-6 - offsets / reach) * same, 0)
     rows, columns = linear_sum_assignment(closeness, maximize=True)

@@ -2,11 +2,12 @@
 
 All values of GFR are in ml/min/1.73 m². The formulas:
 
-- Volume: after radical nephrectomy 1.24 × GFR × the other kidney's share of the function (Rathi et al., Scientific
-  Reports 2023, who take the share from the volumes of parenchyma), after partial nephrectomy 0.89 × GFR.
-- Clinical: 35 + 0.65 × GFR − 18 (radical) − 0.25 × age + 3 (tumor above 7 cm) − 2 (diabetes): Aguilar Palacios et al.,
-  Journal of Urology 2021.
-- Both: the mean of the two, whose 90 % interval holds for patients of KiTS19 (docs/explanation/renal_function.md).
+- Volume: after radical nephrectomy 1.24 × GFR × the other kidney's share of the function, which is that of the
+  parenchyma's volume; after partial nephrectomy 0.89 × GFR.
+- Clinical: 35 + 0.65 × GFR − 18 (radical) − 0.25 × age + 3 (tumor above 7 cm) − 2 (diabetes).
+- Both: the mean of the two, whose 90 % interval holds for patients of KiTS19.
+
+docs/explanation/renal_function.md names the sources.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ _ALONE, _COMPARED = {"prediction": "Labels"}, {"prediction": "Prediction", "refe
 class CaseContent:
     """The content of a case's page.
 
-    scene: labels, scan and reference; scores: metrics by class; facts: provenance by name; notes: paragraphs.
+    scene: labels, scan and reference; scores: metrics by class; facts: provenance by name; notes: paragraphs;
+    intervals: of the figures of kidneys and lesions (``Calibration.of_all``), empty without a calibration.
     """
 
     case: str
@@ -41,6 +42,7 @@ class CaseContent:
     scores: ScoreTable
     facts: Mapping[str, str]
     notes: Sequence[str] = ()
+    intervals: Sequence[Mapping[str, tuple[float, float] | None]] = ()
 
 
 def write_case_page(path: Path, content: CaseContent) -> None:
@@ -56,6 +58,7 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         title=content.case,
         quality=content.quality,
         findings=findings,
+        intervals=content.intervals,
         notes=content.notes,
         facts=content.facts,
         scores=content.scores,

@@ -31,6 +31,7 @@ _MARKS = {
     "findings": _json("(labels|convention)", "cases"),
     "followup": _json("followup"),
     "check": _json("cases"),
+    "intervals": _json("level"),
     "pairs": _json("fold"),
     "fit": _json("low", "high"),
     "score table": rb"\Acase,class,",
