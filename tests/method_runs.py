@@ -25,7 +25,7 @@ SMALLER = {
     "dual-unet": ("size.pixels=64", "size.width=8"),
     "guided-unetpp": ("size.pixels=32", "size.width=4", "size.depth=16"),
     "progressive": ("size.pixels=64", "size.width=4", "size.rounds=1", "size.round_epochs=1"),
-    "two-phase": ("size.slice_factor=4", "size.inplane_factor=16", "size.vnet_width=4"),
+    "two-phase": ("size.slice_factor=4", "size.inplane_factor=16", "size.vnet_width=4", "size.fine_samples=1"),
     "two-stage": ("size.pixels=64", "size.width=8"),
 }
 SLICES_EVERY = 12.0  # mm
