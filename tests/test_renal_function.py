@@ -107,6 +107,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert "90 %" in one.text
     (found,) = json.loads((tmp_path / "one.json").read_text())["cases"].values()
     assert found["after_surgery"]["partial"]["volume"] == pytest.approx(66.75)
+    paged = kitseg(tmp_path, "report", "data/case_00000/segmentation.nii.gz", "--egfr=75", "--age=60", "-o", "pages")
+    assert paged.code == 0, paged.text
+    page = (tmp_path / "pages" / "case_00000.html").read_text()
+    assert "Function after surgery on the right kidney" in page
+    assert '<th scope="row">partial nephrectomy</th><td>67</td>' in page
+    lost, cost = (found["after_surgery"][name][1] for name in ("lost_ml", "lost_gfr"))
+    assert f'<th scope="row">5 mm</th><td>{lost:.0f}</td><td>{cost:.1f}</td>' in page
     for options, problem in (
         (["--egfr=75"], "both --egfr and --age"),
         (["--egfr=75", "--age=600"], "within 1 and 120"),

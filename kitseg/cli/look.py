@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -37,11 +38,9 @@ def measure(
         Path | None, typer.Option("--csv", help="Write one row per kidney and lesion to this file.")
     ] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write all findings to this file.")] = None,
-    egfr: Annotated[
-        float | None, typer.Option(help="The patient's eGFR before surgery, ml/min/1.73 m²: predicts it after surgery.")
-    ] = None,
-    age: Annotated[float | None, typer.Option(help="The patient's age in years.")] = None,
-    diabetes: Annotated[bool, typer.Option("--diabetes", help="The patient has diabetes.")] = False,
+    egfr: opt.Egfr = None,
+    age: opt.Age = None,
+    diabetes: opt.Diabetes = False,
     nephrometry: Annotated[
         bool, typer.Option("--nephrometry", help="R.E.N.A.L., PADUA and C-index of the largest tumor.")
     ] = False,
@@ -162,6 +161,9 @@ def report(
     scores: Annotated[Path | None, typer.Option(help="A file from `kitseg evaluate --json`.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
     intervals: opt.Intervals = None,
+    egfr: opt.Egfr = None,
+    age: opt.Age = None,
+    diabetes: opt.Diabetes = False,
     scheme: opt.Labels = None,
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
@@ -170,11 +172,14 @@ def report(
 ) -> None:
     """Write HTML pages: one per case and one for the study, each a self-contained file that works offline.
 
+    With --egfr and --age, or KiTS's kits.json in a folder, also the function after surgery and what a resection takes.
+
     Of a run (a folder with config.yaml): a page for a publication, with a methods paragraph and the items of the CLAIM
     checklist, from the run's own files.
     """
     from kitseg.commands import report as pages
     from kitseg.commands.intervals import read_intervals
+    from kitseg.commands.renal_function import patient_of, patients_of
     from kitseg.commands.score_files import read_scores
     from kitseg.report.html import INDEX
     from kitseg.report.scores import StudyScores, study_scores
@@ -188,7 +193,10 @@ def report(
 
         return console.print_line(escape(f"→ {write_methods(predictions, output)}"))
     known = study_scores(read_scores(scores)) if scores else StudyScores()
-    tasks = pages.plan_pages(predictions, data, known, output, masks, scheme, read_intervals(intervals))
+    tasks = pages.plan_pages(predictions, data, known, output, masks, scheme)
+    patients = patients_of([task.case for task in tasks], [predictions, *data], patient_of(egfr, age, diabetes))
+    calibration = read_intervals(intervals)
+    tasks = [replace(task, intervals=calibration, patient=patients.get(task.case)) for task in tasks]
     cache = ResultCache(output.absolute() / ".cases", CaseRow, partial(pages.make_page))
     with folder_lock(output, "pages", Share.asked(shard).part):
         rows = gather("report", tasks, cache, jobs, cluster, shard)

@@ -121,6 +121,11 @@ Labels = Annotated[
     Any, typer.Option("--labels", metavar="SCHEME", parser=read_scheme, show_default=False, help=_SCHEME)
 ]
 LabelsName = Annotated[str | None, typer.Option("--labels", metavar="SCHEME", show_default=False, help=_SCHEME)]
+Egfr = Annotated[
+    float | None, typer.Option(help="The patient's eGFR before surgery, ml/min/1.73 m²: predicts it after surgery.")
+]
+Age = Annotated[float | None, typer.Option(help="The patient's age in years.")]
+Diabetes = Annotated[bool, typer.Option("--diabetes", help="The patient has diabetes.")]
 Intervals = Annotated[
     Path | None,
     typer.Option(

@@ -32,17 +32,23 @@ def patient_of(egfr: float | None, age: float | None, diabetes: bool) -> Patient
 
 
 def with_patients(tasks: Sequence[MeasureTask], labels: Path, patient: Patient | None) -> list[MeasureTask]:
-    """The tasks with their patients: the one given, else those of ``kits.json`` in the folder of label maps.
+    """The tasks with their patients, see ``patients_of``."""
+    patients = patients_of([task.case for task in tasks], [labels], patient)
+    return [replace(task, patient=patients.get(task.case)) for task in tasks]
 
-    Raises UsageError: one patient for several label maps; InputError: ``kits.json`` can't be read.
+
+def patients_of(cases: Sequence[str], folders: Sequence[Path], patient: Patient | None) -> dict[str, Patient]:
+    """The patients of cases, as far as known: the one given, else those of ``kits.json`` in the folders.
+
+    Raises UsageError: one patient for several cases; InputError: ``kits.json`` can't be read.
     """
-    if patient and len(tasks) > 1:
-        raise UsageError(f"--egfr and --age describe one patient, {labels} holds {len(tasks)} label maps")
-    records = {} if patient else clinical_records(labels)
-    return [
-        replace(task, patient=patient or eligible(records[task.case]) if patient or task.case in records else None)
-        for task in tasks
-    ]
+    if patient and len(cases) > 1:
+        raise UsageError(f"--egfr and --age describe one patient, {folders[0]} holds {len(cases)} label maps")
+    if patient:
+        return dict.fromkeys(cases, patient)
+    records = {case: record for folder in folders for case, record in clinical_records(folder).items()}
+    known = {case: eligible(records[case]) for case in cases if case in records}
+    return {case: found for case, found in known.items() if found}
 
 
 def clinical_records(labels: Path) -> dict[str, Clinical]:

@@ -20,6 +20,7 @@ from kitseg.labels import KITS23, Scheme
 from kitseg.measurement.intervals import Calibration
 from kitseg.measurement.measure import measure
 from kitseg.measurement.quality import assess
+from kitseg.measurement.renal_function import Patient, after_surgery
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name
 from kitseg.report.scores import ScoreTable, StudyScores
@@ -37,12 +38,16 @@ from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
 @dataclass(frozen=True)
 class PageTask(LabelTask):
-    """A case for a page, with its scores; to: the folder; scheme: of label map and reference; intervals: of figures."""
+    """A case for a page, with its scores; to: the folder; scheme: of label map and reference.
+
+    intervals: of the figures; patient: what predicts the function after surgery.
+    """
 
     scores: ScoreTable
     to: Path
     scheme: Scheme
     intervals: Calibration | None = None
+    patient: Patient | None = None
 
     @property
     def record(self) -> Path:
@@ -67,11 +72,10 @@ def plan_pages(
     to: Path,
     masks: Path | None = None,
     stated: Scheme | None = None,
-    intervals: Calibration | None = None,
 ) -> list[PageTask]:
     """The cases that there are label maps of, each with its scan; masks: the folder of the references.
 
-    stated: the scheme of all label maps; None: that of the record beside each, else KiTS23's; intervals: of figures.
+    stated: the scheme of all label maps; None: that of the record beside each, else KiTS23's.
 
     Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one name, scans of none
     of the cases, or files that kitseg did not write in the way.
@@ -88,7 +92,7 @@ def plan_pages(
     tasks = []
     for case, path in sorted(labels.items()):
         scheme, figures = stated or scheme_beside(path) or KITS23, scores.cases.get(scored.get(case, ""), {})
-        tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme, intervals))
+        tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme))
     return tasks
 
 
@@ -117,7 +121,10 @@ def _make_page(task: PageTask) -> CaseRow:
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)
     intervals = task.intervals.of_all(findings, scene.geometry.spacing[0]) if task.intervals else ()
-    content = CaseContent(task.case, scene, findings, quality, task.scores, facts, notes, intervals)
+    after = after_surgery(findings, task.patient, scene.labels, scene.geometry) if task.patient else None
+    content = CaseContent(
+        task.case, scene, findings, quality, task.scores, facts, notes, intervals, task.patient, after
+    )
     write_case_page(task.output, content)
     return CaseRow(task.case, "", quality, findings, thumbnail(scene, findings), task.scores)
 

@@ -10,6 +10,7 @@ from typing import Any
 from kitseg.labels import CYST
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.quality import Quality
+from kitseg.measurement.renal_function import AfterSurgery, Patient
 from kitseg.report.html import number, write_page
 from kitseg.report.nephrometry_view import nephrometry_view
 from kitseg.report.pictures import PLANES, centre
@@ -32,7 +33,8 @@ class CaseContent:
     """The content of a case's page.
 
     scene: labels, scan and reference; scores: metrics by class; facts: provenance by name; notes: paragraphs;
-    intervals: of the figures of kidneys and lesions (``Calibration.of_all``), empty without a calibration.
+    intervals: of the figures of kidneys and lesions (``Calibration.of_all``), empty without a calibration; patient,
+    after: the function after surgery, and what it was predicted from.
     """
 
     case: str
@@ -43,6 +45,8 @@ class CaseContent:
     facts: Mapping[str, str]
     notes: Sequence[str] = ()
     intervals: Sequence[Mapping[str, tuple[float, float] | None]] = ()
+    patient: Patient | None = None
+    after: AfterSurgery | None = None
 
 
 def write_case_page(path: Path, content: CaseContent) -> None:
@@ -59,6 +63,8 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         quality=content.quality,
         findings=findings,
         intervals=content.intervals,
+        patient=content.patient,
+        after=content.after,
         notes=content.notes,
         facts=content.facts,
         scores=content.scores,
