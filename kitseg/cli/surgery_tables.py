@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 def show_followup(results: Sequence[Followed]) -> None:
     """Print each lesion at both dates, and its growth."""
     table = console.table(
-        "case", "lesion", "side", "", "ml", "change ml", "mean Ø mm", "3D mm", "mm/year", "doubling days", "least ml"
+        "case", "lesion", "", "ml", "change ml", "least ml", "mean Ø mm", "3D mm", "mm/year", "doubling days"
     )
     for result in results:
         for row in result.rows:
-            lesion = f"{row['kind']} {row['before'] or '–'} → {row['after'] or '–'}"
+            lesion = f"{row['side']} {row['kind']} {row['before'] or '–'} → {row['after'] or '–'}"
             volumes = " → ".join(_number(row[f"{name}_volume_ml"]) for name in ("before", "after"))
             growth = (_number(row[key], "+") for key in ("change_mean_mm", "change_diameter_mm", "mean_mm_a_year"))
             change = _number(row["change_volume_ml"], "+")
             change += "" if row["change_share"] is None else f" ({row['change_share']:+.0%})"
             doubling = _number(row["doubling_days"], digits=0)
-            cells = (lesion, row["side"], row["verdict"], volumes, change, *growth, doubling, _number(row["least_ml"]))
+            cells = (lesion, row["verdict"], volumes, change, _number(row["least_ml"]), *growth, doubling)
             table.add_row(escape(result.case), *cells)
         table.add_section()
     console.out.print(table)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 from kitseg.components import bounding_box
 from kitseg.labels import BACKGROUND
@@ -109,22 +110,29 @@ def followup(before: Visit, after: Visit) -> Followup:
     here, there = before.surfaces(), after.surfaces()
     alignments = {side: align(here[side], there[side]) for side in here if side in there}
     old, new = before.findings.lesions, after.findings.lesions
-    offsets = np.array([[_offset(one, other, before, after, alignments) for other in new] for one in old])
-    pairs = match(offsets.reshape(len(old), len(new)), old, new, _REACH_MM)
+    offsets = _offsets(before, after, alignments)
+    pairs = match(offsets, old, new, _REACH_MM)
+    known = set(pairs.values())
     changes = [
         _change(lesion, new[pairs[n]], before, after, float(offsets[n][pairs[n]]))
         if n in pairs
         else Change(lesion, None)
         for n, lesion in enumerate(old)
     ]
-    changes += [Change(None, lesion) for n, lesion in enumerate(new) if n not in pairs.values()]
+    changes += [Change(None, lesion) for n, lesion in enumerate(new) if n not in known]
     return Followup(tuple(changes), alignments)
 
 
-def _offset(one: Lesion, other: Lesion, before: Visit, after: Visit, alignments: Mapping[str, Alignment]) -> float:
-    if one.side != other.side or one.side not in alignments:
-        return float("inf")
-    return float(np.linalg.norm(alignments[one.side](before.place(one)[None])[0] - after.place(other)))
+def _offsets(before: Visit, after: Visit, alignments: Mapping[str, Alignment]) -> NDArray[np.float64]:
+    """The distances of the lesions' aligned centres (first, second), infinite between kidneys."""
+    old, new = before.findings.lesions, after.findings.lesions
+    offsets = np.full((len(old), len(new)), np.inf)
+    for side, alignment in alignments.items():
+        rows, columns = (np.flatnonzero([lesion.side == side for lesion in part]) for part in (old, new))
+        if rows.size and columns.size:
+            here = alignment(np.array([before.place(old[n]) for n in rows]))
+            offsets[np.ix_(rows, columns)] = cdist(here, [after.place(new[n]) for n in columns])
+    return offsets
 
 
 def match(offsets: NDArray[np.float64], old: Sequence[Lesion], new: Sequence[Lesion], more_mm: float) -> dict[int, int]:
@@ -138,8 +146,10 @@ def match(offsets: NDArray[np.float64], old: Sequence[Lesion], new: Sequence[Les
     """
     if not offsets.size:
         return {}
-    reach = np.array([[max(_radius(one), _radius(other)) + more_mm for other in new] for one in old])
-    same = np.array([[1.0 if one.kind == other.kind else _OTHER_KIND for other in new] for one in old])
+    here, there = (np.array([_radius(lesion) for lesion in side]) for side in (old, new))
+    kinds, others = (np.array([lesion.kind for lesion in side]) for side in (old, new))
+    reach = np.maximum(here[:, None], there[None]) + more_mm
+    same = np.where(kinds[:, None] == others[None], 1.0, _OTHER_KIND)
     closeness = np.where(offsets <= reach, (1 + 1e-6 - offsets / reach) * same, 0)
     rows, columns = linear_sum_assignment(closeness, maximize=True)
     return {int(n): int(m) for n, m in zip(rows, columns, strict=True) if closeness[n, m] > 0}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 
 from kitseg.measurement.findings import Findings, Kidney, Lesion
 from kitseg.measurement.followup import match
@@ -93,8 +94,9 @@ def size_errors(found: Findings, truth: Findings, affine: NDArray[np.float64]) -
     ]
     centres = (np.array([lesion.centre for lesion in side.lesions]).reshape(-1, 3) for side in (found, truth))
     here, there = (points @ affine[:3, :3].T for points in centres)
-    apart = np.linalg.norm(here[:, None] - there[None], axis=2)
-    one_kind = np.array([[a.kind == b.kind for b in truth.lesions] for a in found.lesions]).reshape(apart.shape)
+    apart = cdist(here, there)
+    ours, theirs = (np.array([lesion.kind for lesion in side.lesions], object) for side in (found, truth))
+    one_kind = ours[:, None] == theirs[None]
     matches = match(np.where(one_kind, apart, np.inf), found.lesions, truth.lesions, 0.0)
     pairs += [(found.lesions[n], truth.lesions[m]) for n, m in matches.items()]
     return [
