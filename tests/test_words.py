@@ -18,7 +18,7 @@ def test_the_help_shows_the_commands_in_panels(tmp_path: Path, monkeypatch: pyte
     assert " ".join(found) == (
         "Options Data download phantom synthesize check split preprocess augment fit-priors Training plan train "
         "validate compare choose Prediction predict infer ensemble postprocess Results evaluate measure followup "
-        "report mesh submit Sharing export About methods demo"
+        "report refine mesh submit Sharing export About methods demo"
     )
 
 

@@ -17,7 +17,7 @@ PANELS = {
     "Data": ("download", "phantom", "synthesize", "check", "split", "preprocess", "augment", "fit-priors"),
     "Training": ("plan", "train", "validate", "compare", "choose"),
     "Prediction": ("predict", "infer", "ensemble", "postprocess"),
-    "Results": ("evaluate", "measure", "followup", "report", "mesh", "submit"),
+    "Results": ("evaluate", "measure", "followup", "report", "refine", "mesh", "submit"),
     "Sharing": ("export",),
     "About": ("methods", "demo"),
 }

@@ -15,6 +15,7 @@ from rich.markup import escape
 from kitseg.cli import options as opt
 from kitseg.cli.app import COLOURS, app, exit_if
 from kitseg.cli.cases import gather
+from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
 
@@ -132,6 +133,37 @@ def followup(
     done = [task for task, result in zip(tasks, results, strict=True) if not result.error]
     console.print_line(escape(f"→ {done[0].page if len(done) == 1 else output}"))
     exit_if(any(result.error for result in results))
+
+
+@app.command(epilog="Example: kitseg refine predictions/case_00210.nii.gz --ct data --click -54,12,880=tumor")
+def refine(
+    labels: Annotated[Path, typer.Argument(metavar="SEG", help="A label map.")],
+    ct: Annotated[Path, typer.Option(help="The scan, or the folder of scans.")] = Path("data"),
+    click: Annotated[
+        list[str],
+        typer.Option(metavar="X,Y,Z=CLASS", help="A point in mm (LPS), and kidney, tumor, cyst or background there."),
+    ] = [],  # noqa: B006
+    probabilities: Annotated[
+        Path | None, typer.Option(help="Folder from `kitseg infer`: a click stops where the model doubts its class.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the corrected labels.")] = Path(
+        "corrected"
+    ),
+    scheme: opt.Labels = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Correct a label map with clicks: each assigns a class to a point and to what looks alike around it.
+
+    The corrected labels keep their origin (corrected by a person) through measure and report.
+    """
+    from kitseg.commands import refine as steps
+    from kitseg.commands.measure import plan_measures
+
+    clicks, tasks = steps.parse_clicks(click), plan_measures(labels, ct)
+    if len(tasks) != 1:
+        raise UsageError(f"{labels} holds {len(tasks)} label maps: give one")
+    done = steps.refine(tasks[0], clicks, output, scheme, probabilities)
+    console.print_line(escape(f"{done.changed_ml:.1f} ml changed → {done.path}"))
 
 
 @app.command(epilog="Example: kitseg mesh case_00210.nii.gz -o tumor.stl --of tumor")

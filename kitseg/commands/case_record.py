@@ -27,7 +27,8 @@ class CaseRecord:
     files: hashes of the case's files by name; labels_sha256: of the label map among them; scan, scan_sha256: the scan's
     name and hash; recipe, block_sha256: hashes of the settings and of the probabilities, where labels depend on them;
     models, versions: what predicted; learned_from: those of the models that learned from the scan, None where unknown;
-    volumes_ml, note, quality: what was found; labels: the scheme of the label map, None in records of kitseg 0.1.
+    volumes_ml, note, quality: what was found; labels: the scheme of the label map, None in records of kitseg 0.1;
+    corrected: the clicks of a person.
     """
 
     case: str = ""
@@ -44,6 +45,7 @@ class CaseRecord:
     note: str = ""
     quality: Quality | None = None
     labels: Scheme | None = None
+    corrected: tuple[dict[str, Any], ...] = ()
 
     def is_of(self, digest: str) -> bool:
         """Whether a label map with this hash is as kitseg wrote it, as far as the record states."""
@@ -85,6 +87,14 @@ def recorded_learning(labels: Path) -> tuple[str, ...]:
         return ()
 
 
+def correction_beside(labels: Path) -> str:
+    """How a person corrected a label map, by the record beside it; empty where nobody did."""
+    with suppress(InputError):
+        record = ANY_RECORD.read(record_of(labels))
+        return record.note if record.corrected else ""
+    return ""
+
+
 def scheme_beside(labels: Path) -> Scheme | None:
     """The scheme of a label map by the record beside it; of DICOM segmentations KiTS23's; None where there is none."""
     try:
@@ -101,9 +111,14 @@ def describe_learning(models: Sequence[str] | None) -> str:
 def refuse_case_overwrite(path: Path, endings: Sequence[str]) -> None:
     """Refuse (UsageError) to replace files beside a record that kitseg didn't write, or labels corrected since."""
     refuse_overwrite(path, "case")
-    known: Mapping[str, str] = {}
+    record = CaseRecord()
     with suppress(KitsegError):
-        known = ANY_RECORD.read(path).files
+        record = ANY_RECORD.read(path)
+    if record.corrected and OVERWRITE not in os.environ:
+        raise UsageError(
+            f"{path.stem} was corrected by a person. Choose another output, or replace it with --overwrite"
+        )
+    known = record.files
     for ending in endings:
         file = path.with_suffix(ending)
         if os.path.exists(file) and known.get(file.name) != file_digest(file):

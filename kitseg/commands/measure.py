@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kitseg.commands.case_record import scheme_beside
+from kitseg.commands.case_record import correction_beside, scheme_beside
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.measurement.findings import Findings, Kidney, Lesion
@@ -82,7 +82,7 @@ class Measured:
     """A case's findings, function after surgery and nephrometry, or its ``error``.
 
     labels: the ids of its label map; intervals: with a calibration, those of the kidneys and then of the lesions
-    (``Calibration.of``).
+    (``Calibration.of``); origin: how a person corrected it, empty where nobody did.
     """
 
     case: str
@@ -92,6 +92,7 @@ class Measured:
     labels: str = ""
     nephrometry: Nephrometry | None = None
     intervals: tuple[dict[str, tuple[float, float] | None], ...] = ()
+    origin: str = ""
 
     @property
     def parts(self) -> Iterator[tuple[Kidney | Lesion, Mapping[str, tuple[float, float] | None]]]:
@@ -132,11 +133,13 @@ def measure_case(
     try:
         own = scheme or scheme_beside(task.labels) or KITS19
         labels, scan = task.read(own)
+        origin = correction_beside(task.labels)
         findings = measure(labels.array, labels.geometry, scan.array if scan else None)
         after = after_surgery(findings, task.patient, labels.array, labels.geometry) if task.patient else None
         found = nephrometry(labels.array, labels.geometry, findings) if scores else None
-        intervals = calibration.of_all(findings, labels.geometry.spacing[0]) if calibration else ()
-        return Measured(task.case, findings, "", after, own.line, found, intervals)
+        # intervals are of a model's errors, not of a person's
+        intervals = calibration.of_all(findings, labels.geometry.spacing[0]) if calibration and not origin else ()
+        return Measured(task.case, findings, "", after, own.line, found, intervals, origin)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
 
@@ -202,7 +205,8 @@ def _content(result: Measured) -> dict[str, Any]:
     content = asdict(result.findings)
     for part, intervals in zip((*content["kidneys"], *content["lesions"]), result.intervals, strict=False):
         part["intervals"] = intervals
-    return {**content, **{name: asdict(value) for name, value in more.items() if value}}
+    origin = {"origin": result.origin} if result.origin else {}
+    return {**origin, **content, **{name: asdict(value) for name, value in more.items() if value}}
 
 
 def _rounded(value: Any) -> Any:

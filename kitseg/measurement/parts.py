@@ -17,7 +17,7 @@ from kitseg.types import Geometry
 
 
 @dataclass(frozen=True)
-class Part:
+class LabelPart:
     """A kidney without its lesions, a lesion, or all lesions of a kind that are too small to be listed.
 
     kind: kidney, tumor or cyst; found: its measurements, None for the small ones.
@@ -34,7 +34,7 @@ class Part:
 
 def find_parts(
     labels: NDArray[np.uint8], geometry: Geometry, findings: Findings, hu: NDArray[Any] | None = None
-) -> tuple[NDArray[np.uint16], list[Part]]:
+) -> tuple[NDArray[np.uint16], list[LabelPart]]:
     """Number the parts of a label map, from 1, in the order of its findings; every labelled voxel is in one of them.
 
     Args:
@@ -46,24 +46,24 @@ def find_parts(
     Returns:
         The number of each voxel's part, 0 for the background, and the parts.
     """
-    numbers, parts = np.zeros(labels.shape, np.uint16), list[Part]()
+    numbers, parts = np.zeros(labels.shape, np.uint16), list[LabelPart]()
     box = bounding_box(labels != BACKGROUND)
     if box is None:
         return numbers, parts
     midline = frame_midline(geometry) if hu is None else body_midline(hu, geometry, box)
     inside, sides = labels[box.slices], side_map(labels[box.slices], geometry.crop(box), midline)
     for kidney in findings.kidneys:
-        parts.append(Part("kidney", kidney))
+        parts.append(LabelPart("kidney", kidney))
         numbers[box.slices][(inside == KIDNEY) & (sides == CODES[kidney.side])] = len(parts)
     for kind, value in KINDS.items():
         found = Components.of(labels == value)
         near = numbers[found.box.slices]
         for lesion in (one for one in findings.lesions if one.kind == kind):
-            parts.append(Part(kind, lesion))
+            parts.append(LabelPart(kind, lesion))
             number = found.numbers[tuple(np.subtract(lesion.centre, found.box.start))]
             here = lesion.box.moved(found.box.start).slices
             near[here][found.numbers[here] == number] = len(parts)
         if (small := (found.numbers > 0) & (near == 0)).any():
-            parts.append(Part(kind))
+            parts.append(LabelPart(kind))
             near[small] = len(parts)
     return numbers, parts

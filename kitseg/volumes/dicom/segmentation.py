@@ -17,7 +17,7 @@ from pydicom.sr.codedict import codes
 
 from kitseg.labels import KITS23, Scheme
 from kitseg.measurement.findings import RIGHT, Findings
-from kitseg.measurement.parts import Part, find_parts
+from kitseg.measurement.parts import LabelPart, find_parts
 from kitseg.runtime.files import atomic_write
 from kitseg.volumes.dicom.headers import made_up_uid, quiet
 from kitseg.volumes.dicom.series import Series, stack_of
@@ -26,7 +26,7 @@ from kitseg.volumes.nifti import canonical_geometry, turn_to_native
 
 #: Written into every DICOM file of kitseg; at most 64 characters.
 NOTICE = "For research use only. kitseg is not a medical device."
-NOTHING = (Part("kidney"), Part("tumor"))  # the segments where nothing was found
+NOTHING = (LabelPart("kidney"), LabelPart("tumor"))  # the segments where nothing was found
 
 _codes: Any = codes
 KINDS = {"kidney": _codes.SCT.Kidney, "tumor": _codes.SCT.Neoplasm, "cyst": _codes.SCT.Cyst}
@@ -57,12 +57,12 @@ class SegmentedSeries:
     anonymous: bool = False
 
     @cached_property
-    def parts(self) -> tuple[NDArray[np.uint16], list[Part]]:
+    def parts(self) -> tuple[NDArray[np.uint16], list[LabelPart]]:
         """The number of each voxel's segment (D, H, W), and the segments."""
         geometry = canonical_geometry(stack_of(self.series).native)
         return find_parts(self.labels, geometry, self.findings, self.hu)
 
-    def name(self, part: Part) -> str:
+    def name(self, part: LabelPart) -> str:
         """The name of a segment, such as ``Tumor 1, right kidney``."""
         own = self.scheme.names.get(part.kind, part.kind)
         if part.found is None:
@@ -126,7 +126,7 @@ def laterality(side: str) -> Any:
     return CodedConcept.from_code(_codes.SCT.Right if side == RIGHT else _codes.SCT.Left)
 
 
-def _segment(number: int, part: Part, found: SegmentedSeries) -> SegmentDescription:
+def _segment(number: int, part: LabelPart, found: SegmentedSeries) -> SegmentDescription:
     sct, kidney, name = _codes.SCT, part.kind == "kidney", found.name(part)
     colour = found.scheme.colours.get(part.kind) or KITS23.colours[part.kind]
     segment = SegmentDescription(

@@ -12,7 +12,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from kitseg.measurement.findings import Kidney, Lesion
-from kitseg.measurement.parts import Part
+from kitseg.measurement.parts import LabelPart
 from kitseg.runtime.files import atomic_write
 from kitseg.volumes.dicom.headers import quiet
 from kitseg.volumes.dicom.segmentation import KINDS, NOTICE, SegmentedSeries, equipment, laterality, tracking
@@ -76,7 +76,7 @@ def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None
         ).save_as(partial)
 
 
-def _group(number: int, part: Part, found: SegmentedSeries, segments: Any) -> Any:
+def _group(number: int, part: LabelPart, found: SegmentedSeries, segments: Any) -> Any:
     assert part.found is not None
     site = sr.FindingSite(_codes.SCT.Kidney, laterality(part.found.side))
     name, uid = tracking(found.name(part), found)

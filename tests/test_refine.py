@@ -1,0 +1,141 @@
+"""`kitseg refine`: clicks add a missed tumor and remove a false one, and the result states its origin."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import kitseg
+from scipy import ndimage
+
+from kitseg.postprocess.clicks import apply_clicks
+from kitseg.types import Geometry
+from kitseg.volumes.nifti import canonical_geometry, read_labels, write_image, write_labels
+
+NATIVE = Geometry((80, 70, 30), np.array([[-1.0, 0, 0, 40], [0, -1, 0, 35], [0, 0, 3, -20], [0, 0, 0, 1]]))
+MIDDLE = (15, 35, 40)  # of the tumor, (slice, row, column)
+
+
+def ball(middle: tuple[int, int, int], mm: float) -> np.ndarray:
+    z, y, x = np.indices((30, 70, 80), sparse=True)
+    return (3 * (z - middle[0])) ** 2 + (y - middle[1]) ** 2 + (x - middle[2]) ** 2 <= mm**2
+
+
+@pytest.fixture(scope="module")
+def scan() -> tuple[np.ndarray, np.ndarray]:
+    """A bright kidney in fat with a darker tumor at its edge, with noise, and its labels."""
+    labels = (ball((15, 35, 26), 28) * 1).astype(np.uint8)
+    labels[ball(MIDDLE, 14)] = 2
+    hu = np.choose(labels, [-100, 160, 80]) + np.random.default_rng(0).normal(0, 12, labels.shape)
+    return hu.round().astype(np.int16), labels
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * np.count_nonzero((a == 2) & (b == 2)) / (np.count_nonzero(a == 2) + np.count_nonzero(b == 2))
+
+
+def test_a_missed_tumor_is_added_by_one_click_in_less_than_a_second(scan: tuple[np.ndarray, np.ndarray]) -> None:
+    hu, truth = scan
+    geometry = canonical_geometry(NATIVE)
+    missed = np.where(ball((15, 35, 26), 28), 1, 0).astype(np.uint8)
+    start = time.process_time()
+    found = apply_clicks(missed, hu, geometry, [(MIDDLE, 2)])
+    assert time.process_time() - start < 1
+    assert dice(missed, truth) == 0
+    assert dice(found, truth) > 0.9
+    assert ((found == truth) | (truth == 2) | (found == 2)).all()
+
+
+def test_a_false_tumor_is_removed_and_the_true_one_stays(scan: tuple[np.ndarray, np.ndarray]) -> None:
+    hu, truth = scan
+    wrong = truth.copy()
+    wrong[ball((15, 35, 12), 8) & (truth == 1)] = 2
+    found = apply_clicks(wrong, hu, canonical_geometry(NATIVE), [((15, 35, 12), 1)])
+    assert np.array_equal(found, truth)
+
+
+def test_a_second_click_keeps_the_first_away(scan: tuple[np.ndarray, np.ndarray]) -> None:
+    """A tumor as bright as its neighbor, such as a spleen, grows into it until a click states what that is."""
+    hu, truth = scan
+    spleen = ball((15, 35, 62), 12) & (truth == 0)
+    hu = np.where(spleen, 80, hu)
+    missed = np.where(truth == 2, 0, truth).astype(np.uint8)
+    geometry, outside = canonical_geometry(NATIVE), (15, 35, 62)
+    alone = apply_clicks(missed, hu, geometry, [(MIDDLE, 2)])
+    both = apply_clicks(missed, hu, geometry, [(MIDDLE, 2), (outside, 0)])
+    assert np.count_nonzero((both == 2) & spleen) < np.count_nonzero((alone == 2) & spleen) / 2
+    assert dice(both, truth) > dice(alone, truth)
+    again = apply_clicks(missed, hu, geometry, [(MIDDLE, 2)], earlier=[(outside, 0)])
+    assert np.array_equal(again, both)
+
+
+def test_a_click_stops_where_the_model_doubts(scan: tuple[np.ndarray, np.ndarray]) -> None:
+    hu, truth = scan
+    missed = np.where(truth == 2, 0, truth).astype(np.uint8)
+    doubt = np.where(ndimage.binary_erosion(truth == 2, iterations=3), 0.4, 0.0)
+    geometry = canonical_geometry(NATIVE)
+    free, bound = (apply_clicks(missed, hu, geometry, [(MIDDLE, 2)], (), known) for known in ({}, {2: doubt}))
+    assert 0 < np.count_nonzero(bound == 2) < np.count_nonzero(free == 2)
+
+
+@pytest.fixture
+def folder(scan: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> Path:
+    hu, truth = scan
+    write_image(tmp_path / "data" / "a.nii.gz", hu, NATIVE)
+    (tmp_path / "pred").mkdir()
+    write_labels(tmp_path / "pred" / "a.nii.gz", np.where(truth == 2, 0, truth).astype(np.uint8), NATIVE)
+    return tmp_path
+
+
+def refine(folder: Path, labels: str, *clicks: str, to: str = "corrected") -> tuple[int, str]:
+    done = kitseg(folder, "refine", labels, "--ct=data", "-o", to, *(f"--click={click}" for click in clicks))
+    return done.code, done.text
+
+
+def test_from_the_click_to_the_page(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:
+    # the middle of the tumor: row 35 of 70 rows of 1 mm, of which the first is at LPS -(35 - 69)
+    canonical = canonical_geometry(NATIVE)
+    x, y, z = (canonical.affine @ [*MIDDLE, 1])[:3] * (-1, -1, 1)
+    code, text = refine(folder, "pred/a.nii.gz", f"{x},{y},{z}=tumor")
+    assert code == 0, text
+    found = read_labels(folder / "corrected" / "a.nii.gz", "a").array
+    assert dice(found, scan[1]) > 0.9
+    record = json.loads((folder / "corrected" / "a.json").read_text())
+    assert record["corrected"] == [{"x": x, "y": y, "z": z, "label": "tumor"}]
+    done = kitseg(folder, "measure", "corrected", "--json=m.json", "--jobs=1")
+    assert done.code == 0, done.text
+    measured = json.loads((folder / "m.json").read_text())["cases"]["a"]
+    assert measured["origin"] == "corrected by a person (1 click)"
+    assert len(measured["lesions"]) == 1
+    assert kitseg(folder, "report", "corrected", "data", "--jobs=1").code == 0
+    assert "Corrected by a person (1 click)." in (folder / "report" / "a.html").read_text()
+
+    code, text = refine(folder, "pred/a.nii.gz", f"{x},{y},{z}=tumor")  # would lose the correction
+    assert (code, "corrected by a person" in text) == (2, True)
+    code, text = refine(folder, "corrected/a.nii.gz", f"{x},{y},{z}=kidney")
+    assert code == 0, text
+    assert [click["label"] for click in json.loads((folder / "corrected" / "a.json").read_text())["corrected"]] == [
+        "tumor",
+        "kidney",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("click", "problem"),
+    [
+        ("1,2=tumor", "give x,y,z=CLASS"),
+        ("1,2,x=tumor", "give x,y,z=CLASS"),
+        ("1,2,3=liver", "background, kidney, tumor, cyst"),
+        ("nan,2,3=tumor", "finite"),
+        ("1,2,900=tumor", "outside the scan, which has x"),
+        ("1,2,3=cyst", "there is no cyst"),
+    ],
+)
+def test_a_wrong_click(folder: Path, click: str, problem: str) -> None:
+    code, text = refine(folder, "pred/a.nii.gz", click)
+    assert code == 2
+    assert problem in " ".join(text.split())
+    assert not (folder / "corrected" / "a.nii.gz").exists()
