@@ -127,6 +127,23 @@ def check_contents(session: nox.Session, built: Path) -> None:
 
 
 @nox.session
+def native(session: nox.Session) -> None:
+    """The kernels under the address and undefined-behaviour sanitizers, then 10,000 random shapes; needs GCC."""
+    install(session, "-e", ".", group="tests")
+    folder = Path(session.create_tmp())
+    flags = "-O1 -g -std=c++17 -fPIC -shared -pthread -ffp-contract=fast -fsanitize=address,undefined"
+    library = str(folder / "kernels.so")
+    undefined = "-fno-sanitize-recover=all"
+    source = str(ROOT / "kitseg" / "native" / "kernels.cpp")
+    session.run("g++", *flags.split(), undefined, source, "-o", library, external=True)
+    runtime = session.run("g++", "-print-file-name=libasan.so", external=True, silent=True).strip()
+    watched = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "KITSEG_KERNELS": library}
+    session.run("pytest", "-p", "no:cacheprovider", "tests/test_native.py", env=watched)
+    session.run("python", "tests/random_kernels.py", "500", env=watched)
+    session.run("python", "tests/random_kernels.py", "10000")
+
+
+@nox.session
 def notebooks(session: nox.Session) -> None:
     """Execute copies of the notebooks."""
     install(session, "-e", ".", group="notebooks")

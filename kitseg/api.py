@@ -50,7 +50,7 @@ def load_model(
     Args:
         model: paths, addresses such as ``hf://owner/name@revision``, or ``builtin``, which ships with kitseg.
         device: auto, cpu or cuda.
-        engine: auto (OpenVINO on a CPU where it is installed), torch, openvino or winograd.
+        engine: torch, openvino, winograd (kitseg's kernels), or auto, which on a CPU takes what is fastest.
         precision: auto (the training's on a GPU, float32 on a CPU), f32 or bf16.
         mirror: test-time augmentation, left-right flip.
         trust: also load parts that aren't kitseg's, which runs the code of the model's author.

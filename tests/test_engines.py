@@ -17,7 +17,7 @@ from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.windows import Slices
 from kitseg.models.engines import Compiling, Engine, OpenVino, Torch, Winograd, has_kernels, has_openvino
-from kitseg.models.stage import build_input_transform, choose_engine, open_stage
+from kitseg.models.stage import FASTER_WITH_KERNELS, build_input_transform, choose_engine, open_stage
 from kitseg.models.weights import Checkpoint
 from kitseg.stages.model import StageModel, build_model
 
@@ -205,10 +205,29 @@ def test_engines_by_name() -> None:
     spec = spec_of("dual-unet", "kidneys")
     assert choose_engine("torch", CPU, "auto", spec) == Torch()
     assert choose_engine("torch", CPU, "bf16", spec) == Torch(torch.bfloat16)
-    assert isinstance(choose_engine("auto", CPU, "f32", spec), OpenVino if has_openvino() else Torch)
     cuda = torch.device("cuda")
     assert choose_engine("auto", cuda, "auto", replace(spec, precision="16-mixed")) == Torch(torch.float16)
     assert choose_engine("auto", cuda, "f32", spec) == Torch()
+
+
+@pytest.mark.parametrize(("floats", "first"), [(16, Winograd), (8, None), (0, None)])
+def test_auto_takes_the_kernels_where_they_were_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, floats: int, first: type[Engine] | None
+) -> None:
+    monkeypatch.setattr("kitseg.models.stage.lanes", lambda: floats)
+    spec, other = spec_of("dual-unet", "kidneys"), OpenVino if has_openvino() else Torch
+    for precision in ("auto", "f32"):
+        assert isinstance(choose_engine("auto", CPU, precision, spec), first or other)
+    assert isinstance(choose_engine("auto", CPU, "bf16", spec), other)
+    module = {**spec.parts["module"], "net": {"_target_": "mine.Net"}}
+    own = replace(spec, parts={**spec.parts, "module": module})
+    assert isinstance(choose_engine("auto", CPU, "auto", own), other)
+
+
+def test_auto_knows_the_networks_that_were_measured() -> None:
+    nets = {spec_of(method, stage).parts["module"]["net"]["_target_"] for method, stage in STAGES}
+    assert nets - FASTER_WITH_KERNELS[16] == {"kitseg.nets.unetpp.UNetPlusPlus", "kitseg.nets.foreground.ForegroundNet"}
+    assert nets > FASTER_WITH_KERNELS[16]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +247,7 @@ def test_engines_that_are_not_there(name: str, device: str, precision: str, prob
 
 def test_missing_openvino_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kitseg.models.stage.has_openvino", lambda: False)
+    monkeypatch.setattr("kitseg.models.stage.lanes", lambda: 0)
     spec = spec_of("dual-unet", "kidneys")
     with pytest.raises(UsageError, match="pip install"):
         choose_engine("openvino", CPU, "auto", spec)

@@ -97,7 +97,7 @@ NetworkFold = Annotated[
 ]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Test-time augmentation: left-right flip.")]
 Engine = Annotated[
-    str, typer.Option(help="auto (openvino on a CPU if installed, else torch), torch, openvino or winograd.")
+    str, typer.Option(help="auto (on a CPU what is fastest for the network), torch, openvino or winograd.")
 ]
 Precision = Annotated[str, typer.Option(help="auto (as in training on a GPU, f32 on a CPU), f32 or bf16.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same result.")]

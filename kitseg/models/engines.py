@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Hashable
@@ -21,6 +22,9 @@ from kitseg.runtime.console import print_plain
 
 # With this package installed, OpenVINO reports its import to Google Analytics.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+# PyTorch reads this at its first tensor: large ones lie in huge pages, where the system gives them on request.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 EXAMPLE = 32  # voxels along each axis of the input for tracing; other shapes are possible later
 

@@ -15,7 +15,7 @@ from kitseg.config import Method, Source
 from kitseg.errors import InputError
 from kitseg.method import needed, stage_outputs
 from kitseg.models.chain import run_chain, to_scan
-from kitseg.models.engines import Compiling
+from kitseg.models.engines import Compiling, Engine
 from kitseg.models.run_folder import Run, find_run
 from kitseg.models.stage import TrainedStage, choose_engine, open_stage
 from kitseg.models.weights import sound_checkpoints
@@ -94,7 +94,8 @@ def open_model(
         device: ``auto``, ``cpu`` or ``cuda``.
         output: the ``stage[.head]`` whose own channels are predicted; the method's where it is None.
         mirror: test-time augmentation: each stage also predicts every scan flipped left to right, and averages the two.
-        engine: ``torch``, ``openvino``, ``winograd``, or ``auto``: OpenVINO on a CPU where it is installed.
+        engine: ``torch``, ``openvino``, ``winograd``, or ``auto``: on a CPU kitseg's kernels for networks that they
+            were measured to be faster for, else OpenVINO where it is installed.
         precision: ``f32``, ``bf16``, or ``auto``: the training's on a GPU, float32 on a CPU.
 
     Raises:
@@ -112,8 +113,8 @@ def open_model(
         list(pool.map(sound_checkpoints, (run.stage(number, name) for number in folds for name in chain)))
     where = torch_device(device)
     engines = {name: choose_engine(engine, where, precision, method.stages[name]) for name in chain}
-    if isinstance(shared := engines[chain[0]], Compiling):  # one compiled network at a time is in memory
-        engines = dict.fromkeys(chain, shared)
+    shared: dict[type, Engine] = {type(made): made for made in engines.values() if isinstance(made, Compiling)}
+    engines = {name: shared.get(type(made), made) for name, made in engines.items()}  # one compiled network in memory
     opened = {
         name: open_stage(method.stages[name], where, engines[name], mirror, _most(run, folds, name)) for name in chain
     }

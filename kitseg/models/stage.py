@@ -18,9 +18,22 @@ from kitseg.links.regions import Region
 from kitseg.models.engines import Engine, OpenVino, Torch, Winograd, has_kernels, has_openvino
 from kitseg.models.run_folder import StageFolder
 from kitseg.models.weights import Checkpoint, allocate
+from kitseg.native.library import lanes
 from kitseg.stages.model import StageModel, build_model, build_window
 
 ENGINES = ("auto", "torch", "openvino", "winograd")
+#: Networks that took less processor time with kitseg's kernels than with OpenVINO and PyTorch in float32, by the floats
+#: of the CPU's vectors: 16 with AVX-512. Measured: docs/explanation/benchmarks.md.
+FASTER_WITH_KERNELS = {
+    16: {
+        "kitseg.nets.vnet.VNet",
+        "kitseg.nets.vnet.FusedVNet",
+        "kitseg.nets.residual_unet.ResidualUNet",
+        "kitseg.nets.resnet.ResNet",
+        "kitseg.nets.unet.UNet",
+        "kitseg.nets.attention_unet.AttentionUNet",
+    }
+}
 PRECISIONS = {"auto": None, "f32": None, "bf16": torch.bfloat16}
 
 
@@ -109,6 +122,14 @@ def choose_engine(name: str, device: torch.device, precision: str, spec: StageSp
         raise UsageError("OpenVINO isn't installed; pip install openvino adds it")
     if name == "winograd":
         return _winograd(precision)
+    net = spec.parts["module"].get("net") or {}
+    if (
+        name == "auto"
+        and device.type == "cpu"
+        and kind is None
+        and net.get("_target_") in FASTER_WITH_KERNELS.get(lanes(), ())
+    ):
+        return Winograd()
     if name != "torch" and device.type == "cpu" and has_openvino():
         return OpenVino(kind or torch.float32)
     return Torch(kind)

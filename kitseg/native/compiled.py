@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kitseg.native.layers import ACTIVATIONS, CONVOLUTIONS, INSTANCE_NORMS, Layer, is_norm, kind_of
+from kitseg.native.layers import (
+    ACTIVATIONS,
+    CONVOLUTIONS,
+    INSTANCE_NORMS,
+    Halve,
+    Layer,
+    halves,
+    is_norm,
+    is_pointwise,
+    kind_of,
+)
 from kitseg.native.winograd import Scratch
 
 ADD = (operator.add, operator.iadd, torch.add)
@@ -56,7 +66,7 @@ def compile_network(model: nn.Module, method: str, output: int) -> Callable[[Ten
             node.target = name
         elif node.op == "call_module" and node not in done:
             chain = _Chain(node, modules)
-            root.add_module(name, chain.layer(scratch) if chain.is_layer else deepcopy(modules[node]))
+            root.add_module(name, chain.layer(scratch) if chain.is_layer else _copy(modules[node]))
             chain.replace_by(name)
             done.update(chain.nodes)
     graph.lint()
@@ -83,7 +93,8 @@ class _Chain:
     @property
     def is_layer(self) -> bool:
         """Whether a layer does more than PyTorch."""
-        return kind_of(self.convolution) is not None or len(self.nodes) > 1 or self.norm is not None
+        known = kind_of(self.convolution) is not None or is_pointwise(self.convolution)
+        return known or len(self.nodes) > 1 or self.norm is not None
 
     def layer(self, scratch: Scratch) -> Layer:
         """The layer that does it all."""
@@ -132,6 +143,11 @@ def _changes(node: fx.Node, modules: Modules) -> bool:
         return bool(getattr(modules.get(node), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.endswith("_") or bool(node.kwargs.get("inplace")) or name in IN_PLACE
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    copy: Any = deepcopy(module)
+    return Halve(copy) if halves(copy) else copy
 
 
 def _attribute(model: nn.Module, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+CHOSEN = "KITSEG_KERNELS"  # in the environment: another build of the kernels, such as one with sanitizers
 WIDTHS = {16: "AVX-512", 8: "AVX2"}  # floats a vector
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 
@@ -39,8 +41,8 @@ Pointwise = _structure(
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels; None where they were not compiled, or the CPU has neither AVX-512 nor AVX2."""
-    folder = Path(__file__).parent
-    for path in (folder / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES):
+    places = [Path(__file__).with_name(f"kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
+    for path in (Path(os.environ[CHOSEN]),) if os.environ.get(CHOSEN) else places:
         if path.is_file():
             found = ctypes.CDLL(str(path))
             found.kitseg_lanes.restype = _LONG
