@@ -193,13 +193,13 @@ def find_labels(folder: Path) -> dict[str, Path]:
     flat = _flat(folder / LABELS if (folder / LABELS).is_dir() else folder)
     files = [*filter(None, map(_label_in, _folders(folder))), *flat]
     if not files:
-        from kitseg.volumes.dicom.headers import walk
-        from kitseg.volumes.dicom.labels import is_segmentation
+        from kitseg.volumes.dicom.labels import find_segmentations
 
-        files = [path for path in walk(folder) if is_segmentation(path)]
+        files = find_segmentations(folder)
     if not files:
-        remedy = f"Give one of case_00000/{LABEL}, .nii.gz files or DICOM segmentations"
-        raise InputError(folder, "the folder holds no label maps", remedy)
+        raise InputError(
+            folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz"
+        )
     return {case.id: case.image for case in distinct(Case(_label_id(f), f) for f in files)}
 
 
@@ -274,8 +274,7 @@ def _flat(folder: Path) -> list[Path]:
     found = sorted(f for f in _visible(folder) if is_volume_name(f))
     nifti = [f for f in found if not is_itk_name(f)]
     others = {_stem(f): f for f in reversed(found) if is_itk_name(f)}
-    names = {_stem(f) for f in nifti}
-    return sorted([*nifti, *(f for name, f in others.items() if name not in names)])
+    return sorted([*nifti, *(others[name] for name in others.keys() - {_stem(f) for f in nifti})])
 
 
 def _visible(folder: Path) -> list[Path]:

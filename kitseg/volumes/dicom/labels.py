@@ -18,7 +18,7 @@ from pydicom.uid import SegmentationStorage
 from kitseg.errors import InputError
 from kitseg.labels import CLASSES, CYST, KIDNEY, TUMOR
 from kitseg.types import Geometry, Volume, triple
-from kitseg.volumes.dicom.headers import quiet, read_dataset, read_dicom_header
+from kitseg.volumes.dicom.headers import quiet, read_dataset, read_dicom_header, walk
 from kitseg.volumes.dicom.series import pseudonym
 from kitseg.volumes.header import MAX_VOXELS, check_affine
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
@@ -40,6 +40,11 @@ def is_segmentation(path: Path) -> bool:
     """Whether a file is a DICOM segmentation; False if it can't be read."""
     header = read_dicom_header(path)
     return header is not None and header.sop_class in (SegmentationStorage, _LABEL_MAPS)
+
+
+def find_segmentations(folder: Path) -> list[Path]:
+    """The DICOM segmentations below a folder."""
+    return [path for path in walk(folder) if is_segmentation(path)]
 
 
 def case_of_segmentation(path: Path) -> str:
