@@ -197,9 +197,7 @@ def find_labels(folder: Path) -> dict[str, Path]:
 
         files = find_segmentations(folder)
     if not files:
-        raise InputError(
-            folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz"
-        )
+        raise InputError(folder, "the folder holds no label maps", f"Give one of case_00000/{LABEL} or .nii.gz")
     return {case.id: case.image for case in distinct(Case(_label_id(f), f) for f in files)}
 
 
