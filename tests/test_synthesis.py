@@ -188,6 +188,19 @@ def test_a_transplant_replaces_the_kidneys(body: RealBody) -> None:
     assert np.median(hu[old]) < -70, "fat where the body's own were larger"
 
 
+def test_fluid_replaces_fat_near_kidneys_and_no_label(body: RealBody) -> None:
+    parts = SynthesisParts(**{**asdict(NONE), "fluid": True})
+    kidney = np.asarray(body.distance) < 0
+    changed = np.zeros(body.hu.shape, np.bool_)
+    for number in range(40):
+        one = patient(body, parts, 9, number, view=View.on(body))
+        assert np.array_equal(one.label.numpy() > 0, kidney)
+        changed |= (one.hu.numpy() > -30) & (body.hu == -100)
+        assert abs(one.hu.numpy()[ndimage.binary_erosion(kidney)] - 150).max() < 1, "parenchyma stays"
+    assert changed.any()
+    assert np.asarray(body.distance)[changed].max() < 45
+
+
 def test_no_label_out_of_view() -> None:
     hu, kidneys = scan(shift=-30)
     arrays, facts = describe(hu, kidney_distance(kidneys, MM), MM)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kitseg.labels import BACKGROUND, KIDNEY
-from kitseg.synthesis import habitus, lesions, phases, scanners
+from kitseg.synthesis import fluid, habitus, lesions, phases, scanners
 from kitseg.synthesis.anatomies import SHARE, Graft, Transplant, any_transplants, graft
 from kitseg.synthesis.bodies import KidneyBox, RealBody
 from kitseg.synthesis.fields import Vector
@@ -32,8 +32,8 @@ class SynthesisParts:
     """The parts of the synthesis, each of which can be switched off.
 
     anatomies: kidneys of other patients with their tumors and cysts; tumors, cysts, stones; lookalikes: of tumors,
-    away from the kidney; pushes: large lesions displace tissue; phases; habitus: rotation, scale, flip, displacement;
-    kidneys: absent, small, low and malrotated ones; scanners.
+    away from the kidney; fluid: in a wide renal pelvis or around a kidney; pushes: large lesions displace tissue;
+    phases; habitus: rotation, scale, flip, displacement; kidneys: absent, small, low and malrotated ones; scanners.
     """
 
     anatomies: bool = True
@@ -41,6 +41,7 @@ class SynthesisParts:
     cysts: bool = True
     stones: bool = True
     lookalikes: bool = True
+    fluid: bool = True
     pushes: bool = True
     phases: bool = True
     habitus: bool = True
@@ -93,6 +94,7 @@ def make(body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, rng:
     name = phases.any_phase(rng, body.facts, bool(transplants)) if parts.phases else phases.SCANNED
     level = body.facts.parenchyma
     hu, phase = phases.show(name, on, body.facts, rng) if parts.phases else (on.hu, phases.Phase(name, level, level))
+    hu = fluid.add(hu, on, rng) if parts.fluid else hu
     label = (on.distance < 0).to(torch.uint8) * KIDNEY
     scene = Surroundings(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise)
     order = sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind))  # cysts and stones over tumors

@@ -1,0 +1,33 @@
+"""Fluid that is neither tumor nor cyst: a wide renal pelvis, and ascites or fluid around a kidney."""
+
+from __future__ import annotations
+
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from kitseg.synthesis.fields import box_mean, smooth_noise, step
+from kitseg.synthesis.phases import Tissues
+
+PELVIS, AROUND = 0.15, 0.08  # of the patients
+WATER = (-3.0, 22.0)  # HU
+APART, REACH = 1.5, 40.0  # mm from the kidney's surface, between which fat may be replaced
+
+
+def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
+    """HU (D, H, W), in some patients with fluid in the renal sinus or instead of fat near a kidney."""
+    if rng.random() < PELVIS:
+        sinus = (-on.tissue).clamp(0, 1)
+        shape = step(smooth_noise(rng, hu.shape, 12 / on.spacing) + rng.uniform(-0.3, 1.5), 0.15)
+        hu = _filled(hu, sinus * shape, rng)
+    if rng.random() < AROUND:
+        fat = step(-20 - box_mean(hu, 3), 8) * step(box_mean(hu, 3) + 200, 10)
+        near = step(on.distance - APART, 0.5) * step(REACH - on.distance, 3)
+        shape = step(smooth_noise(rng, hu.shape, 25 / on.spacing) + rng.uniform(-1, 0.5), 0.1)
+        hu = _filled(hu, fat * near * shape, rng)
+    return hu
+
+
+def _filled(hu: Tensor, share: Tensor, rng: Generator) -> Tensor:
+    water = rng.uniform(*WATER) + 5 * smooth_noise(rng, hu.shape, 1.2)
+    return torch.lerp(hu, water, share)
