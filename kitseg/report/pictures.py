@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kitseg import __version__
 from kitseg.components import keep_kidneys
-from kitseg.labels import BACKGROUND, CLASSES, KITS19, TUMOR, Scheme
+from kitseg.labels import BACKGROUND, CLASSES, CYST, KITS19, TUMOR, Scheme
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.overwrite import MARK
 from kitseg.types import Triple, Volume
@@ -61,10 +61,10 @@ def case_picture(
 ) -> None:
     """Draws a case in three planes and writes a PNG file, complete or not at all.
 
-    The planes go through the largest tumor (the reference's, else the prediction's), else through the largest kidney,
-    else through the centre. The patient's right, or anterior in the sagittal plane, is on the picture's left; lengths
-    are to scale; the window is level 40, width 400 HU. Rows: CT in HU, the reference if there is one, prediction; all
-    of shape (D, H, W) in orientation (I, P, L). scheme: names and colours of the labels.
+    The planes go through the largest tumor (the reference's, else the prediction's), else through the largest cyst,
+    else the largest kidney, else the centre. The patient's right, or anterior in the sagittal plane, is on the left of
+    the picture; lengths are to scale; the window is level 40, width 400 HU. Rows: CT in HU, the reference if there is
+    one, prediction; all of shape (D, H, W) in orientation (I, P, L). scheme: names and colours of the labels.
     """
     maps = {"Reference": reference, "Prediction": labels} if reference is not None else {"Prediction": labels}
     at = centre(list(maps.values()), ct.array.shape)
@@ -108,8 +108,9 @@ def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def centre(maps: Sequence[NDArray[np.uint8]], shape: Sequence[int]) -> Triple:
-    """The centre voxel of the largest tumor, else of the largest kidney, in label maps of ``shape``."""
-    for mask in (*(labels == TUMOR for labels in maps), *(labels != BACKGROUND for labels in maps)):
+    """The centre voxel of the largest tumor, else cyst, else kidney, in label maps of ``shape``."""
+    lesions = (labels == value for value in (TUMOR, CYST) for labels in maps)
+    for mask in (*lesions, *(labels != BACKGROUND for labels in maps)):
         if mask.any():
             where = np.argwhere(keep_kidneys(mask, voxel_ml=1.0, most=1))
             nearest = where[np.argmin(((where - where.mean(0)) ** 2).sum(1))]
