@@ -63,6 +63,23 @@ def test_a_removed_tumor_becomes_what_is_next_probable(masks: Masks) -> None:
     assert (found.tumor.sum(), found.foreground.sum()) == (0, 730 - 4)
 
 
+def test_fluid_beside_a_kidney_does_not_become_kidney(masks: Masks) -> None:
+    """A cyst is the second most probable class of both removed tumors: only the one inside the kidney stays with it."""
+    level = {"background": 0.2, "kidney": 0.1, "cyst": 0.3}
+    known = {name: np.full(masks.tumor.shape, value, np.float16) for name, value in level.items()}
+    shown = replace(masks, probabilities={**masks.probabilities, **known})
+    found = KeepCertainTumors(min_ml=9)(shown, np.zeros(masks.tumor.shape), SPACING)
+    assert (found.tumor.sum(), found.foreground.sum()) == (0, 729)
+
+
+def test_small_cysts_become_kidney(masks: Masks) -> None:
+    cyst = np.zeros(masks.tumor.shape, np.bool_)
+    cyst[2, 2, 2:4] = cyst[8, 8, 8] = True
+    found = KeepCertainTumors(min_cyst_ml=2)(replace(masks, cyst=cyst), np.zeros(cyst.shape), SPACING)
+    assert found.cyst is not None
+    assert (found.cyst.sum(), found.foreground.sum(), found.tumor.sum()) == (2, 730, 9)
+
+
 def test_masks_without_probabilities(masks: Masks) -> None:
     bare = Masks(masks.foreground, masks.tumor)
     assert KeepCertainTumors(min_probability=0.99)(bare, np.zeros(bare.tumor.shape), SPACING).tumor.sum() == 9

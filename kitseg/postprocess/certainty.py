@@ -20,37 +20,46 @@ INSIDE = 0.5  # of a component's surroundings: from there on it lies in the kidn
 class KeepCertainTumors:
     """Keeps tumor components by volume, mean probability and contact; the others become kidney or background.
 
-    A voxel of a removed component becomes kidney where kidney or cyst is more probable than background. Without
-    probabilities, a component becomes kidney if at least half of the surrounding voxels are foreground.
+    A voxel of a removed component becomes kidney where kidney is more probable than background, or, if at least half of
+    the component's surroundings are foreground, where a cyst is. Without probabilities such a component becomes kidney,
+    and any other background.
 
     Attributes:
         min_ml: smallest volume in millilitres.
         min_probability: smallest mean probability of tumor; not applied to masks without probabilities.
         min_contact: smallest share of the voxels around a component (within a corner of it) that are other foreground.
+        min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
     min_ml: float = 0.0
     min_probability: float = 0.0
     min_contact: float = 0.0
+    min_cyst_ml: float = 0.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
         """``masks`` without uncertain tumors; ``hu`` is not used."""
+        masks, ml = self._without_small_cysts(masks, spacing), math.prod(spacing) / 1000
         tumors = Components.of(masks.tumor)
         if not tumors.sizes.any():
             return masks
         contact = contact_shares(tumors, masks.foreground)
-        kept = (tumors.sizes * math.prod(spacing) / 1000 >= self.min_ml) & (contact >= self.min_contact)
+        kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact)
         known = masks.probabilities
         if "tumor" in known:
             sums = tumors.total(known["tumor"].astype(np.float32))
             kept &= sums >= self.min_probability * tumors.sizes
+        outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
-            outside = tumors.chosen(~kept)
-            healthy = [known[name][outside] for name in ("kidney", "cyst") if name in known]
-            outside[outside] = np.maximum.reduce(healthy) <= known["background"][outside]
-        else:
-            outside = tumors.chosen(~kept & (contact < INSIDE))
+            outside &= known["kidney"] <= known["background"]
+            inside = tumors.chosen(~kept & (contact >= INSIDE))
+            outside |= inside & (np.maximum(known["kidney"], known.get("cyst", 0)) <= known["background"])
         return replace(masks, foreground=masks.foreground & ~outside, tumor=tumors.chosen(kept))
+
+    def _without_small_cysts(self, masks: Masks, spacing: tuple[float, float, float]) -> Masks:
+        if masks.cyst is None or not self.min_cyst_ml:
+            return masks
+        cysts = Components.of(masks.cyst & masks.foreground & ~masks.tumor)
+        return replace(masks, cyst=cysts.chosen(cysts.sizes * math.prod(spacing) / 1000 >= self.min_cyst_ml))
 
 
 def contact_shares(tumors: Components, foreground: NDArray[np.bool_]) -> NDArray[np.float64]:
