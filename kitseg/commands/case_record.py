@@ -79,28 +79,31 @@ def record_of(labels: Path) -> Path:
     return labels.with_name(f"{name}.json")
 
 
+def record_beside(labels: Path) -> CaseRecord | None:
+    """The record beside a label map, of any version; None where there is none that can be read."""
+    try:
+        return ANY_RECORD.read(record_of(labels))
+    except InputError:
+        return None
+
+
 def recorded_learning(labels: Path) -> tuple[str, ...]:
     """The models that learned from the scan of a label map, by the record beside it."""
-    try:
-        return ANY_RECORD.read(record_of(labels)).learned_from or ()
-    except InputError:
-        return ()
+    record = record_beside(labels)
+    return (record.learned_from or ()) if record else ()
 
 
 def correction_beside(labels: Path) -> str:
     """How a person corrected a label map, by the record beside it; empty where nobody did."""
-    with suppress(InputError):
-        record = ANY_RECORD.read(record_of(labels))
-        return record.note if record.corrected else ""
-    return ""
+    record = record_beside(labels)
+    return record.note if record and record.corrected else ""
 
 
 def scheme_beside(labels: Path) -> Scheme | None:
     """The scheme of a label map by the record beside it; of DICOM segmentations KiTS23's; None where there is none."""
-    try:
-        return ANY_RECORD.read(record_of(labels)).labels
-    except InputError:
-        return None if is_volume_name(labels) else KITS23
+    if record := record_beside(labels):
+        return record.labels
+    return None if is_volume_name(labels) else KITS23
 
 
 def describe_learning(models: Sequence[str] | None) -> str:

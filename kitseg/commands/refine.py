@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.commands.case_record import (
-    ANY_RECORD,
     CaseRecord,
     forget,
-    record_of,
+    record_beside,
     refuse_case_overwrite,
     scheme_beside,
     write_record,
@@ -99,7 +98,7 @@ def refine(
     own = scheme or scheme_beside(task.labels) or KITS19
     if odd := [click.label for click in clicks if click.label not in {"background", *own.classes}]:
         raise UsageError(f"the labels are {own}: there is no {odd[0]} among them")
-    before = _record(task.labels)
+    before = record_beside(task.labels) or CaseRecord()
     target, record = to / f"{task.case}.nii.gz", to / f"{task.case}.json"
     if os.path.realpath(target) != os.path.realpath(task.labels) or not before.corrected:
         refuse_case_overwrite(record, [".nii.gz"])
@@ -130,13 +129,6 @@ def refine(
         write_labels(target, found, scan.native, scheme=own)
         write_record(record, facts, {"scan_sha256": digest}, [target])
     return Refined(target, changed)
-
-
-def _record(labels: Path) -> CaseRecord:
-    try:
-        return ANY_RECORD.read(record_of(labels))
-    except InputError:
-        return CaseRecord()
 
 
 def _probabilities(folder: Path | None, case: str, shape: tuple[int, ...]) -> dict[int, NDArray[np.float16]]:

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from kitseg.components import bounding_box
 from kitseg.labels import BACKGROUND
 from kitseg.measurement.alignment import Alignment, Surface, align, kidney_surfaces
-from kitseg.measurement.findings import Findings, Lesion
+from kitseg.measurement.findings import Findings, Lesion, ball_diameter
 from kitseg.measurement.sides import body_midline, frame_midline
 from kitseg.types import Geometry
 
@@ -174,4 +174,4 @@ def _change(one: Lesion, other: Lesion, before: Visit, after: Visit, offset: flo
 
 def _radius(lesion: Lesion) -> float:
     """The radius in mm of a ball of the lesion's volume."""
-    return float(np.cbrt(lesion.volume_ml * 1000 * 3 / 4 / np.pi))
+    return ball_diameter(lesion.volume_ml) / 2

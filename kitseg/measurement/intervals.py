@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 
-from kitseg.measurement.findings import Findings, Kidney, Lesion
+from kitseg.measurement.findings import Findings, Kidney, Lesion, ball_diameter
 from kitseg.measurement.followup import match
 
 LEVEL = 0.9
@@ -132,7 +132,7 @@ def _kind(part: Kidney | Lesion) -> str:
 
 def _diameter(name: str, value: float) -> float:
     """A diameter in mm; of a volume in ml that of a ball."""
-    return float(np.cbrt(value * 6000 / np.pi)) if name in _VOLUMES else value
+    return ball_diameter(value) if name in _VOLUMES else value
 
 
 def _value(name: str, diameter: float) -> float:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kitseg.components import SPECK_ML, Components
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
-from kitseg.measurement.findings import Findings, Kidney
+from kitseg.measurement.findings import Findings, Kidney, ball_diameter
 from kitseg.measurement.phase import aorta_hu, contrast_phase, kidney_hu
 from kitseg.measurement.sides import HOLD_ML
 from kitseg.postprocess.distance import distances_mm
@@ -233,7 +233,7 @@ def spacing_flags(geometry: Geometry, training_domain: TrainingDomain) -> Iterat
 def tumor_size_flags(findings: Findings, training_domain: TrainingDomain) -> Iterator[Flag]:
     """A tumor larger than those of the training, where their sizes are known; by the sphere of its volume."""
     volumes = [lesion.volume_ml for lesion in findings.lesions if lesion.kind == "tumor"]
-    mm = (6000 * max(volumes, default=0.0) / math.pi) ** (1 / 3)
+    mm = ball_diameter(max(volumes, default=0.0))
     if training_domain.tumor_mm and mm > training_domain.tumor_mm[1] * (1 + SPACING_TOLERANCE):
         low, high = training_domain.tumor_mm
         seen = f"in training they had {low:.0f} to {high:.0f} mm"

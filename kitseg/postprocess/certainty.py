@@ -50,9 +50,11 @@ class KeepCertainTumors:
             kept &= sums >= self.min_probability * tumors.sizes
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
-            outside &= known["kidney"] <= known["background"]
-            inside = tumors.chosen(~kept & (contact >= INSIDE))
-            outside |= inside & (np.maximum(known["kidney"], known.get("cyst", 0)) <= known["background"])
+            removed = tumors.chosen(~kept)
+            healthy = known["kidney"][removed]
+            if "cyst" in known:
+                healthy = np.where(outside[removed], healthy, np.maximum(healthy, known["cyst"][removed]))
+            outside[removed] = healthy <= known["background"][removed]
         return replace(masks, foreground=masks.foreground & ~outside, tumor=tumors.chosen(kept))
 
     def _without_small_cysts(self, masks: Masks, spacing: tuple[float, float, float]) -> Masks:

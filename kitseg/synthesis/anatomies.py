@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from kitseg.components import Components, kidneys_among
+from kitseg.components import Components, bounding_box, kidneys_among
 from kitseg.labels import CYST, KIDNEY, TUMOR
 from kitseg.synthesis.bodies import SINUS, KidneyBox, signed_distance, sinus_of
 from kitseg.synthesis.fields import Vector, box_mean, rotation, smooth_noise, step
@@ -85,8 +85,8 @@ def anatomies_of(labels: NDArray[np.uint8], spacing: Sequence[float], case: str)
     parts, found = Components.of(labels > 0), []
     for number in np.flatnonzero(kidneys_among(parts.sizes, float(np.prod(spacing)) / 1000)):
         one = parts.chosen(np.arange(len(parts.sizes)) == number)
-        box = Components.of(one).box
-        if box.start[0] == 0 or box.stop[0] == labels.shape[0] or not (labels[one] == KIDNEY).any():
+        box = bounding_box(one)
+        if box is None or box.start[0] == 0 or box.stop[0] == labels.shape[0] or not (labels[one] == KIDNEY).any():
             continue
         margin = [(int(np.ceil(MARGIN / mm)),) * 2 for mm in spacing]
         kept = np.pad(np.where(one, labels, 0)[box.slices], margin)
@@ -121,10 +121,11 @@ def graft(one: Transplant, fields: Fields, points: Tensor, parenchyma: float, rn
     """
     away = points - torch.tensor(one.place.centre, dtype=torch.float32)[:, None, None, None]
     reach = max(float(max(one.place.radii)) + 14, MM * one.scale * max(one.anatomy.fields.shape) / 2)
-    near = Components.of((away.abs().amax(0) < reach).numpy()).box.slices
-    hu, distance, tissue = (field[near] for field in fields)
-    if min(hu.shape) < 3:
+    box = bounding_box((away.abs().amax(0) < reach).numpy())
+    if box is None or min(box.size) < 3:
         return None
+    near = box.slices
+    hu, distance, tissue = (field[near] for field in fields)
     removed = remove(one.place, (hu, distance, tissue), points[(slice(None), *near)], rng)
     kidney, tumor, cyst, sinus = _sampled(one, away[(slice(None), *near)])
     around = box_mean(removed[0], 3)
@@ -163,8 +164,7 @@ def _sampled(one: Transplant, away: Tensor) -> Tensor:
     fields[:3] = fields[:3] / PER_MM - FAR
     size = torch.tensor(fields.shape[1:], dtype=torch.float32)[:, None, None, None]
     there = (torch.tensor(one.matrix, dtype=torch.float32) @ away.reshape(3, -1)).reshape(away.shape)
-    found = grid_sample(fields[None], (2 * there / (MM * size)).flip(0).permute(1, 2, 3, 0)[None], align_corners=False)[
-        0
-    ]
+    relative = (2 * there / (MM * size)).flip(0).permute(1, 2, 3, 0)
+    found = grid_sample(fields[None], relative[None], align_corners=False)[0]
     found[:3] = (found[:3] + FAR) * one.scale
     return found

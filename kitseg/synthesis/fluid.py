@@ -21,7 +21,8 @@ def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
         shape = step(smooth_noise(rng, hu.shape, 12 / on.spacing) + rng.uniform(-0.3, 1.5), 0.15)
         hu = _filled(hu, sinus * shape, rng)
     if rng.random() < AROUND:
-        fat = step(-20 - box_mean(hu, 3), 8) * step(box_mean(hu, 3) + 200, 10)
+        mean = box_mean(hu, 3)
+        fat = step(-20 - mean, 8) * step(mean + 200, 10)
         near = step(on.distance - APART, 0.5) * step(REACH - on.distance, 3)
         shape = step(smooth_noise(rng, hu.shape, 25 / on.spacing) + rng.uniform(-1, 0.5), 0.1)
         hu = _filled(hu, fat * near * shape, rng)

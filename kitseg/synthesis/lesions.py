@@ -115,7 +115,7 @@ def shapes_of(mask: NDArray[np.bool_], spacing: Sequence[float], case: str, leas
         )
         iso = ndimage.zoom(blurred, np.array(spacing) / mm, order=1, grid_mode=True, mode="nearest").astype(np.float16)
         if volume := float((iso < 0).sum()) * mm**3:
-            found.append(Shape(iso, mm, _radius(volume), case))
+            found.append(Shape(iso, mm, ball_radius(volume), case))
     return found
 
 
@@ -254,5 +254,6 @@ def _box(plan: PlannedLesion, scene: Surroundings) -> Box3 | None:
     return z, y, x
 
 
-def _radius(volume: float) -> float:
+def ball_radius(volume: float) -> float:
+    """The radius in mm of a ball of a volume in mm³."""
     return float((0.75 * volume / np.pi) ** (1 / 3))

@@ -119,10 +119,10 @@ def _grown(
     made = []
     for kind, on in (("tumor", parts.tumors), ("cyst", parts.cysts)):
         lesion = one.lesions[kind] * zoom
-        ml = float((lesion < 0).sum()) * float(np.prod(scene.spacing)) / 1000
-        if on and ml > 0:
-            radius = (750 * ml / np.pi) ** (1 / 3)
-            made.append(lesions.put(kind, lesion, radius, lesions.Part(one.box, one.case), scene, rng))
+        volume = float((lesion < 0).sum()) * float(np.prod(scene.spacing))
+        if on and volume > 0:
+            part = lesions.Part(one.box, one.case)
+            made.append(lesions.put(kind, lesion, lesions.ball_radius(volume), part, scene, rng))
     return made
 
 
