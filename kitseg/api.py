@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,9 +58,8 @@ def load_model(
     Raises:
         UsageError: not a model, or a device or engine that isn't there. InputError: unfinished or damaged.
     """
-    paths = [model] if isinstance(model, Path | str) else list(model)
     with everything() if trust else nullcontext():
-        return open_ensemble(paths, device, mirror=mirror, engine=engine, precision=precision)
+        return open_ensemble(_several(model), device, mirror=mirror, engine=engine, precision=precision)
 
 
 def load_method(method: FilePath, size: str = "paper", overrides: Sequence[str] = ()) -> Method:
@@ -108,12 +107,11 @@ def predict(
     """
     if not isinstance(model, Ensemble):
         model = load_model(model or choose_model(Path("runs")), device)
-    given = list(scans) if isinstance(scans, list | tuple) else [scans]
     if output is None:
-        return [model.predict(scan) for image in given for scan in _scans(image)]
+        return [model.predict(scan) for image in _several(scans) for scan in _scans(image)]
     from kitseg.commands.predict import PredictOptions, PredictScans
 
-    found = find_scans([Path(str(path)) for path in given])
+    found = find_scans([Path(str(path)) for path in _several(scans)])
     work = PredictScans(lambda: model, Path(output), PredictOptions(choices=found.choices))
     outcomes = work(found.cases, Share(), lambda _: None, lambda _: None)
     _raise_if([outcome.error for outcome in outcomes])
@@ -145,7 +143,7 @@ def evaluate(
     from kitseg.commands.evaluate import rules
     from kitseg.scoring.case import score
 
-    by = rules(protocol, find_scheme(scheme) if isinstance(scheme, str) else scheme)
+    by = rules(protocol, None if scheme is None else find_scheme(scheme))
     if affine is None and isinstance(prediction, np.ndarray) and not isinstance(reference, np.ndarray):
         affine = _labels(reference, None, by.scheme).native.affine
     found = _labels(prediction, affine, by.scheme)
@@ -184,46 +182,27 @@ def measure(
 def after_surgery(
     labels: Image | Prediction, patient: Patient, affine: ArrayLike | None = None, scheme: Scheme | str = "kits23"
 ) -> AfterSurgery | None:
-    """Kidney function after radical and partial nephrectomy of the kidney with the largest tumor.
+    """Kidney function after radical and partial nephrectomy of the kidney with the largest tumor; see ``measure``.
 
-    Args:
-        labels: a ``Prediction``, a NIfTI file, an array or an image.
-        patient: eGFR before surgery, age and diabetes.
-        affine: (4, 4), of arrays.
-        scheme: of the label map, see ``labels.find_scheme``; a ``Prediction`` has its own.
+    patient: eGFR before surgery, age and diabetes.
 
     Returns:
         New baseline GFR with its 90 % interval, and what a resection takes; None without a tumor or two kidneys.
-
-    Raises:
-        InputError: a file or an array can't be used.
     """
-    from kitseg.measurement.measure import measure as measure_labels
     from kitseg.measurement.renal_function import after_surgery as predict_function
 
     found = _labels(labels, affine, scheme)
-    findings = measure_labels(found.array, found.geometry)
-    return predict_function(findings, patient, found.array, found.geometry)
+    return predict_function(measure(found), patient, found.array, found.geometry)
 
 
 def nephrometry(
     labels: Image | Prediction, affine: ArrayLike | None = None, scheme: Scheme | str = "kits23"
 ) -> Nephrometry | None:
-    """R.E.N.A.L., PADUA and C-index of the largest tumor; None without a tumor in a kidney.
-
-    Args:
-        labels: a ``Prediction``, a NIfTI file, an array or an image.
-        affine: (4, 4), of arrays.
-        scheme: of the label map, see ``labels.find_scheme``; a ``Prediction`` has its own.
-
-    Raises:
-        InputError: a file or an array can't be used.
-    """
+    """R.E.N.A.L., PADUA and C-index of the largest tumor; None without a tumor in a kidney. See ``measure``."""
     from kitseg.measurement import nephrometry as scores
-    from kitseg.measurement.measure import measure as measure_labels
 
     found = _labels(labels, affine, scheme)
-    return scores.nephrometry(found.array, found.geometry, measure_labels(found.array, found.geometry))
+    return scores.nephrometry(found.array, found.geometry, measure(found))
 
 
 def preprocess(
@@ -242,7 +221,7 @@ def preprocess(
     """
     from kitseg.volumes.kits import find_cases
 
-    cases = [case for folder in _paths(data) for case in find_cases(folder)]
+    cases = [case for folder in _several(data) for case in find_cases(Path(folder))]
     return _preprocess(cases, method if isinstance(method, Method) else load_method(method), to, jobs)
 
 
@@ -276,7 +255,6 @@ def train(
     from kitseg.runtime.device import Machine
     from kitseg.training.fit import fit
     from kitseg.training.plan import Start
-    from kitseg.training.synthesis import prepare
     from kitseg.training.train import trainings_of_fold
     from kitseg.volumes.kits import labelled_cases
 
@@ -285,11 +263,10 @@ def train(
     begin = Start(configuration, run, fold, to / "splits.json", store, machine)
     begin.check()
     with console.silent():
-        cases = labelled_cases(_paths(data))
+        cases = labelled_cases([Path(folder) for folder in _several(data)])
         _preprocess(cases, begin.method, store, -1)
         plan = begin.claim(cases, -1)
-        prepare(plan, cases, -1)
-        for training in trainings_of_fold(plan, None, lambda _: None):
+        for training in trainings_of_fold(plan, cases, -1, lambda _: None):
             fit(training, machine)
     return run.path
 
@@ -302,8 +279,8 @@ def _preprocess(cases: Sequence[Case], method: Method, to: FilePath, jobs: int) 
     return stored
 
 
-def _paths(data: FilePath | Sequence[FilePath]) -> list[Path]:
-    return [Path(data)] if isinstance(data, Path | str) else [Path(folder) for folder in data]
+def _several(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
 
 
 def _scans(image: Image) -> Iterable[Volume]:
@@ -313,7 +290,9 @@ def _scans(image: Image) -> Iterable[Volume]:
 def _labels(labels: Image | Prediction, affine: ArrayLike | None, scheme: Scheme | str) -> Volume:
     if isinstance(labels, Prediction):
         return Volume(labels.canonical, labels.proba.geometry, labels.proba.native, labels.proba.case_id)
-    return labels_from(labels, affine, find_scheme(scheme) if isinstance(scheme, str) else scheme)
+    if isinstance(labels, Volume):
+        return labels
+    return labels_from(labels, affine, find_scheme(scheme))
 
 
 def _raise_if(errors: Sequence[str]) -> None:

@@ -137,12 +137,14 @@ def built_in_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def find_scheme(text: str) -> Scheme:
+def find_scheme(text: str | Scheme) -> Scheme:
     """The scheme that a user names: kits23, ``kidney=1,tumor=2,cyst=3``, a YAML file, or nnU-Net's ``dataset.json``.
 
     Raises:
         UsageError: none of these. InputError: a file that doesn't describe a scheme.
     """
+    if isinstance(text, Scheme):
+        return text
     path = Path(text)
     if text in built_in_names():
         return scheme_of(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
 
@@ -40,6 +40,14 @@ class Geometry:
     def voxel_ml(self) -> float:
         """Volume of one voxel in millilitres."""
         return float(np.prod(self.spacing)) / 1000
+
+    def voxel(self, place: ArrayLike) -> Triple:
+        """The voxel that holds a point in mm (RAS+); it may lie outside the grid."""
+        return triple(np.rint(np.linalg.inv(self.affine) @ np.append(place, 1))[:3])
+
+    def nearest_voxel(self, place: ArrayLike) -> Triple:
+        """The voxel of the grid that is nearest to a point in mm (RAS+)."""
+        return triple(np.clip(self.voxel(place), 0, np.subtract(self.shape, 1)))
 
     def same_as(self, other: Geometry, tolerance: float = 1e-3) -> bool:
         """Whether shape and affine (within ``tolerance`` mm) agree."""
@@ -238,6 +246,11 @@ class Masks:
             labels[self.cyst & self.foreground] = CYST
         labels[self.tumor] = TUMOR
         return labels
+
+
+def ball_diameter(ml: float) -> float:
+    """The diameter in mm of a ball of a volume in ml."""
+    return float(np.cbrt(ml * 6000 / np.pi))
 
 
 def triple(values: Any) -> Triple:

@@ -191,7 +191,6 @@ def _rehearse(begin: Start, wanted: TrainRequest) -> None:
 
 def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator[Training]:
     """Preprocess the cases, then yield the trainings of the fold or folds; failed cases are added to ``failed``."""
-    from kitseg.training.synthesis import prepare
     from kitseg.training.train import trainings_of_fold
     from kitseg.volumes.kits import labelled_cases
 
@@ -209,8 +208,7 @@ def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator
     for fold in folds:
         if len(folds) > 1:
             console.print_line(f"[bold]fold {fold} of {len(folds)}[/]")
-        prepare(replace(plan, fold=fold), good, wanted.jobs)
-        yield from trainings_of_fold(replace(plan, fold=fold), wanted.stage, console.print_plain)
+        yield from trainings_of_fold(replace(plan, fold=fold), good, wanted.jobs, console.print_plain, wanted.stage)
 
 
 def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:

@@ -24,7 +24,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.labels import BACKGROUND, CLASSES, KITS19, Scheme
 from kitseg.postprocess.clicks import apply_clicks
 from kitseg.runtime.locks import folder_lock
-from kitseg.types import Geometry, Triple, triple
+from kitseg.types import Geometry, Triple
 from kitseg.volumes.blocks import read_block
 from kitseg.volumes.nifti import write_labels
 from kitseg.volumes.scan import scan_digest
@@ -44,8 +44,7 @@ class Click:
 
     def voxel(self, geometry: Geometry) -> Triple:
         """The voxel (slice, row, column) that holds it. Raises UsageError: it lies outside the grid."""
-        place = np.linalg.inv(geometry.affine) @ [-self.x, -self.y, self.z, 1]
-        voxel = triple(np.rint(place[:3]))
+        voxel = geometry.voxel([-self.x, -self.y, self.z])
         if min(voxel) < 0 or any(a >= n for a, n in zip(voxel, geometry.shape, strict=True)):
             corners = np.array([[*np.multiply(c, np.subtract(geometry.shape, 1)), 1] for c in np.ndindex(2, 2, 2)])
             low, high = (f((corners @ geometry.affine.T)[:, :3] * (-1, -1, 1), axis=0) for f in (np.min, np.max))

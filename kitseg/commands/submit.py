@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kitseg.commands.case_record import scheme_beside
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import BACKGROUND, CLASSES, CYST, KITS19, Scheme
-from kitseg.runtime.files import atomic_write, file_digest
+from kitseg.runtime.files import atomic_write, file_digest, zip_entry
 from kitseg.runtime.overwrite import MARK, refuse_overwrite
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
@@ -23,7 +23,6 @@ from kitseg.volumes.kits import IMAGE, find_cases, find_labels
 from kitseg.volumes.names import case_name, case_number, pair
 
 T = TypeVar("T")
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that the same labels make the same zip
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,7 @@ def write_submission(output: Path, submission: Submission, on_done: Callable[[],
     with atomic_write(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = MARK.encode()
         for entry in submission.entries:
-            info = zipfile.ZipInfo(entry.name, _EPOCH)
-            info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every system
-            archive.writestr(info, _content(entry))
+            archive.writestr(zip_entry(entry.name), _content(entry))
             on_done()
 
 

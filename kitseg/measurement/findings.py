@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from kitseg.types import Box, Triple
 
 RIGHT, LEFT = "right", "left"
-
-
-def ball_diameter(ml: float) -> float:
-    """The diameter in mm of a ball of a volume in ml."""
-    return float(np.cbrt(ml * 6000 / np.pi))
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from scipy.spatial.distance import cdist
 from kitseg.components import bounding_box
 from kitseg.labels import BACKGROUND
 from kitseg.measurement.alignment import Alignment, Surface, align, kidney_surfaces
-from kitseg.measurement.findings import Findings, Lesion, ball_diameter
+from kitseg.measurement.findings import Findings, Lesion
 from kitseg.measurement.sides import body_midline, frame_midline
-from kitseg.types import Geometry
+from kitseg.types import Geometry, ball_diameter
 
 DAYS_A_YEAR = 365.25
 _REACH_MM = 5.0  # beyond the radius of the larger lesion, within which the other's centre must lie

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 
-from kitseg.measurement.findings import Findings, Kidney, Lesion, ball_diameter
+from kitseg.measurement.findings import Findings, Kidney, Lesion
 from kitseg.measurement.followup import match
+from kitseg.types import ball_diameter
 
 LEVEL = 0.9
 _VOLUMES = ("volume_ml", "parenchyma_ml")

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from kitseg.components import SPECK_ML, Components
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
-from kitseg.measurement.findings import Findings, Kidney, ball_diameter
+from kitseg.measurement.findings import Findings, Kidney
 from kitseg.measurement.phase import aorta_hu, contrast_phase, kidney_hu
 from kitseg.measurement.sides import HOLD_ML
 from kitseg.postprocess.distance import distances_mm
-from kitseg.types import Geometry
+from kitseg.types import Geometry, ball_diameter
 
 LEVELS = ("green", "amber", "red")
 GREEN, AMBER, RED = LEVELS

@@ -155,36 +155,29 @@ def _voxels(shape: Triple) -> int:
 
 def activation_bytes(predict: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> int:
     """The peak memory in bytes of a network on the meta device for a float32 input of ``shape``."""
-    with torch.inference_mode(), _Watch() as watch:
+    with torch.inference_mode(), LiveBytes() as live:
         predict(torch.empty(shape, device="meta"))
-    return int(watch.peak)
+    return int(live.peak)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tracks the memory of live tensors; ``peak`` is the maximum in bytes."""
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the tensors that operations create inside, while they live; ``peak``: the most at a time."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return found
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _freed(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
         self.now -= size

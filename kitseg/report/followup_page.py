@@ -93,12 +93,7 @@ def _centre(change: Change, visits: tuple[Visit, Visit], align: Alignment | None
         return change.before.centre
     assert change.after is not None
     place = visits[1].place(change.after)[None]
-    return _voxel(visits[0].geometry, (align.back(place) if align else place)[0])
-
-
-def _voxel(geometry: Geometry, place: NDArray[np.float64]) -> tuple[int, int, int]:
-    voxel = (np.linalg.inv(geometry.affine) @ np.append(place, 1))[:3]
-    return triple(np.clip(np.rint(voxel), 0, np.array(geometry.shape) - 1))
+    return visits[0].geometry.nearest_voxel((align.back(place) if align else place)[0])
 
 
 def _moved(visit: Visit, grid: Geometry, align: Alignment) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:

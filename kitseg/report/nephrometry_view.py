@@ -77,9 +77,7 @@ def _rows(found: Nephrometry, diameter: float) -> list[tuple[str, str, str, str]
 
 def _voxel(geometry: Geometry, frame: KidneyFrame, place: NDArray[Any]) -> tuple[int, int, int]:
     """The scan's voxel at a place on the kidney's own grid."""
-    world = frame.affine[:3, :3] @ place + frame.affine[:3, 3]
-    voxel = np.linalg.inv(geometry.affine) @ np.append(world, 1)
-    return triple(np.clip(np.rint(voxel[:3]), 0, np.array(geometry.shape) - 1))
+    return geometry.nearest_voxel(frame.affine[:3, :3] @ place + frame.affine[:3, 3])
 
 
 def _drawn(scene: Scene, frame: KidneyFrame, axis: int, at: tuple[int, int, int], lines: tuple[str, ...]) -> Cut:

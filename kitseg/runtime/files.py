@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZipInfo
 
 from kitseg.errors import LOADER, InputError, KitsegError, fault, format_error
 
@@ -137,6 +138,13 @@ def write_json(path: Path, schema: int | None, content: Mapping[str, Any]) -> No
     """Write a JSON object with its schema version; dataclasses and arrays in it become objects and lists."""
     text = json.dumps({"schema": schema, **content}, indent=1, default=_plain, ensure_ascii=False)
     write_text(path, _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):04x}", text) + "\n")
+
+
+def zip_entry(name: str) -> ZipInfo:
+    """The head of a file in a zip, dated 1980 and the same on every system, so that equal content gives equal bytes."""
+    entry = ZipInfo(name)
+    entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
+    return entry
 
 
 def identity(content: Mapping[str, Any]) -> str:

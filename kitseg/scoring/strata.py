@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from kitseg.types import ball_diameter
 
 THICKNESSES = ("up to 1 mm", "1 to 3 mm", "over 3 mm")
 SIZES = ("no tumor", "up to 4 cm", "4 to 7 cm", "over 7 cm")
@@ -15,7 +15,7 @@ def thickness_class(millimetres: float) -> int:
 
 def size_of_volume(ml: float) -> str:
     """The entry of ``SIZES`` for a tumor volume, by the diameter of a ball of that volume."""
-    return SIZES[0] if ml <= 0 else size_of(10 * (6 * ml / math.pi) ** (1 / 3))
+    return SIZES[0] if ml <= 0 else size_of(ball_diameter(ml))
 
 
 def size_of(diameter_mm: float) -> str:

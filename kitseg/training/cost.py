@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
+from kitseg.models.memory import LiveBytes
 from kitseg.models.stage import build_input_transform
 from kitseg.patches.datamodule import batch_per_rank
 from kitseg.runtime.device import Machine
@@ -134,34 +131,10 @@ def peak_bytes(model: StageModel, x: torch.Tensor) -> int:
 
     Activations that checkpointing computes again are included. On the meta device nothing is computed.
     """
-    with _Live() as live:
+    with LiveBytes() as live:
         heads = model.logits(x)
         torch.autograd.backward(heads, [torch.empty_like(head) for head in heads])
-    peak: int = live.peak - sum(p.nbytes for p in model.parameters())
-    return peak
-
-
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations create, while they live; on the meta device too."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self.storages: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.storages:
-                self.storages.add(storage._cdata)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-        return out
-
-    def _freed(self, storage: int, size: int) -> None:
-        self.storages.discard(storage)
-        self.now -= size
+    return int(live.peak - sum(p.nbytes for p in model.parameters()))
 
 
 def _flops_per_second(machine: Machine) -> float:

@@ -13,7 +13,7 @@ from kitseg.components import Components, bounding_box
 from kitseg.errors import InputError
 from kitseg.labels import TUMOR, Scheme
 from kitseg.runtime.outcomes import in_parallel
-from kitseg.types import Case
+from kitseg.types import Case, ball_diameter
 from kitseg.volumes.nifti import read_image, read_labels
 from kitseg.volumes.scan import check_grid, label_of
 
@@ -96,7 +96,7 @@ def _look(case: Case, scheme: Scheme, scans: bool) -> _Seen | None:
         values = np.clip(np.rint(scan.array[box.slices][inside[box.slices]]), LOWEST, HIGHEST).astype(np.int64)
         hu = np.bincount(values - LOWEST, minlength=HIGHEST - LOWEST + 1) / values.size
     voxels = Components.of(labels.array[box.slices] >= TUMOR).sizes
-    diameters = np.cbrt(voxels[voxels > 0] * np.prod(spacing) * 6 / np.pi)
+    diameters = np.array([ball_diameter(n * labels.geometry.voxel_ml) for n in voxels if n])
     return _Seen(spacing, spacing * labels.array.shape, spacing * box.size, hu, diameters[diameters >= SPECK_MM])
 
 

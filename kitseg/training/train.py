@@ -9,23 +9,29 @@ from pathlib import Path
 from kitseg.errors import InputError, UsageError
 from kitseg.models.run_folder import StageFolder
 from kitseg.runtime.locks import folder_lock
-from kitseg.training import rounds
+from kitseg.training import rounds, synthesis
 from kitseg.training.epochs import missing_epochs
 from kitseg.training.fit import Training
 from kitseg.training.initial import find_initial
 from kitseg.training.plan import Plan, Unit, units
 from kitseg.training.stage_inputs import prepare
+from kitseg.types import Case
 
 Log = Callable[[str], None]
 
 
-def trainings_of_fold(plan: Plan, stage: str | None, log: Log) -> Iterator[Training]:
+def trainings_of_fold(
+    plan: Plan, cases: Sequence[Case], jobs: int, log: Log, stage: str | None = None
+) -> Iterator[Training]:
     """The trainings of a fold's stages in order, or of one of them; see ``trainings``.
+
+    cases: those that synthetic patients of validation are made from, ``jobs`` at a time.
 
     Raises:
         UsageError: an unknown stage, or one whose earlier stage isn't trained yet.
     """
-    return trainings(plan, units(plan.method, plan.part, stage), log)
+    synthesis.prepare(plan, cases, jobs)
+    yield from trainings(plan, units(plan.method, plan.part, stage), log)
 
 
 def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training]:

@@ -24,7 +24,7 @@ from msgspec import MsgspecError
 from kitseg.errors import InputError, UsageError
 from kitseg.models.ensemble_file import Member
 from kitseg.models.run_folder import LARGEST
-from kitseg.runtime.files import atomic_write, file_digest
+from kitseg.runtime.files import atomic_write, file_digest, zip_entry
 from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
@@ -63,10 +63,10 @@ def write_archive(path: Path, facts: Mapping[str, Any], files: Iterable[tuple[st
     rows = {}
     with atomic_write(path) as partial, ZipFile(partial, "w", ZIP_STORED) as archive:
         for name, content in files:
-            archive.writestr(_entry(name), content)
+            archive.writestr(zip_entry(name), content)
             rows[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         manifest = {"schema": SCHEMA, **facts, "files": rows}
-        archive.writestr(_entry(MANIFEST), json.dumps(manifest, indent=1) + "\n")
+        archive.writestr(zip_entry(MANIFEST), json.dumps(manifest, indent=1) + "\n")
 
 
 class Archive:
@@ -123,12 +123,6 @@ class BoundedReads(io.FileIO):
         if size is not None and size > AT_ONCE:
             raise BadZipFile("its table of files is too large")
         return super().read(AT_ONCE if size is None or size < 0 else size)
-
-
-def _entry(name: str) -> ZipInfo:
-    entry = ZipInfo(name)  # dated 1980, so that the bytes are reproducible
-    entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
-    return entry
 
 
 def _check_entries(entries: list[ZipInfo], size: int) -> None:
