@@ -95,7 +95,8 @@ def test_the_command(tmp_path: Path) -> None:
     for n in range(21):
         case = f"case_{n:05d}"
         (tmp_path / "data" / case).mkdir(parents=True)
-        labels = paint(geometry, *KIDNEYS, ball((90, 0, 0), 12 + n % 7))
+        other = [] if n else [ball((-90, 0, 0), 10)]
+        labels = paint(geometry, *KIDNEYS, ball((90, 0, 0), 12 + n % 7), *other)
         nibabel.save(nibabel.Nifti1Image(labels, geometry.affine), tmp_path / "data" / case / "segmentation.nii.gz")
         surgery = "radical_nephrectomy" if n % 2 else "partial_nephrectomy"
         after = {"value": 40.0 + n, "days_before_nephrectomy": 90}
@@ -111,6 +112,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert paged.code == 0, paged.text
     page = (tmp_path / "pages" / "case_00000.html").read_text()
     assert "Function after surgery on the right kidney" in page
+    assert "The other kidney has a tumor too" in page
     assert '<th scope="row">partial nephrectomy</th><td>67</td>' in page
     lost, cost = (found["after_surgery"][name][1] for name in ("lost_ml", "lost_gfr"))
     assert f'<th scope="row">5 mm</th><td>{lost:.0f}</td><td>{cost:.1f}</td>' in page

@@ -61,14 +61,13 @@ def _rows(found: Nephrometry, diameter: float) -> list[tuple[str, str, str, str]
     renal, padua = found.renal, found.padua
     gap = "none is left" if found.nearness_mm is None else f"{number(found.nearness_mm)} mm from the tumor"
     contact = "–" if found.contact_mm2 is None else f"{number(found.contact_mm2 / 100)} cm²"
-    faces = {"a": "anterior", "p": "posterior", "x": "neither"}
     return [
         ("Size", f"{number(diameter)} mm", str(renal.radius), str(padua.size)),
         ("Outside the kidney", f"{found.outside:.0%} of the tumor", str(renal.exophytic), str(padua.exophytic)),
         ("Renal sinus (estimated)", gap, str(renal.nearness), str(padua.sinus)),
         ("Collecting system (estimated from the sinus)", gap, "", str(padua.collecting)),
         ("Between the polar lines", f"{found.between:.0%} of the tumor", str(renal.location), str(padua.location)),
-        ("Face", f"{found.anterior:.0%} anterior: {faces[renal.face]}", renal.face, padua.face),
+        ("Face", f"{found.anterior:.0%} in front of the coronal plane", renal.face, padua.face),
         ("Rim", f"{found.medial:.0%} on the side of the hilum", "", str(padua.rim)),
         ("C-index", number(found.c_index, 2), "", ""),
         ("Contact surface", contact, "", ""),
