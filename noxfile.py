@@ -144,6 +144,15 @@ def native(session: nox.Session) -> None:
 
 
 @nox.session
+def onnx(session: nox.Session) -> None:
+    """ONNX files of the built-in network and of a quick run of every method predict scans as PyTorch does."""
+    install(session, "-e", ".", group="tests")
+    sample = ROOT / "kitseg" / "samples" / "hcc_007b" / "imaging.nii.gz"
+    session.run("python", str(ROOT / "tests" / "onnx_methods.py"), "builtin", str(sample))
+    session.run("python", str(ROOT / "tests" / "onnx_methods.py"))
+
+
+@nox.session
 def notebooks(session: nox.Session) -> None:
     """Execute copies of the notebooks."""
     install(session, "-e", ".", group="notebooks")

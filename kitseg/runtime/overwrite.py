@@ -47,6 +47,8 @@ _MARKS = {
     "stl": rb"\Akitseg",
     "submission": rb"kitseg\Z",
     "bundle": rb"bundle\.json",
+    "ONNX": rb"(?s)\A\x08.\x12\x06kitseg",
+    "ONNX model": _json("onnx"),
     "ensemble": rb"\nchosen:\n",
 }
 
