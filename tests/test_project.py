@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -45,3 +46,16 @@ def test_commands_start_without_torch() -> None:
     code = f"import sys, {', '.join(light)}; print(*sys.modules)"
     imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"torch", "torchio", "pytorch_lightning", "matplotlib"} & set(imported)
+
+
+def test_nothing_grows_too_large() -> None:
+    """Files and functions (but commands, which have many options) fit a reader; no package is most of the project."""
+    sizes: dict[str, int] = {}
+    for path in sorted((ROOT / "kitseg").rglob("*.py")):
+        text, parts = path.read_text(), path.relative_to(ROOT / "kitseg").parts
+        assert (lines := len(text.splitlines())) <= 300, path
+        sizes[parts[0]] = sizes.get(parts[0], 0) + lines
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and parts[0] != "cli":
+                assert (node.end_lineno or 0) - node.lineno < 50, f"{path}: {node.name}"
+    assert max(sizes.values()) <= 0.2 * sum(sizes.values()), sizes

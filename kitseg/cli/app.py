@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
@@ -23,8 +24,11 @@ from kitseg.runtime.signals import interruptible
 
 if TYPE_CHECKING:
     from kitseg.runtime.outcomes import Outcome
+    from kitseg.runtime.resume import Result, ResultCache, Task
     from kitseg.runtime.workers import Verb
     from kitseg.types import Case
+
+R = TypeVar("R", bound="Result")
 
 
 def _current_name(option: str) -> str:
@@ -157,6 +161,39 @@ def shared_work(title: str, cases: Sequence[Case], do: Verb, shard: str | None, 
         else:
             outcomes = on_ranks(do, mine, share.split(ranks), log, done)
     _conclude(outcomes)
+
+
+def gather(
+    title: str,
+    tasks: Sequence[Task],
+    work: partial[R] | ResultCache[R],
+    jobs: int,
+    cluster: str | None,
+    shard: str | None,
+) -> list[R]:
+    """The results of all tasks, with a bar and a line for each error; exits if another part has the output."""
+    from joblib import delayed
+
+    from kitseg.runtime.dask import on_cluster
+    from kitseg.runtime.outcomes import in_parallel
+
+    share = take_share(shard)
+    cache = None if isinstance(work, partial) else work
+    if share.of > 1 and cache is None:
+        raise UsageError("the parts of the work meet in a file: name it with --json or --csv")
+    mine, do = share.take(tasks), delayed(work if isinstance(work, partial) else work.do)
+    with on_cluster(cluster), console.bar(title, len(mine)) as step:
+
+        def done(result: R) -> None:
+            step()
+            if result.error:
+                console.print_error(result.error)
+
+        found: list[R] = in_parallel(map(do, mine), jobs if len(mine) > 1 else 1, done)
+    joined = cache.join_parts(tasks, share, found) if cache and share.of > 1 else found
+    if joined is None:
+        raise typer.Exit(int(any(result.error for result in found)))
+    return joined
 
 
 def choose_ranks(gpus: int | None, processes: int, device: str) -> tuple[str, int]:

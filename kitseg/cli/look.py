@@ -13,8 +13,7 @@ import typer
 from rich.markup import escape
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import COLOURS, app, exit_if
-from kitseg.cli.cases import gather
+from kitseg.cli.app import COLOURS, app, exit_if, gather
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite

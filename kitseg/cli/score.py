@@ -10,8 +10,7 @@ import typer
 from rich.markup import escape
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import app, cross_validate, exit_if
-from kitseg.cli.cases import gather
+from kitseg.cli.app import app, cross_validate, exit_if, gather
 from kitseg.cli.score_tables import show_comparison, show_fit, show_intervals, show_scores
 from kitseg.errors import UsageError
 from kitseg.runtime import console

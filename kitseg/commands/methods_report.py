@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kitseg import config
 from kitseg.commands.score_files import ScoreFile, read_scores
 from kitseg.errors import InputError
 from kitseg.models.run_folder import TRAINED_STATE, Run, RunInfo
-from kitseg.report.methods_page import UNKNOWN, Item, MethodsContent, write_methods_page
+from kitseg.report.html import write_page
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.scoring.protocols import METRICS
 from kitseg.splits import Split, read_split
 from kitseg.volumes import blocks
 
-PAGE = "methods.html"
+T = TypeVar("T")
+PAGE, UNKNOWN = "methods.html", "not recorded"
 _WORST = 5
+_ENSEMBLING = "Probabilities are averaged over a fold's checkpoints and, for new scans, over the folds."
+_UNCERTAINTY = "95 % confidence intervals of means: BCa bootstrap over cases (9999 resamples)."
 #: What a training loop of a stage is, from its configuration: words and keys.
 _TRAINING = (("batch of {}", "batch"), ("{} epochs", "epochs"), ("precision {}", "precision"))
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item of CLAIM (Mongan, Moy and Kahn, Radiology: Artificial Intelligence 2020), and what is known."""
+
+    number: int
+    name: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,8 @@ def write_methods(path: Path, to: Path) -> Path:
     page = to / PAGE
     refuse_overwrite(page, "html")
     facts = read_facts(Run(path))
-    write_methods_page(page, MethodsContent(path.name, _paragraph(facts), _items(facts)))
+    content = {"paragraph": _paragraph(facts), "items": _items(facts), "unknown": UNKNOWN, "facts": {}}
+    write_page(page, "methods.html.j2", title=f"Methods of {path.name}", **content)
     return page
 
 
@@ -86,7 +99,7 @@ def _paragraph(facts: RunFacts) -> str:
         f"{_preprocessing(facts)}",
         f"{_training(facts)} {_selection(facts)}",
         _post_processing(facts),
-        f"{_performance(facts)} {_uncertainty(facts)}" if facts.scores else "",
+        f"{_performance(facts.scores)} {_UNCERTAINTY}" if facts.scores else "",
     ]
     return " ".join(sentence.strip() for sentence in sentences if sentence and UNKNOWN not in sentence)
 
@@ -100,30 +113,35 @@ def _items(facts: RunFacts) -> list[Item]:
         Item(9, "Data preprocessing", _preprocessing(facts)),
         Item(11, "Data elements", f"Labels: {config.method_of(facts.configuration).labels}."),
         Item(12, "De-identification", UNKNOWN),
-        Item(13, "Missing data", _missing(facts)),
+        Item(13, "Missing data", _from(facts.scores, _missing)),
         Item(14, "Reference standard", "The label maps of the cases; how they were drawn: not recorded."),
         Item(16, "Annotators and their qualification", UNKNOWN),
         Item(17, "Annotation tools", UNKNOWN),
         Item(18, "Variability between and within readers", UNKNOWN),
         Item(19, "Sample size, how it was determined", UNKNOWN),
         Item(20, "Assignment of data to partitions", _partitions(facts)),
-        Item(21, "Level at which partitions are disjoint", _disjoint(facts)),
+        Item(21, "Level at which partitions are disjoint", _from(facts.split, _disjoint)),
         Item(22, "Model", f"{_networks(facts)}. All settings: config.yaml of the run."),
         Item(23, "Software and versions", _software(facts)),
         Item(24, "Initialization", _initialization(facts)),
         Item(25, "Training", _training(facts)),
         Item(26, "Selection of the final model", _selection(facts)),
-        Item(27, "Ensembling", _ensembling(facts)),
-        Item(28, "Metrics", _metrics(facts)),
-        Item(29, "Uncertainty and significance", _uncertainty(facts)),
+        Item(27, "Ensembling", _ENSEMBLING),
+        Item(28, "Metrics", _from(facts.scores, _metrics)),
+        Item(29, "Uncertainty and significance", _from(facts.scores, lambda _: _UNCERTAINTY)),
         Item(30, "Robustness", _strata(facts)),
         Item(31, "Explainability", UNKNOWN),
         Item(32, "External data", UNKNOWN),
-        Item(33, "Flow of cases", _flow(facts)),
+        Item(33, "Flow of cases", _from(facts.scores, _flow)),
         Item(34, "Demographic and clinical characteristics", UNKNOWN),
-        Item(35, "Performance", _performance(facts)),
-        Item(37, "Failures", _failures(facts)),
+        Item(35, "Performance", _from(facts.scores, _performance)),
+        Item(37, "Failures", _from(facts.scores, _failures)),
     ]
+
+
+def _from(file: T | None, text: Callable[[T], str]) -> str:
+    """A text from one of the run's files, if it is there."""
+    return UNKNOWN if file is None else text(file)
 
 
 def _version(facts: RunFacts) -> str:
@@ -161,10 +179,8 @@ def _partitions(facts: RunFacts) -> str:
     return f"{text}{test}, as listed in splits.json; {how}. {trained} of the folds are trained."
 
 
-def _disjoint(facts: RunFacts) -> str:
-    if facts.split is None:
-        return UNKNOWN
-    stated = len(facts.split.patients)
+def _disjoint(split: Split) -> str:
+    stated = len(split.patients)
     return f"Patient: a case is a patient of its own, unless patients are stated (of {stated} cases); kitseg checks it."
 
 
@@ -176,10 +192,8 @@ def _preprocessing(facts: RunFacts) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _missing(facts: RunFacts) -> str:
-    if facts.scores is None:
-        return UNKNOWN
-    return f"A case without a prediction is scored as background: {len(facts.scores.get('missing', []))} cases."
+def _missing(scores: ScoreFile) -> str:
+    return f"A case without a prediction is scored as background: {len(scores.get('missing', []))} cases."
 
 
 def _software(facts: RunFacts) -> str:
@@ -211,27 +225,15 @@ def _selection(facts: RunFacts) -> str:
     return f"The best checkpoints by the score on the fold's validation cases were kept ({count} at most)."
 
 
-def _ensembling(facts: RunFacts) -> str:
-    return "Probabilities are averaged over a fold's checkpoints and, for new scans, over the folds."
-
-
 def _post_processing(facts: RunFacts) -> str:
     steps = [_settings(step) for step in facts.configuration["postprocess"].values()]
     return f"Post-processing: {'; '.join(steps)}." if steps else "There was no post-processing."
 
 
-def _metrics(facts: RunFacts) -> str:
-    if facts.scores is None:
-        return UNKNOWN
-    keys = dict.fromkeys(key for figures in facts.scores["mean"].values() for key in figures)
+def _metrics(scores: ScoreFile) -> str:
+    keys = dict.fromkeys(key for figures in scores["mean"].values() for key in figures)
     names = ", ".join(METRICS.get(key, key) for key in keys)
-    return f"{names} by the rules of {facts.scores['protocol']}, of {', '.join(facts.scores['mean'])}."
-
-
-def _uncertainty(facts: RunFacts) -> str:
-    if facts.scores is None:
-        return UNKNOWN
-    return "95 % confidence intervals of means: BCa bootstrap over cases (9999 resamples)."
+    return f"{names} by the rules of {scores['protocol']}, of {', '.join(scores['mean'])}."
 
 
 def _strata(facts: RunFacts) -> str:
@@ -241,30 +243,24 @@ def _strata(facts: RunFacts) -> str:
     return f"Mean Dice by group: {'; '.join(shown)}." if shown else UNKNOWN
 
 
-def _flow(facts: RunFacts) -> str:
-    if facts.scores is None:
-        return UNKNOWN
-    failed, missing = len(facts.scores.get("failed", {})), len(facts.scores.get("missing", []))
-    return f"{len(facts.scores['cases'])} cases scored out of fold, {missing} without a prediction, {failed} failed."
+def _flow(scores: ScoreFile) -> str:
+    failed, missing = len(scores.get("failed", {})), len(scores.get("missing", []))
+    return f"{len(scores['cases'])} cases scored out of fold, {missing} without a prediction, {failed} failed."
 
 
-def _performance(facts: RunFacts) -> str:
-    if facts.scores is None:
-        return UNKNOWN
+def _performance(scores: ScoreFile) -> str:
     parts = []
-    for name, figures in facts.scores["mean"].items():
-        interval = facts.scores.get("ci95", {}).get(name, {}).get("dice")
+    for name, figures in scores["mean"].items():
+        interval = scores.get("ci95", {}).get(name, {}).get("dice")
         mean = figures["dice"]
         text = "undefined" if mean is None else f"{mean:.3f}"
         parts.append(f"{name} {text}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""))
     selected = "These cases selected the checkpoints, which makes the figures optimistic."
-    return f"Mean Dice of out-of-fold predictions of {len(facts.scores['cases'])} cases: {', '.join(parts)}. {selected}"
+    return f"Mean Dice of out-of-fold predictions of {len(scores['cases'])} cases: {', '.join(parts)}. {selected}"
 
 
-def _failures(facts: RunFacts) -> str:
-    if facts.scores is None:
-        return UNKNOWN
-    dice = {case: found["tumor"]["dice"] for case, found in facts.scores["cases"].items() if "tumor" in found}
+def _failures(scores: ScoreFile) -> str:
+    dice = {case: found["tumor"]["dice"] for case, found in scores["cases"].items() if "tumor" in found}
     worst = sorted((value, case) for case, value in dice.items() if value is not None)[:_WORST]
     listed = ", ".join(f"{case} {value:.3f}" for value, case in worst)
     below = sum(value is not None and value < 0.5 for value in dice.values())
