@@ -42,21 +42,23 @@ def phantom(
 def synthesize(
     out: Annotated[Path, typer.Argument(help="Folder for the cases, in the KiTS layout.")],
     bodies: Annotated[Path, typer.Option(help="Folder of CTs with healthy kidneys.")],
-    masks: Annotated[Path | None, typer.Option(help="Folder of their kidney masks, if not beside them.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of their kidney masks, if not beside the CTs.")] = None,
     lesions: Annotated[
         Path | None,
         typer.Option(help="Folder of label maps whose tumors and cysts give shapes. Default: drawn shapes."),
     ] = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of patients.")] = 1,
     without: Annotated[
-        list[str], typer.Option(metavar="PART", help="Switch a part off (docs/how-to/synthesis.md); may be repeated.")
+        list[str],
+        typer.Option(metavar="PART", help="Leave out this part (all: docs/how-to/synthesis.md); may be repeated."),
     ] = [],  # noqa: B006
     seed: opt.Seed = 0,
     jobs: opt.Jobs = -1,
 ) -> None:
-    """Write synthetic patients: real bodies with lesions, contrast phases and scanners that they did not have.
+    """Write synthetic patients: CTs of real bodies with added lesions and simulated contrast phases and scanners.
 
-    Labels are those of kits23 (kidney 1, tumor 2, cyst 3), on the grid of the body's scan. Running it again resumes.
+    The label maps have the labels of kits23 (kidney 1, tumor 2, cyst 3) and the grid of the body's CT. Running it again
+    resumes.
     """
     from kitseg.cli.app import work
     from kitseg.commands import synthesize as steps

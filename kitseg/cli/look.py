@@ -53,8 +53,8 @@ def measure(
     """Measure kidneys and lesions: side, volume, diameters, size class, HU, exophytic share, contact surface.
 
     docs/explanation/measure.md defines every measurement. With --egfr and --age, or for a folder with KiTS's kits.json,
-    also the eGFR after radical and partial nephrectomy, and the parenchyma that a resection takes
-    (docs/explanation/renal_function.md). With --nephrometry, how hard the largest tumor is to cut out
+    also the eGFR after radical and partial nephrectomy, and the parenchyma that a resection removes
+    (docs/explanation/renal_function.md). With --nephrometry, scores of how difficult the largest tumor is to resect
     (docs/explanation/nephrometry.md).
     """
     from kitseg.cli.surgery_tables import show_function, show_nephrometry, show_study
@@ -92,14 +92,16 @@ def measure(
 @app.command(epilog="Example: kitseg followup 2023.nii.gz 2024.nii.gz --dates 2023-05-10 2024-06-02")
 def followup(
     before: Annotated[Path, typer.Argument(help="Label map of the first date, its case folder, or a folder of them.")],
-    after: Annotated[Path, typer.Argument(help="The same of the second date; in folders, cases of the same name.")],
+    after: Annotated[Path, typer.Argument(help="Those of the second date; folders are matched by the cases' names.")],
     ct: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="BEFORE AFTER", help="The scans, or the folders of scans.")
     ] = None,
     dates: Annotated[
         tuple[datetime, datetime] | None,
         typer.Option(
-            metavar="DATE DATE", formats=["%Y-%m-%d"], help="Dates of the scans (YYYY-MM-DD). Default: those of DICOM."
+            metavar="DATE DATE",
+            formats=["%Y-%m-%d"],
+            help="Dates of the two scans (YYYY-MM-DD). Default: those in the DICOM scans of --ct.",
         ),
     ] = None,
     scheme: opt.Labels = None,
@@ -109,9 +111,9 @@ def followup(
     report: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Compare two dates of a patient: lesions found again, their growth in mm, ml and per year, new and vanished ones.
+    """Compare a patient's label maps of two dates: each lesion's growth in mm, ml and per year, new and vanished ones.
 
-    The kidneys are aligned rigidly, so neither the patient's position nor the scans' grids matter. A page for each
+    Each kidney is aligned rigidly first, so the patient may lie differently and the grids may differ. A page for each
     patient shows both dates side by side. docs/explanation/followup.md defines every figure.
     """
     from kitseg.cli.surgery_tables import show_followup
@@ -140,10 +142,14 @@ def refine(
     ct: Annotated[Path, typer.Option(help="The scan, or the folder of scans.")] = Path("data"),
     click: Annotated[
         list[str],
-        typer.Option(metavar="X,Y,Z=CLASS", help="A point in mm (LPS), and kidney, tumor, cyst or background there."),
+        typer.Option(
+            metavar="X,Y,Z=CLASS",
+            help="A point in mm (LPS, as in DICOM) and its class: kidney, tumor, cyst or background; may be repeated.",
+        ),
     ] = [],  # noqa: B006
     probabilities: Annotated[
-        Path | None, typer.Option(help="Folder from `kitseg infer`: a click stops where the model doubts its class.")
+        Path | None,
+        typer.Option(help="Folder from `kitseg infer`: clicks spread less where their class is improbable."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the corrected labels.")] = Path(
         "corrected"
@@ -151,9 +157,9 @@ def refine(
     scheme: opt.Labels = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Correct a label map with clicks: each assigns a class to a point and to what looks alike around it.
+    """Correct a label map with clicks: each assigns a class to a point and to similar tissue around it.
 
-    The corrected labels keep their origin (corrected by a person) through measure and report.
+    `kitseg measure --json` and `kitseg report` state that the labels were corrected by a person.
     """
     from kitseg.commands import refine as steps
     from kitseg.commands.measure import plan_measures
@@ -183,7 +189,7 @@ def mesh(
 @app.command(epilog="Example: kitseg report predictions data --scores scores.json")
 def report(
     predictions: Annotated[
-        Path, typer.Argument(help="Folder of label maps, or one of them; or a run, for its methods.")
+        Path, typer.Argument(help="A label map or a folder of them; or a run, for a page on its methods.")
     ] = opt.PREDICTIONS,
     data: Annotated[
         list[Path], typer.Argument(help="Files or folders of the scans and, if available, the references.")
@@ -203,10 +209,11 @@ def report(
 ) -> None:
     """Write HTML pages: one per case and one for the study, each a self-contained file that works offline.
 
-    With --egfr and --age, or KiTS's kits.json in a folder, also the function after surgery and what a resection takes.
+    With --egfr and --age, or with KiTS's kits.json in a data folder, the pages also predict the kidney function after
+    surgery and the parenchyma that a resection removes.
 
-    Of a run (a folder with config.yaml): a page for a publication, with a methods paragraph and the items of the CLAIM
-    checklist, from the run's own files.
+    For a run (a folder with config.yaml), it writes one page for a publication instead: a methods paragraph, and what
+    the run's files state on each item of the CLAIM checklist.
     """
     from kitseg.commands import report as pages
     from kitseg.commands.intervals import read_intervals

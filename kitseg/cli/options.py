@@ -122,7 +122,7 @@ Labels = Annotated[
 ]
 LabelsName = Annotated[str | None, typer.Option("--labels", metavar="SCHEME", show_default=False, help=_SCHEME)]
 Egfr = Annotated[
-    float | None, typer.Option(help="The patient's eGFR before surgery, ml/min/1.73 m²: predicts it after surgery.")
+    float | None, typer.Option(help="eGFR before surgery, ml/min/1.73 m²; with --age, predicts that after it.")
 ]
 Age = Annotated[float | None, typer.Option(help="The patient's age in years.")]
 Diabetes = Annotated[bool, typer.Option("--diabetes", help="The patient has diabetes.")]
@@ -130,7 +130,7 @@ Intervals = Annotated[
     Path | None,
     typer.Option(
         metavar="RUN|FILE",
-        help="90 % intervals of volumes and diameters: of a validated run, or of `kitseg evaluate --intervals`.",
+        help="Add 90 % intervals of volumes and diameters, from a validated run or `kitseg evaluate --intervals`.",
     ),
 ]
 Cluster = Annotated[

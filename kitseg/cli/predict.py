@@ -132,7 +132,7 @@ def predict(
         list[Path],
         typer.Argument(
             callback=_unpack,
-            help="NIfTI, MetaImage or NRRD files, case folders, folders of files or DICOM series, or their zip.",
+            help="NIfTI, MetaImage or NRRD files, case folders, folders of files or DICOM series, zip files of these.",
         ),
     ] = [Path("data")],  # noqa: B006
     output: Annotated[
@@ -165,14 +165,14 @@ def predict(
         str,
         typer.Option(
             "--format",
-            help="Also write mha, seg.nrrd (3D Slicer), or of DICOM series dicom-seg, dicom-sr (with measurements).",
+            help="Also write (with commas) mha, seg.nrrd (3D Slicer); of DICOM series dicom-seg, dicom-sr (report).",
         ),
     ] = "nifti",
     anonymous: Annotated[
-        bool, typer.Option("--anonymous", help="DICOM output without patient and study (by default it joins them).")
+        bool, typer.Option("--anonymous", help="Leave patient and study out of DICOM output.")
     ] = False,
     identifiers: Annotated[
-        bool, typer.Option("--identifiers", help="Patient ID, UIDs, description and folder in series.csv.")
+        bool, typer.Option("--identifiers", help="Add patient ID, UIDs, description and folder to series.csv.")
     ] = False,
     removed: Annotated[bool, typer.Option("--keep-identifiers", hidden=True, callback=_keep_identifiers)] = False,
     scheme: opt.Labels = None,

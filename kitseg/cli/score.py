@@ -67,7 +67,7 @@ def evaluate(
     report: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
     intervals: Annotated[
         Path | None,
-        typer.Option(help="Write 90 % intervals of volumes and diameters to this file."),
+        typer.Option(help="Calibrate 90 % intervals of volumes and diameters; write them to this file."),
     ] = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
