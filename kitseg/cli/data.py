@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from kitseg.cli import options as opt
 from kitseg.cli.app import app, exit_if, preprocess_cases, show_left_out, take_share
-from kitseg.cli.plan import Asked
+from kitseg.cli.plan import composed
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -157,7 +157,7 @@ def preprocess(
     from kitseg.volumes.kits import find_cases, with_labels
 
     share, overrides = take_share(shard), [*set_, *([f"labels={labels}"] if labels else [])]
-    configuration, _ = Asked(method, size, plan, overrides, config_dir).composed()
+    configuration, _ = composed(method, size, plan, overrides, config_dir)
     cases = with_labels(find_cases(data), masks)
     show_left_out([data], cases, masks)
     cases = share.take(cases)

@@ -14,7 +14,7 @@ import typer
 
 from kitseg.cli import options as opt
 from kitseg.cli.app import app, choose_ranks, cross_validate, exit_if, preprocess_cases, show_left_out
-from kitseg.cli.plan import Asked, cases_to_plan, make_plan, memory_here
+from kitseg.cli.plan import cases_to_plan, composed, make_plan, memory_here
 from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime import console
 
@@ -126,7 +126,7 @@ def train(
             method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory_here(device), labels=known
         )
 
-    configuration, size = Asked(method, size, plan, overrides, config_dir).composed(make, write=not dry_run)
+    configuration, size = composed(method, size, plan, overrides, config_dir, make, write=not dry_run)
     if deterministic:
         be_deterministic()
     first = 0 if fold == EVERY_FOLD else _fold(fold)

@@ -66,8 +66,9 @@ def measure(
     refuse_overwrite(report, "findings")
     refuse_overwrite(table, "lesion table")
     refuse_overwrite(calibration, "png")
-    patient = renal_function.patient_of(egfr, age, diabetes)
-    tasks = renal_function.with_patients(steps.plan_measures(labels, ct), labels, patient)
+    tasks, patient = steps.plan_measures(labels, ct), renal_function.patient_of(egfr, age, diabetes)
+    patients = renal_function.patients_of([task.case for task in tasks], [labels], patient)
+    tasks = [replace(task, patient=patients.get(task.case)) for task in tasks]
     output, work = (
         report or table,
         partial(steps.measure_case, scheme=scheme, scores=nephrometry, calibration=read_intervals(intervals)),
@@ -167,8 +168,8 @@ def refine(
     clicks, tasks = steps.parse_clicks(click), plan_measures(labels, ct)
     if len(tasks) != 1:
         raise UsageError(f"{labels} holds {len(tasks)} label maps: give one")
-    done = steps.refine(tasks[0], clicks, output, scheme, probabilities)
-    console.print_line(escape(f"{done.changed_ml:.1f} ml changed → {done.path}"))
+    path, changed_ml = steps.refine(tasks[0], clicks, output, scheme, probabilities)
+    console.print_line(escape(f"{changed_ml:.1f} ml changed → {path}"))
 
 
 @app.command(epilog="Example: kitseg mesh case_00210.nii.gz -o tumor.stl --of tumor")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,55 +20,50 @@ Make = Callable[[dict[str, Any]], dict[str, Any]]  # a plan from a method's size
 FILE, HOURS = Path("plan.yaml"), 4 * 3600.0  # where a plan is by default; seconds to wait for another process's
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A method with a size or a plan, as given on the command line."""
+def composed(
+    method: str,
+    size: str | None,
+    plan: Path | None,
+    overrides: Sequence[str],
+    config_dir: Path | None,
+    make: Make | None = None,
+    write: bool = True,
+) -> tuple[dict[str, Any], str]:
+    """The configuration of a method with a size or a plan, and the name of the size, or of the plan's file.
 
-    method: str
-    size: str | None
-    plan: Path | None
-    overrides: Sequence[str]
-    config_dir: Path | None
+    Without a size or a plan, a method that has no size ``paper`` takes ``plan.yaml``. make: makes the plan if it isn't
+    there, from the method's sizes; write: write it, too.
 
-    def composed(self, make: Make | None = None, write: bool = True) -> tuple[dict[str, Any], str]:
-        """The configuration, and the name of the size, or of the plan's file.
+    Raises:
+        UsageError: a size and a plan are given, or neither where there is no plan and none can be made.
+        InputError: the plan is missing or can't be used.
+    """
+    from kitseg import config
+    from kitseg.runtime.locks import folder_lock
+    from kitseg.training.planner import read_plan, write_plan
 
-        Without a size or a plan, a method that has no size ``paper`` takes ``plan.yaml``.
-
-        Args:
-            make: makes the plan if it isn't there, from the method's sizes.
-            write: write it, too.
-
-        Raises:
-            UsageError: a size and a plan are given, or neither where there is no plan and none can be made.
-            InputError: the plan is missing or can't be used.
-        """
-        from kitseg import config
-        from kitseg.runtime.locks import folder_lock
-        from kitseg.training.planner import read_plan, write_plan
-
-        if self.size and self.plan:
-            raise UsageError("--size and --plan exclude each other: a plan states the size that it was made from")
-        sizes = config.sizes(self.method, self.config_dir)
-        size = self.size or ("paper" if self.plan is None and "paper" in sizes else None)
-        if size is not None:
-            return config.compose(self.method, size, self.overrides, self.config_dir), size
-        path = self.plan or FILE
-        if path.exists():
-            plan = read_plan(path, self.method, sizes)
-        elif self.plan:
-            raise InputError(path, "there is no such file", "`kitseg plan` makes a plan.")
-        elif make is None:
-            raise UsageError(f"give a --size of {', '.join(sizes)}, or make {path} with `kitseg plan`")
-        elif not write:
-            plan = make(sizes)
-        else:
-            with folder_lock(path.absolute().parent, "a plan", wait=HOURS):
-                if not path.exists():
-                    write_plan(path, make(sizes))
-            plan = read_plan(path, self.method, sizes)
-        console.print_plain(f"planned: {path} (size {plan['size']}, {plan['budget']})")
-        return config.compose(self.method, plan["size"], self.overrides, self.config_dir, plan["values"]), path.stem
+    if size and plan:
+        raise UsageError("--size and --plan exclude each other: a plan states the size that it was made from")
+    sizes = config.sizes(method, config_dir)
+    size = size or ("paper" if plan is None and "paper" in sizes else None)
+    if size is not None:
+        return config.compose(method, size, overrides, config_dir), size
+    path = plan or FILE
+    if path.exists():
+        made = read_plan(path, method, sizes)
+    elif plan:
+        raise InputError(path, "there is no such file", "`kitseg plan` makes a plan.")
+    elif make is None:
+        raise UsageError(f"give a --size of {', '.join(sizes)}, or make {path} with `kitseg plan`")
+    elif not write:
+        made = make(sizes)
+    else:
+        with folder_lock(path.absolute().parent, "a plan", wait=HOURS):
+            if not path.exists():
+                write_plan(path, make(sizes))
+        made = read_plan(path, method, sizes)
+    console.print_plain(f"planned: {path} (size {made['size']}, {made['budget']})")
+    return config.compose(method, made["size"], overrides, config_dir, made["values"]), path.stem
 
 
 def make_plan(

@@ -56,14 +56,6 @@ class Click:
         return f"{self.x:g},{self.y:g},{self.z:g}={self.label}"
 
 
-@dataclass(frozen=True)
-class Refined:
-    """A corrected label map; changed_ml: what the clicks changed."""
-
-    path: Path
-    changed_ml: float
-
-
 def parse_clicks(texts: Sequence[str]) -> list[Click]:
     """Clicks such as ``-54.2,12,880=tumor``. Raises UsageError: none, or a text of another form."""
     if not texts:
@@ -83,10 +75,13 @@ def parse_clicks(texts: Sequence[str]) -> list[Click]:
 
 def refine(
     task: LabelTask, clicks: Sequence[Click], to: Path, scheme: Scheme | None = None, probabilities: Path | None = None
-) -> Refined:
+) -> tuple[Path, float]:
     """Correct a label map with clicks and write it with its record; clicks of earlier corrections stay.
 
     probabilities: the folder of `kitseg infer`, whose probabilities limit how far a click reaches.
+
+    Returns:
+        The corrected label map, and how many ml the clicks changed.
 
     Raises:
         UsageError: no scan, a click outside it or of a class that the labels don't have, or an output that is not this
@@ -127,7 +122,7 @@ def refine(
         forget(record, [target])
         write_labels(target, found, scan.native, scheme=own)
         write_record(record, facts, {"scan_sha256": digest}, [target])
-    return Refined(target, changed)
+    return target, changed
 
 
 def _probabilities(folder: Path | None, case: str, shape: tuple[int, ...]) -> dict[int, NDArray[np.float16]]:

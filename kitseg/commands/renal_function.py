@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.measure import Measured, MeasureTask
+from kitseg.commands.measure import Measured
 from kitseg.errors import UsageError
 from kitseg.measurement.gfr_study import Study, study
 from kitseg.measurement.renal_function import CEILING, PARTIAL, RADICAL, Patient
@@ -29,12 +28,6 @@ def patient_of(egfr: float | None, age: float | None, diabetes: bool) -> Patient
     if not 0 < egfr <= 250 or not 0 < age <= 120:
         raise UsageError("--egfr must lie within 1 and 250 ml/min/1.73 m², --age within 1 and 120 years")
     return Patient(egfr, age, diabetes)
-
-
-def with_patients(tasks: Sequence[MeasureTask], labels: Path, patient: Patient | None) -> list[MeasureTask]:
-    """The tasks with their patients, see ``patients_of``."""
-    patients = patients_of([task.case for task in tasks], [labels], patient)
-    return [replace(task, patient=patients.get(task.case)) for task in tasks]
 
 
 def patients_of(cases: Sequence[str], folders: Sequence[Path], patient: Patient | None) -> dict[str, Patient]:

@@ -141,7 +141,7 @@ def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int],
         import torch
 
         torch.set_num_threads(max(1, torch.get_num_threads() // of))
-        work(cases, share, sender.send if number == 0 else _silent, sender.send)
+        work(cases, share, sender.send if number == 0 else lambda _: None, sender.send)
     except KitsegError as error:
         sender.send(error)
     except Exception:
@@ -153,7 +153,3 @@ def _end_with_parent() -> None:
     if (parent := parent_process()) is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-def _silent(text: str) -> None:
-    """Drop a line that the first rank reports for all."""

@@ -90,7 +90,8 @@ def make_trainer(
         default_root_dir=folder,  # otherwise Lightning searches the working directory for SLURM's checkpoints
         accumulate_grad_batches=steps_per_batch(batch_per_rank(spec.batch, machine.world), spec.micro_batch_size),
         gradient_clip_val=settings["gradient_clip"],
-        check_val_every_n_epoch=_validate_every(spec),
+        # the configured number, or the next smaller one with a validation after the last epoch
+        check_val_every_n_epoch=max(n for n in range(1, spec.validate_every + 1) if spec.epochs % n == 0),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=_logger(settings["logger"], folder),
@@ -128,11 +129,6 @@ def _callbacks(settings: Settings) -> list[pl.Callback]:
         if not isinstance(one, pl.Callback):
             raise UsageError(f"trainer.callbacks holds a {type(one).__name__}, not a Lightning callback")
     return built
-
-
-def _validate_every(spec: StageSpec) -> int:
-    """The configured number of epochs, or the next smaller number with a validation after the last epoch."""
-    return max(n for n in range(1, spec.validate_every + 1) if spec.epochs % n == 0)
 
 
 def silence_lightning() -> None:

@@ -152,7 +152,8 @@ def block_cases(folder: Path) -> list[str]:
 
 def claim_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write a folder's manifest. Raises UsageError: the folder holds probabilities that something else made."""
-    if (folder / MANIFEST).exists() and not is_made_by(folder, content):
+    # wherever the model was; the order of the priors counts
+    if (folder / MANIFEST).exists() and identity(read_manifest(folder)) != identity(content):
         problem = "holds probabilities of another model, stage or version, or computed on another device"
         raise UsageError(f"{folder} {problem}; choose another folder")
     _MANIFEST.write(folder / MANIFEST, content)
@@ -165,11 +166,6 @@ def refuse_case_overwrite(folder: Path, cases: Iterable[str]) -> None:
         refuse_overwrite(folder / f"{case}.json", "probabilities")
         if not (folder / MANIFEST).exists():  # arrays have no mark
             refuse_overwrite(folder / f"{case}.npy", "probabilities")
-
-
-def is_made_by(folder: Path, content: Mapping[str, Any]) -> bool:
-    """Whether a folder's manifest equals this one, wherever the model was; the order of the priors counts."""
-    return identity(read_manifest(folder)) == identity(content)
 
 
 def read_manifest(folder: Path) -> ProbabilitiesManifest:
