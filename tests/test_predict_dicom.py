@@ -96,7 +96,7 @@ def test_the_table_gives_a_reason_for_each_series(predicted: Path) -> None:
     assert sorted(row["reason"] for row in rows if row["chosen"] == "no") == ["a scout", "not a CT (MR)"]
 
 
-@pytest.mark.parametrize("options", ["", "--anonymous", "--identifiers"])
+@pytest.mark.parametrize("options", ["", "--anonymous", "--keep-identifiers"])
 def test_only_dicom_output_identifies_the_patient_unless_asked(
     trained: Path, archive: Path, predicted: Path, tmp_path: Path, options: str
 ) -> None:
@@ -109,7 +109,7 @@ def test_only_dicom_output_identifies_the_patient_unless_asked(
     files = [path for folder in (out, pages) for path in folder.rglob("*")]
     assert {path.suffix for path in files} >= {".gz", ".json", ".png", ".csv", ".dcm", ".html"}
     telling = {path.name for path in files for word in WORDS if word in contents(path) + path.name.encode()}
-    names = {"": SEG_SR, "--anonymous": [], "--identifiers": [*SEG_SR, "series.csv"]}[options]
+    names = {"": SEG_SR, "--anonymous": [], "--keep-identifiers": [*SEG_SR, "series.csv"]}[options]
     assert telling == {one(out, name).name for name in names}
 
 
@@ -132,12 +132,6 @@ def test_a_segmentation_is_measured_and_shown_as_its_nifti_file(
     assert not [word for path in (tmp_path / "report").iterdir() for word in WORDS if word in path.read_bytes()]
     alone = kitseg(tmp_path, "measure", "seg/Zwiebelfisch")
     assert alone.code == 0, alone.text
-
-
-def test_the_former_option_names_its_replacements(tmp_path: Path) -> None:
-    done = kitseg(tmp_path, "predict", "scans", "--keep-identifiers")
-    assert done.code == 2
-    assert all(option in done.text for option in ("--anonymous", "--identifiers"))
 
 
 def test_the_same_scan_shuffled_or_with_a_slice_missing(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kitseg import config
+from kitseg.labels import CYST, TUMOR
 from kitseg.links.regions import AroundForeground, RegionContext
 from kitseg.losses.dice import DiceCrossEntropy
 from kitseg.nets.residual_unet import ResidualUNet, from_nnunet
@@ -49,9 +50,48 @@ def test_dice_and_cross_entropy_over_the_batch() -> None:
     assert float(DiceCrossEntropy()(logits, target)) == pytest.approx(expected)
 
 
+def test_rare_and_absent_classes_by_hand() -> None:
+    p = torch.tensor([[0.7, 0.5, 0.2, 0.1], [0.2, 0.4, 0.7, 0.6], [0.1, 0.1, 0.1, 0.3]])  # the third class is absent
+    kidney = [1 - (2 * 1.3 + 1) / (1.9 + 2 + 1), -(math.log(0.7) + math.log(0.6)) / 2]
+    everywhere = -(math.log(0.7) + math.log(0.5) + math.log(0.7) + math.log(0.6)) / 4
+    expected = everywhere + (kidney[0] + 0.3 * kidney[1] + 0.6 / (0.6 + 0.5 * 4)) / 2
+    found = DiceCrossEntropy(rare=0.3, absent=0.5)(p.log()[None, :, None], torch.tensor([[[0, 0, 1, 1]]]))
+    assert float(found) == pytest.approx(expected)
+
+
+def test_rare_classes_are_pulled_and_absent_ones_pushed_harder() -> None:
+    """A cyst of 8 of 4096 voxels that the network denies, and false tumor in 100 of them."""
+    target = torch.zeros(1, 16, 16, 16, dtype=torch.int64)
+    target[0, :2, :2, :2] = CYST
+    logits = torch.tensor([4.0, 0, 0, -4])[None, :, None, None, None].repeat(1, 1, 16, 16, 16)
+    logits[0, TUMOR].view(-1)[-100:] = 4
+    gradients = []
+    for loss in (DiceCrossEntropy(), DiceCrossEntropy(rare=0.15, absent=0.01)):
+        x = logits.clone().requires_grad_()
+        loss(x, target).backward()
+        gradients.append([float(-x.grad[0, CYST, 0, 0, 0]), float(x.grad[0, TUMOR, 15, 15, 15])])
+    (cyst, tumor), (pulled, pushed) = gradients
+    assert pulled > 10 * cyst > 0
+    assert pushed > 1.5 * tumor > 0
+
+
 def test_a_class_that_is_in_neither_costs_nothing() -> None:
     logits = torch.tensor([40.0, -40.0, -40.0])[None, :, None, None, None].expand(1, 3, 2, 2, 2)
-    assert float(DiceCrossEntropy()(logits, torch.zeros(1, 2, 2, 2, dtype=torch.int64))) == pytest.approx(0, abs=1e-6)
+    for loss in (DiceCrossEntropy(), DiceCrossEntropy(rare=0.5, absent=0.001)):
+        assert float(loss(logits, torch.zeros(1, 2, 2, 2, dtype=torch.int64))) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_rate_falls_over_a_stages_own_epochs() -> None:
+    for change in ("stages.*.epochs=3", "stages.masses.epochs=3", "size.epochs=3"):
+        spec = config.method_of(config.compose("resenc", "tiny", [change])).stages["masses"]
+        stage = Stage.of(spec)
+        rate = stage.configure_optimizers()["lr_scheduler"]["scheduler"]
+        rates = [rate.get_last_lr()[0]]
+        for _ in range(spec.epochs):
+            rate.optimizer.step()
+            rate.step()
+            rates.append(rate.get_last_lr()[0])
+        assert [r / rates[0] for r in rates] == pytest.approx([1, (2 / 3) ** 0.9, (1 / 3) ** 0.9, 0])
 
 
 def test_the_box_around_the_kidneys_has_its_margin_in_millimetres() -> None:
@@ -80,5 +120,6 @@ def test_each_part_can_be_taken_away() -> None:
     assert not make_feed(spec, seed=0, workers=0).augmentation
     assert made["trainer"]["ema"] is None
     logits, target = torch.randn(1, 3, 8, 8, 8), torch.zeros(1, 8, 8, 8, dtype=torch.int64)
-    alone, stage = DiceCrossEntropy()(logits, target), Stage.of(spec)
+    stage = Stage.of(spec)
+    alone = stage.loss.loss(logits, target)
     assert float(stage.loss([logits[..., ::4, ::4, ::4], logits[..., ::2, ::2, ::2], logits], target)) == float(alone)

@@ -33,9 +33,10 @@ R = TypeVar("R", bound="Result")
 
 def _current_name(option: str) -> str:
     """An option's name; those of kitseg 0.1 still work."""
-    if option == "convention":
-        console.print_plain("--convention is now --labels")
-    return {"convention": "labels", "inner-folds": "nested-folds"}.get(option, option)
+    now = {"convention": "labels", "keep-identifiers": "identifiers", "inner-folds": "nested-folds"}.get(option, option)
+    if now != option:
+        console.print_plain(f"--{option} is now --{now}")
+    return now
 
 
 app = typer.Typer(

@@ -30,12 +30,6 @@ def _unpack(context: typer.Context, paths: list[Path]) -> list[Path]:
     return context.with_resource(unpacked(paths)) if any(path.suffix.lower() == ".zip" for path in paths) else paths
 
 
-def _keep_identifiers(given: bool) -> None:
-    if given:
-        replacement = "DICOM output keeps patient and study unless --anonymous; --identifiers adds them to series.csv"
-        raise UsageError(f"--keep-identifiers no longer exists: {replacement}")
-
-
 @app.command(epilog="Example: kitseg infer --run runs/two-phase-small --stage fine.1 --data data -o probabilities")
 def infer(
     run: Annotated[
@@ -174,7 +168,6 @@ def predict(
     identifiers: Annotated[
         bool, typer.Option("--identifiers", help="Add patient ID, UIDs, description and folder to series.csv.")
     ] = False,
-    removed: Annotated[bool, typer.Option("--keep-identifiers", hidden=True, callback=_keep_identifiers)] = False,
     scheme: opt.Labels = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kitseg.losses.cross_entropy import CrossEntropy
 from kitseg.losses.one_hot import one_hot
 
 
@@ -40,18 +40,25 @@ class SoftDice(nn.Module):
 class DiceCrossEntropy(nn.Module):
     """Sum of cross-entropy and soft Dice loss over the foreground classes, with sums over the whole batch.
 
-    L = mean(−log p of the true class) + 1 − (1/F) Σ_c (2 Σ p·g + smooth) / (Σ p + Σ g + smooth), p = softmax of the
-    logits, c the F foreground classes, inner sums over all pixels of the batch.
+    L = mean(−log p of the true class) + (1/F) Σ_c (D_c + rare · C_c), p = softmax of the logits, c the F foreground
+    classes, N pixels of the batch, all inner sums over them.
 
-    nnU-Net (Isensee et al. 2021, online methods, "loss function"), in its form over the batch.
+    A class in the batch: D_c = 1 − (2 Σ p·g + smooth) / (Σ p + Σ g + smooth), and C_c the mean of −log p_c over its own
+    pixels. Without C_c a class of few pixels is hardly learned: softmax is flat where p_c is near 0, and so is D_c.
+    A class that the batch lacks: C_c = 0, and D_c the same, which nearly vanishes for any prediction of many pixels;
+    or with ``absent``, D_c = Σ p / (Σ p + absent · N).
+
+    nnU-Net (Isensee et al. 2021, online methods, "loss function"), in its form over the batch, is rare = absent = 0.
 
     Args:
         smooth: added to numerator and denominator, so that a class missing in batch and prediction costs nothing.
+        rare: weight of the cross-entropy of each class alone.
+        absent: share of the pixels at which the prediction of a class that the batch lacks costs 1/2; 0: see above.
     """
 
-    def __init__(self, smooth: float = 1.0) -> None:
+    def __init__(self, smooth: float = 1.0, rare: float = 0.0, absent: float = 0.0) -> None:
         super().__init__()
-        self.smooth, self.cross_entropy = smooth, CrossEntropy()
+        self.smooth, self.rare, self.absent = smooth, rare, absent
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar.
@@ -63,11 +70,16 @@ class DiceCrossEntropy(nn.Module):
         Raises:
             ValueError: the shapes don't match.
         """
-        p = logits.float().softmax(dim=1)
-        p, g = (x.movedim(1, 0).flatten(1)[1:] for x in (p, one_hot(target, p)))
-        dice = (2 * (p * g).sum(1) + self.smooth) / (p.sum(1) + g.sum(1) + self.smooth)
-        loss: Tensor = self.cross_entropy(logits, target)
-        return loss + 1 - dice.mean()
+        log_p = logits.float().log_softmax(dim=1)
+        log_p, g = (x.movedim(1, 0).flatten(1) for x in (log_p, one_hot(target, log_p)))
+        true, each, pixels = g.sum(1), -(g * log_p).sum(1), g.shape[1]
+        p, g, present = log_p[1:].exp(), g[1:], true[1:]
+        found = p.sum(1)
+        lost = 1 - (2 * (p * g).sum(1) + self.smooth) / (found + present + self.smooth)
+        if self.absent:
+            lost = torch.where(present > 0, lost, found / (found + self.absent * pixels))
+        own = each[1:] / present.clamp(min=1)
+        return each.sum() / pixels + (lost + self.rare * own).mean()
 
 
 class BCEDice(nn.Module):
