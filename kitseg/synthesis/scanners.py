@@ -9,6 +9,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
+from kitseg.augmentation import intensity
 from kitseg.synthesis.fields import Vector, blur, upsampled, white
 from kitseg.synthesis.habitus import AIR
 
@@ -67,11 +68,9 @@ def streaks(hu: Tensor, spacing: Vector, rng: Generator) -> Tensor:
     return hu + strength[:, None, None] * pattern * (hu > -400)
 
 
-def gamma(hu: Tensor, rng: Generator, low: float = -200, high: float = 350) -> Tensor:
-    """HU between low and high on another curve."""
-    exponent = float(np.exp(rng.uniform(-0.2, 0.2)))
-    between = ((hu - low) / (high - low)).clamp(0, 1)
-    return torch.where((hu > low) & (hu < high), low + (high - low) * between**exponent, hu)
+def gamma(hu: Tensor, rng: Generator) -> Tensor:
+    """HU (D, H, W) on another curve."""
+    return intensity.gamma(hu[None, None], hu.new_tensor([np.exp(rng.uniform(-0.2, 0.2))]))[0, 0]
 
 
 def out_of_view(points: Tensor, width: float, rng: Generator) -> Tensor:
