@@ -34,8 +34,8 @@ def show_followup(results: Sequence[Followed]) -> None:
         table.add_section()
     console.out.print(table)
     console.print_line(
-        "least ml: what the grids of two scans make of an unchanged lesion; outlines of different readers or networks "
-        "differ more. mean Ø: diameter of a ball of the same volume. For research use only."
+        "least ml: the smallest change of volume that exceeds the effect of the scans' grids; outlines of different "
+        "readers or networks differ more. mean Ø: diameter of a ball of the same volume. For research use only."
     )
 
 
@@ -85,7 +85,7 @@ def show_function(results: Sequence[Measured]) -> None:
         return
     console.out.print(table)
     console.print_line(
-        "eGFR after surgery, ml/min/1.73 m². volume: 1.24 × eGFR × the other kidney's share of parenchyma (radical), "
+        "eGFR after surgery in ml/min/1.73 m². volume: 1.24 × eGFR × the other kidney's share of parenchyma (radical), "
         "0.89 × eGFR (partial); clinical: from eGFR, age, size and diabetes; both: their mean, with its 90 % interval. "
         "margin: parenchyma within it, and its share of the eGFR. For research use only."
     )

@@ -68,7 +68,8 @@ def plan_followups(
     if not pairs:
         raise UsageError(f"{before} and {after} have no case of the same name. Rename the files of one date")
     if dates and len(pairs) > 1:
-        raise UsageError("--dates are those of one patient. Give two files, or DICOM scans, which hold their dates")
+        remedy = "Give two files, or DICOM scans with --ct, which state their dates"
+        raise UsageError(f"--dates is for one patient, but there are {len(pairs)}. {remedy}")
     tasks = []
     for name, other in pairs.items():
         page = to.absolute() / page_name(name if name == other else f"{name}-{other}")

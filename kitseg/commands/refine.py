@@ -131,7 +131,7 @@ def _probabilities(folder: Path | None, case: str, shape: tuple[int, ...]) -> di
         return {}
     block, found = read_block(folder, case), {}
     if block.geometry.shape != shape:
-        raise InputError(folder, f"the probabilities of {case} are of another scan", "Make them again")
+        raise InputError(folder, f"its probabilities of {case} are of another scan", "Run `kitseg infer` on this scan")
     for name in block.channels:
         if name in CLASSES:
             whole = found[CLASSES[name]] = np.zeros(shape, np.float16)
