@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import kitseg
 from method_runs import quick
+from nifti_files import stored_case
 from torch import Tensor
 
 from kitseg import config
 from kitseg.augmentation import intensity, spatial
 from kitseg.augmentation.batched import Augmentation
 from kitseg.errors import UsageError
-from kitseg.labels import KITS19
 from kitseg.links.guides import GuidedByForeground
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
@@ -26,9 +26,7 @@ from kitseg.patches.queue import seeded
 from kitseg.patches.samplers import ForegroundSampler, PaddedSampler, SliceSampler
 from kitseg.patches.subjects import StageInput
 from kitseg.training.fit import make_feed
-from kitseg.types import Box, Case, Geometry, Grid, Triple
-from kitseg.volumes.nifti import write_image, write_labels
-from kitseg.volumes.store import CaseFiles, store_case
+from kitseg.types import Box, Geometry, Triple
 
 NOTHING: dict[str, Any] = {field.name: 0 if field.name == "mirror" else (0, 1, 1) for field in fields(Augmentation)}
 SIZE: Triple = (8, 12, 10)
@@ -202,15 +200,13 @@ def test_blur_and_coarse_voxels_keep_the_mean() -> None:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two cases with a bright kidney."""
     root, native = tmp_path_factory.mktemp("stored"), Geometry((14, 30, 30), np.diag([-2.0, -1, 1, 1])[[2, 1, 0, 3]])
+    found = []
     for number in range(2):
         label = np.zeros(native.shape, np.uint8)
         label[3:11, 8:22, 6 + number : 20], label[5:8, 10:14, 9:13] = 1, 2
         hu = np.random.default_rng(number).normal(0, 20, native.shape) + 150 * (label > 0)
-        write_image(root / f"{number}.nii.gz", hu.astype(np.int16), native)
-        write_labels(root / f"{number}_label.nii.gz", label, native)
-        case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        store_case(CaseFiles(case, KITS19), root / case.id, Grid())
-    return sorted(path for path in root.iterdir() if path.is_dir())
+        found.append(stored_case(root, hu, label, native, number))
+    return found
 
 
 def batches(folders: list[Path], sampler: PaddedSampler, batch: int, workers: int = 0) -> list[Any]:

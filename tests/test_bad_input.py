@@ -253,19 +253,6 @@ def test_two_scans_with_one_name_are_refused(trained: Path, tmp_path: Path) -> N
     assert all(path in result.text.replace("\n", "") for path in paths)
 
 
-def test_a_damaged_checkpoint_is_named(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(trained / "runs", tmp_path / "runs")
-    for path in (tmp_path / "runs").glob("*/fold_0/fine/best/*.ckpt"):
-        path.write_bytes(path.read_bytes()[:1000])
-    scan = str(trained / "test" / "case_00000")
-    result = kitseg(tmp_path, "predict", scan, MODEL)
-    assert result.code == 1
-    assert ".ckpt: has changed or is damaged" in result.text
-    assert "Traceback" not in result.text
-
-
 def test_an_output_that_is_a_file(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     result = kitseg(trained, "predict", "test/case_00000", "-o", str(tmp_path / "out"), MODEL)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 import yaml
 from bundles import WEIGHTS, Files, pack
-from conftest import kitseg
+from conftest import kitseg, serving
 from huggingface_hub import constants
 from method_runs import labels_of, read
 
@@ -237,16 +236,11 @@ def _point_to(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(content: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.bundle, server.stated, server.asked = pack(tmp_path / "x.kitseg", content).read_bytes(), None, 0
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    _point_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+    bundle = pack(tmp_path / "x.kitseg", content).read_bytes()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub, bundle=bundle, stated=None, asked=0) as server:
+        _point_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
+        yield server
 
 
 ADDRESS = "hf://owner/name@v1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from conftest import serving
 
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.types import Geometry
@@ -72,18 +72,11 @@ def server(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     noise = np.random.default_rng(0).integers(-1000, 1000, NATIVE.shape[::-1]).astype(np.int16)
     nifti.write_image(tmp_path / "image.nii.gz", noise, NATIVE)
     nifti.write_labels(tmp_path / "labels.nii.gz", (noise > 900).astype(np.uint8), NATIVE)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.breaks, server.log = {"/data/kits.json": b"[]"}, set(), []
-    for case in (0, 1):
-        server.files[label_path(case)] = (tmp_path / "labels.nii.gz").read_bytes()
-    for case in (0, 1, 210):
-        server.files[image_path(case)] = (tmp_path / "image.nii.gz").read_bytes()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    files = {"/data/kits.json": b"[]"}
+    files |= {label_path(case): (tmp_path / "labels.nii.gz").read_bytes() for case in (0, 1)}
+    files |= {image_path(case): (tmp_path / "image.nii.gz").read_bytes() for case in (0, 1, 210)}
+    with serving(Handler, files=files, breaks=set(), log=[]) as server:
+        yield server
 
 
 def label_path(case: int) -> str:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nifti_files import stored_case
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kitseg.inference.channels import label_ids
-from kitseg.labels import KITS19
 from kitseg.links.guides import GuidedByForeground, SliceGate, dilate, recall_threshold
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
@@ -24,9 +24,7 @@ from kitseg.patches.samplers import ForegroundSampler, SliceSampler
 from kitseg.patches.subjects import CaseSubjects, StageInput, transform_patch
 from kitseg.stages.guided_unetpp import GuidedUNetPlusPlus
 from kitseg.stages.slice_classifier import SliceClassifier
-from kitseg.types import Box, Case, Geometry, Grid
-from kitseg.volumes.nifti import write_image, write_labels
-from kitseg.volumes.store import CaseFiles, store_case
+from kitseg.types import Box, Geometry
 
 few = settings(max_examples=25, deadline=None)
 HU = ClipScale(-1000, 1000, 1000)
@@ -185,14 +183,11 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageInput]:
     numbers = np.arange(6 * 8 * 8).reshape(native.shape)
     label = np.zeros(native.shape, np.uint8)
     label[2:4, 3:6, 3:6] = 1
-    write_image(root / "ct.nii.gz", numbers.astype(np.int16), native)
-    write_labels(root / "label.nii.gz", label, native)
-    case = Case("case_00000", root / "ct.nii.gz", root / "label.nii.gz")
-    store_case(CaseFiles(case, KITS19), root / "case", Grid())
     mask = np.zeros(native.shape)
     mask[1:5] = 1
     np.save(root / "guide.npy", np.stack([numbers / 512, mask]).astype(np.float16))
-    return root / "case", StageInput(Box((0, 0, 0), native.shape), root / "guide.npy")
+    case = stored_case(root, numbers, label, native)
+    return case, StageInput(Box((0, 0, 0), native.shape), root / "guide.npy")
 
 
 @pytest.mark.parametrize("patch_size", [(3, 4, 4), (10, 12, 12)])

@@ -74,7 +74,8 @@ def test_each_head_of_each_stage_can_be_inferred(folder: Path, method: str) -> N
             options = (f"--run={run_of(method)}/fold_0", f"--stage={name}.{head}", "--data=test/case_00000")
             inferred = kitseg(folder, "infer", *options, "-o", str(out))
             assert inferred.code == 0, inferred.text
-            assert read(out / "manifest.json")["channels"] == list(spec.channels)
+            manifest = read(out / "manifest.json")
+            assert (manifest["stage"], manifest["channels"]) == (f"{name}.{head}", list(spec.channels))
             block = np.load(out / "case_00000.npy").astype(np.float32)
             assert block.shape == (len(spec.channels), *box_size(out / "case_00000.json"))
             assert ((block >= 0) & (block <= 1)).all()

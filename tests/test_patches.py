@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torchio as tio
+from nifti_files import stored_case
 from scipy import ndimage
 
 from kitseg.errors import KitsegError
-from kitseg.labels import KITS19
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.patches.datamodule import Feed, StageCases, StageData, WholeCases, batch_per_rank, steps_per_batch
@@ -22,9 +22,8 @@ from kitseg.patches.elastic import ElasticSlices
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import ForegroundSampler, PaddedSampler, RegionSampler, SliceSampler, patch_of
 from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of, transform_patch
-from kitseg.types import Box, Case, Geometry, Grid
-from kitseg.volumes.nifti import write_image, write_labels
-from kitseg.volumes.store import CaseFiles, open_case, store_case
+from kitseg.types import Box, Geometry, Grid
+from kitseg.volumes.store import open_case
 
 IDENTITY = InputTransform(ClipScale(-1000, 1000, 1000), None)
 TO_INPUT = partial(transform_patch, transform=IDENTITY)
@@ -39,15 +38,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     found = []
     for number in range(4):
         native = Geometry((12, 10, 11), affine)
-        hu = (np.arange(12 * 10 * 11).reshape(native.shape) % 900 + number).astype(np.int16)
+        hu = np.arange(12 * 10 * 11).reshape(native.shape) % 900 + number
         label = np.zeros(native.shape, np.uint8)
         label[4:6, 5, 6] = 1
         label[9, 2, 3] = 2
-        write_image(root / f"{number}.nii.gz", hu, native)
-        write_labels(root / f"{number}_label.nii.gz", label, native)
-        case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(CaseFiles(case, KITS19), root / "grid" / case.id, Grid(2.0, 2.0))
-        found.append(root / "grid" / case.id)
+        found.append(stored_case(root, hu, label, native, number, Grid(2.0, 2.0)))
     return found
 
 
@@ -229,11 +224,7 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         label[:, 8 + number : 28, 10:20] = 1
         label[3, 12:20, 14:18] = 2
         hu = 100 * np.arange(5).reshape(5, 1, 1) + 50 * (label > 0)
-        write_image(root / f"{number}.nii.gz", hu.astype(np.int16), native)
-        write_labels(root / f"{number}_label.nii.gz", label, native)
-        case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(CaseFiles(case, KITS19), root / case.id, Grid())
-        found.append(root / case.id)
+        found.append(stored_case(root, hu, label, native, number))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import settings
+from nifti_files import case_files, stored_case
 from numpy.typing import NDArray
 
 from kitseg import config
@@ -23,7 +24,7 @@ from kitseg.patches.queue import PatchQueue
 from kitseg.patches.samplers import SliceSampler
 from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of, transform_patch
 from kitseg.types import Box, Case, Geometry, Grid, Triple, Volume
-from kitseg.volumes.nifti import write_image, write_labels
+from kitseg.volumes.nifti import write_image
 from kitseg.volumes.resample import grid_geometry
 from kitseg.volumes.store import CaseFiles, image_on_grid, open_case, statistics, store_bytes, store_case
 
@@ -49,12 +50,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         label = np.zeros(native.shape, np.uint8)
         label[[letter != "." for letter in held], 2, 3:5] = 1
         label[[letter == "t" for letter in held], 2, 4] = 2
-        hu = np.random.default_rng(number).integers(-900, 900, native.shape).astype(np.int16)
-        write_image(root / f"{number}.nii.gz", hu, native)
-        write_labels(root / f"{number}_label.nii.gz", label, native)
-        case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        assert store_case(CaseFiles(case, KITS19), root / case.id, Grid())
-        found.append(root / case.id)
+        hu = np.random.default_rng(number).integers(-900, 900, native.shape)
+        found.append(stored_case(root, hu, label, native, number))
     return found
 
 
@@ -277,9 +274,7 @@ def test_a_case_on_a_square_of_pixels(tmp_path: Path) -> None:
     native = lattice((4, 6, 9), (5.0, 1.0, 1.0))
     label = np.zeros(native.shape, np.uint8)
     label[1, 2, 4], label[3, 5, 8] = 2, 1
-    write_image(tmp_path / "ct.nii.gz", np.zeros(native.shape, np.int16), native)
-    write_labels(tmp_path / "label.nii.gz", label, native)
-    case, grid = Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), Grid(pixels=18)
+    case, grid = case_files(tmp_path, np.zeros(native.shape), label, native), Grid(pixels=18)
     assert store_case(CaseFiles(case, KITS19), tmp_path / "case", grid)
     assert not store_case(CaseFiles(case, KITS19), tmp_path / "case", grid)
     stored = open_case(tmp_path / "case")
@@ -304,11 +299,9 @@ def test_a_cases_files_serve_all_its_grids(tmp_path: Path) -> None:
     """The second grid is made of what the first one read: the files aren't there any more."""
     native = lattice((2, 4, 4))
     hu = np.arange(32, dtype=np.int16).reshape(native.shape)
-    write_image(tmp_path / "ct.nii.gz", hu, native)
-    write_labels(tmp_path / "label.nii.gz", np.ones(native.shape, np.uint8), native)
-    files = CaseFiles(Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz"), KITS19)
+    files = CaseFiles(case_files(tmp_path, hu, np.ones(native.shape, np.uint8), native), KITS19)
     assert store_case(files, tmp_path / "own", Grid())
-    (tmp_path / "label.nii.gz").write_bytes(b"")
+    files.case.label.write_bytes(b"")
     assert store_case(files, tmp_path / "square", Grid(pixels=2))
     assert np.array_equal(open_case(tmp_path / "own").image, hu)
     assert open_case(tmp_path / "square").image[0].tolist() == [[2, 4], [10, 12]]  # 2.5, 4.5, 10.5 and 12.5, rounded
@@ -319,9 +312,6 @@ def test_a_case_that_is_stored_again_is_seen_by_its_subjects(tmp_path: Path) -> 
     native = lattice((2, 4, 4))
     subjects = None
     for value in (1, 2):
-        write_image(tmp_path / "ct.nii.gz", np.full(native.shape, value, np.int16), native)
-        write_labels(tmp_path / "label.nii.gz", np.ones(native.shape, np.uint8), native)
-        case = Case("case_00000", tmp_path / "ct.nii.gz", tmp_path / "label.nii.gz")
-        assert store_case(CaseFiles(case, KITS19), tmp_path / "case", Grid())
-        subjects = subjects or CaseSubjects({tmp_path / "case": StageInput(Box((0, 0, 0), native.shape))})
+        folder = stored_case(tmp_path, np.full(native.shape, value), np.ones(native.shape, np.uint8), native)
+        subjects = subjects or CaseSubjects({folder: StageInput(Box((0, 0, 0), native.shape))})
         assert subjects[0]["image"].data.unique().tolist() == [value]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from nifti_files import stored_case
 from torch import nn
 
 from kitseg.errors import UsageError
 from kitseg.inference.windows import SlidingWindow
-from kitseg.labels import KITS19
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.models.weights import Checkpoint
@@ -23,9 +23,7 @@ from kitseg.patches.subjects import StageInput
 from kitseg.stages.base import Stage
 from kitseg.stages.bfloat16 import small_convolutions_in_float32
 from kitseg.stages.model import StageModel
-from kitseg.types import Box, Case, Geometry, Grid
-from kitseg.volumes.nifti import write_image, write_labels
-from kitseg.volumes.store import CaseFiles, store_case
+from kitseg.types import Box, Geometry
 
 CHANNELS = ["background", "kidney", "tumor"]
 CONV = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 3, "padding": 1}
@@ -45,11 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> StageData:
     for number in range(2):
         label = np.zeros(native.shape, np.uint8)
         label[1:4, 2:8, 3 + number : 9], label[2, 4:6, 4:6] = 1, 2
-        write_image(root / f"{number}.nii.gz", np.where(label > 0, 200, -100).astype(np.int16), native)
-        write_labels(root / f"{number}_label.nii.gz", label, native)
-        case = Case(f"case_{number:05d}", root / f"{number}.nii.gz", root / f"{number}_label.nii.gz")
-        store_case(CaseFiles(case, KITS19), root / case.id, Grid())
-        folders.append(root / case.id)
+        folders.append(stored_case(root, np.where(label > 0, 200, -100), label, native, number))
     place = StageInput(Box((0, 0, 0), native.shape))
     sampler, transform = ForegroundSampler((4, 8, 8), 0.5, 5), InputTransform(ClipScale(-200, 200, 200), None)
     feed = Feed(sampler, (), transform, batch=2, micro_batch_size=2, seed=0, workers=0)
