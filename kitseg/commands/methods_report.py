@@ -28,15 +28,6 @@ _TRAINING = (("batch of {}", "batch"), ("{} epochs", "epochs"), ("precision {}",
 
 
 @dataclass(frozen=True)
-class Item:
-    """An item of CLAIM (Mongan, Moy and Kahn, Radiology: Artificial Intelligence 2020), and what is known."""
-
-    number: int
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
 class RunFacts:
     """The files of a run, None where one is missing: an exported model has no split and no scores.
 
@@ -104,38 +95,41 @@ def _paragraph(facts: RunFacts) -> str:
     return " ".join(sentence.strip() for sentence in sentences if sentence and UNKNOWN not in sentence)
 
 
-def _items(facts: RunFacts) -> list[Item]:
-    """The items of CLAIM that are about data, reference, model, training, evaluation and results."""
+def _items(facts: RunFacts) -> list[tuple[int, str, str]]:
+    """The items of CLAIM (Mongan, Moy and Kahn, Radiology: Artificial Intelligence 2020), and what is known of each.
+
+    Those about data, reference, model, training, evaluation and results.
+    """
     return [
-        Item(5, "Prospective or retrospective", UNKNOWN),
-        Item(7, "Data sources", _data(facts)),
-        Item(8, "Eligibility criteria", UNKNOWN),
-        Item(9, "Data preprocessing", _preprocessing(facts)),
-        Item(11, "Data elements", f"Labels: {config.method_of(facts.configuration).labels}."),
-        Item(12, "De-identification", UNKNOWN),
-        Item(13, "Missing data", _from(facts.scores, _missing)),
-        Item(14, "Reference standard", "The label maps of the cases; how they were drawn: not recorded."),
-        Item(16, "Annotators and their qualification", UNKNOWN),
-        Item(17, "Annotation tools", UNKNOWN),
-        Item(18, "Variability between and within readers", UNKNOWN),
-        Item(19, "Sample size, how it was determined", UNKNOWN),
-        Item(20, "Assignment of data to partitions", _partitions(facts)),
-        Item(21, "Level at which partitions are disjoint", _from(facts.split, _disjoint)),
-        Item(22, "Model", f"{_networks(facts)}. All settings: config.yaml of the run."),
-        Item(23, "Software and versions", _software(facts)),
-        Item(24, "Initialization", _initialization(facts)),
-        Item(25, "Training", _training(facts)),
-        Item(26, "Selection of the final model", _selection(facts)),
-        Item(27, "Ensembling", _ENSEMBLING),
-        Item(28, "Metrics", _from(facts.scores, _metrics)),
-        Item(29, "Uncertainty and significance", _from(facts.scores, lambda _: _UNCERTAINTY)),
-        Item(30, "Robustness", _strata(facts)),
-        Item(31, "Explainability", UNKNOWN),
-        Item(32, "External data", UNKNOWN),
-        Item(33, "Flow of cases", _from(facts.scores, _flow)),
-        Item(34, "Demographic and clinical characteristics", UNKNOWN),
-        Item(35, "Performance", _from(facts.scores, _performance)),
-        Item(37, "Failures", _from(facts.scores, _failures)),
+        (5, "Prospective or retrospective", UNKNOWN),
+        (7, "Data sources", _data(facts)),
+        (8, "Eligibility criteria", UNKNOWN),
+        (9, "Data preprocessing", _preprocessing(facts)),
+        (11, "Data elements", f"Labels: {config.method_of(facts.configuration).labels}."),
+        (12, "De-identification", UNKNOWN),
+        (13, "Missing data", _from(facts.scores, _missing)),
+        (14, "Reference standard", "The label maps of the cases; how they were drawn: not recorded."),
+        (16, "Annotators and their qualification", UNKNOWN),
+        (17, "Annotation tools", UNKNOWN),
+        (18, "Variability between and within readers", UNKNOWN),
+        (19, "Sample size, how it was determined", UNKNOWN),
+        (20, "Assignment of data to partitions", _partitions(facts)),
+        (21, "Level at which partitions are disjoint", _from(facts.split, _disjoint)),
+        (22, "Model", f"{_networks(facts)}. All settings: config.yaml of the run."),
+        (23, "Software and versions", _software(facts)),
+        (24, "Initialization", _initialization(facts)),
+        (25, "Training", _training(facts)),
+        (26, "Selection of the final model", _selection(facts)),
+        (27, "Ensembling", _ENSEMBLING),
+        (28, "Metrics", _from(facts.scores, _metrics)),
+        (29, "Uncertainty and significance", _from(facts.scores, lambda _: _UNCERTAINTY)),
+        (30, "Robustness", _strata(facts)),
+        (31, "Explainability", UNKNOWN),
+        (32, "External data", UNKNOWN),
+        (33, "Flow of cases", _from(facts.scores, _flow)),
+        (34, "Demographic and clinical characteristics", UNKNOWN),
+        (35, "Performance", _from(facts.scores, _performance)),
+        (37, "Failures", _from(facts.scores, _failures)),
     ]
 
 
