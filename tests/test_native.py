@@ -57,7 +57,7 @@ def leaky(x: Tensor, slope: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D"])
+@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23"])
 def test_convolution_is_pytorchs(kind: Kind, shape: tuple[int, int, int, tuple[int, ...]]) -> None:
     images, inputs, outputs, size = shape
     x, weight = noise(images, inputs, *size), kernel(kind, inputs, outputs)
@@ -68,7 +68,7 @@ def test_convolution_is_pytorchs(kind: Kind, shape: tuple[int, int, int, tuple[i
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D"])
+@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23"])
 def test_moments_of_a_convolution_far_from_zero(kind: Kind) -> None:
     """One of many blocks of tiles, with a mean of 30 deviations."""
     x, weight, bias = noise(1, 4, 9, 22, 41), kernel(kind, 4, 6), torch.full((6,), 30.0)
@@ -108,7 +108,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 
 def job(**changes: int) -> library.Convolution:
     """A convolution of 4 to 3 channels on 5 x 6 x 7 voxels in buffers that are exactly large enough."""
-    numbers = {"images": 1, "depth": 5, "height": 6, "width": 7, "channels_in": 4, "channels_out": 3}
+    numbers = {"images": 1, "depth": 5, "height": 6, "width": 7, "channels_in": 4, "channels_x": 4, "channels_out": 3}
     numbers |= {"pixel_in": 4, "pixel_out": 3, "kind": 3, "lanes": library.lanes(), "threads": 1}
     plan = library.Plan()
     library.call("plan", library.Convolution(**numbers), plan)
@@ -130,7 +130,7 @@ WRONG = [
     *({name: 0} for name in ("images", "depth", "height", "width", "channels_in", "channels_out", "threads", "lanes")),
     *({name: -1} for name in ("depth", "pixel_in", "kind", "threads")),
     *({name: 2**40} for name in ("images", "depth", "height", "width", "channels_in", "pixel_in", "pixel_out")),
-    {"kind": 4},
+    {"kind": 5},
     {"lanes": 32},
     {"pixel_out": 2},
     {"depth": 2**31, "height": 2**31, "width": 4},

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kitseg.inference.windows import Predict
 from kitseg.models.weights import Checkpoint
-from kitseg.native.library import describe, lanes
+from kitseg.native.library import describe, keep_memory, lanes
 from kitseg.runtime.console import print_plain
 
 # With this package installed, OpenVINO reports its import to Google Analytics.
@@ -130,6 +130,7 @@ class Winograd:
         from kitseg.native.compiled import compile_network  # torch.fx, which takes a moment to import
 
         model = weights.load()
+        keep_memory()
         try:
             network = compile_network(model, "logits", head)
         except Exception as error:  # a network of the user's own can make tracing raise anything

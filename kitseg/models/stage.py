@@ -18,7 +18,7 @@ from kitseg.links.regions import Region
 from kitseg.models.engines import Engine, OpenVino, Torch, Winograd, has_kernels, has_openvino
 from kitseg.models.run_folder import StageFolder
 from kitseg.models.weights import Checkpoint, allocate
-from kitseg.native.library import lanes
+from kitseg.native.library import lanes, release_memory
 from kitseg.stages.model import StageModel, build_model, build_window
 
 ENGINES = ("auto", "torch", "openvino", "winograd")
@@ -72,6 +72,8 @@ class TrainedStage:
             if not math.isfinite(float(values.sum())):
                 raise InputError(path, "predicts NaN or infinity", "Train again, or use --device cpu.")
             total = values if total is None else total.add_(values)
+        if isinstance(self.engine, Winograd):
+            release_memory()
         if total is None:
             raise ValueError("a trained stage has at least one checkpoint")
         return total.div_(len(self.checkpoints))

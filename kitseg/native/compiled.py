@@ -69,8 +69,28 @@ def compile_network(model: nn.Module, method: str, output: int) -> Callable[[Ten
             root.add_module(name, chain.layer(scratch) if chain.is_layer else _copy(modules[node]))
             chain.replace_by(name)
             done.update(chain.nodes)
+    _keep_parts(graph, root)
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+def _keep_parts(graph: fx.Graph, root: nn.Module) -> None:
+    """Give layers the two parts of a concatenation of channels instead of a copy, where only layers use it."""
+    for node in [*graph.nodes]:
+        if node.op != "call_function" or node.target is not torch.cat or not node.args:
+            continue
+        parts: Any = node.args[0]
+        channels = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0) == 1
+        if channels and len(parts) == 2 and all(_takes_parts(user, node, root) for user in node.users):
+            for user in [*node.users]:
+                user.args = tuple(tuple(parts) if arg is node else arg for arg in user.args)
+            graph.erase_node(node)
+
+
+def _takes_parts(user: fx.Node, joined: fx.Node, root: nn.Module) -> bool:
+    """Whether it is a layer that reads a concatenation by a kernel: as its input, or as what it adds."""
+    layer = root.get_submodule(str(user.target)) if user.op == "call_module" else None
+    return isinstance(layer, Layer) and (layer.native is not None or user.args[0] is not joined)
 
 
 class _Chain:

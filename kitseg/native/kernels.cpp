@@ -13,14 +13,15 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// A convolution. Pointers to bias, slope (of a leaky ReLU) and moments may be null; sizes are numbers of values.
+// A convolution. Pointers to bias, slope (of a leaky ReLU) and moments may be null; sizes are numbers of values. The
+// first channels_x channels of the input are those of x; the others, of another tensor, more.
 struct Job {
-  const float *x, *weights, *bias, *slope;
+  const float *x, *more, *weights, *bias, *slope;
   float *y, *scratch;
   double *moments;
-  long size_x, size_weights, size_bias, size_slope, size_y, size_scratch, size_moments;
-  long images, depth, height, width, channels_in, channels_out;
-  long pixel_in, pixel_out;  // values from a voxel to the next: the channels of the tensor that x or y is a part of
+  long size_x, size_more, size_weights, size_bias, size_slope, size_y, size_scratch, size_moments;
+  long images, depth, height, width, channels_in, channels_x, channels_out;
+  long pixel_in, pixel_more, pixel_out;  // values from a voxel to the next: channels of the tensor that x is a part of
   long kind, replicate;      // of KINDS; whether to pad with the edge instead of zeros
   long lanes, threads;       // floats a vector: 16 (AVX-512) or 8 (AVX2)
 };
@@ -31,19 +32,20 @@ struct Plan {
   long tiles_z, tiles_y, tiles_x, tiles, tiles_a_block, channels_in, panels, parts, panels_a_part;
 };
 
-// What follows a convolution, on voxels x channels. The pointers from shift on may be null, but see pointwise.h.
+// What follows a convolution, on voxels x channels. The pointers from shift on may be null, but see pointwise.h. The
+// first channels_residual channels of what is added are those of residual; the others, of another tensor, more.
 struct Pointwise {
   float *x;
-  const float *scale, *shift, *first, *second, *residual;
+  const float *scale, *shift, *first, *second, *residual, *more;
   double *moments;
-  long size_x, size_channels, size_residual, size_moments;  // size_channels: of scale, shift, first and second, each
-  long voxels, channels, lanes, threads;
+  long size_x, size_channels, size_residual, size_more, size_moments;  // size_channels: of scale, shift, first, second
+  long voxels, channels, channels_residual, lanes, threads;
 };
 
 struct Kind {
   long nz, mz, n, m;
 };
-constexpr Kind KINDS[] = {{6, 4, 6, 4}, {8, 4, 8, 4}, {6, 2, 6, 2}, {1, 1, 6, 4}};  // 3^3; 5^3; 5^3, few tiles; 1 x 3^2
+constexpr Kind KINDS[] = {{6, 4, 6, 4}, {8, 4, 8, 4}, {6, 2, 6, 2}, {1, 1, 6, 4}, {4, 2, 4, 2}};  // 3^3; 5^3; 5^3; 1 x 3^2; 3^3
 constexpr long LARGEST = 1L << 40, MOST_CHANNELS = 1L << 14, MOST_THREADS = 1024;
 
 constexpr int MASKS[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // and as many zeros: where lanes count, and where not
@@ -71,6 +73,11 @@ constexpr long SLAB = avx2::SLAB;
 
 static long ceiling(long a, long b) { return (a + b - 1) / b; }
 static bool between(long low, long x, long high) { return low <= x && x <= high; }
+
+// Whether the first channels of all can be those of one tensor, and the others those of a second one.
+static bool parts(long first, long channels, long lanes) {
+  return first == channels || (between(1, first, channels) && first % lanes == 0);
+}
 
 // The product of positive numbers; 0 if one isn't positive or the product is beyond LARGEST.
 static long product(std::initializer_list<long> factors) {
@@ -109,7 +116,7 @@ template <class What> static void parallel(long count, long threads, const What 
 
 EXPORT int kitseg_plan(const Job *job, Plan *plan) {
   const Job &j = *job;
-  if (!between(0, j.kind, 3) || !lanes_exist(j.lanes) || !between(1, j.threads, MOST_THREADS)) return -1;
+  if (!between(0, j.kind, 4) || !lanes_exist(j.lanes) || !between(1, j.threads, MOST_THREADS)) return -1;
   if (!between(1, j.channels_in, MOST_CHANNELS) || !between(1, j.channels_out, MOST_CHANNELS)) return -1;
   if (!product({j.images, j.depth, j.height, j.width, std::max(j.channels_in, j.channels_out)})) return -1;
   const Kind kind = KINDS[j.kind];
@@ -137,9 +144,14 @@ EXPORT int kitseg_convolve(const Job *job) {
   Plan plan;
   if (kitseg_plan(job, &plan)) return -1;
   long voxels = j.images * j.depth * j.height * j.width;
-  if (j.pixel_in < j.channels_in || j.pixel_out < j.channels_out) return -1;
+  long channels_more = j.channels_in - j.channels_x;
+  if (j.pixel_in < j.channels_x || j.pixel_out < j.channels_out || !parts(j.channels_x, j.channels_in, j.lanes)) return -1;
   long need_x = product({voxels, j.pixel_in}), need_y = product({voxels, j.pixel_out});
-  if (!need_x || !need_y || j.size_x < need_x - j.pixel_in + j.channels_in) return -1;
+  if (!need_x || !need_y || j.size_x < need_x - j.pixel_in + j.channels_x) return -1;
+  if (channels_more) {
+    long need = product({voxels, j.pixel_more});
+    if (!j.more || !need || j.pixel_more < channels_more || j.size_more < need - j.pixel_more + channels_more) return -1;
+  }
   if (j.size_y < need_y - j.pixel_out + j.channels_out || j.size_weights < plan.weights) return -1;
   if ((j.bias && j.size_bias < j.channels_out) || (j.slope && j.size_slope < j.channels_out)) return -1;
   if (j.moments && (j.images > 1 || j.size_moments < plan.blocks * 3 * j.channels_out)) return -1;
@@ -166,7 +178,9 @@ EXPORT int kitseg_moments(const Pointwise *job) {
 
 EXPORT int kitseg_affine(const Pointwise *job) {
   if (!fits(*job) || !job->scale || !job->shift || job->size_channels < job->channels) return -1;
-  if (job->residual && job->size_residual < job->voxels * job->channels) return -1;
+  long first = job->channels_residual, more = job->channels - first;
+  if (job->residual && (!parts(first, job->channels, job->lanes) || job->size_residual < job->voxels * first)) return -1;
+  if (job->residual && more && (!job->more || job->size_more < job->voxels * more)) return -1;
   auto affine = job->lanes == 16 ? avx512::affine : avx2::affine;
   parallel(ceiling(job->voxels, SLAB), job->threads, [&](long slab, long) { affine(*job, slab); });
   return 0;

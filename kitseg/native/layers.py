@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kitseg.native.pointwise import affine, moments
-from kitseg.native.winograd import F25, F43, F43_2D, F45, Convolution, Kind, Scratch, plan
+from kitseg.native.pointwise import Parts, affine, moments
+from kitseg.native.winograd import F23, F25, F43, F43_2D, F45, Convolution, Kind, Scratch, plan
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
-LARGEST = 40_000_000  # bytes of a layer's weights for F(4, 5); beyond, F(2, 5) has them in less than half as many
+LARGEST = (
+    40_000_000  # bytes of a layer's weights for F(4, 3) and F(4, 5); F(2, 3) and F(2, 5) have less than half as many
+)
 
 
 class Layer(nn.Module):
@@ -51,30 +54,40 @@ class Layer(nn.Module):
             self.native, conv = Convolution(weight, kind, conv.bias, early, conv.padding_mode == "replicate"), None
         self.convolution: Any = conv
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Parts, residual: Tensor | Parts | None = None) -> Tensor:
         """Run the layer on (N, C, D, H, W) or (N, C, H, W); the result has its channels last."""
-        if is_pointwise(self.convolution):
-            x = _linear(x, self.convolution.weight.flatten(1), self.convolution.bias)
-        elif self.convolution is not None:
-            x = self.convolution(x)
-        elif self.native is None:
-            x = x.clone()  # what follows works in place
-        if x.dim() == 5:
+        if self.native is None:
+            x = self._by_pytorch(_whole(x))
+        if _first(x).dim() == 5:
             return self._run(x, residual)
-        return self._run(x[:, :, None], None if residual is None else residual[:, :, None])[:, :, 0]
+        deep = _each(x, lambda part: part[:, :, None])
+        return self._run(deep, None if residual is None else _each(residual, lambda part: part[:, :, None]))[:, :, 0]
 
-    def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if isinstance(self.norm, INSTANCE_NORMS) and len(x) > 1:
-            rows = [None if residual is None else residual[i : i + 1] for i in range(len(x))]
-            return torch.cat([self._run(x[i : i + 1], row) for i, row in enumerate(rows)])
+    def _by_pytorch(self, x: Tensor) -> Tensor:
+        if is_pointwise(self.convolution):
+            return _linear(x, self.convolution.weight.flatten(1), self.convolution.bias)
+        found: Tensor = x.clone() if self.convolution is None else self.convolution(x)  # what follows works in place
+        return found
+
+    def _run(self, x: Tensor | Parts, residual: Tensor | Parts | None) -> Tensor:
+        images = len(_first(x))
+        if isinstance(self.norm, INSTANCE_NORMS) and images > 1:
+            rows = []
+            for i in range(images):
+                one: Callable[[Tensor], Tensor] = lambda part, i=i: part[i : i + 1]  # noqa: E731
+                rows.append(self._run(_each(x, one), None if residual is None else _each(residual, one)))
+            return torch.cat(rows)
         found: tuple[Tensor, Tensor] | None = None
         if self.native is not None and isinstance(self.norm, INSTANCE_NORMS):
             x, *rest = self.native.with_moments(x, self.scratch)
             found = rest[0], rest[1]
         elif self.native is not None:
             x = self.native(x, self.scratch)
+        x = _whole(x)
+        if isinstance(residual, tuple) and _first(residual).shape[2:] != x.shape[2:]:
+            residual = torch.cat(residual, dim=1)
         scale, shift = self._scale(x, found)
-        if residual is not None and residual.shape != x.shape:  # PyTorch repeats what is smaller
+        if isinstance(residual, Tensor) and residual.shape != x.shape:  # PyTorch repeats what is smaller
             x = affine(x, scale, shift, self.first) + residual
             return x if self.second is None else torch.where(x > 0, x, x * self.second[:, None, None, None])
         if self.norm is None and self.first is None and residual is None and self.second is None:
@@ -95,6 +108,18 @@ class Layer(nn.Module):
         return scale, bias - mean * scale
 
 
+def _first(x: Tensor | Parts) -> Tensor:
+    return x if isinstance(x, Tensor) else x[0]
+
+
+def _whole(x: Tensor | Parts) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.cat(x, dim=1)
+
+
+def _each(x: Tensor | Parts, change: Callable[[Tensor], Tensor]) -> Tensor | Parts:
+    return change(x) if isinstance(x, Tensor) else (change(x[0]), change(x[1]))
+
+
 def kind_of(convolution: Any) -> Kind | None:
     """The algorithm for a convolution; None where PyTorch computes it."""
     if not isinstance(convolution, nn.Conv2d | nn.Conv3d):
@@ -104,10 +129,9 @@ def kind_of(convolution: Any) -> Kind | None:
     plain = {*convolution.stride, *convolution.dilation, convolution.groups} == {1}
     if not (same and plain and convolution.padding_mode in ("zeros", "replicate")):
         return None
-    if size == F45.size:
-        bytes_ = 4 * F45.points_in_all * convolution.in_channels * convolution.out_channels
-        return F45 if bytes_ <= LARGEST else F25
-    return next((kind for kind in (F43, F43_2D) if kind.size == size), None)
+    large, small = {F43.size: (F43, F23), F45.size: (F45, F25), F43_2D.size: (F43_2D, F43_2D)}.get(size, (None, None))
+    pairs = 4 * convolution.in_channels * convolution.out_channels
+    return large if large and large.points_in_all * pairs <= LARGEST else small
 
 
 def is_pointwise(convolution: Any) -> bool:

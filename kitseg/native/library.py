@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 CHOSEN = "KITSEG_KERNELS"  # in the environment: another build of the kernels, such as one with sanitizers
 WIDTHS = {16: "AVX-512", 8: "AVX2"}  # floats a vector
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt, malloc.h
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 
 
@@ -23,18 +24,19 @@ def _structure(name: str, pointers: str, numbers: str) -> type[ctypes.Structure]
 
 
 # The structures of kernels.cpp.
-_BUFFERS = "x weights bias slope y scratch moments"
+_BUFFERS = "x more weights bias slope y scratch moments"
 Convolution = _structure(
     "Convolution",
     _BUFFERS,
     " ".join(f"size_{name}" for name in _BUFFERS.split())
-    + " images depth height width channels_in channels_out pixel_in pixel_out kind replicate lanes threads",
+    + " images depth height width channels_in channels_x channels_out pixel_in pixel_more pixel_out kind replicate"
+    + " lanes threads",
 )
 Plan = _structure("Plan", "", "panel weights blocks scratch z y x tiles a b c d e")
 Pointwise = _structure(
     "Pointwise",
-    "x scale shift first second residual moments",
-    "size_x size_channels size_residual size_moments voxels channels lanes threads",
+    "x scale shift first second residual more moments",
+    "size_x size_channels size_residual size_more size_moments voxels channels channels_residual lanes threads",
 )
 
 
@@ -48,6 +50,25 @@ def library() -> ctypes.CDLL | None:
             found.kitseg_lanes.restype = _LONG
             return found if found.kitseg_lanes() else None
     return None
+
+
+@cache
+def keep_memory() -> None:
+    """Let the process keep the memory that it frees, where its C library can: new pages cost more than a layer.
+
+    ``release_memory`` gives it back.
+    """
+    system = ctypes.CDLL(None)
+    if hasattr(system, "mallopt"):
+        system.mallopt(_MMAP_MAX, 0)
+        system.mallopt(_TRIM_THRESHOLD, -1)
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can."""
+    system = ctypes.CDLL(None)
+    if hasattr(system, "malloc_trim"):
+        system.malloc_trim(0)
 
 
 def lanes() -> int:

@@ -20,7 +20,9 @@ static void affine(const Pointwise &job, long slab) {
       long left = job.channels - channel, at = i * job.channels + channel;
       Vec x = load(job.x + at, left) * load(job.scale + channel, left) + load(job.shift + channel, left);
       if (job.first) x = leaky(x, load(job.first + channel, left));
-      if (job.residual) x += load(job.residual + at, left);
+      if (job.residual) x += channel < job.channels_residual
+        ? load(job.residual + i * job.channels_residual + channel, std::min(left, job.channels_residual - channel))
+        : load(job.more + i * (job.channels - job.channels_residual) + channel - job.channels_residual, left);
       if (job.second) x = leaky(x, load(job.second + channel, left));
       store(job.x + at, x, left);
     }

@@ -8,13 +8,31 @@ from torch import Tensor
 from kitseg.native import library
 
 SLAB = 4096  # voxels a row of moments, as in pointwise.h
+Parts = tuple[Tensor, Tensor]  # a tensor as its first channels and the others
+
+
+def split_parts(x: Tensor | Parts) -> tuple[Tensor, Tensor | None]:
+    """One or two tensors for a kernel, which have their channels last; two become one where a vector would span both.
+
+    Raises:
+        ValueError: they are not float32 on the CPU, or of different shapes.
+    """
+    first, more = (x, None) if isinstance(x, Tensor) else x
+    if more is not None and (first.shape[0], first.shape[2:]) != (more.shape[0], more.shape[2:]):
+        raise ValueError("two parts of a tensor differ in their channels only")
+    if any(t is not None and (t.dtype, t.device.type) != (torch.float32, "cpu") for t in (first, more)):
+        raise ValueError("the kernels take tensors in float32 on the CPU, with the channels that they were made for")
+    if more is not None and first.shape[1] % library.lanes():
+        first, more = torch.cat([first, more], dim=1), None
+    last = torch.channels_last_3d
+    return first.contiguous(memory_format=last), None if more is None else more.contiguous(memory_format=last)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and the biased variance (C,) of each channel of one image (1, C, D, H, W), float64."""
     rows = torch.empty(-(-x[0, 0].numel() // SLAB), 3, x.shape[1], dtype=torch.float64)
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    _run("moments", x, (None,) * 5, rows)
+    _run("moments", x, (None,) * 6, rows)
     return merge_moments(rows)
 
 
@@ -31,31 +49,33 @@ def affine(
     scale: Tensor,
     shift: Tensor,
     first: Tensor | None = None,
-    residual: Tensor | None = None,
+    residual: Tensor | Parts | None = None,
     second: Tensor | None = None,
 ) -> Tensor:
     """``leaky(leaky(scale x + shift, first) + residual, second)`` of (N, C, D, H, W), in place if channels are last.
 
     scale, shift, and the slopes first and second: (C,). What is None is left out.
     """
+    more = None
     if residual is not None:
-        if residual.shape != x.shape:
+        residual, more = split_parts(residual)
+        channels = residual.shape[1] + (0 if more is None else more.shape[1])
+        if (len(residual), channels, *residual.shape[2:]) != x.shape:
             raise ValueError("a residual has the shape of what it is added to")
-        residual = residual.contiguous(memory_format=torch.channels_last_3d)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     rows = [None if row is None else row.float().contiguous() for row in (scale, shift, first, second)]
     if any(row is not None and row.shape != x.shape[1:2] for row in rows):
         raise ValueError("scale, shift and slopes have a value for each channel")
-    _run("affine", x, (*rows, residual), None)
+    _run("affine", x, (*rows, residual, more), None)
     return x
 
 
 def _run(name: str, x: Tensor, more: tuple[Tensor | None, ...], rows: Tensor | None) -> None:
     if any(t is not None and (t.dtype, t.device.type) != (torch.float32, "cpu") for t in (x, *more)):
         raise ValueError("the kernels take float32 on the CPU")
-    channels, residual = x.shape[1], more[-1]
-    sizes = (x.numel(), channels, 0 if residual is None else residual.numel(), 0 if rows is None else rows.numel())
-    voxels = x.numel() // channels
+    channels, residual = x.shape[1], more[-2]
+    counts = (0 if buffer is None else buffer.numel() for buffer in (residual, more[-1], rows))
+    sizes = (x.numel(), channels, *counts, x.numel() // channels, channels)
     buffers = map(library.address, (x, *more, rows))
-    job = library.Pointwise(*buffers, *sizes, voxels, channels, library.lanes(), torch.get_num_threads())
-    library.call(name, job)
+    how = (0 if residual is None else residual.shape[1], library.lanes(), torch.get_num_threads())
+    library.call(name, library.Pointwise(*buffers, *sizes, *how))

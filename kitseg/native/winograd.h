@@ -5,14 +5,17 @@
 // (tiles x channels) that is multiplied by the transformed weights; the products are transformed back. Blocks are the
 // same whatever the number of threads, and so are all sums.
 
-// B^T x, in place. The points are 0, 1, -1, 1/2, -2, infinity for N = 6 and 0, +-1, +-2, +-1/2, infinity for N = 8.
+// B^T x, in place. The points are 0, 1, -1, infinity for N = 4, with 1/2, -2 for N = 6, and with +-2, +-1/2 for N = 8.
 template <int N> static inline void to_points(Vec *x) {
-  Vec a = x[0], b = x[1], c = x[2], d = x[3], e = x[4], f = x[5];
-  if constexpr (N == 6) {
+  Vec a = x[0], b = x[1], c = x[2], d = x[3];
+  if constexpr (N == 4) {
+    x[0] = c - a, x[1] = c + b, x[2] = c - b, x[3] = d - b;
+  } else if constexpr (N == 6) {
+    Vec e = x[4], f = x[5];
     Vec q = c + 1.5f * b - a, r = d + 1.5f * c - b, s = e + 1.5f * d - c, t = f + 1.5f * e - d, even = e - c, odd = d - b;
     x[0] = s - q, x[1] = s + r, x[2] = s - r, x[3] = even + 2.f * odd, x[4] = even - .5f * odd, x[5] = t - r;
   } else {
-    Vec g = x[6], h = x[7];
+    Vec e = x[4], f = x[5], g = x[6], h = x[7];
     Vec e1 = c + g - 4.25f * e, o1 = b + f - 4.25f * d;
     Vec e2 = .25f * c + (g - 1.25f * e), o2 = .5f * b + (2.f * f - 2.5f * d);
     Vec e3 = 4.f * c + (g - 5.f * e), o3 = 2.f * b + (.5f * f - 2.5f * d);
@@ -24,7 +27,9 @@ template <int N> static inline void to_points(Vec *x) {
 // A^T m for the first M outputs.
 template <int N, int M> static inline void from_points(const Vec *m, Vec *y) {
   Vec s = m[1] + m[2], d = m[1] - m[2];
-  if constexpr (N == 8) {
+  if constexpr (N == 4) {
+    y[0] = m[0] + s, y[1] = d + m[3];
+  } else if constexpr (N == 8) {
     Vec s2 = m[3] + m[4], d2 = m[3] - m[4], s3 = m[5] + m[6], d3 = m[5] - m[6];
     y[0] = m[0] + s + (s2 + s3);
     y[1] = d + 2.f * d2 + .5f * d3;
@@ -93,16 +98,19 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
     inside = indices(at.y - EDGE, job.height, ys, N) && inside;
     inside = indices(at.x - EDGE, job.width, xs, N) && inside;
     for (long g = 0; g < job.channels_in; g += VL) {
-      long left = job.channels_in - g;
+      bool more = g >= job.channels_x;
+      long pixel = more ? job.pixel_more : job.pixel_in, left = (more ? job.channels_in : job.channels_x) - g;
+      const float *start = more ? job.more + g - job.channels_x : job.x + g;
+      auto row = [&](long z, long y) { return start + ((at.image * job.depth + z) * job.height + y) * job.width * pixel; };
       for (int d = 0; d < NZ; d++) for (int h = 0; h < N; h++) {
         Vec r[N];
         if (inside && left >= VL) {
-          const float *from = row(at.image, zs[d], ys[h]) + xs[0] * job.pixel_in + g;
-          for (int w = 0; w < N; w++) r[w] = load(from + w * job.pixel_in);
+          const float *from = row(zs[d], ys[h]) + xs[0] * pixel;
+          for (int w = 0; w < N; w++) r[w] = load(from + w * pixel);
         } else {
           for (int w = 0; w < N; w++) {
             bool there = zs[d] >= 0 && ys[h] >= 0 && xs[w] >= 0;
-            r[w] = there ? load(row(at.image, zs[d], ys[h]) + xs[w] * job.pixel_in + g, left) : Vec{};
+            r[w] = there ? load(row(zs[d], ys[h]) + xs[w] * pixel, left) : Vec{};
           }
         }
         to_points<N>(r);
@@ -124,10 +132,6 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
         for (int d = 0; d < NZ; d++) store(to + ((d * N + h) * N + w) * stride + g, r[d]);
       }
     }
-  }
-
-  const float *row(long image, long z, long y) const {
-    return job.x + ((image * job.depth + z) * job.height + y) * job.width * job.pixel_in;
   }
 
   // VL channels of a tile's output.
@@ -195,4 +199,5 @@ static void convolve(const Job &job, const Plan &plan, long number, float *scrat
   if (job.kind == 1) Tiles<8, 4, 8, 4>{job, plan}.run(number, scratch);
   if (job.kind == 2) Tiles<6, 2, 6, 2>{job, plan}.run(number, scratch);
   if (job.kind == 3) Tiles<1, 1, 6, 4>{job, plan}.run(number, scratch);
+  if (job.kind == 4) Tiles<4, 2, 4, 2>{job, plan}.run(number, scratch);
 }

@@ -1,4 +1,6 @@
-"""Winograd convolution: F(4, 3) and F(2, 5) at the points 0, ±1, ½, −2 and F(4, 5) at 0, ±1, ±2, ±½ (and infinity).
+"""Winograd convolution: F(2, 3) at the points 0, ±1, F(4, 3) and F(2, 5) at 0, ±1, ½, −2, F(4, 5) at 0, ±1, ±2, ±½.
+
+Infinity is a point of all of them.
 
 Lavin and Gray 2016, Fast Algorithms for Convolutional Neural Networks; here in three dimensions.
 """
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kitseg.native import library
-from kitseg.native.pointwise import merge_moments
+from kitseg.native.pointwise import Parts, merge_moments, split_parts
 
-SIX, EIGHT = (0.0, 1.0, -1.0, 0.5, -2.0), (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
+FOUR, SIX, EIGHT = (0.0, 1.0, -1.0), (0.0, 1.0, -1.0, 0.5, -2.0), (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,14 @@ class Kind:
         return torch.tensor([*rows, [0.0] * (size - 1) + [1.0]], dtype=torch.float64)
 
 
-F43, F45, F25, F43_2D = (
+F43, F45, F25, F43_2D, F23 = (
     Kind(0, (3, 3, 3), SIX),
     Kind(1, (5, 5, 5), EIGHT),
     Kind(2, (5, 5, 5), SIX),
     Kind(3, (1, 3, 3), SIX),
+    Kind(4, (3, 3, 3), FOUR),
 )
-KINDS = (F43, F45, F25, F43_2D)
+KINDS = (F43, F45, F25, F43_2D, F23)
 
 
 def transform_weights(weight: Tensor, kind: Kind, panel: int) -> Tensor:
@@ -57,16 +60,20 @@ def transform_weights(weight: Tensor, kind: Kind, panel: int) -> Tensor:
     found = torch.zeros(len(z) * len(y) * len(x), panels, inputs, panel)
     for number in range(panels):
         part = weight[number * panel : (number + 1) * panel].double()
-        points = torch.einsum("za,yb,xc,oiabc->zyxio", z, y, x, part)
-        found[:, number, :, : len(part)] = points.flatten(0, 2)
+        rows = z @ part.permute(2, 3, 4, 1, 0).flatten(1)
+        rows = y @ rows.view(len(z), y.shape[1], -1)
+        rows = x @ rows.view(len(z) * len(y), x.shape[1], -1)
+        found[:, number, :, : len(part)] = rows.view(len(found), inputs, len(part))
     return found
 
 
 def plan(kind: Kind, shape: Sequence[int], inputs: int, outputs: int) -> Any:
     """What a convolution of ``shape`` (N, D, H, W) needs: the fields of ``Plan`` in kernels.cpp."""
     found = library.Plan()
-    how = (*shape, inputs, outputs, inputs, outputs, kind.number, 0, library.lanes(), torch.get_num_threads())
-    library.call("plan", library.Convolution(*[None] * 7, *[0] * 7, *how), found)
+    numbers = dict(zip(("images", "depth", "height", "width"), shape, strict=True))
+    numbers |= {"channels_in": inputs, "channels_out": outputs, "kind": kind.number}
+    job = library.Convolution(**numbers, lanes=library.lanes(), threads=torch.get_num_threads())
+    library.call("plan", job, found)
     return found
 
 
@@ -106,27 +113,27 @@ class Convolution:
         self.bias, self.slope = (None if v is None else v.detach().float().contiguous() for v in (bias, slope))
         self.points = transform_weights(weight.detach(), kind, 2 * self.lanes)
 
-    def __call__(self, x: Tensor, scratch: Scratch) -> Tensor:
+    def __call__(self, x: Tensor | Parts, scratch: Scratch) -> Tensor:
         """Convolve (N, in, D, H, W): (N, out, D, H, W), channels last."""
         return self._run(x, scratch, False)[0]
 
-    def with_moments(self, x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    def with_moments(self, x: Tensor | Parts, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
         """The same of one image, and the mean and the biased variance (out,) of each of its channels, float64."""
         y, rows = self._run(x, scratch, True)
         return y, *merge_moments(rows)
 
-    def _run(self, x: Tensor, scratch: Scratch, moments: bool) -> tuple[Tensor, Tensor]:
-        images, channels, depth, height, width = x.shape
-        if channels != self.inputs or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"a tensor of {self.inputs} channels is needed, in float32 on the CPU")
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        y = torch.empty(images, self.outputs, depth, height, width, memory_format=torch.channels_last_3d)
-        numbers = (images, depth, height, width, self.inputs, self.outputs, self.inputs, self.outputs)
-        how = (*numbers, self.kind.number, self.replicate, self.lanes, torch.get_num_threads())
-        needs = plan(self.kind, (images, depth, height, width), self.inputs, self.outputs)
+    def _run(self, x: Tensor | Parts, scratch: Scratch, moments: bool) -> tuple[Tensor, Tensor]:
+        x, more = split_parts(x)
+        images, first, *size = x.shape
+        if first + (0 if more is None else more.shape[1]) != self.inputs:
+            raise ValueError(f"a tensor of {self.inputs} channels is needed")
+        y = torch.empty(images, self.outputs, *size, memory_format=torch.channels_last_3d)
+        needs = plan(self.kind, (images, *size), self.inputs, self.outputs)
         rows = torch.empty(needs.blocks if moments else 0, 3, self.outputs, dtype=torch.float64)
         work = scratch.take(needs.scratch * torch.get_num_threads())
-        buffers = (x, self.points, self.bias, self.slope, y, work, rows if moments else None)
+        buffers = (x, more, self.points, self.bias, self.slope, y, work, rows if moments else None)
         sizes = (0 if buffer is None else buffer.numel() for buffer in buffers)
+        channels = (self.inputs, first, self.outputs, first, self.inputs - first, self.outputs)
+        how = (images, *size, *channels, self.kind.number, self.replicate, self.lanes, torch.get_num_threads())
         library.call("convolve", library.Convolution(*map(library.address, buffers), *sizes, *how))
         return y, rows

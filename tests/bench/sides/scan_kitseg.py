@@ -11,7 +11,7 @@ from kitseg.types import Geometry
 from kitseg.volumes.nifti import read_image, write_image
 from kitseg.volumes.resample import nearest
 
-EXTENT, THINNEST = 261.0, 0.5  # mm: of the kidneys' part of the body, and a slice's distance in a KiTS19 scan of 1059
+EXTENT, THINNEST = 417.0, 0.5  # mm: from the diaphragm to the pelvis, and a slice distance in a KiTS19 scan of 1059
 
 work, slices, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 if not out.exists():
