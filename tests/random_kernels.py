@@ -9,7 +9,8 @@ import torch
 from test_native import exact, kernel, leaky, noise
 
 from kitseg.native import library
-from kitseg.native.winograd import KINDS, Convolution, Scratch
+from kitseg.native.arena import Arena
+from kitseg.native.winograd import KINDS, Convolution
 
 
 def draw(dice: random.Random) -> tuple[float, str]:
@@ -25,10 +26,10 @@ def draw(dice: random.Random) -> tuple[float, str]:
     x, weight = noise(images, inputs, *size, seed=dice.randrange(10**9)), kernel(kind, inputs, outputs)
     bias, slope = (noise(outputs, seed=1), noise(outputs, seed=2)) if biased else (None, None)
     layer, expected = Convolution(weight, kind, bias, slope, replicate), exact(x, weight, bias, replicate)
-    found = layer(x, Scratch())
+    found = layer(x, Arena())
     error = (found - (leaky(expected, slope) if slope is not None else expected)).abs().max()
     if moments and images == 1:
-        _, mean, variance = layer.with_moments(x, Scratch())
+        _, mean, variance = layer.with_moments(x, Arena())
         whole = expected[0].flatten(1)
         error = max(error, (mean - whole.mean(1)).abs().max(), (variance - whole.var(1, unbiased=False)).abs().max())
     return float(

@@ -56,6 +56,7 @@ class Weights:
 
     name: str
     module: StageModel
+    once: bool = False
 
     def load(self) -> StageModel:
         return self.module

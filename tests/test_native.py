@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kitseg.native import library
+from kitseg.native.arena import Arena
 from kitseg.native.pointwise import affine, moments
-from kitseg.native.winograd import F43, F45, KINDS, Convolution, Kind, Scratch
+from kitseg.native.winograd import F43, F45, KINDS, Convolution, Kind
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="the kernels are not compiled: pip install -e .")
 SHAPES = [  # images, channels in and out, D, H, W
@@ -64,7 +65,7 @@ def test_convolution_is_pytorchs(kind: Kind, shape: tuple[int, int, int, tuple[i
     bias, slope = noise(outputs, seed=2), noise(outputs, seed=3).abs()
     for replicate in (False, True):
         expected = leaky(exact(x, weight, bias, replicate), slope)
-        found = Convolution(weight, kind, bias, slope, replicate)(x, Scratch())
+        found = Convolution(weight, kind, bias, slope, replicate)(x, Arena())
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-4)
 
 
@@ -73,7 +74,7 @@ def test_moments_of_a_convolution_far_from_zero(kind: Kind) -> None:
     """One of many blocks of tiles, with a mean of 30 deviations."""
     x, weight, bias = noise(1, 4, 9, 22, 41), kernel(kind, 4, 6), torch.full((6,), 30.0)
     expected = exact(x, weight, bias)[0]
-    y, mean, variance = Convolution(weight, kind, bias).with_moments(x, Scratch())
+    y, mean, variance = Convolution(weight, kind, bias).with_moments(x, Arena())
     torch.testing.assert_close(y[0].double(), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(mean, expected.mean((1, 2, 3)), rtol=0, atol=1e-4)
     torch.testing.assert_close(variance, expected.var((1, 2, 3), unbiased=False), rtol=1e-4, atol=0)
@@ -98,9 +99,9 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = layer.with_moments(x, Scratch())
+        alone = layer.with_moments(x, Arena())
         torch.set_num_threads(3)
-        for one, other in zip(alone, layer.with_moments(x, Scratch()), strict=True):
+        for one, other in zip(alone, layer.with_moments(x, Arena()), strict=True):
             assert torch.equal(one, other)
     finally:
         torch.set_num_threads(before)
@@ -151,7 +152,7 @@ def test_tensors_of_other_shapes_or_types_are_refused() -> None:
     layer = Convolution(kernel(F43, 4, 3), F43)
     for x in (noise(1, 5, 4, 4, 4), noise(1, 4, 4, 4, 4).double(), torch.empty(1, 4, 4, 4, 4, device="meta")):
         with pytest.raises(ValueError, match="channels"):
-            layer(x, Scratch())
+            layer(x, Arena())
     with pytest.raises(ValueError, match="kernel"):
         Convolution(kernel(F43, 4, 3), F45)
     with pytest.raises(ValueError, match="residual"):

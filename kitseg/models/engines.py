@@ -132,7 +132,7 @@ class Winograd:
         model = weights.load()
         keep_memory()
         try:
-            network = compile_network(model, "logits", head)
+            network = compile_network(model, "logits", head, keep=not weights.once)
         except Exception as error:  # a network of the user's own can make tracing raise anything
             if not self._reported:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -12,7 +12,7 @@ from torch import Tensor
 from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import InputError, UsageError
-from kitseg.inference.windows import Slices, Window
+from kitseg.inference.windows import Slices, WholeRegion, Window
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.regions import Region
 from kitseg.models.engines import Engine, OpenVino, Torch, Winograd, has_kernels, has_openvino
@@ -65,7 +65,8 @@ class TrainedStage:
         """The mean over the checkpoints, and over left and right, of (K, D, H, W) probabilities for a region."""
         total: Tensor | None = None
         for path in self.checkpoints:
-            predict = self.engine(Checkpoint(path, self.model), self.spec.heads.index(head))
+            once = isinstance(self.window, WholeRegion) and not self.mirror
+            predict = self.engine(Checkpoint(path, self.model, once), self.spec.heads.index(head))
             values = self.window(predict, image)
             if self.mirror:
                 values.add_(self.window(predict, image.flip(-1)).flip(-1)).div_(2)

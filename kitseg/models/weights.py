@@ -26,10 +26,14 @@ _REMEDY = "Restore it, or train again with --restart."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights in a file, and the model that they belong to."""
+    """The weights in a file, and the model that they belong to.
+
+    once: whether its network has one pass with them, so that an engine needn't keep anything for a second one.
+    """
 
     name: Path
     model: StageModel
+    once: bool = False
 
     def load(self) -> StageModel:
         """The model with these weights, loaded unless they are there already; nothing in the file is executed.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from kitseg.native.arena import Arena, meta_call
 from kitseg.native.layers import (
     ACTIVATIONS,
     CONVOLUTIONS,
@@ -19,9 +20,9 @@ from kitseg.native.layers import (
     halves,
     is_norm,
     is_pointwise,
+    is_upsampling,
     kind_of,
 )
-from kitseg.native.winograd import Scratch
 
 ADD = (operator.add, operator.iadd, torch.add)
 Modules = Mapping[fx.Node, nn.Module]
@@ -41,8 +42,39 @@ class _Tracer(fx.Tracer):
         return known or super().is_leaf_module(m, module_qualified_name)
 
 
-def compile_network(model: nn.Module, method: str, output: int) -> Callable[[Tensor], Tensor]:
+class _Network(fx.Interpreter):
+    """Runs compiled operations in the order of their graph; the memory for a shape is planned before its first pass."""
+
+    def __init__(self, module: fx.GraphModule, arena: Arena) -> None:
+        super().__init__(module)
+        self._arena, self._shape, self._device = arena, torch.Size(), torch.device("cpu")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._shape != x.shape:
+            self._shape, self._device = x.shape, torch.device("meta")
+            self._arena.watch()
+            result = self.run(x.to("meta"))
+            self._arena.plan()
+            self._device = torch.device("cpu")
+            del result  # after the plan, so that it has no place in it
+        self._arena.start()
+        found: Tensor = self.run(x)
+        return found
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, Layer | Halve) or kwargs or len(args) != 1:
+            return module(*args, **kwargs)
+        return meta_call(module, *args)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().get_attr(target, args, kwargs).to(self._device)
+
+
+def compile_network(model: nn.Module, method: str, output: int, keep: bool = True) -> Callable[[Tensor], Tensor]:
     """One of the tensors that a method returns for a tensor; holds copies of the weights that it needs.
+
+    keep: see ``Layer``.
 
     Raises:
         Exception: of any kind, where the method can't be traced.
@@ -58,7 +90,7 @@ def compile_network(model: nn.Module, method: str, output: int) -> Callable[[Ten
             before: Any = node.args[0]
             node.replace_all_uses_with(before)
             graph.erase_node(node)
-    root, scratch, done = nn.Module(), Scratch(), set[fx.Node]()
+    root, arena, done = nn.Module(), Arena(), set[fx.Node]()
     for number, node in enumerate([*graph.nodes]):
         name = f"part_{number}"
         if node.op == "get_attr":
@@ -66,12 +98,12 @@ def compile_network(model: nn.Module, method: str, output: int) -> Callable[[Ten
             node.target = name
         elif node.op == "call_module" and node not in done:
             chain = _Chain(node, modules)
-            root.add_module(name, chain.layer(scratch) if chain.is_layer else _copy(modules[node]))
+            root.add_module(name, chain.layer(arena, keep) if chain.is_layer else _copy(modules[node]))
             chain.replace_by(name)
             done.update(chain.nodes)
     _keep_parts(graph, root)
     graph.lint()
-    return fx.GraphModule(root, graph)
+    return _Network(fx.GraphModule(root, graph), arena)
 
 
 def _keep_parts(graph: fx.Graph, root: nn.Module) -> None:
@@ -113,12 +145,13 @@ class _Chain:
     @property
     def is_layer(self) -> bool:
         """Whether a layer does more than PyTorch."""
-        known = kind_of(self.convolution) is not None or is_pointwise(self.convolution)
+        convolution = self.convolution
+        known = kind_of(convolution) is not None or is_pointwise(convolution) or is_upsampling(convolution)
         return known or len(self.nodes) > 1 or self.norm is not None
 
-    def layer(self, scratch: Scratch) -> Layer:
+    def layer(self, arena: Arena, keep: bool) -> Layer:
         """The layer that does it all."""
-        return Layer(self.convolution, self.norm, self.first, self.second, scratch)
+        return Layer(self.convolution, self.norm, self.first, self.second, arena, keep)
 
     def replace_by(self, name: str) -> None:
         """Put a module where the last operation is, and remove the operations."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from math import prod
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kitseg.native.arena import Arena, meta_call
 from kitseg.native.pointwise import Parts, affine, moments
-from kitseg.native.winograd import F23, F25, F43, F43_2D, F45, Convolution, Kind, Scratch, plan
+from kitseg.native.winograd import F23, F25, F43, F43_2D, F45, Convolution, Kind, plan
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -26,7 +28,8 @@ LARGEST = (
 class Layer(nn.Module):
     """``second(first(norm(convolution(x))) + residual)``; each part may be missing.
 
-    A convolution without a kernel of ours stays PyTorch's. scratch: memory that all layers of a network share.
+    A convolution without a kernel of ours stays PyTorch's. arena: memory that all layers of a network share; keep:
+    whether the network has several passes, for which transformed weights are kept.
     """
 
     def __init__(
@@ -35,7 +38,8 @@ class Layer(nn.Module):
         norm: nn.Module | None,
         first: nn.Module | None,
         second: nn.Module | None,
-        scratch: Scratch,
+        arena: Arena,
+        keep: bool = True,
     ) -> None:
         super().__init__()
         conv: Any = deepcopy(convolution)
@@ -45,13 +49,14 @@ class Layer(nn.Module):
         self.first, self.second = slopes(first, self.channels), slopes(second, self.channels)
         self.norm: Any = deepcopy(norm)
         self.native: Convolution | None = None
-        self.scratch = scratch
+        self.arena = arena
         if kind := kind_of(conv):
             weight = conv.weight if conv.weight.dim() == 5 else conv.weight[:, :, None]
             early = None
             if norm is None:  # the kernel applies the activation
                 early, self.first = self.first, None
-            self.native, conv = Convolution(weight, kind, conv.bias, early, conv.padding_mode == "replicate"), None
+            replicate = conv.padding_mode == "replicate"
+            self.native, conv = Convolution(weight, kind, conv.bias, early, replicate, keep), None
         self.convolution: Any = conv
 
     def forward(self, x: Tensor | Parts, residual: Tensor | Parts | None = None) -> Tensor:
@@ -65,9 +70,12 @@ class Layer(nn.Module):
 
     def _by_pytorch(self, x: Tensor) -> Tensor:
         if is_pointwise(self.convolution):
-            return _linear(x, self.convolution.weight.flatten(1), self.convolution.bias)
-        found: Tensor = x.clone() if self.convolution is None else self.convolution(x)  # what follows works in place
-        return found
+            weight, bias = self.convolution.weight.flatten(1), self.convolution.bias
+            return _linear(x, weight.to(x.device), None if bias is None else bias.to(x.device))
+        if is_upsampling(self.convolution):
+            return _upsample(x, self.convolution, self.arena)
+        found: Tensor = x.clone() if self.convolution is None else meta_call(self.convolution, x)
+        return found  # what follows works in place
 
     def _run(self, x: Tensor | Parts, residual: Tensor | Parts | None) -> Tensor:
         images = len(_first(x))
@@ -79,10 +87,10 @@ class Layer(nn.Module):
             return torch.cat(rows)
         found: tuple[Tensor, Tensor] | None = None
         if self.native is not None and isinstance(self.norm, INSTANCE_NORMS):
-            x, *rest = self.native.with_moments(x, self.scratch)
+            x, *rest = self.native.with_moments(x, self.arena)
             found = rest[0], rest[1]
         elif self.native is not None:
-            x = self.native(x, self.scratch)
+            x = self.native(x, self.arena)
         x = _whole(x)
         if isinstance(residual, tuple) and _first(residual).shape[2:] != x.shape[2:]:
             residual = torch.cat(residual, dim=1)
@@ -96,13 +104,15 @@ class Layer(nn.Module):
 
     def _scale(self, x: Tensor, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """The norm as a scale and a shift of each channel."""
-        ones, zeros = torch.ones(self.channels), torch.zeros(self.channels)
+        ones, zeros = x.new_ones(self.channels), x.new_zeros(self.channels)
         if self.norm is None:
             return ones, zeros
         if isinstance(self.norm, BATCH_NORMS):
             mean, variance = self.norm.running_mean, self.norm.running_var
         else:
             mean, variance = found or moments(x)
+        if x.device.type == "meta":
+            return ones, zeros
         weight, bias = (ones, zeros) if self.norm.weight is None else (self.norm.weight, self.norm.bias)
         scale = weight / (variance + self.norm.eps).sqrt()
         return scale, bias - mean * scale
@@ -146,6 +156,33 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     last = x.contiguous(memory_format=order).movedim(1, -1)
     return functional.linear(last, weight, bias).movedim(-1, 1)
+
+
+def is_upsampling(convolution: Any) -> bool:
+    """Whether it is a transposed convolution whose steps are as long as its kernel: each voxel becomes a block."""
+    if not isinstance(convolution, nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return False
+    plain = {*convolution.padding, *convolution.output_padding} == {0}  # type: ignore[arg-type]
+    plain = plain and {*convolution.dilation, convolution.groups} == {1}
+    return plain and convolution.stride == convolution.kernel_size
+
+
+def _upsample(x: Tensor, convolution: Any, arena: Arena) -> Tensor:
+    """A transposed convolution without overlap: a product of matrices for each slice, written to where it belongs."""
+    steps, channels = convolution.kernel_size, convolution.out_channels
+    y = arena.empty((len(x), channels, *(n * k for n, k in zip(x.shape[2:], steps, strict=True))), x.device)
+    if x.device.type == "meta":
+        return y
+    weight = convolution.weight.movedim(1, -1).flatten(1).t()  # (taps, out) x in
+    bias = None if convolution.bias is None else convolution.bias.repeat(prod(steps))
+    for source, target in zip(x.unbind(2), y.unflatten(2, (-1, steps[0])).unbind(2), strict=True):
+        product = functional.linear(source.movedim(1, -1), weight, bias)  # (N, [H,] W, taps x out)
+        blocks = product.unflatten(-1, (*steps, channels))
+        if len(steps) == 3:  # (N, H, W, kd, kh, kw, C) to (N, C, kd, H, kh, W, kw)
+            target.unflatten(4, (-1, steps[2])).unflatten(3, (-1, steps[1])).copy_(blocks.permute(0, 6, 3, 1, 4, 2, 5))
+        else:  # (N, W, kh, kw, C) to (N, C, kh, W, kw)
+            target.unflatten(3, (-1, steps[1])).copy_(blocks.permute(0, 4, 2, 1, 3))
+    return y
 
 
 class Halve(nn.Module):

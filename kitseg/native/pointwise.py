@@ -20,8 +20,8 @@ def split_parts(x: Tensor | Parts) -> tuple[Tensor, Tensor | None]:
     first, more = (x, None) if isinstance(x, Tensor) else x
     if more is not None and (first.shape[0], first.shape[2:]) != (more.shape[0], more.shape[2:]):
         raise ValueError("two parts of a tensor differ in their channels only")
-    if any(t is not None and (t.dtype, t.device.type) != (torch.float32, "cpu") for t in (first, more)):
-        raise ValueError("the kernels take tensors in float32 on the CPU, with the channels that they were made for")
+    if any(t is not None and t.dtype != torch.float32 for t in (first, more)):
+        raise ValueError("the kernels take tensors in float32, with the channels that they were made for")
     if more is not None and first.shape[1] % library.lanes():
         first, more = torch.cat([first, more], dim=1), None
     last = torch.channels_last_3d
@@ -30,6 +30,8 @@ def split_parts(x: Tensor | Parts) -> tuple[Tensor, Tensor | None]:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and the biased variance (C,) of each channel of one image (1, C, D, H, W), float64."""
+    if x.device.type == "meta":
+        return torch.empty(2, x.shape[1], dtype=torch.float64, device="meta").unbind()
     rows = torch.empty(-(-x[0, 0].numel() // SLAB), 3, x.shape[1], dtype=torch.float64)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     _run("moments", x, (None,) * 6, rows)
@@ -66,7 +68,8 @@ def affine(
     rows = [None if row is None else row.float().contiguous() for row in (scale, shift, first, second)]
     if any(row is not None and row.shape != x.shape[1:2] for row in rows):
         raise ValueError("scale, shift and slopes have a value for each channel")
-    _run("affine", x, (*rows, residual, more), None)
+    if x.device.type != "meta":
+        _run("affine", x, (*rows, residual, more), None)
     return x
 
 

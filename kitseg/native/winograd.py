@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kitseg.native import library
+from kitseg.native.arena import Arena
 from kitseg.native.pointwise import Parts, merge_moments, split_parts
 
 FOUR, SIX, EIGHT = (0.0, 1.0, -1.0), (0.0, 1.0, -1.0, 0.5, -2.0), (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
@@ -77,25 +78,11 @@ def plan(kind: Kind, shape: Sequence[int], inputs: int, outputs: int) -> Any:
     return found
 
 
-class Scratch:
-    """Memory that kernels work in, which grows to the most that one has asked for."""
-
-    def __init__(self) -> None:
-        self._values = torch.empty(0)
-
-    def take(self, count: int) -> Tensor:
-        """At least so many float32."""
-        if len(self._values) < count:
-            self._values = torch.empty(0)  # the old ones are freed first
-            self._values = torch.empty(count)
-        return self._values
-
-
 class Convolution:
     """A convolution with stride 1, padded to preserve D, H and W; its weights are transformed once.
 
     weight: (out, in, *kind.size). slope: of a leaky ReLU that follows, for each channel. replicate: pad with the edge
-    instead of zeros.
+    instead of zeros. keep: whether to keep the transformed weights, up to 8 times as large, for later calls.
     """
 
     def __init__(
@@ -105,33 +92,43 @@ class Convolution:
         bias: Tensor | None = None,
         slope: Tensor | None = None,
         replicate: bool = False,
+        keep: bool = True,
     ) -> None:
         if weight.shape[2:] != kind.size:
             raise ValueError(f"a kernel of {tuple(weight.shape[2:])} isn't one of {kind.size}")
         self.outputs, self.inputs = weight.shape[:2]
         self.kind, self.replicate, self.lanes = kind, replicate, library.lanes()
         self.bias, self.slope = (None if v is None else v.detach().float().contiguous() for v in (bias, slope))
-        self.points = transform_weights(weight.detach(), kind, 2 * self.lanes)
+        self.weight = weight.detach()
+        self.points = self._transformed(self.weight) if keep else None
+        if keep:
+            del self.weight
 
-    def __call__(self, x: Tensor | Parts, scratch: Scratch) -> Tensor:
+    def __call__(self, x: Tensor | Parts, arena: Arena) -> Tensor:
         """Convolve (N, in, D, H, W): (N, out, D, H, W), channels last."""
-        return self._run(x, scratch, False)[0]
+        return self._run(x, arena, False)[0]
 
-    def with_moments(self, x: Tensor | Parts, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    def with_moments(self, x: Tensor | Parts, arena: Arena) -> tuple[Tensor, Tensor, Tensor]:
         """The same of one image, and the mean and the biased variance (out,) of each of its channels, float64."""
-        y, rows = self._run(x, scratch, True)
+        y, rows = self._run(x, arena, True)
         return y, *merge_moments(rows)
 
-    def _run(self, x: Tensor | Parts, scratch: Scratch, moments: bool) -> tuple[Tensor, Tensor]:
+    def _transformed(self, weight: Tensor) -> Tensor:
+        return transform_weights(weight, self.kind, 2 * self.lanes)
+
+    def _run(self, x: Tensor | Parts, arena: Arena, moments: bool) -> tuple[Tensor, Tensor]:
         x, more = split_parts(x)
         images, first, *size = x.shape
         if first + (0 if more is None else more.shape[1]) != self.inputs:
             raise ValueError(f"a tensor of {self.inputs} channels is needed")
-        y = torch.empty(images, self.outputs, *size, memory_format=torch.channels_last_3d)
+        y = arena.empty((images, self.outputs, *size), x.device)
+        if x.device.type == "meta":
+            return y, torch.empty(1, 3, self.outputs, dtype=torch.float64, device="meta")
         needs = plan(self.kind, (images, *size), self.inputs, self.outputs)
         rows = torch.empty(needs.blocks if moments else 0, 3, self.outputs, dtype=torch.float64)
-        work = scratch.take(needs.scratch * torch.get_num_threads())
-        buffers = (x, more, self.points, self.bias, self.slope, y, work, rows if moments else None)
+        work = arena.work(needs.scratch * torch.get_num_threads())
+        points = self._transformed(self.weight) if self.points is None else self.points
+        buffers = (x, more, points, self.bias, self.slope, y, work, rows if moments else None)
         sizes = (0 if buffer is None else buffer.numel() for buffer in buffers)
         channels = (self.inputs, first, self.outputs, first, self.inputs - first, self.outputs)
         how = (images, *size, *channels, self.kind.number, self.replicate, self.lanes, torch.get_num_threads())
