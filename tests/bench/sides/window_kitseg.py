@@ -1,6 +1,6 @@
-"""Seconds of a sliding window with kitseg: window_kitseg.py WORK PRECISION OUT [torch].
+"""Seconds of a sliding window with kitseg: window_kitseg.py WORK PRECISION OUT [torch|openvino|winograd].
 
-With OpenVINO where it is installed, as ``kitseg predict`` does, unless PyTorch is asked for; converting is counted.
+With the engine that is asked for, else kitseg's kernels in float32 and OpenVINO in bfloat16; converting is counted.
 """
 
 from __future__ import annotations
@@ -15,33 +15,38 @@ import torch
 from side import say
 
 from kitseg.inference.windows import SlidingWindow
-from kitseg.models.engines import OpenVino, Torch, has_openvino
+from kitseg.models.engines import OpenVino, Torch, Winograd
 
 
-class Stage:
+class Stage(torch.nn.Module):
     """The network and its weights as engines know them."""
 
-    name, device = "network.pt", torch.device("cpu")
+    name, device, once = "network.pt", torch.device("cpu"), False
 
     def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
         self.net = net
 
+    def logits(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.net(x),)
+
     def probabilities(self, x: torch.Tensor, head: int = -1) -> torch.Tensor:
-        return self.net(x).float()
+        return self.logits(x)[head].float()  # the network ends with softmax
 
     def load(self) -> Stage:
         return self
 
     def drop(self) -> None:
-        del self.net
+        self._modules.clear()
 
 
 work, precision, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 half = precision == "bfloat16"
-if has_openvino() and "torch" not in sys.argv:
-    engine = OpenVino(torch.bfloat16 if half else torch.float32)
-else:
-    engine = Torch(torch.bfloat16 if half else None)
+name = sys.argv[4] if len(sys.argv) > 4 else "openvino" if half else "winograd"
+kind = torch.bfloat16 if half else torch.float32
+engine = {"winograd": Winograd, "openvino": lambda: OpenVino(kind), "torch": lambda: Torch(kind if half else None)}[
+    name
+]()
 stage, image = Stage(network.load(work)), network.region(work)
 begun = time.perf_counter()
 with torch.inference_mode():
