@@ -128,7 +128,7 @@ def check_contents(session: nox.Session, built: Path) -> None:
 
 @nox.session
 def native(session: nox.Session) -> None:
-    """The kernels under the address and undefined-behaviour sanitizers, then 10,000 random shapes; needs GCC."""
+    """The kernels under sanitizers, 10,000 random shapes, the memory over 100 predictions; needs GCC."""
     install(session, "-e", ".", group="tests")
     folder = Path(session.create_tmp())
     flags = "-O1 -g -std=c++17 -fPIC -shared -pthread -ffp-contract=fast -fsanitize=address,undefined"
@@ -141,6 +141,7 @@ def native(session: nox.Session) -> None:
     session.run("pytest", "-p", "no:cacheprovider", "tests/test_native.py", env=watched)
     session.run("python", "tests/random_kernels.py", "500", env=watched)
     session.run("python", "tests/random_kernels.py", "10000")
+    session.run("python", "tests/leak_predictions.py", "100")
 
 
 @nox.session

@@ -65,10 +65,10 @@ def train(folder: Path, method: str, *options: str) -> str:
     return done.text
 
 
-def untrained(folder: Path, method: str = "dual-unet") -> Path:
+def untrained(folder: Path, method: str = "dual-unet", width: str = "size.width=4") -> Path:
     """A run whose training changed no weight."""
     torch.manual_seed(0)
-    settings = config.compose(method, "tiny", ["size.width=4"])
+    settings = config.compose(method, "tiny", [width])
     write_text(folder / "config.yaml", trust.dump(settings))
     write_json(folder / "run.json", 1, {"kitseg": "0.1.0", "phantom": False, "cases": ["somebody"], "experience": None})
     part = {"train": ["somebody"], "val": ["else"], "inner": []}

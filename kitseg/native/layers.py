@@ -97,7 +97,9 @@ class Layer(nn.Module):
         scale, shift = self._scale(x, found)
         if isinstance(residual, Tensor) and residual.shape != x.shape:  # PyTorch repeats what is smaller
             x = affine(x, scale, shift, self.first) + residual
-            return x if self.second is None else torch.where(x > 0, x, x * self.second[:, None, None, None])
+            return (
+                x if self.second is None else torch.where(x > 0, x, x * self.second.to(x.device)[:, None, None, None])
+            )
         if self.norm is None and self.first is None and residual is None and self.second is None:
             return x
         return affine(x, scale, shift, self.first, residual, self.second)
