@@ -94,13 +94,10 @@ def measure(module: Any, shape: Shape) -> list[float]:
         nn.init.normal_(value, std=0.05)
     x = torch.randn(cut)
     last = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    plain = type(module).__mro__[1] if "Thin" in type(module).__name__ else type(module)
-    model = openvino.convert_model(Bare(plain, module).eval(), example_input=x)
+    model = openvino.convert_model(Bare(module).eval(), example_input=x)
     model.reshape(list(cut))
-    compiled = openvino.Core().compile_model(
-        model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    )
-    request, own = compiled.create_infer_request(), Layer(module, None, None, None, Arena())
+    request = openvino.Core().compile_model(model, "CPU", HOW).create_infer_request()
+    own = Layer(module, None, None, None, Arena())
     works: list[Callable[[], Any]] = [
         lambda: plain(module).forward(module, last),
         lambda: request.infer([x.numpy()], share_inputs=True),
