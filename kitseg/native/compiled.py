@@ -62,12 +62,14 @@ class _Network(fx.Interpreter):
         return found
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a module, on whatever device its input is."""
         module = self.fetch_attr(target)
         if isinstance(module, Layer | Halve) or kwargs or len(args) != 1:
             return module(*args, **kwargs)
         return meta_call(module, *args)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A weight on the device of the pass."""
         return super().get_attr(target, args, kwargs).to(self._device)
 
 

@@ -80,11 +80,8 @@ class Layer(nn.Module):
     def _run(self, x: Tensor | Parts, residual: Tensor | Parts | None) -> Tensor:
         images = len(_first(x))
         if isinstance(self.norm, INSTANCE_NORMS) and images > 1:
-            rows = []
-            for i in range(images):
-                one: Callable[[Tensor], Tensor] = lambda part, i=i: part[i : i + 1]  # noqa: E731
-                rows.append(self._run(_each(x, one), None if residual is None else _each(residual, one)))
-            return torch.cat(rows)
+            rows = [None if residual is None else _image(residual, i) for i in range(images)]
+            return torch.cat([self._run(_image(x, i), row) for i, row in enumerate(rows)])
         found: tuple[Tensor, Tensor] | None = None
         if self.native is not None and isinstance(self.norm, INSTANCE_NORMS):
             x, *rest = self.native.with_moments(x, self.arena)
@@ -132,6 +129,10 @@ def _each(x: Tensor | Parts, change: Callable[[Tensor], Tensor]) -> Tensor | Par
     return change(x) if isinstance(x, Tensor) else (change(x[0]), change(x[1]))
 
 
+def _image(x: Tensor | Parts, number: int) -> Tensor | Parts:
+    return _each(x, lambda part: part[number : number + 1])
+
+
 def kind_of(convolution: Any) -> Kind | None:
     """The algorithm for a convolution; None where PyTorch computes it."""
     if not isinstance(convolution, nn.Conv2d | nn.Conv3d):
@@ -141,9 +142,15 @@ def kind_of(convolution: Any) -> Kind | None:
     plain = {*convolution.stride, *convolution.dilation, convolution.groups} == {1}
     if not (same and plain and convolution.padding_mode in ("zeros", "replicate")):
         return None
-    large, small = {F43.size: (F43, F23), F45.size: (F45, F25), F43_2D.size: (F43_2D, F43_2D)}.get(size, (None, None))
-    pairs = 4 * convolution.in_channels * convolution.out_channels
-    return large if large and large.points_in_all * pairs <= LARGEST else small
+    kinds: dict[tuple[int, ...], tuple[Kind, Kind]] = {
+        F43.size: (F43, F23),
+        F45.size: (F45, F25),
+        F43_2D.size: (F43_2D, F43_2D),
+    }
+    if size not in kinds:
+        return None
+    large, small = kinds[size]
+    return large if 4 * large.points_in_all * convolution.in_channels * convolution.out_channels <= LARGEST else small
 
 
 def is_pointwise(convolution: Any) -> bool:
@@ -164,7 +171,7 @@ def is_upsampling(convolution: Any) -> bool:
     """Whether it is a transposed convolution whose steps are as long as its kernel: each voxel becomes a block."""
     if not isinstance(convolution, nn.ConvTranspose2d | nn.ConvTranspose3d):
         return False
-    plain = {*convolution.padding, *convolution.output_padding} == {0}  # type: ignore[arg-type]
+    plain = {*convolution.padding, *convolution.output_padding} == {0}
     plain = plain and {*convolution.dilation, convolution.groups} == {1}
     return plain and convolution.stride == convolution.kernel_size
 
@@ -177,13 +184,14 @@ def _upsample(x: Tensor, convolution: Any, arena: Arena) -> Tensor:
         return y
     weight = convolution.weight.movedim(1, -1).flatten(1).t()  # (taps, out) x in
     bias = None if convolution.bias is None else convolution.bias.repeat(prod(steps))
-    for source, target in zip(x.unbind(2), y.unflatten(2, (-1, steps[0])).unbind(2), strict=True):
+    for source, target in zip(x.unbind(2), torch.unflatten(y, 2, (-1, steps[0])).unbind(2), strict=True):
         product = functional.linear(source.movedim(1, -1), weight, bias)  # (N, [H,] W, taps x out)
         blocks = product.unflatten(-1, (*steps, channels))
         if len(steps) == 3:  # (N, H, W, kd, kh, kw, C) to (N, C, kd, H, kh, W, kw)
-            target.unflatten(4, (-1, steps[2])).unflatten(3, (-1, steps[1])).copy_(blocks.permute(0, 6, 3, 1, 4, 2, 5))
+            rows = torch.unflatten(torch.unflatten(target, 4, (-1, steps[2])), 3, (-1, steps[1]))
+            rows.copy_(blocks.permute(0, 6, 3, 1, 4, 2, 5))
         else:  # (N, W, kh, kw, C) to (N, C, kh, W, kw)
-            target.unflatten(3, (-1, steps[1])).copy_(blocks.permute(0, 4, 2, 1, 3))
+            torch.unflatten(target, 3, (-1, steps[1])).copy_(blocks.permute(0, 4, 2, 1, 3))
     return y
 
 

@@ -31,7 +31,7 @@ def split_parts(x: Tensor | Parts) -> tuple[Tensor, Tensor | None]:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and the biased variance (C,) of each channel of one image (1, C, D, H, W), float64."""
     if x.device.type == "meta":
-        return torch.empty(2, x.shape[1], dtype=torch.float64, device="meta").unbind()
+        return (mean := torch.empty(x.shape[1], dtype=torch.float64, device="meta")), mean
     rows = torch.empty(-(-x[0, 0].numel() // SLAB), 3, x.shape[1], dtype=torch.float64)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     _run("moments", x, (None,) * 6, rows)
