@@ -184,14 +184,15 @@ def _upsample(x: Tensor, convolution: Any, arena: Arena) -> Tensor:
         return y
     weight = convolution.weight.movedim(1, -1).flatten(1).t()  # (taps, out) x in
     bias = None if convolution.bias is None else convolution.bias.repeat(prod(steps))
-    for source, target in zip(x.unbind(2), torch.unflatten(y, 2, (-1, steps[0])).unbind(2), strict=True):
+    blocks = y.view(len(x), channels, -1, steps[0], *y.shape[3:])
+    for source, target in zip(x.unbind(2), blocks.unbind(2), strict=True):
         product = functional.linear(source.movedim(1, -1), weight, bias)  # (N, [H,] W, taps x out)
-        blocks = product.unflatten(-1, (*steps, channels))
+        taps = product.view(*product.shape[:-1], *steps, channels)
         if len(steps) == 3:  # (N, H, W, kd, kh, kw, C) to (N, C, kd, H, kh, W, kw)
-            rows = torch.unflatten(torch.unflatten(target, 4, (-1, steps[2])), 3, (-1, steps[1]))
-            rows.copy_(blocks.permute(0, 6, 3, 1, 4, 2, 5))
+            rows = target.view(*target.shape[:3], -1, steps[1], source.shape[-1], steps[2])
+            rows.copy_(taps.permute(0, 6, 3, 1, 4, 2, 5))
         else:  # (N, W, kh, kw, C) to (N, C, kh, W, kw)
-            torch.unflatten(target, 3, (-1, steps[1])).copy_(blocks.permute(0, 4, 2, 1, 3))
+            target.view(*target.shape[:3], -1, steps[1]).copy_(taps.permute(0, 4, 2, 1, 3))
     return y
 
 
