@@ -16,6 +16,7 @@ from kitseg.labels import UNKNOWN, Scheme
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import check_affine, geometry_of
+from kitseg.volumes.itk import affine_of
 from kitseg.volumes.nifti import as_ct, canonical_geometry, make_header, read_labels, turn_to_canonical
 from kitseg.volumes.scan import find_scans, read_scan
 
@@ -93,11 +94,7 @@ def _parts(image: Image, affine: ArrayLike | None, name: str) -> tuple[NDArray[A
     if hasattr(image, "GetDirection"):  # SimpleITK
         from SimpleITK import GetArrayFromImage
 
-        to_ras = np.diag([-1.0, -1.0, 1.0])  # from its LPS+
-        matrix = np.eye(4)
-        matrix[:3, :3] = to_ras @ np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-        matrix[:3, 3] = to_ras @ image.GetOrigin()
-        return GetArrayFromImage(image).T, matrix
+        return GetArrayFromImage(image).T, affine_of(image)
     if hasattr(image, "affine") and hasattr(image, "data"):  # TorchIO, (1, W, H, D)
         data = np.asarray(image.data)
         return data[0] if len(data) == 1 else data, np.asarray(image.affine, np.float64)

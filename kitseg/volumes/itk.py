@@ -64,6 +64,14 @@ def itk_doubts(path: Path) -> list[str]:
     return [] if re.search(_PLACE[name], text) else ["the header has no orientation"]
 
 
+def affine_of(image: Any) -> NDArray[np.float64]:
+    """(4, 4), from the voxel indices of SimpleITK's image or reader to mm in RAS+."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return _TO_RAS @ affine
+
+
 def write_itk(path: Path, labels: NDArray[np.uint8], native: Geometry, scheme: Scheme) -> None:
     """Write labels on their native axes with the ids of a scheme as .mha or .seg.nrrd, atomically.
 
@@ -140,11 +148,9 @@ def _open(path: Path) -> tuple[Any, Geometry]:
         raise InputError(path, f"it has the shape {reader.GetSize()}, not one value on three axes", _CONVERT)
     if min(shape) < 1 or math.prod(shape) > min(MAX_VOXELS, size * DEFLATE_RATIO):
         raise InputError(path, f"the header claims the shape {shape}, more than the file can hold", COPY_AGAIN)
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
-    affine[:3, 3] = reader.GetOrigin()
-    check_affine(path, _TO_RAS @ affine)
-    return reader, Geometry(triple(shape), _TO_RAS @ affine)
+    affine = affine_of(reader)
+    check_affine(path, affine)
+    return reader, Geometry(triple(shape), affine)
 
 
 def _text(path: Path) -> tuple[str, bytes]:
