@@ -154,6 +154,20 @@ def onnx(session: nox.Session) -> None:
 
 
 @nox.session
+def container(session: nox.Session) -> None:
+    """The container of docs/grand-challenge on the sample: built and run, or without docker its steps one by one."""
+    install(session, "simpleitk", "numpy")
+    session.run("python", str(ROOT / "tests" / "container.py"))
+
+
+@nox.session
+def service(session: nox.Session) -> None:
+    """`kitseg serve` under load: 50 requests from 8 clients between hostile ones, memory, a restart, a kill."""
+    install(session, "-e", ".", "psutil", group="tests")
+    session.run("python", str(ROOT / "tests" / "service_load.py"))
+
+
+@nox.session
 def notebooks(session: nox.Session) -> None:
     """Execute copies of the notebooks."""
     install(session, "-e", ".", group="notebooks")

@@ -17,8 +17,8 @@ def test_the_help_shows_the_commands_in_panels(tmp_path: Path, monkeypatch: pyte
     found = [match[1] or match[2] for match in starts if match]
     assert " ".join(found) == (
         "Options Data download phantom synthesize check split preprocess augment fit-priors Training plan train "
-        "validate compare choose Prediction predict infer ensemble postprocess Results evaluate measure followup "
-        "report refine mesh submit Sharing export About methods demo"
+        "validate compare choose Prediction predict infer ensemble postprocess grand-challenge Results evaluate "
+        "measure followup report refine mesh submit Sharing export serve About methods demo"
     )
 
 

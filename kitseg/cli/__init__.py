@@ -7,18 +7,18 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from typer.models import OptionInfo
 
-from kitseg.cli import augment, bundle, data, learn, look, plan, predict, score
+from kitseg.cli import augment, bundle, data, learn, look, plan, predict, score, serve
 from kitseg.cli.app import app, main
 
-__all__ = ["app", "augment", "bundle", "data", "learn", "look", "main", "plan", "predict", "score"]
+__all__ = ["app", "augment", "bundle", "data", "learn", "look", "main", "plan", "predict", "score", "serve"]
 
 #: The panels of ``kitseg --help``, in the order of the work.
 PANELS = {
     "Data": ("download", "phantom", "synthesize", "check", "split", "preprocess", "augment", "fit-priors"),
     "Training": ("plan", "train", "validate", "compare", "choose"),
-    "Prediction": ("predict", "infer", "ensemble", "postprocess"),
+    "Prediction": ("predict", "infer", "ensemble", "postprocess", "grand-challenge"),
     "Results": ("evaluate", "measure", "followup", "report", "refine", "mesh", "submit"),
-    "Sharing": ("export",),
+    "Sharing": ("export", "serve"),
     "About": ("methods", "demo"),
 }
 

@@ -14,15 +14,6 @@ from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.sharding import Share
 
-#: The endings of what each format of `predict` writes beside the NIfTI file.
-_FORMATS = {
-    "nifti": (),
-    "mha": (".mha",),
-    "seg.nrrd": (".seg.nrrd",),
-    "dicom-seg": (".dcm",),
-    "dicom-sr": (".dcm", ".sr.dcm"),
-}
-
 
 def _unpack(context: typer.Context, paths: list[Path]) -> list[Path]:
     from kitseg.volumes.zipped import unpacked
@@ -182,7 +173,14 @@ def predict(
     Running it again resumes: cases that are done and unchanged are skipped.
     """
     with quick_imports():
-        from kitseg.commands.predict import SERIES_TABLE, PredictOptions, PredictScans, choose_scans, name_output
+        from kitseg.commands.predict import (
+            SERIES_TABLE,
+            PredictOptions,
+            PredictScans,
+            choose_scans,
+            name_output,
+            output_endings,
+        )
         from kitseg.models.builtin import choose_model
         from kitseg.models.members import locate, open_ensemble
         from kitseg.models.memory import parse_size
@@ -190,7 +188,7 @@ def predict(
 
     device, ranks = choose_ranks(gpus, processes, device)
     _ = Machine(device, ranks).accelerator  # before any process is started
-    endings = _endings(formats)
+    endings = output_endings(formats)
     found, output = name_output(choose_scans(scans, split, fold, series), output)
     show_left_out(scans, found.cases, labels=False)
     models = [locate(one) for one in model] or [choose_model(Path("runs"))]
@@ -203,14 +201,6 @@ def predict(
     part, most = Share.asked(shard).part, parse_size(max_memory)
     options = PredictOptions(endings, anonymous, identifiers, found.choices, most, part, scheme)
     shared_work("predict", found.cases, PredictScans(opened, output, options), shard, ranks)
-
-
-def _endings(formats: str) -> list[str]:
-    """The endings of the files in comma-separated formats."""
-    wanted = [name.strip() for name in formats.split(",")]
-    if unknown := [name for name in wanted if name not in _FORMATS]:
-        raise UsageError(f"--format {unknown[0]}: give {', '.join(_FORMATS)}, or several with commas between")
-    return list(dict.fromkeys(ending for name in wanted for ending in _FORMATS[name]))
 
 
 def _numbers(text: str | None) -> list[float]:

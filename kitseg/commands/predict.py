@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
 
 SERIES_TABLE = "series.csv"
+#: The endings of what each format writes beside the NIfTI file.
+FORMATS = {
+    "nifti": (),
+    "mha": (".mha",),
+    "seg.nrrd": (".seg.nrrd",),
+    "dicom-seg": (".dcm",),
+    "dicom-sr": (".dcm", ".sr.dcm"),
+}
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,14 @@ class CasePredictor:
         report = partial(write_report, found=made, segmentation=self.to / f"{source.id}.dcm")
         writers: dict[str, Write] = {".dcm": partial(write_segmentation, found=made), ".sr.dcm": report}
         return {ending: write for ending, write in writers.items() if ending in self.options.endings}
+
+
+def output_endings(formats: str, option: str = "--format ") -> list[str]:
+    """The endings of the files in comma-separated formats. Raises UsageError: an unknown one."""
+    wanted = [name.strip() for name in formats.split(",")]
+    if unknown := [name for name in wanted if name not in FORMATS]:
+        raise UsageError(f"{option}{unknown[0]}: give {', '.join(FORMATS)}, or several with commas between")
+    return list(dict.fromkeys(ending for name in wanted for ending in FORMATS[name]))
 
 
 def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, series: Sequence[str] = ()) -> Scans:

@@ -202,13 +202,13 @@ def _is_stray(partial: Path) -> bool:
     """Whether no process writes to a partial any more: its own has ended, or on another machine it is a day old."""
     host, process = partial.name.split(".")[2:4]
     if host == HOST:
-        return not _is_alive(process)
+        return not is_alive(process)
     with suppress(OSError):
         return time.time() - partial.stat().st_mtime > A_DAY
     return False
 
 
-def _is_alive(process: str) -> bool:
+def is_alive(process: str) -> bool:
     """Whether a process with this id runs on this machine."""
     try:
         os.kill(int(process), 0)

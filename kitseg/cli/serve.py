@@ -1,0 +1,113 @@
+"""Commands for other programs: the container of a challenge, and the HTTP service."""
+
+from __future__ import annotations
+
+import secrets
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from kitseg.cli import options as opt
+from kitseg.cli.app import COLOURS, app, quick_imports
+from kitseg.errors import UsageError
+from kitseg.runtime import console
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@app.command(epilog="Example: kitseg grand-challenge --input input --output output")
+def grand_challenge(
+    source: Annotated[Path, typer.Option("--input", help="Folder with inputs.json and images/SOCKET/.")] = Path(
+        "/input"
+    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("/output"),
+    socket: Annotated[
+        str, typer.Option(help="Output socket of the algorithm: labels go to OUTPUT/SOCKET/output.mha.")
+    ] = "images/kidney-tumor-segmentation",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model as for `kitseg predict`. Default: the one in /opt/ml/model, else builtin."),
+    ] = None,
+    device: opt.Device = "auto",
+    engine: opt.Engine = "auto",
+    scheme: opt.Labels = None,
+    trust: opt.Trust = False,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Segment the only scan of an algorithm's input folder, as containers on grand-challenge.org do.
+
+    Labels are written as .mha on the scan's own grid, findings as JSON. Nothing else is read or written, and no network
+    is used. docs/how-to/serve.md has the recipe of the container.
+    """
+    with quick_imports():
+        from kitseg.commands.grand_challenge import FINDINGS, find_model, predict_case
+        from kitseg.models.members import open_ensemble
+
+    opened = open_ensemble([model or find_model(Path("/opt/ml/model"))], device, engine=engine)
+    console.print_plain(opened.describe())
+    found = predict_case(source, output, socket, opened, scheme)
+    for flag in found.quality.flags:
+        console.print_line(f"[{COLOURS[flag.level]}]{flag.level}[/] {escape(flag.reason)}")
+    console.print_line(escape(f"→ {output / socket}/output.mha, {output / FINDINGS}"))
+
+
+@app.command(epilog="Example: kitseg serve --root /data --port 8760")
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; by default only this machine can connect.")] = _LOCAL[
+        0
+    ],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8760,
+    root: Annotated[Path | None, typer.Option(help="Folder whose scans requests may name by a path.")] = None,
+    allow_host: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Name by which clients call this machine; may be repeated.")
+    ] = [],  # noqa: B006
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="KITSEG_TOKEN",
+            help="What clients must state; safer in the environment. Default: a new one, printed.",
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused with 503.")] = 16,
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Largest upload, such as 500MB.")] = "2GB",
+    max_memory: opt.MaxMemory = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model as for `kitseg predict`. Default: the only finished run in runs, else builtin."),
+    ] = None,
+    device: opt.Device = "auto",
+    engine: opt.Engine = "auto",
+    precision: opt.Precision = "auto",
+    scheme: opt.Labels = None,
+    trust: opt.Trust = False,
+) -> None:
+    """Serve predictions over HTTP: a scan in, a zip of labels, JSON, picture and page out. Nothing is kept.
+
+    docs/how-to/serve.md shows requests. For other machines, put a proxy with TLS in front: the service itself has none.
+    """
+    if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
+        raise UsageError(f'{missing[0]} is not installed; pip install "kitseg[service]" adds it')
+    if root and not root.is_dir():
+        raise UsageError(f"--root {root} is not a folder")
+    if token is not None and len(token) < 16:
+        raise UsageError("the token has fewer than 16 characters")
+    with quick_imports():
+        from kitseg.models.builtin import choose_model
+        from kitseg.models.members import open_ensemble
+        from kitseg.models.memory import parse_size
+        from kitseg.service import http
+        from kitseg.service.work import Predictor
+
+    opened = open_ensemble([model or choose_model(Path("runs"))], device, engine=engine, precision=precision)
+    limits = http.Limits(queue, parse_size(max_body, "--max-body") or 0)
+    work = Predictor(opened, scheme, parse_size(max_memory))
+    console.print_plain(opened.describe())
+    if token is None:
+        console.print_plain(f"token: {(token := secrets.token_urlsafe(24))}")
+    if host not in _LOCAL:
+        console.print_plain("other machines can connect, and requests are not encrypted: put a proxy with TLS in front")
+    console.print_plain(f"listening on http://{host}:{port}")
+    http.serve(http.Service(work, token, root, limits), host, port, [*_LOCAL, host, *allow_host])

@@ -1,0 +1,1 @@
+"""kitseg as a service: beside the command line, above the commands."""

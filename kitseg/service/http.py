@@ -1,0 +1,160 @@
+"""The HTTP service: a scan in, a zip of labels, JSON and page out. Nothing is kept after the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from fastapi import FastAPI, HTTPException, Request, Response
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from kitseg import __version__
+from kitseg.commands.predict import output_endings
+from kitseg.errors import KitsegError, UsageError, format_error
+from kitseg.runtime.console import print_plain
+from kitseg.service.work import place_below, scratch
+
+UPLOAD_SECONDS = 600.0
+LARGEST_JSON = 1 << 16
+Work = Callable[[Path, Path, Sequence[str], bool], Path]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """queue: requests that may wait beside the one that runs; body: bytes of an upload."""
+
+    queue: int = 16
+    body: int = 2 << 30
+
+
+@dataclass
+class Service:
+    """One prediction at a time, in the order of arrival.
+
+    work: predicts a scan (``work.Predictor``); token: that every request but ``/health`` states; root: the folder that
+    paths in requests refer to, None for uploads only.
+    """
+
+    work: Work
+    token: str
+    root: Path | None = None
+    limits: Limits = Limits()
+    waiting: int = 0
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def authorize(self, request: Request) -> None:
+        """Refuse a request without the token."""
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
+            raise HTTPException(401, "state the token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+
+    def health(self) -> dict[str, str | int]:
+        """Whether requests are accepted, and how many wait or run."""
+        return {"status": "ok", "kitseg": __version__, "requests": self.waiting, "queue": self.limits.queue}
+
+    async def predict(self, request: Request, format: str = "nifti", anonymous: bool = False) -> Response:
+        """Predict the scan in the body (a zip), or at the ``path`` below the root in a JSON body."""
+        self.authorize(request)
+        if self.waiting > self.limits.queue:
+            raise HTTPException(503, "the queue is full", {"Retry-After": "10"})
+        folder, begun, status = Path(tempfile.mkdtemp()), time.perf_counter(), 500
+        self.waiting += 1
+        try:
+            endings = output_endings(format, "format=")
+            source = await self._source(request, folder)
+            async with self._turn:
+                if await request.is_disconnected():
+                    raise HTTPException(499, "the client left")
+                packed = await self._run(source, folder / "out", endings, anonymous)
+            content, status = packed.read_bytes(), 200
+            return Response(content, media_type="application/zip")
+        except (PermissionError, FileNotFoundError) as error:
+            status = 403 if isinstance(error, PermissionError) else 404
+            raise HTTPException(status, str(error)) from error
+        except UsageError as error:
+            raise HTTPException(status := 400, str(error)) from error
+        except KitsegError as error:
+            raise HTTPException(status := 422, str(error)) from error
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        except Exception as error:  # whatever goes wrong with one request, the service answers the next
+            print_plain(format_error("request", error))
+            raise HTTPException(500, "internal error") from error
+        finally:
+            self.waiting -= 1
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            print_plain(f"{status} after {time.perf_counter() - begun:.1f} s, {self.waiting} waiting")
+
+    async def _run(self, source: Path, to: Path, endings: Sequence[str], anonymous: bool) -> Path:
+        """Predict in the only thread for it, to its end even where this request is cancelled."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.shield(loop.run_in_executor(self._thread, self.work, source, to, endings, anonymous))
+
+    async def _source(self, request: Request, folder: Path) -> Path:
+        """The scan that a request refers to, its body stored in the folder."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":
+            return place_below(self.root, await self._path(request, folder / "request.json"))
+        if kind != "application/zip":
+            raise HTTPException(415, "send a zip of the scan (application/zip), or JSON with its path")
+        await self._store(request, folder / "study.zip", self.limits.body)
+        return folder / "study.zip"
+
+    async def _path(self, request: Request, file: Path) -> str:
+        await self._store(request, file, LARGEST_JSON)
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=dict[str, str])["path"]
+        except (msgspec.MsgspecError, KeyError, UnicodeDecodeError, RecursionError) as error:
+            raise HTTPException(400, 'the JSON must be {"path": "PATH below --root"}') from error
+
+    async def _store(self, request: Request, file: Path, most: int) -> None:
+        """Write the body to a file; more bytes than allowed, or a body that takes too long, end the request."""
+        large = HTTPException(413, f"the body has more than {most} bytes")
+        stated = request.headers.get("content-length", "0")
+        if not stated.isdecimal() or int(stated) > most:
+            raise large
+        try:
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                with file.open("wb") as target:
+                    async for chunk in request.stream():
+                        if (most := most - len(chunk)) < 0:
+                            raise large
+                        await asyncio.to_thread(target.write, chunk)
+        except TimeoutError as error:
+            raise HTTPException(408, "the body took too long") from error
+
+
+def build_app(service: Service, hosts: Sequence[str]) -> FastAPI:
+    """The application; ``hosts``: values of the Host header that are accepted, without port."""
+    app = FastAPI(title="kitseg", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.get("/health")(service.health)
+    app.post("/predict")(service.predict)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    return app
+
+
+def serve(service: Service, host: str, port: int, hosts: Sequence[str]) -> None:
+    """Answer requests until a signal comes; a prediction that runs is finished and delivered first."""
+    import uvicorn
+
+    with scratch():
+        uvicorn.run(
+            build_app(service, hosts),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=service.limits.queue + 64,
+            timeout_keep_alive=5,
+        )

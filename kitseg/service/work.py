@@ -1,0 +1,103 @@
+"""What the service does with one scan, in a folder that is removed afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
+
+from kitseg.commands.case_record import record_of
+from kitseg.commands.predict import PredictOptions, PredictScans
+from kitseg.commands.report import PageTask, make_page
+from kitseg.errors import InputError, KitsegError
+from kitseg.labels import Scheme
+from kitseg.models.members import Ensemble
+from kitseg.runtime.files import is_alive
+from kitseg.runtime.outcomes import without_paths
+from kitseg.runtime.sharding import Share
+from kitseg.volumes.scan import find_scans
+from kitseg.volumes.zipped import unpacked
+
+CASE = "scan"  # the name of every result, whatever the name of the scan
+_FOLDER = "kitseg-serve"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts one scan after another with an opened model. max_memory: bytes that a scan may need at most."""
+
+    model: Ensemble
+    scheme: Scheme | None = None
+    max_memory: int | None = None
+
+    def __call__(self, source: Path, to: Path, endings: Sequence[str], anonymous: bool) -> Path:
+        """Labels, JSON, picture and page of the only scan in a file, a zip or a folder, as a zip in ``to``.
+
+        Raises:
+            KitsegError: not exactly one scan, or one that can't be used; the text names no folder.
+        """
+        try:
+            with unpacked([source]) as paths:
+                return self._predict(paths, to, endings, anonymous)
+        except KitsegError as error:
+            folders = [to / "x", source, *([error.path] if isinstance(error, InputError) else [])]
+            raise KitsegError(without_paths(CASE, error, folders, isinstance(error, InputError))) from error
+
+    def _predict(self, paths: Sequence[Path], to: Path, endings: Sequence[str], anonymous: bool) -> Path:
+        found = find_scans(paths)
+        if len(found.cases) != 1:
+            reasons = "; ".join(sorted({choice.reason for choice in found.choices if not choice.chosen}))
+            why = f" ({reasons})" if reasons else ""
+            raise KitsegError(f"holds {len(found.cases)} scans; a request takes one{why}")
+        case = replace(found.cases[0], id=CASE)
+        options = PredictOptions(endings, anonymous, max_memory=self.max_memory, labels=self.scheme)
+        (done,) = PredictScans(lambda: self.model, to, options)([case], Share(), lambda _: None, lambda _: None)
+        if done.error:
+            raise KitsegError(without_paths(CASE, KitsegError(done.error), case.files, bool(case.slices)))
+        labels, scheme = to / f"{CASE}.nii.gz", self.scheme or self.model.models[0].method.labels
+        page = PageTask(CASE, labels, case, {}, to, scheme)
+        if row := make_page(page).error:
+            raise KitsegError(row)
+        files = [labels, record_of(labels), page.output, *(to / f"{CASE}{ending}" for ending in (".png", *endings))]
+        packed = to / "result.zip"
+        with ZipFile(packed, "w", ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.write(file, file.name)
+        return packed
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for all temporary files of this process, removed at the end, as are those of killed ones."""
+    place = Path(tempfile.gettempdir())
+    for folder in place.glob(f"{_FOLDER}-*"):
+        owner = re.match(rf"{_FOLDER}-(\d+)-", folder.name)
+        with suppress(OSError):
+            if owner and not is_alive(owner[1]) and folder.stat().st_uid == os.getuid() and not folder.is_symlink():
+                shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}-{os.getpid()}-", ignore_cleanup_errors=True) as name:
+        before, tempfile.tempdir = tempfile.tempdir, name
+        try:
+            yield Path(name)
+        finally:
+            tempfile.tempdir = before
+
+
+def place_below(root: Path | None, path: str) -> Path:
+    """A path below the root. Raises PermissionError: outside it, or there is no root; FileNotFoundError."""
+    if root is None:
+        raise PermissionError("the service was started without --root")
+    if "\0" in path:
+        raise FileNotFoundError("there is no such path below --root")
+    found = Path(os.path.realpath(root / path))
+    if not found.is_relative_to(os.path.realpath(root)):
+        raise PermissionError("the path lies outside --root")
+    if not found.exists():
+        raise FileNotFoundError("there is no such path below --root")
+    return found

@@ -1,0 +1,80 @@
+"""A running service, and requests to it."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import ZipFile
+
+import uvicorn
+
+from kitseg.service.http import Service, build_app
+from kitseg.service.work import scratch
+
+TOKEN = "a-token-of-some-length"
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: bytes
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        with ZipFile(io.BytesIO(self.body)) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+    @property
+    def detail(self) -> str:
+        return str(json.loads(self.body)["detail"])
+
+
+def request(port: int, body: bytes | str | None, query: str = "", **headers: str) -> Answer:
+    """POST /predict with a zip, or with the path of a scan; GET /health without a body."""
+    kind = "application/zip" if isinstance(body, bytes) else "application/json"
+    stated = {"authorization": f"Bearer {TOKEN}", "content-type": kind}
+    stated |= {name.replace("_", "-"): value for name, value in headers.items()}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    try:
+        if body is None:
+            connection.request("GET", "/health", headers=stated)
+        else:
+            content = json.dumps({"path": body}).encode() if isinstance(body, str) else body
+            connection.request("POST", f"/predict{query}", content, stated)
+        answer = connection.getresponse()
+        return Answer(answer.status, answer.read())
+    finally:
+        connection.close()
+
+
+def zipped(**files: bytes | Path) -> bytes:
+    """A zip of files; dots in names are written as two underscores."""
+    packed = io.BytesIO()
+    with ZipFile(packed, "w") as archive:
+        for name, content in files.items():
+            place = name.replace("__", ".")
+            archive.writestr(place, content) if isinstance(content, bytes) else archive.write(content, place)
+    return packed.getvalue()
+
+
+@contextmanager
+def running(service: Service, port: int) -> Iterator[Path]:
+    """The service in a thread; its folder of temporary files."""
+    with scratch() as folder:
+        server = uvicorn.Server(uvicorn.Config(build_app(service, ["127.0.0.1"]), port=port, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield folder
+        finally:
+            server.should_exit = True
+            thread.join(30)

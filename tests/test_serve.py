@@ -1,0 +1,192 @@
+"""`kitseg serve`: requests that are answered, refused and abandoned; under load: ``nox -s service``."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import kitseg
+
+pytest.importorskip("fastapi")
+
+from http_service import TOKEN, request, running, zipped
+from method_runs import untrained
+
+from kitseg.errors import KitsegError
+from kitseg.models.members import open_ensemble
+from kitseg.service.http import Limits, Service
+from kitseg.service.work import Predictor, place_below, scratch
+from kitseg.types import Geometry
+from kitseg.volumes.nifti import write_image
+
+GRID = Geometry((24, 20, 8), np.diag([-2.0, -2.0, 3.0, 1.0]))
+
+
+class Work:
+    """Takes the place of a prediction; waits until it may go."""
+
+    def __init__(self) -> None:
+        self.free, self.sources = threading.Event(), list[Path]()
+        self.free.set()
+
+    def __call__(self, source: Path, to: Path, endings: Sequence[str], anonymous: bool) -> Path:
+        self.sources.append(source)
+        assert self.free.wait(30)
+        to.mkdir()
+        if source.read_bytes() == b"bad":
+            raise KitsegError("can't be used")
+        if source.read_bytes() == b"bug":
+            raise ZeroDivisionError
+        (to / "x.zip").write_bytes(source.read_bytes() + ",".join([*endings, str(anonymous)]).encode())
+        return to / "x.zip"
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+@pytest.fixture
+def folder(work: Work, free_port: int, tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a.nii").write_bytes(b"scan")
+    (tmp_path / "root" / "out").symlink_to("/etc")
+    (tmp_path / "secret.nii").write_bytes(b"secret")
+    with running(Service(work, TOKEN, tmp_path / "root", Limits(1, 1000)), free_port) as folder:
+        yield folder
+
+
+def test_uploads_and_paths(work: Work, folder: Path, free_port: int) -> None:
+    assert request(free_port, b"zip").body == b"zipFalse"
+    assert request(free_port, "a.nii", "?format=dicom-sr,mha&anonymous=1").body == b"scan.dcm,.sr.dcm,.mha,True"
+    health = json.loads(request(free_port, None, authorization="").body)
+    assert (health["status"], health["requests"]) == ("ok", 0)
+    assert list(folder.iterdir()) == [], "nothing is kept"
+
+
+def test_requests_that_are_refused(work: Work, folder: Path, free_port: int) -> None:
+    for status, body, query, headers in (
+        (401, b"zip", "", {"authorization": ""}),
+        (401, b"zip", "", {"authorization": f"Bearer {TOKEN}x"}),
+        (401, b"zip", "", {"authorization": f"Basic {TOKEN}"}),
+        (400, b"zip", "", {"host": "evil.example"}),
+        (400, None, "", {"host": "evil.example:80"}),
+        (413, b"z" * 1001, "", {}),
+        (415, b"zip", "", {"content_type": "text/plain"}),
+        (400, b"zip", "?format=jpeg", {}),
+        (400, b"[1]", "", {"content_type": "application/json"}),
+        (400, b"[" * 60_000, "", {"content_type": "application/json"}),
+        (413, b"[" * 70_000, "", {"content_type": "application/json"}),
+        (403, "../secret.nii", "", {}),
+        (403, "/etc/passwd", "", {}),
+        (403, "out/passwd", "", {}),
+        (404, "b.nii", "", {}),
+        (404, "a\0.nii", "", {}),
+        (422, b"bad", "", {}),
+        (500, b"bug", "", {}),
+    ):
+        answer = request(free_port, body, query, **headers)
+        assert answer.status == status, (body, query, headers, answer)
+        assert b"Traceback" not in answer.body
+        assert b"/tmp" not in answer.body
+    assert [source.name for source in work.sources] == ["study.zip"] * 2
+    assert list(folder.iterdir()) == []
+
+
+def test_a_body_of_unknown_length_is_limited(work: Work, folder: Path, free_port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", free_port, timeout=30)
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/zip"}
+    connection.request("POST", "/predict", iter([b"z" * 600] * 2), headers, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_a_full_queue_and_a_client_that_leaves(work: Work, folder: Path, free_port: int) -> None:
+    work.free.clear()
+    first = threading.Thread(target=request, args=(free_port, b"one"))
+    first.start()
+    gone = socket.create_connection(("127.0.0.1", free_port))
+    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+    gone.sendall(f"{head}Content-Type: application/zip\r\nContent-Length: 3\r\n\r\ntwo".encode())
+
+    def wait_for(count: int) -> None:
+        for _ in range(500):
+            if json.loads(request(free_port, None).body)["requests"] == count:
+                return
+            time.sleep(0.02)
+        pytest.fail(f"not {count} requests")
+
+    wait_for(2)
+    refused = request(free_port, b"three")
+    assert (refused.status, refused.detail) == (503, "the queue is full")
+    gone.close()
+    for _ in range(3):  # the service has seen it by then
+        request(free_port, None)
+    work.free.set()
+    wait_for(0)
+    first.join()
+    assert len(work.sources) == 1, "nobody waits for the second"
+    assert request(free_port, b"four").status == 200
+    assert list(folder.iterdir()) == []
+
+
+def test_a_scan_in_and_labels_json_and_page_out(tmp_path: Path, free_port: int) -> None:
+    model = open_ensemble([untrained(tmp_path / "run")], "cpu")
+    hu = np.random.default_rng(0).integers(-200, 300, (8, 20, 24)).astype(np.int16)
+    write_image(tmp_path / "root" / "Jane Doe.nii.gz", hu, GRID)
+    scan = tmp_path / "root" / "Jane Doe.nii.gz"
+    with running(Service(Predictor(model), TOKEN, tmp_path / "root"), free_port) as folder:
+        answer = request(free_port, zipped(Jane_Doe__nii__gz=scan), "?format=seg.nrrd")
+        assert answer.status == 200, answer.body
+        files = answer.files
+        assert sorted(files) == ["scan.html", "scan.json", "scan.nii.gz", "scan.png", "scan.seg.nrrd"]
+        assert json.loads(files["scan.json"])["case"] == "scan"
+        assert b"<html" in files["scan.html"]
+        assert sorted(request(free_port, "Jane Doe.nii.gz").files) == [
+            "scan.html",
+            "scan.json",
+            "scan.nii.gz",
+            "scan.png",
+        ]
+        for body, problem in (
+            (zipped(a__nii=scan, b__nii=scan), "holds 2 scans"),
+            (zipped(readme__txt=b"x"), "holds no scans"),
+            (b"PK no", "not a zip file"),
+            (zipped(**{"../x__nii": b"x"}), "outside its folder"),
+            (zipped(a__nii__gz=b"x"), "a.nii.gz: broken"),
+        ):
+            refused = request(free_port, body)
+            assert (refused.status, problem in refused.detail) == (422, True), refused
+            assert str(folder) not in refused.detail
+        assert list(folder.iterdir()) == []
+
+
+def test_a_path_below_nothing() -> None:
+    with pytest.raises(PermissionError):
+        place_below(None, "a")
+
+
+def test_folders_of_killed_services_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("kitseg-serve-999999999-x", "kitseg-serve-1-x", "kitseg-serve-mine"):
+        (tmp_path / name).mkdir()
+    with scratch() as folder:
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == sorted([folder.name, "kitseg-serve-1-x", "kitseg-serve-mine"])
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(["--token=short"], "fewer than 16"), (["--max-body=x"], "--max-body x is not a size"), (["--root=no"], "--root")],
+)
+def test_a_wrong_call(tmp_path: Path, arguments: list[str], problem: str) -> None:
+    done = kitseg(tmp_path, "serve", "--model=builtin", *arguments)
+    assert (done.code, problem in " ".join(done.text.split())) == (2, True), done.text
