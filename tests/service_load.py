@@ -159,7 +159,7 @@ def main(folder: Path) -> None:
         assert list((folder / "tmp").iterdir()) == []
     finally:
         server.process.kill()
-    assert "scan" not in (folder / "log.txt").read_text().partition("listening")[2]
+    assert "a.nii" not in (folder / "log.txt").read_text(), "a name of a scan"
 
 
 if __name__ == "__main__":
