@@ -150,7 +150,8 @@ def predict(
         str,
         typer.Option(
             "--format",
-            help="Also write (with commas) mha, seg.nrrd (3D Slicer); of DICOM series dicom-seg, dicom-sr (report).",
+            help="Also write (with commas) mha, seg.nrrd (3D Slicer), uncertainty (a map in percent); of DICOM series "
+            "dicom-seg, dicom-sr (report).",
         ),
     ] = "nifti",
     anonymous: Annotated[
@@ -159,6 +160,13 @@ def predict(
     identifiers: Annotated[
         bool, typer.Option("--identifiers", help="Add patient ID, UIDs, description and folder to series.csv.")
     ] = False,
+    confidence: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN|FILE",
+            help="Flag cases by their expected Dice: of a validated run, or of `kitseg evaluate --confidence`.",
+        ),
+    ] = None,
     scheme: opt.Labels = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,
@@ -173,6 +181,7 @@ def predict(
     Running it again resumes: cases that are done and unchanged are skipped.
     """
     with quick_imports():
+        from kitseg.commands.confidence import read_confidence
         from kitseg.commands.predict import (
             SERIES_TABLE,
             PredictOptions,
@@ -199,7 +208,8 @@ def predict(
             f"{len(found.cases)} of {len(found.choices)} DICOM series selected; {output / SERIES_TABLE} states why"
         )
     part, most = Share.asked(shard).part, parse_size(max_memory)
-    options = PredictOptions(endings, anonymous, identifiers, found.choices, most, part, scheme)
+    sure = read_confidence(confidence)
+    options = PredictOptions(endings, anonymous, identifiers, found.choices, most, part, scheme, sure)
     shared_work("predict", found.cases, PredictScans(opened, output, options), shard, ranks)
 
 

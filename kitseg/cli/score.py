@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from kitseg.cli import options as opt
 from kitseg.cli.app import app, cross_validate, exit_if, gather
-from kitseg.cli.score_tables import show_comparison, show_fit, show_intervals, show_scores
+from kitseg.cli.score_tables import show_comparison, show_confidence, show_fit, show_intervals, show_scores
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -69,6 +69,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Calibrate 90 % intervals of volumes and diameters; write them to this file."),
     ] = None,
+    confidence: Annotated[
+        Path | None,
+        typer.Option(help="Fit the expected tumor Dice to these cases, and write it to this file."),
+    ] = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Score label maps: official KiTS metrics, surface distances, volume errors and tumor detection.
@@ -80,13 +84,16 @@ def evaluate(
     Exit code 1: a case is missing, could not be scored, or has no reference; the others are scored and written.
     """
     from kitseg.commands import evaluate as scoring
+    from kitseg.commands.confidence import write_confidence
     from kitseg.commands.intervals import case_errors, write_intervals
     from kitseg.commands.score_files import score_content, write_score_table, write_scores
     from kitseg.runtime.resume import ResultCache
+    from kitseg.volumes.tables import PATIENTS, read_patients
 
     refuse_overwrite(report, "scores")
     refuse_overwrite(table, "score table")
     refuse_overwrite(intervals, "intervals")
+    refuse_overwrite(confidence, "confidence")
     rules = scoring.rules(protocol, scheme)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
     output, work = report or table, partial(scoring.score_case, rules=rules)
@@ -103,6 +110,9 @@ def evaluate(
     if intervals:
         errors = gather("intervals", found, partial(case_errors, rules=rules), jobs, None, None)
         show_intervals(write_intervals(intervals, errors), intervals)
+    if confidence:
+        patients = read_patients(references / PATIENTS)
+        show_confidence(write_confidence(confidence, list(zip(found, scores, strict=True)), patients), confidence)
     exit_if(bool(unscored.predictions) or any(score.missing or score.error for score in scores))
 
 

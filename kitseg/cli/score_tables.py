@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kitseg.commands.compare import Comparison
     from kitseg.commands.evaluate import Rules, Score
     from kitseg.commands.fit_priors import Fit
+    from kitseg.measurement.confidence import Confidence
     from kitseg.measurement.intervals import Calibration
     from kitseg.report.scores import Table
 
@@ -67,6 +68,24 @@ def show_intervals(found: Calibration | None, path: Path) -> None:
         "of the diameter of a ball. A quantity needs 19 errors."
     )
     console.print_line(escape(f"→ {path}"))
+
+
+def show_confidence(found: Confidence | None, path: Path | None = None) -> None:
+    """Print how well orderings of the cases by trust tell their tumor Dice."""
+    from kitseg.measurement.confidence import FAILED, LEAST
+
+    if found is None:
+        console.print_line(f"No expected Dice: it takes {LEAST} cases of several patients, predicted by this version.")
+        return
+    table = console.table("cases in the order of", "AURC", f"Dice below {FAILED:g}, of the last {found.reviewed} cases")
+    for name, ordering in found.orderings.items():
+        table.add_row(name, f"{ordering.aurc:.3f}", f"{ordering.caught:.1f} of all {found.failed}")
+    console.out.print(table)
+    console.print_line(
+        "AURC: mean of 1 − tumor Dice of the most trusted cases, over all their numbers; lower is better."
+    )
+    if path:
+        console.print_line(escape(f"→ {path}"))
 
 
 def show_comparison(comparison: Comparison) -> None:

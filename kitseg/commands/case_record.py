@@ -17,7 +17,7 @@ from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
-from kitseg.volumes.names import is_volume_name
+from kitseg.volumes.names import UNCERTAINTY, is_volume_name
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class CaseRecord:
     files: hashes of the case's files by name; labels_sha256: of the label map among them; scan, scan_sha256: the scan's
     name and hash; recipe, block_sha256: hashes of the settings and of the probabilities, where labels depend on them;
     models, versions: what predicted; learned_from: those of the models that learned from the scan, None where unknown;
-    volumes_ml, note, quality: what was found; labels: the scheme of the label map, None in records of kitseg 0.1;
-    corrected: the clicks of a person.
+    volumes_ml, note, quality, signs: what was found; labels: the scheme of the label map, None in records of kitseg
+    0.1; corrected: the clicks of a person.
     """
 
     case: str = ""
@@ -44,6 +44,7 @@ class CaseRecord:
     volumes_ml: dict[str, float] | None = None
     note: str = ""
     quality: Quality | None = None
+    signs: dict[str, float] = field(default_factory=dict)
     labels: Scheme | None = None
     corrected: tuple[dict[str, Any], ...] = ()
 
@@ -55,6 +56,7 @@ class CaseRecord:
 CASE_RECORD = FileFormat(CaseRecord, 4)
 ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
 _KINDS = {".nii.gz": "nifti", ".png": "png", ".dcm": "dicom", ".sr.dcm": "dicom", ".mha": "mha", ".seg.nrrd": "nrrd"}
+_KINDS[UNCERTAINTY] = "nifti"
 
 
 def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:

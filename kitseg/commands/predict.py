@@ -14,6 +14,7 @@ from kitseg.commands.case_record import read_record, refuse_case_overwrite
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import CYST, Scheme, to_kits19
+from kitseg.measurement.confidence import Confidence, uncertainty
 from kitseg.measurement.measure import measure
 from kitseg.models.members import Ensemble, Prediction, learned_from
 from kitseg.models.memory import check_memory
@@ -27,8 +28,8 @@ from kitseg.runtime.workers import Log
 from kitseg.splits import held_out
 from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
-from kitseg.volumes.names import pair
-from kitseg.volumes.nifti import write_volume
+from kitseg.volumes.names import UNCERTAINTY, pair
+from kitseg.volumes.nifti import write_labels, write_volume
 from kitseg.volumes.scan import Scans, find_scans, read_scan, scan_digest, scan_doubts, scan_geometry
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ FORMATS = {
     "nifti": (),
     "mha": (".mha",),
     "seg.nrrd": (".seg.nrrd",),
+    "uncertainty": (UNCERTAINTY,),
     "dicom-seg": (".dcm",),
     "dicom-sr": (".dcm", ".sr.dcm"),
 }
@@ -52,7 +54,8 @@ class PredictOptions:
     endings: of the files in other formats, of DICOM series ``.dcm`` the segmentation and ``.sr.dcm`` the report;
     anonymous: DICOM files without patient and study; identifiers: patient and UIDs in the table of series; choices: the
     series in that table; max_memory: a scan that may need more bytes fails before it is read; part: of the work, such
-    as ``1/2``, empty for the whole; labels: the scheme of the label maps, the model's where it is None.
+    as ``1/2``, empty for the whole; labels: the scheme of the label maps, the model's where it is None; confidence:
+    what flags cases by their expected Dice, and calibrates the uncertainty map.
     """
 
     endings: Sequence[str] = ()
@@ -62,6 +65,7 @@ class PredictOptions:
     max_memory: int | None = None
     part: str = ""
     labels: Scheme | None = None
+    confidence: Confidence | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,9 @@ class CasePredictor:
         self.scheme = options.labels or model.models[0].method.labels
         self.facts = {"models": model.origin(), "postprocess": model.postprocess, "labels": self.scheme.plain()}
         self.facts["versions"] = versions()
+        if options.confidence:
+            sure = options.confidence
+            self.facts["confidence"] = {**asdict(sure.model), "temperature": sure.temperature}
         self.recipe = recipe(**self.facts, outputs=(*options.endings, options.anonymous))
 
     def predict(self, source: Case) -> Outcome:
@@ -124,8 +131,13 @@ class CasePredictor:
         more: dict[str, Write] = {
             ".png": partial(case_picture, ct=scan, labels=found.canonical, title=source.id, scheme=self.scheme)
         }
+        sure = self.options.confidence
+        quality = sure.judge(found.signs, found.quality) if sure else found.quality
         for ending in self.options.endings:
-            if not _is_dicom(ending):
+            if ending == UNCERTAINTY:
+                percent = uncertainty(found.proba, (sure and sure.temperature) or 1.0)
+                more[ending] = partial(write_labels, labels=percent, native=scan.native)
+            elif not _is_dicom(ending):
                 more[ending] = partial(write_volume, labels=found.canonical, native=scan.native, scheme=self.scheme)
         if any(map(_is_dicom, self.options.endings)):
             more |= self._dicom_files(source, found, scan)
@@ -135,11 +147,12 @@ class CasePredictor:
             "findings": asdict(found.findings),
             "learned_from": learned_from(self.model.models, source, made["scan_sha256"]),
             **({"part": self.options.part} if self.options.part else {}),
-            "quality": {"level": found.quality.level, **asdict(found.quality), "agreement": found.agreement},
+            "quality": {"level": quality.level, **asdict(quality), "agreement": found.agreement},
+            "signs": found.signs,
             **self.facts,
         }
         written = write_case(self.to, found.canonical, found.proba, facts, made, doubts(source, scan), more)
-        return replace(written, quality=found.quality)
+        return replace(written, quality=quality)
 
     def _dicom_files(self, source: Case, found: Prediction, scan: Volume) -> dict[str, Write]:
         """The writers of the DICOM files of a series, by their endings."""

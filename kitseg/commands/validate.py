@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kitseg import config
 from kitseg.commands.case_record import read_record
+from kitseg.commands.confidence import CONFIDENCE, write_confidence
 from kitseg.commands.evaluate import Job, Rules, Score, Unscored, score_case
 from kitseg.commands.infer import manifest_of
 from kitseg.commands.intervals import INTERVALS, case_errors, write_intervals
 from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import score_content, write_scores
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.models.members import learned_from
+from kitseg.measurement.confidence import fit_temperature, sample
+from kitseg.models.members import judge, learned_from
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import STAGE_INPUTS, Run, find_run, move_aside
@@ -28,7 +30,7 @@ from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
 from kitseg.volumes import blocks
 from kitseg.volumes.kits import labelled_cases
-from kitseg.volumes.nifti import read_image
+from kitseg.volumes.nifti import read_image, read_labels
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
 LABELS = "predictions"
@@ -135,10 +137,11 @@ def folds_to_score(validation: Validation) -> dict[str, int]:
 def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Callable[[], None]) -> list[Score]:
     """Score the label maps of all validated folds and write the scores; a case without one counts as background.
 
-    And the intervals of their measurements, see ``commands.intervals``.
+    And the intervals of their measurements, and what their expected Dice follows from (``commands.confidence``).
     """
     scheme = validation.split.scheme
-    rules, scores, errors = Rules(protocol_of(scheme), scheme, distances=False), [], []
+    rules, scores, errors, jobs = Rules(protocol_of(scheme), scheme, distances=False), [], [], []
+    samples = []
     by_id = {case.id: case for cases in validation.cases.values() for case in cases}
     for name, fold in folds.items():
         case = by_id[name]
@@ -147,9 +150,16 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
         job = Job(name, there, case.label or case.image, groups)
         scores.append(score_case(job, rules))
         errors.append(case_errors(job, rules))
+        jobs.append(job)
+        if there:
+            truth = read_labels(job.reference, name, scheme).array
+            samples += sample(blocks.read_block(validation.probabilities(fold), name), truth)
         on_done()
     write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds, Unscored()))
-    write_intervals(validation.run.validation(validation.mirror) / INTERVALS, errors)
+    to = validation.run.validation(validation.mirror)
+    patients = {case: whose[0] for case, whose in validation.split.patients.items() if whose}
+    write_intervals(to / INTERVALS, errors)
+    write_confidence(to / CONFIDENCE, list(zip(jobs, scores, strict=True)), patients, fit_temperature(samples))
     return scores
 
 
@@ -204,9 +214,15 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         digest = validation.hash_of(case)
         learned = learned_from([model], case, digest)
         blocks.write_block(to, found, case.image, digest, learned_from=learned)
-        facts = {"scan": case.image.name, "learned_from": learned, **facts_of(manifest)}
-        return write_case(
-            validation.label(case).parent, clean(found, scan, steps), found, facts, validation.made(fold, case)
-        )
+        labels, domain = clean(found, scan, steps), model.run.read_info().experience
+        judged = judge(labels, found, scan, None, domain, model.method.labels)
+        facts = {
+            "scan": case.image.name,
+            "learned_from": learned,
+            "quality": {"level": judged.quality.level, **asdict(judged.quality), "agreement": None},
+            "signs": judged.signs,
+            **facts_of(manifest),
+        }
+        return write_case(validation.label(case).parent, labels, found, facts, validation.made(fold, case))
 
     return each(validation.cases[fold], work, on_done)

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from kitseg import ensemble
 from kitseg.errors import UsageError
 from kitseg.labels import KITS19, Scheme
+from kitseg.measurement.confidence import find_signs
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.quality import Quality, TrainingDomain, assess
 from kitseg.models.builtin import BUILTIN, open_builtin
@@ -42,7 +43,7 @@ class Prediction:
     canonical: labels (D, H, W) in orientation (I, P, L) with kitseg's ids, cleaned by the post-processing; proba: the
     probabilities that they follow from; findings: kidneys and lesions in mm, ml and HU; quality: flags with their
     reasons, and the contrast phase; agreement: Dice between the members of an ensemble by class, None for a single
-    member; scheme: of the model's training.
+    member; signs: of how well the tumor is outlined (``find_signs``); scheme: of the model's training.
     """
 
     canonical: NDArray[np.uint8]
@@ -50,6 +51,7 @@ class Prediction:
     findings: Findings
     quality: Quality
     agreement: Mapping[str, float] | None
+    signs: Mapping[str, float]
     scheme: Scheme = KITS19
 
     @cached_property
@@ -99,12 +101,8 @@ class Ensemble:
         """
         scan = image if isinstance(image, Volume) else scan_from(image, affine)
         probabilities, agreement = self.predict_proba(scan)
-        from kitseg.measurement.measure import measure  # trimesh and networkx take long to import
-
         labels = clean(probabilities, scan, self.steps)
-        findings = measure(labels, scan.geometry, scan.array)
-        quality = assess(labels, scan.array, scan.geometry, findings, agreement, self.training_domain)
-        return Prediction(labels, probabilities, findings, quality, agreement, self.models[0].method.labels)
+        return judge(labels, probabilities, scan, agreement, self.training_domain, self.models[0].method.labels)
 
     def predict_proba(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
         """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
@@ -145,6 +143,23 @@ class Ensemble:
         if not all(model.run.read_info().learned for model in self.models):
             lines.append("scans that it learned from are not marked: the model doesn't state them")
         return "\n".join(lines)
+
+
+def judge(
+    labels: NDArray[np.uint8],
+    found: Probabilities,
+    scan: Volume,
+    agreement: Mapping[str, float] | None,
+    domain: TrainingDomain | None,
+    scheme: Scheme,
+) -> Prediction:
+    """Measure cleaned labels, with flags and signs; agreement, domain: see ``assess``."""
+    from kitseg.measurement.measure import measure  # trimesh and networkx take long to import
+
+    findings = measure(labels, scan.geometry, scan.array)
+    quality = assess(labels, scan.array, scan.geometry, findings, agreement, domain)
+    signs = find_signs(labels, found, agreement)
+    return Prediction(labels, found, findings, quality, agreement, signs, scheme)
 
 
 def open_ensemble(

@@ -32,6 +32,7 @@ _MARKS = {
     "followup": _json("followup"),
     "check": _json("cases"),
     "intervals": _json("level"),
+    "confidence": _json("reviewed"),
     "pairs": _json("fold"),
     "fit": _json("low", "high"),
     "score table": rb"\Acase,class,",

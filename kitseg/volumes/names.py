@@ -12,6 +12,7 @@ from kitseg.errors import UsageError, printable
 NIFTI = (".nii.gz", ".nii")
 ITK = (".mha", ".mhd", ".nrrd")  # read through SimpleITK
 SUFFIXES = (*NIFTI, *ITK)
+UNCERTAINTY = ".uncertainty.nii.gz"  # of the map beside a label map
 
 
 def is_itk_name(path: Path) -> bool:
@@ -20,8 +21,8 @@ def is_itk_name(path: Path) -> bool:
 
 
 def is_volume_name(path: Path) -> bool:
-    """Whether a file's name is that of one volume in one file; DICOM files have any name."""
-    return path.name.lower().endswith(SUFFIXES)
+    """Whether a file's name is that of one scan or label map in one file; DICOM files have any name."""
+    return path.name.lower().endswith(SUFFIXES) and not path.name.endswith(UNCERTAINTY)
 
 
 def case_number(name: str) -> int | None:

@@ -1,0 +1,60 @@
+"""Expected Dice and calibrated probabilities: from predictions and references to a file, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kitseg.commands.case_record import CaseRecord, record_beside
+from kitseg.commands.evaluate import Job, Score
+from kitseg.errors import UsageError
+from kitseg.measurement.confidence import LEAST, Confidence, learn
+from kitseg.models.run_folder import find_run
+from kitseg.runtime.provenance import FileFormat
+
+CONFIDENCE = "confidence.json"
+_FORMAT = FileFormat(Confidence, 1, "Make it with `kitseg evaluate --confidence`, or with `kitseg validate RUN`.")
+
+
+def write_confidence(
+    path: Path, scored: Sequence[tuple[Job, Score]], patients: Mapping[str, str], temperature: float | None = None
+) -> Confidence | None:
+    """Learn from scored cases whose records hold signs; None, and no file, with too few of them.
+
+    patients: whose case it is, where it isn't the patient's only one. Cases that a network learned from are left out.
+    """
+    good: list[tuple[str, CaseRecord, float]] = []
+    for job, score in scored:
+        record = record_beside(job.prediction) if job.prediction else None
+        if record and record.signs and record.quality and "tumor" in score.classes and not score.learned_from:
+            dice = score.classes["tumor"]["dice"]
+            good.append((score.case, record, 1.0 if dice is None else dice))  # none where there is none
+    if len(good) < LEAST:
+        return None
+    found = learn(
+        [record.signs for _, record, _ in good],
+        np.array([dice for _, _, dice in good]),
+        [record.quality for _, record, _ in good if record.quality],
+        [patients.get(case, case) for case, _, _ in good],
+        temperature,
+    )
+    if found:
+        _FORMAT.write(path, found)
+    return found
+
+
+def read_confidence(path: Path | None) -> Confidence | None:
+    """Read a file of ``write_confidence``, or that of a validated run; None for None.
+
+    Raises InputError: missing or damaged. UsageError: a folder that is not a run, or without the file.
+    """
+    if path is None or not path.is_dir():
+        return _FORMAT.read(path) if path else None
+    file = find_run(path)[0].validation(False) / CONFIDENCE
+    if not file.exists():
+        raise UsageError(
+            f"{path} has no {CONFIDENCE}, which takes {LEAST} cases. Make it with `kitseg validate {path}`"
+        )
+    return _FORMAT.read(file)
