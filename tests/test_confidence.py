@@ -50,6 +50,7 @@ def test_signs_by_hand() -> None:
             "kidney_overlap": 2 * 4 / (8 + 4),
             "tumor_elsewhere": np.log10(1 + 4),
             "tumor_missed": 0,
+            "cyst": 0,
             "tumor_agreement": 0.4,
         },
         abs=1e-3,

@@ -71,7 +71,7 @@ def show_intervals(found: Calibration | None, path: Path) -> None:
 
 
 def show_confidence(found: Confidence | None, path: Path | None = None) -> None:
-    """Print how well orderings of the cases by trust tell their tumor Dice."""
+    """Print how well orderings of the cases by trust separate good from bad tumor labels."""
     from kitseg.measurement.confidence import FAILED, LEAST
 
     if found is None:

@@ -109,11 +109,11 @@ class CasePredictor:
     def __init__(self, model: Ensemble, to: Path, options: PredictOptions) -> None:
         self.model, self.to, self.options = model, to, options
         self.scheme = options.labels or model.models[0].method.labels
-        self.facts = {"models": model.origin(), "postprocess": model.postprocess, "labels": self.scheme.plain()}
-        self.facts["versions"] = versions()
+        self.facts: dict[str, Any] = {"models": model.origin(), "postprocess": model.postprocess}
+        self.facts |= {"labels": self.scheme.plain(), "versions": versions()}
         if options.confidence:
             sure = options.confidence
-            self.facts["confidence"] = {**asdict(sure.model), "temperature": sure.temperature}
+            self.facts["confidence"] = asdict(sure.model) | {"temperature": sure.temperature}
         self.recipe = recipe(**self.facts, outputs=(*options.endings, options.anonymous))
 
     def predict(self, source: Case) -> Outcome:

@@ -97,7 +97,8 @@ def find_signs(
 
     ``tumor_found`` (1 or 0); ``tumor_overlap`` and ``kidney_overlap``, the Dice that labels have with the probabilities
     of tumor and of foreground; ``tumor_elsewhere``, log10 of 1 plus the expected ml of tumor without a tumor label;
-    ``tumor_missed``, the same where no tumor is labelled; ``tumor_agreement`` of an ensemble's members.
+    ``tumor_missed``, the same where no tumor is labelled; ``cyst``, log10 of 1 plus the expected ml of cyst;
+    ``tumor_agreement`` of an ensemble's members.
 
     Args:
         labels: (D, H, W), cleaned, with kitseg's ids.
@@ -108,13 +109,15 @@ def find_signs(
     tumor, total = channel["tumor"], float(channel["tumor"].sum(dtype=np.float64))
     mask = inside == TUMOR
     hit = float(tumor[mask].sum(dtype=np.float64))
-    elsewhere = float(np.log10(1 + (total - hit) * found.geometry.voxel_ml))
+    ml, cyst = found.geometry.voxel_ml, channel.get("cyst", tumor[:0])
+    elsewhere = float(np.log10(1 + (total - hit) * ml))
     signs = {
         "tumor_found": float(mask.any()),
         "tumor_overlap": 2 * hit / max(total + mask.sum(), _TINY),
         "kidney_overlap": _foreground_overlap(inside, channel),
         "tumor_elsewhere": elsewhere,
         "tumor_missed": 0.0 if mask.any() else elsewhere,
+        "cyst": float(np.log10(1 + float(cyst.sum(dtype=np.float64)) * ml)),
     }
     return signs | ({AGREEMENT: agreement["tumor"]} if agreement else {})
 
