@@ -39,6 +39,10 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
     }
     (run / "validation").mkdir()
     (run / "validation" / "scores.json").write_text(json.dumps(scores))
+    model = {"constant": 0.5, "weights": {}, "doubtful": 0.3}
+    flags = {"aurc": 0.456, "curve": [0.4, 0.5], "caught": 1.0}
+    confidence = {"reviewed": 1, "cases": 2, "failed": 1, "model": model, "orderings": {"flags": flags}}
+    (run / "validation" / "confidence.json").write_text(json.dumps({"schema": 1, **confidence}))
     done = kitseg(tmp_path, "report", str(run), "-o", "after")
     assert "after/methods.html" in done.text
     found = items(tmp_path / "after" / "methods.html")
@@ -49,6 +53,9 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
     paragraph = re.search(r"<h2>Methods</h2>\s*<p>(.*?)</p>", (tmp_path / "after" / "methods.html").read_text())
     assert paragraph is not None
     assert "not recorded" not in paragraph[1]
+    page = (tmp_path / "after" / "methods.html").read_text()
+    assert 'points="200.0,120.0 400.0,100.0 "' in page
+    assert "<td>0.456</td>" in page
     assert "Wei et al. 2019" in paragraph[1]
 
 

@@ -211,8 +211,9 @@ def choose_ranks(gpus: int | None, processes: int, device: str) -> tuple[str, in
 
 def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool, masks: Path | None = None) -> None:
     """Predict and score the validation cases of a run's finished folds; exit code 1 if a case failed."""
-    from kitseg.cli.score_tables import show_table
+    from kitseg.cli.score_tables import show_confidence, show_table
     from kitseg.commands import validate as steps
+    from kitseg.commands.confidence import CONFIDENCE, read_confidence
     from kitseg.commands.evaluate import groups
     from kitseg.report.scores import group_table
 
@@ -232,6 +233,8 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool, m
     console.print_line(
         "These cases were not trained on, but they selected the checkpoints: a test set gives a stricter estimate."
     )
+    if (file := plan.run.validation(mirror) / CONFIDENCE).exists():
+        show_confidence(read_confidence(file))
     console.print_line(f"out-of-fold scores: {plan.run.scores(mirror)}")
     exit_if(any(outcome.error for outcome in outcomes) or any(score.error or score.missing for score in scores))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kitseg import config
+from kitseg.commands.confidence import read_confidence
 from kitseg.commands.score_files import ScoreFile, read_scores
-from kitseg.errors import InputError
+from kitseg.errors import InputError, KitsegError
 from kitseg.models.run_folder import TRAINED_STATE, Run, RunInfo
 from kitseg.report.html import write_page
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -55,7 +56,10 @@ def write_methods(path: Path, to: Path) -> Path:
     refuse_overwrite(page, "html")
     facts = read_facts(Run(path))
     content = {"paragraph": _paragraph(facts), "items": _items(facts), "unknown": UNKNOWN, "facts": {}}
-    write_page(page, "methods.html.j2", title=f"Methods of {path.name}", **content)
+    confidence = None
+    with suppress(KitsegError):
+        confidence = read_confidence(path)
+    write_page(page, "methods.html.j2", title=f"Methods of {path.name}", confidence=confidence, **content)
     return page
 
 
