@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
                 flush=True,
             )
             bad += found.same < 0.9999
-    sys.exit(bad > 0)
+    sys.exit(int(bad > 0))
 
 
 if __name__ == "__main__":
