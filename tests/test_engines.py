@@ -227,8 +227,8 @@ def test_auto_takes_the_kernels_where_they_were_measured_to_be_faster(
 
 def test_auto_knows_the_networks_that_were_measured() -> None:
     nets = {spec_of(method, stage).parts["module"]["net"]["_target_"] for method, stage in STAGES}
-    assert nets - FASTER_WITH_KERNELS[16] == {"kitseg.nets.unetpp.UNetPlusPlus", "kitseg.nets.foreground.ForegroundNet"}
-    assert nets > FASTER_WITH_KERNELS[16]
+    assert nets == FASTER_WITH_KERNELS[16]
+    assert nets > FASTER_WITH_KERNELS[8]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from kitseg.stages.model import StageModel, build_model, build_window
 
 ENGINES = ("auto", "torch", "openvino", "winograd")
 #: Networks that took less processor time with kitseg's kernels than with OpenVINO and PyTorch in float32, by the floats
-#: of the CPU's vectors: 16 with AVX-512. Measured: docs/explanation/benchmarks.md.
+#: of the CPU's vectors: 16 with AVX-512, 8 with AVX2. Measured: docs/explanation/benchmarks.md.
 FASTER_WITH_KERNELS = {
     16: {
         "kitseg.nets.vnet.VNet",
@@ -32,7 +32,10 @@ FASTER_WITH_KERNELS = {
         "kitseg.nets.resnet.ResNet",
         "kitseg.nets.unet.UNet",
         "kitseg.nets.attention_unet.AttentionUNet",
-    }
+        "kitseg.nets.unetpp.UNetPlusPlus",
+        "kitseg.nets.foreground.ForegroundNet",
+    },
+    8: {"kitseg.nets.vnet.VNet", "kitseg.nets.vnet.FusedVNet"},
 }
 PRECISIONS = {"auto": None, "f32": None, "bf16": torch.bfloat16}
 
