@@ -25,6 +25,7 @@ with TemporaryDirectory() as folder:
         scan = dice.integers(-200, 300, shape).astype(np.int16)
         models[number % 2].predict(scan, np.diag([5.0, 5.0, 5.0, 1.0]))
         memory.append(process.memory_info().rss)
+print([round(m / 1e6) for m in memory])
 before, after = max(memory[: int(FIRST * count)]), max(memory)
 print(f"{count} predictions: {before / 1e6:.0f} MB after {FIRST:.0%} of them, {after / 1e6:.0f} MB at most")
 sys.exit(after > before + MOST)

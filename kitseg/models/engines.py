@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -121,6 +122,7 @@ class Winograd:
         def predict(x: Tensor) -> Tensor:
             if self._compiled is None or self._at != (weights.name, head):
                 self._compiled, self._at = None, (weights.name, head)
+                gc.collect()  # PyTorch's meta device leaves cycles that hold the last network
                 self._compiled = self._compile(weights, head)
             return self._compiled(x)
 

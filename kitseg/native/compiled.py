@@ -45,8 +45,8 @@ class _Tracer(fx.Tracer):
 class _Network(fx.Interpreter):
     """Runs compiled operations in the order of their graph; the memory for a shape is planned before its first pass."""
 
-    def __init__(self, module: fx.GraphModule, arena: Arena) -> None:
-        super().__init__(module)
+    def __init__(self, root: nn.Module, graph: fx.Graph, arena: Arena) -> None:
+        super().__init__(root, graph=graph)  # without a GraphModule, which is freed by the garbage collector only
         self._arena, self._shape, self._device = arena, torch.Size(), torch.device("cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
             done.update(chain.nodes)
     _keep_parts(graph, root)
     graph.lint()
-    return _Network(fx.GraphModule(root, graph), arena)
+    return _Network(root, graph, arena)
 
 
 def _keep_parts(graph: fx.Graph, root: nn.Module) -> None:
