@@ -15,7 +15,8 @@ The folders follow a scan through the program, in this order:
 9. ``report``       pictures and pages
 
 ``models`` opens trained runs, ``training`` makes them, ``commands`` holds one function a command, ``cli`` Typer,
-``config`` Hydra, ``runtime`` what all of them need from the machine. ``api`` is the Python API, whose names are here.
+``service`` HTTP, ``config`` Hydra, ``runtime`` what all of them need from the machine. ``api`` is the Python API, whose
+names are here.
 """
 
 from __future__ import annotations
