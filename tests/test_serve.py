@@ -112,9 +112,6 @@ def test_a_full_queue_and_a_client_that_leaves(work: Work, folder: Path, free_po
     work.free.clear()
     first = threading.Thread(target=request, args=(free_port, b"one"))
     first.start()
-    gone = socket.create_connection(("127.0.0.1", free_port))
-    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
-    gone.sendall(f"{head}Content-Type: application/zip\r\nContent-Length: 3\r\n\r\ntwo".encode())
 
     def wait_for(count: int) -> None:
         for _ in range(500):
@@ -123,6 +120,11 @@ def test_a_full_queue_and_a_client_that_leaves(work: Work, folder: Path, free_po
             time.sleep(0.02)
         pytest.fail(f"not {count} requests")
 
+    while not work.sources:  # it is its turn
+        time.sleep(0.02)
+    gone = socket.create_connection(("127.0.0.1", free_port))
+    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+    gone.sendall(f"{head}Content-Type: application/zip\r\nContent-Length: 3\r\n\r\ntwo".encode())
     wait_for(2)
     refused = request(free_port, b"three")
     assert (refused.status, refused.detail) == (503, "the queue is full")
