@@ -214,8 +214,8 @@ PredictScans(opened, Path("out"))(find_scans([Path("many")]).cases, Share(), lam
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc on this system")
 @pytest.mark.parametrize("engine", ["torch", pytest.param("openvino", marks=heavy)])
 def test_memory_stays_flat(here: Path, engine: str) -> None:
-    """Resident memory after each of many cases; the first ones fill caches that stay."""
-    count, settled = (100, 20) if ALL else (12, 6)
+    """Resident memory after each of many cases; it grows by 6 to 8 MB a case up to about the twelfth, then stays."""
+    count, settled = (100, 20) if ALL else (18, 15)
     (here / "many").mkdir()
     for number in range(count):
         os.link(here / "in" / "scan_0.nii.gz", here / "many" / f"scan_{number:03}.nii.gz")
@@ -225,4 +225,4 @@ def test_memory_stays_flat(here: Path, engine: str) -> None:
     memory = [int(line) * os.sysconf("SC_PAGE_SIZE") / 1e6 for line in done.stdout.split()]
     assert len(memory) == count
     grown = np.mean(memory[-3:]) - np.mean(memory[settled - 3 : settled])
-    assert grown < 40, f"{grown:.0f} MB in {count - settled} cases: {np.round(memory)}"
+    assert grown < 12, f"{grown:.0f} MB in {count - settled} cases: {np.round(memory)}"

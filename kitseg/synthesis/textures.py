@@ -37,7 +37,8 @@ LOOKS = {
     "cystic": Look(0.10, (0.4, 0.8), (4, 12), 0.0),
     "fatty": Look(0.03, (0.35, 0.8), (10, 25), 0.0),
 }
-CONTRAST, NATIVE_CONTRAST = 15.0, 9.0  # HU: the least difference from the parenchyma, so that no tumor is invisible
+CONTRAST, NATIVE_CONTRAST = 25.0, 10.0  # HU: the least difference from the parenchyma of a lesion of VISIBLE
+VISIBLE, MORE = 10.0, (0.6, 1.6)  # mm, a radius; a smaller lesion needs more to be seen in noise, a larger one less
 WATER = (-5.0, 25.0)
 
 
@@ -66,7 +67,7 @@ def tumor(site: Site, rng: Generator) -> tuple[str, Tensor]:
     """A kind of tumor, and its HU (D, H, W)."""
     kind = str(rng.choice(list(LOOKS), p=[look.share for look in LOOKS.values()]))
     look, cell = LOOKS[kind], float(np.clip(site.radius * rng.uniform(0.3, 0.7), 3, 18))
-    level, core = _levels(kind, site.phase, rng)
+    level, core = _levels(kind, site, rng)
     rough = rng.uniform(1, 5) if site.phase.native else rng.uniform(*look.rough)
     field = site.noise(rng, cell)
     hu = level + rough * field + 0.5 * rough * site.noise(rng, 3.5)
@@ -91,7 +92,7 @@ def cyst(site: Site, rng: Generator) -> tuple[str, Tensor]:
     """A kind of cyst, and its HU (D, H, W), which contrast agent doesn't change."""
     kind = str(rng.choice(["simple", "hyperdense", "walled", "septate"], p=[0.76, 0.08, 0.08, 0.08]))
     level = rng.uniform(45, 85) if kind == "hyperdense" else rng.uniform(*WATER)
-    level = _apart(level, site.phase, brighter=kind == "hyperdense" and site.phase.native)
+    level = _apart(level, site, brighter=kind == "hyperdense" and site.phase.native)
     hu = level + site.noise(rng, 6) * float(rng.uniform(0, 2))
     if kind == "walled":
         hu = hu + site.shell(1, 1) * float(rng.uniform(10, 60))
@@ -105,9 +106,9 @@ def stone(site: Site, rng: Generator) -> Tensor:
     return float(np.exp(rng.uniform(np.log(250), np.log(1500)))) * (1 + 0.1 * site.noise(rng, 2))
 
 
-def _levels(kind: str, phase: Phase, rng: Generator) -> tuple[float, float]:
+def _levels(kind: str, site: Site, rng: Generator) -> tuple[float, float]:
     """HU of a tumor's solid part, and of what is dead or liquid in it."""
-    look = LOOKS[kind]
+    look, phase = LOOKS[kind], site.phase
     if phase.native:
         level = rng.uniform(*look.native)
     else:
@@ -116,13 +117,14 @@ def _levels(kind: str, phase: Phase, rng: Generator) -> tuple[float, float]:
             "bright",
         )  # it takes up contrast as early as the cortex
         level = max(30.0, (phase.cortex if strong else phase.parenchyma) * rng.uniform(*look.level))
-    level = _apart(level, phase, brighter=kind == "bright")
+    level = _apart(level, site, brighter=kind == "bright")
     return level, min(rng.uniform(8, 32), level - 5)
 
 
-def _apart(level: float, phase: Phase, brighter: bool) -> float:
-    """The HU of a lesion, moved away from the parenchyma's where it could not be seen."""
-    least = NATIVE_CONTRAST if phase.native else CONTRAST
+def _apart(level: float, site: Site, brighter: bool) -> float:
+    """The HU of a lesion, moved away from the parenchyma's where contrast times diameter (Rose) is too small to see."""
+    phase = site.phase
+    least = (NATIVE_CONTRAST if phase.native else CONTRAST) * float(np.clip(VISIBLE / site.radius, *MORE))
     if abs(level - phase.parenchyma) >= least:
         return level
     return phase.parenchyma + (least if brighter else -least)
