@@ -21,14 +21,15 @@ from kitseg.runtime.files import atomic_write, check_regular, read_errors
 from kitseg.types import Geometry, triple
 from kitseg.volumes.header import COPY_AGAIN, DEFLATE_RATIO, MAX_VOXELS, check_affine
 
-_HEADER = 1 << 16  # bytes in which a header must end
+_HEADER = 1 << 20  # bytes in which a header must end
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from ITK's LPS+
 _CONVERT = "Convert it to a 3D NIfTI file (.nii.gz)"
 _ONE_FILE = "Save it as one file (.mha, or .nrrd with an attached header)"
-#: How a header states the name of another file with the voxels, and where the patient's axes lie.
+#: How a header states the name of another file with the voxels, and where the patient's axes lie. SimpleITK takes more
+#: for such a statement than the formats allow: a colon for the equals sign, or a single carriage return for a new line.
 _DATA = {
-    "MetaImageIO": rb"(?im)^\s*ElementDataFile\s*=\s*(.*?)\s*$",
-    "NrrdImageIO": rb"(?im)^\s*data ?file\s*:\s*(.*?)\s*$",
+    "MetaImageIO": rb"(?im)(^[ \t]*)?ElementDataFile(?:[ \t]*=[ \t]*(.*?)\s*$)?",
+    "NrrdImageIO": rb"(?i)data ?file\s*:",
 }
 _PLACE = {"MetaImageIO": rb"(?im)^\s*(TransformMatrix|Orientation|Rotation)\s*=", "NrrdImageIO": rb"(?im)^\s*space\s*:"}
 
@@ -162,7 +163,10 @@ def _text(path: Path) -> tuple[str, bytes]:
     if size == 0:
         raise InputError(path, "the file is empty", COPY_AGAIN)
     if text.startswith(b"NRRD00"):
-        return "NrrdImageIO", text.partition(b"\n\n")[0].partition(b"\r\n\r\n")[0]
+        header, end, _ = text.partition(b"\n\n")[0].partition(b"\r\n\r\n")
+        if len(header) == _HEADER and not end:
+            raise InputError(path, f"the header has no end in the first {_HEADER} bytes", _ONE_FILE)
+        return "NrrdImageIO", header
     if match := re.search(_DATA["MetaImageIO"], text):
         return "MetaImageIO", text[: match.end()]
     raise InputError(path, "neither MetaImage nor NRRD", COPY_AGAIN)
@@ -171,11 +175,13 @@ def _text(path: Path) -> tuple[str, bytes]:
 def _data_file(path: Path, name: str, text: bytes) -> Path:
     """The file with the voxels: the same, or of .mhd one of the same name; a header may name any other."""
     stated = re.search(_DATA[name], text)
-    if stated is None or (name == "MetaImageIO" and stated[1].upper() == b"LOCAL"):
+    if stated is None:
         return path
-    data = {path.with_suffix(ending).name: path.with_suffix(ending) for ending in (".raw", ".zraw")}
-    if name == "MetaImageIO" and (wanted := data.get(stated[1].decode("utf-8", "replace"))):
-        return wanted
+    if stated[0].lstrip().startswith(b"ElementDataFile") and stated[1] is not None and stated[2] is not None:
+        own = {path.with_suffix(ending).name: path.with_suffix(ending) for ending in (".raw", ".zraw")}
+        own |= dict.fromkeys(("LOCAL", "Local", "local"), path)
+        if wanted := own.get(stated[2].decode("utf-8", "replace")):
+            return wanted
     raise InputError(path, "its voxels are in another file than the .raw or .zraw file of its name", _ONE_FILE)
 
 
