@@ -65,10 +65,12 @@ def zipped(**files: bytes | Path) -> bytes:
 
 
 @contextmanager
-def running(service: Service, port: int) -> Iterator[Path]:
+def running(service: Service, port: int, *hosts: str) -> Iterator[Path]:
     """The service in a thread; its folder of temporary files."""
     with scratch() as folder:
-        server = uvicorn.Server(uvicorn.Config(build_app(service, ["127.0.0.1"]), port=port, log_level="warning"))
+        server = uvicorn.Server(
+            uvicorn.Config(build_app(service, ["127.0.0.1", *hosts]), port=port, log_level="warning")
+        )
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

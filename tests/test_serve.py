@@ -43,7 +43,7 @@ class Work:
         if source.read_bytes() == b"bad":
             raise KitsegError("can't be used")
         if source.read_bytes() == b"bug":
-            raise ZeroDivisionError
+            raise FileNotFoundError(2, "No such file", "/tmp/Jane Doe")
         (to / "x.zip").write_bytes(source.read_bytes() + ",".join([*endings, str(anonymous)]).encode())
         return to / "x.zip"
 
@@ -58,6 +58,7 @@ def folder(work: Work, free_port: int, tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "a.nii").write_bytes(b"scan")
     (tmp_path / "root" / "out").symlink_to("/etc")
+    (tmp_path / "root" / "loop").symlink_to("loop")
     (tmp_path / "secret.nii").write_bytes(b"secret")
     with running(Service(work, TOKEN, tmp_path / "root", Limits(1, 1000)), free_port) as folder:
         yield folder
@@ -71,7 +72,9 @@ def test_uploads_and_paths(work: Work, folder: Path, free_port: int) -> None:
     assert list(folder.iterdir()) == [], "nothing is kept"
 
 
-def test_requests_that_are_refused(work: Work, folder: Path, free_port: int) -> None:
+def test_requests_that_are_refused(
+    work: Work, folder: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     for status, body, query, headers in (
         (401, b"zip", "", {"authorization": ""}),
         (401, b"zip", "", {"authorization": f"Bearer {TOKEN}x"}),
@@ -89,6 +92,9 @@ def test_requests_that_are_refused(work: Work, folder: Path, free_port: int) -> 
         (403, "out/passwd", "", {}),
         (404, "b.nii", "", {}),
         (404, "a\0.nii", "", {}),
+        (404, "a" * 5000, "", {}),
+        (404, "a.nii/b", "", {}),
+        (404, "loop", "", {}),
         (422, b"bad", "", {}),
         (500, b"bug", "", {}),
     ):
@@ -96,6 +102,9 @@ def test_requests_that_are_refused(work: Work, folder: Path, free_port: int) -> 
         assert answer.status == status, (body, query, headers, answer)
         assert b"Traceback" not in answer.body
         assert b"/tmp" not in answer.body
+    log = capsys.readouterr()
+    assert "internal error: FileNotFoundError in " in log.out + log.err
+    assert "Jane" not in log.out + log.err
     assert [source.name for source in work.sources] == ["study.zip"] * 2
     assert list(folder.iterdir()) == []
 
@@ -129,6 +138,8 @@ def test_a_full_queue_and_a_client_that_leaves(work: Work, folder: Path, free_po
     refused = request(free_port, b"three")
     assert (refused.status, refused.detail) == (503, "the queue is full")
     gone.close()
+    with socket.create_connection(("127.0.0.1", free_port)) as half:  # leaves before the end of its upload
+        half.sendall(f"{head}Content-Type: application/zip\r\nContent-Length: 9\r\n\r\nhalf".encode())
     for _ in range(3):  # the service has seen it by then
         request(free_port, None)
     work.free.set()
@@ -141,10 +152,15 @@ def test_a_full_queue_and_a_client_that_leaves(work: Work, folder: Path, free_po
 
 def test_a_scan_in_and_labels_json_and_page_out(tmp_path: Path, free_port: int) -> None:
     model = open_ensemble([untrained(tmp_path / "run")], "cpu")
+    outside = tmp_path / "outside.nii.gz"
     hu = np.random.default_rng(0).integers(-200, 300, (8, 20, 24)).astype(np.int16)
     write_image(tmp_path / "root" / "Jane Doe.nii.gz", hu, GRID)
     scan = tmp_path / "root" / "Jane Doe.nii.gz"
-    with running(Service(Predictor(model), TOKEN, tmp_path / "root"), free_port) as folder:
+    write_image(outside, hu, GRID)
+    (tmp_path / "root" / "study").mkdir()
+    (tmp_path / "root" / "study" / "a.nii.gz").symlink_to(outside)
+    predictor = Predictor(model, root=tmp_path / "root")
+    with running(Service(predictor, TOKEN, tmp_path / "root"), free_port) as folder:
         answer = request(free_port, zipped(Jane_Doe__nii__gz=scan), "?format=seg.nrrd")
         assert answer.status == 200, answer.body
         files = answer.files
@@ -163,11 +179,17 @@ def test_a_scan_in_and_labels_json_and_page_out(tmp_path: Path, free_port: int) 
             (b"PK no", "not a zip file"),
             (zipped(**{"../x__nii": b"x"}), "outside its folder"),
             (zipped(a__nii__gz=b"x"), "a.nii.gz: broken"),
+            ("study", "a link to a file outside --root"),
         ):
             refused = request(free_port, body)
             assert (refused.status, problem in refused.detail) == (422, True), refused
             assert str(folder) not in refused.detail
         assert list(folder.iterdir()) == []
+
+
+def test_addresses_of_ipv6_are_accepted(work: Work, free_port: int) -> None:
+    with running(Service(work, TOKEN), free_port, "::1"):
+        assert request(free_port, None, host=f"[::1]:{free_port}").status == 200
 
 
 def test_a_path_below_nothing() -> None:
@@ -187,7 +209,14 @@ def test_folders_of_killed_services_are_removed(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [(["--token=short"], "fewer than 16"), (["--max-body=x"], "--max-body x is not a size"), (["--root=no"], "--root")],
+    [
+        (["--token=short"], "fewer than 16"),
+        (["--token=a token of some length"], "without spaces"),
+        (["--allow-host=*x"], "--allow-host *x"),
+        (["--allow-host=name:80"], "without port"),
+        (["--max-body=x"], "--max-body x is not a size"),
+        (["--root=no"], "--root"),
+    ],
 )
 def test_a_wrong_call(tmp_path: Path, arguments: list[str], problem: str) -> None:
     done = kitseg(tmp_path, "serve", "--model=builtin", *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,8 +93,10 @@ def serve(
         raise UsageError(f'{missing[0]} is not installed; pip install "kitseg[service]" adds it')
     if root and not root.is_dir():
         raise UsageError(f"--root {root} is not a folder")
-    if token is not None and len(token) < 16:
-        raise UsageError("the token has fewer than 16 characters")
+    if token is not None and not re.fullmatch("[!-~]{16,}", token):
+        raise UsageError("the token has fewer than 16 characters, or others than ASCII without spaces")
+    if odd := [name for name in allow_host if not re.fullmatch(r"(\*\.)?[\w.-]+|[\da-fA-F:]+", name)]:
+        raise UsageError(f"--allow-host {odd[0]}: give a name or address without port, or *.example.org")
     with quick_imports():
         from kitseg.models.builtin import choose_model
         from kitseg.models.members import open_ensemble
@@ -103,11 +106,11 @@ def serve(
 
     opened = open_ensemble([model or choose_model(Path("runs"))], device, engine=engine, precision=precision)
     limits = http.Limits(queue, parse_size(max_body, "--max-body") or 0)
-    work = Predictor(opened, scheme, parse_size(max_memory))
+    work = Predictor(opened, scheme, parse_size(max_memory), root)
     console.print_plain(opened.describe())
     if token is None:
         console.print_plain(f"token: {(token := secrets.token_urlsafe(24))}")
     if host not in _LOCAL:
         console.print_plain("other machines can connect, and requests are not encrypted: put a proxy with TLS in front")
-    console.print_plain(f"listening on http://{host}:{port}")
+    console.print_plain(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
     http.serve(http.Service(work, token, root, limits), host, port, [*_LOCAL, host, *allow_host])

@@ -7,6 +7,7 @@ import hmac
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from pathlib import Path
 import msgspec
 from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from kitseg import __version__
 from kitseg.commands.predict import output_endings
-from kitseg.errors import KitsegError, UsageError, format_error
+from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime.console import print_plain
 from kitseg.service.work import place_below, scratch
 
@@ -77,9 +79,6 @@ class Service:
                 packed = await self._run(source, folder / "out", endings, anonymous)
             content, status = packed.read_bytes(), 200
             return Response(content, media_type="application/zip")
-        except (PermissionError, FileNotFoundError) as error:
-            status = 403 if isinstance(error, PermissionError) else 404
-            raise HTTPException(status, str(error)) from error
         except UsageError as error:
             raise HTTPException(status := 400, str(error)) from error
         except KitsegError as error:
@@ -87,8 +86,11 @@ class Service:
         except HTTPException as error:
             status = error.status_code
             raise
+        except ClientDisconnect as error:
+            raise HTTPException(status := 499, "the client left") from error
         except Exception as error:  # whatever goes wrong with one request, the service answers the next
-            print_plain(format_error("request", error))
+            place = traceback.extract_tb(error.__traceback__)[-1]  # the error's text may name the scan
+            print_plain(f"internal error: {type(error).__name__} in {place.filename}, line {place.lineno}")
             raise HTTPException(500, "internal error") from error
         finally:
             self.waiting -= 1
@@ -104,7 +106,11 @@ class Service:
         """The scan that a request refers to, its body stored in the folder."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
-            return place_below(self.root, await self._path(request, folder / "request.json"))
+            path = await self._path(request, folder / "request.json")
+            try:
+                return place_below(self.root, path)
+            except (PermissionError, FileNotFoundError) as error:
+                raise HTTPException(403 if isinstance(error, PermissionError) else 404, str(error)) from error
         if kind != "application/zip":
             raise HTTPException(415, "send a zip of the scan (application/zip), or JSON with its path")
         await self._store(request, folder / "study.zip", self.limits.body)
@@ -135,11 +141,15 @@ class Service:
 
 
 def build_app(service: Service, hosts: Sequence[str]) -> FastAPI:
-    """The application; ``hosts``: values of the Host header that are accepted, without port."""
+    """The application; ``hosts``: names and addresses that the Host header may hold, without port."""
     app = FastAPI(title="kitseg", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.get("/health")(service.health)
     app.post("/predict")(service.predict)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.add_middleware(
+        TrustedHostMiddleware,
+        allowed_hosts=[f"[{host}]" if ":" in host else host for host in hosts],
+        www_redirect=False,
+    )
     return app
 
 
@@ -152,6 +162,8 @@ def serve(service: Service, host: str, port: int, hosts: Sequence[str]) -> None:
             build_app(service, hosts),
             host=host,
             port=port,
+            http="h11",  # bounds the head of a request, which uvicorn's other parser doesn't
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,

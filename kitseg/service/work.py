@@ -30,11 +30,15 @@ _FOLDER = "kitseg-serve"
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts one scan after another with an opened model. max_memory: bytes that a scan may need at most."""
+    """Predicts one scan after another with an opened model.
+
+    max_memory: bytes that a scan may need at most; root: the folder that links in a folder may lead to.
+    """
 
     model: Ensemble
     scheme: Scheme | None = None
     max_memory: int | None = None
+    root: Path | None = None
 
     def __call__(self, source: Path, to: Path, endings: Sequence[str], anonymous: bool) -> Path:
         """Labels, JSON, picture and page of the only scan in a file, a zip or a folder, as a zip in ``to``.
@@ -56,6 +60,7 @@ class Predictor:
             why = f" ({reasons})" if reasons else ""
             raise KitsegError(f"holds {len(found.cases)} scans; a request takes one{why}")
         case = replace(found.cases[0], id=CASE)
+        _refuse_links(case.slices or (case.image,), [paths[0], *([self.root] if self.root else [])])
         options = PredictOptions(endings, anonymous, max_memory=self.max_memory, labels=self.scheme)
         (done,) = PredictScans(lambda: self.model, to, options)([case], Share(), lambda _: None, lambda _: None)
         if done.error:
@@ -70,6 +75,15 @@ class Predictor:
             for file in files:
                 archive.write(file, file.name)
         return packed
+
+
+def _refuse_links(files: Sequence[Path], places: Sequence[Path]) -> None:
+    """Refuse a scan some of whose files are links to elsewhere; a .mhd file has its voxels in another one."""
+    real = [os.path.realpath(place) for place in places]
+    voxels = [file.with_suffix(ending) for file in files for ending in (".raw", ".zraw")]
+    for file in (*files, *(path for path in voxels if path.is_symlink())):
+        if not any(Path(os.path.realpath(file)).is_relative_to(place) for place in real):
+            raise KitsegError("holds a link to a file outside --root")
 
 
 @contextmanager
@@ -93,11 +107,11 @@ def place_below(root: Path | None, path: str) -> Path:
     """A path below the root. Raises PermissionError: outside it, or there is no root; FileNotFoundError."""
     if root is None:
         raise PermissionError("the service was started without --root")
-    if "\0" in path:
-        raise FileNotFoundError("there is no such path below --root")
-    found = Path(os.path.realpath(root / path))
-    if not found.is_relative_to(os.path.realpath(root)):
-        raise PermissionError("the path lies outside --root")
-    if not found.exists():
-        raise FileNotFoundError("there is no such path below --root")
-    return found
+    try:
+        found = Path(os.path.realpath(root / path))
+        if found.is_relative_to(os.path.realpath(root)):
+            found.stat()
+            return found
+    except (OSError, ValueError) as error:  # also too long, with a null character, or in a folder that is closed
+        raise FileNotFoundError("there is no such path below --root") from error
+    raise PermissionError("the path lies outside --root")
