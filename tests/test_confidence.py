@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 from conftest import kitseg
 
+from kitseg.commands.confidence import read_confidence
+from kitseg.errors import InputError
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.measurement.confidence import find_signs, fit_temperature, learn, order, sample, uncertainty
 from kitseg.measurement.quality import Flag, Quality
@@ -77,6 +80,33 @@ def test_the_fit_finds_what_tells_failures() -> None:
     assert "Dice of the tumor labels is 0.24" in judged.flags[0].reason
     assert found.judge({"overlap": 0.9, "noise": 0.5}, Quality(())) == Quality(())
     assert learn(signs, dice, flags, ["one"] * 60) is None
+
+
+def test_the_worst_cases_of_a_network_that_mostly_fails_are_flagged() -> None:
+    places = np.linspace(0, 1, 60)
+    found = learn(
+        [{"overlap": x} for x in places],
+        (3 * places - 2).clip(0, 1),
+        [Quality(())] * 60,
+        [str(n * 7 % 60) for n in range(60)],
+    )
+    assert found is not None
+    flagged = [bool(found.judge({"overlap": x}, Quality(())).flags) for x in places]
+    assert flagged == [True] * sum(flagged) + [False] * (60 - sum(flagged))
+    assert 9 <= sum(flagged) <= 15
+    assert "is 0.00" in found.judge({"overlap": 0.0}, Quality(())).flags[0].reason
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 0}, {"temperature": -1}, {"cases": 0}, {"model": {"weights": {"cyst": 1e300}}}]
+)
+def test_a_file_with_impossible_numbers_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    ordering = {"aurc": 0.5, "curve": [0.5], "caught": 1}
+    model = {"constant": 0.5, "weights": {}, "doubtful": 0.2} | change.pop("model", {})
+    facts = {"schema": 1, "reviewed": 4, "cases": 20, "failed": 1, "orderings": {"flags": ordering}}
+    (tmp_path / "a.json").write_text(json.dumps(facts | {"model": model, "temperature": 1.2} | change))
+    with pytest.raises(InputError, match="can't be read"):
+        read_confidence(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("channels", [CHANNELS, ("foreground", "tumor")])

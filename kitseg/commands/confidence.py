@@ -15,7 +15,9 @@ from kitseg.models.run_folder import find_run
 from kitseg.runtime.provenance import FileFormat
 
 CONFIDENCE = "confidence.json"
-_FORMAT = FileFormat(Confidence, 1, "Make it with `kitseg evaluate --confidence`, or with `kitseg validate RUN`.")
+_FORMAT = FileFormat(
+    Confidence, 1, "Make it with `kitseg evaluate --confidence`, or with `kitseg validate RUN`.", 1 << 24
+)
 
 
 def write_confidence(
@@ -28,7 +30,8 @@ def write_confidence(
     good: list[tuple[str, CaseRecord, float]] = []
     for job, score in scored:
         record = record_beside(job.prediction) if job.prediction else None
-        if record and record.signs and record.quality and "tumor" in score.classes and not score.learned_from:
+        usable = "tumor" in score.classes and not (score.learned_from or score.error)
+        if record and record.signs and record.quality and usable:
             dice = score.classes["tumor"]["dice"]
             good.append((score.case, record, 1.0 if dice is None else dice))  # none where there is none
     if len(good) < LEAST:

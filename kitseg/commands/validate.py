@@ -151,7 +151,7 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
         scores.append(score_case(job, rules))
         errors.append(case_errors(job, rules))
         jobs.append(job)
-        if there:
+        if there and not scores[-1].error:
             truth = read_labels(job.reference, name, scheme).array
             samples += sample(blocks.read_block(validation.probabilities(fold), name), truth)
         on_done()

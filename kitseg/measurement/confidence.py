@@ -25,28 +25,34 @@ LEAST = 19  # cases
 FLAG = "expected-dice"
 AGREEMENT = "tumor_agreement"
 _PENALTY, _FOLDS, _VOXELS, _SEED = 1.0, 10, 20_000, 20
-_TINY = 1e-6
+_TINY, _LARGEST = 1e-6, 1e9
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class DiceModel:
-    """Expects the tumor Dice of a case: ``constant`` plus each sign times its weight, within 0 and 1.
+    """Expects the tumor Dice of a case: ``constant`` plus each sign times its weight, which may lie beyond 0 and 1.
 
     doubtful: the expected Dice that a fifth of the cases fell below, out of fold.
+
+    Raises:
+        ValueError: a number beyond 1e9.
     """
 
     constant: float
     weights: Mapping[str, float]
     doubtful: float
 
+    def __post_init__(self) -> None:
+        if not all(abs(number) <= _LARGEST for number in (self.constant, self.doubtful, *self.weights.values())):
+            raise ValueError("the model of the expected Dice has numbers that are too large")
+
     def expect(self, signs: Mapping[str, float]) -> float | None:
         """The expected Dice; None where a sign is missing, such as the agreement of a single network."""
         if not self.weights.keys() <= signs.keys():
             return None
-        value = self.constant + sum(weight * signs[name] for name, weight in self.weights.items())
-        return min(max(value, 0.0), 1.0)
+        return self.constant + sum(weight * signs[name] for name, weight in self.weights.items())
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,9 @@ class Confidence:
     reviewed, failed: numbers of cases in a fifth of all, and with a Dice below 0.5; orderings: the fitted one out of
     fold, that of the quality flags, that of the members' agreement where there are several, and the best one that there
     can be; temperature: by which the logarithms of probabilities are divided, None where it wasn't fitted.
+
+    Raises:
+        ValueError: the temperature is not within 0.1 and 10, or there are fewer than 19 cases.
     """
 
     reviewed: int
@@ -78,14 +87,18 @@ class Confidence:
     orderings: Mapping[str, Ordering]
     temperature: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.cases < LEAST or not 0.1 <= (1 if self.temperature is None else self.temperature) <= 10:
+            raise ValueError(f"a temperature not within 0.1 and 10, or fewer than {LEAST} cases")
+
     def judge(self, signs: Mapping[str, float], quality: Quality) -> Quality:
         """A case's quality with a flag where its expected Dice is among the lowest fifth."""
         expected = self.model.expect(signs)
         if expected is None or expected >= self.model.doubtful:
             return quality
         reason = (
-            f"The expected Dice of the tumor labels is {expected:.2f}, among the lowest fifth of the {self.cases} "
-            "cases that this was fitted to: a tumor may be missed, false or badly outlined."
+            f"The expected Dice of the tumor labels is {min(max(expected, 0), 1):.2f}, among the lowest fifth of the "
+            f"{self.cases} cases that this was fitted to: a tumor may be missed, false or badly outlined."
         )
         return Quality((*quality.flags, Flag(FLAG, AMBER, reason)), quality.phase)
 
@@ -152,7 +165,7 @@ def learn(
     expected = _out_of_fold(values, dice, patients)
     constant, weights = _ridge(values, dice)
     doubtful = float(np.quantile(expected, REVIEWED))
-    trust = {"fitted, out of fold": expected, "flags": np.array([_trust(quality) for quality in qualities])}
+    trust = {"fitted, out of fold": expected.clip(0, 1), "flags": np.array([_trust(quality) for quality in qualities])}
     if AGREEMENT in names:
         trust["ensemble Dice"] = values[:, names.index(AGREEMENT)]
     orderings = {name: order(dice, by) for name, by in {**trust, "best possible": dice}.items()}
@@ -186,7 +199,7 @@ def _out_of_fold(values: Array, dice: Array, patients: Sequence[str]) -> Array:
     expected = np.empty(len(dice))
     for fold in np.unique(number):
         constant, weights = _ridge(values[number != fold], dice[number != fold])
-        expected[number == fold] = np.clip(constant + values[number == fold] @ weights, 0, 1)
+        expected[number == fold] = constant + values[number == fold] @ weights
     return expected
 
 
