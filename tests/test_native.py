@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kitseg.native import library
 from kitseg.native.arena import Arena
+from kitseg.native.compiled import compile_network
 from kitseg.native.pointwise import affine, moments
 from kitseg.native.winograd import F43, F45, KINDS, Convolution, Kind
 
@@ -109,6 +110,45 @@ def test_results_share_memory_once_they_are_not_used() -> None:
     assert first == third
     assert abs(second - first) == 4 * 2048
     assert fourth == kept[1].untyped_storage().data_ptr() not in (first, second)
+
+
+def test_results_of_an_earlier_plan_that_are_freed_late_change_nothing() -> None:
+    arena, shape, meta = Arena(), (1, 2, 1, 32, 32), torch.device("meta")
+    arena.watch()
+    late = arena.empty(shape, meta)
+    arena.plan()
+    arena.watch()
+    last = arena.empty(shape, meta)
+    del late
+    assert arena.plan() == 0
+    assert last.shape == shape
+
+
+class ChangedInPlace(nn.Module):
+    """A part of a concatenation, and what a convolution reads, are changed after they were used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (nn.Conv3d(16, 16, 3, padding=1) for _ in range(4))
+        self.joined, self.norm, self.relu = (
+            nn.Conv3d(32, 16, 3, padding=1),
+            nn.InstanceNorm3d(16),
+            nn.ReLU(inplace=True),
+        )
+
+    def logits(self, x: Tensor) -> tuple[Tensor]:
+        first = self.first(x)
+        both, read = torch.cat([first, self.second(x)], dim=1), self.third(first)
+        changed = self.fourth(self.relu(first))
+        return (self.joined(both) + changed + self.norm(read),)
+
+
+def test_what_is_changed_in_place_is_read_before() -> None:
+    model, x = ChangedInPlace().eval(), noise(1, 16, 6, 7, 8)
+    with torch.inference_mode():
+        expected, network = model.logits(x.clone())[0], compile_network(model, "logits", 0)
+        for _ in range(2):
+            torch.testing.assert_close(network(x.clone()), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23"])

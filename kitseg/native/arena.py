@@ -61,7 +61,7 @@ class Arena:
         if self._watching:
             found = torch.empty(*shape, device=device, memory_format=order)
             self._sizes.append(-(-prod(shape) // STEP) * STEP)
-            weakref.finalize(found.untyped_storage(), self._free, len(self._sizes) - 1)
+            weakref.finalize(found.untyped_storage(), _end, self._ends, self._sizes, len(self._sizes) - 1)
             return found
         number, self._next = self._next, self._next + 1
         place = self._places[number] if number < len(self._places) else None
@@ -70,9 +70,10 @@ class Arena:
         images, channels, *size = shape
         return self._memory[place : place + prod(shape)].view(images, *size, channels).movedim(-1, 1)
 
-    def _free(self, number: int) -> None:
-        if self._watching:
-            self._ends[number] = len(self._sizes)
+
+def _end(ends: dict[int, int], sizes: list[int], number: int) -> None:
+    """Note when a result is freed; one of an earlier pass, which a cycle may have kept, has other lists."""
+    ends[number] = len(sizes)
 
 
 def meta_call(module: Any, x: Tensor) -> Any:

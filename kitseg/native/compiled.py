@@ -51,15 +51,21 @@ class _Network(fx.Interpreter):
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._shape != x.shape:
-            self._shape, self._device = x.shape, torch.device("meta")
-            self._arena.watch()
-            result = self.run(x.to("meta"))
-            self._arena.plan()
-            self._device = torch.device("cpu")
-            del result  # after the plan, so that it has no place in it
+            self._plan(x)
         self._arena.start()
         found: Tensor = self.run(x)
         return found
+
+    def _plan(self, x: Tensor) -> None:
+        self._shape, self._device = torch.Size(), torch.device("meta")  # no shape, should the plan fail
+        try:
+            self._arena.watch()
+            result = self.run(x.to("meta"))
+            self._arena.plan()
+            del result  # after the plan, so that it has no place in it
+        finally:
+            self._device = torch.device("cpu")
+        self._shape = x.shape
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a module, on whatever device its input is."""
@@ -103,19 +109,27 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
             root.add_module(name, chain.layer(arena, keep) if chain.is_layer else _copy(modules[node]))
             chain.replace_by(name)
             done.update(chain.nodes)
-    _keep_parts(graph, root)
+    _keep_parts(graph, root, modules)
     graph.lint()
     return _Network(root, graph, arena)
 
 
-def _keep_parts(graph: fx.Graph, root: nn.Module) -> None:
-    """Give layers the two parts of a concatenation of channels instead of a copy, where only layers use it."""
+def _keep_parts(graph: fx.Graph, root: nn.Module, modules: Modules) -> None:
+    """Give layers the two parts of a concatenation of channels instead of a copy, where only layers use it.
+
+    Not where an operation changes a part in place, which the copy would not have seen.
+    """
     for node in [*graph.nodes]:
         if node.op != "call_function" or node.target is not torch.cat or not node.args:
             continue
         parts: Any = node.args[0]
         channels = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0) == 1
-        if channels and len(parts) == 2 and all(_takes_parts(user, node, root) for user in node.users):
+        usable = channels and isinstance(parts, list | tuple) and len(parts) == 2
+        if (
+            usable
+            and not any(_is_changed(part, modules) for part in parts)
+            and all(_takes_parts(user, node, root) for user in node.users)
+        ):
             for user in [*node.users]:
                 user.args = tuple(tuple(parts) if arg is node else arg for arg in user.args)
             graph.erase_node(node)
@@ -173,6 +187,8 @@ class _Chain:
         user = self._user()
         if user is None or user not in self.modules or not wanted(self.modules[user]):
             return None
+        if any(_is_changed(source, self.modules) for source in self.nodes[0].args):  # before the layer would read it
+            return None
         self.nodes.append(user)
         return self.modules[user]
 
@@ -198,6 +214,12 @@ def _changes(node: fx.Node, modules: Modules) -> bool:
         return bool(getattr(modules.get(node), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.endswith("_") or bool(node.kwargs.get("inplace")) or name in IN_PLACE
+
+
+def _is_changed(value: Any, modules: Modules) -> bool:
+    """Whether an operation may change a value in place."""
+    users = value.users if isinstance(value, fx.Node) else ()
+    return any(_changes(user, modules) and value in user.args[:1] for user in users)
 
 
 def _copy(module: nn.Module) -> nn.Module:
