@@ -14,6 +14,10 @@ import SimpleITK as sitk
 from conftest import kitseg
 from method_runs import untrained
 
+from kitseg.commands.grand_challenge import find_model
+from kitseg.errors import UsageError
+from kitseg.models.builtin import open_builtin
+
 SOCKET = "images/kidney-tumor-segmentation"
 
 
@@ -83,6 +87,8 @@ def test_without_inputs_json_any_socket_is_read(run: Path, source: Path, tmp_pat
         ('{"socket": 1}', "Expected `array`"),
         ('[{"socket": {"relative_path": "../elsewhere"}}]', "lies outside the input folder"),
         ('[{"socket": {"relative_path": "/etc"}}]', "lies outside the input folder"),
+        ('[{"socket": {"relative_path": "a\\u0000b"}}]', "lies outside the input folder"),
+        (json.dumps([{"socket": {"relative_path": "a" * 300}}]), "lies outside the input folder"),
         ('[{"interface": {"relative_path": "images/nothing"}}]', "has 0 scans"),
     ],
 )
@@ -91,6 +97,14 @@ def test_inputs_that_are_refused(run: Path, source: Path, tmp_path: Path, conten
     code, text = call(tmp_path, run)
     assert (code, problem in text) == (1, True), text
     assert not (tmp_path / "output").exists()
+
+
+def test_the_model_that_the_platform_unpacks(run: Path, tmp_path: Path) -> None:
+    assert find_model(tmp_path / "none") == find_model(tmp_path) == open_builtin().path
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(UsageError, match="no bundle"):
+        find_model(tmp_path)
+    assert find_model(run) == find_model(run.parent) == run
 
 
 def test_two_scans_are_refused(run: Path, source: Path, tmp_path: Path) -> None:

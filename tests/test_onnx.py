@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import kitseg
@@ -47,6 +48,18 @@ def test_a_network_that_differs_is_not_written(run: Path, tmp_path: Path, monkey
     assert done.code == 1
     assert "98.0000% same" in " ".join(done.text.split())
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+def test_nan_is_not_near(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = onnx.compare
+
+    def compare(path: Path, module: Any, stage: Any) -> tuple[float, float]:
+        return original(path, lambda image: tuple(0 * one + float("nan") for one in module(image)), stage)
+
+    monkeypatch.setattr(onnx, "compare", compare)
+    monkeypatch.setattr(onnx, "SAME", 0)
+    done = kitseg(tmp_path, "export", str(run), "-o", "out", "--format=onnx")
+    assert (done.code, "differs from PyTorch (nan" in " ".join(done.text.split())) == (1, True), done.text
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def find_input(folder: Path) -> Case:
     inputs, images = folder / INPUTS, folder / "images"
     sockets = sorted(images.iterdir()) if images.is_dir() else []
     if inputs.exists():
-        sockets = [folder / one.path for one in _INPUTS.read(inputs) if one.path]
-        if odd := [path for path in sockets if not path.resolve().is_relative_to(folder.resolve())]:
+        sockets = [folder / path for path in dict.fromkeys(one.path for one in _INPUTS.read(inputs)) if path]
+        if odd := [path for path in sockets if not _is_inside(path, folder)]:
             raise InputError(inputs, f"{odd[0]} lies outside the input folder", "Correct its relative_path.")
     files = [path for socket in sockets if socket.is_dir() for path in sorted(socket.iterdir())]
     scans = [path for path in files if is_volume_name(path)]
@@ -63,12 +63,24 @@ def find_input(folder: Path) -> Case:
     return Case("output", scans[0])
 
 
-def find_model(folder: Path) -> Path:
-    """The bundle or run in the folder where the platform unpacks a model; the built-in network where there is none.
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether it lies in the folder, with links resolved; also False for what can't be a path."""
+    try:
+        path.is_dir()
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, a loop of links
+        return False
 
-    Raises UsageError: there are several.
+
+def find_model(folder: Path) -> Path:
+    """The bundle or run in the folder where the platform unpacks a model; the built-in one if it is empty.
+
+    Raises UsageError: there are several, or something else.
     """
-    found = [*folder.glob(f"*{SUFFIX}"), *(path.parent for path in folder.glob("*/config.yaml"))]
+    runs = [*folder.glob("config.yaml"), *folder.glob("*/config.yaml")]
+    found = [*folder.glob(f"*{SUFFIX}"), *(path.parent for path in runs)]
+    if not found and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UsageError(f"{folder} has no bundle (*{SUFFIX}) and no run: pack one of them, or give --model")
     if len(found) > 1:
         raise UsageError(f"{folder} has {len(found)} models: give one of them with --model")
     return found[0] if found else open_builtin().path
