@@ -41,9 +41,10 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
     (run / "validation" / "scores.json").write_text(json.dumps(scores))
     model = {"constant": 0.5, "weights": {}, "doubtful": 0.3}
     flags = {"aurc": 0.456, "curve": [0.4, 0.5], "caught": 1.0}
-    confidence = {"reviewed": 1, "cases": 2, "failed": 1, "model": model, "orderings": {"flags": flags}}
+    confidence = {"reviewed": 4, "cases": 20, "failed": 1, "model": model, "orderings": {"flags": flags}}
     (run / "validation" / "confidence.json").write_text(json.dumps({"schema": 1, **confidence}))
     done = kitseg(tmp_path, "report", str(run), "-o", "after")
+    assert done.code == 0, done.text
     assert "after/methods.html" in done.text
     found = items(tmp_path / "after" / "methods.html")
     assert "kidney 0.900 (0.800 to 0.950), tumor 0.400" in found[35]
@@ -54,9 +55,13 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
     assert paragraph is not None
     assert "not recorded" not in paragraph[1]
     page = (tmp_path / "after" / "methods.html").read_text()
-    assert 'points="200.0,120.0 400.0,100.0 "' in page
+    assert 'points="20.0,120.0 40.0,100.0 "' in page
     assert "<td>0.456</td>" in page
     assert "Wei et al. 2019" in paragraph[1]
+    (run / "validation" / "confidence.json").write_text(json.dumps({"schema": 1, **confidence, "cases": 2}))
+    damaged = kitseg(tmp_path, "report", str(run), "-o", "damaged")
+    assert damaged.code == 1
+    assert "confidence.json" in damaged.text
 
 
 def test_a_damaged_run_and_other_files_are_one_line(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from kitseg import config
 from kitseg.commands.confidence import read_confidence
 from kitseg.commands.score_files import ScoreFile, read_scores
-from kitseg.errors import InputError, KitsegError
+from kitseg.errors import InputError, UsageError
 from kitseg.models.run_folder import TRAINED_STATE, Run, RunInfo
 from kitseg.report.html import write_page
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -50,14 +50,15 @@ class RunFacts:
 def write_methods(path: Path, to: Path) -> Path:
     """Write the page of a run into a folder; its path.
 
-    Raises InputError: the run's configuration can't be read; UsageError: a file that kitseg didn't write in the way.
+    Raises InputError: the run's configuration or its confidence.json can't be read; UsageError: a file that kitseg
+    didn't write in the way.
     """
     page = to / PAGE
     refuse_overwrite(page, "html")
     facts = read_facts(Run(path))
     content = {"paragraph": _paragraph(facts), "items": _items(facts), "unknown": UNKNOWN, "facts": {}}
     confidence = None
-    with suppress(KitsegError):
+    with suppress(UsageError):
         confidence = read_confidence(path)
     write_page(page, "methods.html.j2", title=f"Methods of {path.name}", confidence=confidence, **content)
     return page
