@@ -6,6 +6,7 @@ import errno
 import re
 import unicodedata
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 _SPACE = "Free some space and run the command again: finished work is kept"
@@ -70,6 +71,12 @@ class InputError(KitsegError):
 
 class UsageError(KitsegError):
     """Invalid usage of a command or function (exit code 2)."""
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Raises UsageError with the remedy: a package of one of kitseg's extras is not installed."""
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise UsageError(f'{missing[0]} is not installed; pip install "kitseg[{extra}]" adds it')
 
 
 def fault(error: BaseException) -> tuple[str, str] | None:

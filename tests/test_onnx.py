@@ -10,6 +10,7 @@ import pytest
 from conftest import kitseg
 from method_runs import untrained
 
+from kitseg import errors
 from kitseg.models.bundles import onnx
 from kitseg.runtime.files import file_digest
 
@@ -81,6 +82,6 @@ def test_what_is_refused(run: Path, tmp_path: Path, arguments: list[str], proble
 
 
 def test_missing_packages_are_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
     done = kitseg(tmp_path, "export", str(run), "-o", "out", "--format=onnx")
     assert (done.code, "kitseg[onnx]" in " ".join(done.text.split())) == (2, True)

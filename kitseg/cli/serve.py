@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from rich.markup import escape
 
 from kitseg.cli import options as opt
 from kitseg.cli.app import COLOURS, app, quick_imports
-from kitseg.errors import UsageError
+from kitseg.errors import UsageError, require_extra
 from kitseg.runtime import console
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -89,8 +88,7 @@ def serve(
 
     docs/how-to/serve.md shows requests. For other machines, put a proxy with TLS in front: the service itself has none.
     """
-    if missing := [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]:
-        raise UsageError(f'{missing[0]} is not installed; pip install "kitseg[service]" adds it')
+    require_extra("service", "fastapi", "uvicorn")
     if root and not root.is_dir():
         raise UsageError(f"--root {root} is not a folder")
     if token is not None and not re.fullmatch("[!-~]{16,}", token):

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], 
 def read_record(path: Path, made: Mapping[str, str]) -> CaseRecord | None:
     """A case's record, if its files are current (see ``FileFormat.find``); else None."""
     return CASE_RECORD.find(path, made, lambda record: {path.with_name(name): d for name, d in record.files.items()})
+
+
+def quality_facts(quality: Quality, agreement: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What a record states about a case's quality; agreement: Dice of an ensemble's members by class."""
+    return {"level": quality.level, **asdict(quality), "agreement": agreement}
 
 
 def record_of(labels: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kitseg import __version__
-from kitseg.commands.case_record import read_record, refuse_case_overwrite
+from kitseg.commands.case_record import quality_facts, read_record, refuse_case_overwrite
 from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import CYST, Scheme, to_kits19
@@ -147,7 +147,7 @@ class CasePredictor:
             "findings": asdict(found.findings),
             "learned_from": learned_from(self.model.models, source, made["scan_sha256"]),
             **({"part": self.options.part} if self.options.part else {}),
-            "quality": {"level": quality.level, **asdict(quality), "agreement": found.agreement},
+            "quality": quality_facts(quality, found.agreement),
             "signs": found.signs,
             **self.facts,
         }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kitseg import config
-from kitseg.commands.case_record import read_record
+from kitseg.commands.case_record import quality_facts, read_record
 from kitseg.commands.confidence import CONFIDENCE, write_confidence
 from kitseg.commands.evaluate import Job, Rules, Score, Unscored, score_case
 from kitseg.commands.infer import manifest_of
@@ -219,7 +219,7 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         facts = {
             "scan": case.image.name,
             "learned_from": learned,
-            "quality": {"level": judged.quality.level, **asdict(judged.quality), "agreement": None},
+            "quality": quality_facts(judged.quality),
             "signs": judged.signs,
             **facts_of(manifest),
         }

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Hashable
-from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -141,10 +140,9 @@ class Winograd:
                 print_plain(f"PyTorch computes a network that --engine winograd can't: {reason}")
             self._reported = True
             return partial(model.probabilities, head=head)
-        shell = copy(model)
-        shell.__dict__.update(_modules={}, logits=lambda x: (network(x),))
+        fast = model.with_logits(lambda x: (network(x),))
         weights.drop()
-        return partial(shell.probabilities, head=0)
+        return partial(fast.probabilities, head=0)
 
 
 Engine = Torch | OpenVino | Winograd

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -56,6 +57,12 @@ class StageModel(nn.Module):
         if found.shape[2:] == x.shape[2:]:
             return found
         return functional.interpolate(found, size=x.shape[2:], mode="trilinear")
+
+    def with_logits(self, logits: Callable[[Tensor], tuple[Tensor, ...]]) -> Self:
+        """A copy without the network, whose logits something else computes."""
+        other = copy(self)
+        other.__dict__.update(_modules={}, logits=logits)
+        return other
 
     def losses(self, x: Tensor, target: Tensor, loss: Callable[..., Tensor]) -> Tensor:
         """The training objective, a scalar.

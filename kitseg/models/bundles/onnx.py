@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kitseg import __version__
-from kitseg.errors import KitsegError, UsageError, fault
+from kitseg.errors import KitsegError, UsageError, fault, require_extra
 from kitseg.inference.channels import label_ids
 from kitseg.inference.windows import SlidingWindow
 from kitseg.models.bundles.bundle import bundle_of
@@ -64,9 +62,9 @@ class _Heads(nn.Module):
         self.model, self.heads = model, heads
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        logits, shell = self.model.logits(image), copy(self.model)
-        shell.__dict__.update(_modules={}, logits=lambda _: logits)
-        return tuple(shell.probabilities(image, head) for head in self.heads)
+        logits = self.model.logits(image)
+        known = self.model.with_logits(lambda _: logits)
+        return tuple(known.probabilities(image, head) for head in self.heads)
 
 
 def export_onnx(
@@ -84,8 +82,7 @@ def export_onnx(
         UsageError: not a model, onnxruntime or onnxscript isn't installed, or files of another origin are in the way;
         KitsegError: a network can't be exported, or computes something else as ONNX.
     """
-    if missing := [package for package in ("onnxruntime", "onnxscript") if find_spec(package) is None]:
-        raise UsageError(f'{missing[0]} is not installed; pip install "kitseg[onnx]" adds it')
+    require_extra("onnx", "onnxruntime", "onnxscript")
     if to.is_file():
         raise UsageError(f"{to} is a file: ONNX files go into a folder")
     refuse_overwrite(to / MANIFEST, "ONNX model")
