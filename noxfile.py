@@ -43,8 +43,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Mypy, strict."""
-    install(session, "-e", ".", group="types")
+    """Mypy, strict, with the packages whose own types the code builds on."""
+    install(session, "-e", ".[service]", group="types")
     session.run("mypy")
 
 
