@@ -19,19 +19,21 @@ from test_dicom_seg import BY, SHAPE
 
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.measure import measure
+from kitseg.volumes.dicom.document import write_document
 from kitseg.volumes.dicom.segmentation import SegmentedSeries, write_segmentation
-from kitseg.volumes.dicom.series import read_series
+from kitseg.volumes.dicom.series import open_series, read_series
 from kitseg.volumes.dicom.structured_report import write_report
 from kitseg.volumes.nifti import write_labels
 from kitseg.volumes.phantom import make_case
 
 NAMES = {
     ("Volume", ""): "volume_ml",
-    ("Long axis", ""): "axial_mm",
-    ("Maximum 3D Diameter of a Mesh", ""): "diameter_mm",
+    ("Long axis", "Maximum"): "axial_mm",
+    ("Maximum 3D Diameter of a Mesh", "Maximum"): "diameter_mm",
     ("Attenuation Coefficient", "Mean"): "hu_mean",
     ("Attenuation Coefficient", "Standard Deviation"): "hu_sd",
 }
+FILES = ("seg.dcm", "sr.dcm", "pdf.dcm")
 UNITS = {"volume_ml": "ml", "parenchyma_ml": "ml", "axial_mm": "mm", "diameter_mm": "mm"}
 
 
@@ -49,6 +51,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     made = SegmentedSeries(series, labels, findings, BY, scan.array, anonymous=request.param == "anonymous")
     write_segmentation(folder / "seg.dcm", made)
     write_report(folder / "sr.dcm", made, folder / "seg.dcm")
+    write_document(folder / "pdf.dcm", made, b"%PDF-1.4 odd")
     return folder
 
 
@@ -89,24 +92,44 @@ def test_the_groups_refer_to_the_segments_of_the_series(written: Path) -> None:
         assert reference.referenced_segment_numbers == [number]
 
 
-def test_it_is_filed_with_its_series(written: Path) -> None:
-    report, segmentation = pydicom.dcmread(written / "sr.dcm"), pydicom.dcmread(written / "seg.dcm")
+def test_all_is_filed_with_the_series(written: Path) -> None:
+    made = [pydicom.dcmread(written / name) for name in FILES]
     source = pydicom.dcmread(only(written / "in").files[0])
-    assert report.StudyInstanceUID == segmentation.StudyInstanceUID == source.StudyInstanceUID
-    assert len({one.SeriesInstanceUID for one in (report, segmentation, source)}) == 3
-    assert [one.SeriesNumber for one in (source, segmentation, report)] == [7, 9007, 10007]
-    content = (written / "sr.dcm").read_bytes() + (written / "seg.dcm").read_bytes()
-    if report.PatientID:
-        assert all(report[name].value == source[name].value for name in ("PatientID", "StudyDate", "StudyDescription"))
+    assert {one.StudyInstanceUID for one in made} == {source.StudyInstanceUID}
+    assert len({one.SeriesInstanceUID for one in (*made, source)}) == 4
+    assert [one.SeriesNumber for one in (source, *made)] == [7, 9007, 10007, 11007]
+    content = b"".join((written / name).read_bytes() for name in FILES)
+    if made[0].PatientID:
+        for name in ("PatientName", "PatientID", "StudyDate", "StudyDescription", "AccessionNumber"):
+            assert {str(one[name].value) for one in made} == {str(source[name].value)}
         assert WHO["PatientAddress"].encode() not in content
     else:
         assert not [word for word in WORDS if word in content]
 
 
+def test_two_patients_have_no_tracking_uid_in_common(tmp_path: Path) -> None:
+    """Whatever name a case is given."""
+    found = []
+    for study in ("one", "other"):
+        files = write_series(tmp_path / study, hu(), study=study)
+        made = SegmentedSeries(open_series(files, "scan"), np.zeros(SHAPE, np.uint8), Findings((), ()), BY)
+        write_segmentation(tmp_path / f"{study}.dcm", made)
+        found += [one.TrackingUID for one in pydicom.dcmread(tmp_path / f"{study}.dcm").SegmentSequence]
+    assert len(set(found)) == len(found) == 4
+
+
+def test_the_document_is_the_pdf_file(written: Path) -> None:
+    document = pydicom.dcmread(written / "pdf.dcm")
+    assert document.EncapsulatedDocument[: document.EncapsulatedDocumentLength] == b"%PDF-1.4 odd"
+    assert document.BurnedInAnnotation == ("YES" if document.PatientID else "NO")
+    sources = [one.ReferencedSOPInstanceUID for one in document.SourceInstanceSequence]
+    assert sources == [pydicom.dcmread(path).SOPInstanceUID for path in only(written / "in").files]
+
+
 def test_a_validator_finds_no_error(written: Path) -> None:
     if not shutil.which("dciodvfy"):
         pytest.skip("no dciodvfy (Debian's dicom3tools)")
-    for name in ("seg.dcm", "sr.dcm"):
+    for name in FILES:
         done = subprocess.run(["dciodvfy", written / name], capture_output=True, text=True, check=False)
         about = [line for line in done.stderr.splitlines() if line.startswith(("Error", "Warning"))]
         if pydicom.dcmread(written / name).PatientID == "":  # an anonymous file can't have what a DICOMDIR needs

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import shutil
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
+import pypdf
 import pytest
 from conftest import Result, kitseg
 from dicom_files import WORDS, write_series
@@ -19,7 +22,8 @@ from kitseg.volumes.dicom.series import find_series
 from kitseg.volumes.nifti import read_image, read_labels
 
 pytestmark = pytest.mark.slow
-SEG_SR = ["series_*[0-9a-f].dcm", "*.sr.dcm"]
+OUTPUT = ["series_??????????.dcm", "*.sr.dcm", "*.pdf.dcm"]
+FORMATS = "--format=dicom-seg,dicom-sr,dicom-pdf"
 MODEL = "--model=runs/two-phase-tiny"
 
 
@@ -48,7 +52,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory, planes: tuple[np.ndarray, 
 @pytest.fixture(scope="module")
 def predicted(trained: Path, archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dicom") / "out"
-    done = predict(trained, archive, out, "--format=dicom-seg,dicom-sr")
+    done = predict(trained, archive, out, FORMATS)
     assert done.code == 0, done.text
     return out
 
@@ -58,7 +62,15 @@ def predict(trained: Path, folder: Path, out: Path, *options: str) -> Result:
 
 
 def contents(path: Path) -> bytes:
+    """The bytes of a file, unpacked, with the text of a PDF file in it."""
+    if path.name.endswith(".pdf.dcm"):
+        return path.read_bytes() + pdf_text(path).encode()
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
+def pdf_text(path: Path) -> str:
+    pages = pypdf.PdfReader(io.BytesIO(pydicom.dcmread(path).EncapsulatedDocument)).pages
+    return " ".join(page.extract_text() for page in pages)
 
 
 def one(out: Path, pattern: str) -> Path:
@@ -84,9 +96,9 @@ def test_the_labels_are_those_of_the_same_scan_as_nifti(trained: Path, predicted
 
 
 def test_the_segmentation_lies_voxel_for_voxel_on_the_series(archive: Path, predicted: Path) -> None:
-    labels, name = one(predicted, "series_*.nii.gz"), one(predicted, SEG_SR[0]).stem
+    labels, name = one(predicted, "series_*.nii.gz"), one(predicted, OUTPUT[0]).stem
     (series,) = [series for series in find_series(archive) if series.case_id == name]
-    lies_on(one(predicted, SEG_SR[0]), read_labels(labels, "a").array, series)
+    lies_on(one(predicted, OUTPUT[0]), read_labels(labels, "a").array, series)
 
 
 def test_the_table_gives_a_reason_for_each_series(predicted: Path) -> None:
@@ -101,7 +113,7 @@ def test_only_dicom_output_identifies_the_patient_unless_asked(
     trained: Path, archive: Path, predicted: Path, tmp_path: Path, options: str
 ) -> None:
     out, pages = tmp_path / "out" if options else predicted, tmp_path / "pages"
-    assert not options or predict(trained, archive, out, "--format=dicom-sr", options).code == 0
+    assert not options or predict(trained, archive, out, FORMATS, options).code == 0
     shown = kitseg(trained, "report", str(out), str(archive), "-o", str(pages))
     assert shown.code == 0, shown.text
     measured = kitseg(trained, "measure", str(out), f"--json={pages / 'm.json'}", f"--csv={pages / 'm.csv'}")
@@ -109,8 +121,22 @@ def test_only_dicom_output_identifies_the_patient_unless_asked(
     files = [path for folder in (out, pages) for path in folder.rglob("*")]
     assert {path.suffix for path in files} >= {".gz", ".json", ".png", ".csv", ".dcm", ".html"}
     telling = {path.name for path in files for word in WORDS if word in contents(path) + path.name.encode()}
-    names = {"": SEG_SR, "--anonymous": [], "--keep-identifiers": [*SEG_SR, "series.csv"]}[options]
+    names = {"": OUTPUT, "--anonymous": [], "--keep-identifiers": [*OUTPUT, "series.csv"]}[options]
     assert telling == {one(out, name).name for name in names}
+
+
+def test_the_pages_have_the_numbers_and_state_whose_they_are(predicted: Path) -> None:
+    text = pdf_text(one(predicted, "*.pdf.dcm"))
+    record = json.loads(one(predicted, "series_*[0-9a-f].json").read_text())
+    assert record["findings"]["kidneys"]
+    for found in record["findings"]["kidneys"] + record["findings"]["lesions"][:20]:
+        assert f"{found['volume_ml']:.1f}" in text
+    assert all(flag["reason"][:30] in text for flag in record["quality"]["flags"])
+    for words in (
+        "Zwiebelfisch Hannelore, PID-4711-XYZ, born 1931-04-17, study of 2019-08-23",
+        "For research use only",
+    ):
+        assert words in text
 
 
 def test_a_segmentation_is_measured_and_shown_as_its_nifti_file(
@@ -118,7 +144,7 @@ def test_a_segmentation_is_measured_and_shown_as_its_nifti_file(
 ) -> None:
     """Alone, under a name that names the patient, without the record."""
     (tmp_path / "seg").mkdir()
-    shutil.copy(one(predicted, SEG_SR[0]), tmp_path / "seg" / "Zwiebelfisch")
+    shutil.copy(one(predicted, OUTPUT[0]), tmp_path / "seg" / "Zwiebelfisch")
     found = []
     for labels in (predicted, tmp_path / "seg"):
         to = tmp_path / f"{labels.name}.json"

@@ -151,7 +151,7 @@ def predict(
         typer.Option(
             "--format",
             help="Also write (with commas) mha, seg.nrrd (3D Slicer), uncertainty (a map in percent); of DICOM series "
-            "dicom-seg, dicom-sr (report).",
+            "dicom-seg, dicom-sr (measurements), dicom-pdf (pages).",
         ),
     ] = "nifti",
     anonymous: Annotated[

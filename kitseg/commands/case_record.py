@@ -55,8 +55,8 @@ class CaseRecord:
 
 CASE_RECORD = FileFormat(CaseRecord, 4)
 ANY_RECORD = FileFormat(CaseRecord, None)  # also of another version
-_KINDS = {".nii.gz": "nifti", ".png": "png", ".dcm": "dicom", ".sr.dcm": "dicom", ".mha": "mha", ".seg.nrrd": "nrrd"}
-_KINDS[UNCERTAINTY] = "nifti"
+_KINDS = {".nii.gz": "nifti", UNCERTAINTY: "nifti", ".png": "png", ".mha": "mha", ".seg.nrrd": "nrrd"}
+_KINDS |= dict.fromkeys((".dcm", ".sr.dcm", ".pdf.dcm"), "dicom")
 
 
 def write_record(path: Path, facts: Mapping[str, Any], made: Mapping[str, str], files: Sequence[Path]) -> None:

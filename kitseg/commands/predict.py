@@ -44,6 +44,7 @@ FORMATS = {
     "uncertainty": (UNCERTAINTY,),
     "dicom-seg": (".dcm",),
     "dicom-sr": (".dcm", ".sr.dcm"),
+    "dicom-pdf": (".pdf.dcm",),
 }
 
 
@@ -51,7 +52,8 @@ FORMATS = {
 class PredictOptions:
     """What `predict` writes beside labels, figures and a picture.
 
-    endings: of the files in other formats, of DICOM series ``.dcm`` the segmentation and ``.sr.dcm`` the report;
+    endings: of the files in other formats, of DICOM series ``.dcm`` the segmentation, ``.sr.dcm`` the measurements
+    and ``.pdf.dcm`` the page;
     anonymous: DICOM files without patient and study; identifiers: patient and UIDs in the table of series; choices: the
     series in that table; max_memory: a scan that may need more bytes fails before it is read; part: of the work, such
     as ``1/2``, empty for the whole; labels: the scheme of the label maps, the model's where it is None; confidence:
@@ -140,7 +142,7 @@ class CasePredictor:
             elif not _is_dicom(ending):
                 more[ending] = partial(write_volume, labels=found.canonical, native=scan.native, scheme=self.scheme)
         if any(map(_is_dicom, self.options.endings)):
-            more |= self._dicom_files(source, found, scan)
+            more |= self._dicom_files(source, replace(found, quality=quality), scan)
         facts: dict[str, Any] = {
             "scan": source.id if source.slices else source.image.name,
             "seconds": round(time.perf_counter() - start, 2),
@@ -156,8 +158,9 @@ class CasePredictor:
 
     def _dicom_files(self, source: Case, found: Prediction, scan: Volume) -> dict[str, Write]:
         """The writers of the DICOM files of a series, by their endings."""
+        from kitseg.volumes.dicom.document import patient_line, write_document
         from kitseg.volumes.dicom.segmentation import Algorithm, SegmentedSeries, write_segmentation
-        from kitseg.volumes.dicom.series import open_series
+        from kitseg.volumes.dicom.series import open_series, pseudonym
         from kitseg.volumes.dicom.structured_report import write_report
 
         methods = " + ".join(sorted({one.method.name for one in self.model.models}))
@@ -167,8 +170,22 @@ class CasePredictor:
             findings = measure(labels, scan.geometry, scan.array)
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
         made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, self.options.anonymous)
-        report = partial(write_report, found=made, segmentation=self.to / f"{source.id}.dcm")
-        writers: dict[str, Write] = {".dcm": partial(write_segmentation, found=made), ".sr.dcm": report}
+
+        def write_pages(path: Path) -> None:
+            from kitseg.report.case_page import CaseContent
+            from kitseg.report.pdf import case_pdf
+            from kitseg.report.slices import Scene
+
+            scene = Scene(labels, scan.geometry, scan.array, None, self.scheme)
+            facts = {"Series": pseudonym("series", series.uid), "Made by": f"{algorithm.name} {algorithm.version}"}
+            content = CaseContent(source.id, scene, findings, found.quality, {}, facts, doubts(source, scan))
+            write_document(path, made, case_pdf(content, patient_line(made)))
+
+        writers: dict[str, Write] = {
+            ".dcm": partial(write_segmentation, found=made),
+            ".sr.dcm": partial(write_report, found=made, segmentation=self.to / f"{source.id}.dcm"),
+            ".pdf.dcm": write_pages,
+        }
         return {ending: write for ending, write in writers.items() if ending in self.options.endings}
 
 

@@ -4,3 +4,10 @@ RESEARCH_USE = (
     "For research use only. kitseg is not a medical device: "
     "not for diagnosis, treatment or any other decision about a patient."
 )
+
+#: What a level of quality means for a reader.
+LEVEL_TEXTS = {
+    "green": "No doubt about the outlines was found. This says nothing about disease.",
+    "amber": "Review the outlines before using the measurements.",
+    "red": "The outlines may be wrong: check and correct them before using the measurements.",
+}

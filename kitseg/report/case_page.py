@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from kitseg.labels import CYST
-from kitseg.measurement.findings import Findings
+from kitseg.measurement.findings import Findings, Lesion
 from kitseg.measurement.quality import Quality
 from kitseg.measurement.renal_function import AfterSurgery, Patient
+from kitseg.report import LEVEL_TEXTS
 from kitseg.report.html import number, write_page
 from kitseg.report.nephrometry_view import nephrometry_view
 from kitseg.report.pictures import PLANES, centre
 from kitseg.report.scores import ScoreTable
 from kitseg.report.slices import LEVEL, UNIT, WIDTH, Scene, around, as_data, cut, scroll
 from kitseg.report.view3d import plotly_script, title, view
-from kitseg.types import Triple
+from kitseg.types import Box, Geometry, Triple
 
-_MOST_LESIONS = 12  # with their own pictures
+MOST_LESIONS = 12  # with their own pictures
 _SCROLL_BYTES = 4_500_000  # for the axial slices of a page below 10 MB
 _VIEW_MM = 140.0  # smallest width of a lesion's pictures
 _VIEW_DIAMETERS = 2.5  # smallest width in diameters of the lesion
@@ -61,6 +62,7 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         "case.html.j2",
         title=content.case,
         quality=content.quality,
+        level_text=LEVEL_TEXTS[content.quality.level],
         findings=findings,
         intervals=content.intervals,
         patient=content.patient,
@@ -86,7 +88,7 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         every=found.every,
         lesion_views=_lesion_views(scene, findings),
         nephrometry=nephrometry_view(scene, findings),
-        left_out=max(len(findings.lesions) - _MOST_LESIONS, 0),
+        left_out=max(len(findings.lesions) - MOST_LESIONS, 0),
         has_view=drawn is not None,
         view=drawn,
         plotly="" if drawn is None else plotly_script(),
@@ -111,22 +113,26 @@ def middle_of(scene: Scene, findings: Findings) -> Triple:
 def _lesion_views(scene: Scene, findings: Findings) -> list[dict[str, Any]]:
     """The three planes through each lesion; without lesions, through the centre of the labelled voxels."""
     if not findings.lesions:
-        at = middle_of(scene, findings)
+        at, whole = middle_of(scene, findings), Box((0, 0, 0), scene.geometry.shape)
         return [
-            {"name": "No lesion", "facts": ["through the centre of the labels"], "planes": _planes(scene, at, 1000.0)}
+            {"name": "No lesion", "facts": ["through the centre of the labels"], "planes": _planes(scene, at, whole)}
         ]
     return [
         {
             "name": title(lesion, scene.scheme).capitalize(),
             "facts": [f"{number(lesion.volume_ml)} ml", *filter(None, [lesion.size_class])],
-            "planes": _planes(scene, lesion.centre, max(_VIEW_MM, _VIEW_DIAMETERS * lesion.diameter_mm)),
+            "planes": _planes(scene, lesion.centre, lesion_box(lesion, scene.geometry)),
         }
-        for lesion in findings.lesions[:_MOST_LESIONS]
+        for lesion in findings.lesions[:MOST_LESIONS]
     ]
 
 
-def _planes(scene: Scene, at: Triple, mm: float) -> list[dict[str, Any]]:
-    box = around(at, mm, scene.geometry)
+def lesion_box(lesion: Lesion, geometry: Geometry) -> Box:
+    """The part of a scan that a lesion's pictures show."""
+    return around(lesion.centre, max(_VIEW_MM, _VIEW_DIAMETERS * lesion.diameter_mm), geometry)
+
+
+def _planes(scene: Scene, at: Triple, box: Box) -> list[dict[str, Any]]:
     return [
         {
             "name": plane.name,

@@ -81,6 +81,13 @@ def case_picture(
     save_picture(figure, path)
 
 
+def draw_planes(row: Sequence[Axes], ct: Volume, labels: NDArray[np.uint8], at: Triple, scheme: Scheme) -> None:
+    """Draws the three planes through a voxel, with labels; both arrays of shape (D, H, W)."""
+    for axes, plane in zip(row, PLANES, strict=True):
+        _draw_ct(axes, plane, ct, at)
+        _draw_labels(axes, plane.cut(labels, at), axes.get_aspect(), scheme)
+
+
 def learning_curve(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Draws training loss and validation scores over the epochs and writes a PNG file, complete or not at all.
 

@@ -47,6 +47,7 @@ class Header:
     frame_of_reference: str = ""
     sop_class: str = ""
     patient: str = ""
+    manufacturer: str = ""
     description: str = ""
     modality: str = ""
     image_type: tuple[str, ...] = ()
@@ -144,6 +145,7 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
         frame_of_reference=_text(found, "FrameOfReferenceUID"),
         sop_class=sop_class,
         patient=_text(found, "PatientID"),
+        manufacturer=_text(found, "Manufacturer"),
         description=_text(found, "SeriesDescription"),
         modality=_text(found, "Modality"),
         image_type=tuple(_text(found, "ImageType").upper().split("\\")),

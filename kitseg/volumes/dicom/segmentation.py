@@ -20,7 +20,7 @@ from kitseg.measurement.findings import RIGHT, Findings
 from kitseg.measurement.parts import LabelPart, find_parts
 from kitseg.runtime.files import atomic_write
 from kitseg.volumes.dicom.headers import made_up_uid, quiet
-from kitseg.volumes.dicom.series import Series, stack_of
+from kitseg.volumes.dicom.series import Series, pseudonym, stack_of
 from kitseg.volumes.dicom.source import series_number, source_images
 from kitseg.volumes.nifti import canonical_geometry, turn_to_native
 
@@ -152,4 +152,5 @@ def _segment(number: int, part: LabelPart, found: SegmentedSeries) -> SegmentDes
 
 def tracking(name: str, found: SegmentedSeries) -> tuple[str, str]:
     """The tracking identifier and UID of a segment, the same whenever the series is predicted again."""
-    return f"{found.series.case_id} {name}"[:64], made_up_uid("tracking", found.series.case_id, name)
+    series = found.series
+    return f"{pseudonym('series', series.uid)} {name}"[:64], made_up_uid("tracking", series.study, series.uid, name)

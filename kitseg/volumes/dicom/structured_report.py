@@ -22,14 +22,16 @@ DECIMALS = 3  # of each number, as in the JSON file of `kitseg measure`
 _codes: Any = codes
 _ML, _MM = Code("ml", "UCUM", "milliliter"), Code("mm", "UCUM", "millimeter")
 _HU = _codes.DCM.AttenuationCoefficient
-#: The concept, unit and derivation of each measurement by its name in findings.
-MEASUREMENTS: dict[str, tuple[Any, Any, Any]] = {
-    "parenchyma_ml": (_codes.SCT.Volume, _ML, None),
-    "volume_ml": (_codes.SCT.Volume, _ML, _codes.SCT.Total),  # of a kidney with its lesions
-    "axial_mm": (_codes.SCT.LongAxis, _MM, None),
-    "diameter_mm": (_codes.IBSI.Maximum3DDiameterOfAMesh, _MM, None),
-    "hu_mean": (_HU, _codes.UCUM.HounsfieldUnit, _codes.SCT.Mean),
-    "hu_sd": (_HU, _codes.UCUM.HounsfieldUnit, _codes.SCT.StandardDeviation),
+_COUNTED = {"method": _codes.DCM.SumOfSegmentedVoxelMethodForVolume}
+_LARGEST = {"derivation": _codes.SCT.Maximum}
+#: The concept and unit of each measurement by its name in findings, and how it was made: OHIF shows none without that.
+MEASUREMENTS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "parenchyma_ml": (_codes.SCT.Volume, _ML, _COUNTED),
+    "volume_ml": (_codes.SCT.Volume, _ML, _COUNTED),
+    "axial_mm": (_codes.SCT.LongAxis, _MM, _LARGEST),
+    "diameter_mm": (_codes.IBSI.Maximum3DDiameterOfAMesh, _MM, _LARGEST),
+    "hu_mean": (_HU, _codes.UCUM.HounsfieldUnit, {"derivation": _codes.SCT.Mean}),
+    "hu_sd": (_HU, _codes.UCUM.HounsfieldUnit, {"derivation": _codes.SCT.StandardDeviation}),
 }
 NOTHING_FOUND = (_codes.DCM.SummaryOfDetections, _codes.DCM.AllAlgorithmsSucceededWithoutFindings)
 
@@ -43,7 +45,7 @@ def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None
         InputError: the series forms no volume, or a header can no longer be read.
     """
     with quiet(), atomic_write(path) as partial:
-        segments = pydicom.dcmread(segmentation)
+        segments, images = pydicom.dcmread(segmentation), source_images(found.series, found.anonymous)
         groups = [
             _group(number, part, found, segments)
             for number, part in enumerate(found.parts[1], start=1)
@@ -65,9 +67,10 @@ def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None
             procedure_reported=_codes.LN.CTUnspecifiedBodyRegion,
             imaging_measurements=groups or [_nothing(found)],
             title=_codes.DCM.ImagingMeasurementReport,
+            referenced_images=images,
         )
         sr.Comprehensive3DSR(
-            evidence=[segments, *source_images(found.series, found.anonymous)],
+            evidence=[segments, *images],
             content=report[0],
             series_number=series_number(found.series, 1),
             is_complete=True,
@@ -96,10 +99,11 @@ def _group(number: int, part: LabelPart, found: SegmentedSeries, segments: Any) 
 
 
 def _measurements(found: Kidney | Lesion) -> Iterator[Any]:
-    for name, (concept, unit, derivation) in MEASUREMENTS.items():
+    for name, (concept, unit, made) in MEASUREMENTS.items():
         if (value := getattr(found, name, None)) is not None:
-            whole = derivation if isinstance(found, Kidney) or name != "volume_ml" else None
-            yield sr.Measurement(concept, round(float(value), DECIMALS), unit, derivation=whole)
+            if isinstance(found, Kidney) and name == "volume_ml":  # with its lesions
+                made = {**made, "derivation": _codes.SCT.Total}
+            yield sr.Measurement(concept, round(float(value), DECIMALS), unit, **made)
 
 
 def _nothing(found: SegmentedSeries) -> Any:
