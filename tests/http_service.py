@@ -15,7 +15,7 @@ from zipfile import ZipFile
 
 import uvicorn
 
-from kitseg.service.http import Service, build_app
+from kitseg.service.http import Service, config
 from kitseg.service.work import scratch
 
 TOKEN = "a-token-of-some-length"
@@ -68,9 +68,7 @@ def zipped(**files: bytes | Path) -> bytes:
 def running(service: Service, port: int, *hosts: str) -> Iterator[Path]:
     """The service in a thread; its folder of temporary files."""
     with scratch() as folder:
-        server = uvicorn.Server(
-            uvicorn.Config(build_app(service, ["127.0.0.1", *hosts]), port=port, log_level="warning")
-        )
+        server = uvicorn.Server(config(service, "127.0.0.1", port, ["127.0.0.1", *hosts]))
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

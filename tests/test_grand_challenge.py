@@ -88,7 +88,7 @@ def test_without_inputs_json_any_socket_is_read(run: Path, source: Path, tmp_pat
         ('[{"socket": {"relative_path": "../elsewhere"}}]', "lies outside the input folder"),
         ('[{"socket": {"relative_path": "/etc"}}]', "lies outside the input folder"),
         ('[{"socket": {"relative_path": "a\\u0000b"}}]', "lies outside the input folder"),
-        (json.dumps([{"socket": {"relative_path": "a" * 300}}]), "lies outside the input folder"),
+        (json.dumps([{"socket": {"relative_path": "a" * 300}}]), "has 0 scans"),
         ('[{"interface": {"relative_path": "images/nothing"}}]', "has 0 scans"),
     ],
 )

@@ -217,6 +217,18 @@ def test_a_hostile_zip(tmp_path: Path, info: zipfile.ZipInfo, content: bytes, pr
     assert not list(tmp_path.rglob("*evil*"))
 
 
+def test_a_zip_that_is_all_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before its directory, of several gigabytes in the worst case, is read."""
+    monkeypatch.setattr("kitseg.volumes.zipped._DIRECTORY", 300 * 10)
+    monkeypatch.setattr("kitseg.volumes.zipped.MOST_FILES", 10)
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda _: pytest.fail("it was read"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(100):
+            archive.writestr(f"{number}.txt", b"")
+    with pytest.raises(InputError, match="more than 10 files"), unpacked([tmp_path / "a.zip"]):
+        raise AssertionError("it was unpacked")
+
+
 @pytest.mark.parametrize("damage", ["cut", "encrypted", "size", "checksum"])
 def test_a_broken_zip(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.zip"

@@ -91,7 +91,9 @@ def test_requests_that_are_refused(
         (403, "/etc/passwd", "", {}),
         (403, "out/passwd", "", {}),
         (404, "b.nii", "", {}),
-        (404, "a\0.nii", "", {}),
+        (403, "a\0.nii", "", {}),
+        (403, ".", "", {}),
+        (403, "../root", "", {}),
         (404, "a" * 5000, "", {}),
         (404, "a.nii/b", "", {}),
         (404, "loop", "", {}),
@@ -115,6 +117,18 @@ def test_a_body_of_unknown_length_is_limited(work: Work, folder: Path, free_port
     connection.request("POST", "/predict", iter([b"z" * 600] * 2), headers, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
+
+
+def test_connections_without_a_request_are_closed(work: Work, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitseg.service.http.IDLE_SECONDS", 0.3)
+    with running(Service(work, TOKEN), free_port):
+        for sent in (b"", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"):
+            with socket.create_connection(("127.0.0.1", free_port), timeout=10) as silent:
+                silent.sendall(sent)
+                assert silent.recv(1) == b""
+        work.free.clear()
+        threading.Timer(1.0, work.free.set).start()
+        assert request(free_port, b"zip").status == 200, "one that takes longer is answered"
 
 
 def test_a_full_queue_and_a_client_that_leaves(work: Work, folder: Path, free_port: int) -> None:

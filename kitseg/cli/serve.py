@@ -78,32 +78,56 @@ def serve(
         str | None,
         typer.Option(help="A model as for `kitseg predict`. Default: the only finished run in runs, else builtin."),
     ] = None,
+    dicom: Annotated[
+        str | None,
+        typer.Option(metavar="AET:PORT", help="Be a DICOM node too: predict the studies sent there, for --send-to."),
+    ] = None,
+    send_to: Annotated[
+        str | None, typer.Option(metavar="AET@HOST:PORT", help="The DICOM node that gets the results.")
+    ] = None,
+    allow_aet: Annotated[
+        list[str], typer.Option(metavar="AET", help="AE title that may send studies besides --send-to's; repeatable.")
+    ] = [],  # noqa: B006
+    spool: Annotated[Path, typer.Option(help="Folder of the studies that are not delivered yet.")] = Path("spool"),
+    quiet: Annotated[
+        float, typer.Option(min=0, help="Seconds without a new image after which a study is complete.")
+    ] = 30.0,
+    max_studies: Annotated[int, typer.Option(min=1, help="Studies in the spool; more are refused.")] = 100,
+    formats: Annotated[
+        str, typer.Option("--format", help="Of the results for --send-to: dicom-seg, dicom-sr, dicom-pdf.")
+    ] = "dicom-seg,dicom-sr,dicom-pdf",
+    anonymous: Annotated[bool, typer.Option("--anonymous", help="Leave patient and study out of these results.")] = (
+        False
+    ),
     device: opt.Device = "auto",
     engine: opt.Engine = "auto",
     precision: opt.Precision = "auto",
     scheme: opt.Labels = None,
     trust: opt.Trust = False,
 ) -> None:
-    """Serve predictions over HTTP: a scan in, a zip of labels, JSON, picture and page out. Nothing is kept.
+    """Serve predictions over HTTP and DICOM. A scan in; labels, JSON, picture and page out. Nothing is kept.
 
-    docs/how-to/serve.md shows requests. For other machines, put a proxy with TLS in front: the service itself has none.
+    With --dicom, studies are received from a PACS, and segmentation, measurements and pages sent back.
+
+    docs/how-to/serve.md shows requests, and Orthanc as a PACS. For other machines, put a proxy with TLS in front: the
+    service itself has none.
     """
-    require_extra("service", "fastapi", "uvicorn")
-    if root and not root.is_dir():
-        raise UsageError(f"--root {root} is not a folder")
-    if token is not None and not re.fullmatch("[!-~]{16,}", token):
-        raise UsageError("the token has fewer than 16 characters, or others than ASCII without spaces")
-    if odd := [name for name in allow_host if not re.fullmatch(r"(\*\.)?[\w.-]+|[\da-fA-F:]+", name)]:
-        raise UsageError(f"--allow-host {odd[0]}: give a name or address without port, or *.example.org")
+    require_extra("service", "fastapi", "pynetdicom", "uvicorn")
+    _check_options(root, token, allow_host)
+    if bool(dicom) != bool(send_to):
+        raise UsageError("--dicom and --send-to need each other: where studies come in, and where their results go")
     with quick_imports():
         from kitseg.models.builtin import choose_model
         from kitseg.models.members import open_ensemble
         from kitseg.models.memory import parse_size
         from kitseg.service import http
+        from kitseg.service.node import Node, NodeOptions
+        from kitseg.service.spool import Spool
         from kitseg.service.work import Predictor
 
-    opened = open_ensemble([model or choose_model(Path("runs"))], device, engine=engine, precision=precision)
     limits = http.Limits(queue, parse_size(max_body, "--max-body") or 0)
+    options = dicom and NodeOptions.parse((dicom, host), send_to or "", allow_aet, formats, anonymous, quiet)
+    opened = open_ensemble([model or choose_model(Path("runs"))], device, engine=engine, precision=precision)
     work = Predictor(opened, scheme, parse_size(max_memory), root)
     console.print_plain(opened.describe())
     if token is None:
@@ -111,4 +135,17 @@ def serve(
     if host not in _LOCAL:
         console.print_plain("other machines can connect, and requests are not encrypted: put a proxy with TLS in front")
     console.print_plain(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
-    http.serve(http.Service(work, token, root, limits), host, port, [*_LOCAL, host, *allow_host])
+    service, node = http.Service(work, token, root, limits), None
+    if options:
+        node = Node(options, Spool(spool.absolute(), max_studies, limits.body), work.predict, service.thread)
+        console.print_plain(f"DICOM node {options.own}, open to {', '.join(options.callers)}; results to {options.to}")
+    http.serve(service, host, port, [*_LOCAL, host, *allow_host], node)
+
+
+def _check_options(root: Path | None, token: str | None, allow_host: list[str]) -> None:
+    if root and not root.is_dir():
+        raise UsageError(f"--root {root} is not a folder")
+    if token is not None and not re.fullmatch("[!-~]{16,}", token):
+        raise UsageError("the token has fewer than 16 characters, or others than ASCII without spaces")
+    if odd := [name for name in allow_host if not re.fullmatch(r"(\*\.)?[\w.-]+|[\da-fA-F:]+", name)]:
+        raise UsageError(f"--allow-host {odd[0]}: give a name or address without port, or *.example.org")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from kitseg.labels import Scheme
 from kitseg.models.builtin import open_builtin
 from kitseg.models.bundles.bundle import SUFFIX
 from kitseg.models.members import Ensemble, Prediction
+from kitseg.runtime.files import lies_in
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
@@ -53,23 +55,14 @@ def find_input(folder: Path) -> Case:
     sockets = sorted(images.iterdir()) if images.is_dir() else []
     if inputs.exists():
         sockets = [folder / path for path in dict.fromkeys(one.path for one in _INPUTS.read(inputs)) if path]
-        if odd := [path for path in sockets if not _is_inside(path, folder)]:
+        if odd := [path for path in sockets if not lies_in(path, folder)]:
             raise InputError(inputs, f"{odd[0]} lies outside the input folder", "Correct its relative_path.")
-    files = [path for socket in sockets if socket.is_dir() for path in sorted(socket.iterdir())]
+    files = [path for socket in sockets if os.path.isdir(socket) for path in sorted(socket.iterdir())]
     scans = [path for path in files if is_volume_name(path)]
     if len(scans) != 1:
         problem = f"has {len(scans)} scans in images/SOCKET/ (.mha, .nii.gz, .nrrd)"
         raise InputError(folder, problem, "A run takes exactly one.")
     return Case("output", scans[0])
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether it lies in the folder, with links resolved; also False for what can't be a path."""
-    try:
-        path.is_dir()
-        return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # too long, a null character, a loop of links
-        return False
 
 
 def find_model(folder: Path) -> Path:

@@ -91,6 +91,15 @@ def check_regular(path: Path) -> int:
     return state.st_size
 
 
+def lies_in(path: Path, *folders: Path) -> bool:
+    """Whether a path, its links resolved, lies in one of the folders; False for what can't be a path."""
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # a null character
+        return False
+    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
+
+
 def file_digest(path: Path) -> str:
     """The sha256 of the file's bytes, in hex, of a .mhd file also of its voxels; InputError if they can't be read."""
     data = [path.with_suffix(ending) for ending in (".raw", ".zraw")] if path.suffix.lower() == ".mhd" else []

@@ -10,13 +10,17 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
+import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kitseg import __version__
 from kitseg.commands.predict import output_endings
@@ -24,7 +28,11 @@ from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime.console import print_plain
 from kitseg.service.work import place_below, scratch
 
+if TYPE_CHECKING:
+    from kitseg.service.node import Node
+
 UPLOAD_SECONDS = 600.0
+IDLE_SECONDS = 15.0  # that a connection may be open without a request
 LARGEST_JSON = 1 << 16
 Work = Callable[[Path, Path, Sequence[str], bool], Path]
 
@@ -42,7 +50,7 @@ class Service:
     """One prediction at a time, in the order of arrival.
 
     work: predicts a scan (``work.Predictor``); token: that every request but ``/health`` states; root: the folder that
-    paths in requests refer to, None for uploads only.
+    paths in requests refer to, None for uploads only; thread: the only one that predicts.
     """
 
     work: Work
@@ -50,8 +58,8 @@ class Service:
     root: Path | None = None
     limits: Limits = Limits()
     waiting: int = 0
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def authorize(self, request: Request) -> None:
         """Refuse a request without the token."""
@@ -100,7 +108,7 @@ class Service:
     async def _run(self, source: Path, to: Path, endings: Sequence[str], anonymous: bool) -> Path:
         """Predict in the only thread for it, to its end even where this request is cancelled."""
         loop = asyncio.get_running_loop()
-        return await asyncio.shield(loop.run_in_executor(self._thread, self.work, source, to, endings, anonymous))
+        return await asyncio.shield(loop.run_in_executor(self.thread, self.work, source, to, endings, anonymous))
 
     async def _source(self, request: Request, folder: Path) -> Path:
         """The scan that a request refers to, its body stored in the folder."""
@@ -153,20 +161,42 @@ def build_app(service: Service, hosts: Sequence[str]) -> FastAPI:
     return app
 
 
-def serve(service: Service, host: str, port: int, hosts: Sequence[str]) -> None:
-    """Answer requests until a signal comes; a prediction that runs is finished and delivered first."""
-    import uvicorn
+class _Impatient(H11Protocol):
+    """Closes a connection without a request for some seconds; uvicorn alone waits for the first one forever."""
 
-    with scratch():
-        uvicorn.run(
-            build_app(service, hosts),
-            host=host,
-            port=port,
-            http="h11",  # bounds the head of a request, which uvicorn's other parser doesn't
-            ws="none",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=service.limits.queue + 64,
-            timeout_keep_alive=5,
-        )
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(IDLE_SECONDS, self._check, None)
+
+    def _check(self, before: object) -> None:
+        """before: the last request when this was checked last, or another object while one was under way."""
+        is_busy = self.cycle is not None and not self.cycle.response_complete
+        if not is_busy and before is self.cycle:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(IDLE_SECONDS, self._check, self if is_busy else self.cycle)
+
+
+def config(service: Service, host: str, port: int, hosts: Sequence[str]) -> uvicorn.Config:
+    """How uvicorn answers requests: a small number of connections, none of which can stay open for nothing."""
+    return uvicorn.Config(
+        build_app(service, hosts),
+        host=host,
+        port=port,
+        http=_Impatient,  # on h11, which bounds the head of a request; uvicorn's other parser doesn't
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=service.limits.queue + 64,
+        timeout_keep_alive=5,
+    )
+
+
+def serve(service: Service, host: str, port: int, hosts: Sequence[str], node: Node | None = None) -> None:
+    """Answer requests until a signal comes; a prediction that runs is finished and delivered first.
+
+    node: a DICOM node that runs as long, with the same queue.
+    """
+    with scratch(node.spool.folder if node else None), node or nullcontext():
+        uvicorn.Server(config(service, host, port, hosts)).run()

@@ -18,7 +18,7 @@ from kitseg.commands.report import PageTask, make_page
 from kitseg.errors import InputError, KitsegError
 from kitseg.labels import Scheme
 from kitseg.models.members import Ensemble
-from kitseg.runtime.files import is_alive
+from kitseg.runtime.files import is_alive, lies_in
 from kitseg.runtime.outcomes import without_paths
 from kitseg.runtime.sharding import Share
 from kitseg.volumes.scan import find_scans
@@ -26,6 +26,10 @@ from kitseg.volumes.zipped import unpacked
 
 CASE = "scan"  # the name of every result, whatever the name of the scan
 _FOLDER = "kitseg-serve"
+
+
+class NoScan(KitsegError):
+    """Not exactly one scan that can be predicted."""
 
 
 @dataclass(frozen=True)
@@ -41,61 +45,77 @@ class Predictor:
     root: Path | None = None
 
     def __call__(self, source: Path, to: Path, endings: Sequence[str], anonymous: bool) -> Path:
-        """Labels, JSON, picture and page of the only scan in a file, a zip or a folder, as a zip in ``to``.
-
-        Raises:
-            KitsegError: not exactly one scan, or one that can't be used; the text names no folder.
-        """
-        try:
-            with unpacked([source]) as paths:
-                return self._predict(paths, to, endings, anonymous)
-        except KitsegError as error:
-            folders = [to / "x", source, *([error.path] if isinstance(error, InputError) else [])]
-            raise KitsegError(without_paths(CASE, error, folders, isinstance(error, InputError))) from error
-
-    def _predict(self, paths: Sequence[Path], to: Path, endings: Sequence[str], anonymous: bool) -> Path:
-        found = find_scans(paths)
-        if len(found.cases) != 1:
-            reasons = "; ".join(sorted({choice.reason for choice in found.choices if not choice.chosen}))
-            why = f" ({reasons})" if reasons else ""
-            raise KitsegError(f"holds {len(found.cases)} scans; a request takes one{why}")
-        case = replace(found.cases[0], id=CASE)
-        _refuse_links(case.slices or (case.image,), [paths[0], *([self.root] if self.root else [])])
-        options = PredictOptions(endings, anonymous, max_memory=self.max_memory, labels=self.scheme)
-        (done,) = PredictScans(lambda: self.model, to, options)([case], Share(), lambda _: None, lambda _: None)
-        if done.error:
-            raise KitsegError(without_paths(CASE, KitsegError(done.error), case.files, bool(case.slices)))
-        labels, scheme = to / f"{CASE}.nii.gz", self.scheme or self.model.models[0].method.labels
-        page = PageTask(CASE, labels, case, {}, to, scheme)
-        if row := make_page(page).error:
-            raise KitsegError(row)
-        files = [labels, record_of(labels), page.output, *(to / f"{CASE}{ending}" for ending in (".png", *endings))]
+        """Labels, JSON, picture, page and the files with these endings, as a zip in ``to``; see ``predict``."""
+        files = self.predict(source, to, endings, anonymous, page=True)
         packed = to / "result.zip"
         with ZipFile(packed, "w", ZIP_DEFLATED) as archive:
             for file in files:
                 archive.write(file, file.name)
         return packed
 
+    def predict(
+        self, source: Path, to: Path, endings: Sequence[str], anonymous: bool, page: bool = False
+    ) -> list[Path]:
+        """The files with these endings of the only scan in a file, a zip or a folder, written to ``to``.
+
+        page: those of each scan too, with the page.
+
+        Raises:
+            NoScan: not exactly one scan. KitsegError: one that can't be used. The text names no folder.
+        """
+        try:
+            with unpacked([source]) as paths:
+                return self._predict(paths, to, endings, anonymous, page)
+        except KitsegError as error:
+            folders = [to / "x", source, *([error.path] if isinstance(error, InputError) else [])]
+            text = without_paths(CASE, error, folders, isinstance(error, InputError))
+            raise (NoScan if isinstance(error, NoScan) else KitsegError)(text) from error
+
+    def _predict(
+        self, paths: Sequence[Path], to: Path, endings: Sequence[str], anonymous: bool, page: bool
+    ) -> list[Path]:
+        found = find_scans(paths)
+        if len(found.cases) != 1:
+            reasons = "; ".join(sorted({choice.reason for choice in found.choices if not choice.chosen}))
+            why = f" ({reasons})" if reasons else ""
+            raise NoScan(f"holds {len(found.cases)} scans; a request takes one{why}")
+        case = replace(found.cases[0], id=CASE)
+        _refuse_links(case.slices or (case.image,), [paths[0], *([self.root] if self.root else [])])
+        options = PredictOptions(endings, anonymous, max_memory=self.max_memory, labels=self.scheme)
+        (done,) = PredictScans(lambda: self.model, to, options)([case], Share(), lambda _: None, lambda _: None)
+        if done.error:
+            raise KitsegError(without_paths(CASE, KitsegError(done.error), case.files, bool(case.slices)))
+        files = [to / f"{CASE}{ending}" for ending in endings]
+        if not page:
+            return files
+        labels, scheme = to / f"{CASE}.nii.gz", self.scheme or self.model.models[0].method.labels
+        pages = PageTask(CASE, labels, case, {}, to, scheme)
+        if row := make_page(pages).error:
+            raise KitsegError(row)
+        return [labels, record_of(labels), pages.output, to / f"{CASE}.png", *files]
+
 
 def _refuse_links(files: Sequence[Path], places: Sequence[Path]) -> None:
     """Refuse a scan some of whose files are links to elsewhere; a .mhd file has its voxels in another one."""
-    real = [os.path.realpath(place) for place in places]
     voxels = [file.with_suffix(ending) for file in files for ending in (".raw", ".zraw")]
-    for file in (*files, *(path for path in voxels if path.is_symlink())):
-        if not any(Path(os.path.realpath(file)).is_relative_to(place) for place in real):
-            raise KitsegError("holds a link to a file outside --root")
+    if not all(lies_in(file, *places) for file in (*files, *(path for path in voxels if path.is_symlink()))):
+        raise KitsegError("holds a link to a file outside --root")
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder for all temporary files of this process, removed at the end, as are those of killed ones."""
-    place = Path(tempfile.gettempdir())
+def scratch(place: Path | None = None) -> Iterator[Path]:
+    """A folder for all temporary files of this process, removed at the end, as are those of killed ones.
+
+    place: where it lies; the system's folder for temporary files where it is None.
+    """
+    place = place or Path(tempfile.gettempdir())
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in place.glob(f"{_FOLDER}-*"):
         owner = re.match(rf"{_FOLDER}-(\d+)-", folder.name)
         with suppress(OSError):
             if owner and not is_alive(owner[1]) and folder.stat().st_uid == os.getuid() and not folder.is_symlink():
                 shutil.rmtree(folder)
-    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}-{os.getpid()}-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}-{os.getpid()}-", dir=place, ignore_cleanup_errors=True) as name:
         before, tempfile.tempdir = tempfile.tempdir, name
         try:
             yield Path(name)
@@ -107,11 +127,11 @@ def place_below(root: Path | None, path: str) -> Path:
     """A path below the root. Raises PermissionError: outside it, or there is no root; FileNotFoundError."""
     if root is None:
         raise PermissionError("the service was started without --root")
+    if not lies_in(root / path, root) or lies_in(root, root / path):  # the root itself is not below it
+        raise PermissionError("the path is not below --root")
     try:
         found = Path(os.path.realpath(root / path))
-        if found.is_relative_to(os.path.realpath(root)):
-            found.stat()
-            return found
-    except (OSError, ValueError) as error:  # also too long, with a null character, or in a folder that is closed
+        found.stat()
+        return found
+    except OSError as error:  # also too long, or in a folder that is closed
         raise FileNotFoundError("there is no such path below --root") from error
-    raise PermissionError("the path lies outside --root")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import stat
 import tempfile
@@ -18,6 +19,8 @@ MOST_FILES = 200_000
 MOST_RATIO = 50  # unpacked to packed bytes; scans have 2 to 10
 ALWAYS = 64 << 20  # bytes that any archive may unpack to
 _CHUNK = 1 << 20
+_DIRECTORY = 300 * MOST_FILES  # bytes
+_REMEDY = "Unpack it by other means, and give the folder"
 
 
 @contextmanager
@@ -37,14 +40,23 @@ def unpacked(paths: Sequence[Path]) -> Iterator[list[Path]]:
         ]
 
 
+class _Packed(io.BufferedReader):
+    """A file whose directory, which zipfile reads at once, is not larger than that of as many files as allowed."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _DIRECTORY:
+            raise InputError(Path(self.name), f"it holds more than {MOST_FILES} files", _REMEDY)
+        return super().read(size)
+
+
 def _unpack(path: Path, to: Path) -> Path:
     to.mkdir()
     try:
-        with read_errors(path), zipfile.ZipFile(path) as archive:
+        with read_errors(path), _Packed(path.open("rb", buffering=0)) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             left = min(max(ALWAYS, MOST_RATIO * path.stat().st_size), shutil.disk_usage(to).free)
             if problem := _problem(entries, left):
-                raise InputError(path, problem, "Unpack it by other means, and give the folder")
+                raise InputError(path, problem, _REMEDY)
             for entry in entries:
                 if not entry.is_dir() and _place(entry).parts[:1] != ("__MACOSX",):
                     left = _write(archive, entry, to / _place(entry), left)

@@ -1,0 +1,143 @@
+"""Receives studies over DICOM (C-STORE, C-ECHO) into a spool, within limits that a hostile peer can't exceed."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pynetdicom
+from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
+from pynetdicom.sop_class import CTImageStorage, Verification  # type: ignore[attr-defined]
+
+from kitseg.service.spool import Spool
+from kitseg.volumes.dicom.headers import read_dicom_header
+
+DEFLATED = "1.2.840.10008.1.2.1.99"  # unpacks in memory to any size, so it isn't accepted
+SUCCESS, NO_ROOM, UNREADABLE = 0x0000, 0xA700, 0xC000
+ASSOCIATIONS = 8  # at once
+LARGEST = 256 << 20  # bytes of an object on its way to the disk
+_PDU = 1 << 16  # bytes, as negotiated
+_MEMORY = 1 << 20  # bytes of a PDU, and of a message that doesn't go to the disk
+SECONDS = 60.0  # for a PDU, and between two
+
+
+@dataclass
+class _Session:
+    """An association: the studies that it brought, whether an object was refused, and its bytes on the way."""
+
+    studies: set[Path] = field(default_factory=set)
+    refused: bool = False
+    pending: float = 0.0
+    memory: int = 0
+
+
+class Receiver:
+    """A storage provider.
+
+    title: its AE title; callers: the AE titles that may call it; spool: where CT images go. Other objects are accepted,
+    so that whole studies can be sent, and not kept; those of kitseg mark their study as known.
+    """
+
+    def __init__(self, title: str, callers: Sequence[str], spool: Spool) -> None:
+        self.spool, self._sessions = spool, dict[Any, _Session]()
+        logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)  # its lines may quote patient data
+        pynetdicom._config.STORE_RECV_CHUNKED_DATASET = True  # straight to a temporary file
+        self._ae = AE(title)
+        self._ae.require_called_aet = True
+        self._ae.require_calling_aet = list(callers)
+        self._ae.maximum_associations, self._ae.maximum_pdu_size = ASSOCIATIONS, _PDU
+        self._ae.network_timeout = self._ae.dimse_timeout = self._ae.acse_timeout = SECONDS
+        syntaxes = [uid for uid in ALL_TRANSFER_SYNTAXES if uid != DEFLATED]
+        for context in AllStoragePresentationContexts:
+            self._ae.add_supported_context(str(context.abstract_syntax), syntaxes)
+        self._ae.add_supported_context(Verification)
+
+    def start(self, host: str, port: int) -> None:
+        """Listen, in threads of its own. Raises OSError: the address can't be used."""
+        handlers: list[Any] = [
+            (evt.EVT_CONN_OPEN, self._opened),
+            (evt.EVT_C_ECHO, self._echo),
+            (evt.EVT_C_STORE, self._store),
+            (evt.EVT_RELEASED, self._released),
+            (evt.EVT_CONN_CLOSE, self._closed),
+        ]
+        self._ae.start_server((host, port), block=False, evt_handlers=handlers)
+
+    def stop(self) -> None:
+        """Abort the open associations, and listen no more."""
+        self._ae.shutdown()
+
+    def is_receiving(self, study: Path) -> bool:
+        """Whether an association that brought a part of the study is still open."""
+        return any(study in one.studies for assoc, one in list(self._sessions.items()) if assoc.is_alive())
+
+    def _opened(self, event: evt.Event) -> None:
+        session = self._sessions[event.assoc] = _Session()
+        link: Any = event.assoc.dul.socket
+        link.recv = _bounded(event.assoc, session, link.socket)
+
+    def _closed(self, event: evt.Event) -> None:
+        """Remove the object whose transfer broke off."""
+        self._sessions = {assoc: one for assoc, one in self._sessions.items() if assoc.is_alive()}
+        if path := getattr(event.assoc.dimse.message, "_data_set_path", None):
+            with suppress(OSError):
+                Path(path).unlink()
+
+    def _echo(self, event: evt.Event) -> int:
+        self._sessions[event.assoc].memory = 0
+        return SUCCESS
+
+    def _store(self, event: evt.Event) -> int:
+        session, path = self._sessions[event.assoc], event.dataset_path
+        session.memory = 0
+        session.pending -= 1.01 * path.stat().st_size + 4096  # with what the protocol adds
+        status = self._file(path, event.request.AffectedSOPClassUID == CTImageStorage, session)
+        session.refused |= status != SUCCESS
+        return status
+
+    def _file(self, path: Path, is_ct: bool, session: _Session) -> int:
+        header = read_dicom_header(path)
+        if header is None or header.broken or not (header.study and header.instance):
+            return UNREADABLE if is_ct else SUCCESS
+        study = self.spool.study(header.patient, header.study)
+        if header.manufacturer == "kitseg":
+            self.spool.mark(study, "known")
+        elif header.sop_class != CTImageStorage:
+            return SUCCESS
+        elif not self.spool.add(study, header.instance, path):
+            return NO_ROOM
+        session.studies.add(study)
+        return SUCCESS
+
+    def _released(self, event: evt.Event) -> None:
+        session = self._sessions[event.assoc]
+        if not session.refused:
+            self.spool.close(session.studies)
+
+
+def _bounded(association: Any, session: _Session, link: socket.socket) -> Callable[[int], bytearray]:
+    """Reads from a connection, which ends when a peer sends more than it may, or too slowly."""
+
+    def receive(count: int) -> bytearray:
+        if getattr(association.dimse.message, "_data_set_file", None):
+            session.pending += count
+        else:
+            session.memory += count
+        if count > _MEMORY or session.memory > _MEMORY or session.pending > LARGEST:
+            raise ConnectionError("more than a peer may send")
+        found, ends = bytearray(), time.monotonic() + SECONDS
+        while len(found) < count:
+            link.settimeout(max(ends - time.monotonic(), 0.001))
+            if not (part := link.recv(min(count - len(found), 1 << 16))):
+                break
+            found += part
+        link.settimeout(SECONDS)
+        return found
+
+    return receive

@@ -1,0 +1,161 @@
+"""The spool: a folder of the studies that a DICOM node received and has not delivered yet.
+
+A study's folder is named by a hash of patient and study, and has ``images``, the results of N images in ``results-N``,
+and marks: ``complete`` (an association with it was released), ``refused`` (an image of it was), ``known`` (its sender
+has kitseg's results) and ``tries`` (a byte for each prediction that was begun). What it states survives a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kitseg.runtime.files import A_DAY, atomic_write, total_bytes
+
+MOST_TRIES = 3  # of a prediction that fails, or that the process doesn't survive
+FREE = 1 << 30  # bytes that stay free on the disk
+_LEAST = 1 << 16  # bytes that any image counts for, so that their number is limited too
+_REMOVED = "removed-"
+
+
+@dataclass
+class Spool:
+    """The studies in a folder; limits: the number of studies, and the bytes of each one's images."""
+
+    folder: Path
+    most_studies: int = 100
+    most_bytes: int = 2 << 30
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _bytes: dict[Path, int] = field(default_factory=dict)
+
+    def open(self) -> None:
+        """Create the folder, for this user only, and remove what a killed process began to remove."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in self.folder.glob(f"{_REMOVED}*"):
+            shutil.rmtree(left)
+
+    def studies(self) -> list[Path]:
+        """The studies, the oldest first."""
+        found = [path for path in self.folder.iterdir() if re.fullmatch(r"[\da-f]{40}", path.name)]
+        return sorted(found, key=_changed)
+
+    def study(self, patient: str, uid: str) -> Path:
+        """The folder of a study; the same UID of two patients is two studies."""
+        return self.folder / _name(f"{patient}\n{uid}")
+
+    def add(self, study: Path, instance: str, file: Path) -> bool:
+        """Move an image here; one that is here already is kept. False: there is no room for it."""
+        target, size = study / "images" / f"{_name(instance)}.dcm", max(file.stat().st_size, _LEAST)
+        with self._lock:
+            if target.exists():
+                return True
+            used = self._bytes.get(study) or total_bytes(study.glob("images/*"))
+            if not self._room(study) or used + size > self.most_bytes:
+                self.mark(study, "refused")
+                return False
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (study / "complete").unlink(missing_ok=True)
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(file, target)
+            self._bytes[study] = used + size
+            return True
+
+    def _room(self, study: Path) -> bool:
+        enough = shutil.disk_usage(self.folder).free > FREE
+        return enough and (study.exists() or len(self.studies()) < self.most_studies)
+
+    def mark(self, study: Path, name: str) -> None:
+        """Set a mark of a study that is here, or create the study for the mark ``known``."""
+        with self._lock:
+            if name == "known" and self._room(study):
+                study.mkdir(exist_ok=True)
+            if study.exists():
+                (study / name).touch()
+
+    def close(self, studies: Iterable[Path]) -> None:
+        """An association with these studies was released: each is complete unless an image of it was refused."""
+        with self._lock:
+            for study in studies:
+                (study / "tries").unlink(missing_ok=True)
+                if not (study / "refused").exists():
+                    self.mark(study, "complete")
+
+    def is_due(self, study: Path, quiet: float) -> bool:
+        """Whether a study has been complete for ``quiet`` seconds, and has no results yet."""
+        if self.tries(study) >= MOST_TRIES or self.results(study) is not None:
+            return False
+        with suppress(FileNotFoundError):
+            return time.time() - (study / "complete").stat().st_mtime >= quiet
+        return False
+
+    def begin(self, study: Path) -> int:
+        """Count a prediction as begun; the number of images that it is of."""
+        with (study / "tries").open("ab") as stream:
+            stream.write(b".")
+        return self.images(study)
+
+    def images(self, study: Path) -> int:
+        """The number of a study's images."""
+        with suppress(FileNotFoundError):
+            return len(os.listdir(study / "images"))
+        return 0
+
+    def tries(self, study: Path) -> int:
+        """How often a prediction was begun since the study was last received."""
+        return int(total_bytes([study / "tries"]))
+
+    def keep(self, study: Path, files: Sequence[Path], images: int) -> None:
+        """Move the results of so many images here."""
+        with atomic_write(study / f"results-{images}") as partial:
+            partial.mkdir()
+            for file in files:
+                shutil.move(file, partial)
+
+    def results(self, study: Path) -> list[Path] | None:
+        """The results that are not delivered yet; None: there are none of the images that there are now."""
+        with suppress(FileNotFoundError):
+            return sorted((study / f"results-{self.images(study)}").iterdir())
+        return None
+
+    def finish(self, study: Path, images: int) -> bool:
+        """Remove a study, unless it has other images by now than these."""
+        with self._lock:
+            if self.images(study) != images:
+                return False
+            self._bytes.pop(study, None)
+            removed = study.rename(self.folder / f"{_REMOVED}{study.name}")  # so that no part of it is left as a study
+        shutil.rmtree(removed)
+        return True
+
+    def abandon(self) -> list[Path]:
+        """Remove the studies that were not completed or not predicted for a day; they are returned."""
+        old = [
+            study
+            for study in self.studies()
+            if time.time() - _changed(study) > A_DAY
+            and self.results(study) is None
+            and (self.tries(study) >= MOST_TRIES or not (study / "complete").exists())
+        ]
+        return [study for study in old if self.finish(study, self.images(study))]
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
+
+
+def _changed(study: Path) -> float:
+    """When something was last added to a study or its images."""
+    times = [0.0]
+    for folder in (study, study / "images"):
+        with suppress(FileNotFoundError):
+            times.append(folder.stat().st_mtime)
+    return max(times)
