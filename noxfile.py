@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -165,6 +166,19 @@ def service(session: nox.Session) -> None:
     """`kitseg serve` under load: 50 requests from 8 clients between hostile ones, memory, a restart, a kill."""
     install(session, "-e", ".", "psutil", group="tests")
     session.run("python", str(ROOT / "tests" / "service_load.py"))
+
+
+@nox.session
+def pacs(session: nox.Session) -> None:
+    """Orthanc, installed by apt-get where it is missing, sends a CT to `kitseg serve --dicom`; results are checked."""
+    programs = {"orthanc": "Orthanc", "dicom3tools": "dciodvfy"}
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    if missing := [package for package, program in programs.items() if not shutil.which(program, path=path)]:
+        if not shutil.which("apt-get"):
+            session.error(f"{' and '.join(missing)} (Debian packages) are missing, and there is no apt-get")
+        session.run("apt-get", "install", "-y", "--no-install-recommends", *missing, external=True)
+    install(session, "-e", ".", group="tests")
+    session.run("python", str(ROOT / "tests" / "pacs.py"))
 
 
 @nox.session

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from conftest import kitseg
 from dicom_files import WHO, WORDS, hu, write_series
 from highdicom import sr
+from ohif import problems
 from scipy import ndimage
 from test_dicom import only
 from test_dicom_seg import BY, SHAPE
@@ -135,6 +138,31 @@ def test_a_validator_finds_no_error(written: Path) -> None:
         if pydicom.dcmread(written / name).PatientID == "":  # an anonymous file can't have what a DICOMDIR needs
             about = [line for line in about if "DICOMDIR" not in line]
         assert not about
+
+
+def test_ohif_finds_what_it_needs(written: Path) -> None:
+    images = [pydicom.dcmread(path, stop_before_pixels=True) for path in only(written / "in").files]
+    seg, sr_file, pdf = (pydicom.dcmread(written / name) for name in FILES)
+    assert problems(images, seg, sr_file, pdf) == []
+    assert "SEG: segment 1 has no colour" in problems(
+        images, _without(seg, "RecommendedDisplayCIELabValue"), sr_file, pdf
+    )
+    without = _without(sr_file, "ContentSequence", lambda item: item.get("ValueType") == "NUM")
+    assert "SR: a number without content: Volume" in problems(images, seg, without, pdf)
+    library = _without(sr_file, "ReferencedSOPSequence", lambda item: item.get("ValueType") == "IMAGE")
+    assert "SR: the image library does not list the slices" in problems(images, seg, library, pdf)
+    assert problems(images[1:], seg, sr_file, pdf)
+
+
+def _without(
+    found: pydicom.Dataset, name: str, where: Callable[[pydicom.Dataset], bool] = lambda _: True
+) -> pydicom.Dataset:
+    """A copy without an attribute of some of its items."""
+    changed = deepcopy(found)
+    for item in [changed, *(item for element in changed.iterall() if element.VR == "SQ" for item in element.value)]:
+        if name in item and where(item):
+            del item[name]
+    return changed
 
 
 def test_nothing_found(tmp_path: Path) -> None:

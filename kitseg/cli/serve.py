@@ -89,7 +89,7 @@ def serve(
         list[str], typer.Option(metavar="AET", help="AE title that may send studies besides --send-to's; repeatable.")
     ] = [],  # noqa: B006
     spool: Annotated[Path, typer.Option(help="Folder of the studies that are not delivered yet.")] = Path("spool"),
-    quiet: Annotated[
+    complete_after: Annotated[
         float, typer.Option(min=0, help="Seconds without a new image after which a study is complete.")
     ] = 30.0,
     max_studies: Annotated[int, typer.Option(min=1, help="Studies in the spool; more are refused.")] = 100,
@@ -126,7 +126,7 @@ def serve(
         from kitseg.service.work import Predictor
 
     limits = http.Limits(queue, parse_size(max_body, "--max-body") or 0)
-    options = dicom and NodeOptions.parse((dicom, host), send_to or "", allow_aet, formats, anonymous, quiet)
+    options = dicom and NodeOptions.parse((dicom, host), send_to or "", allow_aet, formats, anonymous, complete_after)
     opened = open_ensemble([model or choose_model(Path("runs"))], device, engine=engine, precision=precision)
     work = Predictor(opened, scheme, parse_size(max_memory), root)
     console.print_plain(opened.describe())

@@ -22,9 +22,11 @@ DEFLATED = "1.2.840.10008.1.2.1.99"  # unpacks in memory to any size, so it isn'
 SUCCESS, NO_ROOM, UNREADABLE = 0x0000, 0xA700, 0xC000
 ASSOCIATIONS = 8  # at once
 LARGEST = 256 << 20  # bytes of an object on its way to the disk
+LARGEST_IMAGE = 32 << 20  # bytes; headers are read in memory
 _PDU = 1 << 16  # bytes, as negotiated
 _MEMORY = 1 << 20  # bytes of a PDU, and of a message that doesn't go to the disk
 SECONDS = 60.0  # for a PDU, and between two
+SILENT = 15.0  # seconds of a connection before its association
 
 
 @dataclass
@@ -45,14 +47,15 @@ class Receiver:
     """
 
     def __init__(self, title: str, callers: Sequence[str], spool: Spool) -> None:
-        self.spool, self._sessions = spool, dict[Any, _Session]()
+        self.spool = spool
         logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)  # its lines may quote patient data
         pynetdicom._config.STORE_RECV_CHUNKED_DATASET = True  # straight to a temporary file
         self._ae = AE(title)
         self._ae.require_called_aet = True
         self._ae.require_calling_aet = list(callers)
         self._ae.maximum_associations, self._ae.maximum_pdu_size = ASSOCIATIONS, _PDU
-        self._ae.network_timeout = self._ae.dimse_timeout = self._ae.acse_timeout = SECONDS
+        self._ae.network_timeout = self._ae.dimse_timeout = SECONDS
+        self._ae.acse_timeout = SILENT
         syntaxes = [uid for uid in ALL_TRANSFER_SYNTAXES if uid != DEFLATED]
         for context in AllStoragePresentationContexts:
             self._ae.add_supported_context(str(context.abstract_syntax), syntaxes)
@@ -75,26 +78,26 @@ class Receiver:
 
     def is_receiving(self, study: Path) -> bool:
         """Whether an association that brought a part of the study is still open."""
-        return any(study in one.studies for assoc, one in list(self._sessions.items()) if assoc.is_alive())
+        return any(study in _session(one).studies for one in self._ae.active_associations if hasattr(one, "kitseg"))
 
     def _opened(self, event: evt.Event) -> None:
-        session = self._sessions[event.assoc] = _Session()
-        link: Any = event.assoc.dul.socket
-        link.recv = _bounded(event.assoc, session, link.socket)
+        association: Any = event.assoc
+        association.kitseg = session = _Session()
+        link = association.dul.socket
+        link.recv = _bounded(association, session, link.socket)
 
     def _closed(self, event: evt.Event) -> None:
         """Remove the object whose transfer broke off."""
-        self._sessions = {assoc: one for assoc, one in self._sessions.items() if assoc.is_alive()}
         if path := getattr(event.assoc.dimse.message, "_data_set_path", None):
             with suppress(OSError):
                 Path(path).unlink()
 
     def _echo(self, event: evt.Event) -> int:
-        self._sessions[event.assoc].memory = 0
+        _session(event.assoc).memory = 0
         return SUCCESS
 
     def _store(self, event: evt.Event) -> int:
-        session, path = self._sessions[event.assoc], event.dataset_path
+        session, path = _session(event.assoc), event.dataset_path
         session.memory = 0
         session.pending -= 1.01 * path.stat().st_size + 4096  # with what the protocol adds
         status = self._file(path, event.request.AffectedSOPClassUID == CTImageStorage, session)
@@ -102,7 +105,7 @@ class Receiver:
         return status
 
     def _file(self, path: Path, is_ct: bool, session: _Session) -> int:
-        header = read_dicom_header(path)
+        header = read_dicom_header(path) if path.stat().st_size <= LARGEST_IMAGE else None
         if header is None or header.broken or not (header.study and header.instance):
             return UNREADABLE if is_ct else SUCCESS
         study = self.spool.study(header.patient, header.study)
@@ -116,9 +119,14 @@ class Receiver:
         return SUCCESS
 
     def _released(self, event: evt.Event) -> None:
-        session = self._sessions[event.assoc]
-        if not session.refused:
+        session = _session(event.assoc)
+        if not session.refused and event.assoc.dimse.msg_queue.empty():  # it did not leave before its last answer
             self.spool.close(session.studies)
+
+
+def _session(association: Any) -> _Session:
+    found: _Session = association.kitseg
+    return found
 
 
 def _bounded(association: Any, session: _Session, link: socket.socket) -> Callable[[int], bytearray]:
