@@ -16,12 +16,14 @@ from side import say
 
 from kitseg.inference.windows import SlidingWindow
 from kitseg.models.engines import OpenVino, Torch, Winograd
+from kitseg.stages.model import StageModel
 
 
 class Stage(torch.nn.Module):
     """The network and its weights as engines know them."""
 
     name, device, once = "network.pt", torch.device("cpu"), False
+    with_logits = StageModel.with_logits
 
     def __init__(self, net: torch.nn.Module) -> None:
         super().__init__()
