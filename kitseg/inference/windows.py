@@ -60,18 +60,17 @@ class SlidingWindow:
         """The region's probabilities, on the CPU; a region smaller than a window gets edge padding."""
         shape = region.shape[1:]
         pad = [max(0, k - n) for k, n in zip(self.size, shape, strict=True)]
-        padded = functional.pad(region[None], (0, pad[2], 0, pad[1], 0, pad[0]), mode="replicate")
-        whole = padded.shape[2:]
-        weight, weights, total = self._weight(), torch.zeros(whole), torch.empty(0)
-        starts = (self._starts(n, k) for n, k in zip(whole, self.size, strict=True))
-        for start in product(*starts):
-            part = tuple(slice(a, a + k) for a, k in zip(start, self.size, strict=True))
-            found = predict(padded[:, :, *part])[0].float().cpu()
+        if any(pad):
+            region = functional.pad(region[None], (0, pad[2], 0, pad[1], 0, pad[0]), mode="replicate")[0]
+        whole, total = region.shape[1:], torch.empty(0)
+        for axes in product(*(self._shares(n, k) for n, k in zip(whole, self.size, strict=True))):
+            part, (z, y, x) = tuple(where for where, _ in axes), (share for _, share in axes)
+            found = predict(region[None, :, *part])[0].float().cpu()
             if not total.numel():
                 total = torch.zeros(len(found), *whole)
-            total[:, *part].addcmul_(found, weight)
-            weights[part] += weight
-        return total.div_(weights)[:, : shape[0], : shape[1], : shape[2]]
+            total[:, *part].addcmul_(found, z[:, None, None] * y[:, None] * x)
+            del found  # before the next pass needs its memory
+        return total[:, : shape[0], : shape[1], : shape[2]]
 
     def part(self, region: Triple) -> Triple:
         """A window."""
@@ -83,9 +82,13 @@ class SlidingWindow:
         step = size - int(size * self.overlap) // 2 * 2
         return [*range(0, n - size, step), n - size]
 
-    def _weight(self) -> Tensor:
-        z, y, x = (torch.hann_window(k + 2, periodic=False)[1:-1] for k in self.size)
-        return z[:, None, None] * y[:, None] * x
+    def _shares(self, n: int, size: int) -> list[tuple[slice, Tensor]]:
+        """Where windows lie on an axis, and their share of each voxel: Hann weights divided by their sum."""
+        weight, total = torch.hann_window(size + 2, periodic=False)[1:-1], torch.zeros(n)
+        parts = [slice(start, start + size) for start in self._starts(n, size)]
+        for part in parts:
+            total[part] += weight
+        return [(part, weight / total[part]) for part in parts]
 
 
 @dataclass(frozen=True)
