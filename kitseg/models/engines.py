@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kitseg.inference.windows import Predict
 from kitseg.models.weights import Checkpoint
-from kitseg.native.library import describe, keep_memory, lanes
+from kitseg.native.library import describe, keep_memory, lanes, release_memory
 from kitseg.runtime.console import print_plain
 
 # With this package installed, OpenVINO reports its import to Google Analytics.
@@ -131,7 +131,6 @@ class Winograd:
         from kitseg.native.compiled import compile_network  # torch.fx, which takes a moment to import
 
         model = weights.load()
-        keep_memory()
         try:
             network = compile_network(model, "logits", head, keep=not weights.once)
         except Exception as error:  # a network of the user's own can make tracing raise anything
@@ -141,7 +140,10 @@ class Winograd:
             self._reported = True
             return partial(model.probabilities, head=head)
         fast = model.with_logits(lambda x: (network(x),))
+        del model
         weights.drop()
+        release_memory()
+        keep_memory()
         return partial(fast.probabilities, head=0)
 
 

@@ -60,12 +60,16 @@ class _Network(fx.Interpreter):
         self._shape, self._device = torch.Size(), torch.device("meta")  # no shape, should the plan fail
         try:
             self._arena.watch()
-            result = self.run(x.to("meta"))
+            self.run(x.to("meta"))
             self._arena.plan()
-            del result  # after the plan, so that it has no place in it
         finally:
             self._device = torch.device("cpu")
         self._shape = x.shape
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run an operation."""
+        self._arena.step()
+        return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a module, on whatever device its input is."""
@@ -80,7 +84,7 @@ class _Network(fx.Interpreter):
 
 
 def compile_network(model: nn.Module, method: str, output: int, keep: bool = True) -> Callable[[Tensor], Tensor]:
-    """One of the tensors that a method returns for a tensor; holds copies of the weights that it needs.
+    """One of the tensors that a method returns for a tensor, valid until the next call; holds its weights itself.
 
     keep: see ``Layer``.
 

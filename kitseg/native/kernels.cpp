@@ -26,9 +26,10 @@ struct Job {
   long lanes, threads;       // floats a vector: 16 (AVX-512) or 8 (AVX2)
 };
 
-// How a job is done. The caller needs the first four.
+// How a job is done. The caller needs the first five.
 struct Plan {
   long panel, weights, blocks, scratch;  // channels of a weight panel; values of all weights; blocks; floats a thread
+  long lead;  // voxels by which a part of the input must lie behind the results to be overwritten by them; 0: it can't be
   long tiles_z, tiles_y, tiles_x, tiles, tiles_a_block, channels_in, panels, parts, panels_a_part;
 };
 
@@ -134,9 +135,19 @@ EXPORT int kitseg_plan(const Job *job, Plan *plan) {
   p.parts = std::min(p.panels, ceiling(8, p.blocks));  // few blocks: threads share the channels
   p.panels_a_part = ceiling(p.panels, p.parts);
   p.parts = ceiling(p.panels, p.panels_a_part);
-  p.scratch = points * (j.lanes + p.tiles_a_block * (p.channels_in + p.panels_a_part * p.panel) + 32);
+  long widest = std::max(p.channels_in, p.panels_a_part * p.panel);
+  p.scratch = points * j.lanes + (points + 1) * (p.tiles_a_block * widest + 16);
+  // A layer of blocks reads from the slice before its first one, and writes up to the end of the next layer.
+  bool layers = p.tiles_y * p.tiles_x >= p.tiles_a_block;
+  p.lead = layers ? (2 * kind.mz + (kind.nz - kind.mz) / 2) * j.height * j.width : 0;
   *plan = p;
   return 0;
+}
+
+// Whether results overwrite a part of the input, and whether that is safe when layers follow each other.
+static bool overlap(const Job &j, const float *part, long size) { return part && part < j.y + j.size_y && j.y < part + size; }
+static bool behind(const Job &j, const Plan &plan, const float *part, long pixel) {
+  return plan.lead && pixel == j.pixel_out && part - j.y >= plan.lead * pixel;
 }
 
 EXPORT int kitseg_convolve(const Job *job) {
@@ -157,8 +168,14 @@ EXPORT int kitseg_convolve(const Job *job) {
   if (j.moments && (j.images > 1 || j.size_moments < plan.blocks * 3 * j.channels_out)) return -1;
   if (!j.x || !j.y || !j.weights || !j.scratch || j.size_scratch < plan.scratch * j.threads) return -1;
   auto convolve = j.lanes == 16 ? avx512::convolve : avx2::convolve;
-  parallel(plan.blocks * plan.parts, j.threads,
-           [&](long number, long thread) { convolve(j, plan, number, j.scratch + thread * plan.scratch); });
+  bool over_x = overlap(j, j.x, j.size_x), over_more = overlap(j, j.more, j.size_more);
+  if ((over_x && !behind(j, plan, j.x, j.pixel_in)) || (over_more && !behind(j, plan, j.more, j.pixel_more))) return -1;
+  long all = plan.blocks * plan.parts;
+  long layer = over_x || over_more ? plan.tiles_y * plan.tiles_x / plan.tiles_a_block * plan.parts : all;
+  for (long first = 0; first < all; first += layer)
+    parallel(std::min(layer, all - first), j.threads, [&](long number, long thread) {
+      convolve(j, plan, first + number, j.scratch + thread * plan.scratch);
+    });
   return 0;
 }
 

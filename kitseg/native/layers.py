@@ -20,6 +20,7 @@ CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
+SLAB = 2**21  # values of a slab
 LARGEST = (
     40_000_000  # bytes of a layer's weights for F(4, 3) and F(4, 5); F(2, 3) and F(2, 5) have less than half as many
 )
@@ -70,10 +71,11 @@ class Layer(nn.Module):
 
     def _by_pytorch(self, x: Tensor) -> Tensor:
         if is_pointwise(self.convolution):
-            weight, bias = self.convolution.weight.flatten(1), self.convolution.bias
-            return _linear(x, weight.to(x.device), None if bias is None else bias.to(x.device))
+            return _linear(x, self.convolution, self.arena)
         if is_upsampling(self.convolution):
             return _upsample(x, self.convolution, self.arena)
+        if _is_plain(self.convolution):
+            return _by_slabs(x, self.convolution, self.arena)
         found: Tensor = x.clone() if self.convolution is None else meta_call(self.convolution, x)
         return found  # what follows works in place
 
@@ -84,10 +86,10 @@ class Layer(nn.Module):
             return torch.cat([self._run(_image(x, i), row) for i, row in enumerate(rows)])
         found: tuple[Tensor, Tensor] | None = None
         if self.native is not None and isinstance(self.norm, INSTANCE_NORMS):
-            x, *rest = self.native.with_moments(x, self.arena)
+            x, *rest = self.native.with_moments(x, self.arena, residual is None)
             found = rest[0], rest[1]
         elif self.native is not None:
-            x = self.native(x, self.arena)
+            x = self.native(x, self.arena, residual is None)
         x = _whole(x)
         if isinstance(residual, tuple) and _first(residual).shape[2:] != x.shape[2:]:
             residual = torch.cat(residual, dim=1)
@@ -161,10 +163,39 @@ def is_pointwise(convolution: Any) -> bool:
     return ones == {1} and convolution.padding in ((0,) * len(convolution.stride), "same", "valid")
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, convolution: Any, arena: Arena) -> Tensor:
+    y = arena.empty((len(x), convolution.out_channels, *x.shape[2:]), x.device)
+    if x.device.type == "meta":
+        return y
     order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    last = x.contiguous(memory_format=order).movedim(1, -1)
-    return functional.linear(last, weight, bias).movedim(-1, 1)
+    rows, weight = x.contiguous(memory_format=order).movedim(1, -1).flatten(0, -2), convolution.weight.flatten(1).t()
+    out = y.movedim(1, -1).flatten(0, -2)
+    if convolution.bias is None:
+        torch.mm(rows, weight, out=out)
+    else:
+        torch.addmm(convolution.bias, rows, weight, out=out)
+    return y
+
+
+def _is_plain(convolution: Any) -> bool:
+    plain = isinstance(convolution, nn.Conv3d) and (convolution.padding_mode, convolution.groups) == ("zeros", 1)
+    return plain and {*convolution.dilation} == {1} and convolution.padding[0] in range(convolution.kernel_size[0])
+
+
+def _by_slabs(x: Tensor, convolution: Any, arena: Arena) -> Tensor:
+    """PyTorch's convolution, some slices at a time: little of it lies outside the planned memory."""
+    y = arena.empty(meta_call(convolution, x.to("meta")).shape, x.device)
+    if x.device.type == "meta":
+        return y
+    (edge, *pads), step, slices = convolution.padding, convolution.stride[0], max(1, SLAB // y[:, :, 0].numel())
+    for start in range(0, y.shape[2], slices):
+        target, low = y[:, :, start : start + slices], start * step - edge
+        high = low + (target.shape[2] - 1) * step + convolution.kernel_size[0]
+        ends = (max(-low, 0), max(high - x.shape[2], 0))
+        part = functional.pad(x[:, :, max(low, 0) : high], (0, 0, 0, 0, *ends))
+        how = (convolution.stride, (0, *pads))
+        target.copy_(functional.conv3d(part, convolution.weight, convolution.bias, *how))
+    return y
 
 
 def is_upsampling(convolution: Any) -> bool:

@@ -32,7 +32,7 @@ Convolution = _structure(
     + " images depth height width channels_in channels_x channels_out pixel_in pixel_more pixel_out kind replicate"
     + " lanes threads",
 )
-Plan = _structure("Plan", "", "panel weights blocks scratch z y x tiles a b c d e")
+Plan = _structure("Plan", "", "panel weights blocks scratch lead z y x tiles a b c d e")
 Pointwise = _structure(
     "Pointwise",
     "x scale shift first second residual more moments",

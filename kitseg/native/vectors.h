@@ -6,6 +6,16 @@ constexpr int NB = 2 * VL;  // output channels of a panel of weights
 
 static inline Vec load(const float *p) { return *(const Loose *)p; }
 static inline void store(float *p, Vec x) { *(Loose *)p = x; }
+// Past the caches, to an address that is a multiple of a vector.
+static inline void stream(float *p, Vec x) {
+#ifdef __SANITIZE_ADDRESS__
+  store(p, x);
+#elif defined(WIDE)
+  _mm512_stream_ps(p, (__m512)x);
+#else
+  _mm256_stream_ps(p, (__m256)x);
+#endif
+}
 // The first n floats only: the rest of memory is neither read nor written. Sanitizers see what plain loops do.
 static inline Vec load(const float *p, long n) {
   if (n >= VL) return load(p);

@@ -73,6 +73,8 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
   static constexpr int P = NZ * N * N, EDGE = (N - M) / 2, EDGE_Z = (NZ - MZ) / 2;
   const Job &job;
   const Plan &plan;
+  // Whether results are written past the caches, which they would only fill.
+  const bool past = job.size_y >= 1L << 22 && (job.channels_out | job.pixel_out | (long)job.y / 4) % VL == 0;
 
   struct Place { long image, z, y, x; };
   Place place(long tile) const {
@@ -107,6 +109,7 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
         if (inside && left >= VL) {
           const float *from = row(zs[d], ys[h]) + xs[0] * pixel;
           for (int w = 0; w < N; w++) r[w] = load(from + w * pixel);
+          for (int w = N; w < N + M; w++) __builtin_prefetch(from + w * pixel);  // what the next tile adds
         } else {
           for (int w = 0; w < N; w++) {
             bool there = zs[d] >= 0 && ys[h] >= 0 && xs[w] >= 0;
@@ -163,7 +166,9 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
       for (int w = 0; w < width; w++) {
         Vec value = o[w] + bias;
         if (sums) sums->add(value);
-        store(to + w * job.pixel_out, job.slope ? leaky(value, slope) : value, left);
+        if (job.slope) value = leaky(value, slope);
+        if (past) stream(to + w * job.pixel_out, value);
+        else store(to + w * job.pixel_out, value, left);
       }
     }
   }
@@ -174,13 +179,13 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
     long last = std::min(first + plan.panels_a_part, plan.panels);
     long tile = block * plan.tiles_a_block, count = std::min(plan.tiles_a_block, plan.tiles - tile);
     long k = job.channels_in, lda = plan.channels_in, ldc = (last - first) * NB;
-    long stride_in = plan.tiles_a_block * lda + 16, stride_out = plan.tiles_a_block * ldc + 16;
-    float *patch = scratch, *in = patch + P * VL, *out = in + P * stride_in;
-    for (long t = 0; t < count; t++) input(tile + t, in + t * lda, stride_in, patch);
+    long stride = plan.tiles_a_block * std::max(lda, ldc) + 16;
+    float *patch = scratch, *out = patch + P * VL, *in = out + stride;  // products of a point replace its predecessor's tiles
+    for (long t = 0; t < count; t++) input(tile + t, in + t * lda, stride, patch);
     for (long p = 0; p < P; p++)
       for (long panel = first; panel < last; panel++) {
-        const float *A = in + p * stride_in, *B = job.weights + (p * plan.panels + panel) * k * NB;
-        float *C = out + p * stride_out + (panel - first) * NB;
+        const float *A = in + p * stride, *B = job.weights + (p * plan.panels + panel) * k * NB;
+        float *C = out + p * stride + (panel - first) * NB;
         if (job.channels_out - panel * NB > VL) multiply_rows<2>(count, A, lda, B, C, ldc, k);
         else multiply_rows<1>(count, A, lda, B, C, ldc, k);
       }
@@ -188,9 +193,10 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
       Sums sums;
       const float *from = out + channel - first * NB;
       for (long t = 0; t < count; t++)
-        output(tile + t, from + t * ldc, stride_out, patch, channel, job.moments ? &sums : nullptr);
+        output(tile + t, from + t * ldc, stride, patch, channel, job.moments ? &sums : nullptr);
       if (job.moments) sums.write(job.moments + block * 3 * job.channels_out, channel, job.channels_out);
     }
+    if (past) _mm_sfence();
   }
 };
 

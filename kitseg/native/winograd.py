@@ -104,27 +104,28 @@ class Convolution:
         if keep:
             del self.weight
 
-    def __call__(self, x: Tensor | Parts, arena: Arena) -> Tensor:
-        """Convolve (N, in, D, H, W): (N, out, D, H, W), channels last."""
-        return self._run(x, arena, False)[0]
+    def __call__(self, x: Tensor | Parts, arena: Arena, spare: bool = False) -> Tensor:
+        """Convolve (N, in, D, H, W): (N, out, D, H, W), channels last. spare: the layer reads x only here."""
+        return self._run(x, arena, False, spare)[0]
 
-    def with_moments(self, x: Tensor | Parts, arena: Arena) -> tuple[Tensor, Tensor, Tensor]:
+    def with_moments(self, x: Tensor | Parts, arena: Arena, spare: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The same of one image, and the mean and the biased variance (out,) of each of its channels, float64."""
-        y, rows = self._run(x, arena, True)
+        y, rows = self._run(x, arena, True, spare)
         return y, *merge_moments(rows)
 
     def _transformed(self, weight: Tensor) -> Tensor:
         return transform_weights(weight, self.kind, 2 * self.lanes)
 
-    def _run(self, x: Tensor | Parts, arena: Arena, moments: bool) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor | Parts, arena: Arena, moments: bool, spare: bool) -> tuple[Tensor, Tensor]:
         x, more = split_parts(x)
         images, first, *size = x.shape
         if first + (0 if more is None else more.shape[1]) != self.inputs:
             raise ValueError(f"a tensor of {self.inputs} channels is needed")
-        y = arena.empty((images, self.outputs, *size), x.device)
+        needs = plan(self.kind, (images, *size), self.inputs, self.outputs)
+        shape = (images, self.outputs, *size)
+        y = arena.empty(shape, x.device, (x, more) if spare and more is not None else (), needs.lead * self.outputs)
         if x.device.type == "meta":
             return y, torch.empty(1, 3, self.outputs, dtype=torch.float64, device="meta")
-        needs = plan(self.kind, (images, *size), self.inputs, self.outputs)
         rows = torch.empty(needs.blocks if moments else 0, 3, self.outputs, dtype=torch.float64)
         work = arena.work(needs.scratch * torch.get_num_threads())
         points = self._transformed(self.weight) if self.points is None else self.points
