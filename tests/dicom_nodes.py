@@ -11,7 +11,7 @@ from pathlib import Path
 import pydicom
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import (
-    Comprehensive3DSRStorage,
+    ComprehensiveSRStorage,
     EncapsulatedPDFStorage,
     ExplicitVRLittleEndian,
     SegmentationStorage,
@@ -20,7 +20,7 @@ from pydicom.uid import (
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
-SOP_CLASSES = {".dcm": SegmentationStorage, ".sr.dcm": Comprehensive3DSRStorage, ".pdf.dcm": EncapsulatedPDFStorage}
+SOP_CLASSES = {".dcm": SegmentationStorage, ".sr.dcm": ComprehensiveSRStorage, ".pdf.dcm": EncapsulatedPDFStorage}
 
 
 @dataclass

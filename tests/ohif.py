@@ -12,7 +12,7 @@ import numpy as np
 from pydicom import Dataset
 
 SEG, PDF = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.104.1"
-SR = ("1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.88.34")
+SR = "1.2.840.10008.5.1.4.1.1.88.33"  # measurements of a Comprehensive 3D SR are drawn, also those without coordinates
 REPORT, LIBRARY, LIBRARY_GROUP = "126000", "111028", "126200"
 MEASUREMENTS, GROUP, TRACKING_ID, TRACKING_UID = "126010", "125007", "112039", "112040"
 
@@ -61,7 +61,7 @@ def _seg(images: Sequence[Dataset], seg: Dataset) -> Iterator[str]:
 
 def _sr(images: Sequence[Dataset], seg: Dataset, sr: Dataset) -> Iterator[str]:
     """It is a TID 1500 report; a missing library, tracking identifier or content of a number ends its loading."""
-    if sr.SOPClassUID not in SR or _code(sr) != REPORT:
+    if sr.SOPClassUID != SR or _code(sr) != REPORT:
         yield "not an imaging measurement report"
     if sr.ContentTemplateSequence[0].TemplateIdentifier != "1500":
         yield "another template than TID 1500"

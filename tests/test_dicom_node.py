@@ -20,12 +20,13 @@ from dicom_files import edit, hu, write_series
 from dicom_nodes import SOP_CLASSES, Work, association, receiver, result, send, wait_until
 from pydicom.uid import SegmentationStorage
 
-from kitseg.errors import KitsegError
+from kitseg.errors import KitsegError, UsageError
 from kitseg.service import node as node_module
 from kitseg.service.node import Address, Node, NodeOptions
 from kitseg.service.receiver import LARGEST
 from kitseg.service.spool import Spool
 from kitseg.service.work import NoScan, scratch
+from kitseg.volumes.dicom.headers import read_dicom_header
 
 Start = Callable[..., AbstractContextManager[Spool]]
 
@@ -57,8 +58,10 @@ def start(tmp_path: Path, work: Work, ports: tuple[int, int], monkeypatch: pytes
     @contextmanager
     def started(quiet: float = 0.1, **limits: int) -> Iterator[Spool]:
         spool, options = Spool(tmp_path / "spool", **limits), NodeOptions(own, to, ("PACS", "CT1"), quiet=quiet)
-        with ThreadPoolExecutor(1) as thread, scratch(spool.folder), Node(options, spool, work, thread):
-            yield spool
+        with ThreadPoolExecutor(1) as thread:
+            node = Node(options, spool, work, thread)
+            with scratch(spool.folder), node:
+                yield spool
 
     return started
 
@@ -124,12 +127,19 @@ def test_hostile_names_and_two_patients(
     assert {path for path in tmp_path.rglob("*") if "spool" not in path.parts} == before
 
 
-def test_objects_that_cannot_be_read(start: Start, work: Work, ports: tuple[int, int], study: list[Path]) -> None:
-    """An image that is refused leaves its study incomplete, whatever else arrives."""
+def test_objects_that_are_not_stored(
+    start: Start, work: Work, ports: tuple[int, int], study: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that is refused or fails leaves its study incomplete, whatever else arrives."""
     bad = pydicom.dcmread(study[0])
     del bad.StudyInstanceUID
     with start() as spool:
         assert send(ports[0], [study[1], bad]) == [0, 0xC000]
+        fails = iter([False, True])
+        with monkeypatch.context() as broken:
+            read = lambda path: 1 / 0 if next(fails) else read_dicom_header(path)  # noqa: E731
+            broken.setattr("kitseg.service.receiver.read_dicom_header", read)
+            assert send(ports[0], study[2:]) == [0, 0xC211]
         assert send(ports[0], [result(SegmentationStorage, "")]) == [0]
         (kept,) = spool.studies()
         threading.Event().wait(0.4)
@@ -270,6 +280,12 @@ def test_a_study_whose_sender_has_the_results(
         assert send(ports[0], [own]) == [0]
         wait_until(lambda: not spool.studies())
     assert work.images == []
+
+
+def test_a_spool_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can't be used"):
+        Spool(tmp_path / "file" / "spool").open()
 
 
 def test_a_port_that_is_taken(start: Start, ports: tuple[int, int], tmp_path: Path, work: Work) -> None:

@@ -22,6 +22,7 @@ from kitseg.types import Box, Triple, Volume
 
 _A4 = (8.27, 11.69)  # inches
 _MOST_ROWS = 30  # of the table
+_ROW = 9.6 / 72 / _A4[1]  # height of one, as a share of the page
 _A_PAGE = 4  # lesions with their pictures
 _LETTERS = 880  # of a line, times the size of the letters
 _DPI = 150  # of the pictures
@@ -50,10 +51,10 @@ def _pages(content: CaseContent, patient: str) -> Iterator[Figure]:
     at = _write(page, at, [patient, *(f"{name}: {fact}" for name, fact in content.facts.items())])
     flags = [f"{flag.level}: {flag.reason}" for flag in sorted(quality.flags, key=lambda flag: flag.level == "amber")]
     at = _write(page, at - 0.01, [f"{quality.level.upper()}. {LEVEL_TEXTS[quality.level]}", *flags, *content.notes])
-    rows = _rows(content)
+    rows = _rows(content) or [["nothing found", *[""] * (len(_HEAD) - 1)]]
     axes = page.add_axes((0.07, 0.3, 0.86, max(at - 0.32, 0.1)))
     axes.axis("off")
-    shown = rows[:_MOST_ROWS] or [["nothing found", *[""] * (len(_HEAD) - 1)]]
+    shown = rows[: max(1, min(_MOST_ROWS, int((at - 0.34) / _ROW)))]
     table = axes.table(shown, colLabels=_HEAD, colWidths=_WIDTHS, loc="upper left", cellLoc="left", edges="horizontal")
     table.auto_set_font_size(False)
     table.set_fontsize(8)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pynetdicom
 from pynetdicom import AE
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
-    Comprehensive3DSRStorage,
+    ComprehensiveSRStorage,
     EncapsulatedPDFStorage,
     SegmentationStorage,
 )
@@ -97,13 +97,14 @@ class Node:
         self.options, self.spool, self.predict, self.thread = options, spool, predict, thread
         self.receiver = Receiver(options.own.title, options.callers, spool)
         self._stop, self._stack = threading.Event(), ExitStack()
+        spool.open()
         pynetdicom._config.STORE_SEND_CHUNKED_DATASET = True
 
     def __enter__(self) -> Node:
         own = self.options.own
         with ExitStack() as stack:
             stack.enter_context(folder_lock(self.spool.folder, "studies"))
-            self.spool.open()
+            self.spool.clean()
             stack.callback(setattr, threading, "excepthook", threading.excepthook)
             threading.excepthook = _thread_failed  # pynetdicom's threads may fail where a peer breaks its rules
             try:
@@ -193,7 +194,7 @@ def send(files: Sequence[Path], to: Address, title: str) -> str:
     """Send results with this calling AE title, and remove what was accepted; the problem, empty if there was none."""
     ae = AE(title)
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = SECONDS
-    for uid in (SegmentationStorage, Comprehensive3DSRStorage, EncapsulatedPDFStorage):
+    for uid in (SegmentationStorage, ComprehensiveSRStorage, EncapsulatedPDFStorage):
         ae.add_requested_context(uid, EXPLICIT)
     association = ae.associate(to.host, to.port, ae_title=to.title)
     if not association.is_established:

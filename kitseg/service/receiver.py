@@ -19,6 +19,9 @@ from kitseg.service.spool import Spool
 from kitseg.volumes.dicom.headers import read_dicom_header
 
 DEFLATED = "1.2.840.10008.1.2.1.99"  # unpacks in memory to any size, so it isn't accepted
+#: Transfer syntaxes of CT images that kitseg reads: uncompressed, JPEG, JPEG-LS, JPEG 2000, RLE.
+READABLE = [f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".2", ".5")]
+READABLE += [f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70, 80, 81, 90, 91)]
 SUCCESS, NO_ROOM, UNREADABLE = 0x0000, 0xA700, 0xC000
 ASSOCIATIONS = 8  # at once
 LARGEST = 256 << 20  # bytes of an object on its way to the disk
@@ -31,10 +34,10 @@ SILENT = 15.0  # seconds of a connection before its association
 
 @dataclass
 class _Session:
-    """An association: the studies that it brought, whether an object was refused, and its bytes on the way."""
+    """An association: the studies that it brought, the objects that were not stored, and its bytes on the way."""
 
     studies: set[Path] = field(default_factory=set)
-    refused: bool = False
+    lost: int = 0
     pending: float = 0.0
     memory: int = 0
 
@@ -56,9 +59,9 @@ class Receiver:
         self._ae.maximum_associations, self._ae.maximum_pdu_size = ASSOCIATIONS, _PDU
         self._ae.network_timeout = self._ae.dimse_timeout = SECONDS
         self._ae.acse_timeout = SILENT
-        syntaxes = [uid for uid in ALL_TRANSFER_SYNTAXES if uid != DEFLATED]
-        for context in AllStoragePresentationContexts:
-            self._ae.add_supported_context(str(context.abstract_syntax), syntaxes)
+        others = [uid for uid in ALL_TRANSFER_SYNTAXES if uid != DEFLATED]
+        for uid in (str(context.abstract_syntax) for context in AllStoragePresentationContexts):
+            self._ae.add_supported_context(uid, READABLE if uid == CTImageStorage else others)
         self._ae.add_supported_context(Verification)
 
     def start(self, host: str, port: int) -> None:
@@ -70,11 +73,17 @@ class Receiver:
             (evt.EVT_RELEASED, self._released),
             (evt.EVT_CONN_CLOSE, self._closed),
         ]
-        self._ae.start_server((host, port), block=False, evt_handlers=handlers)
+        self._server = self._ae.start_server((host, port), block=False, evt_handlers=handlers)
 
     def stop(self) -> None:
-        """Abort the open associations, and listen no more."""
-        self._ae.shutdown()
+        """Listen no more, and abort the open associations."""
+        if self._server:
+            self._server.shutdown()
+        open_ones = [one for one in self._ae.active_associations if one.is_established]
+        for association in open_ones:
+            association.abort()
+        for association in open_ones:
+            association.join(SECONDS)
 
     def is_receiving(self, study: Path) -> bool:
         """Whether an association that brought a part of the study is still open."""
@@ -98,10 +107,10 @@ class Receiver:
 
     def _store(self, event: evt.Event) -> int:
         session, path = _session(event.assoc), event.dataset_path
-        session.memory = 0
+        session.memory, session.lost = 0, session.lost + 1  # until it is stored, whatever happens meanwhile
         session.pending -= 1.01 * path.stat().st_size + 4096  # with what the protocol adds
         status = self._file(path, event.request.AffectedSOPClassUID == CTImageStorage, session)
-        session.refused |= status != SUCCESS
+        session.lost -= status == SUCCESS
         return status
 
     def _file(self, path: Path, is_ct: bool, session: _Session) -> int:
@@ -120,7 +129,7 @@ class Receiver:
 
     def _released(self, event: evt.Event) -> None:
         session = _session(event.assoc)
-        if not session.refused and event.assoc.dimse.msg_queue.empty():  # it did not leave before its last answer
+        if not session.lost and event.assoc.dimse.msg_queue.empty():  # it did not leave before its last answer
             self.spool.close(session.studies)
 
 

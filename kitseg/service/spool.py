@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kitseg.errors import UsageError
 from kitseg.runtime.files import A_DAY, atomic_write, total_bytes
 
 MOST_TRIES = 3  # of a prediction that fails, or that the process doesn't survive
@@ -37,8 +38,14 @@ class Spool:
     _bytes: dict[Path, int] = field(default_factory=dict)
 
     def open(self) -> None:
-        """Create the folder, for this user only, and remove what a killed process began to remove."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Create the folder, for this user only. Raises UsageError: it can't be used."""
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--spool {self.folder}: can't be used ({error.strerror})") from error
+
+    def clean(self) -> None:
+        """Remove what a killed process began to remove."""
         for left in self.folder.glob(f"{_REMOVED}*"):
             shutil.rmtree(left)
 
@@ -63,7 +70,7 @@ class Spool:
                 return False
             target.parent.mkdir(parents=True, exist_ok=True)
             (study / "complete").unlink(missing_ok=True)
-            with file.open("rb") as stream:
+            with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
             os.replace(file, target)
             self._bytes[study] = used + size

@@ -109,7 +109,6 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
     place: where it lies; the system's folder for temporary files where it is None.
     """
     place = place or Path(tempfile.gettempdir())
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in place.glob(f"{_FOLDER}-*"):
         owner = re.match(rf"{_FOLDER}-(\d+)-", folder.name)
         with suppress(OSError):

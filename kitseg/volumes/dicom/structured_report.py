@@ -69,7 +69,7 @@ def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None
             title=_codes.DCM.ImagingMeasurementReport,
             referenced_images=images,
         )
-        sr.Comprehensive3DSR(
+        sr.ComprehensiveSR(
             evidence=[segments, *images],
             content=report[0],
             series_number=series_number(found.series, 1),
