@@ -157,8 +157,8 @@ def test_limits(start: Start, work: Work, ports: tuple[int, int], study: list[Pa
         threading.Event().wait(0.4)
         assert spool.images(kept) == 3
         assert work.images == [], "a study is never predicted in part"
-        os.utime(kept / "images", (0, 0))
-        os.utime(kept, (0, 0))
+        os.utime(kept / "images", (1, 1))
+        os.utime(kept, (1, 1))
         wait_until(lambda: not spool.studies())
 
 

@@ -127,9 +127,11 @@ class Node:
         """Do a step for each study until the node stops; where it fails, again after a while, and then a longer one."""
         due: dict[Path, tuple[float, float]] = {}
         while not self._stop.wait(POLL):
-            for study in self.spool.abandon():
-                print_plain(f"study {study.name[:8]}: not complete or not predicted within a day, removed")
-            studies = self.spool.studies()
+            try:
+                studies = self.spool.studies()
+            except OSError as error:  # such as a disk that is not there for a while
+                print_plain(f"{self.spool.folder}: can't be read ({error.strerror})")
+                continue
             due = {study: due[study] for study in studies if study in due}
             for study in studies:
                 when, wait = due.get(study, (0.0, FIRST_WAIT))
@@ -150,6 +152,9 @@ class Node:
 
     def _work(self, study: Path) -> bool:
         """Predict a study if it is its turn; False: it failed."""
+        if self.spool.is_abandoned(study):
+            self._tell(study, "not complete or not predicted within a day, removed")
+            return self.spool.finish(study, self.spool.images(study))
         if self.receiver.is_receiving(study) or not self.spool.is_due(study, self.options.quiet):
             return True
         if (study / "known").exists():

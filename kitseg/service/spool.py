@@ -136,23 +136,17 @@ class Spool:
     def finish(self, study: Path, images: int) -> bool:
         """Remove a study, unless it has other images by now than these."""
         with self._lock:
-            if self.images(study) != images:
+            if not study.exists() or self.images(study) != images:
                 return False
             self._bytes.pop(study, None)
             removed = study.rename(self.folder / f"{_REMOVED}{study.name}")  # so that no part of it is left as a study
         shutil.rmtree(removed)
         return True
 
-    def abandon(self) -> list[Path]:
-        """Remove the studies that were not completed or not predicted for a day; they are returned."""
-        old = [
-            study
-            for study in self.studies()
-            if time.time() - _changed(study) > A_DAY
-            and self.results(study) is None
-            and (self.tries(study) >= MOST_TRIES or not (study / "complete").exists())
-        ]
-        return [study for study in old if self.finish(study, self.images(study))]
+    def is_abandoned(self, study: Path) -> bool:
+        """Whether a study was not completed, or not predicted, for a day."""
+        is_stuck = self.tries(study) >= MOST_TRIES or not (study / "complete").exists()
+        return is_stuck and self.results(study) is None and 0 < _changed(study) < time.time() - A_DAY
 
 
 def _name(text: str) -> str:
@@ -160,7 +154,7 @@ def _name(text: str) -> str:
 
 
 def _changed(study: Path) -> float:
-    """When something was last added to a study or its images."""
+    """When something was last added to a study or its images; 0: it is no longer there."""
     times = [0.0]
     for folder in (study, study / "images"):
         with suppress(FileNotFoundError):
