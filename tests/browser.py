@@ -62,14 +62,14 @@ class Browser:
             assert time.monotonic() < until, f"never true: {expression}"
             time.sleep(0.1)
 
-    def open(self, path: Path) -> None:
-        """Open a file, with all that happens in it recorded."""
+    def open(self, where: Path | str) -> None:
+        """Open a file or an address, with all that happens in it recorded."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
-        self.send("Page.navigate", url=path.as_uri())
-        self.wait_for("document.readyState === 'complete' && location.protocol === 'file:'")
+        self.send("Page.navigate", url=where.as_uri() if isinstance(where, Path) else where)
+        self.wait_for("document.readyState === 'complete' && location.protocol !== 'about:'")
 
     def complaints(self) -> list[str]:
         """Errors, on the console and elsewhere."""

@@ -7,7 +7,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +38,24 @@ class Answer:
 
 def request(port: int, body: bytes | str | None, query: str = "", **headers: str) -> Answer:
     """POST /predict with a zip, or with the path of a scan; GET /health without a body."""
-    kind = "application/zip" if isinstance(body, bytes) else "application/json"
-    stated = {"authorization": f"Bearer {TOKEN}", "content-type": kind}
+    if body is None:
+        return _send(port, "GET", "/health", None, headers)
+    if isinstance(body, bytes):
+        return _send(port, "POST", f"/predict{query}", body, {"content-type": "application/zip", **headers})
+    return post(port, f"/predict{query}", {"path": body}, **headers)
+
+
+def post(port: int, path: str, body: object, **headers: str) -> Answer:
+    """POST a value as JSON."""
+    return _send(port, "POST", path, json.dumps(body).encode(), headers)
+
+
+def _send(port: int, method: str, path: str, content: bytes | None, headers: Mapping[str, str]) -> Answer:
+    stated = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
     stated |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     try:
-        if body is None:
-            connection.request("GET", "/health", headers=stated)
-        else:
-            content = json.dumps({"path": body}).encode() if isinstance(body, str) else body
-            connection.request("POST", f"/predict{query}", content, stated)
+        connection.request(method, path, content, stated)
         answer = connection.getresponse()
         return Answer(answer.status, answer.read())
     finally:

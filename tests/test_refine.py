@@ -11,9 +11,12 @@ import pytest
 from conftest import kitseg
 from scipy import ndimage
 
+from kitseg.labels import KITS19
+from kitseg.models.training_domain import training_facts
 from kitseg.postprocess.clicks import apply_clicks
-from kitseg.types import Geometry
+from kitseg.types import Case, Geometry, Grid
 from kitseg.volumes.nifti import canonical_geometry, read_labels, write_image, write_labels
+from kitseg.volumes.store import CaseFiles, open_case, store_case
 
 NATIVE = Geometry((80, 70, 30), np.array([[-1.0, 0, 0, 40], [0, -1, 0, 35], [0, 0, 3, -20], [0, 0, 0, 1]]))
 MIDDLE = (15, 35, 40)  # of the tumor, (slice, row, column)
@@ -57,18 +60,19 @@ def test_a_false_tumor_is_removed_and_the_true_one_stays(scan: tuple[np.ndarray,
     assert np.array_equal(found, truth)
 
 
-def test_a_second_click_keeps_the_first_away(scan: tuple[np.ndarray, np.ndarray]) -> None:
+def test_a_second_click_takes_back_what_the_first_reached(scan: tuple[np.ndarray, np.ndarray]) -> None:
     """A tumor as bright as its neighbor, such as a spleen, grows into it until a click states what that is."""
     hu, truth = scan
-    spleen = ball((15, 35, 62), 12) & (truth == 0)
+    spleen = ball((15, 35, 58), 12) & (truth == 0)
     hu = np.where(spleen, 80, hu)
     missed = np.where(truth == 2, 0, truth).astype(np.uint8)
-    geometry, outside = canonical_geometry(NATIVE), (15, 35, 62)
+    geometry, outside = canonical_geometry(NATIVE), (15, 35, 58)
     alone = apply_clicks(missed, hu, geometry, [(MIDDLE, 2)])
     both = apply_clicks(missed, hu, geometry, [(MIDDLE, 2), (outside, 0)])
+    assert (alone[outside], both[outside]) == (2, 0)
     assert np.count_nonzero((both == 2) & spleen) < np.count_nonzero((alone == 2) & spleen) / 2
     assert dice(both, truth) > dice(alone, truth)
-    again = apply_clicks(missed, hu, geometry, [(MIDDLE, 2)], earlier=[(outside, 0)])
+    again = apply_clicks(alone, hu, geometry, [(outside, 0)], earlier=[(MIDDLE, 2)])
     assert np.array_equal(again, both)
 
 
@@ -77,7 +81,7 @@ def test_a_click_stops_where_the_model_doubts(scan: tuple[np.ndarray, np.ndarray
     missed = np.where(truth == 2, 0, truth).astype(np.uint8)
     doubt = np.where(ndimage.binary_erosion(truth == 2, iterations=3), 0.4, 0.0)
     geometry = canonical_geometry(NATIVE)
-    free, bound = (apply_clicks(missed, hu, geometry, [(MIDDLE, 2)], (), known) for known in ({}, {2: doubt}))
+    free, bound = (apply_clicks(missed, hu, geometry, [(MIDDLE, 2)], (), known) for known in (None, 1 - doubt))
     assert 0 < np.count_nonzero(bound == 2) < np.count_nonzero(free == 2)
 
 
@@ -103,6 +107,10 @@ def test_from_the_click_to_the_page(folder: Path, scan: tuple[np.ndarray, np.nda
     assert code == 0, text
     found = read_labels(folder / "corrected" / "a.nii.gz", "a").array
     assert dice(found, scan[1]) > 0.9
+    stored = CaseFiles(Case("a", folder / "data" / "a.nii.gz", folder / "corrected" / "a.nii.gz"), KITS19)
+    assert store_case(stored, folder / "store", Grid())
+    facts = training_facts([open_case(folder / "store")])
+    assert facts["corrected"] == 1, "a training knows where its labels are from"
     record = json.loads((folder / "corrected" / "a.json").read_text())
     assert record["corrected"] == [{"x": x, "y": y, "z": z, "label": "tumor"}]
     done = kitseg(folder, "measure", "corrected", "--json=m.json", "--jobs=1")

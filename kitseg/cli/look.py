@@ -150,7 +150,7 @@ def refine(
     ] = [],  # noqa: B006
     probabilities: Annotated[
         Path | None,
-        typer.Option(help="Folder from `kitseg infer`: clicks spread less where their class is improbable."),
+        typer.Option(help="Folder from `kitseg infer`: lesions reach no farther than kidney and mass are probable."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the corrected labels.")] = Path(
         "corrected"

@@ -99,6 +99,10 @@ def serve(
     anonymous: Annotated[bool, typer.Option("--anonymous", help="Leave patient and study out of these results.")] = (
         False
     ),
+    corrected: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Offer the page /refine, on which clicks correct labels, and save them here."),
+    ] = None,
     device: opt.Device = "auto",
     engine: opt.Engine = "auto",
     precision: opt.Precision = "auto",
@@ -114,14 +118,18 @@ def serve(
     """
     require_extra("service", "fastapi", "pynetdicom", "uvicorn")
     _check_options(root, token, allow_host)
+    if corrected and not root:
+        raise UsageError("--corrected needs --root: the folder of the scans and labels that the page opens")
     if bool(dicom) != bool(send_to):
         raise UsageError("--dicom and --send-to need each other: where studies come in, and where their results go")
     with quick_imports():
+        from kitseg.commands.refine import background_of
         from kitseg.models.builtin import choose_model
         from kitseg.models.members import open_ensemble
         from kitseg.models.memory import parse_size
         from kitseg.service import http
         from kitseg.service.node import Node, NodeOptions
+        from kitseg.service.refine import RefinePage
         from kitseg.service.spool import Spool
         from kitseg.service.work import Predictor
 
@@ -136,6 +144,10 @@ def serve(
         console.print_plain("other machines can connect, and requests are not encrypted: put a proxy with TLS in front")
     console.print_plain(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
     service, node = http.Service(work, token, root, limits), None
+    if corrected:
+        page = RefinePage(service, corrected, lambda scan: background_of(opened.predict_proba(scan)[0]))
+        service.pages.append(page.add_to)
+        console.print_plain("clicks correct labels on its page /refine")
     if options:
         node = Node(options, Spool(spool.absolute(), max_studies, limits.body), work.predict, service.thread)
         console.print_plain(f"DICOM node {options.own}, open to {', '.join(options.callers)}; results to {options.to}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,9 @@ from kitseg.errors import InputError, UsageError
 from kitseg.labels import BACKGROUND, CLASSES, KITS19, Scheme
 from kitseg.postprocess.clicks import apply_clicks
 from kitseg.runtime.locks import folder_lock
-from kitseg.types import Geometry, Triple
+from kitseg.types import Geometry, Probabilities, Triple, Volume
 from kitseg.volumes.blocks import read_block
-from kitseg.volumes.nifti import write_labels
+from kitseg.volumes.nifti import CORRECTED_MARK, write_labels
 from kitseg.volumes.scan import scan_digest
 
 _CLICK = re.compile(r"\s*([^,=]+),([^,=]+),([^,=]+)=(\w+)\s*")
@@ -73,12 +73,83 @@ def parse_clicks(texts: Sequence[str]) -> list[Click]:
     return clicks
 
 
+@dataclass(frozen=True)
+class Refinement:
+    """A label map that is open for clicks, with its scan; background: the model's probability of it, where known."""
+
+    task: LabelTask
+    scheme: Scheme
+    before: CaseRecord
+    labels: NDArray[np.uint8]
+    scan: Volume
+    background: NDArray[np.float16] | None = None
+
+    @classmethod
+    def open(cls, task: LabelTask, scheme: Scheme | None = None) -> Refinement:
+        """Read a label map and its scan. Raises UsageError: no scan; InputError: a file can't be used."""
+        if task.scan is None:
+            raise UsageError(f"{task.labels}: a click needs the scan. Give it with --ct")
+        own = scheme or scheme_beside(task.labels) or KITS19
+        labels, scan = task.read(own)
+        assert scan is not None
+        return cls(task, own, record_beside(task.labels) or CaseRecord(), labels.array, scan)
+
+    def apply(self, clicks: Sequence[Click], after: Sequence[Click] = ()) -> NDArray[np.uint8]:
+        """The labels after clicks, from those that follow the clicks ``after`` already if ``labels`` are replaced.
+
+        Raises UsageError: a click outside the scan, or of a class that the labels don't have.
+        """
+        if odd := [click.label for click in clicks if click.label not in {"background", *self.scheme.classes}]:
+            raise UsageError(f"the labels are {self.scheme}: there is no {odd[0]} among them")
+        known = [*(Click(**click) for click in self.before.corrected), *after]
+        points, earlier = (
+            [(click.voxel(self.scan.geometry), _LABELS[click.label]) for click in some] for some in (clicks, known)
+        )
+        return apply_clicks(self.labels, self.scan.array, self.scan.geometry, points, earlier, self.background)
+
+    def volumes_ml(self, labels: NDArray[np.uint8]) -> dict[str, float]:
+        """The volume of each class."""
+        ml = self.scan.geometry.voxel_ml
+        names = [name for name in CLASSES if name in self.scheme.classes]
+        return {name: round(int((labels == CLASSES[name]).sum()) * ml, 3) for name in names}
+
+    def target(self, to: Path) -> Path:
+        """The file in a folder for the corrected labels. Raises UsageError: it is not this command's to replace."""
+        path = to / f"{self.task.case}.nii.gz"
+        if os.path.realpath(path) != os.path.realpath(self.task.labels) or not self.before.corrected:
+            refuse_case_overwrite(to / f"{self.task.case}.json", [".nii.gz"])
+        return path
+
+    def save(self, labels: NDArray[np.uint8], clicks: Sequence[Click], target: Path) -> Path:
+        """Write the labels after clicks with their record, which holds every click, earlier ones too."""
+        assert self.task.scan is not None
+        to, record = target.parent, target.with_name(f"{self.task.case}.json")
+        every = [*self.before.corrected, *map(asdict, clicks)]
+        facts = {
+            "case": self.task.case,
+            "volumes_ml": self.volumes_ml(labels),
+            "note": f"corrected by a person ({len(every)} {'click' if len(every) == 1 else 'clicks'})",
+            "scan": self.task.scan.id if self.task.scan.slices else self.task.scan.image.name,
+            "models": self.before.models,
+            "versions": self.before.versions,
+            "learned_from": self.before.learned_from,
+            "labels": self.scheme.plain(),
+            "corrected": every,
+        }
+        with folder_lock(to, "labels"):
+            digest = scan_digest(self.task.scan)
+            forget(record, [target])
+            write_labels(target, labels, self.scan.native, CORRECTED_MARK, self.scheme)
+            write_record(record, facts, {"scan_sha256": digest}, [target])
+        return target
+
+
 def refine(
     task: LabelTask, clicks: Sequence[Click], to: Path, scheme: Scheme | None = None, probabilities: Path | None = None
 ) -> tuple[Path, float]:
     """Correct a label map with clicks and write it with its record; clicks of earlier corrections stay.
 
-    probabilities: the folder of `kitseg infer`, whose probabilities limit how far a click reaches.
+    probabilities: the folder of `kitseg infer`, whose probability of background limits how far a click reaches.
 
     Returns:
         The corrected label map, and how many ml the clicks changed.
@@ -87,53 +158,24 @@ def refine(
         UsageError: no scan, a click outside it or of a class that the labels don't have, or an output that is not this
             command's; InputError: a file can't be used.
     """
-    if task.scan is None:
-        raise UsageError(f"{task.labels}: a click needs the scan. Give it with --ct")
-    own = scheme or scheme_beside(task.labels) or KITS19
-    if odd := [click.label for click in clicks if click.label not in {"background", *own.classes}]:
-        raise UsageError(f"the labels are {own}: there is no {odd[0]} among them")
-    before = record_beside(task.labels) or CaseRecord()
-    target, record = to / f"{task.case}.nii.gz", to / f"{task.case}.json"
-    if os.path.realpath(target) != os.path.realpath(task.labels) or not before.corrected:
-        refuse_case_overwrite(record, [".nii.gz"])
-    labels, scan = task.read(own)
-    assert scan is not None
-    points = [(click.voxel(scan.geometry), _LABELS[click.label]) for click in clicks]
-    earlier = [(one.voxel(scan.geometry), _LABELS[one.label]) for one in (Click(**click) for click in before.corrected)]
-    known = _probabilities(probabilities, task.case, scan.array.shape)
-    found = apply_clicks(labels.array, scan.array, scan.geometry, points, earlier, known)
-    changed = int((found != labels.array).sum()) * scan.geometry.voxel_ml
-    every = [*before.corrected, *map(asdict, clicks)]
-    names = [name for name in CLASSES if name in own.classes]
-    volumes = {name: round(int((found == CLASSES[name]).sum()) * scan.geometry.voxel_ml, 3) for name in names}
-    facts = {
-        "case": task.case,
-        "volumes_ml": volumes,
-        "note": f"corrected by a person ({len(every)} {'click' if len(every) == 1 else 'clicks'})",
-        "scan": task.scan.id if task.scan.slices else task.scan.image.name,
-        "models": before.models,
-        "versions": before.versions,
-        "learned_from": before.learned_from,
-        "labels": own.plain(),
-        "corrected": every,
-    }
-    with folder_lock(to, "labels"):
-        digest = scan_digest(task.scan)
-        forget(record, [target])
-        write_labels(target, found, scan.native, scheme=own)
-        write_record(record, facts, {"scan_sha256": digest}, [target])
-    return target, changed
+    opened = Refinement.open(task, scheme)
+    target = opened.target(to)
+    if probabilities:
+        block = read_block(probabilities, task.case)
+        if block.geometry.shape != opened.labels.shape:
+            problem = f"its probabilities of {task.case} are of another scan"
+            raise InputError(probabilities, problem, "Run `kitseg infer` on this scan")
+        opened = replace(opened, background=background_of(block))
+    found = opened.apply(clicks)
+    changed = int((found != opened.labels).sum()) * opened.scan.geometry.voxel_ml
+    return opened.save(found, clicks, target), changed
 
 
-def _probabilities(folder: Path | None, case: str, shape: tuple[int, ...]) -> dict[int, NDArray[np.float16]]:
-    """The probability of each label on the scan's grid, as far as it is stored."""
-    if folder is None:
-        return {}
-    block, found = read_block(folder, case), {}
-    if block.geometry.shape != shape:
-        raise InputError(folder, f"its probabilities of {case} are of another scan", "Run `kitseg infer` on this scan")
-    for name in block.channels:
-        if name in CLASSES:
-            whole = found[CLASSES[name]] = np.zeros(shape, np.float16)
-            whole[block.box.slices] = block.array[block.channels.index(name)]
+def background_of(block: Probabilities) -> NDArray[np.float16]:
+    """The probability of background on the scan's grid."""
+    found = np.ones(block.geometry.shape, np.float16)
+    if "background" in block.channels:
+        found[block.box.slices] = block.array[block.channels.index("background")]
+    else:
+        found[block.box.slices] = 1 - block.array.max(axis=0)
     return found

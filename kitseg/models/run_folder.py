@@ -28,7 +28,8 @@ class RunInfo:
     """``run.json``: the version that trained, whether phantoms are among the cases, the cases, the training domain.
 
     A bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file,
-    the folds whose networks learned from it; empty in runs of earlier versions.
+    the folds whose networks learned from it; corrected: how many label maps a person corrected with `kitseg refine`;
+    empty and 0 in runs of earlier versions.
     """
 
     kitseg: str
@@ -36,6 +37,7 @@ class RunInfo:
     cases: tuple[str, ...] = ()
     experience: TrainingDomain | None = None
     learned: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    corrected: int = 0
 
 
 @dataclass(frozen=True)

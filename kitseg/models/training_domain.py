@@ -16,8 +16,11 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
 
     Cases may be opened one at a time, since each keeps files open. ``experience`` is None where no case shows a kidney.
     """
-    figures = [(case.id, case.sha256, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu) for case in cases]
-    ids, hashes, phantoms, spacings, kidneys, aortas = zip(*figures, strict=True)
+    figures = [
+        (case.id, case.sha256, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu, case.corrected)
+        for case in cases
+    ]
+    ids, hashes, phantoms, spacings, kidneys, aortas, corrected = zip(*figures, strict=True)
     trained = {id_: [number for number, fold in enumerate(folds) if id_ in fold.train] for id_ in ids}
     seen = {
         "slice_mm": _range(slices for slices, _, _ in spacings),
@@ -31,6 +34,7 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
     return {
         "phantom": any(phantoms),
         "cases": list(ids),
+        "corrected": sum(corrected),
         "experience": seen if seen["kidney_hu"] else None,
         "learned": {sha256: numbers for sha256, numbers in learned.items() if numbers},
     }

@@ -1,156 +1,289 @@
-"""Correct a label map where a person clicks: geodesic distances along similar HU decide how far a click reaches."""
+"""Correct a label map where a person clicks: a random walk decides between the clicked class and what was there.
+
+A voxel's prior comes from its distance to the click, from its HU (the click's tissue or the kidney's) and from the
+model's probability of background; the random walk smooths it along HU (`random_walk`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import edt
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kitseg.components import Components, component_at
+from kitseg.components import Components, bounding_box, component_at
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
+from kitseg.postprocess.random_walk import random_walk, resized
 from kitseg.types import Box, Geometry, Triple, triple
 
-REACH_MM = 45.0  # a click changes nothing farther away along an axis
-SMOOTH_MM = 1.2
-LOCAL_MM = 4.0  # around a click, for its HU and their noise
-NOISE_HU = (8.0, 12.0)
-FAT_HU = -90.0
-LIMIT = 1.5  # the cost that a click reaches
-DISTANCE, DIFFERENCE, DOUBT, OUTSIDE = 0.015, 0.5, 0.15, 0.03  # per mm, see ``_costs``
-NEAR = 8.0  # times the cost: a click that corrects what is near
-EDGE = 1.0  # HU per mm, in units of the noise, that is not an edge yet
-REST = 0.2  # of the changed volume: smaller rests of a tumor that a click removes are removed too
+Click = tuple[Triple, int]  # a voxel (slice, row, column) and its label
+
+LESIONS = (TUMOR, CYST)
+REACH_MM = (4.0, 75.0)  # the radius that a click may stand for
+FINE, ROUGH = 300_000, 150_000  # voxels of the grids that are solved
+MARGIN_MM = 8.0
+SMOOTH_MM = (0.6, 1.5)  # of the HU that are compared: for edges, for faint differences
+HU_SPREAD = ((10.0, 20.0), (6.0, 20.0))  # least and most in a lesion, at each smoothing
+KIDNEY_HU = (150.0, 40.0)  # mean and deviation where there is no kidney to compare with
+BINS = np.linspace(-200, 400, 121)
+FAT_HU = -30.0
+STEEP = 15.0  # HU per mm: the surface of a kidney in fat, where HU pass through those of a tumor
+UNKNOWN = 2.0  # log odds of not being background where no model states its probability
+EVEN, DISTANCE, LIKE, FAT = 1.5, 4.0, (0.8, 0.6), 4.0  # the prior's terms, as log odds
+KNOWN = 6.0  # log odds of what is there, far from a click
+NEAR, FAR = 1.0, 3.5  # times its reach: up to there a click decides, from there on it changes nothing
+REST = 0.4  # of what a click removes: smaller rests of that lesion are removed too
 
 
 @dataclass(frozen=True)
-class _Reach:
-    """A click's costs in its box, infinite where it does not reach; alike: where HU are the click's."""
+class _Crop:
+    """A box of the scan on a grid of its own. now: where the class is; odds: log odds of not being background."""
 
-    voxel: Triple
-    label: int
     box: Box
-    cost: NDArray[np.float32]
-    alike: NDArray[np.bool_]
+    spacing: tuple[float, ...]
+    hu: tuple[NDArray[np.float32], ...]
+    now: NDArray[np.bool_]
+    odds: NDArray[np.float32]
+
+    def at(self, voxel: Triple) -> Triple:
+        """The voxel of this grid that holds one of the scan."""
+        inside = (np.subtract(voxel, self.box.start) + 0.5) * self.now.shape / self.box.size
+        return triple(np.clip(inside.astype(int), 0, np.subtract(self.now.shape, 1)))
+
+    def holds(self, voxel: Triple) -> bool:
+        """Whether a voxel of the scan lies in the box."""
+        return all(a <= v < b for a, v, b in zip(self.box.start, voxel, self.box.stop, strict=True))
+
+    def distance(self, voxel: Triple) -> NDArray[np.float32]:
+        """The distance of each voxel from one of the scan, mm."""
+        grid = np.ogrid[tuple(slice(-a, n - a) for a, n in zip(self.at(voxel), self.now.shape, strict=True))]
+        return np.asarray(
+            np.sqrt(sum((axis * mm) ** 2 for axis, mm in zip(grid, self.spacing, strict=True))), np.float32
+        )
+
+    def widened(self, mask: NDArray[np.bool_]) -> Box:
+        """The box of a mask on this grid with a margin, on the scan's grid."""
+        step = np.divide(self.box.size, self.now.shape)
+        inside = (bounding_box(mask) or self.box).grown(round(MARGIN_MM / min(self.spacing)))
+        low, high = (np.multiply(end, step) + self.box.start for end in (inside.start, inside.stop))
+        return Box(triple(np.floor(low)), triple(np.ceil(high)))
+
+
+@dataclass
+class _Scan:
+    """The labels, which one click changes in place, with what decides how."""
+
+    labels: NDArray[np.uint8]
+    hu: NDArray[Any]
+    geometry: Geometry
+    background: NDArray[Any] | None
+
+    def around(self, voxel: Triple, mm: float) -> Box:
+        sides = [int(np.ceil(mm / step)) for step in self.geometry.spacing]
+        return Box(triple(np.subtract(voxel, sides)), triple(np.add(voxel, sides) + 1)).clip(self.labels.shape)
+
+    def crop(self, box: Box, of: int, most: int) -> _Crop:
+        """A box on a grid of about cubes, about ``most`` of them at most, none smaller than the scan's voxels."""
+        size, side = np.multiply(box.size, self.geometry.spacing), 0.0
+        for _ in range(4):  # axes that keep the scan's step leave more voxels to the others
+            steps = np.maximum(side, self.geometry.spacing)
+            shape = triple(np.clip(np.rint(size / steps), 1, box.size))
+            if np.prod(shape) <= most:
+                break
+            side = float(steps.min() * (np.prod(shape) / most) ** (1 / 3) * 1.02)
+        inside, spacing = self.labels[box.slices], size / shape
+        clipped = np.clip(self.hu[box.slices], -400, 500).astype(np.float32)
+        rough = resized(_blocks(clipped, np.maximum(1, np.divide(box.size, shape).astype(int))), shape)
+        levels = tuple(ndimage.gaussian_filter(rough, mm / spacing) for mm in SMOOTH_MM)
+        if self.background is None:
+            odds = UNKNOWN + resized(inside != BACKGROUND, shape)
+        else:
+            doubt = np.clip(resized(self.background[box.slices], shape), 0, 1)
+            odds = np.log((1.02 - doubt) / (0.02 + doubt))
+        return _Crop(box, tuple(spacing), levels, resized(inside == of, shape) > 0.5, odds)
+
+    @cached_property
+    def kidneys(self) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Places in the kidneys, mm, and their HU at each smoothing."""
+        box = bounding_box(self.labels == KIDNEY)
+        if box is None:
+            return np.zeros((0, 3), np.float32), [np.zeros(0, np.float32) for _ in SMOOTH_MM]
+        crop = self.crop(box, KIDNEY, ROUGH)
+        inside = ndimage.binary_erosion(crop.now)
+        places = np.argwhere(inside) * crop.spacing + np.multiply(box.start, self.geometry.spacing)
+        return places.astype(np.float32), [hu[inside] for hu in crop.hu]
 
 
 def apply_clicks(
     labels: NDArray[np.uint8],
     hu: NDArray[Any],
     geometry: Geometry,
-    clicks: Sequence[tuple[Triple, int]],
-    earlier: Sequence[tuple[Triple, int]] = (),
-    probabilities: Mapping[int, NDArray[Any]] | None = None,
+    clicks: Sequence[Click],
+    earlier: Sequence[Click] = (),
+    background: NDArray[Any] | None = None,
 ) -> NDArray[np.uint8]:
-    """The labels after clicks, each of which assigns a label to a voxel and to what looks alike around it.
+    """The labels after clicks, each of which assigns a label to a voxel and to what belongs to it around it.
 
-    A voxel belongs to the click from which the cheapest path leads to it, through similar HU. A click on a tumor that
-    states another label reaches tumor only, any other click everything but tumor; kidney and background replace only
-    the label of the clicked voxel. A click that states what is there already keeps other clicks away.
+    A click of a class that is not there adds to it and removes nothing of it. A click of kidney or background on
+    another class removes that and adds nothing to it. A click that states what is there holds its voxel against others.
 
     Args:
         labels: (D, H, W) in orientation (I, P, L), with kitseg's ids.
         hu: the CT on the same grid.
         geometry: of both.
-        clicks: a voxel (slice, row, column) and its label, each.
-        earlier: clicks that the labels follow already, which keep new ones away.
-        probabilities: (D, H, W) of each label, 0 to 1, where known: a click stops where its label becomes doubtful.
+        clicks: applied in order.
+        earlier: clicks that the labels follow already.
+        background: (D, H, W), the model's probability of background, 0 to 1, where known.
     """
-    known = probabilities or {}
-    reaches = [_reach(labels, hu, geometry, *click, known.get(click[1])) for click in (*earlier, *clicks)]
-    cheapest = np.full(labels.shape, LIMIT, np.float32)
-    for reach in reaches:
-        part = cheapest[reach.box.slices]
-        np.minimum(part, reach.cost, out=part)
-    result = labels.copy()
-    for reach in reaches[len(earlier) :]:
-        inside, before = labels[reach.box.slices], int(labels[reach.voxel])
-        here = triple(np.subtract(reach.voxel, reach.box.start))
-        mask = reach.cost <= cheapest[reach.box.slices]
-        mask |= ndimage.binary_dilation(mask) & reach.alike & (cheapest[reach.box.slices] >= LIMIT)  # half of its edge
-        mask = _whole(mask, here, geometry)
-        mask &= (inside != TUMOR) == (before != TUMOR)
-        if reach.label not in (TUMOR, CYST):
-            mask &= inside == before
-            if before == TUMOR:
-                mask |= _rests(inside, here, mask)
-        result[reach.box.slices][mask] = reach.label
+    held, result = list(earlier), labels.copy()
+    for voxel, label in clicks:
+        scan, before = _Scan(result, hu, geometry, background), int(result[voxel])
+        if label != before and (label in LESIONS or before == BACKGROUND):
+            _add(scan, (voxel, label), held)
+        elif label != before:
+            _remove(scan, (voxel, label), held)
+        held.append((voxel, label))
     return result
 
 
-def _reach(
-    labels: NDArray[np.uint8],
-    hu: NDArray[Any],
-    geometry: Geometry,
-    voxel: Triple,
-    label: int,
-    probability: NDArray[Any] | None,
-) -> _Reach:
-    sides = [int(np.ceil(REACH_MM / mm)) for mm in geometry.spacing]
-    first, last = np.subtract(voxel, sides), np.add(voxel, sides) + 1
-    box = Box(triple(first), triple(last)).clip(geometry.shape)
-    here, inside = triple(np.subtract(voxel, box.start)), labels[box.slices]
-    costs, alike = _costs(hu[box.slices].astype(np.float32), inside, geometry, here, label)
-    if probability is not None:
-        known = probability[box.slices].astype(np.float32)
-        costs += DOUBT * np.maximum(0, np.log((known[here] + 0.02) / (known + 0.02)))
-    costs[(inside == TUMOR) != (labels[voxel] == TUMOR)] = -1  # no way
-    return _Reach(voxel, label, box, _geodesic(costs, here, geometry.spacing), alike & (costs > 0))
+def _add(scan: _Scan, click: Click, held: Sequence[Click]) -> None:
+    (voxel, label), before = click, int(scan.labels[click[0]])
+    rough = scan.crop(scan.around(voxel, REACH_MM[1]), label, ROUGH)
+    reach, extends = _reach_of_added(rough, voxel)
+    if extends:
+        box = scan.around(voxel, FAR * reach + MARGIN_MM)
+    else:  # a new lesion, of any size
+        found = _walk(rough, click, label, held, _added(scan, rough, voxel, reach, False)) > 0.3
+        box = rough.widened(found).union(scan.around(voxel, MARGIN_MM)).clip(scan.labels.shape)
+    crop = scan.crop(box, label, FINE)
+    walked = _walk(crop, click, label, held, _added(scan, crop, voxel, reach, extends))
+    inside, here = scan.labels[box.slices], triple(np.subtract(voxel, box.start))
+    now = inside == label
+    free = np.isin(inside, (BACKGROUND, KIDNEY, before)) if label in LESIONS else inside == before
+    mask = now | ((resized(walked, box.size) > 0.5) & free)
+    mask[here] = True
+    parts = Components.of(mask)
+    touch = np.zeros(parts.sizes.size, bool)
+    touch[parts.numbers[now[parts.box.slices]]] = True
+    mask = ndimage.binary_fill_holes(parts.chosen(touch) | component_at(mask, here))
+    inside[mask & free] = label
 
 
-def _costs(
-    hu: NDArray[np.float32], labels: NDArray[np.uint8], geometry: Geometry, here: Triple, label: int
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The cost of each mm of a path, and where HU are alike: nearer to the click's than to kidney and to fat.
+def _remove(scan: _Scan, click: Click, held: Sequence[Click]) -> None:
+    (voxel, label), of = click, int(scan.labels[click[0]])
+    whole = component_at(scan.labels == of, voxel)
+    reach = _edge(scan.crop(scan.around(voxel, REACH_MM[1]), of, ROUGH), voxel, None)
+    inner = [v for v, n in held if n == of and whole[v]]
+    box = scan.around(voxel, FAR * reach + MARGIN_MM)
+    crop = scan.crop(box, of, FINE)
+    score = _trusting(crop, voxel, reach, DISTANCE * _away(crop, voxel, reach) - EVEN, True)
+    kept = resized(_walk(crop, click, of, held, score), box.size) > 0.5
+    kept[triple(np.subtract(voxel, box.start))] = False
+    inside = scan.labels[box.slices]
+    inside[(inside == of) & ~kept & whole[box.slices]] = label
+    left = whole & (scan.labels == of)
+    parts = Components.of(left)
+    small = parts.sizes < REST * np.count_nonzero(whole & ~left)
+    small[0] = False
+    for held_voxel in inner:
+        small &= ~_number_is(parts, held_voxel)
+    scan.labels[parts.chosen(small)] = label
 
-    Lesions have such a range; other labels, and lesions as bright as the kidney, the noise around the click. Steep
-    edges cost too: at the surface of a kidney in fat, HU pass through those of a tumor. A click at an edge, and one
-    that keeps a tumor away, correct what is near.
+
+def _number_is(parts: Components, voxel: Triple) -> NDArray[np.bool_]:
+    """Whether each number is that of a voxel."""
+    inside = np.subtract(voxel, parts.box.start)
+    held = bool((inside >= 0).all() and (inside < parts.numbers.shape).all())
+    return np.equal(np.arange(parts.sizes.size), int(parts.numbers[triple(inside)]) if held else 0)
+
+
+def _reach_of_added(crop: _Crop, voxel: Triple) -> tuple[float, bool]:
+    """The radius that a click stands for, mm, and whether it extends what is there.
+
+    People click into the middle of what is wrong: the radius is the distance to its nearest edge, that of the current
+    labels or that of kidney and mass together.
     """
-    smooth = ndimage.gaussian_filter(hu, [SMOOTH_MM / mm for mm in geometry.spacing])
-    size = [round(LOCAL_MM / mm) for mm in geometry.spacing]
-    near = tuple(slice(max(0, a - n), a + n + 1) for a, n in zip(here, size, strict=True))
-    level, noise = float(np.median(smooth[near])), float(np.clip(smooth[near].std(), *NOISE_HU))
-    low = high = 2 * noise
-    kidney = smooth[labels == KIDNEY]
-    if label in (TUMOR, CYST) and kidney.size:
-        apart = float(np.median(kidney)) - level
-        if apart > noise:
-            low, high = max(low, (level - FAT_HU) / 2), apart / 2
-        elif apart < -noise:
-            low = -apart / 2
-    unlike = np.maximum(0, np.maximum(smooth - level - high, level - low - smooth)) / noise
-    slope = np.sqrt(sum(part**2 for part in np.gradient(smooth, *geometry.spacing)))
-    edge = np.maximum(0, slope / noise - EDGE)
-    outside = OUTSIDE * (labels == BACKGROUND) if label in (TUMOR, CYST) else 0.0
-    near_only = NEAR if edge[here] > 0 or (label not in (TUMOR, CYST) and labels[here] != TUMOR) else 1.0
-    return (near_only * (DISTANCE + DIFFERENCE * (unlike + edge) + outside)).astype(np.float32), unlike == 0
+    hull = _odds(crop, voxel) >= 0
+    hull = ndimage.binary_fill_holes(ndimage.binary_closing(hull, iterations=2)) & (crop.hu[0] > FAT_HU)
+    free, whole = _edge(crop, voxel, hull & ~crop.now), _edge(crop, voxel, hull)
+    return free, free < whole
 
 
-def _geodesic(costs: NDArray[np.float32], here: Triple, spacing: Sequence[float]) -> NDArray[np.float32]:
-    """The cost of the cheapest path to each voxel, infinite above ``LIMIT``; negative costs block."""
-    from skimage.graph import MCP_Geometric
-
-    class Within(MCP_Geometric):  # type: ignore[misc]
-        def goal_reached(self, index: int, cumcost: float) -> int:
-            return 2 if cumcost > LIMIT else 0
-
-    found, _ = Within(costs, sampling=spacing).find_costs([here])
-    return np.where(found <= LIMIT, found, np.inf).astype(np.float32)
+def _odds(crop: _Crop, voxel: Triple) -> NDArray[np.float32]:
+    """The log odds of not being background; unknown where the model takes the click itself for background."""
+    near = crop.odds[tuple(slice(max(0, a - 2), a + 3) for a in crop.at(voxel))]
+    return crop.odds if np.median(near) > 0 else np.maximum(crop.odds, UNKNOWN)
 
 
-def _whole(mask: NDArray[np.bool_], here: Triple, geometry: Geometry) -> NDArray[np.bool_]:
-    """A mask around a click without holes and single voxels at its edge."""
-    filled = ndimage.binary_fill_holes(mask).astype(np.float32)
-    smooth = ndimage.gaussian_filter(filled, [SMOOTH_MM / mm for mm in geometry.spacing]) > 0.5
-    smooth[here] = True
-    return component_at(smooth, here)
+def _edge(crop: _Crop, voxel: Triple, mask: NDArray[np.bool_] | None) -> float:
+    """The distance of a voxel from the edge of a mask, of the class itself by default, within ``REACH_MM``."""
+    inside = (crop.now if mask is None else mask).copy()
+    inside[tuple(slice(max(0, a - 1), a + 2) for a in crop.at(voxel))] = True
+    return float(np.clip(edt.edt(inside.astype(np.uint8), anisotropy=crop.spacing)[crop.at(voxel)], *REACH_MM))
 
 
-def _rests(labels: NDArray[np.uint8], here: Triple, changed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """What is left of the clicked tumor where it is small beside what the click changes."""
-    left = Components.of(component_at(labels == TUMOR, here) & ~changed)
-    return left.chosen(left.sizes < REST * max(1, int(changed.sum())))
+def _away(crop: _Crop, voxel: Triple, reach: float) -> NDArray[np.float32]:
+    """The logarithm of the distance from a click, in units of its reach."""
+    return np.asarray(np.log(np.clip((crop.distance(voxel) + 0.3) / reach, 0.12, 9)), np.float32)
+
+
+def _added(scan: _Scan, crop: _Crop, voxel: Triple, reach: float, extends: bool) -> NDArray[np.float32]:
+    """The log odds of what a click adds."""
+    return _trusting(crop, voxel, reach, _tissue(scan, crop, voxel, reach), extends)
+
+
+def _tissue(scan: _Scan, crop: _Crop, voxel: Triple, reach: float) -> NDArray[np.float32]:
+    """The log odds of the tissue around a click: it is the click's rather than kidney, and it is not background."""
+    tissue = EVEN - DISTANCE * _away(crop, voxel, reach) + _likeness(scan, crop, voxel, reach)
+    organ = _odds(crop, voxel) - FAT * (crop.hu[0] < FAT_HU)
+    return np.asarray(-np.logaddexp(-tissue, -organ), np.float32)
+
+
+def _trusting(
+    crop: _Crop, voxel: Triple, reach: float, score: NDArray[np.float32], extends: bool
+) -> NDArray[np.float32]:
+    """Log odds that become those of the current labels far from a click; extends: also where the class is not."""
+    far = np.clip((_away(crop, voxel, reach) - np.log(NEAR)) / np.log(FAR / NEAR), 0, 1)
+    known = np.where(crop.now, KNOWN, -KNOWN if extends else score)
+    return np.asarray(score + far * (known - score), np.float32)
+
+
+def _likeness(scan: _Scan, crop: _Crop, voxel: Triple, reach: float) -> NDArray[np.float32]:
+    """The log odds of HU in the click's tissue against those in the kidneys, outside what the click may stand for."""
+    total = np.zeros(crop.now.shape, np.float32)
+    ball = crop.distance(voxel) < max(float(np.clip(0.6 * reach, 3, 12)), 0.6 * max(crop.spacing))
+    places, levels = scan.kidneys
+    apart = np.linalg.norm(places - np.multiply(voxel, scan.geometry.spacing).astype(np.float32), axis=1)
+    for weight, (least, most), hu, kidney in zip(LIKE, HU_SPREAD, crop.hu, levels, strict=True):
+        middle = float(np.median(hu[ball]))
+        spread = float(np.clip(1.48 * np.median(np.abs(hu[ball] - middle)), least, most))
+        others = kidney[apart > 1.2 * reach]
+        if others.size < 100:
+            others = np.random.default_rng(0).normal(*KIDNEY_HU, 1000).astype(np.float32)
+        counts = ndimage.gaussian_filter1d(np.histogram(others, BINS)[0].astype(float), 2)
+        density = counts / max(1.0, counts.sum()) + 3e-5
+        own = np.maximum(-6, -(((hu - middle) / spread) ** 2) / 2 - np.log(spread / 2))
+        total += np.float32(weight) * np.clip(own - np.log(density)[np.clip(np.digitize(hu, BINS) - 1, 0, 119)], -3, 3)
+    slope = sum(part**2 for part in np.gradient(crop.hu[0], *crop.spacing))
+    return np.asarray(np.where(total > 0, total / (1 + slope / STEEP**2), total), np.float32)
+
+
+def _walk(crop: _Crop, click: Click, of: int, held: Sequence[Click], score: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The probability of the class ``of`` from its log odds, with clicks as seeds."""
+    seeds = [(crop.at(voxel), float(label == of)) for voxel, label in (*held, click) if crop.holds(voxel)]
+    prior = 1 / (1 + np.exp(-np.clip(score, -12, 12)))
+    return random_walk(prior.astype(np.float32), crop.hu[0], crop.spacing, seeds)
+
+
+def _blocks(array: NDArray[np.float32], by: NDArray[np.int_]) -> NDArray[np.float32]:
+    """The means of blocks of voxels, of smaller ones at the end."""
+    for axis, n in enumerate(by):
+        starts = np.arange(0, array.shape[axis], n)
+        sizes = np.diff(np.append(starts, array.shape[axis])).reshape([-1 if a == axis else 1 for a in range(3)])
+        array = np.asarray(np.add.reduceat(array, starts, axis) / sizes, np.float32)
+    return array

@@ -50,7 +50,8 @@ class Service:
     """One prediction at a time, in the order of arrival.
 
     work: predicts a scan (``work.Predictor``); token: that every request but ``/health`` states; root: the folder that
-    paths in requests refer to, None for uploads only; thread: the only one that predicts.
+    paths in requests refer to, None for uploads only; thread: the only one that predicts; pages: what adds further
+    requests to the application.
     """
 
     work: Work
@@ -59,6 +60,7 @@ class Service:
     limits: Limits = Limits()
     waiting: int = 0
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    pages: list[Callable[[FastAPI], None]] = field(default_factory=list)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def authorize(self, request: Request) -> None:
@@ -153,6 +155,8 @@ def build_app(service: Service, hosts: Sequence[str]) -> FastAPI:
     app = FastAPI(title="kitseg", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.get("/health")(service.health)
     app.post("/predict")(service.predict)
+    for add in service.pages:
+        add(app)
     app.add_middleware(
         TrustedHostMiddleware,
         allowed_hosts=[f"[{host}]" if ":" in host else host for host in hosts],

@@ -80,7 +80,7 @@ class Predictor:
             why = f" ({reasons})" if reasons else ""
             raise NoScan(f"holds {len(found.cases)} scans; a request takes one{why}")
         case = replace(found.cases[0], id=CASE)
-        _refuse_links(case.slices or (case.image,), [paths[0], *([self.root] if self.root else [])])
+        refuse_links(case.slices or (case.image,), [paths[0], *([self.root] if self.root else [])])
         options = PredictOptions(endings, anonymous, max_memory=self.max_memory, labels=self.scheme)
         (done,) = PredictScans(lambda: self.model, to, options)([case], Share(), lambda _: None, lambda _: None)
         if done.error:
@@ -95,7 +95,7 @@ class Predictor:
         return [labels, record_of(labels), pages.output, to / f"{CASE}.png", *files]
 
 
-def _refuse_links(files: Sequence[Path], places: Sequence[Path]) -> None:
+def refuse_links(files: Sequence[Path], places: Sequence[Path]) -> None:
     """Refuse a scan some of whose files are links to elsewhere; a .mhd file has its voxels in another one."""
     voxels = [file.with_suffix(ending) for file in files for ending in (".raw", ".zraw")]
     if not all(lies_in(file, *places) for file in (*files, *(path for path in voxels if path.is_symlink()))):

@@ -26,6 +26,7 @@ from kitseg.volumes.names import is_itk_name, is_volume_name
 
 #: ``descrip`` in the header of a synthetic scan.
 PHANTOM_MARK = "kitseg phantom"
+CORRECTED_MARK = "kitseg, corrected by a person"
 
 LOWEST_LABEL = -200  # a file with lower values holds a CT
 LABEL_TOLERANCE = 0.01  # rounding error of integers in a scaled label map
@@ -167,6 +168,11 @@ def stores_plain_integers(path: Path) -> bool:
 def is_phantom(path: Path) -> bool:
     """Whether a scan is synthetic, which ``PHANTOM_MARK`` in its header shows."""
     return not is_itk_name(path) and bool(read_header(path)["descrip"].item() == PHANTOM_MARK.encode())
+
+
+def is_corrected(path: Path) -> bool:
+    """Whether a person corrected a label map, which ``CORRECTED_MARK`` in its header shows."""
+    return not is_itk_name(path) and bool(read_header(path)["descrip"].item() == CORRECTED_MARK.encode())
 
 
 def axis_codes(geometry: Geometry) -> str:

@@ -21,7 +21,7 @@ from kitseg.labels import CYST, KIDNEY, TUMOR, Scheme, scheme_of
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.types import Case, Geometry, Grid, Triple, Volume
-from kitseg.volumes.nifti import canonical_geometry, is_phantom, read_geometry, read_image, read_labels
+from kitseg.volumes.nifti import canonical_geometry, is_corrected, is_phantom, read_geometry, read_image, read_labels
 from kitseg.volumes.resample import grid_geometry, nearest, to_grid, to_grid_smooth
 from kitseg.volumes.scan import check_grid
 
@@ -39,7 +39,7 @@ class StoredCase:
     foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
     statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
     kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown;
-    sha256: of the scan's file.
+    sha256: of the scan's file; corrected: whether a person corrected the label map.
     """
 
     id: str
@@ -54,6 +54,7 @@ class StoredCase:
     kidney_hu: float | None
     aorta_hu: float | None
     sha256: str = ""
+    corrected: bool = False
 
 
 def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
@@ -132,6 +133,7 @@ class _Meta:
     sources: dict[str, InputFile]
     ids: dict[str, int] = field(default_factory=dict)
     convention: str = ""
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         if self.convention == "kits19":
@@ -174,6 +176,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         affine=lattice.affine,
         statistics=statistics(image),
         phantom=is_phantom(files.case.image),
+        corrected=files.case.label is not None and is_corrected(files.case.label),
         spacing=scan.geometry.spacing,
         kidney_hu=files.contrast["kidney_hu"],
         aorta_hu=files.contrast["aorta_hu"],
@@ -252,7 +255,7 @@ def _mapped(folder: Path, meta: _Meta) -> StoredCase:
     if found != [(grid.shape, np.int16), (grid.shape, np.uint8)][: len(found)]:
         raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
     sha256 = meta.sources["image"].sha256 or ""
-    seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, sha256)
+    seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, sha256, meta.corrected)
     return StoredCase(meta.case, image, label, foreground, slices, *seen)
 
 

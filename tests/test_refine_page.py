@@ -1,0 +1,117 @@
+"""The page of `kitseg serve --corrected` in headless Chromium: clicks, undo, save; and requests that are refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi")
+
+from browser import browser
+from http_service import TOKEN, post, running
+from test_refine import MIDDLE, NATIVE, ball, dice
+
+from kitseg.service.http import Service
+from kitseg.service.refine import RefinePage
+from kitseg.volumes.nifti import read_labels, write_image, write_labels
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
+FALSE = (15, 35, 12)
+PLACE = """(voxel => { const p = canvas.getBoundingClientRect(); return [
+  p.left + (voxel[2] + .5) / shown.columns * p.width, p.top + (voxel[1] + .5) / shown.rows * p.height]; })"""
+
+
+@pytest.fixture
+def truth() -> np.ndarray:
+    labels = (ball((15, 35, 26), 28) * 1).astype(np.uint8)
+    labels[ball(MIDDLE, 14)] = 2
+    return labels
+
+
+@pytest.fixture
+def port(truth: np.ndarray, free_port: int, tmp_path: Path) -> Iterator[int]:
+    """A service whose root has a scan, and labels with a missed tumor and a false one."""
+    hu = np.choose(truth, [-100, 160, 80]) + np.random.default_rng(0).normal(0, 12, truth.shape)
+    write_image(tmp_path / "root" / "a.nii.gz", hu.round().astype(np.int16), NATIVE)
+    found = np.where(truth == 2, 0, truth).astype(np.uint8)
+    found[ball(FALSE, 8) & (truth == 1)] = 2
+    (tmp_path / "root" / "pred").mkdir()
+    write_labels(tmp_path / "root" / "pred" / "a.nii.gz", found, NATIVE)
+    (tmp_path / "out.nii.gz").write_bytes(b"x")
+    service = Service(lambda *_: tmp_path, TOKEN, tmp_path / "root")
+    service.pages.append(RefinePage(service, tmp_path / "corrected").add_to)
+    with running(service, free_port):
+        yield free_port
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+def test_a_missed_tumor_is_added_and_a_false_one_removed(port: int, truth: np.ndarray, tmp_path: Path) -> None:
+    with browser(CHROMIUM, tmp_path / "profile") as chromium:
+        chromium.open(f"http://127.0.0.1:{port}/refine#{TOKEN}")
+
+        def click(voxel: tuple[int, int, int], label: str, count: int) -> None:
+            chromium.evaluate(f"document.querySelector('input[value={label}]').click(); go({voxel[0]})")
+            chromium.wait_for(f"!busy && index[0] === {voxel[0]}")
+            x, y = chromium.evaluate(f"{PLACE}({list(voxel)})")
+            for kind in ("mousePressed", "mouseReleased"):
+                chromium.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            chromium.wait_for(f"!busy && clicks.length === {count}")
+
+        chromium.evaluate("$('scan').value = 'a.nii.gz'; $('labels').value = 'pred/a.nii.gz'; $('open').click()")
+        chromium.wait_for("view && shown && !busy")
+        before = chromium.evaluate("$('volumes').textContent")
+        click(MIDDLE, "tumor", 1)
+        after = chromium.evaluate("$('volumes').textContent")
+        click(FALSE, "kidney", 2)
+        assert chromium.evaluate("$('volumes').textContent") not in (before, after)
+        chromium.evaluate("$('undo').click()")
+        chromium.wait_for("!busy && clicks.length === 1")
+        assert chromium.evaluate("$('volumes').textContent") == after
+        click(FALSE, "kidney", 2)
+        assert float(chromium.evaluate("$('message').textContent").split(", ")[1].split()[0]) < 2
+        if picture := os.environ.get("KITSEG_PICTURE"):
+            shot = chromium.send("Page.captureScreenshot")["data"]
+            Path(picture).write_bytes(base64.b64decode(shot))
+        for _ in range(2):
+            chromium.evaluate("$('message').textContent = ''; $('save').click()")
+            chromium.wait_for("!busy && $('message').textContent.startsWith('saved')")
+        assert chromium.complaints() == []
+        assert {url.split("/")[2] for url in chromium.requests()} == {f"127.0.0.1:{port}"}
+    found = read_labels(tmp_path / "corrected" / "a.nii.gz", "a").array
+    assert dice(found, truth) > 0.9
+    assert not (found[ball(FALSE, 8)] == 2).any()
+    assert [one["label"] for one in json.loads((tmp_path / "corrected" / "a.json").read_text())["corrected"]] == [
+        "tumor",
+        "kidney",
+    ]
+
+
+def test_requests_that_are_refused(port: int, tmp_path: Path) -> None:
+    case = {"scan": "a.nii.gz", "labels": "pred/a.nii.gz"}
+    known = json.loads(post(port, "/refine/open", case).body)["id"]
+    far = {"id": known, "clicks": [{"voxel": [900, 0, 0], "label": "tumor"}]}
+    for status, name, body, headers in (
+        (401, "open", case, {"authorization": ""}),
+        (401, "save", {"id": known, "clicks": []}, {"authorization": "Bearer x"}),
+        (400, "open", case, {"host": "evil.example"}),
+        (403, "open", {**case, "labels": "../out.nii.gz"}, {}),
+        (404, "open", {**case, "scan": "b.nii.gz"}, {}),
+        (400, "open", {"scan": 1}, {}),
+        (400, "clicks", {"id": "other", "clicks": []}, {}),
+        (400, "clicks", far, {}),
+        (400, "clicks", {"id": known, "clicks": [{"voxel": [1, 1, 1], "label": "liver"}]}, {}),
+        (400, "save", {"id": known, "clicks": []}, {}),
+        (400, "slice?axis=0&index=99", {"id": known, "clicks": []}, {}),
+        (413, "clicks", {"id": "x" * 300_000, "clicks": []}, {}),
+    ):
+        answer = post(port, f"/refine/{name}", body, **headers)
+        assert (answer.status, b"Traceback" in answer.body) == (status, False), (name, body, headers, answer)
+    assert not (tmp_path / "corrected").exists()
+    assert post(port, "/refine/clicks", {"id": known, "clicks": []}).status == 200, "a refused click changes nothing"
