@@ -155,6 +155,25 @@ def test_a_result_may_replace_a_part_of_a_concatenation(used_later: bool, thread
     assert (2.9 < planned < 3.1) if used_later else (2 < planned < 2.3)
 
 
+def test_a_sum_lies_where_a_summand_that_nothing_else_uses_was() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Conv3d(n, 16, 3, padding=1) for n in (1, 16, 16))
+            self.small = nn.Conv3d(1, 1, 1)
+
+        def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+            one = self.first(x)
+            two = self.second(one).sigmoid()
+            return (self.small(x) + self.third(self.third(one) + (two + one)) + one,)
+
+    model, x = Sums().eval().requires_grad_(False), noise(1, 1, 7, 8, 9)
+    network = compile_network(model, "logits", 0)
+    for _ in range(2):
+        with torch.inference_mode():
+            torch.testing.assert_close(network(x), model.logits(x)[0], rtol=0, atol=1e-4)
+
+
 def test_a_result_that_would_overwrite_its_input_too_early_is_refused() -> None:
     memory, weight = torch.zeros(2 * 16 * 4 * 32 * 32), kernel(F43, 16, 16)
 

@@ -114,6 +114,7 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
             chain.replace_by(name)
             done.update(chain.nodes)
     _keep_parts(graph, root, modules)
+    _add_in_place(graph, root)
     graph.lint()
     return _Network(root, graph, arena)
 
@@ -137,6 +138,21 @@ def _keep_parts(graph: fx.Graph, root: nn.Module, modules: Modules) -> None:
             for user in [*node.users]:
                 user.args = tuple(tuple(parts) if arg is node else arg for arg in user.args)
             graph.erase_node(node)
+
+
+def _add_in_place(graph: fx.Graph, root: nn.Module) -> None:
+    """Put a sum where one of its summands is, if that is a layer's result which nothing else uses."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in ADD and len(node.args) == 2 and not node.kwargs:
+            for one, other in (node.args, node.args[::-1]):
+                alone = isinstance(one, fx.Node) and one.op == "call_module" and len(one.users) == 1
+                if alone and isinstance(other, fx.Node) and isinstance(root.get_submodule(str(one.target)), Layer):
+                    node.target, node.args = _add, (one, other)
+                    break
+
+
+def _add(one: Tensor, other: Tensor) -> Tensor:
+    return one.add_(other) if one.shape == other.shape else one + other
 
 
 def _takes_parts(user: fx.Node, joined: fx.Node, root: nn.Module) -> bool:
