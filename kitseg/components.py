@@ -71,7 +71,12 @@ def component_at(mask: NDArray[np.bool_], voxel: Triple) -> NDArray[np.bool_]:
 
 
 def kidneys_among(
-    sizes: NDArray[np.int64], voxel_ml: float, most: int = 2, min_ratio: float = 0.05, min_ml: float = 20.0
+    sizes: NDArray[np.int64],
+    voxel_ml: float,
+    most: int = 2,
+    min_ratio: float = 0.05,
+    min_ml: float = 20.0,
+    tissue: NDArray[np.int64] | None = None,
 ) -> NDArray[np.bool_]:
     """Which foreground components are kidneys: the largest one, and others that are large enough.
 
@@ -85,18 +90,30 @@ def kidneys_among(
         most: maximum number of components to keep.
         min_ratio: smallest volume of a further component, relative to the first.
         min_ml: smallest volume of a further component in millilitres.
+        tissue: voxels of kidney without masses by component number. If given, the components that are large enough are
+            ranked by it instead of by their size: what is falsely called a mass has hardly any.
     """
-    order = np.argsort(-sizes[1:], kind="stable")[:most] + 1
-    large = (sizes[order] >= min_ratio * sizes[order[:1]]) & (sizes[order] * voxel_ml >= min_ml)
-    large[:1] = True
+    can_be = (sizes >= min_ratio * sizes.max()) & (sizes * voxel_ml >= min_ml)
+    can_be[sizes.argmax()] = True
+    can_be[0] = False
+    order = np.argsort(-(sizes if tissue is None else tissue), kind="stable")
     kidneys = np.zeros(sizes.size, np.bool_)
-    kidneys[order[large]] = True
+    kidneys[order[can_be[order]][:most]] = True
     return kidneys
 
 
 def keep_kidneys(
-    mask: NDArray[np.bool_], voxel_ml: float, most: int = 2, min_ratio: float = 0.05, min_ml: float = 20.0
+    mask: NDArray[np.bool_],
+    voxel_ml: float,
+    most: int = 2,
+    min_ratio: float = 0.05,
+    min_ml: float = 20.0,
+    tissue: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
-    """The kidneys (with their tumors) of a foreground mask (D, H, W), as ``kidneys_among`` selects them."""
+    """The kidneys (with their tumors) of a foreground mask (D, H, W), as ``kidneys_among`` selects them.
+
+    tissue: where the mask is kidney without masses (D, H, W), to rank by it.
+    """
     found = Components.of(mask)
-    return found.chosen(kidneys_among(found.sizes, voxel_ml, most, min_ratio, min_ml))
+    ranked = None if tissue is None else found.total(tissue).astype(np.int64)
+    return found.chosen(kidneys_among(found.sizes, voxel_ml, most, min_ratio, min_ml, ranked))

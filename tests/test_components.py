@@ -67,6 +67,16 @@ def test_of_equals_the_first_in_the_array_stays() -> None:
     np.testing.assert_array_equal(keep_kidneys(np.asfortranarray(mask), 1.0, most=2, min_ml=1.0), kept)
 
 
+def test_kidneys_by_their_tissue() -> None:
+    """Rows of 9, 7, 5 and 2 voxels with 1, 3, 5 and 2 of tissue: the two of at least 3 with the most tissue stay."""
+    mask, tissue = np.zeros((7, 1, 10), bool), np.zeros((7, 1, 10), bool)
+    for z, size, share in ((0, 9, 1), (2, 7, 3), (4, 5, 5), (6, 2, 2)):
+        mask[z, 0, :size] = tissue[z, 0, :share] = True
+    kept = keep_kidneys(mask, 1.0, 2, 0.05, 3.0, tissue)
+    assert kept.sum(axis=(1, 2)).tolist() == [0, 0, 7, 0, 5, 0, 0]
+    assert keep_kidneys(mask, 1.0, 2, 0.05, 3.0).sum(axis=(1, 2)).tolist() == [9, 0, 7, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize(("case", "kidneys"), [(5, 1), (30, 2), (88, 2), (165, 1)])
 def test_keep_kidneys_on_challenge_labels(shared: Path, case: int, kidneys: int) -> None:
     """The number of kidneys is right, and what goes are specks below 1 ml."""

@@ -202,6 +202,15 @@ def test_tumor_goes_with_its_kidney_and_stays_without_one() -> None:
     np.testing.assert_array_equal(found.tumor, tumor)
 
 
+def test_a_false_tumor_takes_no_kidneys_place() -> None:
+    foreground, hu = two_rows(30), np.zeros((5, 5, 100))
+    foreground[2, 2, :20] = True  # the only kidney: the rows of 100 and 30 voxels are tumor
+    masks = Masks(foreground, two_rows(30))
+    assert KeepKidneys(most=1)(masks, hu, ML).foreground.sum() == 100
+    found = KeepKidneys(most=1, by_tissue=True)(masks, hu, ML)
+    assert (found.foreground.sum(), found.tumor.sum()) == (20, 0)
+
+
 # --- tumors ----------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kitseg import config
-from kitseg.labels import CYST, TUMOR
+from kitseg.labels import CYST, KIDNEY, TUMOR
 from kitseg.links.regions import AroundForeground, RegionContext
 from kitseg.losses.dice import DiceCrossEntropy
 from kitseg.nets.residual_unet import ResidualUNet, from_nnunet
@@ -102,6 +102,16 @@ def test_the_box_around_the_kidneys_has_its_margin_in_millimetres() -> None:
     region = AroundForeground(10, at_least=(16, 16, 16))
     assert region(RegionContext(fine, guide, coarse)) == Box((2, 11, 0), (18, 29, 40))
     assert region(RegionContext(fine, np.zeros_like(guide), coarse)) is None
+
+
+def test_a_false_mass_does_not_draw_the_box_away_from_a_kidney() -> None:
+    grid = Geometry((8, 30, 60), np.diag([4.0, 4.0, 4.0, 1]))
+    guide = np.zeros(grid.shape, np.uint8)
+    guide[2:6, 4:12, 4:20] = guide[2:6, 4:12, 40:56] = KIDNEY  # 33 ml each
+    region = AroundForeground(0, at_least=(4, 8, 8))
+    box = region(RegionContext(grid, guide, grid))
+    guide[:, 14:28, 2:58] = TUMOR  # 401 ml, apart from the kidneys
+    assert region(RegionContext(grid, guide, grid)) == box == Box((2, 4, 4), (6, 12, 56))
 
 
 def test_each_part_can_be_taken_away() -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.components import Components, bounding_box, keep_kidneys
+from kitseg.labels import KIDNEY
 from kitseg.types import Box, Geometry, Triple, triple
 
 SKIN = -300  # HU: between air with its partial volumes and fat
@@ -144,6 +145,8 @@ class FixedAroundForeground:
 class AroundForeground:
     """The bounding box of the guide's kidneys and masses with a margin, inside the volume.
 
+    Of more than two components that are large enough, the kidneys are those with the most kidney tissue.
+
     margin: millimetres on each side; components too small to be kidneys are removed before; at_least: voxels (slices,
     rows, columns) to which a smaller box is grown.
     """
@@ -158,7 +161,7 @@ class AroundForeground:
 
     def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid; None if the guide has no foreground."""
-        found = _foreground(known)
+        found = _foreground(known, by_tissue=True)
         if found is None or known.guide_grid is None:
             return None
         step = np.divide(known.grid.shape, known.guide_grid.shape)
@@ -178,11 +181,12 @@ def _check_voxels(size: Sequence[int], fewest: int = 0) -> None:
         raise ValueError(f"a box has {fewest} to 2048 voxels on each axis, and at most 2**27 in all")
 
 
-def _foreground(known: RegionContext) -> Box | None:
+def _foreground(known: RegionContext, by_tissue: bool = False) -> Box | None:
     """The bounding box of the guide's kidneys and masses on the guide's grid."""
     if known.guide is None or known.guide_grid is None:
         raise ValueError("the box around the foreground needs a guide")
-    return bounding_box(keep_kidneys(known.guide > 0, known.guide_grid.voxel_ml))
+    tissue = known.guide == KIDNEY if by_tissue else None
+    return bounding_box(keep_kidneys(known.guide > 0, known.guide_grid.voxel_ml, tissue=tissue))
 
 
 def _grown(box: Box, at_least: Sequence[int]) -> Box:

@@ -9,16 +9,22 @@ from typing import Any
 from numpy.typing import NDArray
 
 from kitseg.components import keep_kidneys
+from kitseg.labels import KIDNEY
 from kitseg.types import Masks
 
 
 @dataclass(frozen=True)
 class KeepKidneys:
-    """Keeps the foreground components that are kidneys; ``components.kidneys_among`` describes the settings."""
+    """Keeps the foreground components that are kidneys; ``components.kidneys_among`` describes the settings.
+
+    by_tissue: of the components that are large enough, those with the most kidney without masses stay instead of the
+    largest ones.
+    """
 
     most: int = 2
     min_ratio: float = 0.05
     min_ml: float = 20.0
+    by_tissue: bool = False
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
         """``masks`` without the other foreground components and their tumor; tumor outside the foreground remains.
@@ -26,5 +32,6 @@ class KeepKidneys:
         ``hu`` is not used.
         """
         ml = math.prod(spacing) / 1000
-        kept = keep_kidneys(masks.foreground, ml, self.most, self.min_ratio, self.min_ml)
+        tissue = masks.labels() == KIDNEY if self.by_tissue else None
+        kept = keep_kidneys(masks.foreground, ml, self.most, self.min_ratio, self.min_ml, tissue)
         return masks.without(masks.foreground & ~kept)
