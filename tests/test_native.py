@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,6 +263,19 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
             assert torch.equal(one, other)
     finally:
         torch.set_num_threads(before)
+
+
+def test_kernels_of_other_sources_are_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after an update of a checkout without installing it again: results would be wrong."""
+    kernels = library.library()
+    assert kernels is not None
+    assert not library.is_outdated(kernels)
+    (tmp_path / "kernels.cpp").write_text("// changed")
+    monkeypatch.delenv(library.CHOSEN, raising=False)
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    assert library.is_outdated(kernels)
+    (tmp_path / "kernels.cpp").unlink()
+    assert not library.is_outdated(kernels)  # a wheel has no sources
 
 
 def job(**changes: int) -> library.Convolution:

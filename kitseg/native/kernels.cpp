@@ -90,6 +90,10 @@ static long product(std::initializer_list<long> factors) {
   return all;
 }
 
+#ifdef KITSEG_SOURCES  // kitseg_sources_ and the checksum of the sources, see library.py
+EXPORT void KITSEG_SOURCES() {}
+#endif
+
 EXPORT long kitseg_lanes() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;

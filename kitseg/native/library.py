@@ -8,6 +8,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,14 +43,28 @@ Pointwise = _structure(
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The kernels; None where they were not compiled, or the CPU has neither AVX-512 nor AVX2."""
+    """The kernels; None where they can't be used: not compiled, outdated, or on a CPU with neither AVX-512 nor AVX2."""
+    found = _compiled()
+    return found if found and found.kitseg_lanes() and not is_outdated(found) else None
+
+
+@cache
+def _compiled() -> ctypes.CDLL | None:
     places = [Path(__file__).with_name(f"kernels{suffix}") for suffix in EXTENSION_SUFFIXES]
     for path in (Path(os.environ[CHOSEN]),) if os.environ.get(CHOSEN) else places:
         if path.is_file():
             found = ctypes.CDLL(str(path))
             found.kitseg_lanes.restype = _LONG
-            return found if found.kitseg_lanes() else None
+            return found
     return None
+
+
+def is_outdated(kernels: ctypes.CDLL) -> bool:
+    """Whether the sources beside this module, in a checkout, are others than the kernels were compiled from."""
+    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
+    if not sources or os.environ.get(CHOSEN):
+        return False
+    return not hasattr(kernels, f"kitseg_sources_{crc32(b''.join(path.read_bytes() for path in sources)):08x}")
 
 
 @cache
@@ -79,7 +94,9 @@ def lanes() -> int:
 
 def describe() -> str:
     """What the kernels use here, as a text."""
-    return WIDTHS.get(lanes(), "none")
+    found = _compiled()
+    none = "none: compiled from other sources, install kitseg again" if found and is_outdated(found) else "none"
+    return WIDTHS.get(lanes(), none)
 
 
 def call(name: str, job: ctypes.Structure, *more: Any) -> None:
