@@ -227,6 +227,57 @@ def test_what_is_changed_in_place_is_read_before() -> None:
             torch.testing.assert_close(network(x.clone()), expected, rtol=0, atol=1e-4)
 
 
+class Standardized(nn.Conv3d):
+    """A convolution with a forward of its own, which the kernels' convolution would not compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3, 4), keepdim=True)
+        return functional.conv3d(x, 3 * weight, self.bias, self.stride, self.padding)
+
+
+class Unusual(nn.Module):
+    """Own convolutions, sums in place of tensors that are used again, a residual that changes in place later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.halved = Standardized(4, 4, 3, padding=1), Standardized(4, 4, 3, stride=2, padding=1)
+        self.one, self.two, self.three = (nn.Conv3d(4, 4, 3, padding=1) for _ in range(3))
+        self.norm, self.batch = nn.InstanceNorm3d(4), nn.BatchNorm3d(4)
+        self.act, self.relu = nn.LeakyReLU(), nn.ReLU(inplace=True)
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.act(self.norm(self.own(x)))
+        small = self.relu(self.batch(self.halved(y)))
+        skips = [y]
+        y += self.one(y)
+        y *= 0.5
+        total = self.two(y) + skips[0]
+        residual = self.three(y)
+        summed = self.one(x) + residual
+        changed = self.relu(residual)
+        again = self.act(summed) + changed
+        alone = self.two(x)
+        alone += x
+        return small, total, again, self.act(alone)
+
+
+@pytest.mark.parametrize("output", range(4))
+def test_own_convolutions_and_changes_in_place(output: int) -> None:
+    torch.manual_seed(0)
+    model, x = Unusual().eval(), noise(1, 4, 6, 8, 10)
+    with torch.inference_mode():
+        expected = model.logits(x.clone())[output]
+        found = compile_network(model, "logits", output)(x.clone())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_network_with_hooks_is_not_compiled() -> None:
+    model = Unusual()
+    model.one.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="one has hooks"):
+        compile_network(model, "logits", 0)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23"])
 def test_moments_of_a_convolution_far_from_zero(kind: Kind) -> None:
     """One of many blocks of tiles, with a mean of 30 deviations."""

@@ -24,22 +24,39 @@ from kitseg.native.layers import (
     kind_of,
 )
 
-ADD = (operator.add, operator.iadd, torch.add)
+ADD = (operator.add, torch.add)
 Modules = Mapping[fx.Node, nn.Module]
-IN_PLACE = ("iadd", "imul", "isub", "itruediv")
+IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d)  # in inference
 
 
+def _change(how: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda one, other: one.tracer.create_proxy("call_function", how, (one, other), {})
+
+
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` and the like as changes in place; fx records sums, products and so on."""
+
+    __iadd__, __isub__, __imul__, __itruediv__ = map(_change, IN_PLACE)
+
+
 class _Tracer(fx.Tracer):
-    """Traces a method; a module of a subclass of PyTorch's own is one operation, too."""
+    """Traces a method; a module of a subclass of PyTorch's own is one operation, too, if it computes the same."""
 
     def __init__(self, method: str) -> None:
         super().__init__()
         self.traced_func_name = method
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, (*CONVOLUTIONS, *INSTANCE_NORMS))
-        return known or super().is_leaf_module(m, module_qualified_name)
+        return _computes_as_pytorch(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 class _Network(fx.Interpreter):
@@ -89,8 +106,10 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
     keep: see ``Layer``.
 
     Raises:
-        Exception: of any kind, where the method can't be traced.
+        Exception: of any kind, where the method can't be traced, or a module has hooks, which would not run.
     """
+    if hooked := [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]:
+        raise ValueError(f"{hooked[0]} has hooks")
     graph = _Tracer(method).trace(model)
     end: Any = next(node for node in graph.nodes if node.op == "output")
     end.args = (end.args[0][output],)
@@ -102,6 +121,7 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
             before: Any = node.args[0]
             node.replace_all_uses_with(before)
             graph.erase_node(node)
+    _replace_changes(graph, modules)
     root, arena, done = nn.Module(), Arena(), set[fx.Node]()
     for number, node in enumerate([*graph.nodes]):
         name = f"part_{number}"
@@ -117,6 +137,24 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
     _add_in_place(graph, root)
     graph.lint()
     return _Network(root, graph, arena)
+
+
+def _computes_as_pytorch(module: nn.Module) -> bool:
+    """Whether it is a convolution or a norm of PyTorch's, or of a subclass that computes the same."""
+    kind: Any = next((kind for kind in (*CONVOLUTIONS, *INSTANCE_NORMS) if isinstance(module, kind)), None)
+    ways = ("forward", "_conv_forward")
+    same = kind and all(getattr(type(module), way, None) is getattr(kind, way, None) for way in ways)
+    return bool(same or getattr(module, "equals_conv3d", False))
+
+
+def _replace_changes(graph: fx.Graph, modules: Modules) -> None:
+    """Make ``y += x`` a sum where nothing else uses ``y``, a module's own result: sums become part of layers."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in IN_PLACE:
+            changed: Any = node.args[0]
+            own = isinstance(changed, fx.Node) and changed.op == "call_module" and not _changes(changed, modules)
+            if own and len(changed.users) == 1:
+                node.target = IN_PLACE[node.target]
 
 
 def _keep_parts(graph: fx.Graph, root: nn.Module, modules: Modules) -> None:
@@ -207,7 +245,8 @@ class _Chain:
         user = self._user()
         if user is None or user not in self.modules or not wanted(self.modules[user]):
             return None
-        if any(_is_changed(source, self.modules) for source in self.nodes[0].args):  # before the layer would read it
+        sources = (*self.nodes[0].args, self.residual)
+        if any(_is_changed(source, self.modules) for source in sources):  # before the layer would read it
             return None
         self.nodes.append(user)
         return self.modules[user]
@@ -233,7 +272,7 @@ def _changes(node: fx.Node, modules: Modules) -> bool:
     if node.op == "call_module":
         return bool(getattr(modules.get(node), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") or bool(node.kwargs.get("inplace")) or name in IN_PLACE
+    return name.endswith("_") or bool(node.kwargs.get("inplace")) or node.target in IN_PLACE
 
 
 def _is_changed(value: Any, modules: Modules) -> bool:
