@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import threading
 import time
@@ -213,7 +214,7 @@ def test_a_path_below_nothing() -> None:
 
 def test_folders_of_killed_services_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for name in ("kitseg-serve-999999999-x", "kitseg-serve-1-x", "kitseg-serve-mine"):
+    for name in ("kitseg-serve-999999999-x", f"kitseg-serve-{os.getpid()}-x", "kitseg-serve-1-x", "kitseg-serve-mine"):
         (tmp_path / name).mkdir()
     with scratch() as folder:
         names = sorted(path.name for path in tmp_path.iterdir())
