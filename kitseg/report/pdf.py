@@ -67,6 +67,7 @@ def _pages(content: CaseContent, patient: str) -> Iterator[Figure]:
     lesions = findings.lesions[:MOST_LESIONS]
     for first in range(0, len(lesions), _A_PAGE):
         page = Figure(figsize=_A4)
+        _write(page, 0.99, [patient])
         for place, lesion in enumerate(lesions[first : first + _A_PAGE]):
             name = f"{title(lesion, scene.scheme).capitalize()}, slice {lesion.centre[0] + 1}"
             _draw(page, 0.96 - 0.23 * place, content, lesion.centre, lesion_box(lesion, scene.geometry), name)
