@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts
 from pynetdicom.sop_class import CTImageStorage, Verification  # type: ignore[attr-defined]
 
 from kitseg.service.spool import Spool
-from kitseg.volumes.dicom.headers import read_dicom_header
+from kitseg.volumes.dicom.headers import Header, read_dicom_header
 
 DEFLATED = "1.2.840.10008.1.2.1.99"  # unpacks in memory to any size, so it isn't accepted
 #: Transfer syntaxes of CT images that kitseg reads: uncompressed, JPEG, JPEG-LS, JPEG 2000, RLE.
@@ -34,9 +35,9 @@ SILENT = 15.0  # seconds of a connection before its association
 
 @dataclass
 class _Session:
-    """An association: the studies that it brought, the objects that were not stored, and its bytes on the way."""
+    """An association: the instances of each study that it brought, the objects whose study is not known, its bytes."""
 
-    studies: set[Path] = field(default_factory=set)
+    studies: dict[Path, set[str]] = field(default_factory=dict)
     lost: int = 0
     pending: float = 0.0
     memory: int = 0
@@ -96,8 +97,12 @@ class Receiver:
         link.recv = _bounded(association, session, link.socket)
 
     def _closed(self, event: evt.Event) -> None:
-        """Remove the object whose transfer broke off."""
+        """Remove the object whose transfer broke off; an image is noted as refused."""
         if path := getattr(event.assoc.dimse.message, "_data_set_path", None):
+            with suppress(OSError):
+                header = _header(Path(path))
+                if header and header.sop_class == CTImageStorage and header.manufacturer != "kitseg":
+                    self.spool.refuse(self.spool.study(header.patient, header.study), header.instance)
             with suppress(OSError):
                 Path(path).unlink()
 
@@ -107,30 +112,40 @@ class Receiver:
 
     def _store(self, event: evt.Event) -> int:
         session, path = _session(event.assoc), event.dataset_path
-        session.memory, session.lost = 0, session.lost + 1  # until it is stored, whatever happens meanwhile
-        session.pending -= 1.01 * path.stat().st_size + 4096  # with what the protocol adds
+        session.memory, session.lost = 0, session.lost + 1  # until the spool knows, whatever happens meanwhile
+        session.pending = max(0.0, session.pending - 1.01 * path.stat().st_size - 4096)  # with what the protocol adds
         status = self._file(path, event.request.AffectedSOPClassUID == CTImageStorage, session)
-        session.lost -= status == SUCCESS
+        session.lost -= status != UNREADABLE
         return status
 
     def _file(self, path: Path, is_ct: bool, session: _Session) -> int:
-        header = read_dicom_header(path) if path.stat().st_size <= LARGEST_IMAGE else None
-        if header is None or header.broken or not (header.study and header.instance):
+        is_too_large, header = path.stat().st_size > LARGEST_IMAGE, _header(path)
+        if header is None:
             return UNREADABLE if is_ct else SUCCESS
         study = self.spool.study(header.patient, header.study)
         if header.manufacturer == "kitseg":
-            self.spool.mark(study, "known")
-        elif header.sop_class != CTImageStorage:
-            return SUCCESS
-        elif not self.spool.add(study, header.instance, path):
-            return NO_ROOM
-        session.studies.add(study)
+            self.spool.mark_known(study)
+            session.studies.setdefault(study, set())
+        elif header.sop_class == CTImageStorage:
+            if is_too_large:
+                self.spool.refuse(study, header.instance)
+            if is_too_large or not self.spool.add(study, header.instance, path):
+                return NO_ROOM
+            session.studies.setdefault(study, set()).add(header.instance)
         return SUCCESS
 
     def _released(self, event: evt.Event) -> None:
         session = _session(event.assoc)
         if not session.lost and event.assoc.dimse.msg_queue.empty():  # it did not leave before its last answer
             self.spool.close(session.studies)
+
+
+def _header(path: Path) -> Header | None:
+    """The header of an object; None: it doesn't state its study and instance. A large file is cut off behind it."""
+    if path.stat().st_size > LARGEST_IMAGE:
+        os.truncate(path, LARGEST_IMAGE)
+    found = read_dicom_header(path)
+    return found if found and not found.broken and found.study and found.instance else None
 
 
 def _session(association: Any) -> _Session:

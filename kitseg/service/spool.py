@@ -1,8 +1,9 @@
 """The spool: a folder of the studies that a DICOM node received and has not delivered yet.
 
 A study's folder is named by a hash of patient and study, and has ``images``, the results of N images in ``results-N``,
-and marks: ``complete`` (an association with it was released), ``refused`` (an image of it was), ``known`` (its sender
-has kitseg's results) and ``tries`` (a byte for each prediction that was begun). What it states survives a restart.
+and marks: ``awaited`` (a folder with the hash of each image that was refused, or whose association was not released),
+``complete`` (an association with it was released, and none is awaited), ``known`` (its sender has kitseg's results) and
+``tries`` (a byte for each prediction that was begun). What it states survives a restart.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ MOST_TRIES = 3  # of a prediction that fails, or that the process doesn't surviv
 FREE = 1 << 30  # bytes that stay free on the disk
 _LEAST = 1 << 16  # bytes that any image counts for, so that their number is limited too
 _REMOVED = "removed-"
+_MOST_AWAITED = 10_000  # refused images that are noted one by one
+_MOST_EMPTY = 10  # times the number of studies: those without images, of which one was refused
 
 
 @dataclass
@@ -59,42 +62,63 @@ class Spool:
         return self.folder / _name(f"{patient}\n{uid}")
 
     def add(self, study: Path, instance: str, file: Path) -> bool:
-        """Move an image here; one that is here already is kept. False: there is no room for it."""
+        """Move an image here; one that is here already is kept. False: it is refused, there is no room for it.
+
+        The image is awaited until its association is released.
+        """
         target, size = study / "images" / f"{_name(instance)}.dcm", max(file.stat().st_size, _LEAST)
         with self._lock:
+            self._await(study, instance)
             if target.exists():
                 return True
             used = self._bytes.get(study) or total_bytes(study.glob("images/*"))
             if not self._room(study) or used + size > self.most_bytes:
-                self.mark(study, "refused")
+                self.refuse(study, instance)
                 return False
             target.parent.mkdir(parents=True, exist_ok=True)
-            (study / "complete").unlink(missing_ok=True)
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
             os.replace(file, target)
             self._bytes[study] = used + size
             return True
 
+    def refuse(self, study: Path, instance: str) -> None:
+        """Note that an image was not stored: its study, which may not be here, waits until it is sent again."""
+        with self._lock:
+            mark = self._await(study, instance)
+            if len(os.listdir(mark.parent)) > _MOST_AWAITED:
+                mark.replace(mark.with_name("more"))  # no image has this name, so the study is never complete
+            empty = [one for one in self.studies() if not _is_kept(one)]
+            for oldest in empty[: -_MOST_EMPTY * self.most_studies]:
+                shutil.rmtree(oldest)
+
+    def _await(self, study: Path, instance: str) -> Path:
+        mark = study / "awaited" / _name(instance)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        (study / "complete").unlink(missing_ok=True)
+        return mark
+
     def _room(self, study: Path) -> bool:
         enough = shutil.disk_usage(self.folder).free > FREE
-        return enough and (study.exists() or len(self.studies()) < self.most_studies)
+        return enough and (_is_kept(study) or sum(map(_is_kept, self.studies())) < self.most_studies)
 
-    def mark(self, study: Path, name: str) -> None:
-        """Set a mark of a study that is here, or create the study for the mark ``known``."""
+    def mark_known(self, study: Path) -> None:
+        """Note that the sender of a study has kitseg's results."""
         with self._lock:
-            if name == "known" and self._room(study):
+            if _is_kept(study) or self._room(study):
                 study.mkdir(exist_ok=True)
-            if study.exists():
-                (study / name).touch()
+                (study / "known").touch()
 
-    def close(self, studies: Iterable[Path]) -> None:
-        """An association with these studies was released: each is complete unless an image of it was refused."""
+    def close(self, studies: Mapping[Path, Iterable[str]]) -> None:
+        """An association with these instances of studies was released: a study is complete if it awaits no other."""
         with self._lock:
-            for study in studies:
+            for study, instances in studies.items():
                 (study / "tries").unlink(missing_ok=True)
-                if not (study / "refused").exists():
-                    self.mark(study, "complete")
+                for instance in instances:
+                    (study / "awaited" / _name(instance)).unlink(missing_ok=True)
+                if _is_kept(study) and not any(study.glob("awaited/*")):
+                    (study / "complete").touch()
 
     def is_due(self, study: Path, quiet: float) -> bool:
         """Whether a study has been complete for ``quiet`` seconds, and has no results yet."""
@@ -147,6 +171,10 @@ class Spool:
         """Whether a study was not completed, or not predicted, for a day."""
         is_stuck = self.tries(study) >= MOST_TRIES or not (study / "complete").exists()
         return is_stuck and self.results(study) is None and 0 < _changed(study) < time.time() - A_DAY
+
+
+def _is_kept(study: Path) -> bool:
+    return (study / "images").exists() or (study / "known").exists()
 
 
 def _name(text: str) -> str:
