@@ -58,6 +58,13 @@ def test_round_trip_of_any_orientation(tmp_path: Path, affine: np.ndarray) -> No
     assert np.array_equal(after.dataobj, count())
 
 
+def test_a_long_name_is_compressed(tmp_path: Path) -> None:
+    path = tmp_path / f"{'x' * 200}.nii.gz"
+    volume = nifti.read_image(save(tmp_path / "in.nii", count()), "a")
+    nifti.write_image(path, volume.array, volume.native)
+    assert np.array_equal(nibabel.load(path).dataobj, count())
+
+
 def test_canonical_geometry_by_hand() -> None:
     # RAS, 2 x 3 x 4 voxels of 1, 2, 5 mm: I is -S, P is -A, L is -R
     native = Geometry((2, 3, 4), np.diag([1.0, 2, 5, 1]))

@@ -61,9 +61,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def short_name(name: str) -> str:
-    """A name that is still legal with 64 bytes more: a long one is cut, and a hash of it appended."""
+    """A name that is still legal with 64 bytes more: a hash of a long one replaces its middle; .gz at its end stays."""
     content = name.encode("utf-8", "surrogateescape")
-    return name if len(content) <= LONGEST else f"{name[: LONGEST // 4]}.{hashlib.sha256(content).hexdigest()[:16]}"
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    return name if len(content) <= LONGEST else f"{name[: LONGEST // 8]}.{digest}{name[-3:]}"
 
 
 @contextmanager
