@@ -165,13 +165,20 @@ def _add(scan: _Scan, click: Click, held: Sequence[Click]) -> None:
     inside, here = scan.labels[box.slices], triple(np.subtract(voxel, box.start))
     now = inside == label
     free = np.isin(inside, (BACKGROUND, KIDNEY, before)) if label in LESIONS else inside == before
+    others = [triple(np.subtract(v, box.start)) for v, n in held if n != label and v != voxel and crop.holds(v)]
+    for other in others:
+        free[other] = False
     mask = now | ((resized(walked, box.size) > 0.5) & free)
     mask[here] = True
     parts = Components.of(mask)
     touch = np.zeros(parts.sizes.size, bool)
     touch[parts.numbers[now[parts.box.slices]]] = True
-    mask = ndimage.binary_fill_holes(parts.chosen(touch) | component_at(mask, here))
-    inside[mask & free] = label
+    mask = parts.chosen(touch) | component_at(mask, here)
+    holes = ndimage.binary_fill_holes(mask) & ~mask
+    for other in others:
+        if holes[other]:
+            holes &= ~component_at(holes, other)
+    inside[(mask | holes) & free] = label
 
 
 def _remove(scan: _Scan, click: Click, held: Sequence[Click]) -> None:
@@ -183,7 +190,8 @@ def _remove(scan: _Scan, click: Click, held: Sequence[Click]) -> None:
     crop = scan.crop(box, of, FINE)
     score = _trusting(crop, voxel, reach, DISTANCE * _away(crop, voxel, reach) - EVEN, True)
     kept = resized(_walk(crop, click, of, held, score), box.size) > 0.5
-    kept[triple(np.subtract(voxel, box.start))] = False
+    for place in (*filter(crop.holds, inner), voxel):
+        kept[triple(np.subtract(place, box.start))] = place != voxel
     inside = scan.labels[box.slices]
     inside[(inside == of) & ~kept & whole[box.slices]] = label
     left = whole & (scan.labels == of)
