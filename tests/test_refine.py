@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from conftest import kitseg
 from scipy import ndimage
 
+from kitseg.commands import refine as steps
+from kitseg.commands.measure import LabelTask
+from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import KITS19
 from kitseg.models.training_domain import training_facts
 from kitseg.postprocess.clicks import apply_clicks
@@ -85,6 +89,19 @@ def test_a_click_stops_where_the_model_doubts(scan: tuple[np.ndarray, np.ndarray
     assert 0 < np.count_nonzero(bound == 2) < np.count_nonzero(free == 2)
 
 
+def test_clicks_hold_their_voxels_against_later_ones(scan: tuple[np.ndarray, np.ndarray]) -> None:
+    hu, truth = scan
+    small, hole, geometry = ball(MIDDLE, 10), ball(MIDDLE, 4), canonical_geometry(NATIVE)
+    labels = np.where(hole, 1, np.where(small, 2, np.where(truth == 2, 0, truth))).astype(np.uint8)
+    hu, beside = np.where(hole, 160, hu), (15, 35, 52)
+    free, held = (apply_clicks(labels, hu, geometry, [(beside, 2)], earlier) for earlier in ((), [(MIDDLE, 1)]))
+    assert (free[hole] == 2).all(), "a hole is filled"
+    assert (held[beside], held[MIDDLE]) == (2, 1)
+    assert np.count_nonzero(held[hole] == 1) > np.count_nonzero(hole) / 2
+    kept = apply_clicks(truth, hu, geometry, [(MIDDLE, 1)], [((15, 35, 41), 2)])
+    assert (kept[MIDDLE], kept[15, 35, 41]) == (1, 2), "a click also holds the voxel beside a later one"
+
+
 @pytest.fixture
 def folder(scan: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> Path:
     hu, truth = scan
@@ -129,6 +146,38 @@ def test_from_the_click_to_the_page(folder: Path, scan: tuple[np.ndarray, np.nda
         "tumor",
         "kidney",
     ]
+
+
+def test_another_scan_on_the_same_grid_is_refused(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:
+    assert refine(folder, "pred/a.nii.gz", "0,0,30=background")[0] == 0
+    before = (folder / "corrected" / "a.json").read_bytes()
+    write_image(folder / "data" / "a.nii.gz", scan[0] + np.int16(1), NATIVE)
+    code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=background")
+    assert (code, "made from another scan than" in " ".join(text.split())) == (2, True)
+    assert (folder / "corrected" / "a.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("failing", ["write_labels", "file_digest", "forget"])
+def test_a_correction_that_cannot_be_written_leaves_the_earlier_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    to = folder / "corrected"
+    scan = Case("a", folder / "data" / "a.nii.gz")
+    steps.refine(LabelTask("a", folder / "pred" / "a.nii.gz", scan), steps.parse_clicks(["0,0,30=background"]), to)
+    before = {file.name: file.read_bytes() for file in to.iterdir()}
+    opened = steps.Refinement.open(LabelTask("a", to / "a.nii.gz", scan), to)
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, failing, full)
+        with pytest.raises((KitsegError, OSError)):
+            opened.save(opened.labels * 0, steps.parse_clicks(["0,0,30=kidney"]))
+    assert {file.name: file.read_bytes() for file in to.iterdir()} == before
+    saved = opened.save(opened.labels, steps.parse_clicks(["0,0,30=kidney"]))
+    saved.save(opened.labels, steps.parse_clicks(["0,0,30=kidney", "0,0,30=background"]))
+    with pytest.raises(UsageError, match="was changed since"):
+        opened.save(opened.labels, steps.parse_clicks(["0,0,30=kidney"]))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from browser import browser
 from http_service import TOKEN, post, running
 from test_refine import MIDDLE, NATIVE, ball, dice
 
+from kitseg.commands.measure import LabelTask
+from kitseg.commands.refine import parse_clicks, refine
+from kitseg.errors import UsageError
 from kitseg.service.http import Service
 from kitseg.service.refine import RefinePage
+from kitseg.types import Case, Volume
 from kitseg.volumes.nifti import read_labels, write_image, write_labels
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
@@ -36,8 +41,8 @@ def truth() -> np.ndarray:
 
 
 @pytest.fixture
-def port(truth: np.ndarray, free_port: int, tmp_path: Path) -> Iterator[int]:
-    """A service whose root has a scan, and labels with a missed tumor and a false one."""
+def page(truth: np.ndarray, tmp_path: Path) -> RefinePage:
+    """A page whose root has a scan, and labels with a missed tumor and a false one."""
     hu = np.choose(truth, [-100, 160, 80]) + np.random.default_rng(0).normal(0, 12, truth.shape)
     write_image(tmp_path / "root" / "a.nii.gz", hu.round().astype(np.int16), NATIVE)
     found = np.where(truth == 2, 0, truth).astype(np.uint8)
@@ -46,8 +51,14 @@ def port(truth: np.ndarray, free_port: int, tmp_path: Path) -> Iterator[int]:
     write_labels(tmp_path / "root" / "pred" / "a.nii.gz", found, NATIVE)
     (tmp_path / "out.nii.gz").write_bytes(b"x")
     service = Service(lambda *_: tmp_path, TOKEN, tmp_path / "root")
-    service.pages.append(RefinePage(service, tmp_path / "corrected").add_to)
-    with running(service, free_port):
+    service.pages.append((page := RefinePage(service, tmp_path / "corrected")).add_to)
+    return page
+
+
+@pytest.fixture
+def port(page: RefinePage, free_port: int) -> Iterator[int]:
+    """The port on which its service runs."""
+    with running(page.service, free_port):
         yield free_port
 
 
@@ -69,6 +80,25 @@ def test_a_missed_tumor_is_added_and_a_false_one_removed(port: int, truth: np.nd
         before = chromium.evaluate("$('volumes').textContent")
         click(MIDDLE, "tumor", 1)
         after = chromium.evaluate("$('volumes').textContent")
+        sides = "['top', 'bottom', 'left', 'right'].map(id => $(id).textContent).join('')"
+        assert chromium.evaluate(sides) == "APRL"
+        assert chromium.evaluate("$('case').textContent") == "a, scan a.nii.gz"
+        assert chromium.evaluate("dispatchEvent(new Event('beforeunload', {cancelable: true}))") is False
+
+        now = "JSON.stringify([axis, index, shown.rows, $('index').value, clicks.length, $('volumes').textContent])"
+        before_failure = chromium.evaluate(now)
+        chromium.evaluate("real = fetch; fetch = async () => new Response('x', {status: 500, statusText: 'no answer'})")
+        for change in ("go(3)", "document.querySelector('[name=axis][value=\"1\"]').click()", "$('undo').click()"):
+            chromium.evaluate(change)
+            chromium.wait_for("!busy")
+            assert chromium.evaluate("$('message').textContent") == "no answer"
+            assert chromium.evaluate(now) == before_failure
+            assert chromium.evaluate("document.querySelector('[name=axis]:checked').value") == "0"
+        chromium.evaluate("fetch = real; document.querySelector('[name=axis][value=\"2\"]').click()")
+        chromium.wait_for("!busy && axis === 2")
+        assert chromium.evaluate(sides) == "SIAP"
+        chromium.evaluate("document.querySelector('[name=axis]').click()")
+        chromium.wait_for("!busy && axis === 0")
         click(FALSE, "kidney", 2)
         assert chromium.evaluate("$('volumes').textContent") not in (before, after)
         chromium.evaluate("$('undo').click()")
@@ -82,6 +112,7 @@ def test_a_missed_tumor_is_added_and_a_false_one_removed(port: int, truth: np.nd
         for _ in range(2):
             chromium.evaluate("$('message').textContent = ''; $('save').click()")
             chromium.wait_for("!busy && $('message').textContent.startsWith('saved')")
+        assert chromium.evaluate("dispatchEvent(new Event('beforeunload', {cancelable: true}))") is True
         assert chromium.complaints() == []
         assert {url.split("/")[2] for url in chromium.requests()} == {f"127.0.0.1:{port}"}
     found = read_labels(tmp_path / "corrected" / "a.nii.gz", "a").array
@@ -115,3 +146,47 @@ def test_requests_that_are_refused(port: int, tmp_path: Path) -> None:
         assert (answer.status, b"Traceback" in answer.body) == (status, False), (name, body, headers, answer)
     assert not (tmp_path / "corrected").exists()
     assert post(port, "/refine/clicks", {"id": known, "clicks": []}).status == 200, "a refused click changes nothing"
+
+
+def test_a_correction_of_another_person_is_not_overwritten(port: int, tmp_path: Path) -> None:
+    opened = json.loads(post(port, "/refine/open", {"scan": "a.nii.gz", "labels": "pred/a.nii.gz"}).body)
+    root, to = tmp_path / "root", tmp_path / "corrected"
+    task = LabelTask("a", root / "pred" / "a.nii.gz", Case("a", root / "a.nii.gz"))
+    refine(task, parse_clicks(["0,0,30=kidney"]), to)
+    theirs = [(to / name).read_bytes() for name in ("a.nii.gz", "a.json")]
+    asked = {"id": opened["id"], "clicks": [{"voxel": MIDDLE, "label": "tumor"}]}
+    answer = post(port, "/refine/save", asked)
+    assert (answer.status, "was changed since these labels were opened" in answer.detail) == (400, True)
+    assert [(to / name).read_bytes() for name in ("a.nii.gz", "a.json")] == theirs
+
+
+def test_a_scan_that_needs_too_much_memory_or_fails(
+    port: int, page: RefinePage, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = {"scan": "a.nii.gz", "labels": "pred/a.nii.gz"}
+
+    def refuse(scan: Case) -> None:
+        raise UsageError(f"{scan.id} may need 9 GB")
+
+    def fail(scan: Volume) -> np.ndarray:
+        assert page._case is None, "the case before it takes no memory"
+        raise RuntimeError("a.nii.gz: no memory")
+
+    known = json.loads(post(port, "/refine/open", case).body)["id"]
+    page.check = refuse
+    assert (refused := post(port, "/refine/open", case)).status == 400
+    assert refused.detail == "a may need 9 GB"
+    assert post(port, "/refine/clicks", {"id": known, "clicks": []}).status == 200, "the open case stays open"
+    page.check, page.background = lambda _: None, fail
+    assert (failed := post(port, "/refine/open", case)).status == 500
+    assert failed.detail == "internal error"
+    assert "internal error: RuntimeError in " in (text := "".join(capfd.readouterr()))
+    assert "no memory" not in text
+
+
+def test_a_body_that_takes_too_long(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kitseg.service.http.UPLOAD_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        head = ["POST /refine/open HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {TOKEN}", "Content-Length: 9"]
+        connection.sendall("\r\n".join([*head, "", "{"]).encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")

@@ -126,12 +126,13 @@ def serve(
         from kitseg.commands.refine import background_of
         from kitseg.models.builtin import choose_model
         from kitseg.models.members import open_ensemble
-        from kitseg.models.memory import parse_size
+        from kitseg.models.memory import check_memory, parse_size
         from kitseg.service import http
         from kitseg.service.node import Node, NodeOptions
         from kitseg.service.refine import RefinePage
         from kitseg.service.spool import Spool
         from kitseg.service.work import Predictor
+        from kitseg.volumes.scan import scan_geometry
 
     limits = http.Limits(queue, parse_size(max_body, "--max-body") or 0)
     options = dicom and NodeOptions.parse((dicom, host), send_to or "", allow_aet, formats, anonymous, complete_after)
@@ -145,7 +146,12 @@ def serve(
     console.print_plain(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
     service, node = http.Service(work, token, root, limits), None
     if corrected:
-        page = RefinePage(service, corrected, lambda scan: background_of(opened.predict_proba(scan)[0]))
+        page = RefinePage(
+            service,
+            corrected,
+            lambda scan: background_of(opened.predict_proba(scan)[0]),
+            lambda scan: check_memory(work.max_memory, opened.models, scan_geometry(scan), scan.id),
+        )
         service.pages.append(page.add_to)
         console.print_plain("clicks correct labels on its page /refine")
     if options:

@@ -12,17 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.commands.case_record import (
+    CASE_RECORD,
     CaseRecord,
     forget,
     record_beside,
     refuse_case_overwrite,
     scheme_beside,
-    write_record,
 )
 from kitseg.commands.measure import LabelTask
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import BACKGROUND, CLASSES, KITS19, Scheme
 from kitseg.postprocess.clicks import apply_clicks
+from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.locks import folder_lock
 from kitseg.types import Geometry, Probabilities, Triple, Volume
 from kitseg.volumes.blocks import read_block
@@ -75,24 +76,44 @@ def parse_clicks(texts: Sequence[str]) -> list[Click]:
 
 @dataclass(frozen=True)
 class Refinement:
-    """A label map that is open for clicks, with its scan; background: the model's probability of it, where known."""
+    """A label map that is open for clicks, with its scan.
+
+    scan_sha256: of the scan's files; target: the file for the corrected labels; there: hashes of it and of its record
+    when this was opened or saved last; background: the model's probability of it, where known.
+    """
 
     task: LabelTask
     scheme: Scheme
     before: CaseRecord
     labels: NDArray[np.uint8]
     scan: Volume
+    scan_sha256: str
+    target: Path
+    there: tuple[str, ...]
     background: NDArray[np.float16] | None = None
 
     @classmethod
-    def open(cls, task: LabelTask, scheme: Scheme | None = None) -> Refinement:
-        """Read a label map and its scan. Raises UsageError: no scan; InputError: a file can't be used."""
+    def open(cls, task: LabelTask, to: Path, scheme: Scheme | None = None) -> Refinement:
+        """Read a label map and its scan; ``to``: the folder for the corrected labels.
+
+        Raises:
+            UsageError: no scan, not the one that the labels were made from, or a target that is not this command's to
+                replace; InputError: a file can't be used.
+        """
         if task.scan is None:
             raise UsageError(f"{task.labels}: a click needs the scan. Give it with --ct")
+        before, digest = record_beside(task.labels) or CaseRecord(), scan_digest(task.scan)
+        if before.scan_sha256 not in (None, digest):
+            made = f"the labels were made from another scan than {task.scan.image}"
+            raise UsageError(f"{task.labels}: {made}, by the record beside them. Give that one ({before.scan})")
+        target = to / f"{task.case}.nii.gz"
+        there = _digests(target)
+        if os.path.realpath(target) != os.path.realpath(task.labels) or not before.corrected:
+            refuse_case_overwrite(target.with_name(f"{task.case}.json"), [".nii.gz"])
         own = scheme or scheme_beside(task.labels) or KITS19
         labels, scan = task.read(own)
         assert scan is not None
-        return cls(task, own, record_beside(task.labels) or CaseRecord(), labels.array, scan)
+        return cls(task, own, before, labels.array, scan, digest, target, there)
 
     def apply(self, clicks: Sequence[Click], after: Sequence[Click] = ()) -> NDArray[np.uint8]:
         """The labels after clicks, from those that follow the clicks ``after`` already if ``labels`` are replaced.
@@ -113,17 +134,17 @@ class Refinement:
         names = [name for name in CLASSES if name in self.scheme.classes]
         return {name: round(int((labels == CLASSES[name]).sum()) * ml, 3) for name in names}
 
-    def target(self, to: Path) -> Path:
-        """The file in a folder for the corrected labels. Raises UsageError: it is not this command's to replace."""
-        path = to / f"{self.task.case}.nii.gz"
-        if os.path.realpath(path) != os.path.realpath(self.task.labels) or not self.before.corrected:
-            refuse_case_overwrite(to / f"{self.task.case}.json", [".nii.gz"])
-        return path
+    def save(self, labels: NDArray[np.uint8], clicks: Sequence[Click]) -> Refinement:
+        """Write the labels after clicks with their record, which holds every click, earlier ones too: both or neither.
 
-    def save(self, labels: NDArray[np.uint8], clicks: Sequence[Click], target: Path) -> Path:
-        """Write the labels after clicks with their record, which holds every click, earlier ones too."""
+        Returns:
+            What can be saved again, after more clicks.
+
+        Raises:
+            UsageError: the target was changed since it was opened or saved last, as by another person.
+        """
         assert self.task.scan is not None
-        to, record = target.parent, target.with_name(f"{self.task.case}.json")
+        record = self.target.with_name(f"{self.task.case}.json")
         every = [*self.before.corrected, *map(asdict, clicks)]
         facts = {
             "case": self.task.case,
@@ -135,13 +156,23 @@ class Refinement:
             "learned_from": self.before.learned_from,
             "labels": self.scheme.plain(),
             "corrected": every,
+            "scan_sha256": self.scan_sha256,
         }
-        with folder_lock(to, "labels"):
-            digest = scan_digest(self.task.scan)
-            forget(record, [target])
-            write_labels(target, labels, self.scan.native, CORRECTED_MARK, self.scheme)
-            write_record(record, facts, {"scan_sha256": digest}, [target])
-        return target
+        with folder_lock(self.target.parent, "labels"):
+            if _digests(self.target) != self.there:
+                raise UsageError(f"{self.target} was changed since these labels were opened. Open it instead")
+            with atomic_write(record) as new_record, atomic_write(self.target) as new_labels:
+                write_labels(new_labels, labels, self.scan.native, CORRECTED_MARK, self.scheme)
+                digest = file_digest(new_labels)
+                CASE_RECORD.write(new_record, facts | {"labels_sha256": digest, "files": {self.target.name: digest}})
+                forget(record, [self.target])
+            return replace(self, there=_digests(self.target))
+
+
+def _digests(target: Path) -> tuple[str, ...]:
+    """The hashes of a label map and of its record; empty for one that is not there."""
+    record = target.with_name(f"{target.name.removesuffix('.nii.gz')}.json")
+    return tuple(file_digest(file) if file.is_file() else "" for file in (target, record))
 
 
 def refine(
@@ -155,11 +186,10 @@ def refine(
         The corrected label map, and how many ml the clicks changed.
 
     Raises:
-        UsageError: no scan, a click outside it or of a class that the labels don't have, or an output that is not this
-            command's; InputError: a file can't be used.
+        UsageError: no scan or another one than the labels', a click outside it or of a class that the labels don't
+            have, or an output that is not this command's; InputError: a file can't be used.
     """
-    opened = Refinement.open(task, scheme)
-    target = opened.target(to)
+    opened = Refinement.open(task, to, scheme)
     if probabilities:
         block = read_block(probabilities, task.case)
         if block.geometry.shape != opened.labels.shape:
@@ -168,7 +198,7 @@ def refine(
         opened = replace(opened, background=background_of(block))
     found = opened.apply(clicks)
     changed = int((found != opened.labels).sum()) * opened.scan.geometry.voxel_ml
-    return opened.save(found, clicks, target), changed
+    return opened.save(found, clicks).target, changed
 
 
 def background_of(block: Probabilities) -> NDArray[np.float16]:

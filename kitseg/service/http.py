@@ -8,9 +8,9 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,27 +81,18 @@ class Service:
         folder, begun, status = Path(tempfile.mkdtemp()), time.perf_counter(), 500
         self.waiting += 1
         try:
-            endings = output_endings(format, "format=")
-            source = await self._source(request, folder)
-            async with self._turn:
-                if await request.is_disconnected():
-                    raise HTTPException(499, "the client left")
-                packed = await self._run(source, folder / "out", endings, anonymous)
-            content, status = packed.read_bytes(), 200
+            with errors_as_answers():
+                endings = output_endings(format, "format=")
+                source = await self._source(request, folder)
+                async with self._turn:
+                    if await request.is_disconnected():
+                        raise HTTPException(499, "the client left")
+                    packed = await self._run(source, folder / "out", endings, anonymous)
+                content, status = packed.read_bytes(), 200
             return Response(content, media_type="application/zip")
-        except UsageError as error:
-            raise HTTPException(status := 400, str(error)) from error
-        except KitsegError as error:
-            raise HTTPException(status := 422, str(error)) from error
         except HTTPException as error:
             status = error.status_code
             raise
-        except ClientDisconnect as error:
-            raise HTTPException(status := 499, "the client left") from error
-        except Exception as error:  # whatever goes wrong with one request, the service answers the next
-            place = traceback.extract_tb(error.__traceback__)[-1]  # the error's text may name the scan
-            print_plain(f"internal error: {type(error).__name__} in {place.filename}, line {place.lineno}")
-            raise HTTPException(500, "internal error") from error
         finally:
             self.waiting -= 1
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -148,6 +139,25 @@ class Service:
                         await asyncio.to_thread(target.write, chunk)
         except TimeoutError as error:
             raise HTTPException(408, "the body took too long") from error
+
+
+@contextmanager
+def errors_as_answers() -> Iterator[None]:
+    """Turn whatever goes wrong with one request into its answer, so that the service answers the next."""
+    try:
+        yield
+    except HTTPException:
+        raise
+    except UsageError as error:
+        raise HTTPException(400, str(error)) from error
+    except KitsegError as error:
+        raise HTTPException(422, str(error)) from error
+    except ClientDisconnect as error:
+        raise HTTPException(499, "the client left") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]  # the error's text may name the scan
+        print_plain(f"internal error: {type(error).__name__} in {place.filename}, line {place.lineno}")
+        raise HTTPException(500, "internal error") from error
 
 
 def build_app(service: Service, hosts: Sequence[str]) -> FastAPI:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -17,12 +18,10 @@ from numpy.typing import NDArray
 
 from kitseg.commands.measure import plan_measures
 from kitseg.commands.refine import Click, Refinement
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import UsageError
+from kitseg.service import http
 from kitseg.service.work import place_below, refuse_links
-from kitseg.types import Volume
-
-if TYPE_CHECKING:
-    from kitseg.service.http import Service
+from kitseg.types import Case, Volume
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 LARGEST_BODY = 1 << 18
@@ -50,7 +49,6 @@ class _Case:
 
     id: str
     opened: Refinement
-    target: Path
     clicks: list[Click]
     labels: NDArray[np.uint8]
 
@@ -70,12 +68,14 @@ class _Case:
 class RefinePage:
     """Corrects one case at a time, whose files lie below the service's root.
 
-    output: folder of the corrected labels; background: the model's probability of it in a scan, None to do without.
+    output: folder of the corrected labels; background: the model's probability of it in a scan, None to do without;
+    check: raises UsageError for a scan that needs too much memory.
     """
 
-    service: Service
+    service: http.Service
     output: Path
     background: Callable[[Volume], NDArray[np.float16]] | None = None
+    check: Callable[[Case], None] = lambda _: None
     _case: _Case | None = None
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -113,42 +113,44 @@ class RefinePage:
             raise HTTPException(503, "the queue is full", {"Retry-After": "10"})
         self.service.waiting += 1
         try:
-            asked = msgspec.json.decode(await _body(request), type=kind)
-            loop = asyncio.get_running_loop()
-            return await asyncio.shield(loop.run_in_executor(self.service.thread, work, asked))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise HTTPException(400, "the JSON is not that of this request") from error
-        except PermissionError as error:
-            raise HTTPException(403, str(error)) from error
-        except FileNotFoundError as error:
-            raise HTTPException(404, str(error)) from error
-        except KitsegError as error:
-            raise HTTPException(400 if isinstance(error, UsageError) else 422, str(error)) from error
+            with http.errors_as_answers():
+                asked = _decoded(await _body(request), kind)
+                loop = asyncio.get_running_loop()
+                return await asyncio.shield(loop.run_in_executor(self.service.thread, work, asked))
         finally:
             self.service.waiting -= 1
 
     def _open(self, asked: _Open) -> dict[str, Any]:
-        scan, labels = (place_below(self.service.root, path) for path in (asked.scan, asked.labels))
+        scan, labels = self._place(asked.scan), self._place(asked.labels)
         tasks = plan_measures(labels, scan)
         if len(tasks) != 1:
             raise UsageError(f"{asked.labels} holds {len(tasks)} label maps: give one")
+        source = tasks[0].scan
         assert self.service.root
-        assert tasks[0].scan
-        refuse_links(tasks[0].scan.slices or (tasks[0].scan.image,), [self.service.root])
-        opened = Refinement.open(tasks[0])
-        target = opened.target(self.output)
+        assert source
+        refuse_links(source.slices or (source.image,), [self.service.root])
+        self.check(source)
+        self._case = None  # its memory is needed
+        opened = Refinement.open(tasks[0], self.output)
         if self.background:
             opened = replace(opened, background=self.background(opened.scan))
-        self._case = _Case(secrets.token_urlsafe(9), opened, target, [], opened.labels)
+        self._case = _Case(secrets.token_urlsafe(9), opened, [], opened.labels)
         return {
             "id": self._case.id,
             "case": opened.task.case,
+            "scan": os.path.relpath(os.path.realpath(source.image), os.path.realpath(self.service.root)),
             "classes": ["background", *opened.scheme.classes],
             "earlier": len(opened.before.corrected),
             "shape": opened.scan.geometry.shape,
             "spacing": opened.scan.geometry.spacing,
             **self._state(self._case),
         }
+
+    def _place(self, path: str) -> Path:
+        try:
+            return place_below(self.service.root, path)
+        except (PermissionError, FileNotFoundError) as error:
+            raise HTTPException(403 if isinstance(error, PermissionError) else 404, str(error)) from error
 
     def _of(self, asked: _Clicks) -> _Case:
         """The open case, after these clicks."""
@@ -173,14 +175,25 @@ class RefinePage:
         case = self._of(asked)
         if not case.clicks:
             raise UsageError("there is no click to save")
-        path = case.opened.save(case.labels, case.clicks, case.target)
-        return {"saved": str(path)}
+        case.opened = case.opened.save(case.labels, case.clicks)
+        return {"saved": str(case.opened.target)}
 
 
 async def _body(request: Request) -> bytes:
     body = bytearray()
-    async for chunk in request.stream():
-        if len(body) + len(chunk) > LARGEST_BODY:
-            raise HTTPException(413, f"the body has more than {LARGEST_BODY} bytes")
-        body += chunk
+    try:
+        async with asyncio.timeout(http.UPLOAD_SECONDS):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > LARGEST_BODY:
+                    raise HTTPException(413, f"the body has more than {LARGEST_BODY} bytes")
+                body += chunk
+    except TimeoutError as error:
+        raise HTTPException(408, "the body took too long") from error
     return bytes(body)
+
+
+def _decoded(body: bytes, kind: type[Asked]) -> Asked:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise HTTPException(400, "the JSON is not that of this request") from error
