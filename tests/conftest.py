@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import pytest
 from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch: the tests share the cores
+# PyTorch makes this folder among the temporary files when it is imported, which tests of what is left there would see
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), "torchinductor")))
 
 #: A network that trains in seconds: the two-phase method on very coarse grids.
 SMALLEST = (
