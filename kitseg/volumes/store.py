@@ -102,6 +102,11 @@ class CaseFiles:
         return label.array
 
     @cached_property
+    def are_labels_corrected(self) -> bool:
+        """Whether a person corrected the label map, as its header states."""
+        return self.case.label is not None and is_corrected(self.case.label)
+
+    @cached_property
     def contrast(self) -> dict[str, float | None]:
         """HU of kidney and aorta, by which the contrast phase is judged; None where they are unknown."""
         if self.labels is None or self.describe_contrast is None:
@@ -176,7 +181,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         affine=lattice.affine,
         statistics=statistics(image),
         phantom=is_phantom(files.case.image),
-        corrected=files.case.label is not None and is_corrected(files.case.label),
+        corrected=files.are_labels_corrected,
         spacing=scan.geometry.spacing,
         kidney_hu=files.contrast["kidney_hu"],
         aorta_hu=files.contrast["aorta_hu"],
