@@ -56,6 +56,12 @@ class Components:
         held = values[self.box.slices][inside]
         return np.bincount(self.numbers[inside], held, self.sizes.size).astype(np.float64)
 
+    def number_at(self, voxel: Triple) -> int:
+        """The number of the component that holds a voxel of the mask's grid."""
+        inside = triple(np.subtract(voxel, self.box.start))
+        held = all(0 <= a < n for a, n in zip(inside, self.numbers.shape, strict=True))
+        return int(self.numbers[inside]) if held else 0
+
     def chosen(self, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The mask of the components whose number is True in ``which``."""
         mask = np.zeros(self.shape, np.bool_)
@@ -66,8 +72,7 @@ class Components:
 def component_at(mask: NDArray[np.bool_], voxel: Triple) -> NDArray[np.bool_]:
     """The component of a mask (D, H, W) that holds one of its voxels."""
     found = Components.of(mask)
-    number = found.numbers[tuple(np.subtract(voxel, found.box.start))]
-    return found.chosen(np.arange(found.sizes.size) == number)
+    return found.chosen(np.arange(found.sizes.size) == found.number_at(voxel))
 
 
 def kidneys_among(

@@ -199,15 +199,8 @@ def _remove(scan: _Scan, click: Click, held: Sequence[Click]) -> None:
     small = parts.sizes < REST * np.count_nonzero(whole & ~left)
     small[0] = False
     for held_voxel in inner:
-        small &= ~_number_is(parts, held_voxel)
+        small[parts.number_at(held_voxel)] = False
     scan.labels[parts.chosen(small)] = label
-
-
-def _number_is(parts: Components, voxel: Triple) -> NDArray[np.bool_]:
-    """Whether each number is that of a voxel."""
-    inside = np.subtract(voxel, parts.box.start)
-    held = bool((inside >= 0).all() and (inside < parts.numbers.shape).all())
-    return np.equal(np.arange(parts.sizes.size), int(parts.numbers[triple(inside)]) if held else 0)
 
 
 def _reach_of_added(crop: _Crop, voxel: Triple) -> tuple[float, bool]:

@@ -7,8 +7,7 @@ import hmac
 import shutil
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from kitseg import __version__
 from kitseg.commands.predict import output_endings
 from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime.console import print_plain
-from kitseg.service.work import place_below, scratch
+from kitseg.service.work import internal_error, place_below, scratch
 
 if TYPE_CHECKING:
     from kitseg.service.node import Node
@@ -69,6 +68,13 @@ class Service:
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
             raise HTTPException(401, "state the token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
+    def place(self, path: str) -> Path:
+        """A path below the root; others are refused."""
+        try:
+            return place_below(self.root, path)
+        except (PermissionError, FileNotFoundError) as error:
+            raise HTTPException(403 if isinstance(error, PermissionError) else 404, str(error)) from error
+
     def health(self) -> dict[str, str | int]:
         """Whether requests are accepted, and how many wait or run."""
         return {"status": "ok", "kitseg": __version__, "requests": self.waiting, "queue": self.limits.queue}
@@ -107,11 +113,7 @@ class Service:
         """The scan that a request refers to, its body stored in the folder."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
-            path = await self._path(request, folder / "request.json")
-            try:
-                return place_below(self.root, path)
-            except (PermissionError, FileNotFoundError) as error:
-                raise HTTPException(403 if isinstance(error, PermissionError) else 404, str(error)) from error
+            return self.place(await self._path(request, folder / "request.json"))
         if kind != "application/zip":
             raise HTTPException(415, "send a zip of the scan (application/zip), or JSON with its path")
         await self._store(request, folder / "study.zip", self.limits.body)
@@ -125,20 +127,24 @@ class Service:
             raise HTTPException(400, 'the JSON must be {"path": "PATH below --root"}') from error
 
     async def _store(self, request: Request, file: Path, most: int) -> None:
-        """Write the body to a file; more bytes than allowed, or a body that takes too long, end the request."""
-        large = HTTPException(413, f"the body has more than {most} bytes")
-        stated = request.headers.get("content-length", "0")
-        if not stated.isdecimal() or int(stated) > most:
-            raise large
-        try:
-            async with asyncio.timeout(UPLOAD_SECONDS):
-                with file.open("wb") as target:
-                    async for chunk in request.stream():
-                        if (most := most - len(chunk)) < 0:
-                            raise large
-                        await asyncio.to_thread(target.write, chunk)
-        except TimeoutError as error:
-            raise HTTPException(408, "the body took too long") from error
+        with file.open("wb") as target:
+            await take_body(request, most, lambda part: asyncio.to_thread(target.write, part))
+
+
+async def take_body(request: Request, most: int, take: Callable[[bytes], Awaitable[object]]) -> None:
+    """Take a body part by part; more bytes than allowed, or a body that takes too long, end the request."""
+    large = HTTPException(413, f"the body has more than {most} bytes")
+    stated = request.headers.get("content-length", "0")
+    if not stated.isdecimal() or int(stated) > most:
+        raise large
+    try:
+        async with asyncio.timeout(UPLOAD_SECONDS):
+            async for chunk in request.stream():
+                if (most := most - len(chunk)) < 0:
+                    raise large
+                await take(chunk)
+    except TimeoutError as error:
+        raise HTTPException(408, "the body took too long") from error
 
 
 @contextmanager
@@ -155,8 +161,7 @@ def errors_as_answers() -> Iterator[None]:
     except ClientDisconnect as error:
         raise HTTPException(499, "the client left") from error
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]  # the error's text may name the scan
-        print_plain(f"internal error: {type(error).__name__} in {place.filename}, line {place.lineno}")
+        print_plain(internal_error(error))
         raise HTTPException(500, "internal error") from error
 
 

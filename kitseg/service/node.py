@@ -6,7 +6,6 @@ import re
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from kitseg.runtime.console import print_plain
 from kitseg.runtime.locks import folder_lock
 from kitseg.service.receiver import SECONDS, Receiver
 from kitseg.service.spool import MOST_TRIES, Spool
-from kitseg.service.work import NoScan
+from kitseg.service.work import NoScan, internal_error
 
 EXPLICIT = "1.2.840.10008.1.2.1"  # the transfer syntax of kitseg's files
 FIRST_WAIT, LONGEST_WAIT = 5.0, 600.0  # seconds before another try, each twice the one before
@@ -146,8 +145,7 @@ class Node:
         try:
             return step(study)
         except Exception as error:  # whatever goes wrong with one study, the next one has its turn
-            place = traceback.extract_tb(error.__traceback__)[-1]  # the error's text may name the patient
-            self._tell(study, f"internal error: {type(error).__name__} in {place.filename}, line {place.lineno}")
+            self._tell(study, internal_error(error))
             return False
 
     def _work(self, study: Path) -> bool:

@@ -20,7 +20,7 @@ from kitseg.commands.measure import plan_measures
 from kitseg.commands.refine import Click, Refinement
 from kitseg.errors import UsageError
 from kitseg.service import http
-from kitseg.service.work import place_below, refuse_links
+from kitseg.service.work import refuse_links
 from kitseg.types import Case, Volume
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
@@ -121,7 +121,7 @@ class RefinePage:
             self.service.waiting -= 1
 
     def _open(self, asked: _Open) -> dict[str, Any]:
-        scan, labels = self._place(asked.scan), self._place(asked.labels)
+        scan, labels = self.service.place(asked.scan), self.service.place(asked.labels)
         tasks = plan_measures(labels, scan)
         if len(tasks) != 1:
             raise UsageError(f"{asked.labels} holds {len(tasks)} label maps: give one")
@@ -145,12 +145,6 @@ class RefinePage:
             "spacing": opened.scan.geometry.spacing,
             **self._state(self._case),
         }
-
-    def _place(self, path: str) -> Path:
-        try:
-            return place_below(self.service.root, path)
-        except (PermissionError, FileNotFoundError) as error:
-            raise HTTPException(403 if isinstance(error, PermissionError) else 404, str(error)) from error
 
     def _of(self, asked: _Clicks) -> _Case:
         """The open case, after these clicks."""
@@ -181,14 +175,7 @@ class RefinePage:
 
 async def _body(request: Request) -> bytes:
     body = bytearray()
-    try:
-        async with asyncio.timeout(http.UPLOAD_SECONDS):
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > LARGEST_BODY:
-                    raise HTTPException(413, f"the body has more than {LARGEST_BODY} bytes")
-                body += chunk
-    except TimeoutError as error:
-        raise HTTPException(408, "the body took too long") from error
+    await http.take_body(request, LARGEST_BODY, lambda part: asyncio.to_thread(body.extend, part))
     return bytes(body)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -93,6 +94,12 @@ class Predictor:
         if row := make_page(pages).error:
             raise KitsegError(row)
         return [labels, record_of(labels), pages.output, to / f"{CASE}.png", *files]
+
+
+def internal_error(error: Exception) -> str:
+    """What is printed of an unexpected error: its kind and place, because its text may name the scan or the patient."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"internal error: {type(error).__name__} in {place.filename}, line {place.lineno}"
 
 
 def refuse_links(files: Sequence[Path], places: Sequence[Path]) -> None:
