@@ -71,6 +71,15 @@ def test_the_gap_to_the_sinus() -> None:
     assert scores(ball((73, 0, 0), 20)).renal.nearness == 3
 
 
+def test_padua_counts_between_the_ends_of_the_sinus() -> None:
+    inner = Ellipsoid((56, 0, 0), (9, 9, 38), BACKGROUND)  # further up and down than it opens towards the midline
+    found = scores(inner, ball((72, 0, 29), 7))
+    assert found.lines.upper == pytest.approx(20, abs=5)
+    assert found.lines.sinus_lines == pytest.approx((-37, 37), abs=4)
+    assert (found.between, found.beside_sinus) == (pytest.approx(0, abs=0.1), 1)
+    assert (found.renal.location, found.padua.location) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("between", "above", "points"), [(0, 1, 1), (0.3, 1, 2), (0.51, 1, 3), (0.3, 0.9, 3), (1, 0, 3)]
 )

@@ -47,8 +47,9 @@ class KidneyFrame:
 
     tumor, sinus: masks; affine: of the grid, RAS+; centre: of the outline's volume, in voxels; up, hilum, front: unit
     vectors in voxels, to the upper pole, to the sinus and to the anterior surface; upper, lower: the polar lines, in mm
-    along ``up`` from the centre; outside: the share of the tumor outside the outline; seen: whether a sinus is left,
-    without which ``hilum`` and the lines are those of a normal kidney.
+    along ``up`` from the centre; sinus_lines: the ends of the sinus, the lower one first, in the same way; outside: the
+    share of the tumor outside the outline; seen: whether a sinus is left, without which ``hilum`` and the lines are
+    those of a normal kidney.
     """
 
     tumor: Mask
@@ -60,6 +61,7 @@ class KidneyFrame:
     front: Array
     upper: float
     lower: float
+    sinus_lines: tuple[float, float]
     outside: float
     seen: bool
 
@@ -128,11 +130,13 @@ def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, me
     levels = (solid - centre) @ up
     length = float(levels.max() - levels.min())
     lower, upper = _apart(*(_open_levels(depth, sinus, centre, up) if seen else (0.0, 0.0)), _LINES * length)
+    ends = (np.argwhere(sinus) - centre) @ up if seen else np.zeros(1)
+    sinus_lines = _apart(float(ends.min()), float(ends.max()), _LINES * length)
     affine = np.eye(4)
     affine[:3, :3] = axes * _STEP
     affine[:3, 3] = geometry.affine[:3, 3] + axes @ ((_STEP - np.array(geometry.spacing)) / 2)
     front = cross if cross @ front > 0 else -cross
-    return KidneyFrame(tumor, sinus & seen, affine, centre, up, hilum, front, upper, lower, outside, seen)
+    return KidneyFrame(tumor, sinus & seen, affine, centre, up, hilum, front, upper, lower, sinus_lines, outside, seen)
 
 
 @dataclass(frozen=True)

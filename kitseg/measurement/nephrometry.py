@@ -80,7 +80,7 @@ class Lines:
     """What decided, in the patient's space (mm, RAS+).
 
     centre: of the kidney; up, hilum, front: unit vectors to its upper pole, its sinus and its anterior surface; upper,
-    lower: the polar lines, in mm along ``up`` from the centre.
+    lower: the polar lines, in mm along ``up`` from the centre; sinus_lines: the ends of the sinus, the same way.
     """
 
     centre: tuple[float, ...]
@@ -89,6 +89,7 @@ class Lines:
     front: tuple[float, ...]
     upper: float
     lower: float
+    sinus_lines: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ class Nephrometry:
 
     lesion: its number; c_index: distance of the centres of tumor and kidney over the tumor's radius (Simmons et al.,
     Journal of Urology 2010); contact_mm2: contact surface area (Leslie et al., European Urology 2014); nearness_mm: to
-    the sinus, None where no sinus is left; outside, between, anterior, medial: shares of the tumor's volume outside the
-    kidney's outline, between the polar lines, in front of the kidney's own coronal plane, and on the hilum's side of
-    its centre; estimated: what the labels don't show, and what was used instead.
+    the sinus, None where no sinus is left; outside, between, beside_sinus, anterior, medial: shares of the tumor's
+    volume outside the kidney's outline, between the polar lines, between the ends of the sinus, in front of the
+    kidney's own coronal plane, and on the hilum's side of its centre; estimated: what the labels don't show, and what
+    was used instead.
     """
 
     lesion: int
@@ -110,6 +112,7 @@ class Nephrometry:
     outside: float
     nearness_mm: float | None
     between: float
+    beside_sinus: float
     anterior: float
     medial: float
     lines: Lines
@@ -149,7 +152,10 @@ def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
     levels = frame.along(frame.tumor, frame.up)
     anterior = float(np.mean(frame.along(frame.tumor, frame.front) > 0))
     medial = float(np.mean(frame.along(frame.tumor, frame.hilum) > 0))
-    between = float(np.mean((levels >= frame.lower) & (levels <= frame.upper)))
+    between, beside_sinus = (
+        float(np.mean((levels >= low) & (levels <= high)))
+        for low, high in ((frame.lower, frame.upper), frame.sinus_lines)
+    )
     above = float(np.mean(levels > (frame.upper + frame.lower) / 2))
     gap = frame.distance() if frame.seen else 0.0
     size = 1 + (tumor.diameter_mm > _SMALL_MM)
@@ -164,7 +170,7 @@ def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
         _location(between, above),
     )
     padua = Padua(
-        1 + (between > _HALF),
+        1 + (beside_sinus > _HALF),
         exophytic,
         1 + (medial > _HALF),
         involved,
@@ -182,6 +188,7 @@ def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
         frame.outside,
         gap if frame.seen else None,
         between,
+        beside_sinus,
         anterior,
         medial,
         _lines(frame),
@@ -201,7 +208,7 @@ def _lines(frame: KidneyFrame) -> Lines:
     turn = frame.affine[:3, :3]
     vectors = (turn @ frame.centre + frame.affine[:3, 3], *(turn @ v for v in (frame.up, frame.hilum, frame.front)))
     centre, up, hilum, front = (tuple(map(float, vector)) for vector in vectors)
-    return Lines(centre, up, hilum, front, frame.upper, frame.lower)
+    return Lines(centre, up, hilum, front, frame.upper, frame.lower, frame.sinus_lines)
 
 
 def _estimated(frame: KidneyFrame) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ LINES = {
     "sinus": ("#ffd75e", "renal sinus"),
     "polar": ("#39d5ff", "polar lines"),
     "middle": ("#ff9df5", "midline between them"),
+    "ends": ("#7dff8a", "ends of the sinus"),
     "coronal": ("#ffffff", "kidney's coronal plane"),
     "rim": ("#c8a2ff", "between lateral and medial rim"),
 }
@@ -38,8 +39,8 @@ def nephrometry_view(scene: Scene, findings: Findings) -> dict[str, Any] | None:
     places = [_voxel(scene.geometry, frame, np.argwhere(mask).mean(axis=0)) for mask in (frame.tumor, sinus)]
     nearest = _voxel(scene.geometry, frame, frame.nearest())
     pictures = [
-        ("Coronal, through the tumor", 1, places[0], ("sinus", "polar", "middle")),
-        ("Coronal, through the sinus", 1, places[1], ("sinus", "polar", "middle")),
+        ("Coronal, through the tumor", 1, places[0], ("sinus", "polar", "middle", "ends")),
+        ("Coronal, through the sinus", 1, places[1], ("sinus", "polar", "middle", "ends")),
         ("Axial, where the tumor is nearest to the sinus", 0, nearest, ("sinus", "coronal", "rim")),
     ]
     return {
@@ -66,7 +67,8 @@ def _rows(found: Nephrometry, diameter: float) -> list[tuple[str, str, str, str]
         ("Outside the kidney", f"{found.outside:.0%} of the tumor", str(renal.exophytic), str(padua.exophytic)),
         ("Renal sinus (estimated)", gap, str(renal.nearness), str(padua.sinus)),
         ("Collecting system (estimated from the sinus)", gap, "", str(padua.collecting)),
-        ("Between the polar lines", f"{found.between:.0%} of the tumor", str(renal.location), str(padua.location)),
+        ("Between the polar lines", f"{found.between:.0%} of the tumor", str(renal.location), ""),
+        ("Between the ends of the sinus", f"{found.beside_sinus:.0%} of the tumor", "", str(padua.location)),
         ("Face", f"{found.anterior:.0%} in front of the coronal plane", renal.face, padua.face),
         ("Rim", f"{found.medial:.0%} on the side of the hilum", "", str(padua.rim)),
         ("C-index", number(found.c_index, 2), "", ""),
@@ -104,6 +106,7 @@ def _outlines(frame: KidneyFrame, points: NDArray[np.float64]) -> Outlines:
     fields: Mapping[str, tuple[NDArray[np.float64], ...]] = {
         "polar": (up - frame.upper, up - frame.lower),
         "middle": (up - (frame.upper + frame.lower) / 2,),
+        "ends": tuple(up - level for level in frame.sinus_lines),
         "coronal": (front,),
         "rim": (hilum,),
     }
