@@ -7,10 +7,35 @@ import sys
 
 import torch
 from test_native import exact, kernel, leaky, noise
+from torch import nn
 
 from kitseg.native import library
 from kitseg.native.arena import Arena
+from kitseg.native.layers import Layer
 from kitseg.native.winograd import KINDS, Convolution
+
+
+def draw_product(dice: random.Random) -> tuple[float, str]:
+    """One convolution with a stride, or transposed, with a norm or an activation; its error in the output's unit."""
+    torch.set_num_threads(dice.randint(1, 3))
+    lanes = dice.choice([n for n in library.WIDTHS if n <= WIDEST])
+    library.lanes = lambda: lanes
+    images, most = dice.choice([1, 1, 2]), dice.choice([4, 70])
+    inputs, outputs, flat, up = dice.randint(1, most), dice.randint(1, most), dice.random() < 0.3, dice.random() < 0.4
+    axes = 2 if flat else 3
+    steps = [dice.randint(1, 3) for _ in range(axes)]
+    size = steps if up else [dice.randint(1, 5) for _ in range(axes)]
+    pads = [0 if up else dice.randint(0, n - 1) for n in size]
+    kind = ((nn.Conv3d, nn.Conv2d), (nn.ConvTranspose3d, nn.ConvTranspose2d))[up][flat]
+    module = kind(inputs, outputs, size, steps, pads, bias=dice.random() < 0.5).double().requires_grad_(False)
+    shape = [max(dice.randint(1, 14), n - 2 * pad) for n, pad in zip(size, pads, strict=True)]
+    x, act = noise(images, inputs, *shape, seed=dice.randrange(10**9)), nn.LeakyReLU(0.1)
+    expected = module(x.double())
+    norm = dice.random() < 0.5 and expected[0, 0].numel() > 8
+    norm = (nn.InstanceNorm2d if flat else nn.InstanceNorm3d)(outputs) if norm else None
+    expected = act(expected if norm is None else norm(expected))
+    error = (Layer(module.float(), norm, act, None, Arena())(x) - expected).abs().max()
+    return float(error), f"{module}: {images} x {shape}, {norm}, {lanes} lanes"
 
 
 def draw(dice: random.Random) -> tuple[float, str]:
@@ -42,6 +67,6 @@ if __name__ == "__main__":
     WIDEST = library.lanes()
     if not WIDEST:
         sys.exit("the kernels are not compiled")
-    worst = max(draw(dice) for _ in range(count))
+    worst = max((draw_product if dice.random() < 0.4 else draw)(dice) for _ in range(count))
     print(f"{count} convolutions; largest error {worst[0]:.1e} ({worst[1]})")
     sys.exit(worst[0] > 5e-4)

@@ -18,6 +18,7 @@ from kitseg.native.arena import Arena
 from kitseg.native.compiled import compile_network
 from kitseg.native.layers import Layer
 from kitseg.native.pointwise import affine, moments
+from kitseg.native.product import Product, is_product
 from kitseg.native.winograd import F43, F45, KINDS, Convolution, Kind
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="the kernels are not compiled: pip install -e .")
@@ -81,14 +82,48 @@ def test_results_that_are_larger_than_the_caches() -> None:
     x, weight, slope = noise(1, 1, 64, 64, 64), kernel(F43, 1, 16), noise(16, seed=3).abs()
     found = Convolution(weight, F43, None, slope)(x, Arena())
     torch.testing.assert_close(found.double(), leaky(exact(x, weight), slope), rtol=0, atol=5e-4)
+    up = nn.ConvTranspose3d(1, 16, 2, 2).requires_grad_(False)
+    torch.testing.assert_close(Product(up)(x, Arena()), up(x))
 
 
-@pytest.mark.parametrize(("size", "step", "pad"), [(3, 2, 1), (2, 2, 0), ((3, 1, 5), (1, 2, 1), (2, 3, 1))])
-def test_a_convolution_of_pytorchs_in_slabs(size: Any, step: Any, pad: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kitseg.native.layers.SLAB", 1000)
-    module, x = nn.Conv3d(3, 5, size, step, pad).requires_grad_(False), noise(2, 3, 11, 16, 18)
-    layer = Layer(module, None, nn.LeakyReLU(), None, Arena())
-    torch.testing.assert_close(layer(x), functional.leaky_relu(module(x)))
+PRODUCTS = [
+    (nn.Conv3d, 3, 5, {"kernel_size": 3, "stride": 2, "padding": 1}),
+    (nn.Conv3d, 16, 40, {"kernel_size": 2, "stride": 2}),
+    (nn.Conv3d, 20, 17, {"kernel_size": (3, 1, 5), "stride": (1, 2, 3), "padding": (2, 0, 1)}),
+    (nn.Conv3d, 3, 3, {"kernel_size": 1, "bias": False}),
+    (nn.Conv3d, 130, 70, {"kernel_size": (1, 3, 3), "stride": (1, 2, 2), "padding": (0, 1, 1)}),
+    (nn.Conv3d, 4, 6, {"kernel_size": (7, 1, 1), "padding": "same"}),
+    (nn.Conv2d, 2, 64, {"kernel_size": 7, "stride": 2, "padding": 3}),
+    (nn.ConvTranspose3d, 40, 16, {"kernel_size": 2, "stride": 2}),
+    (nn.ConvTranspose3d, 5, 35, {"kernel_size": (1, 3, 2), "stride": (1, 3, 2)}),
+    (nn.ConvTranspose2d, 7, 3, {"kernel_size": 2, "stride": 2, "bias": False}),
+]
+
+
+@pytest.mark.parametrize(("kind", "inputs", "outputs", "how"), PRODUCTS, ids=str)
+def test_products_are_pytorchs(kind: Any, inputs: int, outputs: int, how: dict[str, Any]) -> None:
+    """Alone with an activation, of several images; and with an instance norm, which takes the kernel's moments."""
+    module = kind(inputs, outputs, **how).requires_grad_(False)
+    x = noise(2, inputs, *(5, 13, 38)[-2 if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) else -3 :])
+    norm = nn.InstanceNorm2d(outputs) if x.dim() == 4 else nn.InstanceNorm3d(outputs)
+    assert is_product(module)
+    for follows in (None, norm):
+        found = Layer(module.float(), follows, nn.LeakyReLU(), None, Arena())(x)
+        plain = module.double()(x.double())
+        expected = functional.leaky_relu(plain if follows is None else follows(plain))
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_what_products_are_not() -> None:
+    for module in (
+        nn.Conv3d(4, 4, 3, stride=2, dilation=2),
+        nn.Conv3d(4, 4, 2, stride=2, groups=2),
+        nn.Conv3d(4, 4, 2, stride=2, padding=1, padding_mode="replicate"),
+        nn.Conv3d(4, 4, 2, padding="same"),
+        nn.ConvTranspose3d(4, 4, 3, stride=2),
+        nn.ConvTranspose3d(4, 4, 2, stride=2, output_padding=1),
+    ):
+        assert not is_product(module)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23"])
@@ -198,6 +233,38 @@ def test_results_of_an_earlier_plan_that_are_freed_late_change_nothing() -> None
     del late
     assert arena.plan() == 0
     assert last.shape == shape
+
+
+class Repeats(nn.Module):
+    """Convolutions to which a tensor of fewer channels is added several times, as a V-Net's first stage does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv3d(n, 48, 3, padding=1) for n in (1, 3, 4, 16, 48))
+        self.thin, self.act = nn.Conv3d(4, 1, 1), nn.PReLU()
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        widths = (1, 3, 4, 16, 48)
+        parts = [x[:, :n].contiguous() for n in widths]
+        sums = [
+            self.act(layer(part) + part.repeat(1, 48 // n, 1, 1, 1))
+            for layer, part, n in zip(self.layers, parts, widths, strict=True)
+        ]
+        one = torch.ones(1, 1, 1)
+        return (
+            *sums,
+            self.act(self.thin(parts[2]) + parts[2].repeat(1, 2, 1, 1, 1)),
+            self.thin(parts[2]) + one.repeat(1, 8, 1, 1, 1),
+        )
+
+
+@pytest.mark.parametrize("output", range(7))
+def test_residuals_that_are_repeated(output: int) -> None:
+    model, x = Repeats().eval().requires_grad_(False), noise(2, 48, 3, 4, 5)
+    network = compile_network(model, "logits", output)
+    assert "repeat" not in {node.target for node in network.graph.nodes}  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), model.logits(x)[output], rtol=0, atol=1e-4)
 
 
 class ChangedInPlace(nn.Module):
@@ -368,6 +435,43 @@ def test_sizes_that_fit_are_accepted() -> None:
 def test_sizes_are_checked_before_memory_is_used(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="sizes"):
         library.call("convolve", job(**wrong))
+
+
+def strided(**changes: int) -> library.Product:
+    """A convolution of 3 to 5 channels, 2 x 3 x 2 with a stride of 2, on 4 x 5 x 6 voxels in buffers of its size."""
+    numbers = {"images": 1, "channels_in": 3, "channels_out": 5, "lanes": library.lanes(), "threads": 1}
+    sizes = {"in": (4, 5, 6), "out": (2, 3, 3), "kernel": (2, 3, 2), "stride": (2, 2, 2), "pad": (0, 1, 0)}
+    numbers |= {f"{name}_{axis}": n for name, row in sizes.items() for axis, n in zip("zyx", row, strict=True)}
+    plan = library.Plan()
+    library.call("product_plan", library.Product(**numbers), plan)
+    counts = {"x": 360, "y": 90, "bias": 5, "slope": 5, "weights": plan.weights, "scratch": plan.scratch}
+    made = library.Product(**{**numbers, **{f"size_{name}": size for name, size in counts.items()}, **changes})
+    buffers = {name: torch.ones(size) for name, size in counts.items()}
+    buffers["moments"] = torch.ones(15 * plan.blocks, dtype=torch.float64)
+    for name, buffer in buffers.items():
+        setattr(made, name, buffer.data_ptr())
+    made.size_moments = changes.get("size_moments", len(buffers["moments"]))
+    made.kept = buffers
+    return made
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({f"size_{name}": 4} for name in ("x", "y", "bias", "slope", "weights", "scratch", "moments")),
+        *({name: 0} for name in ("images", "channels_in", "channels_out", "in_z", "kernel_x", "stride_y", "lanes")),
+        *({name: 2**40} for name in ("images", "channels_in", "in_x", "out_y", "kernel_z", "stride_x", "pad_y")),
+        *({name: 2} for name in ("pad_z", "transposed", "images")),
+        {"stride_y": 1},
+        {"transposed": 1},
+        {"out_z": 3},
+    ],
+    ids=str,
+)
+def test_sizes_of_products_are_checked(wrong: dict[str, int]) -> None:
+    library.call("product", strided())
+    with pytest.raises(ValueError, match="sizes"):
+        library.call("product", strided(**wrong))
 
 
 def test_tensors_of_other_shapes_or_types_are_refused() -> None:

@@ -122,6 +122,16 @@ def _rounded(count: int) -> int:
     return -(-count // STEP) * STEP
 
 
+def join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat``; on the meta device, where that imports PyTorch's compiler, a tensor of its shape."""
+    first = parts[0]
+    if first.device.type != "meta":
+        return torch.cat([*parts], dim)
+    shape = [*first.shape]
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
 def meta_call(module: Any, x: Tensor) -> Any:
     """Call a module with weights on the CPU for a tensor there, or for one on the meta device."""
     if x.device.type != "meta":

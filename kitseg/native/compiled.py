@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kitseg.native.arena import Arena, meta_call
+from kitseg.native.arena import Arena
 from kitseg.native.layers import (
     ACTIVATIONS,
     CONVOLUTIONS,
@@ -18,11 +18,10 @@ from kitseg.native.layers import (
     Halve,
     Layer,
     halves,
+    has_kernel,
     is_norm,
-    is_pointwise,
-    is_upsampling,
-    kind_of,
 )
+from kitseg.native.network import Network
 
 ADD = (operator.add, torch.add)
 Modules = Mapping[fx.Node, nn.Module]
@@ -59,47 +58,6 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
-class _Network(fx.Interpreter):
-    """Runs compiled operations in the order of their graph; the memory for a shape is planned before its first pass."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, arena: Arena) -> None:
-        super().__init__(root, graph=graph)  # without a GraphModule, which is freed by the garbage collector only
-        self._arena, self._shape, self._device = arena, torch.Size(), torch.device("cpu")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._shape != x.shape:
-            self._plan(x)
-        self._arena.start()
-        found: Tensor = self.run(x)
-        return found
-
-    def _plan(self, x: Tensor) -> None:
-        self._shape, self._device = torch.Size(), torch.device("meta")  # no shape, should the plan fail
-        try:
-            self._arena.watch()
-            self.run(x.to("meta"))
-            self._arena.plan()
-        finally:
-            self._device = torch.device("cpu")
-        self._shape = x.shape
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run an operation."""
-        self._arena.step()
-        return super().run_node(n)
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call a module, on whatever device its input is."""
-        module = self.fetch_attr(target)
-        if isinstance(module, Layer | Halve) or kwargs or len(args) != 1:
-            return module(*args, **kwargs)
-        return meta_call(module, *args)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A weight on the device of the pass."""
-        return super().get_attr(target, args, kwargs).to(self._device)
-
-
 def compile_network(model: nn.Module, method: str, output: int, keep: bool = True) -> Callable[[Tensor], Tensor]:
     """One of the tensors that a method returns for a tensor, valid until the next call; holds its weights itself.
 
@@ -134,9 +92,10 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
             chain.replace_by(name)
             done.update(chain.nodes)
     _keep_parts(graph, root, modules)
+    _repeat_in_layers(graph, root)
     _add_in_place(graph, root)
     graph.lint()
-    return _Network(root, graph, arena)
+    return Network(root, graph, arena)
 
 
 def _computes_as_pytorch(module: nn.Module) -> bool:
@@ -178,6 +137,20 @@ def _keep_parts(graph: fx.Graph, root: nn.Module, modules: Modules) -> None:
             graph.erase_node(node)
 
 
+def _repeat_in_layers(graph: fx.Graph, root: nn.Module) -> None:
+    """Give layers that add ``x.repeat(1, n, 1, ...)`` the tensor itself: they add its channels n times."""
+    for node in [*graph.nodes]:
+        if node.op != "call_method" or node.target != "repeat" or node.kwargs:
+            continue
+        source, *counts = node.args
+        times = len(counts) > 1 and isinstance(counts[1], int) and {*counts[:1], *counts[2:]} == {1}
+        if times and all(_adds(user, node, root) for user in node.users) and not _is_changed(source, {}):
+            for user in [*node.users]:
+                layer: Any = root.get_submodule(str(user.target))
+                user.args, layer.repeats = (user.args[0], source), tuple(counts)
+            graph.erase_node(node)
+
+
 def _add_in_place(graph: fx.Graph, root: nn.Module) -> None:
     """Put a sum where one of its summands is, if that is a layer's result which nothing else uses."""
     for node in graph.nodes:
@@ -190,13 +163,22 @@ def _add_in_place(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def _add(one: Tensor, other: Tensor) -> Tensor:
-    return one.add_(other) if one.shape == other.shape else one + other
+    if one.shape != other.shape:
+        return one + other
+    return one if one.is_meta else one.add_(other)
+
+
+def _adds(user: fx.Node, residual: fx.Node, root: nn.Module) -> bool:
+    """Whether it is a layer that only adds a tensor."""
+    layer = root.get_submodule(str(user.target)) if user.op == "call_module" else None
+    return isinstance(layer, Layer) and user.args[0] is not residual
 
 
 def _takes_parts(user: fx.Node, joined: fx.Node, root: nn.Module) -> bool:
     """Whether it is a layer that reads a concatenation by a kernel: as its input, or as what it adds."""
     layer = root.get_submodule(str(user.target)) if user.op == "call_module" else None
-    return isinstance(layer, Layer) and (layer.native is not None or user.args[0] is not joined)
+    takes = isinstance(layer, Layer) and layer.native is not None and layer.native.takes_parts
+    return takes or _adds(user, joined, root)
 
 
 class _Chain:
@@ -219,9 +201,7 @@ class _Chain:
     @property
     def is_layer(self) -> bool:
         """Whether a layer does more than PyTorch."""
-        convolution = self.convolution
-        known = kind_of(convolution) is not None or is_pointwise(convolution) or is_upsampling(convolution)
-        return known or len(self.nodes) > 1 or self.norm is not None
+        return has_kernel(self.convolution) or len(self.nodes) > 1 or self.norm is not None
 
     def layer(self, arena: Arena, keep: bool) -> Layer:
         """The layer that does it all."""

@@ -26,6 +26,15 @@ struct Job {
   long lanes, threads;       // floats a vector: 16 (AVX-512) or 8 (AVX2)
 };
 
+// A convolution with a stride, or a transposed one whose stride is its kernel; axes are depth, height, width.
+struct Product {
+  const float *x, *weights, *bias, *slope;
+  float *y, *scratch;
+  double *moments;
+  long size_x, size_weights, size_bias, size_slope, size_y, size_scratch, size_moments;
+  long images, channels_in, channels_out, in[3], out[3], kernel[3], stride[3], pad[3], transposed, lanes, threads;
+};
+
 // How a job is done. The caller needs the first five.
 struct Plan {
   long panel, weights, blocks, scratch;  // channels of a weight panel; values of all weights; blocks; floats a thread
@@ -34,7 +43,8 @@ struct Plan {
 };
 
 // What follows a convolution, on voxels x channels. The pointers from shift on may be null, but see pointwise.h. The
-// first channels_residual channels of what is added are those of residual; the others, of another tensor, more.
+// first channels_residual channels of what is added are those of residual; the others, of another tensor, more, or the
+// same ones again without it.
 struct Pointwise {
   float *x;
   const float *scale, *shift, *first, *second, *residual, *more;
@@ -47,7 +57,7 @@ struct Kind {
   long nz, mz, n, m;
 };
 constexpr Kind KINDS[] = {{6, 4, 6, 4}, {8, 4, 8, 4}, {6, 2, 6, 2}, {1, 1, 6, 4}, {4, 2, 4, 2}};  // 3^3; 5^3; 5^3; 1 x 3^2; 3^3
-constexpr long LARGEST = 1L << 40, MOST_CHANNELS = 1L << 14, MOST_THREADS = 1024;
+constexpr long LARGEST = 1L << 40, MOST_CHANNELS = 1L << 14, MOST_THREADS = 1024, MOST_ROWS = 192;
 
 constexpr int MASKS[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // and as many zeros: where lanes count, and where not
 #pragma GCC push_options
@@ -57,6 +67,7 @@ namespace avx512 {
 constexpr int VL = 16, ROWS = 12;
 #include "vectors.h"
 #include "winograd.h"
+#include "product.h"
 #include "pointwise.h"
 }  // namespace avx512
 #undef WIDE
@@ -67,6 +78,7 @@ namespace avx2 {
 constexpr int VL = 8, ROWS = 6;
 #include "vectors.h"
 #include "winograd.h"
+#include "product.h"
 #include "pointwise.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -183,6 +195,54 @@ EXPORT int kitseg_convolve(const Job *job) {
   return 0;
 }
 
+// tiles: voxels that are rows; channels_in: values of a row; parts: products a row; lead: whether rows are gathered.
+EXPORT int kitseg_product_plan(const Product *job, Plan *plan) {
+  const Product &j = *job;
+  if (!lanes_exist(j.lanes) || !between(1, j.threads, MOST_THREADS) || !between(0, j.transposed, 1)) return -1;
+  if (!between(1, j.channels_in, MOST_CHANNELS) || !between(1, j.channels_out, MOST_CHANNELS)) return -1;
+  bool direct = true;
+  for (int axis = 0; axis < 3; axis++) {
+    long in = j.in[axis], out = j.out[axis], kernel = j.kernel[axis], stride = j.stride[axis], pad = j.pad[axis];
+    if (!between(1, in, LARGEST) || !between(1, out, LARGEST) || !between(1, kernel, 64) || !between(1, stride, 64)) return -1;
+    if (!between(0, pad, j.transposed ? 0 : kernel - 1) || (j.transposed && stride != kernel)) return -1;
+    if (!j.transposed && in + 2 * pad < kernel) return -1;
+    if (out != (j.transposed ? in * stride : (in + 2 * pad - kernel) / stride + 1)) return -1;
+    direct = direct && kernel == 1 && stride == 1;
+  }
+  long taps = j.kernel[0] * j.kernel[1] * j.kernel[2];
+  const long *rows = j.transposed ? j.in : j.out;
+  Plan p{};
+  p.panel = 2 * j.lanes, p.panels = ceiling(j.channels_out, p.panel);
+  p.channels_in = j.transposed ? j.channels_in : taps * j.channels_in;
+  p.parts = j.transposed ? taps : 1;
+  p.lead = !j.transposed && !direct;
+  p.tiles = product({j.images, rows[0], rows[1], rows[2]});
+  p.weights = product({p.parts, p.panels, p.channels_in, p.panel});
+  if (!p.tiles || !p.weights || !product({p.tiles, taps, std::max(j.channels_in, j.channels_out)})) return -1;
+  long most = std::min(ceiling(1 << 18, p.channels_in), ceiling(p.tiles, 8));  // what a block needs stays near the core
+  p.tiles_a_block = std::min(MOST_ROWS, ceiling(most, 12) * 12);
+  p.blocks = ceiling(p.tiles, p.tiles_a_block);
+  p.scratch = p.tiles_a_block * (p.panel + (p.lead ? p.channels_in + j.lanes : 0));
+  *plan = p;
+  return 0;
+}
+
+EXPORT int kitseg_product(const Product *job) {
+  const Product &j = *job;
+  Plan plan;
+  if (kitseg_product_plan(job, &plan)) return -1;
+  long need_x = product({j.images, j.in[0], j.in[1], j.in[2], j.channels_in});
+  long need_y = product({j.images, j.out[0], j.out[1], j.out[2], j.channels_out});
+  if (!need_x || !need_y || j.size_x < need_x || j.size_y < need_y || j.size_weights < plan.weights) return -1;
+  if ((j.bias && j.size_bias < j.channels_out) || (j.slope && j.size_slope < j.channels_out)) return -1;
+  if (j.moments && (j.images > 1 || j.size_moments < plan.blocks * 3 * j.channels_out)) return -1;
+  if (!j.x || !j.y || !j.weights || !j.scratch || j.size_scratch < plan.scratch * j.threads) return -1;
+  if (j.x < j.y + need_y && j.y < j.x + need_x) return -1;
+  auto run = j.lanes == 16 ? avx512::product : avx2::product;
+  parallel(plan.blocks, j.threads, [&](long block, long thread) { run(j, plan, block, j.scratch + thread * plan.scratch); });
+  return 0;
+}
+
 static bool fits(const Pointwise &j) {
   if (!lanes_exist(j.lanes) || !between(1, j.threads, MOST_THREADS) || !between(1, j.channels, MOST_CHANNELS)) return false;
   long values = product({j.voxels, j.channels});
@@ -200,8 +260,9 @@ EXPORT int kitseg_moments(const Pointwise *job) {
 EXPORT int kitseg_affine(const Pointwise *job) {
   if (!fits(*job) || !job->scale || !job->shift || job->size_channels < job->channels) return -1;
   long first = job->channels_residual, more = job->channels - first;
-  if (job->residual && (!parts(first, job->channels, job->lanes) || job->size_residual < job->voxels * first)) return -1;
-  if (job->residual && more && (!job->more || job->size_more < job->voxels * more)) return -1;
+  if (job->residual && (!between(1, first, job->channels) || job->size_residual < job->voxels * first)) return -1;
+  if (job->residual && job->more && (!parts(first, job->channels, job->lanes) || job->size_more < job->voxels * more)) return -1;
+  if (job->residual && !job->more && (job->channels % first || (first % job->lanes && more && job->lanes % first))) return -1;
   auto affine = job->lanes == 16 ? avx512::affine : avx2::affine;
   parallel(ceiling(job->voxels, SLAB), job->threads, [&](long slab, long) { affine(*job, slab); });
   return 0;

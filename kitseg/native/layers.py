@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kitseg.native.arena import Arena, meta_call
-from kitseg.native.pointwise import Parts, affine, moments
+from kitseg.native.arena import Arena, join, meta_call
+from kitseg.native.pointwise import Parts, affine, fits_residual, moments
+from kitseg.native.product import Product, is_product
 from kitseg.native.winograd import F23, F25, F43, F43_2D, F45, Convolution, Kind, plan
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
-SLAB = 2**21  # values of a slab
-LARGEST = (
-    40_000_000  # bytes of a layer's weights for F(4, 3) and F(4, 5); F(2, 3) and F(2, 5) have less than half as many
-)
+LARGEST = {
+    F43: 40e6,
+    F45: 140e6,
+    F43_2D: 40e6,
+}  # bytes of a layer's weights; F(2, 3), F(2, 5) have less than half as many
 
 
 class Layer(nn.Module):
@@ -49,41 +49,39 @@ class Layer(nn.Module):
         self.channels: int = getattr(conv if norm is None else norm, "out_channels" if norm is None else "num_features")
         self.first, self.second = slopes(first, self.channels), slopes(second, self.channels)
         self.norm: Any = deepcopy(norm)
-        self.native: Convolution | None = None
-        self.arena = arena
-        if kind := kind_of(conv):
-            weight = conv.weight if conv.weight.dim() == 5 else conv.weight[:, :, None]
+        self.native: Convolution | Product | None = None
+        self.arena, self.repeats = arena, tuple[int, ...]()  # how often the residual is repeated along its axes
+        if has_kernel(conv):
             early = None
             if norm is None:  # the kernel applies the activation
                 early, self.first = self.first, None
-            replicate = conv.padding_mode == "replicate"
-            self.native, conv = Convolution(weight, kind, conv.bias, early, replicate, keep), None
+            if kind := kind_of(conv):
+                weight = conv.weight if conv.weight.dim() == 5 else conv.weight[:, :, None]
+                replicate = conv.padding_mode == "replicate"
+                self.native = Convolution(weight, kind, conv.bias, early, replicate, keep)
+            else:
+                self.native = Product(conv, early)
+            conv = None
         self.convolution: Any = conv
 
     def forward(self, x: Tensor | Parts, residual: Tensor | Parts | None = None) -> Tensor:
         """Run the layer on (N, C, D, H, W) or (N, C, H, W); the result has its channels last."""
+        if self.repeats and isinstance(residual, Tensor):
+            few = residual.dim() == len(self.repeats) and residual.shape[1] * self.repeats[1] == self.channels
+            residual = residual if few else residual.repeat(self.repeats)
         if self.native is None:
-            x = self._by_pytorch(_whole(x))
+            whole = _whole(x)  # what follows works in place
+            x = whole.clone() if self.convolution is None else meta_call(self.convolution, whole)
         if _first(x).dim() == 5:
             return self._run(x, residual)
         deep = _each(x, lambda part: part[:, :, None])
         return self._run(deep, None if residual is None else _each(residual, lambda part: part[:, :, None]))[:, :, 0]
 
-    def _by_pytorch(self, x: Tensor) -> Tensor:
-        if is_pointwise(self.convolution):
-            return _linear(x, self.convolution, self.arena)
-        if is_upsampling(self.convolution):
-            return _upsample(x, self.convolution, self.arena)
-        if _is_plain(self.convolution):
-            return _by_slabs(x, self.convolution, self.arena)
-        found: Tensor = x.clone() if self.convolution is None else meta_call(self.convolution, x)
-        return found  # what follows works in place
-
     def _run(self, x: Tensor | Parts, residual: Tensor | Parts | None) -> Tensor:
         images = len(_first(x))
         if isinstance(self.norm, INSTANCE_NORMS) and images > 1:
             rows = [None if residual is None else _image(residual, i) for i in range(images)]
-            return torch.cat([self._run(_image(x, i), row) for i, row in enumerate(rows)])
+            return join([self._run(_image(x, i), row) for i, row in enumerate(rows)])
         found: tuple[Tensor, Tensor] | None = None
         if self.native is not None and isinstance(self.norm, INSTANCE_NORMS):
             x, *rest = self.native.with_moments(x, self.arena, residual is None)
@@ -92,10 +90,11 @@ class Layer(nn.Module):
             x = self.native(x, self.arena, residual is None)
         x = _whole(x)
         if isinstance(residual, tuple) and _first(residual).shape[2:] != x.shape[2:]:
-            residual = torch.cat(residual, dim=1)
+            residual = join(residual, 1)
         scale, shift = self._scale(x, found)
-        if isinstance(residual, Tensor) and residual.shape != x.shape:  # PyTorch repeats what is smaller
-            x = affine(x, scale, shift, self.first) + residual
+        if isinstance(residual, Tensor) and not fits_residual(residual, x.shape):  # PyTorch repeats what is smaller
+            times = max(1, x.shape[1] // residual.shape[1])
+            x = affine(x, scale, shift, self.first) + residual.repeat(1, times, 1, 1, 1)
             return (
                 x if self.second is None else torch.where(x > 0, x, x * self.second.to(x.device)[:, None, None, None])
             )
@@ -124,7 +123,7 @@ def _first(x: Tensor | Parts) -> Tensor:
 
 
 def _whole(x: Tensor | Parts) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.cat(x, dim=1)
+    return x if isinstance(x, Tensor) else join(x, 1)
 
 
 def _each(x: Tensor | Parts, change: Callable[[Tensor], Tensor]) -> Tensor | Parts:
@@ -133,6 +132,11 @@ def _each(x: Tensor | Parts, change: Callable[[Tensor], Tensor]) -> Tensor | Par
 
 def _image(x: Tensor | Parts, number: int) -> Tensor | Parts:
     return _each(x, lambda part: part[number : number + 1])
+
+
+def has_kernel(convolution: Any) -> bool:
+    """Whether a kernel computes a convolution; PyTorch does otherwise."""
+    return kind_of(convolution) is not None or is_product(convolution)
 
 
 def kind_of(convolution: Any) -> Kind | None:
@@ -152,79 +156,8 @@ def kind_of(convolution: Any) -> Kind | None:
     if size not in kinds:
         return None
     large, small = kinds[size]
-    return large if 4 * large.points_in_all * convolution.in_channels * convolution.out_channels <= LARGEST else small
-
-
-def is_pointwise(convolution: Any) -> bool:
-    """Whether a convolution is a product of matrices: a kernel of one voxel."""
-    if not isinstance(convolution, nn.Conv2d | nn.Conv3d):
-        return False
-    ones = {*convolution.kernel_size, *convolution.stride, convolution.groups}
-    return ones == {1} and convolution.padding in ((0,) * len(convolution.stride), "same", "valid")
-
-
-def _linear(x: Tensor, convolution: Any, arena: Arena) -> Tensor:
-    y = arena.empty((len(x), convolution.out_channels, *x.shape[2:]), x.device)
-    if x.device.type == "meta":
-        return y
-    order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    rows, weight = x.contiguous(memory_format=order).movedim(1, -1).flatten(0, -2), convolution.weight.flatten(1).t()
-    out = y.movedim(1, -1).flatten(0, -2)
-    if convolution.bias is None:
-        torch.mm(rows, weight, out=out)
-    else:
-        torch.addmm(convolution.bias, rows, weight, out=out)
-    return y
-
-
-def _is_plain(convolution: Any) -> bool:
-    plain = isinstance(convolution, nn.Conv3d) and (convolution.padding_mode, convolution.groups) == ("zeros", 1)
-    return plain and {*convolution.dilation} == {1} and convolution.padding[0] in range(convolution.kernel_size[0])
-
-
-def _by_slabs(x: Tensor, convolution: Any, arena: Arena) -> Tensor:
-    """PyTorch's convolution, some slices at a time: little of it lies outside the planned memory."""
-    y = arena.empty(meta_call(convolution, x.to("meta")).shape, x.device)
-    if x.device.type == "meta":
-        return y
-    (edge, *pads), step, slices = convolution.padding, convolution.stride[0], max(1, SLAB // y[:, :, 0].numel())
-    for start in range(0, y.shape[2], slices):
-        target, low = y[:, :, start : start + slices], start * step - edge
-        high = low + (target.shape[2] - 1) * step + convolution.kernel_size[0]
-        ends = (max(-low, 0), max(high - x.shape[2], 0))
-        part = functional.pad(x[:, :, max(low, 0) : high], (0, 0, 0, 0, *ends))
-        how = (convolution.stride, (0, *pads))
-        target.copy_(functional.conv3d(part, convolution.weight, convolution.bias, *how))
-    return y
-
-
-def is_upsampling(convolution: Any) -> bool:
-    """Whether it is a transposed convolution whose steps are as long as its kernel: each voxel becomes a block."""
-    if not isinstance(convolution, nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return False
-    plain = {*convolution.padding, *convolution.output_padding} == {0}
-    plain = plain and {*convolution.dilation, convolution.groups} == {1}
-    return plain and convolution.stride == convolution.kernel_size
-
-
-def _upsample(x: Tensor, convolution: Any, arena: Arena) -> Tensor:
-    """A transposed convolution without overlap: a product of matrices for each slice, written to where it belongs."""
-    steps, channels = convolution.kernel_size, convolution.out_channels
-    y = arena.empty((len(x), channels, *(n * k for n, k in zip(x.shape[2:], steps, strict=True))), x.device)
-    if x.device.type == "meta":
-        return y
-    weight = convolution.weight.movedim(1, -1).flatten(1).t()  # (taps, out) x in
-    bias = None if convolution.bias is None else convolution.bias.repeat(prod(steps))
-    blocks = y.view(len(x), channels, -1, steps[0], *y.shape[3:])
-    for source, target in zip(x.unbind(2), blocks.unbind(2), strict=True):
-        product = functional.linear(source.movedim(1, -1), weight, bias)  # (N, [H,] W, taps x out)
-        taps = product.view(*product.shape[:-1], *steps, channels)
-        if len(steps) == 3:  # (N, H, W, kd, kh, kw, C) to (N, C, kd, H, kh, W, kw)
-            rows = target.view(*target.shape[:3], -1, steps[1], source.shape[-1], steps[2])
-            rows.copy_(taps.permute(0, 6, 3, 1, 4, 2, 5))
-        else:  # (N, W, kh, kw, C) to (N, C, kh, W, kw)
-            target.view(*target.shape[:3], -1, steps[1]).copy_(taps.permute(0, 4, 2, 1, 3))
-    return y
+    size_large = 4 * large.points_in_all * convolution.in_channels * convolution.out_channels
+    return large if size_large <= LARGEST[large] else small
 
 
 class Halve(nn.Module):

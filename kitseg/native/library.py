@@ -33,6 +33,13 @@ Convolution = _structure(
     + " images depth height width channels_in channels_x channels_out pixel_in pixel_more pixel_out kind replicate"
     + " lanes threads",
 )
+_AXES = " ".join(f"{name}_{axis}" for name in ("in", "out", "kernel", "stride", "pad") for axis in "zyx")
+Product = _structure(
+    "Product",
+    "x weights bias slope y scratch moments",
+    "size_x size_weights size_bias size_slope size_y size_scratch size_moments images channels_in channels_out "
+    f"{_AXES} transposed lanes threads",
+)
 Plan = _structure("Plan", "", "panel weights blocks scratch lead z y x tiles a b c d e")
 Pointwise = _structure(
     "Pointwise",

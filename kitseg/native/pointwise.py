@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kitseg.native import library
+from kitseg.native.arena import join
 
 SLAB = 4096  # voxels a row of moments, as in pointwise.h
 Parts = tuple[Tensor, Tensor]  # a tensor as its first channels and the others
@@ -23,7 +24,7 @@ def split_parts(x: Tensor | Parts) -> tuple[Tensor, Tensor | None]:
     if any(t is not None and t.dtype != torch.float32 for t in (first, more)):
         raise ValueError("the kernels take tensors in float32, with the channels that they were made for")
     if more is not None and first.shape[1] % library.lanes():
-        first, more = torch.cat([first, more], dim=1), None
+        first, more = join([first, more], 1), None
     last = torch.channels_last_3d
     return first.contiguous(memory_format=last), None if more is None else more.contiguous(memory_format=last)
 
@@ -58,13 +59,16 @@ def affine(
 ) -> Tensor:
     """``leaky(leaky(scale x + shift, first) + residual, second)`` of (N, C, D, H, W), in place if channels are last.
 
-    scale, shift, and the slopes first and second: (C,). What is None is left out.
+    scale, shift, and the slopes first and second: (C,). What is None is left out. A residual of fewer channels is added
+    several times, see ``fits_residual``.
     """
     more = None
     if residual is not None:
         residual, more = split_parts(residual)
         channels = residual.shape[1] + (0 if more is None else more.shape[1])
-        if (len(residual), channels, *residual.shape[2:]) != x.shape:
+        if (len(residual), channels, *residual.shape[2:]) != x.shape and (
+            more is not None or not fits_residual(residual, x.shape)
+        ):
             raise ValueError("a residual has the shape of what it is added to")
     x = x.contiguous(memory_format=torch.channels_last_3d)
     rows = [None if row is None else row.float().contiguous() for row in (scale, shift, first, second)]
@@ -73,6 +77,16 @@ def affine(
     if x.device.type != "meta":
         _run("affine", x, (*rows, residual, more), None)
     return x
+
+
+def fits_residual(residual: Tensor, shape: torch.Size) -> bool:
+    """Whether ``affine`` can add it to a tensor of a shape: the same, or with its channels several times."""
+    if residual.shape == shape:
+        return True
+    if (residual.shape[:1], residual.shape[2:]) != (shape[:1], shape[2:]):
+        return False
+    channels, lanes = residual.shape[1], library.lanes()
+    return shape[1] % channels == 0 and 0 in (channels % lanes, lanes % channels)
 
 
 def _run(name: str, x: Tensor, more: tuple[Tensor | None, ...], rows: Tensor | None) -> None:

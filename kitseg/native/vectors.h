@@ -1,6 +1,7 @@
 // Vectors of VL floats. kernels.cpp includes this and the kernels in a namespace for each instruction set.
 
 typedef float Vec __attribute__((vector_size(4 * VL)));
+typedef int Whole __attribute__((vector_size(4 * VL)));
 typedef float Loose __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 constexpr int NB = 2 * VL;  // output channels of a panel of weights
 

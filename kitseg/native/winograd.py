@@ -85,6 +85,8 @@ class Convolution:
     instead of zeros. keep: whether to keep the transformed weights, up to 8 times as large, for later calls.
     """
 
+    takes_parts = True
+
     def __init__(
         self,
         weight: Tensor,

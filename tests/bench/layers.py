@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from kitseg import config
 from kitseg.models.stage import build_input_transform
 from kitseg.native.arena import Arena
-from kitseg.native.layers import Layer, is_pointwise, is_upsampling, kind_of
+from kitseg.native.layers import Layer, kind_of
+from kitseg.native.product import is_product
 from kitseg.stages.model import build_model, build_window
 from kitseg.types import Geometry
 from kitseg.volumes.resample import grid_geometry
@@ -123,7 +124,7 @@ def algorithm(module: nn.Module) -> str:
     if kind := kind_of(module):
         size = (len(kind.points) + 2 - kind.size[-1], kind.size[-1])
         return f"F{size}".replace(" ", "")
-    return "product" if is_pointwise(module) or is_upsampling(module) else "PyTorch's"
+    return "product" if is_product(module) else "PyTorch's"
 
 
 def main() -> None:
