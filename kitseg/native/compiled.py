@@ -21,7 +21,7 @@ from kitseg.native.layers import (
     has_kernel,
     is_norm,
 )
-from kitseg.native.network import Network
+from kitseg.native.network import CompiledNetwork
 
 ADD = (operator.add, torch.add)
 Modules = Mapping[fx.Node, nn.Module]
@@ -95,7 +95,7 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
     _repeat_in_layers(graph, root)
     _add_in_place(graph, root)
     graph.lint()
-    return Network(root, graph, arena)
+    return CompiledNetwork(root, graph, arena)
 
 
 def _computes_as_pytorch(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from kitseg.native.arena import Arena, join, meta_call
 from kitseg.native.layers import Halve, Layer
 
 
-class Network(fx.Interpreter):
+class CompiledNetwork(fx.Interpreter):
     """Runs compiled operations in the order of their graph; the memory for a shape is planned before its first pass."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, arena: Arena) -> None:
