@@ -15,10 +15,11 @@ from torch import Tensor
 from kitseg import config
 from kitseg.config import Source, StageSpec
 from kitseg.errors import UsageError
+from kitseg.labels import KIDNEY, TUMOR
 from kitseg.links.guides import GuidedByForeground, Link, SliceGate
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.links.regions import Region, Square
+from kitseg.links.regions import AroundForeground, Region, Square
 from kitseg.models.chain import EMPTY, Output, run_chain, run_on_grid, to_scan
 from kitseg.types import Box, Geometry, Triple, Volume
 
@@ -116,6 +117,34 @@ def test_a_guided_stage_sees_what_the_first_one_believes() -> None:
     (image,) = stage.seen
     assert image.shape == (4, 1, 2, 2)
     assert image[:, 0, 0, 0].tolist() == pytest.approx([0.75 * 0.012, 0.012, 0.25 * 0.012, 1])
+
+
+@pytest.mark.parametrize("twice", [1, 2])
+def test_what_a_second_stage_finds_counts_where_the_first_one_found_a_kidney(twice: int) -> None:
+    """A kidney, one that the first stage knows as a mass alone, and a larger false one beside them."""
+    coarse, fine = (Geometry((n, 10 * n, 20 * n), np.diag([-40.0, -40.0, -40.0, n]) / n) for n in (1, twice))
+    places = {KIDNEY: slice(1, 4), TUMOR: slice(8, 11), 0: slice(13, 20)}
+    guide, found = torch.zeros(3, *coarse.shape), np.zeros(fine.shape, np.uint8)
+    for label, columns in places.items():
+        guide[label, :, 2:5, columns] = 1
+        found[:, 2 * twice : 5 * twice, columns.start * twice : columns.stop * twice] = 1
+
+    @torch.inference_mode()
+    def kidneys(image: Tensor) -> Tensor:
+        kidney = image[0].gt(0).float() * 0.75
+        return torch.stack([1 - kidney, kidney, 0 * kidney])
+
+    hu = np.where(found, 500, -500).astype(np.int16)
+    around = AroundForeground(margin=10_000, at_least=(1, 1, 1))
+    stage = Stub(spec_of("two-stage", "segment"), kidneys, region=around)
+    first = Output(guide, Box((0, 0, 0), coarse.shape), coarse, SOFTMAX)
+    labels = run_on_grid(hu, fine, stage, "main", {"slices": first}).labels()
+    found[..., 13 * twice :] = 0
+    assert np.array_equal(labels, found)
+    guide[:, :, :, :12], guide[1, :, 2:5, 13:14] = 0, 1
+    guide[0] = 1 - guide[1:].sum(0)
+    labels = run_on_grid(hu, fine, stage, "main", {"slices": first}).labels()
+    assert np.array_equal(labels > 0, (hu > 0) & (np.arange(20 * twice) >= 13 * twice))
 
 
 @pytest.mark.parametrize("link", [SliceGate(), GuidedByForeground((1, 1, 1))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,14 @@ class Region(Protocol):
 
     def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid, which may reach outside; None if there is nothing to process."""
+
+
+@runtime_checkable
+class Confirming(Protocol):
+    """A region that also decides, by its guide, which components of its stage's own output count."""
+
+    def confirmed(self, found: NDArray[np.bool_], box: Box, known: RegionContext) -> NDArray[np.bool_]:
+        """The part of a foreground (d, h, w) in the region's box that counts."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,8 @@ class FixedAroundForeground:
 class AroundForeground:
     """The bounding box of the guide's kidneys and masses with a margin, inside the volume.
 
-    Of more than two components that are large enough, the kidneys are those with the most kidney tissue.
+    Of more than two components that are large enough, the kidneys are those with the most kidney tissue. What the stage
+    then finds counts where it overlaps with them.
 
     margin: millimetres on each side; components too small to be kidneys are removed before; at_least: voxels (slices,
     rows, columns) to which a smaller box is grown.
@@ -174,6 +183,27 @@ class AroundForeground:
         """The largest that it may be: the whole grid, or a patch."""
         return triple(np.maximum(grid.shape, self.at_least))
 
+    def confirmed(self, found: NDArray[np.bool_], box: Box, known: RegionContext) -> NDArray[np.bool_]:
+        """The two components of a foreground (d, h, w) that overlap most with the guide's kidneys, without masses.
+
+        A component that overlaps with a mass of these kidneys alone ranks after them; without any overlap all remain.
+        """
+        kidneys = _kidneys(known, by_tissue=True)
+        if known.guide is None or known.guide_grid is None:
+            raise ValueError("to confirm a foreground takes a guide")
+        parts, steps = Components.of(found), np.divide(known.guide_grid.shape, known.grid.shape)
+        voxels = (np.arange(a, b) for a, b in zip(box.start, box.stop, strict=True))
+        near = np.ix_(
+            *(
+                np.clip((at + 0.5) * step, 0, n - 1).astype(int)
+                for at, step, n in zip(voxels, steps, kidneys.shape, strict=True)
+            )
+        )
+        overlap, tissue = parts.total(kidneys[near]), parts.total((kidneys & (known.guide == KIDNEY))[near])
+        order = np.lexsort((-overlap, -tissue))
+        best = order[overlap[order] > 0][:2]
+        return parts.chosen(np.isin(np.arange(parts.sizes.size), best)) if best.size else found
+
 
 def _check_voxels(size: Sequence[int], fewest: int = 0) -> None:
     """Refuse (ValueError) a box of a configuration that has more voxels than a scan."""
@@ -183,10 +213,15 @@ def _check_voxels(size: Sequence[int], fewest: int = 0) -> None:
 
 def _foreground(known: RegionContext, by_tissue: bool = False) -> Box | None:
     """The bounding box of the guide's kidneys and masses on the guide's grid."""
+    return bounding_box(_kidneys(known, by_tissue))
+
+
+def _kidneys(known: RegionContext, by_tissue: bool) -> NDArray[np.bool_]:
+    """The guide's kidneys with their masses, on the guide's grid."""
     if known.guide is None or known.guide_grid is None:
         raise ValueError("the box around the foreground needs a guide")
     tissue = known.guide == KIDNEY if by_tissue else None
-    return bounding_box(keep_kidneys(known.guide > 0, known.guide_grid.voxel_ml, tissue=tissue))
+    return keep_kidneys(known.guide > 0, known.guide_grid.voxel_ml, tissue=tissue)
 
 
 def _grown(box: Box, at_least: Sequence[int]) -> Box:

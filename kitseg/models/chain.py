@@ -16,7 +16,7 @@ from kitseg.config import Source
 from kitseg.errors import UsageError
 from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
-from kitseg.links.regions import RegionContext
+from kitseg.links.regions import Confirming, RegionContext
 from kitseg.models.stage import TrainedStage
 from kitseg.types import Box, Geometry, Probabilities, Volume
 from kitseg.volumes.resample import box_on, from_grid
@@ -59,20 +59,30 @@ class Output:
 class StageView:
     """The input of a stage's network: a box of its grid, and the input (C, d, h, w) there.
 
-    slices: which of the box's slices the input contains, (D,). Without slices the network is not run.
+    known: what the region was computed from; slices: which of the box's slices the input contains, (D,). Without slices
+    the network is not run.
     """
 
-    grid: Geometry
+    known: RegionContext
     box: Box
     slices: NDArray[np.bool_]
     image: Tensor
 
     def place(self, stage: TrainedStage, values: Tensor | None) -> Output:
-        """Extend probabilities of the input (K, d, h, w) to the whole box; None if the network was not run."""
-        channels, back = stage.spec.channels, stage.spec.grid.back
+        """Extend probabilities of the input (K, d, h, w) to the whole box; None if the network was not run.
+
+        What the stage's region doesn't confirm becomes background.
+        """
+        channels, grid, back = stage.spec.channels, self.known.grid, stage.spec.grid.back
         if values is None:
-            return Output(None, EMPTY, self.grid, channels, stage.threshold, back)
-        return Output(spread(values, self.slices, channels), self.box, self.grid, channels, stage.threshold, back)
+            return Output(None, EMPTY, grid, channels, stage.threshold, back)
+        array = spread(values, self.slices, channels)
+        if isinstance(stage.region, Confirming):
+            found = label_ids(array, channels, stage.threshold) > 0
+            dropped = found & ~stage.region.confirmed(found, self.box, self.known)
+            for channel, name in zip(array.numpy(), channels, strict=True):
+                channel[dropped] = name == "background"
+        return Output(array, self.box, grid, channels, stage.threshold, back)
 
 
 def view_of(stage: TrainedStage, hu: NDArray[np.int16], grid: Geometry, earlier: Mapping[str, Output]) -> StageView:
@@ -87,12 +97,12 @@ def view_of(stage: TrainedStage, hu: NDArray[np.int16], grid: Geometry, earlier:
     known = RegionContext(grid, hu=hu) if before is None else RegionContext(grid, before.labels(), before.grid, hu)
     box = stage.region(known)
     if box is None:
-        return StageView(grid, EMPTY, np.zeros(0, np.bool_), torch.empty(0))
+        return StageView(known, EMPTY, np.zeros(0, np.bool_), torch.empty(0))
     if link and before and before.grid.shape != grid.shape:
         raise UsageError(f"stages {stage.spec.name} and {stage.spec.inputs[0]} are linked and need the same grid")
     guide = link.guide(before.foreground(), before.labels() > 0) if link and before else None
     image, slices = stage.input_transform.region(hu, statistics(hu), box, guide)
-    return StageView(grid, box, slices, image)
+    return StageView(known, box, slices, image)
 
 
 def run_on_grid(
