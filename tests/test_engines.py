@@ -72,7 +72,9 @@ def see(engine: Engine, module: StageModel, x: Tensor, head: int = -1, name: str
 
 @both
 @pytest.mark.parametrize(("method", "stage"), STAGES)
-def test_every_network_gives_the_same_labels(method: str, stage: str, make: type[Compiling]) -> None:
+def test_every_network_gives_the_same_labels(
+    method: str, stage: str, make: type[Compiling], capsys: pytest.CaptureFixture[str]
+) -> None:
     """At shapes other than the traced one: the sizes inside a network follow its input."""
     spec = spec_of(method, stage)
     module, engine = stage_of(spec), make()
@@ -82,6 +84,7 @@ def test_every_network_gives_the_same_labels(method: str, stage: str, make: type
         found, expected = see(engine, module, x, head), see(Torch(), module, x, head)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
         assert (found.argmax(1) == expected.argmax(1)).double().mean() >= 0.9999
+    assert not any(capsys.readouterr()), "PyTorch computed it"
 
 
 @both

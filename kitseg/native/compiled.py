@@ -103,7 +103,7 @@ def _computes_as_pytorch(module: nn.Module) -> bool:
     kind: Any = next((kind for kind in (*CONVOLUTIONS, *INSTANCE_NORMS) if isinstance(module, kind)), None)
     ways = ("forward", "_conv_forward")
     same = kind and all(getattr(type(module), way, None) is getattr(kind, way, None) for way in ways)
-    return bool(same or getattr(module, "equals_conv3d", False))
+    return bool(same or getattr(module, "computes_as_pytorch", False))
 
 
 def _replace_changes(graph: fx.Graph, modules: Modules) -> None:

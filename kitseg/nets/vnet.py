@@ -30,7 +30,7 @@ class ThinConv(nn.Conv3d):
     summed: 5 x 3 channels of 25 taps instead of 3 (16) of 125, with equal results except for rounding.
     """
 
-    equals_conv3d = True  # for kitseg.native
+    computes_as_pytorch = True  # for kitseg.native
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int = 5) -> None:
         super().__init__(channels_in, channels_out, kernel_size, padding=kernel_size // 2)
