@@ -18,7 +18,7 @@ from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import KITS19
 from kitseg.models.training_domain import training_facts
 from kitseg.postprocess.clicks import apply_clicks
-from kitseg.types import Case, Geometry, Grid
+from kitseg.types import Box, Case, Geometry, Grid
 from kitseg.volumes.nifti import canonical_geometry, read_labels, write_image, write_labels
 from kitseg.volumes.store import CaseFiles, open_case, store_case
 
@@ -100,6 +100,41 @@ def test_clicks_hold_their_voxels_against_later_ones(scan: tuple[np.ndarray, np.
     assert np.count_nonzero(held[hole] == 1) > np.count_nonzero(hole) / 2
     kept = apply_clicks(truth, hu, geometry, [(MIDDLE, 1)], [((15, 35, 41), 2)])
     assert (kept[MIDDLE], kept[15, 35, 41]) == (1, 2), "a click also holds the voxel beside a later one"
+
+
+def test_a_box_adds_the_lesion_in_it_and_changes_nothing_outside(scan: tuple[np.ndarray, np.ndarray]) -> None:
+    hu, truth = scan
+    missed = np.where(truth == 2, 0, truth).astype(np.uint8)
+    around, geometry = Box((10, 21, 26), (20, 50, 55)), canonical_geometry(NATIVE)  # the ball of 14 mm, whole
+    found = apply_clicks(missed, hu, geometry, [(around, 2)])
+    assert dice(found, truth) > 0.9
+    far = np.ones(truth.shape, bool)
+    far[around.slices] = False
+    assert np.array_equal(found[far], missed[far])
+    held = apply_clicks(missed, hu, geometry, [(around, 2)], earlier=[(MIDDLE, 1)])
+    assert held[MIDDLE] == missed[MIDDLE], "an earlier click keeps its voxel"
+    kidney, empty = (apply_clicks(truth, hu, geometry, [(around, label)]) for label in (1, 0))
+    assert np.array_equal(kidney, np.where(truth == 2, 1, truth))
+    assert np.array_equal(empty, np.where(far, truth, 0))
+    one = apply_clicks(missed, hu, geometry, [(Box(MIDDLE, (16, 36, 41)), 2)])
+    assert np.array_equal(np.argwhere(one != missed), [MIDDLE]), "a box of a single voxel"
+
+
+def test_a_box_from_the_command_line_to_the_record(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:
+    geometry = canonical_geometry(NATIVE)
+    low, high = ((geometry.affine @ [*voxel, 1])[:3] * (-1, -1, 1) for voxel in ((10, 21, 26), (19, 49, 54)))
+    text = f"{','.join(map(str, high))}:{','.join(map(str, low))}=tumor"
+    done = kitseg(folder, "refine", "pred/a.nii.gz", "--ct=data", f"--box={text}")
+    assert done.code == 0, done.text
+    assert dice(read_labels(folder / "corrected" / "a.nii.gz", "a").array, scan[1]) > 0.9
+    x, y, z = map(float, high)
+    record = {"x": x, "y": y, "z": z, "label": "tumor", "to": list(map(float, low))}
+    assert json.loads((folder / "corrected" / "a.json").read_text())["corrected"] == [record]
+    assert refine(folder, "corrected/a.nii.gz", "0,0,30=kidney")[0] == 0, "a record with a box can be refined"
+    outside = f"0,0,999:{text.split(':')[1]}"
+    for wrong, problem in (("1,2,3=tumor", "give x,y,z:x,y,z=CLASS"), (outside, "outside the scan")):
+        done = kitseg(folder, "refine", "pred/a.nii.gz", "--ct=data", f"--box={wrong}", "-o", "other")
+        assert (done.code, problem in " ".join(done.text.split())) == (2, True)
 
 
 @pytest.fixture

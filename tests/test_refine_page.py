@@ -104,6 +104,16 @@ def test_a_missed_tumor_is_added_and_a_false_one_removed(port: int, truth: np.nd
         chromium.evaluate("$('undo').click()")
         chromium.wait_for("!busy && clicks.length === 1")
         assert chromium.evaluate("$('volumes').textContent") == after
+        chromium.evaluate("$('box').click()")
+        near, far = ((z + s * 3, y + s * 9, x + s * 9) for s, (z, y, x) in ((-1, FALSE), (1, FALSE)))
+        click(near, "kidney", 1)
+        chromium.wait_for("corner !== null")
+        click(far, "kidney", 2)
+        assert chromium.evaluate("[clicks[1].voxel, clicks[1].to]") == [list(near), list(far)]
+        chromium.evaluate("$('box').click()")
+        assert chromium.evaluate("$('volumes').textContent") not in (before, after)
+        chromium.evaluate("$('undo').click()")
+        chromium.wait_for("!busy && clicks.length === 1")
         click(FALSE, "kidney", 2)
         assert float(chromium.evaluate("$('message').textContent").split(", ")[1].split()[0]) < 2
         if picture := os.environ.get("KITSEG_PICTURE"):

@@ -148,6 +148,13 @@ def refine(
             help="A point in mm (LPS, as in DICOM) and its class: kidney, tumor, cyst or background; may be repeated.",
         ),
     ] = [],  # noqa: B006
+    box: Annotated[
+        list[str],
+        typer.Option(
+            metavar="X,Y,Z:X,Y,Z=CLASS",
+            help="Two opposite corners of a box about a lesion, applied before the clicks; may be repeated.",
+        ),
+    ] = [],  # noqa: B006
     probabilities: Annotated[
         Path | None,
         typer.Option(help="Folder from `kitseg infer`: lesions reach no farther than kidney and mass are probable."),
@@ -158,14 +165,14 @@ def refine(
     scheme: opt.Labels = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Correct a label map with clicks: each assigns a class to a point and to similar tissue around it.
+    """Correct a label map with clicks and boxes: each assigns a class to a point and to similar tissue around it.
 
     `kitseg measure --json` and `kitseg report` state that the labels were corrected by a person.
     """
     from kitseg.commands import refine as steps
     from kitseg.commands.measure import plan_measures
 
-    clicks, tasks = steps.parse_clicks(click), plan_measures(labels, ct)
+    clicks, tasks = steps.parse_clicks(click, box), plan_measures(labels, ct)
     if len(tasks) != 1:
         raise UsageError(f"{labels} holds {len(tasks)} label maps: give one")
     path, changed_ml = steps.refine(tasks[0], clicks, output, scheme, probabilities)

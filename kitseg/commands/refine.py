@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,52 +26,78 @@ from kitseg.labels import BACKGROUND, CLASSES, KITS19, Scheme
 from kitseg.postprocess.clicks import apply_clicks
 from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.locks import folder_lock
-from kitseg.types import Geometry, Probabilities, Triple, Volume
+from kitseg.types import Box, Geometry, Probabilities, Triple, Volume, triple
 from kitseg.volumes.blocks import read_block
 from kitseg.volumes.nifti import CORRECTED_MARK, write_labels
 from kitseg.volumes.scan import scan_digest
 
-_CLICK = re.compile(r"\s*([^,=]+),([^,=]+),([^,=]+)=(\w+)\s*")
+_POINT = r"\s*([^,=:]+),([^,=:]+),([^,=:]+)"
+_CLICK, _BOX = re.compile(rf"{_POINT}=(\w+)\s*"), re.compile(rf"{_POINT}:{_POINT}=(\w+)\s*")
 _LABELS = {"background": BACKGROUND, **CLASSES}
 
 
 @dataclass(frozen=True)
 class Click:
-    """A point in the patient's space, mm in LPS as viewers show it, and the class there, ``background`` or another."""
+    """A point in the patient's space, mm in LPS as viewers show it, and the class there, ``background`` or another.
+
+    to: the opposite corner of a box, whose first corner the point is then.
+    """
 
     x: float
     y: float
     z: float
     label: str
+    to: Sequence[float] | None = None
 
-    def voxel(self, geometry: Geometry) -> Triple:
-        """The voxel (slice, row, column) that holds it. Raises UsageError: it lies outside the grid."""
-        voxel = geometry.voxel([-self.x, -self.y, self.z])
+    def where(self, geometry: Geometry) -> Triple | Box:
+        """The voxel (slice, row, column) that holds it, or the box. Raises UsageError: it lies outside the grid."""
+        first = self._voxel((self.x, self.y, self.z), geometry)
+        if self.to is None:
+            return first
+        last = self._voxel(self.to, geometry)
+        return Box(triple(map(min, first, last)), triple(np.add(triple(map(max, first, last)), 1)))
+
+    def _voxel(self, point: Sequence[float], geometry: Geometry) -> Triple:
+        voxel = geometry.voxel(np.multiply(point, (-1, -1, 1)))
         if min(voxel) < 0 or any(a >= n for a, n in zip(voxel, geometry.shape, strict=True)):
             corners = np.array([[*np.multiply(c, np.subtract(geometry.shape, 1)), 1] for c in np.ndindex(2, 2, 2)])
             low, high = (f((corners @ geometry.affine.T)[:, :3] * (-1, -1, 1), axis=0) for f in (np.min, np.max))
             ranges = ", ".join(f"{name} {a:.0f} to {b:.0f}" for name, a, b in zip("xyz", low, high, strict=True))
-            raise UsageError(f"the click {self} lies outside the scan, which has {ranges} mm (LPS)")
+            kind = "box" if self.to else "click"
+            raise UsageError(f"the {kind} {self} lies outside the scan, which has {ranges} mm (LPS)")
         return voxel
 
     def __str__(self) -> str:
-        return f"{self.x:g},{self.y:g},{self.z:g}={self.label}"
+        ends = [(self.x, self.y, self.z), *([self.to] if self.to else [])]
+        return f"{':'.join(','.join(f'{mm:g}' for mm in end) for end in ends)}={self.label}"
+
+    def plain(self) -> dict[str, Any]:
+        """As the record holds it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def parse_clicks(texts: Sequence[str]) -> list[Click]:
-    """Clicks such as ``-54.2,12,880=tumor``. Raises UsageError: none, or a text of another form."""
-    if not texts:
-        raise UsageError("give at least one --click x,y,z=tumor (mm, LPS)")
+def parse_clicks(texts: Sequence[str], boxes: Sequence[str] = ()) -> list[Click]:
+    """Boxes such as ``-80,0,860:-40,40,900=tumor``, and then clicks such as ``-54.2,12,880=tumor``.
+
+    Raises UsageError: none, or a text of another form.
+    """
+    if not (texts or boxes):
+        raise UsageError("give at least one --click x,y,z=tumor or --box x,y,z:x,y,z=tumor (mm, LPS)")
     clicks = []
-    for text in texts:
-        try:
-            x, y, z, label = _CLICK.fullmatch(text).groups()  # type: ignore[union-attr]
-            click = Click(float(x), float(y), float(z), label)
-        except (AttributeError, ValueError) as error:
-            raise UsageError(f"--click {text}: give x,y,z=CLASS in mm (LPS), such as -54.2,12,880=tumor") from error
-        if label not in _LABELS or not np.isfinite([click.x, click.y, click.z]).all():
-            raise UsageError(f"--click {text}: give finite numbers, and one of {', '.join(_LABELS)}")
-        clicks.append(click)
+    forms = [
+        ("box", _BOX, boxes, "x,y,z:x,y,z=CLASS", "-80,0,860:-40,40,900=tumor"),
+        ("click", _CLICK, texts, "x,y,z=CLASS", "-54.2,12,880=tumor"),
+    ]
+    for option, form, given, shown, example in forms:
+        for text in given:
+            try:
+                *numbers, label = form.fullmatch(text).groups()  # type: ignore[union-attr]
+                x, y, z, *to = map(float, numbers)
+            except (AttributeError, ValueError) as error:
+                raise UsageError(f"--{option} {text}: give {shown} in mm (LPS), such as {example}") from error
+            if label not in _LABELS or not np.isfinite([x, y, z, *to]).all():
+                raise UsageError(f"--{option} {text}: give finite numbers, and one of {', '.join(_LABELS)}")
+            clicks.append(Click(x, y, z, label, tuple(to) or None))
     return clicks
 
 
@@ -124,7 +151,7 @@ class Refinement:
             raise UsageError(f"the labels are {self.scheme}: there is no {odd[0]} among them")
         known = [*(Click(**click) for click in self.before.corrected), *after]
         points, earlier = (
-            [(click.voxel(self.scan.geometry), _LABELS[click.label]) for click in some] for some in (clicks, known)
+            [(click.where(self.scan.geometry), _LABELS[click.label]) for click in some] for some in (clicks, known)
         )
         return apply_clicks(self.labels, self.scan.array, self.scan.geometry, points, earlier, self.background)
 
@@ -145,7 +172,7 @@ class Refinement:
         """
         assert self.task.scan is not None
         record = self.target.with_name(f"{self.task.case}.json")
-        every = [*self.before.corrected, *map(asdict, clicks)]
+        every = [*self.before.corrected, *(click.plain() for click in clicks)]
         facts = {
             "case": self.task.case,
             "volumes_ml": self.volumes_ml(labels),

@@ -36,6 +36,7 @@ class _Open(msgspec.Struct):
 class _Mark(msgspec.Struct):
     voxel: tuple[int, int, int]
     label: str
+    to: tuple[int, int, int] | None = None
 
 
 class _Clicks(msgspec.Struct):
@@ -53,9 +54,11 @@ class _Case:
     labels: NDArray[np.uint8]
 
     def click(self, mark: _Mark) -> Click:
-        """A click at the middle of a voxel (slice, row, column), in mm."""
-        x, y, z = (self.opened.scan.geometry.affine @ [*mark.voxel, 1])[:3]
-        return Click(round(-x, 3), round(-y, 3), round(z, 3), mark.label)
+        """A click at the middle of a voxel (slice, row, column), in mm, or a box between two."""
+        ends = [mark.voxel, *([mark.to] if mark.to else [])]
+        point, *to = ((self.opened.scan.geometry.affine @ [*end, 1])[:3] * (-1, -1, 1) for end in ends)
+        x, y, z, *corner = (round(float(mm), 3) for end in (point, *to) for mm in end)
+        return Click(x, y, z, mark.label, tuple(corner) or None)
 
     def follow(self, clicks: list[Click]) -> None:
         """Let the labels be those after these clicks, of which the last or none may be new."""
