@@ -133,13 +133,13 @@ PREDICT = tuple(
     Row(
         f"predict-{method}-{checkpoints}",
         f"`kitseg predict`, {method}, checkpoints a stage: {checkpoints}, 512 × 512 × 139",
-        [predict(method, 139, checkpoints, (*engine, "cpu")) for engine in engines],
+        [predict(method, 139, checkpoints, *engine) for engine in engines],
         prepare=("data", "scan 139", *(() if method == "builtin" else (run_of(method, checkpoints),))),
         target=TARGETS.get((method, checkpoints), ""),
         repeats=1,
     )
     for checkpoints, engines in (
-        (1, (("winograd", "f32"), ("openvino", "f32"), ("openvino", "bf16"))),
+        (1, (("winograd", "f32"), ("torch", "f32"), ("openvino", "bf16"))),
         (5, (("winograd", "f32"),)),
     )
     for method in (*METHODS, *(["builtin"] if checkpoints == 1 else []))
@@ -149,7 +149,7 @@ SLICES = tuple(
     Row(
         f"slices-{slices}",
         f"`kitseg predict`, two-phase, one checkpoint, 512 × 512 × {slices}",
-        (predict("two-phase", slices, 1),),
+        (predict("two-phase", slices, 1, "winograd"),),
         prepare=("data", f"scan {slices}", run_of("two-phase", 1)),
         target="6 GB" if slices == 1059 else "",
         repeats=1,
@@ -177,7 +177,7 @@ GPU = (
         Row(
             f"gpu-predict-{method}",
             f"`kitseg predict --device cuda`, {method}, one checkpoint, 512 × 512 × 139",
-            (predict(method, 139, 1, ("torch", "auto", "cuda")),),
+            (predict(method, 139, 1, "torch", "auto", "cuda"),),
             prepare=("data", "scan 139", run_of(method, 1)),
             gpu=True,
         )
