@@ -36,6 +36,10 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
         "groups": [{"kind": "slices", "name": "over 3 mm", "cases": 1, "dice": {"tumor": 0.4}}],
         "strata": {},
         "missing": ["case_00001"],
+        "undefined": {"kidney": {"hd95_mm": 0}, "tumor": {"hd95_mm": 1}},
+        "detection": {
+            "sizes": {"all": {"reference": 2, "found": 1, "predicted": 1, "true": 1, "recall": 0.5, "dice": 0.4}}
+        },
     }
     (run / "validation").mkdir()
     (run / "validation" / "scores.json").write_text(json.dumps(scores))
@@ -51,6 +55,11 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
     assert found[33].startswith("1 cases scored out of fold, 1 without a prediction, 0 failed")
     assert "below 0.5 in 1 of 1 cases; lowest: case_00000 0.400" in found[37]
     assert "slices over 3 mm (1): tumor 0.400" in found[30]
+    choices = (tmp_path / "after" / "methods.html").read_text().partition("<h2>Metrics Reloaded</h2>")[2]
+    assert "segmentation of kidney, tumor; instance segmentation of tumors" in choices
+    assert "recall 0.500, precision undefined, dice 0.400" in choices
+    assert "1 of 2 found, 1 of 1 predicted ones true" in choices
+    assert "Cases without a value: tumor HD95 (mm) in 1." in choices
     paragraph = re.search(r"<h2>Methods</h2>\s*<p>(.*?)</p>", (tmp_path / "after" / "methods.html").read_text())
     assert paragraph is not None
     assert "not recorded" not in paragraph[1]

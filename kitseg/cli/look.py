@@ -221,7 +221,7 @@ def report(
     surgery and the parenchyma that a resection removes.
 
     For a run (a folder with config.yaml), it writes one page for a publication instead: a methods paragraph, and what
-    the run's files state on each item of the CLAIM checklist.
+    the run's files state on each item of the CLAIM checklist and of Metrics Reloaded.
     """
     from kitseg.commands import report as pages
     from kitseg.commands.intervals import read_intervals

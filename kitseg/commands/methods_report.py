@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from kitseg import config
 from kitseg.commands.confidence import read_confidence
+from kitseg.commands.metric_choices import metric_choices
 from kitseg.commands.score_files import ScoreFile, read_scores
 from kitseg.errors import InputError, UsageError
 from kitseg.models.run_folder import TRAINED_STATE, Run, RunInfo
@@ -56,7 +57,14 @@ def write_methods(path: Path, to: Path) -> Path:
     page = to / PAGE
     refuse_overwrite(page, "html")
     facts = read_facts(Run(path))
-    content = {"paragraph": _paragraph(facts), "items": _items(facts), "unknown": UNKNOWN, "facts": {}}
+    choices = metric_choices(facts.scores, UNKNOWN)
+    content = {
+        "paragraph": _paragraph(facts),
+        "items": _items(facts),
+        "choices": choices,
+        "unknown": UNKNOWN,
+        "facts": {},
+    }
     confidence = None
     with suppress(UsageError):
         confidence = read_confidence(path)
