@@ -49,7 +49,7 @@ def load_model(
 
     Args:
         model: paths, addresses such as ``hf://owner/name@revision``, or ``builtin``, which ships with kitseg.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or mps.
         engine: torch, openvino, winograd (kitseg's kernels), or auto, which on a CPU takes what is fastest.
         precision: auto (the training's on a GPU, float32 on a CPU), f32 or bf16.
         mirror: test-time augmentation, left-right flip.
@@ -243,7 +243,7 @@ def train(
         size: one of the method's sizes.
         overrides: ``KEY=VALUE`` for any key of the configuration, such as ``stages.*.epochs=10``.
         fold: the outer fold.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or mps.
 
     Returns:
         The run, which ``load_model`` takes.

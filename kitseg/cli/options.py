@@ -77,7 +77,7 @@ def _check_jobs(jobs: int) -> int:
 
 
 Jobs = Annotated[int, typer.Option(callback=_check_jobs, help="Cases processed in parallel; -1: one per core.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps (an Apple GPU; auto does not choose it).")]
 Gpus = Annotated[
     int | None,
     typer.Option(min=0, help="GPUs on this machine, one process each; 0: the CPU. Default: one if available."),

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to compute: ``device`` auto, cpu or cuda; ``ranks`` on each of ``nodes``; loader ``workers`` per rank.
+    """Where to compute: ``device`` auto, cpu, cuda or mps; ``ranks`` on each of ``nodes``; loader ``workers`` per rank.
 
     workers: None chooses by the device. save_every: minutes between two checkpoints within an epoch; after an epoch
     there always is one. node, local: this process's machine, and its number there.
@@ -49,7 +49,9 @@ class Machine:
 
     @property
     def kind(self) -> str:
-        """``cuda`` or ``cpu``, whether or not there are as many GPUs here."""
+        """``cuda``, ``mps`` or ``cpu``, whether or not there are as many GPUs here."""
+        if self.device == "mps":
+            return "mps"
         return "cuda" if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()) else "cpu"
 
     @property
@@ -57,12 +59,12 @@ class Machine:
         """The loader processes of a rank: those asked for; else, on a GPU, its share of the cores, 8 at most."""
         if self.workers is not None:
             return self.workers
-        return min(8, len(os.sched_getaffinity(0)) // self.ranks) if self.kind == "cuda" else 0
+        return min(8, cores() // self.ranks) if self.kind == "cuda" else 0
 
     def describe(self) -> str:
         """Its ranks and nodes, as a text."""
         where = f" on {self.nodes} nodes" if self.nodes > 1 else ""
-        return f"{self.world} × {'GPU' if self.kind == 'cuda' else 'CPU'}{where}"
+        return f"{self.world} × {'CPU' if self.kind == 'cpu' else 'GPU'}{where}"
 
     @property
     def world(self) -> int:
@@ -70,10 +72,19 @@ class Machine:
         return self.ranks * self.nodes
 
 
+def cores() -> int:
+    """The processor cores that this process may use; all of them where the system does not restrict it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def torch_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one; UsageError for an unknown name, or a GPU where there is none."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"unknown device '{name}'. Choose from auto, cpu, cuda")
+    """``auto`` is the CUDA GPU where there is one; UsageError for an unknown name, or a GPU where there is none."""
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise UsageError(f"unknown device '{name}'. Choose from auto, cpu, cuda, mps")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UsageError("--device mps: torch finds no Apple GPU here; use --device cpu")
+        return torch.device("mps")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():

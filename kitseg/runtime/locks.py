@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from kitseg.errors import KitsegError, format_error
 from kitseg.runtime.console import print_plain
+from kitseg.runtime.signals import ask_to_end
 
 HEARTBEAT, LEASE = 2.0, 60.0  # seconds: how often a lock is refreshed, and after how long without that it is dead
 FOREVER = 1e9  # seconds: the watch decides; with no limit at all filelock speaks of a deadlock within one thread
@@ -135,5 +134,5 @@ def _give_way(loss: LeaseCompromise) -> None:
     """End this process if it lost the lock, as after it was suspended; report a lock that can't be refreshed."""
     if loss.reason == "refresh-failed":
         return print_plain(f"{loss.lock_file} can't be refreshed ({loss.error}): let no other command write there")
-    os.kill(os.getpid(), signal.SIGTERM)
+    ask_to_end()
     print_plain(f"{loss.lock_file} is gone or taken over: another process may write there, so this one ends")

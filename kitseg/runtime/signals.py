@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -69,9 +70,9 @@ def interruptible() -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, handle) for number in SIGNALS}
-    receiver, sender = os.pipe()
-    os.set_blocking(sender, False)
-    wakeup, over = signal.set_wakeup_fd(sender, warn_on_full_buffer=False), threading.Event()
+    receiver, sender = socket.socketpair()  # Windows knows no pipe that doesn't block
+    sender.setblocking(False)
+    wakeup, over = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False), threading.Event()
     threading.Thread(target=_watch, args=(receiver, over), daemon=True).start()
     try:
         yield
@@ -84,7 +85,7 @@ def interruptible() -> Iterator[None]:
         over.set()
         _Request.number, _Request.deferred = None, False
         signal.set_wakeup_fd(wakeup)
-        os.close(sender)
+        sender.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -95,7 +96,7 @@ def requeued() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        if stopped.code == 128 + signal.SIGUSR1 and launcher.rank() == 0:
+        if stopped.code == 128 + getattr(signal, "SIGUSR1", 0) and launcher.rank() == 0:
             _requeue()
         raise
 
@@ -110,6 +111,14 @@ def handle(number: int, frame: FrameType | None) -> None:
     raise Stopped(128 + number)
 
 
+def ask_to_end(number: int = signal.SIGTERM) -> None:
+    """Send this process a signal, from any of its threads; Windows's ``os.kill`` would end it at once."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        os.kill(os.getpid(), number)
+
+
 def end_now(code: int, reason: str | None = None) -> NoReturn:
     """End this process and those that it started with multiprocessing, without any cleaning up."""
     for child in active_children():
@@ -119,15 +128,15 @@ def end_now(code: int, reason: str | None = None) -> NoReturn:
     os._exit(code)
 
 
-def _watch(receiver: int, over: threading.Event) -> None:
+def _watch(receiver: socket.socket, over: threading.Event) -> None:
     """End the process where the main thread doesn't; the interpreter writes each signal to ``receiver`` at once."""
-    while byte := os.read(receiver, 1):
+    while byte := receiver.recv(1):
         number = byte[0]
         ours = number in SIGNALS and signal.getsignal(number) in (handle, signal.SIG_IGN)
         deferred = _Request.deferred and number != signal.SIGINT
         if ours and not deferred and not over.wait(PATIENCE):
             end_now(128 + number)
-    os.close(receiver)
+    receiver.close()
 
 
 def _report(code: int, reason: str | None = None) -> None:

@@ -114,9 +114,8 @@ def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
             mine = deal(cases, Share(number, len(shares)))
             arguments = (work, mine, share, (number, len(shares)), sender)
             process = context.Process(target=_run, args=arguments, daemon=True)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a terminal sends it to all ranks
-            process.start()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            with _without_interrupts():
+                process.start()
             sender.close()
             ranks.append(_Rank(process, receiver, mine))
         yield ranks
@@ -130,9 +129,22 @@ def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
             rank.process.join()
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Inside, processes start that ignore Ctrl-C, which a terminal sends to all; on Windows `_run` ignores it."""
+    mask = getattr(signal, "pthread_sigmask", lambda *_: None)
+    mask(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
+    try:
+        yield
+    finally:
+        mask(getattr(signal, "SIG_UNBLOCK", 0), {signal.SIGINT})
+
+
 def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int], sender: Connection) -> None:
     """Do a rank's part of the work, as long as the process that started it lives."""
     signal.signal(signal.SIGTERM, handle)
+    if not hasattr(signal, "pthread_sigmask"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     number, of = rank
     accept_any_encoding()

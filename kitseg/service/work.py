@@ -120,7 +120,7 @@ def scratch(place: Path | None = None) -> Iterator[Path]:
         owner = re.match(rf"{_FOLDER}-(\d+)-", folder.name)
         with suppress(OSError):
             is_left = owner and (int(owner[1]) == os.getpid() or not is_alive(owner[1]))  # in containers, each has id 1
-            if is_left and folder.stat().st_uid == os.getuid() and not folder.is_symlink():
+            if is_left and folder.stat().st_uid == getattr(os, "getuid", lambda: 0)() and not folder.is_symlink():
                 shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(prefix=f"{_FOLDER}-{os.getpid()}-", dir=place, ignore_cleanup_errors=True) as name:
         before, tempfile.tempdir = tempfile.tempdir, name

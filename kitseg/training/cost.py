@@ -53,7 +53,7 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
     loading takes longer than computing.
     """
     notes, here = [], torch.cuda.device_count()
-    if plan.machine.kind != "cpu" and plan.machine.ranks > here:
+    if plan.machine.kind == "cuda" and plan.machine.ranks > here:
         planned = f"planned for {plan.machine.ranks} GPU(s), but this machine has {here}"
         notes.append(f"{planned}: the times are for this machine")
     speed = _flops_per_second(plan.machine)

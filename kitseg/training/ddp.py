@@ -24,7 +24,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from kitseg.errors import KitsegError, UsageError
 from kitseg.runtime.launcher import Launch
-from kitseg.runtime.signals import PATIENCE, Stopped, end_now
+from kitseg.runtime.signals import PATIENCE, Stopped, ask_to_end, end_now
 
 T = TypeVar("T")
 PAUSE, MOMENT, PARTING = 0.1, 1.0, 8.0  # seconds: between two looks; to end; for others to read the last message
@@ -165,7 +165,7 @@ class RankCoordinator:
             self.problem, self.number = content["problem"], content["signal"]
             self.failed.set()
             if self.number and not self.over.wait(MOMENT):  # after a training step, all ranks end by themselves
-                return os.kill(os.getpid(), self.number)
+                return ask_to_end(self.number)
             if not self.over.wait(PATIENCE):
                 end_now(1, str(self._failure()))
             return
