@@ -68,6 +68,18 @@ class Service:
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
             raise HTTPException(401, "state the token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
+    @contextmanager
+    def admitted(self, request: Request) -> Iterator[None]:
+        """Count a request with the token among those that wait or run; refuse it where too many do."""
+        self.authorize(request)
+        if self.waiting > self.limits.queue:
+            raise HTTPException(503, "the queue is full", {"Retry-After": "10"})
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
     def place(self, path: str) -> Path:
         """A path below the root; others are refused."""
         try:
@@ -81,28 +93,24 @@ class Service:
 
     async def predict(self, request: Request, format: str = "nifti", anonymous: bool = False) -> Response:
         """Predict the scan in the body (a zip), or at the ``path`` below the root in a JSON body."""
-        self.authorize(request)
-        if self.waiting > self.limits.queue:
-            raise HTTPException(503, "the queue is full", {"Retry-After": "10"})
-        folder, begun, status = Path(tempfile.mkdtemp()), time.perf_counter(), 500
-        self.waiting += 1
-        try:
-            with errors_as_answers():
-                endings = output_endings(format, "format=")
-                source = await self._source(request, folder)
-                async with self._turn:
-                    if await request.is_disconnected():
-                        raise HTTPException(499, "the client left")
-                    packed = await self._run(source, folder / "out", endings, anonymous)
-                content, status = packed.read_bytes(), 200
-            return Response(content, media_type="application/zip")
-        except HTTPException as error:
-            status = error.status_code
-            raise
-        finally:
-            self.waiting -= 1
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-            print_plain(f"{status} after {time.perf_counter() - begun:.1f} s, {self.waiting} waiting")
+        with self.admitted(request):
+            folder, begun, status = Path(tempfile.mkdtemp()), time.perf_counter(), 500
+            try:
+                with errors_as_answers():
+                    endings = output_endings(format, "format=")
+                    source = await self._source(request, folder)
+                    async with self._turn:
+                        if await request.is_disconnected():
+                            raise HTTPException(499, "the client left")
+                        packed = await self._run(source, folder / "out", endings, anonymous)
+                    content, status = packed.read_bytes(), 200
+                return Response(content, media_type="application/zip")
+            except HTTPException as error:
+                status = error.status_code
+                raise
+            finally:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                print_plain(f"{status} after {time.perf_counter() - begun:.1f} s, {self.waiting - 1} waiting")
 
     async def _run(self, source: Path, to: Path, endings: Sequence[str], anonymous: bool) -> Path:
         """Predict in the only thread for it, to its end even where this request is cancelled."""

@@ -111,17 +111,10 @@ class RefinePage:
 
     async def _answer(self, request: Request, kind: type[Asked], work: Callable[[Asked], Any]) -> Any:
         """Check a request, and work for it after those before it, in the thread that predicts."""
-        self.service.authorize(request)
-        if self.service.waiting > self.service.limits.queue:
-            raise HTTPException(503, "the queue is full", {"Retry-After": "10"})
-        self.service.waiting += 1
-        try:
-            with http.errors_as_answers():
-                asked = _decoded(await _body(request), kind)
-                loop = asyncio.get_running_loop()
-                return await asyncio.shield(loop.run_in_executor(self.service.thread, work, asked))
-        finally:
-            self.service.waiting -= 1
+        with self.service.admitted(request), http.errors_as_answers():
+            asked = _decoded(await _body(request), kind)
+            loop = asyncio.get_running_loop()
+            return await asyncio.shield(loop.run_in_executor(self.service.thread, work, asked))
 
     def _open(self, asked: _Open) -> dict[str, Any]:
         scan, labels = self.service.place(asked.scan), self.service.place(asked.labels)
