@@ -120,6 +120,30 @@ def test_a_box_adds_the_lesion_in_it_and_changes_nothing_outside(scan: tuple[np.
     assert np.array_equal(np.argwhere(one != missed), [MIDDLE]), "a box of a single voxel"
 
 
+def test_a_box_of_kidney_or_background_overrules_earlier_clicks_of_what_it_removes(
+    scan: tuple[np.ndarray, np.ndarray],
+) -> None:
+    hu, truth = scan
+    around, geometry = Box((10, 21, 26), (20, 50, 55)), canonical_geometry(NATIVE)
+    click, beside = (MIDDLE, 2), ((15, 35, 27), 1)
+    kidney, empty = (apply_clicks(truth, hu, geometry, [click, beside, (around, label)]) for label in (1, 0))
+    assert not (kidney == 2).any()
+    assert not empty[around.slices].any()
+
+
+@pytest.mark.parametrize(("thick", "slices"), [(0.7, 1), (0.7, 2), (3.0, 2), (5.0, 2), (1.0, 4)])
+def test_the_lesion_of_a_thin_box_reaches_its_sides(thick: float, slices: int) -> None:
+    """An isodense lesion, of which a person has drawn a box on a few slices."""
+    z, y, x = np.indices((12, 60, 60), sparse=True)
+    lesion = (((z - 5.5) * thick) ** 2 + (y - 29.5) ** 2 + (x - 29.5) ** 2 <= 16**2) & (x > 0)
+    hu = np.where(lesion, 145, 160) + np.random.default_rng(0).normal(0, 15, lesion.shape)
+    geometry = Geometry((12, 60, 60), np.diag([-thick, -1, -1, 1]))
+    box = Box((6 - slices // 2 - slices % 2, 13, 13), (6 + slices // 2, 47, 47))
+    found = apply_clicks(np.ones(lesion.shape, np.uint8), hu.round().astype(np.int16), geometry, [(box, 2)])
+    for level in range(box.start[0], box.stop[0]):
+        assert dice(found[level], 2 * lesion[level]) > 0.85
+
+
 def test_a_box_from_the_command_line_to_the_record(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:
     geometry = canonical_geometry(NATIVE)
     low, high = ((geometry.affine @ [*voxel, 1])[:3] * (-1, -1, 1) for voxel in ((10, 21, 26), (19, 49, 54)))
@@ -222,6 +246,7 @@ def test_a_correction_that_cannot_be_written_leaves_the_earlier_one(
         ("1,2,x=tumor", "give x,y,z=CLASS"),
         ("1,2,3=liver", "background, kidney, tumor, cyst"),
         ("nan,2,3=tumor", "finite"),
+        ("1.7e308,2,3=tumor", "finite"),
         ("1,2,900=tumor", "outside the scan, which has x"),
         ("1,2,3=cyst", "there is no cyst"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from kitseg.volumes.scan import scan_digest
 
 _POINT = r"\s*([^,=:]+),([^,=:]+),([^,=:]+)"
 _CLICK, _BOX = re.compile(rf"{_POINT}=(\w+)\s*"), re.compile(rf"{_POINT}:{_POINT}=(\w+)\s*")
+LARGEST_MM = 1e6  # of a coordinate
 _LABELS = {"background": BACKGROUND, **CLASSES}
 
 
@@ -95,8 +96,9 @@ def parse_clicks(texts: Sequence[str], boxes: Sequence[str] = ()) -> list[Click]
                 x, y, z, *to = map(float, numbers)
             except (AttributeError, ValueError) as error:
                 raise UsageError(f"--{option} {text}: give {shown} in mm (LPS), such as {example}") from error
-            if label not in _LABELS or not np.isfinite([x, y, z, *to]).all():
-                raise UsageError(f"--{option} {text}: give finite numbers, and one of {', '.join(_LABELS)}")
+            if label not in _LABELS or not np.all(np.abs([x, y, z, *to]) < LARGEST_MM):
+                limits = f"finite numbers below {LARGEST_MM:.0f}"
+                raise UsageError(f"--{option} {text}: give {limits}, and one of {', '.join(_LABELS)}")
             clicks.append(Click(x, y, z, label, tuple(to) or None))
     return clicks
 
@@ -176,7 +178,7 @@ class Refinement:
         facts = {
             "case": self.task.case,
             "volumes_ml": self.volumes_ml(labels),
-            "note": f"corrected by a person ({len(every)} {'click' if len(every) == 1 else 'clicks'})",
+            "note": f"corrected by a person ({_counted(every)})",
             "scan": self.task.scan.id if self.task.scan.slices else self.task.scan.image.name,
             "models": self.before.models,
             "versions": self.before.versions,
@@ -194,6 +196,13 @@ class Refinement:
                 CASE_RECORD.write(new_record, facts | {"labels_sha256": digest, "files": {self.target.name: digest}})
                 forget(record, [self.target])
             return replace(self, there=_digests(self.target))
+
+
+def _counted(clicks: Sequence[Mapping[str, Any]]) -> str:
+    """How many clicks and boxes: ``1 click, 2 boxes``."""
+    boxes = sum("to" in click for click in clicks)
+    counts = ((len(clicks) - boxes, "click", "clicks"), (boxes, "box", "boxes"))
+    return ", ".join(f"{n} {one if n == 1 else more}" for n, one, more in counts if n)
 
 
 def _digests(target: Path) -> tuple[str, ...]:

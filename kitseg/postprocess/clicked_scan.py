@@ -22,9 +22,9 @@ UNKNOWN = 2.0  # log odds of not being background where no model states its prob
 
 @dataclass(frozen=True)
 class Aim:
-    """What a click or a box points at: an ellipsoid about a voxel, its radii in mm."""
+    """What a click or a box points at: an ellipsoid about a voxel, or a point between voxels; its radii in mm."""
 
-    voxel: Triple
+    voxel: tuple[float, float, float]
     radii: tuple[float, ...]
 
     @property
@@ -43,7 +43,7 @@ class Crop:
     now: NDArray[np.bool_]
     odds: NDArray[np.float32]
 
-    def at(self, voxel: Triple) -> Triple:
+    def at(self, voxel: tuple[float, float, float]) -> Triple:
         """The voxel of this grid that holds one of the scan."""
         inside = (np.subtract(voxel, self.box.start) + 0.5) * self.now.shape / self.box.size
         return triple(np.clip(inside.astype(int), 0, np.subtract(self.now.shape, 1)))
@@ -54,9 +54,10 @@ class Crop:
 
     def distance(self, aim: Aim) -> NDArray[np.float32]:
         """The distance of each voxel from an aim's voxel, in units of its radii."""
-        grid = np.ogrid[tuple(slice(-a, n - a) for a, n in zip(self.at(aim.voxel), self.now.shape, strict=True))]
+        middle = (np.subtract(aim.voxel, self.box.start) + 0.5) * self.now.shape / self.box.size - 0.5
         steps = np.divide(self.spacing, aim.radii)
-        return np.asarray(np.sqrt(sum((axis * step) ** 2 for axis, step in zip(grid, steps, strict=True))), np.float32)
+        axes = zip(np.ogrid[tuple(map(slice, self.now.shape))], middle, steps, strict=True)
+        return np.asarray(np.sqrt(sum(((axis - at) * step) ** 2 for axis, at, step in axes)), np.float32)
 
     def lesion(self, aim: Aim, within: float) -> NDArray[np.bool_]:
         """The components of the class that come near an aim."""

@@ -72,6 +72,7 @@ def apply_clicks(
     for where, label in clicks:
         scan = ClickedScan(result, hu, geometry, background)
         if isinstance(where, Box):
+            held = [known for known in held if not _overrules(where, label, *known)]
             _fill(scan, where, label, held)
             continue
         before = int(result[where])
@@ -83,15 +84,25 @@ def apply_clicks(
     return result
 
 
+def _overrules(box: Box, label: int, voxel: Triple, other: int) -> bool:
+    """Whether a box removes an earlier click's class: one of kidney the lesions in it, one of background all."""
+    removes = label == BACKGROUND or (label == KIDNEY and other in LESIONS)
+    return removes and _contains(box, voxel)
+
+
+def _contains(box: Box, voxel: Triple) -> bool:
+    return all(a <= v < b for a, v, b in zip(box.start, voxel, box.stop, strict=True))
+
+
 def _fill(scan: ClickedScan, box: Box, label: int, held: Sequence[tuple[Triple, int]]) -> None:
     inside = scan.labels[box.slices]
     free = np.isin(inside, LESIONS) if label == KIDNEY else np.ones(inside.shape, np.bool_)
     for voxel, other in held:
-        if other != label and Box.union(box, Box(voxel, triple(np.add(voxel, 1)))) == box:
+        if other != label and _contains(box, voxel):
             free[triple(np.subtract(voxel, box.start))] = False
     if label in LESIONS:
-        middle = triple(np.floor_divide(np.add(box.start, box.stop), 2))
-        aim = Aim(middle, tuple(np.multiply(box.size, scan.geometry.spacing) / 2 / EDGE))
+        z, y, x = (np.add(box.start, box.stop) - 1) / 2
+        aim = Aim((z, y, x), tuple(np.multiply(box.size, scan.geometry.spacing) / 2 / EDGE))
         crop = scan.crop(box, label, FINE)
         certain = replace(crop, odds=np.where(crop.distance(aim) < EDGE, np.maximum(crop.odds, UNKNOWN), crop.odds))
         walked = resized(_walk(crop, (), label, held, _tissue(scan, certain, aim)), box.size) > 0.5
@@ -174,7 +185,7 @@ def _reach_of_added(crop: Crop, voxel: Triple) -> tuple[float, bool]:
     return free, free < whole
 
 
-def _odds(crop: Crop, voxel: Triple) -> NDArray[np.float32]:
+def _odds(crop: Crop, voxel: tuple[float, float, float]) -> NDArray[np.float32]:
     """The log odds of not being background; unknown where the model takes the click itself for background."""
     near = crop.odds[tuple(slice(max(0, a - 2), a + 3) for a in crop.at(voxel))]
     return crop.odds if np.median(near) > 0 else np.maximum(crop.odds, UNKNOWN)
@@ -206,7 +217,7 @@ def _tissue(scan: ClickedScan, crop: Crop, aim: Aim, lesion: NDArray[np.bool_] |
     lesion: what a click extends.
     """
     away = crop.distance(aim)
-    shape = EVEN + _nearness(away, aim.reach)
+    shape = EVEN + _nearness(away, max(aim.radii))
     if lesion is not None:
         apart = edt.edt((~lesion).astype(np.uint8), anisotropy=crop.spacing) / aim.reach
         shape = np.maximum(shape, WHOLE + _nearness(apart, aim.reach))

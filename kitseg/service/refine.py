@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,7 +80,6 @@ class RefinePage:
     background: Callable[[Volume], NDArray[np.float16]] | None = None
     check: Callable[[Case], None] = lambda _: None
     _case: _Case | None = None
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def add_to(self, app: FastAPI) -> None:
         """Add the page and its requests to the service's application."""
