@@ -19,7 +19,7 @@ from kitseg.labels import KIDNEY, TUMOR
 from kitseg.links.guides import GuidedByForeground, Link, SliceGate
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.links.regions import AroundForeground, Region, Square
+from kitseg.links.regions import AroundForeground, Region, RegionContext, Square
 from kitseg.models.chain import EMPTY, Output, run_chain, run_on_grid, to_scan
 from kitseg.types import Box, Geometry, Triple, Volume
 
@@ -145,6 +145,17 @@ def test_what_a_second_stage_finds_counts_where_the_first_one_found_a_kidney(twi
     guide[0] = 1 - guide[1:].sum(0)
     labels = run_on_grid(hu, fine, stage, "main", {"slices": first}).labels()
     assert np.array_equal(labels > 0, (hu > 0) & (np.arange(20 * twice) >= 13 * twice))
+
+
+def test_parts_of_one_kidney_do_not_take_the_place_of_the_other() -> None:
+    """The second kidney is known as a mass alone; the first one falls apart in two, and a speck lies beside."""
+    grid = Geometry((3, 12, 40), np.diag([-4.0, -4.0, -4.0, 1]))
+    guide, found = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.bool_)
+    guide[:, :, 2:18], guide[:, :, 24:34] = KIDNEY, TUMOR
+    found[:, :, 2:9], found[:, :, 10:16], found[1, 5, 17], found[:, :, 24:34] = True, True, True, True
+    around = AroundForeground(margin=10_000, at_least=(1, 1, 1))
+    kept = around.confirmed(found, Box((0, 0, 0), grid.shape), RegionContext(grid, guide, grid))
+    assert np.array_equal(np.argwhere(kept.any((0, 1))).ravel(), [*range(2, 9), *range(24, 34)])
 
 
 @pytest.mark.parametrize("link", [SliceGate(), GuidedByForeground((1, 1, 1))])

@@ -267,6 +267,59 @@ def test_residuals_that_are_repeated(output: int) -> None:
         torch.testing.assert_close(network(x), model.logits(x)[output], rtol=0, atol=1e-4)
 
 
+class Broadcast(nn.Module):
+    """What a layer adds has other dimensions, is repeated as a part of something else, or is changed in place."""
+
+    SIZES = ((1,), (), (6,), (8, 1, 1, 1), (1, 8, 1, 1, 1), (1, 1, 4, 5, 6), (8, 4, 5, 6), (2, 8, 4, 5, 6))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.wide = nn.Conv3d(8, 8, 3, padding=1), nn.Conv3d(8, 32, 3, padding=1)
+        self.normed = nn.Sequential(nn.Conv3d(8, 8, 3, padding=1), nn.InstanceNorm3d(8))
+        self.up, self.relu = nn.ConvTranspose3d(8, 8, 2, 2, groups=8), nn.ReLU(inplace=True)
+        self.norm, self.narrow = nn.BatchNorm3d(8), nn.Conv3d(8, 16, 1)
+        for number, size in enumerate(self.SIZES):
+            self.register_buffer(f"added_{number}", noise(*size) if size else torch.tensor(0.7))
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        added = [getattr(self, f"added_{number}") for number in range(len(self.SIZES))]
+        first = self.convolution(x)
+        joined = torch.cat([first.repeat(1, 2, 1, 1, 1), x, x], 1)
+        changed = self.convolution(x)
+        before = changed.repeat(1, 2, 1, 1, 1)
+        return (
+            *(self.convolution(x) + other for other in added),
+            *(self.normed(x) + other for other in added),
+            self.wide(first) + joined,
+            self.narrow(self.relu(changed)) + before,
+            self.norm(self.up(x)),
+        )
+
+
+@pytest.mark.parametrize("output", range(19))
+def test_what_a_layer_adds_is_broadcast_as_by_pytorch(output: int) -> None:
+    model, x = Broadcast().eval().requires_grad_(False), noise(2, 8, 4, 5, 6)
+    network = compile_network(model, "logits", output)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), model.logits(x)[output], rtol=0, atol=1e-4)
+
+
+class Resized(nn.Module):
+    """A transposed convolution that is given the size of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.ConvTranspose3d(4, 4, 2, 2), nn.InstanceNorm3d(4)
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.norm(self.up(x, output_size=(5, 7, 9))),)
+
+
+def test_a_layer_that_is_called_with_more_than_its_input_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match="more than its input"):
+        compile_network(Resized().eval(), "logits", 0)
+
+
 class ChangedInPlace(nn.Module):
     """A part of a concatenation, and what a convolution reads, are changed after they were used."""
 

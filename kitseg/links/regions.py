@@ -184,9 +184,9 @@ class AroundForeground:
         return triple(np.maximum(grid.shape, self.at_least))
 
     def confirmed(self, found: NDArray[np.bool_], box: Box, known: RegionContext) -> NDArray[np.bool_]:
-        """The two components of a foreground (d, h, w) that overlap most with the guide's kidneys, without masses.
+        """The two components of a foreground (d, h, w) that overlap most with the guide's kidneys, one of each.
 
-        A component that overlaps with a mass of these kidneys alone ranks after them; without any overlap all remain.
+        Overlap with kidney tissue counts first, then with masses; without any overlap all remain.
         """
         kidneys = _kidneys(known, by_tissue=True)
         if known.guide is None or known.guide_grid is None:
@@ -199,10 +199,13 @@ class AroundForeground:
                 for at, step, n in zip(voxels, steps, kidneys.shape, strict=True)
             )
         )
-        overlap, tissue = parts.total(kidneys[near]), parts.total((kidneys & (known.guide == KIDNEY))[near])
-        order = np.lexsort((-overlap, -tissue))
-        best = order[overlap[order] > 0][:2]
-        return parts.chosen(np.isin(np.arange(parts.sizes.size), best)) if best.size else found
+        best: list[int] = []
+        for kidney in (*_components(kidneys), kidneys):  # the best of each, then of what is left
+            overlap, tissue = parts.total(kidney[near]), parts.total((kidney & (known.guide == KIDNEY))[near])
+            order = np.lexsort((-overlap, -tissue))
+            left = [int(number) for number in order if overlap[number] > 0 and number not in best]
+            best += left[: 2 - len(best) if kidney is kidneys else 1]
+        return parts.chosen(np.isin(np.arange(parts.sizes.size), best)) if best else found
 
 
 def _check_voxels(size: Sequence[int], fewest: int = 0) -> None:
@@ -222,6 +225,12 @@ def _kidneys(known: RegionContext, by_tissue: bool) -> NDArray[np.bool_]:
         raise ValueError("the box around the foreground needs a guide")
     tissue = known.guide == KIDNEY if by_tissue else None
     return keep_kidneys(known.guide > 0, known.guide_grid.voxel_ml, tissue=tissue)
+
+
+def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
+    parts = Components.of(mask)
+    numbers = np.arange(parts.sizes.size)
+    return [parts.chosen(numbers == number) for number in numbers[1:]]
 
 
 def _grown(box: Box, at_least: Sequence[int]) -> Box:

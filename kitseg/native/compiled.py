@@ -88,11 +88,13 @@ def compile_network(model: nn.Module, method: str, output: int, keep: bool = Tru
             node.target = name
         elif node.op == "call_module" and node not in done:
             chain = _Chain(node, modules)
+            if chain.is_layer and (node.kwargs or len(node.args) != 1):
+                raise ValueError(f"{node.target} is called with more than its input")
             root.add_module(name, chain.layer(arena, keep) if chain.is_layer else _copy(modules[node]))
             chain.replace_by(name)
             done.update(chain.nodes)
     _keep_parts(graph, root, modules)
-    _repeat_in_layers(graph, root)
+    _repeat_in_layers(graph, root, modules)
     _add_in_place(graph, root)
     graph.lint()
     return CompiledNetwork(root, graph, arena)
@@ -137,14 +139,15 @@ def _keep_parts(graph: fx.Graph, root: nn.Module, modules: Modules) -> None:
             graph.erase_node(node)
 
 
-def _repeat_in_layers(graph: fx.Graph, root: nn.Module) -> None:
+def _repeat_in_layers(graph: fx.Graph, root: nn.Module, modules: Modules) -> None:
     """Give layers that add ``x.repeat(1, n, 1, ...)`` the tensor itself: they add its channels n times."""
     for node in [*graph.nodes]:
         if node.op != "call_method" or node.target != "repeat" or node.kwargs:
             continue
         source, *counts = node.args
         times = len(counts) > 1 and isinstance(counts[1], int) and {*counts[:1], *counts[2:]} == {1}
-        if times and all(_adds(user, node, root) for user in node.users) and not _is_changed(source, {}):
+        added = all(_adds(user, node, root) and user.args[1:] == (node,) for user in node.users)
+        if times and added and not _is_changed(source, modules):
             for user in [*node.users]:
                 layer: Any = root.get_submodule(str(user.target))
                 user.args, layer.repeats = (user.args[0], source), tuple(counts)

@@ -44,7 +44,7 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         conv: Any = deepcopy(convolution)
-        if conv is not None and isinstance(norm, BATCH_NORMS):
+        if conv is not None and isinstance(norm, BATCH_NORMS) and not (conv.transposed and conv.groups > 1):
             conv, norm = fuse_conv_bn_eval(conv, norm, conv.transposed), None
         self.channels: int = getattr(conv if norm is None else norm, "out_channels" if norm is None else "num_features")
         self.first, self.second = slopes(first, self.channels), slopes(second, self.channels)
@@ -66,9 +66,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor | Parts, residual: Tensor | Parts | None = None) -> Tensor:
         """Run the layer on (N, C, D, H, W) or (N, C, H, W); the result has its channels last."""
-        if self.repeats and isinstance(residual, Tensor):
-            few = residual.dim() == len(self.repeats) and residual.shape[1] * self.repeats[1] == self.channels
-            residual = residual if few else residual.repeat(self.repeats)
+        if isinstance(residual, Tensor):
+            few = residual.dim() == len(self.repeats) > 0 and residual.shape[1] * self.repeats[1] == self.channels
+            residual = residual.repeat(self.repeats) if self.repeats and not few else residual
+            residual = residual[(None,) * (_first(x).dim() - residual.dim())]  # as PyTorch broadcasts it
         if self.native is None:
             whole = _whole(x)  # what follows works in place
             x = whole.clone() if self.convolution is None else meta_call(self.convolution, whole)
@@ -80,7 +81,10 @@ class Layer(nn.Module):
     def _run(self, x: Tensor | Parts, residual: Tensor | Parts | None) -> Tensor:
         images = len(_first(x))
         if isinstance(self.norm, INSTANCE_NORMS) and images > 1:
-            rows = [None if residual is None else _image(residual, i) for i in range(images)]
+            if residual is None or len(_first(residual)) == 1:
+                rows = [residual] * images
+            else:
+                rows = [_image(residual, i) for i in range(images)]
             return join([self._run(_image(x, i), row) for i, row in enumerate(rows)])
         found: tuple[Tensor, Tensor] | None = None
         if self.native is not None and isinstance(self.norm, INSTANCE_NORMS):
@@ -93,8 +97,9 @@ class Layer(nn.Module):
             residual = join(residual, 1)
         scale, shift = self._scale(x, found)
         if isinstance(residual, Tensor) and not fits_residual(residual, x.shape):  # PyTorch repeats what is smaller
-            times = max(1, x.shape[1] // residual.shape[1])
-            x = affine(x, scale, shift, self.first) + residual.repeat(1, times, 1, 1, 1)
+            few = self.repeats and residual.shape[1] * self.repeats[1] == self.channels
+            wide = residual.repeat(1, self.repeats[1], 1, 1, 1) if few else residual
+            x = affine(x, scale, shift, self.first) + wide
             return (
                 x if self.second is None else torch.where(x > 0, x, x * self.second.to(x.device)[:, None, None, None])
             )
