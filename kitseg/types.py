@@ -156,6 +156,10 @@ class Box:
         z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
         return z, y, x
 
+    def holds(self, voxel: Triple) -> bool:
+        """Whether a voxel lies in the box."""
+        return all(a <= v < b for a, v, b in zip(self.start, voxel, self.stop, strict=True))
+
     def moved(self, origin: Triple) -> Box:
         """The same box in coordinates relative to ``origin``."""
         start, stop = (triple(a - o for a, o in zip(side, origin, strict=True)) for side in (self.start, self.stop))

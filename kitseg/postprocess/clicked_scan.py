@@ -48,10 +48,6 @@ class Crop:
         inside = (np.subtract(voxel, self.box.start) + 0.5) * self.now.shape / self.box.size
         return triple(np.clip(inside.astype(int), 0, np.subtract(self.now.shape, 1)))
 
-    def holds(self, voxel: Triple) -> bool:
-        """Whether a voxel of the scan lies in the box."""
-        return all(a <= v < b for a, v, b in zip(self.box.start, voxel, self.box.stop, strict=True))
-
     def distance(self, aim: Aim) -> NDArray[np.float32]:
         """The distance of each voxel from an aim's voxel, in units of its radii."""
         middle = (np.subtract(aim.voxel, self.box.start) + 0.5) * self.now.shape / self.box.size - 0.5

@@ -87,18 +87,14 @@ def apply_clicks(
 def _overrules(box: Box, label: int, voxel: Triple, other: int) -> bool:
     """Whether a box removes an earlier click's class: one of kidney the lesions in it, one of background all."""
     removes = label == BACKGROUND or (label == KIDNEY and other in LESIONS)
-    return removes and _contains(box, voxel)
-
-
-def _contains(box: Box, voxel: Triple) -> bool:
-    return all(a <= v < b for a, v, b in zip(box.start, voxel, box.stop, strict=True))
+    return removes and box.holds(voxel)
 
 
 def _fill(scan: ClickedScan, box: Box, label: int, held: Sequence[tuple[Triple, int]]) -> None:
     inside = scan.labels[box.slices]
     free = np.isin(inside, LESIONS) if label == KIDNEY else np.ones(inside.shape, np.bool_)
     for voxel, other in held:
-        if other != label and _contains(box, voxel):
+        if other != label and box.holds(voxel):
             free[triple(np.subtract(voxel, box.start))] = False
     if label in LESIONS:
         z, y, x = (np.add(box.start, box.stop) - 1) / 2
@@ -128,7 +124,7 @@ def _add(scan: ClickedScan, click: tuple[Triple, int], held: Sequence[tuple[Trip
     inside, here = scan.labels[box.slices], triple(np.subtract(voxel, box.start))
     now = inside == label
     free = np.isin(inside, (BACKGROUND, KIDNEY, before)) if label in LESIONS else inside == before
-    others = [triple(np.subtract(v, box.start)) for v, n in held if n != label and v != voxel and crop.holds(v)]
+    others = [triple(np.subtract(v, box.start)) for v, n in held if n != label and v != voxel and crop.box.holds(v)]
     for other in others:
         free[other] = False
     mask = now | ((resized(walked, box.size) > 0.5) & free)
@@ -154,7 +150,7 @@ def _remove(scan: ClickedScan, click: tuple[Triple, int], held: Sequence[tuple[T
     crop, aim = scan.crop(box, of, FINE), Aim(voxel, (reach,) * 3)
     score = _trusting(crop, aim, -EVEN - _nearness(crop.distance(aim), reach), -KNOWN)
     kept = resized(_walk(crop, [click], of, held, score), box.size) > 0.5
-    for place in (*filter(crop.holds, inner), voxel):
+    for place in (*filter(crop.box.holds, inner), voxel):
         kept[triple(np.subtract(place, box.start))] = place != voxel
     inside = scan.labels[box.slices]
     inside[(inside == of) & ~kept & whole[box.slices]] = label
@@ -264,6 +260,6 @@ def _walk(
     score: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     """The probability of the class ``of`` from its log odds, with clicks as seeds."""
-    seeds = [(crop.at(voxel), float(label == of)) for voxel, label in (*held, *clicks) if crop.holds(voxel)]
+    seeds = [(crop.at(voxel), float(label == of)) for voxel, label in (*held, *clicks) if crop.box.holds(voxel)]
     prior = 1 / (1 + np.exp(-np.clip(score, -12, 12)))
     return random_walk(prior.astype(np.float32), crop.hu[0], crop.spacing, seeds)
