@@ -72,7 +72,8 @@ def study(tmp_path: Path) -> list[Path]:
 
 
 def left(spool: Spool) -> list[str]:
-    return [path.name for path in spool.folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    found = os.walk(spool.folder)  # which takes no offence at what is being removed
+    return [name for _, _, names in found for name in names if not name.endswith(".lock")]
 
 
 def test_a_study_comes_back(start: Start, work: Work, ports: tuple[int, int], study: list[Path]) -> None:
@@ -247,6 +248,28 @@ def test_an_image_that_comes_late(start: Start, work: Work, ports: tuple[int, in
             wait_until(lambda: not spool.studies())
     assert [len(images) for images in work.images] == [3, 4]
     assert len(got) == 3
+
+
+def test_an_image_that_is_refused_during_the_prediction(
+    start: Start, work: Work, ports: tuple[int, int], study: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study is not delivered in part, and predicted again once the image is accepted."""
+    refused: list[int] = []
+
+    def refuse() -> None:
+        with monkeypatch.context() as full:
+            full.setattr("kitseg.service.spool.FREE", 1 << 62)
+            refused.extend(send(ports[0], study[3:]))
+
+    work.wait = lambda: None if refused else refuse()
+    with start() as spool, receiver(ports[1]) as got:
+        send(ports[0], study[:3])
+        wait_until(lambda: any(spool.folder.glob("*/results-3")))
+        threading.Event().wait(0.4)
+        assert (refused, got, len(spool.studies())) == ([0xA700], [], 1)
+        assert send(ports[0], study[3:]) == [0]
+        wait_until(lambda: len(got) == 3 and not spool.studies())
+    assert [len(images) for images in work.images] == [3, 4]
 
 
 def test_predictions_that_fail(

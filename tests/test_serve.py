@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,20 @@ def test_connections_without_a_request_are_closed(work: Work, free_port: int, mo
         work.free.clear()
         threading.Timer(1.0, work.free.set).start()
         assert request(free_port, b"zip").status == 200, "one that takes longer is answered"
+
+
+def test_silent_connections_take_nobodys_place(work: Work, free_port: int) -> None:
+    with running(Service(work, TOKEN), free_port), ExitStack() as silent:
+        work.free.clear()
+        first = threading.Thread(target=request, args=(free_port, b"zip"))
+        first.start()
+        while not work.sources:
+            time.sleep(0.02)
+        for _ in range(100):
+            silent.enter_context(socket.create_connection(("127.0.0.1", free_port)))
+        assert json.loads(request(free_port, None).body)["requests"] == 1, "what is under way is not closed"
+        work.free.set()
+        first.join()
 
 
 def test_a_full_queue_and_a_client_that_leaves(work: Work, folder: Path, free_port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,21 @@ def test_an_image_that_cannot_be_stored(kept: Spool, monkeypatch: pytest.MonkeyP
     assert not kept.is_due(study, 0)
     receive(kept, study, "b")
     assert kept.is_due(study, 0)
+
+
+def test_an_image_that_is_refused_during_the_delivery(kept: Spool, tmp_path: Path) -> None:
+    study = kept.study("P", "1")
+    receive(kept, study, "a")
+    kept.keep(study, [], 1)
+    assert kept.results(study) == []
+    kept.refuse(study, "b")
+    assert kept.results(study) is None
+    assert not kept.finish(study, 1), "it waits for the image"
+    assert not kept.abandon(study)
+    for path in (study, study / "images"):
+        os.utime(path, (1e9, 1e9))
+    assert kept.abandon(study)
+    assert kept.studies() == []
 
 
 def test_refusals_of_a_study_that_is_not_here(kept: Spool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 UPLOAD_SECONDS = 600.0
 IDLE_SECONDS = 15.0  # that a connection may be open without a request
+MOST_IDLE = 32  # connections without a request; of more, the oldest are closed
 LARGEST_JSON = 1 << 16
 Work = Callable[[Path, Path, Sequence[str], bool], Path]
 
@@ -189,19 +190,30 @@ def build_app(service: Service, hosts: Sequence[str]) -> FastAPI:
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection without a request for some seconds; uvicorn alone waits for the first one forever."""
+    """Closes connections without a request: each after some seconds, and the oldest ones where there are many.
+
+    uvicorn alone waits for a first request forever, and refuses requests where there are too many connections.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.made = self.loop.time()
+        idle = [one for one in self.connections if isinstance(one, _Impatient) and not one.is_busy]
+        for one in sorted(idle, key=lambda one: one.made)[:-MOST_IDLE]:
+            one.transport.close()
         self.loop.call_later(IDLE_SECONDS, self._check, None)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is under way."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _check(self, before: object) -> None:
         """before: the last request when this was checked last, or another object while one was under way."""
-        is_busy = self.cycle is not None and not self.cycle.response_complete
-        if not is_busy and before is self.cycle:
+        if not self.is_busy and before is self.cycle:
             self.transport.close()
         elif not self.transport.is_closing():
-            self.loop.call_later(IDLE_SECONDS, self._check, self if is_busy else self.cycle)
+            self.loop.call_later(IDLE_SECONDS, self._check, self if self.is_busy else self.cycle)
 
 
 def config(service: Service, host: str, port: int, hosts: Sequence[str]) -> uvicorn.Config:

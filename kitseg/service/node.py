@@ -150,9 +150,9 @@ class Node:
 
     def _work(self, study: Path) -> bool:
         """Predict a study if it is its turn; False: it failed."""
-        if self.spool.is_abandoned(study):
+        if self.spool.abandon(study):
             self._tell(study, "not complete or not predicted within a day, removed")
-            return self.spool.finish(study, self.spool.images(study))
+            return True
         if self.receiver.is_receiving(study) or not self.spool.is_due(study, self.options.quiet):
             return True
         if (study / "known").exists():

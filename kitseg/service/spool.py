@@ -117,7 +117,7 @@ class Spool:
                 (study / "tries").unlink(missing_ok=True)
                 for instance in instances:
                     (study / "awaited" / _name(instance)).unlink(missing_ok=True)
-                if _is_kept(study) and not any(study.glob("awaited/*")):
+                if _is_kept(study) and not _awaits(study):
                     (study / "complete").touch()
 
     def is_due(self, study: Path, quiet: float) -> bool:
@@ -152,25 +152,34 @@ class Spool:
                 shutil.move(file, partial)
 
     def results(self, study: Path) -> list[Path] | None:
-        """The results that are not delivered yet; None: there are none of the images that there are now."""
+        """The results that are not delivered yet; None: an image is awaited, or they are not of the images here."""
         with suppress(FileNotFoundError):
-            return sorted((study / f"results-{self.images(study)}").iterdir())
+            return None if _awaits(study) else sorted((study / f"results-{self.images(study)}").iterdir())
         return None
 
     def finish(self, study: Path, images: int) -> bool:
-        """Remove a study, unless it has other images by now than these."""
+        """Remove a study, unless it has other images by now than these, or awaits one."""
         with self._lock:
-            if not study.exists() or self.images(study) != images:
-                return False
-            self._bytes.pop(study, None)
-            removed = study.rename(self.folder / f"{_REMOVED}{study.name}")  # so that no part of it is left as a study
+            is_left = study.exists() and self.images(study) == images and not _awaits(study)
+            return is_left and self._remove(study)
+
+    def abandon(self, study: Path) -> bool:
+        """Remove a study that was not completed, or not predicted, for a day; False: it is none."""
+        with self._lock:
+            is_stuck = self.tries(study) >= MOST_TRIES or not (study / "complete").exists()
+            is_old = 0 < _changed(study) < time.time() - A_DAY
+            return is_stuck and is_old and self.results(study) is None and self._remove(study)
+
+    def _remove(self, study: Path) -> bool:
+        """Under the lock."""
+        self._bytes.pop(study, None)
+        removed = study.rename(self.folder / f"{_REMOVED}{study.name}")  # so that no part of it is left as a study
         shutil.rmtree(removed)
         return True
 
-    def is_abandoned(self, study: Path) -> bool:
-        """Whether a study was not completed, or not predicted, for a day."""
-        is_stuck = self.tries(study) >= MOST_TRIES or not (study / "complete").exists()
-        return is_stuck and self.results(study) is None and 0 < _changed(study) < time.time() - A_DAY
+
+def _awaits(study: Path) -> bool:
+    return any(study.glob("awaited/*"))
 
 
 def _is_kept(study: Path) -> bool:
