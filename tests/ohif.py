@@ -1,7 +1,7 @@
 """What OHIF 3 needs of the objects that it shows, as far as its handlers of SEG, SR and PDF read them.
 
-They were read in the public sources of OHIF/Viewers (extensions cornerstone-dicom-seg, cornerstone-dicom-sr and
-dicom-pdf); OHIF itself doesn't run here.
+They were read in the sources of OHIF/Viewers (extensions cornerstone-dicom-seg, cornerstone-dicom-sr and dicom-pdf)
+and tried in OHIF 3.13, which is not part of the tests.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ def _seg(images: Sequence[Dataset], seg: Dataset) -> Iterator[str]:
 
 
 def _sr(images: Sequence[Dataset], seg: Dataset, sr: Dataset) -> Iterator[str]:
-    """It is a TID 1500 report; a missing library, tracking identifier or content of a number ends its loading."""
+    """It is a TID 1500 report.
+
+    A missing library, tracking identifier or content of a number, or a finding (the groups with one tracking UID)
+    without coordinates on a slice ends its loading.
+    """
     if sr.SOPClassUID != SR or _code(sr) != REPORT:
         yield "not an imaging measurement report"
     if sr.ContentTemplateSequence[0].TemplateIdentifier != "1500":
@@ -78,18 +82,25 @@ def _sr(images: Sequence[Dataset], seg: Dataset, sr: Dataset) -> Iterator[str]:
     found = [one for container in _items(sr, MEASUREMENTS) for one in _items(container, GROUP)]
     if not found:
         yield "no measurement group"
-    segments = {segment.TrackingUID for segment in seg.SegmentSequence}
+    segments, places = {segment.TrackingUID for segment in seg.SegmentSequence}, dict[str, set[str]]()
     for group in found:
         first = next((item for item in group.ContentSequence if item.ValueType == "UIDREF"), Dataset())
         if "ConceptNameCodeSequence" not in first or _code(first) != TRACKING_UID or first.UID not in segments:
             yield "a group whose first UID is not the tracking UID of a segment"
         if len(_items(group, TRACKING_ID)) != 1:
             yield "a group without tracking identifier"
+        images_of = [item.ContentSequence[0] for item in group.ContentSequence if item.ValueType == "SCOORD"]
+        lies_on = {
+            one.ReferencedSOPInstanceUID for image in images_of for one in image.get("ReferencedSOPSequence", [])
+        }
+        places.setdefault(str(first.get("UID")), set()).update(lies_on & listed)
         for item in group.ContentSequence:
             if item.ValueType == "NUM" and not item.get("ContentSequence"):
                 yield f"a number without content: {item.ConceptNameCodeSequence[0].CodeMeaning}"
             if item.ValueType == "NUM" and not item.MeasuredValueSequence[0].MeasurementUnitsCodeSequence[0].CodeValue:
                 yield "a number without unit"
+    if not all(places.values()):
+        yield "a finding without coordinates on a slice"
 
 
 def _pdf(pdf: Dataset) -> Iterator[str]:

@@ -95,6 +95,23 @@ def test_the_groups_refer_to_the_segments_of_the_series(written: Path) -> None:
         assert reference.referenced_segment_numbers == [number]
 
 
+def test_the_long_axis_is_drawn_where_it_was_measured(written: Path) -> None:
+    """Also of a kidney, whose group has no number."""
+    places = sr.srread(written / "sr.dcm").content.get_planar_roi_measurement_groups()
+    images = {one.SOPInstanceUID: one for one in map(pydicom.dcmread, only(written / "in").files)}
+    lines = {}
+    for place in places:
+        line = place.roi
+        assert line.graphic_type.value == "POLYLINE"
+        image = images[line.ContentSequence[0].referenced_sop_instance_uid]
+        ends = line.value * [float(mm) for mm in image.PixelSpacing[::-1]]
+        lines[place.tracking_uid] = round(float(np.linalg.norm(ends[1] - ends[0])), 3)
+    assert len(lines) == len(groups(written / "sr.dcm")) == len(places)
+    for group in groups(written / "sr.dcm"):
+        measured = [one.value for one in group.get_measurements() if one.name.meaning == "Long axis"]
+        assert measured in ([], [lines[group.tracking_uid]])
+
+
 def test_all_is_filed_with_the_series(written: Path) -> None:
     made = [pydicom.dcmread(written / name) for name in FILES]
     source = pydicom.dcmread(only(written / "in").files[0])
@@ -152,6 +169,10 @@ def test_ohif_finds_what_it_needs(written: Path) -> None:
     library = _without(sr_file, "ReferencedSOPSequence", lambda item: item.get("ValueType") == "IMAGE")
     assert "SR: the image library does not list the slices" in problems(images, seg, library, pdf)
     assert problems(images[1:], seg, sr_file, pdf)
+    nowhere = deepcopy(sr_file)
+    for item in nowhere.ContentSequence[-1].ContentSequence:
+        item.ContentSequence = [one for one in item.ContentSequence if one.ValueType != "SCOORD"]
+    assert problems(images, seg, nowhere, pdf) == ["SR: a finding without coordinates on a slice"]
 
 
 def _without(

@@ -17,6 +17,7 @@ from kitseg.commands.measure import LabelTask
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import KITS19
 from kitseg.models.training_domain import training_facts
+from kitseg.postprocess.clicked_scan import ClickedScan
 from kitseg.postprocess.clicks import apply_clicks
 from kitseg.types import Box, Case, Geometry, Grid
 from kitseg.volumes.nifti import canonical_geometry, read_labels, write_image, write_labels
@@ -142,6 +143,19 @@ def test_the_lesion_of_a_thin_box_reaches_its_sides(thick: float, slices: int) -
     found = apply_clicks(np.ones(lesion.shape, np.uint8), hu.round().astype(np.int16), geometry, [(box, 2)])
     for level in range(box.start[0], box.stop[0]):
         assert dice(found[level], 2 * lesion[level]) > 0.85
+
+
+def test_hu_stay_where_they_are_on_a_coarse_grid() -> None:
+    """Also where the blocks that are averaged don't fill the box."""
+    size, steps = (99, 99, 99), np.arange(99)
+    geometry = Geometry(size, np.diag([-1.0, -1, -1, 1]))
+    for axis in range(3):
+        hu = np.broadcast_to(np.expand_dims(steps, [a for a in range(3) if a != axis]), size)
+        crop = ClickedScan(np.zeros(size, np.uint8), hu, geometry, None).crop(Box((0, 0, 0), size), 2, 3000)
+        middles = (np.arange(crop.now.shape[axis]) + 0.5) * 99 / crop.now.shape[axis] - 0.5
+        found = np.moveaxis(crop.hu[0], axis, -1)
+        assert crop.now.shape == (14, 14, 14)
+        assert np.abs(found - middles)[..., 1:-1].max() < 0.5
 
 
 def test_a_box_from_the_command_line_to_the_record(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:

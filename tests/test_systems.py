@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kitseg.cli.plan import memory_here
 from kitseg.errors import UsageError
 from kitseg.runtime.device import Machine, torch_device
 from kitseg.runtime.files import HOST, atomic_write, is_alive
 from kitseg.runtime.workers import _without_interrupts
 from kitseg.service.work import scratch
+from kitseg.training.cost import _measured_on
 
 
 @pytest.fixture
@@ -78,3 +81,15 @@ def test_an_apple_gpu_is_used_on_request_only(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UsageError, match="finds no Apple GPU here; use --device cpu"):
         torch_device("mps")
+
+
+def test_plans_for_an_apple_gpu_are_not_those_of_a_cuda_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
+    assert [memory_here(device) for device in ("auto", "cuda", "cpu", "mps")] == [80, 80, None, None]
+    assert [_measured_on(Machine(device)) for device in ("auto", "cuda", "cpu", "mps")] == [
+        "cuda",
+        "cuda",
+        "cpu",
+        "cpu",
+    ]

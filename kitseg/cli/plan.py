@@ -94,10 +94,10 @@ def make_plan(
 
 
 def memory_here(device: str) -> float | None:
-    """GB of the GPU that would be trained on; None for the CPU."""
+    """GB of the CUDA GPU that would be trained on; None for other devices."""
     import torch
 
-    if device == "cpu" or not torch.cuda.is_available():
+    if device in ("cpu", "mps") or not torch.cuda.is_available():
         return None
     return float(torch.cuda.get_device_properties(0).total_memory / 1e9)
 

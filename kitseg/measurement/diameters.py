@@ -25,20 +25,32 @@ def axial_diameter(mask: NDArray[np.bool_], spacing: tuple[float, float, float])
 
     Slices are those of the array, also in a tilted scan. Separate parts within a slice are measured as one.
     """
-    return max((_longest(plane, spacing[1:]) for plane in mask if plane.any()), default=0.0)
+    return max((_longest(plane, spacing[1:])[0] for plane in mask if plane.any()), default=0.0)
+
+
+def axial_line(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> tuple[int, NDArray[np.float64]]:
+    """The slice of the ``axial_diameter`` of a (D, H, W) mask that is not empty, and its ends (2, 2): row, column."""
+    lines = {index: _longest(plane, spacing[1:]) for index, plane in enumerate(mask) if plane.any()}
+    index = max(lines, key=lambda index: lines[index][0])
+    return index, lines[index][1]
 
 
 def diameter(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> float:
     """The largest diameter in mm of a (D, H, W) mask in any direction; 0 for an empty mask."""
-    return _longest(mask, spacing) if mask.any() else 0.0
+    return _longest(mask, spacing)[0] if mask.any() else 0.0
 
 
-def _longest(mask: NDArray[np.bool_], spacing: tuple[float, ...]) -> float:
-    """The largest distance between the ``line_ends`` of a mask with two or three axes."""
+def _longest(mask: NDArray[np.bool_], spacing: tuple[float, ...]) -> tuple[float, NDArray[np.float64]]:
+    """The largest distance in mm between the ``line_ends`` of a mask with two or three axes, and these, in voxels."""
     ends = np.concatenate([line_ends(mask, axis, _BEYOND) for axis in range(mask.ndim)]) * spacing
     corners = ends[ConvexHull(ends).vertices]
-    parts = (corners[start : start + _ROWS] for start in range(0, len(corners), _ROWS))
-    return max(float(cdist(part, corners).max()) for part in parts)
+    longest, line = 0.0, corners[:2]
+    for start in range(0, len(corners), _ROWS):
+        apart = cdist(corners[start : start + _ROWS], corners)
+        one, other = np.unravel_index(apart.argmax(), apart.shape)
+        if apart[one, other] > longest:
+            longest, line = float(apart[one, other]), corners[[start + one, other]]
+    return longest, line / spacing
 
 
 def line_ends(mask: NDArray[np.bool_], axis: int, beyond: float) -> NDArray[np.float64]:

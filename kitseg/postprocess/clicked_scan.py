@@ -97,7 +97,8 @@ class ClickedScan:
             side = float(steps.min() * (np.prod(shape) / most) ** (1 / 3) * 1.02)
         inside, spacing = self.labels[box.slices], size / shape
         clipped = np.clip(self.hu[box.slices], -400, 500).astype(np.float32)
-        rough = resized(_blocks(clipped, np.maximum(1, np.divide(box.size, shape).astype(int))), shape)
+        by = np.maximum(1, np.divide(box.size, shape).astype(int))
+        rough = resized(_blocks(clipped, by), shape, np.divide(box.size, by))
         levels = tuple(ndimage.gaussian_filter(rough, mm / spacing) for mm in SMOOTH_MM)
         if self.background is None:
             odds = UNKNOWN + resized(inside != BACKGROUND, shape)

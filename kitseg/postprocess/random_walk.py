@@ -65,11 +65,14 @@ def random_walk(
     return np.asarray(found, np.float32).reshape(prior.shape)
 
 
-def resized(array: NDArray[Any], shape: Sequence[int]) -> NDArray[np.float32]:
-    """An array with another number of voxels over the same extent, linearly interpolated."""
-    if array.shape == tuple(shape):
+def resized(array: NDArray[Any], shape: Sequence[int], extent: Sequence[float] | None = None) -> NDArray[np.float32]:
+    """An array with another number of voxels over the same extent, linearly interpolated.
+
+    extent: the number of the array's voxels that ``shape`` covers, where that is not all of them.
+    """
+    steps = np.divide(array.shape if extent is None else extent, shape)
+    if np.all(steps == 1):
         return array.astype(np.float32)
-    steps = np.divide(array.shape, shape)
     found: NDArray[np.float32] = ndimage.affine_transform(
         array.astype(np.float32), steps, (steps - 1) / 2, output_shape=tuple(shape), order=1, mode="nearest"
     )

@@ -94,7 +94,12 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
 def _cost(spec: StageSpec, example: Case, machine: Machine) -> Cost:
     grid = grid_geometry(canonical_geometry(read_geometry(example.image)), spec.grid)
     region = config.build(spec.parts["region"]).shape(grid)
-    return stage_cost(spec, region, "cuda" if machine.kind != "cpu" and torch.cuda.is_available() else "cpu")
+    return stage_cost(spec, region, _measured_on(machine))
+
+
+def _measured_on(machine: Machine) -> str:
+    """``cuda`` where a GPU was asked for and is here, else ``cpu``, also for a GPU of Apple."""
+    return "cuda" if machine.kind == "cuda" and torch.cuda.is_available() else "cpu"
 
 
 def stage_cost(spec: StageSpec, region: Triple, device: str) -> Cost:
@@ -139,8 +144,7 @@ def peak_bytes(model: StageModel, x: torch.Tensor) -> int:
 
 def _flops_per_second(machine: Machine) -> float:
     """The measured speed of a 5³ convolution of 16 channels on this machine."""
-    device = torch.device(machine.kind if torch.cuda.is_available() else "cpu")
-    with torch.device(device), torch.inference_mode():
+    with torch.device(_measured_on(machine)), torch.inference_mode():
         layer, x = nn.Conv3d(16, 16, 5, padding=2), torch.randn(1, 16, 48, 48, 48)
         layer(x).sum().item()  # waits for the GPU
         begun = time.perf_counter()

@@ -62,6 +62,13 @@ class SegmentedSeries:
         geometry = canonical_geometry(stack_of(self.series).native)
         return find_parts(self.labels, geometry, self.findings, self.hu)
 
+    @cached_property
+    def frames(self) -> NDArray[Any]:
+        """The number of each pixel's segment in the slices of the series (N, rows, columns)."""
+        stack, (numbers, parts) = stack_of(self.series), self.parts
+        planes = turn_to_native(numbers, stack.native).transpose(2, 1, 0)
+        return np.ascontiguousarray(planes[list(stack.slots)], np.min_scalar_type(len(parts)))
+
     def name(self, part: LabelPart) -> str:
         """The name of a segment, such as ``Tumor 1, right kidney``."""
         own = self.scheme.names.get(part.kind, part.kind)
@@ -86,23 +93,20 @@ def write_segmentation(path: Path, found: SegmentedSeries) -> None:
     Raises:
         InputError: the series forms no volume, or a header can no longer be read.
     """
-    stack, (numbers, parts) = stack_of(found.series), found.parts
-    planes = turn_to_native(numbers, stack.native).transpose(2, 1, 0)
-    frames = np.ascontiguousarray(planes[list(stack.slots)], np.min_scalar_type(len(parts)))
     with atomic_write(path) as partial, quiet():
         segmentation = Segmentation(
             source_images=source_images(found.series, found.anonymous),
-            pixel_array=frames,
+            pixel_array=found.frames,
             segmentation_type="BINARY",
             segment_descriptions=[
-                _segment(number, part, found) for number, part in enumerate(parts or NOTHING, start=1)
+                _segment(number, part, found) for number, part in enumerate(found.parts[1] or NOTHING, start=1)
             ],
             series_number=series_number(found.series, 0),
             content_description=NOTICE,
             content_label="KIDNEY_TUMOR",
             content_creator_name="kitseg^software",
             series_description=found.title,
-            omit_empty_frames=bool(frames.any()),
+            omit_empty_frames=bool(found.frames.any()),
             **equipment(found.algorithm),
         )
         segmentation.save_as(partial)

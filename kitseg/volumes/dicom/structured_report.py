@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ from highdicom import sr
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from kitseg.measurement.diameters import axial_line
 from kitseg.measurement.findings import Kidney, Lesion
 from kitseg.measurement.parts import LabelPart
 from kitseg.runtime.files import atomic_write
 from kitseg.volumes.dicom.headers import quiet
 from kitseg.volumes.dicom.segmentation import KINDS, NOTICE, SegmentedSeries, equipment, laterality, tracking
+from kitseg.volumes.dicom.series import stack_of
 from kitseg.volumes.dicom.source import series_number, source_images
 
 DECIMALS = 3  # of each number, as in the JSON file of `kitseg measure`
@@ -37,7 +39,9 @@ NOTHING_FOUND = (_codes.DCM.SummaryOfDetections, _codes.DCM.AllAlgorithmsSucceed
 
 
 def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None:
-    """Write the findings of a segmented series as a DICOM SR document, atomically: a measurement group per segment.
+    """Write the findings of a segmented series as a DICOM SR document, atomically.
+
+    Each segment has a group of measurements, and one with its longest line within a slice.
 
     segmentation: the DICOM segmentation of the same labels, which the groups refer to.
 
@@ -47,9 +51,10 @@ def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None
     with quiet(), atomic_write(path) as partial:
         segments, images = pydicom.dcmread(segmentation), source_images(found.series, found.anonymous)
         groups = [
-            _group(number, part, found, segments)
+            group
             for number, part in enumerate(found.parts[1], start=1)
             if part.found is not None
+            for group in (_group(number, part, found, segments), *_place(number, part, found, images))
         ]
         observer = sr.ObserverContext(
             _codes.DCM.Device,
@@ -80,25 +85,42 @@ def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None
 
 
 def _group(number: int, part: LabelPart, found: SegmentedSeries, segments: Any) -> Any:
-    assert part.found is not None
-    site = sr.FindingSite(_codes.SCT.Kidney, laterality(part.found.side))
-    name, uid = tracking(found.name(part), found)
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(uid=uid, identifier=name),
         referenced_segment=sr.ReferencedSegment(
             segments.SOPClassUID,
             segments.SOPInstanceUID,
             number,
             source_series=sr.SourceSeriesForSegmentation(segments.ReferencedSeriesSequence[0].SeriesInstanceUID),
         ),
-        finding_type=KINDS[part.kind],
-        finding_sites=[site],
         algorithm_id=sr.AlgorithmIdentification(found.algorithm.name, found.algorithm.version),
         measurements=list(_measurements(part.found)),
+        **_what(part, found),
     )
 
 
-def _measurements(found: Kidney | Lesion) -> Iterator[Any]:
+def _place(number: int, part: LabelPart, found: SegmentedSeries, images: Sequence[pydicom.Dataset]) -> Iterator[Any]:
+    """The longest line of a segment within a slice; OHIF opens no report one of whose findings has no coordinates."""
+    mask = found.frames == number
+    if mask.any():  # not only in slices that were interpolated
+        across, down, along = stack_of(found.series).native.spacing
+        index, ends = axial_line(mask, (along, down, across))
+        image = sr.SourceImageForRegion(images[index].SOPClassUID, images[index].SOPInstanceUID)
+        line = sr.ImageRegion("POLYLINE", ends[:, ::-1] + 0.5, image)  # column, row; a pixel's centre is at 0.5
+        yield sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_region=line, **_what(part, found))
+
+
+def _what(part: LabelPart, found: SegmentedSeries) -> dict[str, Any]:
+    """What a group is about, as highdicom takes it."""
+    assert part.found is not None
+    name, uid = tracking(found.name(part), found)
+    return {
+        "tracking_identifier": sr.TrackingIdentifier(uid=uid, identifier=name),
+        "finding_type": KINDS[part.kind],
+        "finding_sites": [sr.FindingSite(_codes.SCT.Kidney, laterality(part.found.side))],
+    }
+
+
+def _measurements(found: Kidney | Lesion | None) -> Iterator[Any]:
     for name, (concept, unit, made) in MEASUREMENTS.items():
         if (value := getattr(found, name, None)) is not None:
             if isinstance(found, Kidney) and name == "volume_ml":  # with its lesions
