@@ -62,12 +62,13 @@ class Browser:
             assert time.monotonic() < until, f"never true: {expression}"
             time.sleep(0.1)
 
-    def open(self, where: Path | str) -> None:
-        """Open a file or an address, with all that happens in it recorded."""
+    def open(self, where: Path | str, width: int = 0) -> None:
+        """Open a file or an address, with all that happens in it recorded, in a window of ``width`` pixels."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=0, deviceScaleFactor=0, mobile=False)
         self.send("Page.navigate", url=where.as_uri() if isinstance(where, Path) else where)
         self.wait_for("document.readyState === 'complete' && location.protocol !== 'about:'")
 

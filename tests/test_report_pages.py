@@ -27,6 +27,15 @@ from kitseg.volumes.nifti import read_labels, write_labels
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&x"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LETTERS = """(() => {
+  const {dataScale, glplot: {cameraParams}} = space._fullLayout.scene._scene, trace = space.data.at(-1);
+  return trace.text.map((_, n) => {
+    let place = [trace.x[n] * dataScale[0], trace.y[n] * dataScale[1], trace.z[n] * dataScale[2], 1];
+    for (const matrix of [cameraParams.model, cameraParams.view, cameraParams.projection])
+      place = [0, 1, 2, 3].map((row) => place.reduce((sum, v, column) => sum + v * matrix[4 * column + row], 0));
+    return [place[0] / place[3], place[1] / place[3]];
+  });
+})()"""  # the places of the 3D view's orientation letters in its picture, -1 to 1
 MM = np.array([[0, 0, -1, 0], [0, -1, 0, 0], [-3.0, 0, 0, 0], [0, 0, 0, 1]], float)  # 3 x 1 x 1 mm, (I, P, L)
 
 
@@ -192,12 +201,12 @@ def test_the_scroll_shows_the_scan(reported: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the pages in")
-@pytest.mark.parametrize("case", ["index", "case_00000", HOSTILE])
-def test_a_page_works_in_a_browser(reported: Path, tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize(("case", "width"), [("index", 1280), ("case_00000", 1280), (HOSTILE, 320)])
+def test_a_page_works_in_a_browser(reported: Path, tmp_path: Path, case: str, width: int) -> None:
     assert CHROMIUM
     path = reported / "report" / f"{case}.html"
     with browser(CHROMIUM, tmp_path / "profile") as chromium:
-        chromium.open(path)
+        chromium.open(path, width)
         if case == "index":
             chromium.evaluate("document.querySelector('#cases thead button').click()")
             assert chromium.evaluate("document.querySelector('#cases tbody tr th').textContent") == HOSTILE
@@ -209,7 +218,8 @@ def test_a_page_works_in_a_browser(reported: Path, tmp_path: Path, case: str) ->
             chromium.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowDown")
             assert chromium.evaluate(place) != before
             assert chromium.evaluate("document.querySelectorAll('#outlines path').length") >= 2
-            chromium.wait_for("!!document.querySelector('#space canvas')")
+            chromium.wait_for("!!document.querySelector('#space canvas') && !!space._fullLayout.scene?._scene")
+            assert np.abs(chromium.evaluate(LETTERS)).max() < 0.97
         assert chromium.complaints() == []
         assert chromium.requests() == [path.as_uri()]
 

@@ -25,20 +25,17 @@ _MOST_AT_ONCE = 2_000_000  # triangles during the search for a coarser step
 _LIGHT = {"ambient": 0.45, "diffuse": 0.7, "specular": 0.15, "roughness": 0.6}
 _OPACITY = {"kidney": 0.35}
 _LABELS = {"tumor": TUMOR, "cyst": CYST}
-_AXIS = {"visible": False}
+_LETTERS_MM = 12  # from the labels
 _LAYOUT = {
     "margin": {"l": 0, "r": 0, "t": 0, "b": 0},
     "paper_bgcolor": "#ffffff",
     "showlegend": True,
     "legend": {"orientation": "h", "y": 0, "yanchor": "top", "itemsizing": "constant"},
-    "scene": {
-        "aspectmode": "data",
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-        "zaxis": _AXIS,
-        "camera": {"eye": {"x": 0.0, "y": 1.7, "z": 0.25}},
-        "dragmode": "orbit",
-    },
+}
+_SCENE = {
+    "aspectmode": "cube",  # of side 1, around a ball that Plotly's 45 degrees hold from 0.5 / sin(22.5 degrees) = 1.31
+    "camera": {"eye": {"x": 0.0, "y": 1.3, "z": 0.2}},
+    "dragmode": "orbit",
 }
 _CONFIG = {"displaylogo": False, "responsive": True, "displayModeBar": False}
 
@@ -77,7 +74,8 @@ def view(scene: Scene, findings: Findings) -> dict[str, Any] | None:
         step *= 1.4
     for trace in traces:
         del trace["triangles"]
-    return {"data": [*traces, _marks(geometry, whole)], "layout": _LAYOUT, "config": _CONFIG}
+    marks, scene_layout = _surroundings(geometry, whole)
+    return {"data": [*traces, marks], "layout": {**_LAYOUT, "scene": scene_layout}, "config": _CONFIG}
 
 
 def title(lesion: Lesion, scheme: Scheme) -> str:
@@ -124,13 +122,15 @@ def _packed(values: NDArray[Any]) -> dict[str, str]:
     return {"dtype": kinds[values.dtype.name], "bdata": base64.b64encode(values.tobytes()).decode("ascii")}
 
 
-def _marks(geometry: Geometry, box: Box) -> dict[str, Any]:
-    """The orientation letters for the patient's right, left, head and feet."""
-    corners = np.stack([geometry.affine @ [*box.start, 1], geometry.affine @ [*(n - 1 for n in box.stop), 1]])[:, :3]
-    low, high = corners.min(0), corners.max(0)
-    (x, y, z), (dx, _, dz) = (low + high) / 2, (high - low) / 2 + 12
+def _surroundings(geometry: Geometry, box: Box) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The orientation letters for the patient's right, left, head and feet, and a scene that holds all of it."""
+    start, last = np.array(box.start), np.array(box.stop) - 1
+    x, y, z = centre = (geometry.affine @ [*(start + last) / 2, 1])[:3]
+    half = np.abs(geometry.affine[:3, :3]) @ (last - start) / 2
+    dx, _, dz = half + _LETTERS_MM
+    reach = 1.05 * max(dx, dz, float(np.linalg.norm(half)))
     places = {"R": (x + dx, y, z), "L": (x - dx, y, z), "H": (x, y, z + dz), "F": (x, y, z - dz)}
-    return {
+    letters = {
         "type": "scatter3d",
         "mode": "text",
         "text": list(places),
@@ -139,3 +139,8 @@ def _marks(geometry: Geometry, box: Box) -> dict[str, Any]:
         "showlegend": False,
         "textfont": {"size": 14, "color": "#5b6b7b"},
     }
+    axes = {
+        f"{name}axis": {"visible": False, "range": [float(middle - reach), float(middle + reach)]}
+        for name, middle in zip("xyz", centre, strict=True)
+    }
+    return letters, {**_SCENE, **axes}
