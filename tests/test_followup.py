@@ -80,6 +80,7 @@ def test_a_tumor_grows_while_the_patient_and_the_grid_move(tmp_path: Path) -> No
     assert {"2023-01-01", "2024-01-01"} <= set(re.findall(r"<h3>(.*?)</h3>", page))
     assert page.count("data:image/webp") == 4 * 2 * 3
     assert 'class="reference tumor"' in page
+    assert f"<td>+{grown['change_mean_mm']:.1f}</td>" in page
 
 
 def test_a_kidney_that_is_gone_takes_its_lesions_along(tmp_path: Path) -> None:

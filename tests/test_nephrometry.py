@@ -55,6 +55,7 @@ def test_a_tumor_in_the_middle_of_the_kidney() -> None:
     assert (found.padua.exophytic, found.padua.sinus, found.padua.collecting, found.padua.location) == (3, 2, 2, 2)
     assert found.outside == 0
     assert found.nearness_mm == 0
+    assert found.above == pytest.approx(0.5 + 3 / 12 * 0.75, abs=0.1)  # a ball's share beyond a plane 3 of 12 mm off
 
 
 def test_a_large_tumor_on_the_front() -> None:
@@ -119,3 +120,4 @@ def test_the_command_and_nothing_to_score(tmp_path: Path) -> None:
     (text,) = [path.read_text() for path in (tmp_path / "pages").glob("*.html") if path.name != "index.html"]
     assert "R.E.N.A.L. <strong>" in text
     assert 'class="prediction polar"' in text
+    assert "0.0 % of the tumor, 0.0 % above the midline" in text

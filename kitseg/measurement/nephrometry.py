@@ -98,10 +98,10 @@ class Nephrometry:
 
     lesion: its number; c_index: distance of the centres of tumor and kidney over the tumor's radius (Simmons et al.,
     Journal of Urology 2010); contact_mm2: contact surface area (Leslie et al., European Urology 2014); nearness_mm: to
-    the sinus, None where no sinus is left; outside, between, beside_sinus, anterior, medial: shares of the tumor's
-    volume outside the kidney's outline, between the polar lines, between the ends of the sinus, in front of the
-    kidney's own coronal plane, and on the hilum's side of its centre; estimated: what the labels don't show, and what
-    was used instead.
+    the sinus, None where no sinus is left; outside, between, above, beside_sinus, anterior, medial: shares of the
+    tumor's volume outside the kidney's outline, between the polar lines, above the midline between them, between the
+    ends of the sinus, in front of the kidney's own coronal plane, and on the hilum's side of its centre; estimated:
+    what the labels don't show, and what was used instead.
     """
 
     lesion: int
@@ -112,6 +112,7 @@ class Nephrometry:
     outside: float
     nearness_mm: float | None
     between: float
+    above: float
     beside_sinus: float
     anterior: float
     medial: float
@@ -188,6 +189,7 @@ def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
         frame.outside,
         gap if frame.seen else None,
         between,
+        above,
         beside_sinus,
         anterior,
         medial,

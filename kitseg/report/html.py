@@ -32,11 +32,11 @@ def page_name(case: str) -> str:
     return f"{case}_.html" if re.fullmatch(r"index_*", case, re.IGNORECASE) else f"{short_name(case)}.html"
 
 
-def number(value: float | str | None, digits: int = 1) -> str:
-    """A number as text, a dash for None."""
+def number(value: float | str | None, digits: int = 1, sign: str = "") -> str:
+    """A number as text, with ``sign`` + its plus too; a dash for None."""
     if value is None:
         return "–"
-    return value if isinstance(value, str) else f"{value:.{digits}f}".replace("-", "−")
+    return value if isinstance(value, str) else f"{value:{sign}z.{digits}f}".replace("-", "−")
 
 
 def _score(value: Any) -> str:

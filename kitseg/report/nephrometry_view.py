@@ -62,15 +62,20 @@ def _rows(found: Nephrometry, diameter: float) -> list[tuple[str, str, str, str]
     renal, padua = found.renal, found.padua
     gap = "none is left" if found.nearness_mm is None else f"{number(found.nearness_mm)} mm from the tumor"
     contact = "–" if found.contact_mm2 is None else f"{number(found.contact_mm2 / 100)} cm²"
+    outside, between, above, ends, anterior, medial = (
+        f"{number(100 * share)} %"
+        for share in (found.outside, found.between, found.above, found.beside_sinus, found.anterior, found.medial)
+    )
+    location = f"{between} of the tumor, {above} above the midline"
     return [
         ("Size", f"{number(diameter)} mm", str(renal.radius), str(padua.size)),
-        ("Outside the kidney", f"{found.outside:.0%} of the tumor", str(renal.exophytic), str(padua.exophytic)),
+        ("Outside the kidney's outline", f"{outside} of the tumor", str(renal.exophytic), str(padua.exophytic)),
         ("Renal sinus (estimated)", gap, str(renal.nearness), str(padua.sinus)),
         ("Collecting system (estimated from the sinus)", gap, "", str(padua.collecting)),
-        ("Between the polar lines", f"{found.between:.0%} of the tumor", str(renal.location), ""),
-        ("Between the ends of the sinus", f"{found.beside_sinus:.0%} of the tumor", "", str(padua.location)),
-        ("Face", f"{found.anterior:.0%} in front of the coronal plane", renal.face, padua.face),
-        ("Rim", f"{found.medial:.0%} on the side of the hilum", "", str(padua.rim)),
+        ("Between the polar lines", location, str(renal.location), ""),
+        ("Between the ends of the sinus", f"{ends} of the tumor", "", str(padua.location)),
+        ("Face", f"{anterior} in front of the coronal plane", renal.face, padua.face),
+        ("Rim", f"{medial} on the side of the hilum", "", str(padua.rim)),
         ("C-index", number(found.c_index, 2), "", ""),
         ("Contact surface", contact, "", ""),
     ]
