@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK
 from conftest import kitseg
 from scipy import ndimage
 
@@ -228,6 +229,15 @@ def test_another_scan_on_the_same_grid_is_refused(folder: Path, scan: tuple[np.n
     code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=background")
     assert (code, "made from another scan than" in " ".join(text.split())) == (2, True)
     assert (folder / "corrected" / "a.json").read_bytes() == before
+
+
+def test_the_same_scan_in_another_format(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:
+    assert refine(folder, "pred/a.nii.gz", "0,0,30=background")[0] == 0
+    image = SimpleITK.ReadImage(folder / "data" / "a.nii.gz")
+    (folder / "data" / "a.nii.gz").unlink()
+    SimpleITK.WriteImage(SimpleITK.Cast(image, SimpleITK.sitkFloat32), folder / "data" / "a.mha")
+    code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=kidney")
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("failing", ["write_labels", "file_digest", "forget"])

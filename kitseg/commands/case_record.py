@@ -24,11 +24,11 @@ from kitseg.volumes.names import UNCERTAINTY, is_volume_name
 class CaseRecord:
     """What kitseg reads of a record.
 
-    files: hashes of the case's files by name; labels_sha256: of the label map among them; scan, scan_sha256: the scan's
-    name and hash; recipe, block_sha256: hashes of the settings and of the probabilities, where labels depend on them;
-    models, versions: what predicted; learned_from: those of the models that learned from the scan, None where unknown;
-    volumes_ml, note, quality, signs: what was found; labels: the scheme of the label map, None in records of kitseg
-    0.1; corrected: the clicks of a person.
+    files: hashes of the case's files by name; labels_sha256: of the label map among them; scan, scan_sha256,
+    hu_sha256: the scan's name, and the hashes of its files and of its HU; recipe, block_sha256: hashes of the
+    settings and of the probabilities, where labels depend on them; models, versions: what predicted; learned_from:
+    those of the models that learned from the scan, None where unknown; volumes_ml, note, quality, signs: what was
+    found; labels: the scheme of the label map, None in records of kitseg 0.1; corrected: the clicks of a person.
     """
 
     case: str = ""
@@ -36,6 +36,7 @@ class CaseRecord:
     labels_sha256: str | None = None
     scan: str | None = None
     scan_sha256: str | None = None
+    hu_sha256: str | None = None
     recipe: str | None = None
     block_sha256: str | None = None
     models: tuple[dict[str, Any], ...] = ()

@@ -22,6 +22,7 @@ from kitseg.runtime.provenance import recipe
 from kitseg.types import Probabilities
 from kitseg.volumes.blocks import block_cases, block_digest, learned_from, read_block, read_manifest, scan_of
 from kitseg.volumes.nifti import read_image, write_labels
+from kitseg.volumes.scan import hu_digest
 
 Write = Callable[[Path], None]
 
@@ -45,9 +46,10 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
         if before := read_record(to / f"{case}.json", made):
             return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.volumes_ml)
         probabilities = read_block(folder, case)
-        labels = clean(probabilities, read_image(path, case), steps)
-        learned = learned_from([folder], case)
-        return write_case(to, labels, probabilities, {"scan": path.name, "learned_from": learned, **facts}, made)
+        scan = read_image(path, case)
+        labels, learned = clean(probabilities, scan, steps), learned_from([folder], case)
+        known = {"scan": path.name, "hu_sha256": hu_digest(scan), "learned_from": learned}
+        return write_case(to, labels, probabilities, {**known, **facts}, made)
 
     with folder_lock(to, "labels"):
         return each(cases, work, on_done)

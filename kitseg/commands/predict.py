@@ -30,7 +30,7 @@ from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
 from kitseg.volumes.names import UNCERTAINTY, pair
 from kitseg.volumes.nifti import write_labels, write_volume
-from kitseg.volumes.scan import Scans, find_scans, read_scan, scan_digest, scan_doubts, scan_geometry
+from kitseg.volumes.scan import Scans, find_scans, hu_digest, read_scan, scan_digest, scan_doubts, scan_geometry
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
@@ -145,6 +145,7 @@ class CasePredictor:
             more |= self._dicom_files(source, replace(found, quality=quality), scan)
         facts: dict[str, Any] = {
             "scan": source.id if source.slices else source.image.name,
+            "hu_sha256": hu_digest(scan),
             "seconds": round(time.perf_counter() - start, 2),
             "findings": asdict(found.findings),
             "learned_from": learned_from(self.model.models, source, made["scan_sha256"]),

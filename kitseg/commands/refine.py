@@ -29,7 +29,7 @@ from kitseg.runtime.locks import folder_lock
 from kitseg.types import Box, Geometry, Probabilities, Triple, Volume, triple
 from kitseg.volumes.blocks import read_block
 from kitseg.volumes.nifti import CORRECTED_MARK, write_labels
-from kitseg.volumes.scan import scan_digest
+from kitseg.volumes.scan import hu_digest, scan_digest
 
 _POINT = r"\s*([^,=:]+),([^,=:]+),([^,=:]+)"
 _CLICK, _BOX = re.compile(rf"{_POINT}=(\w+)\s*"), re.compile(rf"{_POINT}:{_POINT}=(\w+)\s*")
@@ -132,16 +132,16 @@ class Refinement:
         if task.scan is None:
             raise UsageError(f"{task.labels}: a click needs the scan. Give it with --ct")
         before, digest = record_beside(task.labels) or CaseRecord(), scan_digest(task.scan)
-        if before.scan_sha256 not in (None, digest):
+        own = scheme or scheme_beside(task.labels) or KITS19
+        labels, scan = task.read(own)
+        assert scan is not None
+        if before.scan_sha256 not in (None, digest) and before.hu_sha256 != hu_digest(scan):
             made = f"the labels were made from another scan than {task.scan.image}"
             raise UsageError(f"{task.labels}: {made}, by the record beside them. Give that one ({before.scan})")
         target = to / f"{task.case}.nii.gz"
         there = _digests(target)
         if os.path.realpath(target) != os.path.realpath(task.labels) or not before.corrected:
             refuse_case_overwrite(target.with_name(f"{task.case}.json"), [".nii.gz"])
-        own = scheme or scheme_beside(task.labels) or KITS19
-        labels, scan = task.read(own)
-        assert scan is not None
         return cls(task, own, before, labels.array, scan, digest, target, there)
 
     def apply(self, clicks: Sequence[Click], after: Sequence[Click] = ()) -> NDArray[np.uint8]:
@@ -186,6 +186,7 @@ class Refinement:
             "labels": self.scheme.plain(),
             "corrected": every,
             "scan_sha256": self.scan_sha256,
+            "hu_sha256": hu_digest(self.scan),
         }
         with folder_lock(self.target.parent, "labels"):
             if _digests(self.target) != self.there:

@@ -24,6 +24,7 @@ from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
 
+LOWEST_HU = -1024  # air; what is lower states padding, which formats keep or not
 TOLERANCE = 0.1  # mm between the grids of a label map and its scan: other tools round affines
 
 
@@ -139,6 +140,12 @@ def scan_digest(case: Case) -> str:
     if not case.slices:
         return file_digest(case.image)
     return hashlib.sha256("".join(map(file_digest, case.slices)).encode()).hexdigest()
+
+
+def hu_digest(scan: Volume) -> str:
+    """The SHA-256 of a scan's HU in orientation (I, P, L), which is the same whatever the format of its file."""
+    hu = np.clip(scan.array if scan.array.dtype.kind in "iu" else np.rint(scan.array), LOWEST_HU, 32767)
+    return hashlib.sha256(str(hu.shape).encode() + hu.astype("<i2").tobytes()).hexdigest()
 
 
 def scan_date(case: Case) -> date | None:
