@@ -166,7 +166,7 @@ def test_operations_that_no_method_has() -> None:
     torch.manual_seed(0)
     module, x = StageModel(Odd(), ("background", "kidney")).eval(), torch.randn(1, 1, 9, 10, 11)
     before = x.clone()
-    torch.testing.assert_close(see(Winograd(), module, x, 0), see(Torch(), module, x, 0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(see(Winograd(), module, x, 0), see(Torch(), module, x, 0), rtol=0, atol=1e-4)
     assert torch.equal(x, before)
 
 

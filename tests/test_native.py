@@ -16,10 +16,10 @@ from torch.nn import functional
 from kitseg.native import library
 from kitseg.native.arena import Arena
 from kitseg.native.compiled import compile_network
-from kitseg.native.layers import Layer
+from kitseg.native.layers import Layer, kinds_of
 from kitseg.native.pointwise import affine, moments
 from kitseg.native.product import Product, is_product
-from kitseg.native.winograd import F43, F45, KINDS, Convolution, Kind
+from kitseg.native.winograd import F43, F45, F63, F65, KINDS, Convolution, Kind
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="the kernels are not compiled: pip install -e .")
 SHAPES = [  # images, channels in and out, D, H, W
@@ -62,25 +62,42 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None = None, replicate: bool
     return functional.conv3d(padded, weight.double(), None if bias is None else bias.double())
 
 
+def error(kind: Kind) -> float:
+    """What an output may differ from the exact one, in its deviation."""
+    return {F65: 5e-3, F45: 5e-4, F63: 5e-4}.get(kind, 2e-4)
+
+
 def leaky(x: Tensor, slope: Tensor) -> Tensor:
     return torch.where(x > 0, x, x * slope[:, None, None, None])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23"])
+@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23", "F63", "F65", "F63_2D"])
 def test_convolution_is_pytorchs(kind: Kind, shape: tuple[int, int, int, tuple[int, ...]]) -> None:
     images, inputs, outputs, size = shape
     x, weight = noise(images, inputs, *size), kernel(kind, inputs, outputs)
     bias, slope = noise(outputs, seed=2), noise(outputs, seed=3).abs()
     for replicate in (False, True):
         expected = leaky(exact(x, weight, bias, replicate), slope)
-        found = Convolution(weight, kind, bias, slope, replicate)(x, Arena())
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-4)
+        found = Convolution(weight, (kind,), bias, slope, replicate)(x, Arena())
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=error(kind))
+
+
+def test_the_kind_with_the_fewest_multiplications_is_used() -> None:
+    """Tiles of 6 voxels, where they cover a shape as well as those of 4; weights follow a change of shape."""
+    layer = Convolution(kernel(F43, 3, 5), (F43, F63))
+    shapes = {(4, 8, 8): F43, (6, 12, 12): F63, (7, 7, 7): F43, (33, 40, 35): F63}
+    for shape, kind in shapes.items():
+        x = noise(1, 3, *shape)
+        assert layer.kind(shape) == kind
+        torch.testing.assert_close(layer(x, Arena()).double(), exact(x, kernel(F43, 3, 5)), rtol=0, atol=5e-4)
+    assert kinds_of(nn.Conv3d(64, 64, 5, padding=2)) == (F45, F65)
+    assert kinds_of(nn.Conv3d(128, 128, 5, padding=2)) == (F45,)  # F(6, 5) would keep 66 MB
 
 
 def test_results_that_are_larger_than_the_caches() -> None:
     x, weight, slope = noise(1, 1, 64, 64, 64), kernel(F43, 1, 16), noise(16, seed=3).abs()
-    found = Convolution(weight, F43, None, slope)(x, Arena())
+    found = Convolution(weight, (F43,), None, slope)(x, Arena())
     torch.testing.assert_close(found.double(), leaky(exact(x, weight), slope), rtol=0, atol=5e-4)
     up = nn.ConvTranspose3d(1, 16, 2, 2).requires_grad_(False)
     torch.testing.assert_close(Product(up)(x, Arena()), up(x))
@@ -126,18 +143,18 @@ def test_what_products_are_not() -> None:
         assert not is_product(module)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23"])
+@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23", "F63", "F65", "F63_2D"])
 def test_two_parts_of_a_tensor(kind: Kind) -> None:
     """Read where they are if the first part fills vectors; else from a copy of both."""
     weight, bias, residual = kernel(kind, 23, 6), noise(6, seed=3), noise(1, 23, 5, 9, 10, seed=4)
     for first in (16, 7):
         parts = noise(1, first, 5, 9, 10), noise(1, 23 - first, 5, 9, 10, seed=1)
-        found = Convolution(weight, kind, bias)(parts, Arena())
-        torch.testing.assert_close(found.double(), exact(torch.cat(parts, 1), weight, bias), rtol=0, atol=5e-4)
+        found = Convolution(weight, (kind,), bias)(parts, Arena())
+        torch.testing.assert_close(found.double(), exact(torch.cat(parts, 1), weight, bias), rtol=0, atol=error(kind))
         added = affine(residual.clone(), torch.ones(23), torch.zeros(23), None, parts)
         torch.testing.assert_close(added, residual + torch.cat(parts, 1))
     with pytest.raises(ValueError, match="differ in their channels only"):
-        Convolution(weight, kind, bias)((noise(1, 16, 5, 9, 10), noise(1, 7, 5, 9, 9)), Arena())
+        Convolution(weight, (kind,), bias)((noise(1, 16, 5, 9, 10), noise(1, 7, 5, 9, 9)), Arena())
 
 
 def test_results_share_memory_once_they_are_not_used() -> None:
@@ -186,7 +203,7 @@ def test_a_result_may_replace_a_part_of_a_concatenation(used_later: bool, thread
             expected = model.double().logits(x.double())[0]
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-4)
     planned = network._arena._memory.numel() / (16 * x.numel())  # type: ignore[attr-defined]
     assert (2.9 < planned < 3.1) if used_later else (2 < planned < 2.3)
 
@@ -207,7 +224,7 @@ def test_a_sum_lies_where_a_summand_that_nothing_else_uses_was() -> None:
     network = compile_network(model, "logits", 0)
     for _ in range(2):
         with torch.inference_mode():
-            torch.testing.assert_close(network(x), model.logits(x)[0], rtol=0, atol=1e-4)
+            torch.testing.assert_close(network(x), model.logits(x)[0], rtol=0, atol=3e-4)
 
 
 def test_a_result_that_would_overwrite_its_input_too_early_is_refused() -> None:
@@ -220,7 +237,7 @@ def test_a_result_that_would_overwrite_its_input_too_early_is_refused() -> None:
 
     x = memory[2048 : 2048 + 16 * 4 * 32 * 32].view(1, 4, 32, 32, 16).movedim(-1, 1)
     with pytest.raises(ValueError, match="can't be used with these sizes"):
-        Convolution(weight, F43)(x, Overlapping())
+        Convolution(weight, (F43,))(x, Overlapping())
 
 
 def test_results_of_an_earlier_plan_that_are_freed_late_change_nothing() -> None:
@@ -264,7 +281,7 @@ def test_residuals_that_are_repeated(output: int) -> None:
     network = compile_network(model, "logits", output)
     assert "repeat" not in {node.target for node in network.graph.nodes}  # type: ignore[attr-defined]
     with torch.inference_mode():
-        torch.testing.assert_close(network(x), model.logits(x)[output], rtol=0, atol=1e-4)
+        torch.testing.assert_close(network(x), model.logits(x)[output], rtol=0, atol=3e-4)
 
 
 class Broadcast(nn.Module):
@@ -301,7 +318,7 @@ def test_what_a_layer_adds_is_broadcast_as_by_pytorch(output: int) -> None:
     model, x = Broadcast().eval().requires_grad_(False), noise(2, 8, 4, 5, 6)
     network = compile_network(model, "logits", output)
     with torch.inference_mode():
-        torch.testing.assert_close(network(x), model.logits(x)[output], rtol=0, atol=1e-4)
+        torch.testing.assert_close(network(x), model.logits(x)[output], rtol=0, atol=3e-4)
 
 
 class Resized(nn.Module):
@@ -344,7 +361,7 @@ def test_what_is_changed_in_place_is_read_before() -> None:
     with torch.inference_mode():
         expected, network = model.logits(x.clone())[0], compile_network(model, "logits", 0)
         for _ in range(2):
-            torch.testing.assert_close(network(x.clone()), expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(network(x.clone()), expected, rtol=0, atol=3e-4)
 
 
 class Standardized(nn.Conv3d):
@@ -388,7 +405,7 @@ def test_own_convolutions_and_changes_in_place(output: int) -> None:
     with torch.inference_mode():
         expected = model.logits(x.clone())[output]
         found = compile_network(model, "logits", output)(x.clone())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-4)
 
 
 def test_a_network_with_hooks_is_not_compiled() -> None:
@@ -398,14 +415,14 @@ def test_a_network_with_hooks_is_not_compiled() -> None:
         compile_network(model, "logits", 0)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23"])
+@pytest.mark.parametrize("kind", KINDS, ids=["F43", "F45", "F25", "F43_2D", "F23", "F63", "F65", "F63_2D"])
 def test_moments_of_a_convolution_far_from_zero(kind: Kind) -> None:
     """One of many blocks of tiles, with a mean of 30 deviations."""
     x, weight, bias = noise(1, 4, 9, 22, 41), kernel(kind, 4, 6), torch.full((6,), 30.0)
     expected = exact(x, weight, bias)[0]
-    y, mean, variance = Convolution(weight, kind, bias).with_moments(x, Arena())
-    torch.testing.assert_close(y[0].double(), expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(mean, expected.mean((1, 2, 3)), rtol=0, atol=1e-4)
+    y, mean, variance = Convolution(weight, (kind,), bias).with_moments(x, Arena())
+    torch.testing.assert_close(y[0].double(), expected, rtol=0, atol=error(kind))
+    torch.testing.assert_close(mean, expected.mean((1, 2, 3)), rtol=0, atol=3e-4)
     torch.testing.assert_close(variance, expected.var((1, 2, 3), unbiased=False), rtol=1e-4, atol=0)
 
 
@@ -424,7 +441,7 @@ def test_moments_and_affine_are_pytorchs(channels: int) -> None:
 
 
 def test_the_same_bits_for_any_number_of_threads() -> None:
-    x, layer = noise(1, 20, 9, 20, 30), Convolution(kernel(F43, 20, 70), F43)
+    x, layer = noise(1, 20, 9, 20, 30), Convolution(kernel(F43, 20, 70), (F43,))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -528,12 +545,12 @@ def test_sizes_of_products_are_checked(wrong: dict[str, int]) -> None:
 
 
 def test_tensors_of_other_shapes_or_types_are_refused() -> None:
-    layer = Convolution(kernel(F43, 4, 3), F43)
+    layer = Convolution(kernel(F43, 4, 3), (F43,))
     for x in (noise(1, 5, 4, 4, 4), noise(1, 4, 4, 4, 4).double()):
         with pytest.raises(ValueError, match="channels"):
             layer(x, Arena())
     with pytest.raises(ValueError, match="kernel"):
-        Convolution(kernel(F43, 4, 3), F45)
+        Convolution(kernel(F43, 4, 3), (F45,))
     with pytest.raises(ValueError, match="residual"):
         affine(noise(1, 4, 4, 4, 4), torch.ones(4), torch.ones(4), residual=noise(1, 4, 4, 4, 3))
     with pytest.raises(ValueError, match="each channel"):

@@ -56,7 +56,10 @@ struct Pointwise {
 struct Kind {
   long nz, mz, n, m;
 };
-constexpr Kind KINDS[] = {{6, 4, 6, 4}, {8, 4, 8, 4}, {6, 2, 6, 2}, {1, 1, 6, 4}, {4, 2, 4, 2}};  // 3^3; 5^3; 5^3; 1 x 3^2; 3^3
+constexpr Kind KINDS[] = {
+    {6, 4, 6, 4}, {8, 4, 8, 4},   {6, 2, 6, 2}, {1, 1, 6, 4},  // 3^3, 5^3, 5^3, 1 x 3^2
+    {4, 2, 4, 2}, {8, 6, 8, 6}, {10, 6, 10, 6}, {1, 1, 8, 6},  // 3^3, 3^3, 5^3, 1 x 3^2
+};
 constexpr long LARGEST = 1L << 40, MOST_CHANNELS = 1L << 14, MOST_THREADS = 1024, MOST_ROWS = 192;
 
 constexpr int MASKS[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // and as many zeros: where lanes count, and where not
@@ -133,7 +136,7 @@ template <class What> static void parallel(long count, long threads, const What 
 
 EXPORT int kitseg_plan(const Job *job, Plan *plan) {
   const Job &j = *job;
-  if (!between(0, j.kind, 4) || !lanes_exist(j.lanes) || !between(1, j.threads, MOST_THREADS)) return -1;
+  if (!between(0, j.kind, (long)std::size(KINDS) - 1) || !lanes_exist(j.lanes) || !between(1, j.threads, MOST_THREADS)) return -1;
   if (!between(1, j.channels_in, MOST_CHANNELS) || !between(1, j.channels_out, MOST_CHANNELS)) return -1;
   if (!product({j.images, j.depth, j.height, j.width, std::max(j.channels_in, j.channels_out)})) return -1;
   const Kind kind = KINDS[j.kind];

@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from kitseg.native.arena import Arena, join, meta_call
 from kitseg.native.pointwise import Parts, affine, fits_residual, moments
 from kitseg.native.product import Product, is_product
-from kitseg.native.winograd import F23, F25, F43, F43_2D, F45, Convolution, Kind, plan
+from kitseg.native.winograd import F23, F25, F43, F43_2D, F45, F63, F63_2D, F65, Convolution, Kind, plan
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -21,9 +21,12 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 LARGEST = {
     F43: 40e6,
+    F63: 40e6,
     F45: 140e6,
+    F65: 20e6,
     F43_2D: 40e6,
-}  # bytes of a layer's weights; F(2, 3), F(2, 5) have less than half as many
+    F63_2D: 40e6,
+}  # bytes of a layer's weights; F(2, 3), F(2, 5) have less than half as many as F(4, 3), F(4, 5)
 
 
 class Layer(nn.Module):
@@ -55,10 +58,10 @@ class Layer(nn.Module):
             early = None
             if norm is None:  # the kernel applies the activation
                 early, self.first = self.first, None
-            if kind := kind_of(conv):
+            if kinds := kinds_of(conv):
                 weight = conv.weight if conv.weight.dim() == 5 else conv.weight[:, :, None]
                 replicate = conv.padding_mode == "replicate"
-                self.native = Convolution(weight, kind, conv.bias, early, replicate, keep)
+                self.native = Convolution(weight, kinds, conv.bias, early, replicate, keep)
             else:
                 self.native = Product(conv, early)
             conv = None
@@ -141,28 +144,23 @@ def _image(x: Tensor | Parts, number: int) -> Tensor | Parts:
 
 def has_kernel(convolution: Any) -> bool:
     """Whether a kernel computes a convolution; PyTorch does otherwise."""
-    return kind_of(convolution) is not None or is_product(convolution)
+    return bool(kinds_of(convolution)) or is_product(convolution)
 
 
-def kind_of(convolution: Any) -> Kind | None:
-    """The algorithm for a convolution; None where PyTorch computes it."""
+def kinds_of(convolution: Any) -> tuple[Kind, ...]:
+    """The algorithms for a convolution; none where PyTorch computes it."""
     if not isinstance(convolution, nn.Conv2d | nn.Conv3d):
-        return None
+        return ()
     size = (1, *convolution.kernel_size)[-3:]
     same = convolution.padding in ("same", tuple(n // 2 for n in convolution.kernel_size))
     plain = {*convolution.stride, *convolution.dilation, convolution.groups} == {1}
     if not (same and plain and convolution.padding_mode in ("zeros", "replicate")):
-        return None
-    kinds: dict[tuple[int, ...], tuple[Kind, Kind]] = {
-        F43.size: (F43, F23),
-        F45.size: (F45, F25),
-        F43_2D.size: (F43_2D, F43_2D),
-    }
-    if size not in kinds:
-        return None
-    large, small = kinds[size]
-    size_large = 4 * large.points_in_all * convolution.in_channels * convolution.out_channels
-    return large if size_large <= LARGEST[large] else small
+        return ()
+    bytes_a_point = 4 * convolution.in_channels * convolution.out_channels
+    fitting = (
+        kind for kind, most in LARGEST.items() if kind.size == size and kind.points_in_all <= most / bytes_a_point
+    )
+    return (*fitting,) or tuple(kind for kind in (F23, F25, F43_2D) if kind.size == size)
 
 
 class Halve(nn.Module):
@@ -219,9 +217,9 @@ def memory_needs(model: nn.Module) -> tuple[int, int]:
     module: Any
     for module in model.modules():
         own = sum(value.nbytes for value in module.parameters(recurse=False))
-        if kind := kind_of(module):
-            needs = plan(kind, (1, 256, 256, 256), module.in_channels, module.out_channels)
-            own = 4 * needs.weights
-            scratch = max(scratch, 4 * needs.scratch * torch.get_num_threads())
+        if kinds := kinds_of(module):
+            needs = [plan(kind, (1, 256, 256, 256), module.in_channels, module.out_channels) for kind in kinds]
+            own += 4 * max(need.weights for need in needs)
+            scratch = max(scratch, *(4 * need.scratch * torch.get_num_threads() for need in needs))
         weights += own
     return weights, scratch

@@ -5,7 +5,8 @@
 // (tiles x channels) that is multiplied by the transformed weights; the products are transformed back. Blocks are the
 // same whatever the number of threads, and so are all sums.
 
-// B^T x, in place. The points are 0, 1, -1, infinity for N = 4, with 1/2, -2 for N = 6, and with +-2, +-1/2 for N = 8.
+// B^T x, in place. The points are 0, 1, -1, infinity for N = 4, with 1/2, -2 for N = 6, and with +-2, +-1/2 for N = 8;
+// 0, +-0.4, +-0.8, +-1.25, +-2.5 and infinity for N = 10.
 template <int N> static inline void to_points(Vec *x) {
   Vec a = x[0], b = x[1], c = x[2], d = x[3];
   if constexpr (N == 4) {
@@ -14,13 +15,24 @@ template <int N> static inline void to_points(Vec *x) {
     Vec e = x[4], f = x[5];
     Vec q = c + 1.5f * b - a, r = d + 1.5f * c - b, s = e + 1.5f * d - c, t = f + 1.5f * e - d, even = e - c, odd = d - b;
     x[0] = s - q, x[1] = s + r, x[2] = s - r, x[3] = even + 2.f * odd, x[4] = even - .5f * odd, x[5] = t - r;
-  } else {
+  } else if constexpr (N == 8) {
     Vec e = x[4], f = x[5], g = x[6], h = x[7];
     Vec e1 = c + g - 4.25f * e, o1 = b + f - 4.25f * d;
     Vec e2 = .25f * c + (g - 1.25f * e), o2 = .5f * b + (2.f * f - 2.5f * d);
     Vec e3 = 4.f * c + (g - 5.f * e), o3 = 2.f * b + (.5f * f - 2.5f * d);
     x[0] = 5.25f * (c - e) + (g - a), x[7] = 5.25f * (d - f) + (h - b);
     x[1] = e1 + o1, x[2] = e1 - o1, x[3] = e2 + o2, x[4] = e2 - o2, x[5] = e3 + o3, x[6] = e3 - o3;
+  } else {  // the squares of the points are 0.16, 6.25 and 0.64, 1.5625, whose products are 1
+    Vec outer[6], inner[6];
+    for (int k = 0; k < 6; k++) outer[k] = x[k] + x[k + 4] - 2.2025f * x[k + 2];
+    for (int k = 1; k < 5; k++) inner[k] = x[k] + x[k + 4] - 6.41f * x[k + 2];
+    auto pair = [&](const Vec *part, float point, float square, Vec *to) {
+      Vec even = part[4] - square * part[2], odd = part[3] - square * part[1];
+      to[0] = even + point * odd, to[1] = even - point * odd;
+    };
+    x[0] = outer[0] + outer[4] - 6.41f * outer[2], x[9] = outer[1] + outer[5] - 6.41f * outer[3];
+    pair(outer, .4f, 6.25f, x + 1), pair(outer, 2.5f, .16f, x + 7);
+    pair(inner, .8f, 1.5625f, x + 3), pair(inner, 1.25f, .64f, x + 5);
   }
 }
 
@@ -34,7 +46,17 @@ template <int N, int M> static inline void from_points(const Vec *m, Vec *y) {
     y[0] = m[0] + s + (s2 + s3);
     y[1] = d + 2.f * d2 + .5f * d3;
     y[2] = s + 4.f * s2 + .25f * s3;
-    y[3] = d + 8.f * d2 + .125f * d3 + m[7];
+    y[3] = d + 8.f * d2 + .125f * d3;
+    if constexpr (M == 6) y[4] = s + 16.f * s2 + .0625f * s3, y[5] = d + 32.f * d2 + .03125f * d3;
+    y[M - 1] += m[7];
+  } else if constexpr (N == 10) {
+    Vec s2 = m[3] + m[4], d2 = m[3] - m[4], s3 = m[5] + m[6], d3 = m[5] - m[6], s4 = m[7] + m[8], d4 = m[7] - m[8];
+    y[0] = m[0] + (s + s2) + (s3 + s4);
+    y[1] = .4f * d + .8f * d2 + (1.25f * d3 + 2.5f * d4);
+    y[2] = .16f * s + .64f * s2 + (1.5625f * s3 + 6.25f * s4);
+    y[3] = .064f * d + .512f * d2 + (1.953125f * d3 + 15.625f * d4);
+    y[4] = .0256f * s + .4096f * s2 + (2.44140625f * s3 + 39.0625f * s4);
+    y[5] = .01024f * d + .32768f * d2 + (3.0517578125f * d3 + 97.65625f * d4) + m[9];
   } else {
     y[0] = m[0] + s + (m[3] + m[4]);
     y[1] = d + .5f * m[3] - 2.f * m[4];
@@ -206,4 +228,7 @@ static void convolve(const Job &job, const Plan &plan, long number, float *scrat
   if (job.kind == 2) Tiles<6, 2, 6, 2>{job, plan}.run(number, scratch);
   if (job.kind == 3) Tiles<1, 1, 6, 4>{job, plan}.run(number, scratch);
   if (job.kind == 4) Tiles<4, 2, 4, 2>{job, plan}.run(number, scratch);
+  if (job.kind == 5) Tiles<8, 6, 8, 6>{job, plan}.run(number, scratch);
+  if (job.kind == 6) Tiles<10, 6, 10, 6>{job, plan}.run(number, scratch);
+  if (job.kind == 7) Tiles<1, 1, 8, 6>{job, plan}.run(number, scratch);
 }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kitseg import config
 from kitseg.models.stage import build_input_transform
 from kitseg.native.arena import Arena
-from kitseg.native.layers import Layer, kind_of
+from kitseg.native.layers import Layer, kinds_of
 from kitseg.native.product import is_product
 from kitseg.stages.model import build_model, build_window
 from kitseg.types import Geometry
@@ -119,9 +119,10 @@ class Bare(nn.Module):
         return found
 
 
-def algorithm(module: nn.Module) -> str:
+def algorithm(module: nn.Module, shape: tuple[int, ...]) -> str:
     """How kitseg computes it."""
-    if kind := kind_of(module):
+    if kinds := kinds_of(module):
+        kind = min(kinds, key=lambda kind: kind.products((1, *shape[2:])[-3:]))
         size = (len(kind.points) + 2 - kind.size[-1], kind.size[-1])
         return f"F{size}".replace(" ", "")
     return "product" if is_product(module) else "PyTorch's"
@@ -140,7 +141,7 @@ def main() -> None:
             continue
         with torch.inference_mode():
             cells += [f"{rate:.0f}" for rate in measure(module, shape)]
-        lines.append("| " + " | ".join([*cells, algorithm(module)]) + " |")
+        lines.append("| " + " | ".join([*cells, algorithm(module, shape)]) + " |")
         out.write_text("\n".join(lines) + "\n")
 
 
