@@ -118,9 +118,9 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
   void input(long tile, float *to, long stride, float *patch) const {
     Place at = place(tile);
     long zs[NZ], ys[N], xs[N];
-    bool inside = indices(at.z - EDGE_Z, job.depth, zs, NZ);
-    inside = indices(at.y - EDGE, job.height, ys, N) && inside;
-    inside = indices(at.x - EDGE, job.width, xs, N) && inside;
+    indices(at.z - EDGE_Z, job.depth, zs, NZ);
+    indices(at.y - EDGE, job.height, ys, N);
+    bool inside = indices(at.x - EDGE, job.width, xs, N);
     for (long g = 0; g < job.channels_in; g += VL) {
       bool more = g >= job.channels_x;
       long pixel = more ? job.pixel_more : job.pixel_in, left = (more ? job.channels_in : job.channels_x) - g;
@@ -128,15 +128,13 @@ template <int NZ, int MZ, int N, int M> struct Tiles {
       auto row = [&](long z, long y) { return start + ((at.image * job.depth + z) * job.height + y) * job.width * pixel; };
       for (int d = 0; d < NZ; d++) for (int h = 0; h < N; h++) {
         Vec r[N];
-        if (inside && left >= VL) {
+        bool there = zs[d] >= 0 && ys[h] >= 0;
+        if (there && inside && left >= VL) {
           const float *from = row(zs[d], ys[h]) + xs[0] * pixel;
           for (int w = 0; w < N; w++) r[w] = load(from + w * pixel);
           for (int w = N; w < N + M; w++) __builtin_prefetch(from + w * pixel);  // what the next tile adds
         } else {
-          for (int w = 0; w < N; w++) {
-            bool there = zs[d] >= 0 && ys[h] >= 0 && xs[w] >= 0;
-            r[w] = there ? load(row(zs[d], ys[h]) + xs[w] * pixel, left) : Vec{};
-          }
+          for (int w = 0; w < N; w++) r[w] = there && xs[w] >= 0 ? load(row(zs[d], ys[h]) + xs[w] * pixel, left) : Vec{};
         }
         to_points<N>(r);
         for (int w = 0; w < N; w++) store(patch + ((d * N + h) * N + w) * VL, r[w]);
