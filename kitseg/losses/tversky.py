@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from kitseg.losses.one_hot import one_hot
 
+FLOOR = 1e-6  # of 1 − TI; below it there is no gradient, which would be unbounded near 0
+
 
 class FocalTversky(nn.Module):
     """Focal Tversky loss, summed over the given classes.
 
-    L = Σ_c max(1 − TI_c, floor)^power with
+    L = Σ_c max(1 − TI_c, FLOOR)^power with
     TI_c = (TP + smooth) / (TP + fn_weight · FN + fp_weight · FP + smooth); TP = Σ p·g, FN = Σ (1 − p)·g,
     FP = Σ p·(1 − g), p = softmax of the logits, g the reference as 0 and 1, sums over all pixels of the batch.
 
@@ -23,7 +25,8 @@ class FocalTversky(nn.Module):
         power: exponent of 1 − TI; below 1 the gradient is largest for small errors.
         smooth: added to numerator and denominator of TI.
         classes: ids of the classes in the sum.
-        floor: lower limit of 1 − TI; below it there is no gradient, which would be unbounded near 0.
+        absent: whether a class that the batch lacks is in the sum. There TI = smooth / (fp_weight · FP + smooth), and
+            a few false positives weigh more than all pixels of a tumor in another batch.
     """
 
     def __init__(
@@ -33,12 +36,12 @@ class FocalTversky(nn.Module):
         power: float = 0.75,
         smooth: float = 1.0,
         classes: Sequence[int] = (1, 2),
-        floor: float = 1e-6,
+        absent: bool = True,
     ) -> None:
         super().__init__()
         self.fn_weight, self.fp_weight = fn_weight, fp_weight
-        self.power, self.smooth, self.floor = power, smooth, floor
-        self.classes = list(classes)
+        self.power, self.smooth = power, smooth
+        self.classes, self.absent = list(classes), absent
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of logits (N, K, *spatial) and class ids (N, *spatial) int64.
@@ -52,4 +55,5 @@ class FocalTversky(nn.Module):
         hits = (p * g).sum(1)
         errors = self.fn_weight * ((1 - p) * g).sum(1) + self.fp_weight * (p * (1 - g)).sum(1)
         one_minus_index = errors / (hits + errors + self.smooth)
-        return one_minus_index.clamp(min=self.floor).pow(self.power).sum()
+        lost = one_minus_index.clamp(min=FLOOR).pow(self.power)
+        return (lost if self.absent else lost * g.any(1)).sum()
