@@ -3,8 +3,9 @@
     python tests/bench/clicks.py DATA PREDICTIONS PROBABILITIES [CASE ...]
 
 A click lies where the largest connected error (of at least 0.1 ml) is deepest and states the reference's label. Every
-tumor of the prediction is first given back to kidney or background: the network missed it. With --net the prediction is
-corrected as it is; with --false a false tumor of 10 mm radius is put into its kidneys, and Dice is that of the tumors.
+tumor of the prediction is first given back to kidney or background: the network missed it. With --mode net the
+prediction is corrected as it is; with --mode false a false tumor of 10 mm radius is put into its kidneys, and Dice is
+that of the tumors.
 """
 
 from __future__ import annotations
