@@ -72,6 +72,12 @@ def test_the_gap_to_the_sinus() -> None:
     assert scores(ball((73, 0, 0), 20)).renal.nearness == 3
 
 
+def test_a_speck_is_no_part_of_the_sinus() -> None:
+    for radius, location, nearness in ((1.5, 1, 1), (4, 2, 3)):  # a few voxels without a label, and a calyx
+        found = scores(ball((66, 0, 36), radius, BACKGROUND), ball((72, 0, 38), 7))
+        assert (found.padua.location, found.renal.nearness) == (location, nearness)
+
+
 def test_padua_counts_between_the_ends_of_the_sinus() -> None:
     inner = Ellipsoid((56, 0, 0), (9, 9, 38), BACKGROUND)  # further up and down than it opens towards the midline
     found = scores(inner, ball((72, 0, 29), 7))

@@ -21,7 +21,8 @@ from kitseg.measurement.diameters import line_ends
 from kitseg.types import Geometry
 
 DEEP_MM = 6.0  # inside the outline, from which on a gap belongs to the sinus
-_INNER_MM = 10.0  # inside the outline, from which on every gap is part of the sinus
+_INNER_MM = 10.0  # inside the outline, from which on every gap is part of the sinus, but for specks:
+_SPECK_ML = 0.05  # smaller
 SINUS_ML = 0.5  # a smaller one is not used
 _OPEN_MM = 2.0  # inside the outline, up to which a gap reaches the outside
 _NOTCH_MM = 8.0  # inside the outline, which a gap reaches at a level where the medial lip is interrupted
@@ -224,7 +225,7 @@ def _across(direction: Array, axis: Array) -> Array:
 
 
 def _sinus(depth: NDArray[np.float32], centre: Array, inward: Array) -> Mask:
-    """The largest gap deep inside the outline, on the medial side where there is one there, and all gaps further in."""
+    """The largest gap deep inside the outline, medial where there is one there, and gaps further in but for specks."""
     found = Components.of(depth >= DEEP_MM)
     if not found.sizes.any():
         return np.zeros(depth.shape, bool)
@@ -235,7 +236,8 @@ def _sinus(depth: NDArray[np.float32], centre: Array, inward: Array) -> Mask:
     deepest = np.zeros(found.sizes.size)
     np.maximum.at(deepest, numbers, depth[found.box.slices][tuple(points.T)])
     largest = np.arange(found.sizes.size) == int(np.argmax(sizes if sizes.any() else found.sizes))
-    return found.chosen(largest | (deepest >= _INNER_MM))
+    inner = (deepest >= _INNER_MM) & (found.sizes * _STEP**3 / 1000 >= _SPECK_ML)
+    return found.chosen(largest | inner)
 
 
 def _open_levels(depth: NDArray[np.float32], sinus: Mask, centre: Array, up: Array) -> tuple[float, float]:
