@@ -44,6 +44,9 @@ TARGETS = {  # classes that were dropped, whose parts the general ones take
     "kitseg.stages.fused_vnet.FusedVNet": "kitseg.stages.model.StageModel",
     "kitseg.stages.slice_unet.SliceUNet": "kitseg.stages.model.SliceModel",
 }
+ADDED = {
+    "kitseg.losses.tversky.FocalTversky": {"count_absent": True}
+}  # options of classes that were added, as before them
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
@@ -230,10 +233,11 @@ def _differences(old: Config, new: Config, prefix: str) -> Iterator[str]:
 
 
 def _with_current_names(value: Any) -> Any:
-    """A configuration, or a part of it, of kitseg 0.1 with the keys and values that have other names since."""
+    """A configuration, or a part of it, of an older kitseg with today's names, and with what became an option since."""
     if isinstance(value, list):
         return [_with_current_names(item) for item in value]
     if not isinstance(value, dict):
         return TARGETS.get(value, value) if isinstance(value, str) else value
     renamed = {RENAMED.get(key, key): _with_current_names(item) for key, item in value.items()}
+    renamed = {**ADDED.get(renamed.get("_target_", ""), {}), **renamed}
     return {**renamed, "guide": "out_of_fold"} if renamed.get("guide") == "inner" else renamed

@@ -112,6 +112,20 @@ def test_the_long_axis_is_drawn_where_it_was_measured(written: Path) -> None:
         assert measured in ([], [lines[group.tracking_uid]])
 
 
+def test_lesions_in_coronal_slices_have_no_line(tmp_path: Path) -> None:
+    """The longest one in a slice is another one than the long axis, which is measured in axial planes."""
+    array, labels, affine = make_case(seed=3, index=0, matrix=64)
+    write_series(tmp_path / "in", array.transpose(1, 0, 2), affine[:, [1, 0, 2, 3]])
+    series = only(tmp_path / "in")
+    scan = read_series(series)
+    made = SegmentedSeries(series, labels, measure(labels, scan.geometry, scan.array), BY, scan.array)
+    write_segmentation(tmp_path / "seg.dcm", made)
+    write_report(tmp_path / "sr.dcm", made, tmp_path / "seg.dcm")
+    lines = sr.srread(tmp_path / "sr.dcm").content.get_planar_roi_measurement_groups()
+    kidneys = [one for one in groups(tmp_path / "sr.dcm") if one.finding_type.meaning == "Kidney"]
+    assert {one.tracking_uid for one in lines} == {one.tracking_uid for one in kidneys}
+
+
 def test_all_is_filed_with_the_series(written: Path) -> None:
     made = [pydicom.dcmread(written / name) for name in FILES]
     source = pydicom.dcmread(only(written / "in").files[0])

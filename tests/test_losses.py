@@ -180,7 +180,7 @@ def test_focal_tversky_without_the_classes_that_a_batch_lacks() -> None:
     kidney, tumor = (0.8 + 1) / (0.8 + 0.7 * 0.2 + 1), 1 / (0.3 * 0.5 + 1)
     target = ids(0, 1)
     assert FocalTversky()(logits, target).item() == pytest.approx((1 - kidney) ** 0.75 + (1 - tumor) ** 0.75)
-    assert FocalTversky(absent=False)(logits, target).item() == pytest.approx((1 - kidney) ** 0.75)
+    assert FocalTversky(count_absent=False)(logits, target).item() == pytest.approx((1 - kidney) ** 0.75)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from kitseg.native import library
 from kitseg.native.arena import Arena
 from kitseg.native.compiled import compile_network
-from kitseg.native.layers import Layer, kinds_of
+from kitseg.native.layers import Layer, kinds_of, memory_needs
 from kitseg.native.pointwise import affine, moments
 from kitseg.native.product import Product, is_product
 from kitseg.native.winograd import F43, F45, F63, F65, KINDS, Convolution, Kind
@@ -93,6 +93,13 @@ def test_the_kind_with_the_fewest_multiplications_is_used() -> None:
         torch.testing.assert_close(layer(x, Arena()).double(), exact(x, kernel(F43, 3, 5)), rtol=0, atol=5e-4)
     assert kinds_of(nn.Conv3d(64, 64, 5, padding=2)) == (F45, F65)
     assert kinds_of(nn.Conv3d(128, 128, 5, padding=2)) == (F45,)  # F(6, 5) would keep 66 MB
+
+
+def test_the_memory_of_weights_is_that_of_the_kinds() -> None:
+    """Where there is a choice, with the original weights."""
+    one, two = nn.Conv3d(128, 128, 5, padding=2, bias=False), nn.Conv3d(32, 32, 5, padding=2, bias=False)
+    assert memory_needs(one)[0] == 4 * 512 * 128 * 128
+    assert memory_needs(two)[0] == 4 * (1000 + 125) * 32 * 32
 
 
 def test_results_that_are_larger_than_the_caches() -> None:
@@ -440,8 +447,9 @@ def test_moments_and_affine_are_pytorchs(channels: int) -> None:
     torch.testing.assert_close(found, leaky(leaky(plain, first) + residual, second))
 
 
-def test_the_same_bits_for_any_number_of_threads() -> None:
-    x, layer = noise(1, 20, 9, 20, 30), Convolution(kernel(F43, 20, 70), (F43,))
+@pytest.mark.parametrize("kind", [F43, F63, F65], ids=["F43", "F63", "F65"])
+def test_the_same_bits_for_any_number_of_threads(kind: Kind) -> None:
+    x, layer = noise(1, 20, 9, 20, 30), Convolution(kernel(kind, 20, 70), (kind,))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import kitseg
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.models.members import open_ensemble
 from kitseg.stages.base import Stage
 
@@ -43,6 +44,15 @@ def test_an_old_configuration_is_read_with_todays_names() -> None:
     assert list(method.stages) == ["coarse", "fine"]
     for spec in method.stages.values():
         assert len(Stage.of(spec).loss.weights) == len(spec.heads)
+
+
+def test_a_configuration_of_before_an_option_is_the_same_as_with_its_default(tmp_path: Path) -> None:
+    """So that a run goes on after an update."""
+    today = config.compose("progressive", "paper")
+    text = trust.dump(today)
+    assert "count_absent: true" in text
+    (tmp_path / "config.yaml").write_text(re.sub(r"\n *count_absent: true", "", text))
+    assert config.differences(config.read(tmp_path / "config.yaml"), today) == []
 
 
 @pytest.mark.parametrize("file", ["fold_0/fine/done.json", "run.json"])

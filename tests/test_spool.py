@@ -77,6 +77,15 @@ def test_an_association_that_breaks_off_leaves_its_study_incomplete(kept: Spool)
     assert again.images(study) == 4
 
 
+def test_a_stored_image_that_is_sent_again_in_vain_takes_no_results_away(kept: Spool) -> None:
+    study = kept.study("P", "1")
+    receive(kept, study, "a")
+    kept.keep(study, [], 1)
+    receive(kept, study, "a", is_released=False)
+    assert kept.results(study) == []
+    assert kept.finish(study, 1)
+
+
 def test_an_image_that_cannot_be_stored(kept: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     study = kept.study("P", "1")
     receive(kept, study, "a")

@@ -25,8 +25,8 @@ class FocalTversky(nn.Module):
         power: exponent of 1 − TI; below 1 the gradient is largest for small errors.
         smooth: added to numerator and denominator of TI.
         classes: ids of the classes in the sum.
-        absent: whether a class that the batch lacks is in the sum. There TI = smooth / (fp_weight · FP + smooth), and
-            a few false positives weigh more than all pixels of a tumor in another batch.
+        count_absent: whether a class that the batch lacks is in the sum. There TI = smooth / (fp_weight · FP + smooth),
+            and a few false positives weigh more than all pixels of a tumor in another batch.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class FocalTversky(nn.Module):
         power: float = 0.75,
         smooth: float = 1.0,
         classes: Sequence[int] = (1, 2),
-        absent: bool = True,
+        count_absent: bool = True,
     ) -> None:
         super().__init__()
         self.fn_weight, self.fp_weight = fn_weight, fp_weight
         self.power, self.smooth = power, smooth
-        self.classes, self.absent = list(classes), absent
+        self.classes, self.count_absent = list(classes), count_absent
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, of logits (N, K, *spatial) and class ids (N, *spatial) int64.
@@ -56,4 +56,4 @@ class FocalTversky(nn.Module):
         errors = self.fn_weight * ((1 - p) * g).sum(1) + self.fp_weight * (p * (1 - g)).sum(1)
         one_minus_index = errors / (hits + errors + self.smooth)
         lost = one_minus_index.clamp(min=FLOOR).pow(self.power)
-        return (lost if self.absent else lost * g.any(1)).sum()
+        return (lost if self.count_absent else lost * g.any(1)).sum()

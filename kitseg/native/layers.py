@@ -219,7 +219,7 @@ def memory_needs(model: nn.Module) -> tuple[int, int]:
         own = sum(value.nbytes for value in module.parameters(recurse=False))
         if kinds := kinds_of(module):
             needs = [plan(kind, (1, 256, 256, 256), module.in_channels, module.out_channels) for kind in kinds]
-            own += 4 * max(need.weights for need in needs)
+            own = 4 * max(need.weights for need in needs) + own * (len(kinds) > 1)  # a choice needs the original, too
             scratch = max(scratch, *(4 * need.scratch * torch.get_num_threads() for need in needs))
         weights += own
     return weights, scratch

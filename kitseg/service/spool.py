@@ -68,9 +68,9 @@ class Spool:
         """
         target, size = study / "images" / f"{_name(instance)}.dcm", max(file.stat().st_size, _LEAST)
         with self._lock:
-            self._await(study, instance)
             if target.exists():
                 return True
+            self._await(study, instance)
             used = self._bytes.get(study) or total_bytes(study.glob("images/*"))
             if not self._room(study) or used + size > self.most_bytes:
                 self.refuse(study, instance)

@@ -144,8 +144,11 @@ def scan_digest(case: Case) -> str:
 
 def hu_digest(scan: Volume) -> str:
     """The SHA-256 of a scan's HU in orientation (I, P, L), which is the same whatever the format of its file."""
-    hu = np.clip(scan.array if scan.array.dtype.kind in "iu" else np.rint(scan.array), LOWEST_HU, 32767)
-    return hashlib.sha256(str(hu.shape).encode() + hu.astype("<i2").tobytes()).hexdigest()
+    digest = hashlib.sha256(str(scan.array.shape).encode())
+    for plane in scan.array:
+        hu = np.clip(plane if plane.dtype.kind in "iu" else np.rint(plane), LOWEST_HU, 32767)
+        digest.update(hu.astype("<i2").tobytes())
+    return digest.hexdigest()
 
 
 def scan_date(case: Case) -> date | None:

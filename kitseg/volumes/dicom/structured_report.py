@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom
 from highdicom import sr
 from pydicom.sr.codedict import codes
@@ -99,11 +100,17 @@ def _group(number: int, part: LabelPart, found: SegmentedSeries, segments: Any) 
 
 
 def _place(number: int, part: LabelPart, found: SegmentedSeries, images: Sequence[pydicom.Dataset]) -> Iterator[Any]:
-    """The longest line of a segment within a slice; OHIF opens no report one of whose findings has no coordinates."""
+    """The longest line of a segment within a slice, if it is a lesion's long axis; OHIF shows no report without lines.
+
+    It is not the long axis where slices aren't axial, or the longest one was interpolated.
+    """
     mask = found.frames == number
     if mask.any():  # not only in slices that were interpolated
         across, down, along = stack_of(found.series).native.spacing
         index, ends = axial_line(mask, (along, down, across))
+        length = float(np.linalg.norm((ends[1] - ends[0]) * (down, across)))
+        if isinstance(part.found, Lesion) and abs(length - part.found.axial_mm) > 10**-DECIMALS:
+            return
         image = sr.SourceImageForRegion(images[index].SOPClassUID, images[index].SOPInstanceUID)
         line = sr.ImageRegion("POLYLINE", ends[:, ::-1] + 0.5, image)  # column, row; a pixel's centre is at 0.5
         yield sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_region=line, **_what(part, found))
