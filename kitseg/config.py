@@ -44,7 +44,7 @@ TARGETS = {  # classes that were dropped, whose parts the general ones take
     "kitseg.stages.fused_vnet.FusedVNet": "kitseg.stages.model.StageModel",
     "kitseg.stages.slice_unet.SliceUNet": "kitseg.stages.model.SliceModel",
 }
-ADDED = {
+ADDED: dict[Any, Config] = {
     "kitseg.losses.tversky.FocalTversky": {"count_absent": True}
 }  # options of classes that were added, as before them
 
@@ -239,5 +239,5 @@ def _with_current_names(value: Any) -> Any:
     if not isinstance(value, dict):
         return TARGETS.get(value, value) if isinstance(value, str) else value
     renamed = {RENAMED.get(key, key): _with_current_names(item) for key, item in value.items()}
-    renamed = {**ADDED.get(renamed.get("_target_", ""), {}), **renamed}
+    renamed = ADDED.get(renamed.get("_target_"), {}) | renamed
     return {**renamed, "guide": "out_of_fold"} if renamed.get("guide") == "inner" else renamed
