@@ -44,9 +44,7 @@ TARGETS = {  # classes that were dropped, whose parts the general ones take
     "kitseg.stages.fused_vnet.FusedVNet": "kitseg.stages.model.StageModel",
     "kitseg.stages.slice_unet.SliceUNet": "kitseg.stages.model.SliceModel",
 }
-ADDED: dict[Any, Config] = {
-    "kitseg.losses.tversky.FocalTversky": {"count_absent": True}
-}  # options of classes that were added, as before them
+ADDED = {"kitseg.losses.tversky.FocalTversky": {"count_absent": True}}  # options of classes, as before there were these
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
 OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
@@ -238,6 +236,6 @@ def _with_current_names(value: Any) -> Any:
         return [_with_current_names(item) for item in value]
     if not isinstance(value, dict):
         return TARGETS.get(value, value) if isinstance(value, str) else value
-    renamed = {RENAMED.get(key, key): _with_current_names(item) for key, item in value.items()}
-    renamed = ADDED.get(renamed.get("_target_"), {}) | renamed
+    renamed: dict[Any, Any] = {RENAMED.get(key, key): _with_current_names(item) for key, item in value.items()}
+    renamed = {**ADDED.get(renamed.get("_target_", ""), {}), **renamed}
     return {**renamed, "guide": "out_of_fold"} if renamed.get("guide") == "inner" else renamed
