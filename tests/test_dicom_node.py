@@ -72,7 +72,7 @@ def study(tmp_path: Path) -> list[Path]:
 
 
 def left(spool: Spool) -> list[str]:
-    found = os.walk(spool.folder)  # which takes no offence at what is being removed
+    found = os.walk(spool.folder)  # which skips what is being removed
     return [name for _, _, names in found for name in names if not name.endswith(".lock")]
 
 

@@ -132,16 +132,16 @@ class Refinement:
         if task.scan is None:
             raise UsageError(f"{task.labels}: a click needs the scan. Give it with --ct")
         before, digest = record_beside(task.labels) or CaseRecord(), scan_digest(task.scan)
+        target = to / f"{task.case}.nii.gz"
+        there = _digests(target)
+        if os.path.realpath(target) != os.path.realpath(task.labels) or not before.corrected:
+            refuse_case_overwrite(target.with_name(f"{task.case}.json"), [".nii.gz"])
         own = scheme or scheme_beside(task.labels) or KITS19
         labels, scan = task.read(own)
         assert scan is not None
         if before.scan_sha256 not in (None, digest) and before.hu_sha256 != hu_digest(scan):
             made = f"the labels were made from another scan than {task.scan.image}"
             raise UsageError(f"{task.labels}: {made}, by the record beside them. Give that one ({before.scan})")
-        target = to / f"{task.case}.nii.gz"
-        there = _digests(target)
-        if os.path.realpath(target) != os.path.realpath(task.labels) or not before.corrected:
-            refuse_case_overwrite(target.with_name(f"{task.case}.json"), [".nii.gz"])
         return cls(task, own, before, labels.array, scan, digest, target, there)
 
     def apply(self, clicks: Sequence[Click], after: Sequence[Click] = ()) -> NDArray[np.uint8]:

@@ -25,14 +25,13 @@ def axial_diameter(mask: NDArray[np.bool_], spacing: tuple[float, float, float])
 
     Slices are those of the array, also in a tilted scan. Separate parts within a slice are measured as one.
     """
-    return max((_longest(plane, spacing[1:])[0] for plane in mask if plane.any()), default=0.0)
+    return axial_line(mask, spacing)[1] if mask.any() else 0.0
 
 
-def axial_line(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> tuple[int, NDArray[np.float64]]:
-    """The slice of the ``axial_diameter`` of a (D, H, W) mask that is not empty, and its ends (2, 2): row, column."""
-    lines = {index: _longest(plane, spacing[1:]) for index, plane in enumerate(mask) if plane.any()}
-    index = max(lines, key=lambda index: lines[index][0])
-    return index, lines[index][1]
+def axial_line(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> tuple[int, float, NDArray[np.float64]]:
+    """The ``axial_diameter`` of a (D, H, W) mask that is not empty: slice, mm, and ends (2, 2) as row, column."""
+    lines = [(index, *_longest(plane, spacing[1:])) for index, plane in enumerate(mask) if plane.any()]
+    return max(lines, key=lambda line: line[1])
 
 
 def diameter(mask: NDArray[np.bool_], spacing: tuple[float, float, float]) -> float:

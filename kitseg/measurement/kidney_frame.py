@@ -21,8 +21,8 @@ from kitseg.measurement.diameters import line_ends
 from kitseg.types import Geometry
 
 DEEP_MM = 6.0  # inside the outline, from which on a gap belongs to the sinus
-_INNER_MM = 10.0  # inside the outline, from which on every gap is part of the sinus, but for specks:
-_SPECK_ML = 0.05  # smaller
+_INNER_MM = 10.0  # inside the outline, from which on every gap but a speck is part of the sinus
+_SPECK_ML = 0.05  # below which a gap is a speck
 SINUS_ML = 0.5  # a smaller one is not used
 _OPEN_MM = 2.0  # inside the outline, up to which a gap reaches the outside
 _NOTCH_MM = 8.0  # inside the outline, which a gap reaches at a level where the medial lip is interrupted

@@ -164,7 +164,7 @@ class Spool:
             return is_left and self._remove(study)
 
     def abandon(self, study: Path) -> bool:
-        """Remove a study that was not completed, or not predicted, for a day; False: it is none."""
+        """Remove a study that was not completed, or not predicted, for a day; False: it is not such a one."""
         with self._lock:
             is_stuck = self.tries(study) >= MOST_TRIES or not (study / "complete").exists()
             is_old = 0 < _changed(study) < time.time() - A_DAY

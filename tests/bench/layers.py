@@ -24,6 +24,7 @@ from kitseg.models.stage import build_input_transform
 from kitseg.native.arena import Arena
 from kitseg.native.layers import Layer, kinds_of
 from kitseg.native.product import is_product
+from kitseg.native.winograd import cheapest
 from kitseg.stages.model import build_model, build_window
 from kitseg.types import Geometry
 from kitseg.volumes.resample import grid_geometry
@@ -122,9 +123,8 @@ class Bare(nn.Module):
 def algorithm(module: nn.Module, shape: tuple[int, ...]) -> str:
     """How kitseg computes it."""
     if kinds := kinds_of(module):
-        kind = min(kinds, key=lambda kind: kind.products((1, *shape[2:])[-3:]))
-        size = (len(kind.points) + 2 - kind.size[-1], kind.size[-1])
-        return f"F{size}".replace(" ", "")
+        kind = cheapest(kinds, (1, *shape[2:])[-3:])
+        return f"F({kind.tile[-1]},{kind.size[-1]})"
     return "product" if is_product(module) else "PyTorch's"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydicom
 from highdicom import sr
 from pydicom.sr.codedict import codes
@@ -107,8 +106,7 @@ def _place(number: int, part: LabelPart, found: SegmentedSeries, images: Sequenc
     mask = found.frames == number
     if mask.any():  # not only in slices that were interpolated
         across, down, along = stack_of(found.series).native.spacing
-        index, ends = axial_line(mask, (along, down, across))
-        length = float(np.linalg.norm((ends[1] - ends[0]) * (down, across)))
+        index, length, ends = axial_line(mask, (along, down, across))
         if isinstance(part.found, Lesion) and abs(length - part.found.axial_mm) > 10**-DECIMALS:
             return
         image = sr.SourceImageForRegion(images[index].SOPClassUID, images[index].SOPInstanceUID)
