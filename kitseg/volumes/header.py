@@ -104,7 +104,7 @@ def geometry_of(path: Path, header: Any) -> Geometry:
     """The geometry that a header describes.
 
     Raises:
-        InputError: it is not plausible for a CT, or the file is too small for its voxels.
+        InputError: it is not plausible for a CT.
     """
     with open_errors(path), np.errstate(all="ignore"):
         shape = tuple(int(n) for n in header.get_data_shape())
@@ -176,12 +176,13 @@ def _check_agreement(path: Path, header: Any) -> None:
         raise InputError(path, "its sform and its qform are mirror images: left and right are unknown", _CORRECT)
 
 
-def check_size(path: Path, header: Any, native: Geometry) -> None:
-    """Check that the file is large enough for its header, before memory is reserved.
+def file_geometry(path: Path, header: Any) -> Geometry:
+    """The geometry of a file by its header, before memory or disk is reserved for it.
 
     Raises:
-        InputError: it is too small, or its voxels begin inside its header.
+        InputError: see ``geometry_of``; also if the file is too small for its voxels, or they begin in its header.
     """
+    native = geometry_of(path, header)
     with open_errors(path):
         size, offset = check_regular(path), header.get_data_offset()
     needed = offset + int(np.prod(native.shape, dtype=object)) * header.get_data_dtype().itemsize
@@ -189,6 +190,7 @@ def check_size(path: Path, header: Any, native: Geometry) -> None:
         raise InputError(path, f"the file is truncated: its header requires {needed} bytes", COPY_AGAIN)
     if offset < header.single_vox_offset:
         raise InputError(path, f"its voxels begin at byte {offset}, inside its header", COPY_AGAIN)
+    return native
 
 
 def _start(path: Path) -> bytes:

@@ -21,7 +21,7 @@ from kitseg.runtime.files import atomic_write
 from kitseg.runtime.overwrite import MARK
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
-from kitseg.volumes.header import COPY_AGAIN, check_size, geometry_of, open_errors, open_voxels, read_header
+from kitseg.volumes.header import COPY_AGAIN, file_geometry, open_errors, open_voxels, read_header
 from kitseg.volumes.names import is_itk_name, is_volume_name
 
 #: ``descrip`` in the header of a synthetic scan.
@@ -41,13 +41,13 @@ def read_geometry(path: Path) -> Geometry:
     """The file's native geometry (shape and affine), from the header alone.
 
     Raises:
-        InputError: the file is missing, broken or not a 3D NIfTI file, or its geometry is not plausible for a CT.
+        InputError: the file is missing, broken, truncated or not a 3D NIfTI file, or its geometry is not plausible.
     """
     if is_itk_name(path):
         from kitseg.volumes.itk import read_itk_geometry
 
         return read_itk_geometry(path)
-    return geometry_of(path, read_header(path))
+    return file_geometry(path, read_header(path))
 
 
 def canonical_geometry(native: Geometry) -> Geometry:
@@ -191,8 +191,7 @@ def _stored(path: Path) -> tuple[Geometry, NDArray[Any], float, float]:
         native, stored = read_itk(path)
         return native, np.ascontiguousarray(turn_to_canonical(stored, native)), 1.0, 0.0
     header = read_header(path)
-    native = geometry_of(path, header)
-    check_size(path, header, native)
+    native = file_geometry(path, header)
     array = np.empty(canonical_geometry(native).shape, header.get_data_dtype())
     with open_errors(path), open_voxels(path) as stream:
         stream.seek(header.get_data_offset())
