@@ -128,7 +128,7 @@ def test_preprocess_names_each(small: Patient, tmp_path: Path) -> None:
             assert re.search(bad.problem, mine[0]), (bad.name, mine)
         assert len(mine) == bool(bad.problem), (bad.name, mine)
     assert f"{2 * (2 + sum(bad.problem is None for bad in kinds))} done" in result.text
-    assert " 0.01 GB in all" in result.text, "disk was required for voxels that a header claims and its file lacks"
+    assert " 0.00 GB in all" in result.text, "disk was required for voxels that a header claims and its file lacks"
 
 
 def test_measure_names_each(small: Patient, tmp_path: Path) -> None:
