@@ -38,7 +38,7 @@ class Fold(FoldPart):
 
 @dataclass(frozen=True)
 class Split:
-    """Outer folds with their inner folds, a test set that no fold sees, the seed, the label scheme of the cases.
+    """Outer folds with their nested folds, a test set that no fold sees, the seed, the label scheme of the cases.
 
     patients: the patients that a case shows, unless it is a patient of its own; convention: the name of the scheme in
     files of kitseg 0.1.
@@ -86,7 +86,7 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
     UsageError: fewer than two folds; KitsegError: fewer than two patients to train with.
     """
     if folds < 2 or inner < 2 or test < 0:
-        asked = f"{folds} folds, {inner} inner folds, {test} test cases"
+        asked = f"{folds} folds, {inner} nested folds, {test} test cases"
         raise UsageError(f"can't split into {asked}: it takes 2 folds or more of each")
     rng, patients = random.Random(seed), _in_order(cases)
     held = _spread(patients, test, rng)
@@ -105,7 +105,7 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
 def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
     """The split with registered copies among a fold's training cases.
 
-    An inner fold trains on a copy too where it trains on every case that the copy was made from; none validates on one.
+    An nested fold trains on a copy too where it trains on every case that the copy was made from; none validates on one.
     Raises KitsegError: a copy was made from a case that isn't a training case of the fold.
     """
     copies, outer = list(copies), split.folds[fold]
@@ -133,7 +133,7 @@ def write_split(split: Split, path: Path) -> None:
 def read_split(path: Path) -> Split:
     """Read a split file, one's own or a user's, and check it.
 
-    Raises InputError: unreadable, another schema, a case or a patient on both sides, inner folds that aren't part of
+    Raises InputError: unreadable, another schema, a case or a patient on both sides, nested folds that aren't part of
     their outer one.
     """
     split = _FORMAT.read(path)
@@ -189,7 +189,7 @@ def same_patient(split: Split, patients: Patients) -> str | None:
 
     for i, fold in enumerate(split.folds):
         sides = {f"fold {i}": (fold.train, fold.val), "the test set": ((*fold.train, *fold.val), split.test)}
-        sides |= {f"inner fold {j} of fold {i}": (part.train, part.val) for j, part in enumerate(fold.inner)}
+        sides |= {f"nested fold {j} of fold {i}": (part.train, part.val) for j, part in enumerate(fold.inner)}
         for where, (one, other) in sides.items():
             if both := shown(one) & shown(other):
                 cases = sorted(case for case in (*one, *other) if shown([case]) & both)
@@ -205,7 +205,7 @@ def _problem(split: Split) -> str | None:
             return f"fold {i} has no training or no validation cases"
         for j, part in enumerate(fold.inner):
             if not part.train or not part.val or not {*part.train, *part.val} <= set(fold.train):
-                return f"inner fold {j} of fold {i} isn't a split of that fold's training cases"
+                return f"nested fold {j} of fold {i} isn't a split of that fold's training cases"
     return same_patient(split, split.patients)
 
 

@@ -251,8 +251,9 @@ def _conclude(outcomes: Sequence[Outcome]) -> None:
 def _print_outcome(outcome: Outcome) -> None:
     if outcome.error:
         return console.print_error(outcome.error)
-    names = {"kidney": "kidney without tumor"}
-    volumes = ", ".join(f"{names.get(name, name)} {ml:.1f} ml" for name, ml in (outcome.volumes_ml or {}).items())
+    found = outcome.volumes_ml or {}
+    names = {"kidney": "kidney without lesions" if "cyst" in found else "kidney without tumor"}
+    volumes = ", ".join(f"{names.get(name, name)} {ml:.1f} ml" for name, ml in found.items())
     facts = "; ".join(part for part in (volumes, outcome.note, f"{outcome.seconds:.1f} s") if part)
     console.print_line(f"[green]✓[/] {escape(f'{outcome.case}: {facts} → {outcome.result}')}")
     for flag in outcome.quality.flags if outcome.quality else ():

@@ -35,7 +35,7 @@ def phantom(
     tasks = (delayed(write_case)(out.absolute(), seed, index, matrix, scheme) for index in range(cases))
     with console.bar("phantoms", cases) as step:
         in_parallel(tasks, jobs, lambda _: step(), ordered=False)
-    console.print_line(f"{cases} phantoms in {out}")
+    console.print_line(f"{cases} phantom{'s' * (cases > 1)} in {out}")
 
 
 @app.command(epilog="Example: kitseg synthesize patients --bodies scans --masks kidneys --lesions kits19 -n 20")

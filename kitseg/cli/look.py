@@ -50,7 +50,7 @@ def measure(
     ] = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Measure kidneys and lesions: side, volume, diameters, size class, HU, exophytic share, contact surface.
+    """Measure kidneys and lesions: side, volume, diameters, size class, HU, share outside the kidney, contact surface.
 
     docs/explanation/measure.md defines every measurement. With --egfr and --age, or for a folder with KiTS's kits.json,
     also the eGFR after radical and partial nephrectomy, and the parenchyma that a resection removes
@@ -258,7 +258,7 @@ def report(
 
 def _show_findings(results: Sequence[Measured]) -> None:
     table = console.table(
-        "case", "", "side", "ml", "axial mm", "3D mm", "class", "outside", "contact cm²", "HU", "parenchyma ml"
+        "case", "", "side", "ml", "axial mm", "3D mm", "size class", "outside kidney", "contact cm²", "HU", "parenchyma ml"
     )
     for result in results:
         if result.note:

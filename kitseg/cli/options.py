@@ -115,12 +115,23 @@ def read_scheme(text: str) -> Scheme:
 
 _SCHEME = (
     "Labels of the files: kits19 (cysts are kidney), kits23 (cysts are 3), kidney=1,tumor=2,cyst=3, a .yaml file, or "
-    "nnU-Net's dataset.json. Default: kits19, or what kitseg recorded beside them."
+    "nnU-Net's dataset.json. Default: what kitseg recorded beside them, else kits19 (report: kits23)."
 )
 Labels = Annotated[
     Any, typer.Option("--labels", metavar="SCHEME", parser=read_scheme, show_default=False, help=_SCHEME)
 ]
 LabelsName = Annotated[str | None, typer.Option("--labels", metavar="SCHEME", show_default=False, help=_SCHEME)]
+LabelsToWrite = Annotated[
+    Any,
+    typer.Option(
+        "--labels",
+        metavar="SCHEME",
+        parser=read_scheme,
+        show_default=False,
+        help="Labels to write: kits19 (cysts become kidney), kits23, kidney=1,tumor=2,cyst=3, a .yaml file, or "
+        "nnU-Net's dataset.json. Default: those of the model.",
+    ),
+]
 Egfr = Annotated[
     float | None, typer.Option(help="eGFR before surgery, ml/min/1.73 m²; with --age, predicts that after it.")
 ]

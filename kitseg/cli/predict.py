@@ -167,7 +167,7 @@ def predict(
             help="Flag cases by their expected Dice: of a validated run, or of `kitseg evaluate --confidence`.",
         ),
     ] = None,
-    scheme: opt.Labels = None,
+    scheme: opt.LabelsToWrite = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,
 ) -> None:

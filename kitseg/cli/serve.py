@@ -33,7 +33,7 @@ def grand_challenge(
     ] = None,
     device: opt.Device = "auto",
     engine: opt.Engine = "auto",
-    scheme: opt.Labels = None,
+    scheme: opt.LabelsToWrite = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -106,7 +106,7 @@ def serve(
     device: opt.Device = "auto",
     engine: opt.Engine = "auto",
     precision: opt.Precision = "auto",
-    scheme: opt.Labels = None,
+    scheme: opt.LabelsToWrite = None,
     trust: opt.Trust = False,
 ) -> None:
     """Serve predictions over HTTP and DICOM. A scan in; labels, JSON, picture and page out. Nothing is kept.

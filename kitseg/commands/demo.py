@@ -69,7 +69,7 @@ def prediction_commands(quick: bool) -> list[list[str]]:
     return [
         ["phantom", SCANS, "--cases", "1", "--seed", "1", "--matrix", "64" if quick else "256"],
         ["predict", SCANS, "--model", "builtin", "-o", "labels"],
-        ["evaluate", "labels", SCANS, "--labels", "kits23", "--json", "scores.json"],
+        ["evaluate", "labels", SCANS, "--labels", "kits23", "--protocol", "kits23", "--json", "scores.json"],
         ["measure", "labels", "--ct", SCANS, "--labels", "kits23"],
         ["report", "labels", SCANS, "--scores", "scores.json"],
     ]

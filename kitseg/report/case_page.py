@@ -15,7 +15,7 @@ from kitseg.report import LEVEL_TEXTS
 from kitseg.report.html import number, write_page
 from kitseg.report.nephrometry_view import nephrometry_view
 from kitseg.report.pictures import PLANES, centre
-from kitseg.report.scores import ScoreTable
+from kitseg.report.scores import ScoreTable, display_name
 from kitseg.report.slices import LEVEL, UNIT, WIDTH, Scene, around, as_data, cut, scroll
 from kitseg.report.view3d import plotly_script, title, view
 from kitseg.types import Box, Geometry, Triple
@@ -70,6 +70,7 @@ def write_case_page(path: Path, content: CaseContent) -> None:
         notes=content.notes,
         facts=content.facts,
         scores=content.scores,
+        display_name=display_name,
         metrics=list(dict.fromkeys(metric for values in content.scores.values() for metric in values)),
         colours=scene.scheme.colours,
         names=scene.scheme.names,

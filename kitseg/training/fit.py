@@ -152,7 +152,7 @@ def naming_own_parts(parts: Mapping[str, Any], folder: Path) -> Iterator[None]:
 
 
 def _title(folder: StageFolder) -> str:
-    """The stage's name, with the round or the inner fold."""
+    """The stage's name, with the round or the nested fold."""
     path = folder.path
     return f"{path.parent.name}/{path.name}" if path.name.startswith(("round_", "inner_")) else path.name
 

@@ -27,7 +27,7 @@ from kitseg.training.train import Log, trainings
 
 @dataclass(frozen=True)
 class Ranked:
-    """A training case's Dice on the stage's grid, by an inner fold that validated on it; ``dice``: the mean of both."""
+    """A training case's Dice on the stage's grid, by an nested fold that validated on it; ``dice``: the mean of both."""
 
     case: str
     kidney: float
@@ -47,7 +47,7 @@ _RANKING = FileFormat(_Ranking, 1)
 
 
 def ranking_stage(method: Method) -> StageSpec:
-    """The stage whose inner folds judge the training cases: the first that finds kidney and tumor on its own.
+    """The stage whose nested folds judge the training cases: the first that finds kidney and tumor on its own.
 
     Raises:
         UsageError: the method has none.
@@ -72,7 +72,7 @@ def fold_plan(run: Path, fold: int, store: Path, device: str) -> Plan:
     if data_settings(plan.config) is not None:
         raise UsageError(f"{run} learned from synthetic patients, so it can't rank cases")
     if not plan.part.inner:
-        raise UsageError(f"fold {fold} has no inner folds, so no network can judge its training cases")
+        raise UsageError(f"fold {fold} has no nested folds, so no network can judge its training cases")
     ranking_stage(plan.method)
     return plan
 
@@ -91,7 +91,7 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
     """
     spec = ranking_stage(plan.method)
     wanted = [Unit(spec.name, number) for number in range(len(plan.part.inner))]
-    log(f"ranking the training cases of fold {plan.fold} by {len(wanted)} inner folds of stage {spec.name}")
+    log(f"ranking the training cases of fold {plan.fold} by {len(wanted)} nested folds of stage {spec.name}")
     for training in trainings(plan, wanted, log):
         fit(training, plan.machine)
     judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
@@ -106,7 +106,7 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
 
 
 def _judge(plan: Plan, spec: StageSpec, unit: Unit, cases: Collection[str], step: Callable[[], None]) -> list[Ranked]:
-    """The cases that one inner fold validated on."""
+    """The cases that one nested fold validated on."""
     predictor = open_stage(spec, torch_device(plan.machine.device)).trained_in(unit.folder(plan))
     found = []
     for case in unit.part(plan).val:

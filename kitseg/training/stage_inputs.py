@@ -96,7 +96,7 @@ class _Inputs:
     def find(self, cases: Sequence[str], side: str) -> dict[str, StageInput]:
         """The region and guide of each case.
 
-        For validation from the earlier stage's own predictions; for training from predictions of its inner folds, or
+        For validation from the earlier stage's own predictions; for training from predictions of its nested folds, or
         from the labels, which also stand in where the earlier stage found nothing. A training case without any
         foreground has no region to learn from and is left out.
         """
