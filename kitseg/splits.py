@@ -105,7 +105,7 @@ def make_split(cases: Iterable[Traits], folds: int, inner: int, test: int, seed:
 def with_copies(split: Split, fold: int, copies: Iterable[Case]) -> Split:
     """The split with registered copies among a fold's training cases.
 
-    An nested fold trains on a copy too where it trains on every case that the copy was made from; none validates on one.
+    A nested fold trains on a copy too where it trains on every case that the copy was made from; none validates on one.
     Raises KitsegError: a copy was made from a case that isn't a training case of the fold.
     """
     copies, outer = list(copies), split.folds[fold]

@@ -258,7 +258,7 @@ def report(
 
 def _show_findings(results: Sequence[Measured]) -> None:
     table = console.table(
-        "case", "", "side", "ml", "axial mm", "3D mm", "size class", "outside kidney", "contact cm²", "HU", "parenchyma ml"
+        "case", "", "side", "ml", "axial mm", "3D mm", "size class", "outside", "contact cm²", "HU", "parenchyma ml"
     )
     for result in results:
         if result.note:

@@ -126,7 +126,7 @@ class StageFolder:
         return self.path / "guides" / f"{case}.npy"
 
     def inner(self, number: int) -> StageFolder:
-        """The same stage trained on an nested fold."""
+        """The same stage trained on a nested fold."""
         return StageFolder(self.path / f"inner_{number}")
 
     def round(self, number: int) -> StageFolder:

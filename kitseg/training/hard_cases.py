@@ -27,7 +27,7 @@ from kitseg.training.train import Log, trainings
 
 @dataclass(frozen=True)
 class Ranked:
-    """A training case's Dice on the stage's grid, by an nested fold that validated on it; ``dice``: the mean of both."""
+    """A training case's Dice on the stage's grid, by a nested fold that validated on it; ``dice``: the mean of both."""
 
     case: str
     kidney: float
