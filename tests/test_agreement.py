@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,9 @@ def test_a_single_member_agrees_with_nobody_and_two_empty_ones_wholly() -> None:
 def stored(name: str, spacing: tuple[float, float, float], kidney: float | None, aorta: float | None) -> StoredCase:
     image = np.zeros(LATTICE.shape, np.int16)
     none = np.empty((0, 4), np.int32), np.empty((0, 2), np.bool_)
-    return StoredCase(name, image, None, *none, (0.0, 1.0), LATTICE, False, spacing, kidney, aorta, f"hash of {name}")
+    return StoredCase(
+        name, image, None, *none, (0.0, 1.0), LATTICE, False, spacing, kidney, aorta, (f"file {name}", f"HU {name}")
+    )
 
 
 def test_a_run_records_its_training_domain(tmp_path: Path) -> None:
@@ -71,9 +74,11 @@ def test_a_run_records_its_training_domain(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.info.write_text(json.dumps({"schema": 1, "kitseg": "0.1.0", **training_facts(iter(cases), folds)}))
     assert run.read_info().experience == expected
+    assert run.read_info().hu_known
     assert training_facts(cases[2:])["experience"] is None
+    assert not training_facts([replace(a, hashes=("file a", "")), b])["hu_known"], "stored by an earlier version"
     assert (run.read_info().cases, run.read_info().phantom) == (("a", "b", "c"), False)
-    assert run.read_info().learned == {"hash of a": (0,), "hash of b": (0, 1)}
+    assert run.read_info().learned == {"file a": (0,), "HU a": (0,), "file b": (0, 1), "HU b": (0, 1)}
     known = {"schema": 1, "kitseg": "0.1.0", "phantom": True}
     run.info.write_text(json.dumps(known))
     assert run.read_info().experience is None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import kitseg
+from dicom_files import write_series
 from method_runs import untrained
 from nifti_files import IPL, save
 
@@ -17,6 +21,8 @@ from kitseg.labels import KITS19
 from kitseg.runtime.files import file_digest, write_json
 from kitseg.splits import Fold, Split, write_split
 from kitseg.training.initial import learned_before
+from kitseg.volumes.nifti import read_image
+from kitseg.volumes.scan import hu_digest
 
 MODEL = ("--model=runs/r", "--device=cpu", "--engine=torch")
 
@@ -26,15 +32,18 @@ def here(tmp_path: Path) -> Path:
     """Scans a, b and c with references, and a run of two folds: 0 learned from b and c, 1 from a and c."""
     hashes = {}
     for number, name in enumerate("abc"):
-        scan = np.full((8, 24, 24), -1000, np.int16)
+        scan = np.full((12, 24, 24), -1000, np.int16)
         scan[:, 3:21, 3:21] = 40 + number
         (tmp_path / "data" / name).mkdir(parents=True)
-        hashes[name] = file_digest(save(tmp_path / "data" / name / "imaging.nii.gz", scan, IPL))
+        file = save(tmp_path / "data" / name / "imaging.nii.gz", scan, IPL)
+        hashes[name] = file_digest(file), hu_digest(read_image(file, name))
         save(tmp_path / "data" / name / "segmentation.nii.gz", (scan > 0).astype(np.uint8), IPL)
     run = untrained(tmp_path / "runs" / "r")
     shutil.copytree(run / "fold_0", run / "fold_1")
-    learned = {hashes["a"]: [1], hashes["b"]: [0], hashes["c"]: [0, 1]}
-    write_json(run / "run.json", 1, {"kitseg": "0.1.0", "phantom": False, "cases": [*"abc"], "learned": learned})
+    folds = {"a": [1], "b": [0], "c": [0, 1]}
+    learned = {sha256: folds[name] for name, pair in hashes.items() for sha256 in pair}
+    facts = {"kitseg": "0.1.0", "phantom": False, "cases": [*"abc"], "learned": learned, "hu_known": True}
+    write_json(run / "run.json", 1, facts)
     split = Split((Fold(("b", "c"), ("a",)), Fold(("a", "c"), ("b",))), KITS19)
     for path in (run / "splits.json", tmp_path / "splits.json"):
         write_split(split, path)
@@ -102,11 +111,45 @@ def test_a_bundle_knows_its_training_scans_elsewhere_under_other_names(here: Pat
     assert records(here / "out") == {"x": ["dual-unet.kitseg, fold 1"]}
 
 
+@pytest.mark.parametrize("form", ["zipped again", "nii", "mha", "DICOM"])
+def test_a_training_scan_is_known_in_any_file(here: Path, form: str) -> None:
+    scan, other = here / "data" / "a" / "imaging.nii.gz", here / "other"
+    other.mkdir()
+    if form == "zipped again":
+        (other / "x.nii.gz").write_bytes(gzip.compress(gzip.decompress(scan.read_bytes()), 1))
+    elif form == "nii":
+        (other / "x.nii").write_bytes(gzip.decompress(scan.read_bytes()))
+    elif form == "mha":
+        sitk.WriteImage(sitk.ReadImage(scan), other / "x.mha")
+    else:
+        image = nibabel.load(scan)
+        write_series(other / "x", np.asarray(image.dataobj), image.affine)
+    run(here, "predict", "other", *MODEL, "-o", "out")
+    assert list(records(here / "out").values()) == [["runs/r, fold 1"]]
+    if form != "DICOM":
+        run(here, "infer", "--run=runs/r", "--data=other", "--engine=torch", "-o", "p")
+        run(here, "postprocess", "p", "-o", "labels")
+        assert records(here / "labels") == {"x": ["runs/r, fold 1"]}
+
+
+def test_a_scan_in_another_file_may_be_one_that_an_older_run_learned_from(here: Path) -> None:
+    file = here / "runs" / "r" / "run.json"
+    info = json.loads(file.read_text())
+    file.write_text(json.dumps({**info, "learned": dict([*info["learned"].items()][::2]), "hu_known": False}))
+    scan = here / "data" / "a" / "imaging.nii.gz"
+    (here / "data" / "x.nii").write_bytes(gzip.decompress(scan.read_bytes()))
+    text = run(here, "predict", "data", "--model=runs/r/fold_0", *MODEL[1:], "-o", "out")
+    assert "marked in the files that it learned from only" in text
+    assert records(here / "out") == {"a": [], "b": ["runs/r, fold 0"], "c": ["runs/r, fold 0"], "x": None}
+
+
 def test_what_initial_weights_learned_from_counts_for_the_folds_that_they_start(here: Path) -> None:
     a, b, c = (file_digest(here / "data" / name / "imaging.nii.gz") for name in "abc")
-    assert learned_before(str(here / "runs" / "r"), 3) == {a: [1], b: [0, 2], c: [0, 1, 2]}
-    assert learned_before(str(here / "runs" / "r" / "fold_1"), 2) == {a: [0, 1], b: [], c: [0, 1]}
-    assert learned_before(str(here / "runs" / "r" / "fold_1" / "kidneys" / "best" / "3.ckpt"), 2) == {}
+    whole, hu_known = learned_before(str(here / "runs" / "r"), 3)
+    assert (whole[a], whole[b], whole[c], hu_known) == ([1], [0, 2], [0, 1, 2], True)
+    part, _ = learned_before(str(here / "runs" / "r" / "fold_1"), 2)
+    assert (part[a], part[b], part[c]) == ([0, 1], [], [0, 1])
+    assert learned_before(str(here / "runs" / "r" / "fold_1" / "kidneys" / "best" / "3.ckpt"), 2) == ({}, False)
 
 
 def test_of_an_older_run_nothing_is_claimed(here: Path) -> None:

@@ -23,7 +23,7 @@ from kitseg.runtime.workers import Log
 from kitseg.types import Case, Probabilities
 from kitseg.volumes import blocks
 from kitseg.volumes.nifti import read_image
-from kitseg.volumes.scan import scan_geometry
+from kitseg.volumes.scan import hu_digest, scan_geometry
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Inference:
             if blocks.is_unchanged(self.to, case.id, digest):
                 return Outcome(case.id, note=UNCHANGED, result=result)
             check_memory(self.max_memory, [model], scan_geometry(case), case.id)
-            probabilities = model.predict_proba(read_image(case.image, case.id))
-            learned = learned_from([model], case, digest)
+            scan = read_image(case.image, case.id)
+            probabilities, learned = model.predict_proba(scan), learned_from([model], digest, hu_digest(scan))
             blocks.write_block(self.to, probabilities, case.image, digest, learned_from=learned)
             note = "; ".join(filter(None, [nothing_found(probabilities), describe_learning(learned)]))
             return Outcome(case.id, note=note, result=result)

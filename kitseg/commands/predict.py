@@ -143,12 +143,13 @@ class CasePredictor:
                 more[ending] = partial(write_volume, labels=found.canonical, native=scan.native, scheme=self.scheme)
         if any(map(_is_dicom, self.options.endings)):
             more |= self._dicom_files(source, replace(found, quality=quality), scan)
+        hu_sha256 = hu_digest(scan)
         facts: dict[str, Any] = {
             "scan": source.id if source.slices else source.image.name,
-            "hu_sha256": hu_digest(scan),
+            "hu_sha256": hu_sha256,
             "seconds": round(time.perf_counter() - start, 2),
             "findings": asdict(found.findings),
-            "learned_from": learned_from(self.model.models, source, made["scan_sha256"]),
+            "learned_from": learned_from(self.model.models, made["scan_sha256"], hu_sha256),
             **({"part": self.options.part} if self.options.part else {}),
             "quality": quality_facts(quality, found.agreement),
             "signs": found.signs,

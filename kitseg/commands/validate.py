@@ -31,6 +31,7 @@ from kitseg.types import Case
 from kitseg.volumes import blocks
 from kitseg.volumes.kits import labelled_cases
 from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.scan import hu_digest
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
 LABELS = "predictions"
@@ -211,13 +212,14 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         scan = read_image(case.image, case.id)
         found = model.predict_proba(scan)
         validation.record(case).unlink(missing_ok=True)
-        digest = validation.hash_of(case)
-        learned = learned_from([model], case, digest)
+        digest, hu_sha256 = validation.hash_of(case), hu_digest(scan)
+        learned = learned_from([model], digest, hu_sha256)
         blocks.write_block(to, found, case.image, digest, learned_from=learned)
         labels, domain = clean(found, scan, steps), model.run.read_info().experience
         judged = judge(labels, found, scan, None, domain, model.method.labels)
         facts = {
             "scan": case.image.name,
+            "hu_sha256": hu_sha256,
             "learned_from": learned,
             "quality": quality_facts(judged.quality),
             "signs": judged.signs,

@@ -29,7 +29,7 @@ from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import of_fold
 from kitseg.models.training_domain import merge_domains
 from kitseg.postprocess import Prior
-from kitseg.types import Case, Probabilities, Volume
+from kitseg.types import Probabilities, Volume
 from kitseg.volumes.arrays import Image, scan_from, to_nibabel
 from kitseg.volumes.nifti import turn_to_native
 
@@ -140,8 +140,11 @@ class Ensemble:
         lines = [describe_model(model) for model in self.models]
         if self.training_domain is None:
             lines.append("contrast phase and spacing are not checked: the model doesn't state its training data")
-        if not all(model.run.read_info().learned for model in self.models):
+        infos = [model.run.read_info() for model in self.models]
+        if not all(info.learned for info in infos):
             lines.append("scans that it learned from are not marked: the model doesn't state them")
+        elif not all(info.hu_known for info in infos):
+            lines.append("scans that it learned from are marked in the files that it learned from only")
         return "\n".join(lines)
 
 
@@ -251,12 +254,12 @@ def describe_model(model: Model) -> str:
     return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{cysts}{licenses}"
 
 
-def learned_from(models: Sequence[Model], case: Case, sha256: str) -> tuple[str, ...] | None:
+def learned_from(models: Sequence[Model], *hashes: str) -> tuple[str, ...] | None:
     """The models whose networks learned from a scan, with their folds; None where that isn't known.
 
-    sha256: of the scan's file; of a DICOM series nothing is known.
+    hashes: of the scan's file and of its HU.
     """
-    known = [None if case.slices else model.learned_from(sha256) for model in models]
+    known = [model.learned_from(hashes) for model in models]
     found = tuple(
         f"{origin_path(model)}, fold {', '.join(map(str, folds))}"
         for model, folds in zip(models, known, strict=True)

@@ -52,10 +52,11 @@ class Model:
         """The stages and heads that the outputs come from."""
         return sorted({(source.stage, source.head) for source in self.outputs.values()})
 
-    def learned_from(self, sha256: str) -> list[int] | None:
-        """The folds whose networks learned from a scan, by its file's hash; None where the run doesn't state it."""
-        known = self.run.read_info().learned
-        return [fold for fold in known.get(sha256, ()) if fold in self.folds] if known else None
+    def learned_from(self, hashes: Iterable[str]) -> list[int] | None:
+        """The folds whose networks learned from a scan, by the hashes of its file and of its HU; None where unknown."""
+        info = self.run.read_info()
+        learned = {fold for sha256 in hashes for fold in info.learned.get(sha256, ())}
+        return sorted(learned.intersection(self.folds)) if learned or info.hu_known else None
 
     def predict_proba(self, scan: Volume) -> Probabilities:
         """The outputs on the scan's own grid, the mean over the folds."""

@@ -27,9 +27,10 @@ _REMEDY = "Restore it, or train again with --restart."
 class RunInfo:
     """``run.json``: the version that trained, whether phantoms are among the cases, the cases, the training domain.
 
-    A bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file,
-    the folds whose networks learned from it; corrected: how many label maps a person corrected with `kitseg refine`;
-    empty and 0 in runs of earlier versions.
+    A bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file
+    and by that of its HU (``hu_digest``), the folds whose networks learned from it; hu_known: whether the HU of every
+    such scan are among them; corrected: how many label maps a person corrected with `kitseg refine`; empty, False and 0
+    in runs of earlier versions.
     """
 
     kitseg: str
@@ -37,6 +38,7 @@ class RunInfo:
     cases: tuple[str, ...] = ()
     experience: TrainingDomain | None = None
     learned: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    hu_known: bool = False
     corrected: int = 0
 
 

@@ -17,7 +17,7 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
     Cases may be opened one at a time, since each keeps files open. ``experience`` is None where no case shows a kidney.
     """
     figures = [
-        (case.id, case.sha256, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu, case.corrected)
+        (case.id, case.hashes, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu, case.corrected)
         for case in cases
     ]
     ids, hashes, phantoms, spacings, kidneys, aortas, corrected = zip(*figures, strict=True)
@@ -29,14 +29,16 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
         "aorta_hu": _range(aortas),
     }
     learned: dict[str, list[int]] = {}
-    for id_, sha256 in zip(ids, hashes, strict=True):  # the same scan may lie there under two names
-        learned[sha256] = sorted({*learned.get(sha256, ()), *trained[id_]})
+    for id_, pair in zip(ids, hashes, strict=True):
+        for sha256 in filter(None, pair):  # the same scan may lie there under two names
+            learned[sha256] = sorted({*learned.get(sha256, ()), *trained[id_]})
     return {
         "phantom": any(phantoms),
         "cases": list(ids),
         "corrected": sum(corrected),
         "experience": seen if seen["kidney_hu"] else None,
         "learned": {sha256: numbers for sha256, numbers in learned.items() if numbers},
+        "hu_known": all(hu_sha256 for _, hu_sha256 in hashes),
     }
 
 

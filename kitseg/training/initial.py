@@ -66,16 +66,21 @@ def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
     return InitialWeights(stages, _training_cases(run, used))
 
 
-def learned_before(model: str, count: int) -> dict[str, list[int]]:
-    """The scans that initial weights learned from, by their hashes, with those of ``count`` folds that they start."""
+def learned_before(model: str, count: int) -> tuple[dict[str, list[int]], bool]:
+    """The scans that initial weights learned from, by their hashes, with those of ``count`` folds that they start.
+
+    And whether all their HU are known, see ``RunInfo``.
+    """
     path = Path(model)
     if (path.suffix in CHECKPOINTS and path.is_file()) or find_nnunet(model) is not None:
-        return {}
+        return {}, False
     run, given = find_run(only_member(model)[0].run)
-    learned = run.read_info().learned
+    info = run.read_info()
+    learned = info.learned
     there = sorted({fold for folds in learned.values() for fold in folds})
     starts = [given if given is not None else fold if fold in there else there[0] for fold in range(count) if there]
-    return {sha256: [n for n, fold in enumerate(starts) if fold in folds] for sha256, folds in learned.items()}
+    found = {sha256: [n for n, fold in enumerate(starts) if fold in folds] for sha256, folds in learned.items()}
+    return found, info.hu_known
 
 
 def start_from(module: StageModel, path: Path, folder: StageFolder, loud: bool) -> None:

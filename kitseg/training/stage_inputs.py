@@ -41,8 +41,11 @@ def prepare(plan: Plan, unit: Unit) -> None:
     if not plan.run.info.exists():
         cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
         facts = training_facts(cases, plan.split.folds)
-        for sha256, folds in (learned_before(plan.initial, len(plan.split.folds)) if plan.initial else {}).items():
-            facts["learned"][sha256] = sorted({*facts["learned"].get(sha256, ()), *folds})
+        if plan.initial:
+            before, hu_known = learned_before(plan.initial, len(plan.split.folds))
+            for sha256, folds in before.items():
+                facts["learned"][sha256] = sorted({*facts["learned"].get(sha256, ()), *folds})
+            facts["hu_known"] &= hu_known
         RUN_INFO.write(plan.run.info, {"kitseg": __version__, **facts})
 
 

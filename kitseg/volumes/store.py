@@ -23,7 +23,7 @@ from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.types import Case, Geometry, Grid, Triple, Volume
 from kitseg.volumes.nifti import canonical_geometry, is_corrected, is_phantom, read_geometry, read_image, read_labels
 from kitseg.volumes.resample import grid_geometry, nearest, to_grid, to_grid_smooth
-from kitseg.volumes.scan import check_grid
+from kitseg.volumes.scan import check_grid, hu_digest
 
 FOREGROUND_PER_LABEL = 10_000
 BYTES_PER_VOXEL = 3
@@ -39,7 +39,7 @@ class StoredCase:
     foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
     statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
     kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown;
-    sha256: of the scan's file; corrected: whether a person corrected the label map.
+    hashes: of the scan's file and of its HU; corrected: whether a person corrected the label map.
     """
 
     id: str
@@ -53,7 +53,7 @@ class StoredCase:
     spacing: tuple[float, float, float]
     kidney_hu: float | None
     aorta_hu: float | None
-    sha256: str = ""
+    hashes: tuple[str, str] = ("", "")
     corrected: bool = False
 
 
@@ -123,7 +123,8 @@ class CaseFiles:
 class _Meta:
     """A stored case's description: the fields of a ``StoredCase``, and what it was made from.
 
-    ids: in the label map by class; convention: the scheme's name in stores of kitseg 0.1, which held cysts as kidney.
+    ids: in the label map by class; convention: the scheme's name in stores of kitseg 0.1, which held cysts as kidney;
+    hu_sha256: of the scan's HU, empty in stores of earlier versions, to which it is added.
     """
 
     grid: Grid
@@ -139,6 +140,7 @@ class _Meta:
     ids: dict[str, int] = field(default_factory=dict)
     convention: str = ""
     corrected: bool = False
+    hu_sha256: str = ""
 
     def __post_init__(self) -> None:
         if self.convention == "kits19":
@@ -152,7 +154,8 @@ def is_fresh(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     """Whether a case is stored from files whose size and time are still the same; none of them is read."""
     try:
         made = _made(files, grid, _sources(files.case, digest=False))
-        return _is_whole(folder) and _FORMAT.find(folder / _META, made) is not None
+        meta = _FORMAT.find(folder / _META, made)
+        return meta is not None and bool(meta.hu_sha256) and _is_whole(folder)
     except KitsegError:
         return False
 
@@ -167,7 +170,8 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     if is_fresh(files, folder, grid):
         return False
     if _is_whole(folder) and (meta := _FORMAT.find(folder / _META, _made(files, grid, files.sources))):
-        _FORMAT.write(folder / _META, replace(meta, sources=files.sources))  # files with a new time, but the same hash
+        known = meta.hu_sha256 or hu_digest(files.scan)
+        _FORMAT.write(folder / _META, replace(meta, sources=files.sources, hu_sha256=known))  # new times, equal hashes
         return False
     scan, labels = files.scan, files.labels
     image, lattice = image_on_grid(scan, grid)
@@ -185,6 +189,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         spacing=scan.geometry.spacing,
         kidney_hu=files.contrast["kidney_hu"],
         aorta_hu=files.contrast["aorta_hu"],
+        hu_sha256=hu_digest(scan),
     )
     if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
         raise InputError(folder, "exists and was not written by kitseg", "Choose another folder")
@@ -259,8 +264,8 @@ def _mapped(folder: Path, meta: _Meta) -> StoredCase:
     found = [(array.shape, array.dtype) for array in (image, label) if array is not None]
     if found != [(grid.shape, np.int16), (grid.shape, np.uint8)][: len(found)]:
         raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
-    sha256 = meta.sources["image"].sha256 or ""
-    seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, sha256, meta.corrected)
+    hashes = meta.sources["image"].sha256 or "", meta.hu_sha256
+    seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, hashes, meta.corrected)
     return StoredCase(meta.case, image, label, foreground, slices, *seen)
 
 
