@@ -6,13 +6,16 @@ import os
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dicom_files import hu, write_series
 
 from kitseg.errors import InputError, UsageError
-from kitseg.types import Case
+from kitseg.labels import KITS19
+from kitseg.types import Case, Geometry
 from kitseg.volumes import kits
 from kitseg.volumes.names import case_number, pair
+from kitseg.volumes.nifti import write_labels, write_volume
 from kitseg.volumes.tables import read_patients
 
 
@@ -203,6 +206,37 @@ def test_a_raw_data_set_of_nnunet(tmp_path: Path) -> None:
     assert kits.find_labels(tmp_path) == {"k_1": tmp_path / "labelsTr" / "k_1.nii.gz"}
     assert [one.id for one in kits.collect_scans([tmp_path / "imagesTs"])] == ["k_2"]
     assert kits.left_out([tmp_path], [case]) == [f"ignored: 1 NIfTI files in {tmp_path / 'imagesTs'}"]
+
+
+def test_of_the_channels_of_nnunet_the_first_is_the_scan(tmp_path: Path) -> None:
+    touch(*(tmp_path / "imagesTr" / f"{name}.nii.gz" for name in ("a_0000", "a_0001", "b_0000", "b_0001", "c_0001")))
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "CT", "1": "PET"}}')
+    cases = kits.list_cases(tmp_path)
+    assert [case.id for case in cases] == ["a", "b", "c_0001"]
+    ignored = f"ignored: 2 files of other channels than 0 in {tmp_path / 'imagesTr'}: 1 (PET)"
+    assert kits.left_out([tmp_path], cases, labels=False) == [ignored]
+    (tmp_path / "dataset.json").unlink()
+    assert kits.left_out([tmp_path / "imagesTr"], cases, labels=False) == [ignored.replace(" (PET)", "")]
+
+
+def test_two_formats_of_one_name(tmp_path: Path) -> None:
+    """Scans of one name are an error, kitseg's own label maps are one, and a segmentation of 3D Slicer is no scan."""
+    labels, grid = np.zeros((3, 4, 5), np.uint8), Geometry((5, 4, 3), np.eye(4))
+    write_labels(tmp_path / "own" / "p.nii.gz", labels, grid)
+    for ending in (".mha", ".seg.nrrd"):
+        write_volume(tmp_path / "own" / f"p{ending}", labels, grid, KITS19)
+    assert kits.find_labels(tmp_path / "own") == {"p": tmp_path / "own" / "p.nii.gz"}
+    touch(tmp_path / "scans" / "p.nrrd", tmp_path / "scans" / "p.seg.nrrd")
+    (tmp_path / "scans" / "p.seg.nrrd").write_bytes(b"NRRD0004\n")
+    (case,) = kits.list_cases(tmp_path / "scans")
+    assert case.image.name == "p.nrrd"
+    ignored = f"ignored: 1 segmentations in {tmp_path / 'scans'}: p.seg.nrrd"
+    assert kits.left_out([tmp_path / "scans"], [case], labels=False) == [ignored]
+    (tmp_path / "scans" / "p.nrrd").write_bytes(b"NRRD0004\n")
+    (tmp_path / "own" / "p.nii.gz").rename(tmp_path / "scans" / "p.nii.gz")
+    for find in (kits.list_cases, kits.find_labels):
+        with pytest.raises(UsageError, match="both called p"):
+            find(tmp_path / "scans")
 
 
 def test_a_name_that_cannot_be_shown_is_spelt_out(tmp_path: Path) -> None:

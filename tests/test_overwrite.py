@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -11,9 +12,15 @@ from conftest import kitseg
 from nifti_files import save
 
 from kitseg.commands.augment import PairSelection, write_request
+from kitseg.commands.followup import Followed, row_of, write_followup_table
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import KITS19
+from kitseg.measurement.findings import Lesion
+from kitseg.measurement.followup import Change
+from kitseg.models.bundles.archive import write_archive
+from kitseg.models.ensemble_file import Member, write_ensemble
 from kitseg.runtime.overwrite import refuse_overwrite
+from kitseg.types import Box
 from kitseg.volumes.nifti import write_labels
 from kitseg.volumes.phantom import write_case
 
@@ -64,6 +71,36 @@ def test_a_strangers_file_stays(maps: Path, command: tuple[str, ...], output: st
     assert again.code == 0, again.text
 
 
+def test_tables_bundles_and_ensembles_are_known_by_more_than_their_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    strange = {
+        "score table": (b"case,class,mine\r\n", b"case,class,dice,mine,note\r\n", b"case,class,dice,note\n"),
+        "lesion table": (b"case,kind,side,x\r\n", b"case,kind,side,note\r\n"),
+        "followup table": (b"case,verdict,mine\r\n",),
+        "series table": (b"case,chosen,reason,mine\r\n",),
+        "ensemble": (b"mine: 1\nchosen:\n", b"members:\n- run: mine\npostprocess: {}\nchosen:\n- a\n"),
+    }
+    for kind, content in strange.items():
+        for mine in content:
+            path.write_bytes(mine)
+            with pytest.raises(UsageError, match=f"not a {kind} file"):
+                refuse_overwrite(path, kind)
+    with ZipFile(path, "w") as archive:
+        archive.writestr("README.md", "mine")
+        archive.writestr("bundle.json", '{"schema": 1}')
+    with pytest.raises(UsageError, match="not a bundle file"):
+        refuse_overwrite(path, "bundle")
+    write_archive(path, {"name": "own"}, [("runs/0/config.yaml", bytes(200_000))])
+    refuse_overwrite(path, "bundle")
+    write_ensemble(path, [Member(Path("r"))], {}, {"dice": 1})
+    refuse_overwrite(path, "ensemble")
+    write_followup_table(path, [Followed("a", "failed")])
+    refuse_overwrite(path, "followup table")
+    tumor = Lesion(1, "tumor", "left", 4.2, 20, 20, "T1a", 0, None, None, None, (0, 0, 0), Box((0, 0, 0), (1, 1, 1)))
+    write_followup_table(path, [Followed("a", rows=(row_of(Change(tumor, None), None),))])
+    refuse_overwrite(path, "followup table")
+
+
 def test_a_cases_files_are_known_by_their_marks(tmp_path: Path) -> None:
     labels = tmp_path / "a.nii.gz"
     save(labels, np.zeros((3, 4, 5), np.uint8))
@@ -112,7 +149,7 @@ def test_a_corrected_label_map_is_not_predicted_again(trained: Path, tmp_path: P
     assert kitseg(trained, *command, "--overwrite").code == 0
     several = kitseg(trained, "predict", "test", "--model=runs/two-phase-tiny", "-o", str(tmp_path / "seg.nii.gz"))
     assert several.code == 2
-    assert "for one scan a .nii.gz file; here are 2 scans" in " ".join(several.text.split())
+    assert ".nii.gz or .mha or .seg.nrrd; here are 2 scans" in " ".join(several.text.split())
 
 
 @pytest.mark.parametrize("name", ["splits.json", "fold_0.json"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from conftest import Result, kitseg
 from method_runs import untrained
 from nifti_files import IPL, save
@@ -117,6 +118,62 @@ def test_scans_and_label_maps_in_two_folders(tmp_path: Path, nnunet: bool) -> No
     split = kitseg(tmp_path, "split", data, "--jobs=1", *options)
     assert split.code == 0, split.text
     assert "3 cases split" in split.text
+
+
+def test_label_maps_of_other_names_than_the_scans_are_an_error(tmp_path: Path) -> None:
+    files(tmp_path / "img", "a", "b", array=ct())
+    files(tmp_path / "seg", "x", "y", array=labels())
+    for command in ("check", "preprocess"):
+        done = kitseg(tmp_path, command, "img", "--masks=seg", "--jobs=1")
+        assert done.code == 1
+        problem = "✗ seg: its label maps (x, y) have other names than the scans (a, b). Rename them"
+        assert errors(done) == [f"{problem}, or choose another folder."]
+
+
+@pytest.mark.parametrize("scan", ["p1.mha", "p1.nii", "p1/imaging.nii.gz"])
+def test_labels_never_get_the_name_of_a_scan_in_its_folder(tmp_path: Path, scan: str) -> None:
+    file = tmp_path / "d" / scan
+    file.parent.mkdir(parents=True)
+    sitk.WriteImage(sitk.GetImageFromArray(ct()), file)
+    for given in ("d", f"d/{scan}"):
+        for output in ("d", "d/p1.nii.gz", "d/p1.mha"):
+            done = kitseg(tmp_path, "predict", given, "--model=run", "-o", output)
+            assert done.code == 2
+            assert "would both be called p1" in done.text or "is the scan itself" in done.text
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.parametrize("ending", [".mha", ".seg.nrrd"])
+def test_of_one_scan_the_output_is_the_file_that_is_named(tmp_path: Path, ending: str) -> None:
+    files(tmp_path / "scans", "a", array=ct())
+    untrained(tmp_path / "run")
+    done = kitseg(tmp_path, "predict", "scans", "--model=run", "--engine=torch", "--device=cpu", "-o", f"o/seg{ending}")
+    assert done.code == 0, done.text
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {"seg.nii.gz", "seg.json", "seg.png", f"seg{ending}"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict scans -o o/seg.nrrd",
+        "predict scans -o o/seg.nii",
+        "infer --data=scans -o o/p.npy",
+        "postprocess p -o o/seg.nii.gz",
+        "report scans -o o/page.html",
+        "followup scans scans -o o/page.html",
+        "compare a.json b.json -o o/plot.png",
+        "synthesize o/x.nii.gz --bodies=scans",
+        "phantom o/x.nii.gz",
+        "preprocess scans --to=o/store.zip",
+        "export run --format=onnx -o o/m.onnx",
+    ],
+)
+def test_a_folder_is_never_made_under_the_name_of_a_file(tmp_path: Path, command: str) -> None:
+    files(tmp_path / "scans", "a", array=ct())
+    done = kitseg(tmp_path, *command.split())
+    assert done.code == 2
+    assert "ive a folder" in " ".join(done.text.split())
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_part_of_the_work_and_what_is_ignored_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

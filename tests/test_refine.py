@@ -212,6 +212,12 @@ def test_from_the_click_to_the_page(folder: Path, scan: tuple[np.ndarray, np.nda
     assert kitseg(folder, "report", "corrected", "data", "--jobs=1").code == 0
     assert "Corrected by a person (1 click)." in (folder / "report" / "a.html").read_text()
 
+    code, text = refine(folder, "pred/a.nii.gz", f"{x},{y},{z}=tumor", to="one/fixed.nii.gz")
+    assert (code, {path.name for path in (folder / "one").iterdir()}) == (0, {"fixed.nii.gz", "fixed.json"}), text
+    for other in ("one/fixed.mha", "one/fixed.html"):
+        code, text = refine(folder, "pred/a.nii.gz", f"{x},{y},{z}=tumor", to=other)
+        assert (code, "give a folder, or for one scan" in text) == (2, True), text
+
     code, text = refine(folder, "pred/a.nii.gz", f"{x},{y},{z}=tumor")  # would lose the correction
     assert (code, "corrected by a person" in text) == (2, True)
     code, text = refine(folder, "corrected/a.nii.gz", f"{x},{y},{z}=kidney")

@@ -297,6 +297,28 @@ def test_synthesize_writes_cases_with_records(patients: Path) -> None:
     assert (out / "case_00001" / "imaging.nii.gz").stat().st_mtime_ns == before
 
 
+def test_another_table_and_other_cases_stay(patients: Path, tmp_path: Path) -> None:
+    command = ("synthesize", str(tmp_path / "out"), f"--bodies={patients / 'bodies'}", "--jobs=1")
+    table = tmp_path / "out" / "patients.csv"
+    table.parent.mkdir()
+    for mine in ("case,patient\nmine,Ann\n", "case,patient\ncase_00000,Ann\n", "case,patient\n"):
+        table.write_text(mine)
+        refused = kitseg(tmp_path, *command)
+        assert (refused.code, table.read_text(), [*table.parent.iterdir()]) == (2, mine, [table]), refused.text
+        assert "was not written by `kitseg synthesize`" in refused.text
+    table.unlink()
+    (table.parent / "case_00001").mkdir()
+    assert kitseg(tmp_path, *command, "-n", "2").code == 2
+    assert [path.name for path in table.parent.iterdir()] == ["case_00001"]
+
+
+def test_fewer_patients_keep_the_table_of_all(patients: Path) -> None:
+    table = patients / "patients" / "patients.csv"
+    before = table.read_text()
+    made = kitseg(patients, "synthesize", "patients", "--bodies=bodies", "-n", "2", "--jobs=1", "--without=stones")
+    assert (made.code, table.read_text()) == (0, before), made.text
+
+
 def test_shapes_come_from_label_maps_and_bodies_are_healthy(patients: Path) -> None:
     ill = kitseg(patients, "synthesize", "two", "--bodies=patients", "--jobs=1", "-n", "9", "--lesions=patients")
     assert ill.code == 1

@@ -35,7 +35,9 @@ def augment(
     ] = "partner-to-hard",
     data: opt.DataFolders = [Path("data")],  # noqa: B006
     masks: opt.Masks = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the new cases.")] = Path("augmented"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=opt.folder, help="Folder for the new cases.")
+    ] = Path("augmented"),
     store: Annotated[Path, typer.Option(help="Folder of preprocessed cases.")] = Path("preprocessed"),
     seed: opt.Seed = 0,
     device: opt.Device = "auto",

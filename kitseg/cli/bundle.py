@@ -51,7 +51,7 @@ def export(
     if form == "onnx":
         if half or card or weights_license or labels_license:
             raise UsageError("--half, --card and licenses are for --format bundle")
-        return _export_onnx(model, output, name)
+        return _export_onnx(model, opt.folder(output), name)
     from kitseg.models.bundles.export import ExportOptions
     from kitseg.models.bundles.export import export as write_bundle
     from kitseg.runtime.files import file_digest

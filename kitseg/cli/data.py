@@ -19,7 +19,9 @@ from kitseg.scoring.strata import THICKNESSES
 
 @app.command(epilog="Example: kitseg phantom data --cases 12 --seed 0")
 def phantom(
-    out: Annotated[Path, typer.Argument(help="Folder for the cases, in the KiTS layout.")] = Path("data"),
+    out: Annotated[Path, typer.Argument(callback=opt.folder, help="Folder for the cases, in the KiTS layout.")] = Path(
+        "data"
+    ),
     cases: Annotated[int, typer.Option(min=1, help="Number of cases.")] = 12,
     seed: opt.Seed = 0,
     matrix: Annotated[int, typer.Option(min=64, max=512, help="Pixels along rows and columns.")] = 512,
@@ -40,7 +42,7 @@ def phantom(
 
 @app.command(epilog="Example: kitseg synthesize patients --bodies scans --masks kidneys --lesions kits19 -n 20")
 def synthesize(
-    out: Annotated[Path, typer.Argument(help="Folder for the cases, in the KiTS layout.")],
+    out: Annotated[Path, typer.Argument(callback=opt.folder, help="Folder for the cases, in the KiTS layout.")],
     bodies: Annotated[Path, typer.Option(help="Folder of CTs with healthy kidneys.")],
     masks: Annotated[Path | None, typer.Option(help="Folder of their kidney masks, if not beside the CTs.")] = None,
     lesions: Annotated[
@@ -74,7 +76,7 @@ def synthesize(
 @app.command(epilog="Example: kitseg download kits19 --to data --cases 0-9")
 def download(
     dataset: Annotated[str, typer.Argument(help="The data set: kits19 or kits23.")],
-    to: Annotated[Path, typer.Option(help="Folder for the cases.")] = Path("data"),
+    to: Annotated[Path, typer.Option(callback=opt.folder, help="Folder for the cases.")] = Path("data"),
     cases: Annotated[
         str | None,
         typer.Option(
@@ -141,7 +143,9 @@ def check(
 def preprocess(
     data: opt.Data = Path("data"),
     masks: opt.Masks = None,
-    to: Annotated[Path, typer.Option(help="Folder for the preprocessed cases.")] = Path("preprocessed"),
+    to: Annotated[Path, typer.Option(callback=opt.folder, help="Folder for the preprocessed cases.")] = Path(
+        "preprocessed"
+    ),
     method: opt.Method = "two-phase",
     size: opt.Size = None,
     plan: opt.Plan = None,

@@ -158,7 +158,9 @@ def train(
 
 @app.command(epilog="Example: kitseg demo")
 def demo(
-    out: Annotated[Path | None, typer.Argument(help="Output folder. Default: demo, or demo-quick.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(callback=opt.folder, help="Output folder. Default: demo, or demo-quick.")
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="Then train a network on phantoms, in minutes.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A minimal demo, to test the installation.")] = False,
 ) -> None:

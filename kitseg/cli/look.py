@@ -107,7 +107,9 @@ def followup(
     ] = None,
     scheme: opt.Labels = None,
     jobs: opt.Jobs = -1,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("followup"),
+    output: Annotated[Path, typer.Option("--output", "-o", callback=opt.folder, help="Folder for the pages.")] = Path(
+        "followup"
+    ),
     table: Annotated[Path | None, typer.Option("--csv", help="Write one row per lesion to this file.")] = None,
     report: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     overwrite: opt.Overwrite = False,
@@ -159,9 +161,9 @@ def refine(
         Path | None,
         typer.Option(help="Folder from `kitseg infer`: lesions reach no farther than kidney and mass are probable."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the corrected labels.")] = Path(
-        "corrected"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the corrected labels, or a .nii.gz file.")
+    ] = Path("corrected"),
     scheme: opt.Labels = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -204,7 +206,9 @@ def report(
     ] = [],  # noqa: B006
     masks: opt.Masks = None,
     scores: Annotated[Path | None, typer.Option(help="A file from `kitseg evaluate --json`.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pages.")] = Path("report"),
+    output: Annotated[Path, typer.Option("--output", "-o", callback=opt.folder, help="Folder for the pages.")] = Path(
+        "report"
+    ),
     intervals: opt.Intervals = None,
     egfr: opt.Egfr = None,
     age: opt.Age = None,

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from kitseg.errors import UsageError
 from kitseg.runtime.overwrite import overwriting
 from kitseg.trust import everything
+from kitseg.volumes.names import is_file_name
 
 if TYPE_CHECKING:
     from kitseg.labels import Scheme
+
+P = TypeVar("P", bound=Path | None)
+
+
+def folder(path: P) -> P:
+    """An output folder. Raises UsageError: its name is that of a file."""
+    if path and is_file_name(path):
+        raise UsageError(f"{path} ends like a file. Give a folder: it is made where it is missing")
+    return path
+
 
 PROBABILITIES, PREDICTIONS = Path("probabilities"), Path("predictions")
 

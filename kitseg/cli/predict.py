@@ -30,7 +30,9 @@ def infer(
         ),
     ] = None,
     data: Annotated[Path, typer.Option(help="A scan, or a folder of scans or cases.")] = Path("data"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the probabilities.")] = opt.PROBABILITIES,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=opt.folder, help="Folder for the probabilities.")
+    ] = opt.PROBABILITIES,
     stage: Annotated[
         str | None, typer.Option(help="Output of one stage: coarse, or fine.1 for the first network of fine.")
     ] = None,
@@ -78,7 +80,9 @@ def infer(
 @app.command(epilog="Example: kitseg ensemble probabilities/a probabilities/b -o probabilities/mean --weights 2,1")
 def ensemble(
     folders: Annotated[list[Path], typer.Argument(help="Folders of probabilities.")] = [opt.PROBABILITIES],  # noqa: B006
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the mean.")] = Path("ensemble"),
+    output: Annotated[Path, typer.Option("--output", "-o", callback=opt.folder, help="Folder for the mean.")] = Path(
+        "ensemble"
+    ),
     weights: Annotated[str | None, typer.Option(help="Weights of the folders, such as 2,1. Default: equal.")] = None,
     max_memory: opt.MaxMemory = None,
     trust: opt.Trust = False,
@@ -97,7 +101,9 @@ def ensemble(
 @app.command(epilog="Example: kitseg postprocess ensemble -o predictions")
 def postprocess(
     folder: Annotated[Path, typer.Argument(help="Folder of probabilities.")] = Path("ensemble"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the labels.")] = opt.PREDICTIONS,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=opt.folder, help="Folder for the labels.")
+    ] = opt.PREDICTIONS,
     without: Annotated[
         list[str], typer.Option(metavar="NAME", help="Leave out this post-processing step, or all; may be repeated.")
     ] = [],  # noqa: B006
@@ -121,7 +127,12 @@ def predict(
         ),
     ] = [Path("data")],  # noqa: B006
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for labels and pictures; of one scan also a .nii.gz file.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for labels and pictures; of one scan also a file: .nii.gz, .mha or .seg.nrrd.",
+        ),
     ] = opt.PREDICTIONS,
     model: Annotated[
         list[str],
@@ -198,7 +209,7 @@ def predict(
     device, ranks = choose_ranks(gpus, processes, device)
     _ = Machine(device, ranks).accelerator  # before any process is started
     endings = output_endings(formats)
-    found, output = name_output(choose_scans(scans, split, fold, series), output)
+    found, output, endings = name_output(choose_scans(scans, split, fold, series), output, endings)
     show_left_out(scans, found.cases, labels=False)
     models = [locate(one) for one in model] or [choose_model(Path("runs"))]
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision, fold)

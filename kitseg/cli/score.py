@@ -178,9 +178,9 @@ def compare(
         Path, typer.Argument(help="Scores of A: a file from `kitseg evaluate --json`, its folder, or a validated run.")
     ],
     b: Annotated[Path, typer.Argument(help="Scores of B, on the same cases.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the plot and the numbers.")] = Path(
-        "comparison"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=opt.folder, help="Folder for the plot and the numbers.")
+    ] = Path("comparison"),
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Compare two methods on the same cases: paired Dice differences with confidence intervals and tests."""

@@ -23,7 +23,9 @@ def grand_challenge(
     source: Annotated[Path, typer.Option("--input", help="Folder with inputs.json and images/SOCKET/.")] = Path(
         "/input"
     ),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("/output"),
+    output: Annotated[Path, typer.Option("--output", "-o", callback=opt.folder, help="Folder for the results.")] = Path(
+        "/output"
+    ),
     socket: Annotated[
         str, typer.Option(help="Output socket of the algorithm: labels go to OUTPUT/SOCKET/output.mha.")
     ] = "images/kidney-tumor-segmentation",

@@ -17,7 +17,8 @@ from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
-from kitseg.volumes.names import UNCERTAINTY, is_volume_name
+from kitseg.volumes.kits import folder_of, scan_id
+from kitseg.volumes.names import UNCERTAINTY, is_file_name, is_volume_name
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,16 @@ def describe_learning(models: Sequence[str] | None) -> str:
     return f"its networks learned from this scan ({'; '.join(models)})" if models else ""
 
 
+def refuse_scan_overwrite(scan: Path, target: Path) -> None:
+    """Never write over the scan itself, nor a label map that would be a second scan of its name in its folder."""
+    real = os.path.realpath  # unlike Path.resolve, accepts links in a circle
+    if real(target) == real(scan):
+        raise UsageError(f"{target} is the scan itself; choose another folder with --output")
+    if scan.is_file() and scan_id(target) == scan_id(scan) and real(target.parent) == real(folder_of(scan)):
+        both = f"{scan} and its labels {target} would both be called {scan_id(scan)}"
+        raise UsageError(f"{both}; choose another folder with --output")
+
+
 def refuse_case_overwrite(path: Path, endings: Sequence[str]) -> None:
     """Refuse (UsageError) to replace files beside a record that kitseg didn't write, or labels corrected since."""
     refuse_overwrite(path, "case")
@@ -144,6 +155,20 @@ def _is_whole(file: Path) -> bool:
     with suppress(OSError, EOFError, zlib.error):
         return file.suffix == ".gz" and bool(gzip.decompress(file.read_bytes()))
     return False
+
+
+def file_ending(output: Path, count: int, endings: Sequence[str] = (".nii.gz",)) -> str:
+    """The ending of ``output`` where it names the label map of a single case; empty where it names a folder.
+
+    Raises UsageError: a file's name for several cases, or with another ending than these.
+    """
+    if not is_file_name(output):
+        return ""
+    found = next((ending for ending in endings if output.name.endswith(ending) and output.name != ending), "")
+    if count != 1 or not found:
+        remedy = f"a folder, or for one scan a file that ends with {' or '.join(endings)}; here are {count} scans"
+        raise UsageError(f"--output {output}: give {remedy}")
+    return found
 
 
 def forget(path: Path, files: Sequence[Path]) -> None:

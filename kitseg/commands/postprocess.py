@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.commands.case_record import describe_learning, forget, read_record, refuse_case_overwrite, write_record
-from kitseg.errors import UsageError
+from kitseg.commands.case_record import (
+    describe_learning,
+    forget,
+    read_record,
+    refuse_case_overwrite,
+    refuse_scan_overwrite,
+    write_record,
+)
 from kitseg.labels import CLASSES, scheme_of
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.runtime.device import versions
@@ -95,12 +100,6 @@ def write_case(
     note = "; ".join(filter(None, [nothing_found(probabilities), learned, *doubts]))
     write_record(record, {"case": case, "volumes_ml": volumes, "note": note, **facts}, made, files)
     return Outcome(case, note=note, result=files[0], volumes_ml=volumes)
-
-
-def refuse_scan_overwrite(scan: Path, target: Path) -> None:
-    """Never write over the scan itself."""
-    if os.path.realpath(target) == os.path.realpath(scan):  # unlike Path.resolve, accepts links in a circle
-        raise UsageError(f"{target} is the scan itself; choose another folder with --output")
 
 
 def nothing_found(probabilities: Probabilities) -> str:

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kitseg import __version__
-from kitseg.commands.case_record import quality_facts, read_record, refuse_case_overwrite
-from kitseg.commands.postprocess import Write, refuse_scan_overwrite, write_case
+from kitseg.commands.case_record import (
+    file_ending,
+    quality_facts,
+    read_record,
+    refuse_case_overwrite,
+    refuse_scan_overwrite,
+)
+from kitseg.commands.postprocess import Write, write_case
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import CYST, Scheme, to_kits19
 from kitseg.measurement.confidence import Confidence, uncertainty
@@ -212,18 +218,19 @@ def choose_scans(paths: Sequence[Path], split: Path | None, fold: int | None, se
     return replace(found, cases=tuple(case for case in found.cases if not wanted or case.id in chosen))
 
 
-def name_output(scans: Scans, output: Path) -> tuple[Scans, Path]:
-    """The scans and the folder of their outputs; of one scan, ``output`` may be the label map, a .nii.gz file.
+def name_output(scans: Scans, output: Path, endings: Sequence[str]) -> tuple[Scans, Path, list[str]]:
+    """The scans, the folder of their outputs, and the endings of files beside the NIfTI file.
+
+    Of one scan, ``output`` may be the label map, a .nii.gz, .mha or .seg.nrrd file.
 
     Raises:
         UsageError: a file's name for several scans, or a name that label maps don't have.
     """
-    if output.is_dir() or not output.name.endswith((".nii", ".gz")):
-        return scans, output
-    if len(scans.cases) != 1 or not (name := output.name.removesuffix(".nii.gz")) or name == output.name:
-        remedy = f"a folder, or for one scan a .nii.gz file; here are {len(scans.cases)} scans"
-        raise UsageError(f"--output {output}: give {remedy}")
-    return replace(scans, cases=(replace(scans.cases[0], id=name),)), output.parent
+    ending = file_ending(output, len(scans.cases), (".nii.gz", ".mha", ".seg.nrrd"))
+    if not ending:
+        return scans, output, [*endings]
+    more = dict.fromkeys([*endings, *([ending] if ending != ".nii.gz" else [])])
+    return replace(scans, cases=(replace(scans.cases[0], id=output.name.removesuffix(ending)),)), output.parent, [*more]
 
 
 def write_choices(to: Path, choices: Sequence[SeriesChoice], identifiers: bool) -> None:

@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from kitseg.commands.case_record import (
     CASE_RECORD,
     CaseRecord,
+    file_ending,
     forget,
     record_beside,
+    record_of,
     refuse_case_overwrite,
+    refuse_scan_overwrite,
     scheme_beside,
 )
 from kitseg.commands.measure import LabelTask
@@ -123,7 +126,7 @@ class Refinement:
 
     @classmethod
     def open(cls, task: LabelTask, to: Path, scheme: Scheme | None = None) -> Refinement:
-        """Read a label map and its scan; ``to``: the folder for the corrected labels.
+        """Read a label map and its scan; ``to``: the folder for the corrected labels, or their file.
 
         Raises:
             UsageError: no scan, not the one that the labels were made from, or a target that is not this command's to
@@ -132,10 +135,11 @@ class Refinement:
         if task.scan is None:
             raise UsageError(f"{task.labels}: a click needs the scan. Give it with --ct")
         before, digest = record_beside(task.labels) or CaseRecord(), scan_digest(task.scan)
-        target = to / f"{task.case}.nii.gz"
+        target = to if file_ending(to, 1) else to / f"{task.case}.nii.gz"
+        refuse_scan_overwrite(task.scan.image, target)
         there = _digests(target)
         if os.path.realpath(target) != os.path.realpath(task.labels) or not before.corrected:
-            refuse_case_overwrite(target.with_name(f"{task.case}.json"), [".nii.gz"])
+            refuse_case_overwrite(record_of(target), [".nii.gz"])
         own = scheme or scheme_beside(task.labels) or KITS19
         labels, scan = task.read(own)
         assert scan is not None
@@ -173,10 +177,10 @@ class Refinement:
             UsageError: the target was changed since it was opened or saved last, as by another person.
         """
         assert self.task.scan is not None
-        record = self.target.with_name(f"{self.task.case}.json")
+        record = record_of(self.target)
         every = [*self.before.corrected, *(click.plain() for click in clicks)]
         facts = {
-            "case": self.task.case,
+            "case": record.stem,
             "volumes_ml": self.volumes_ml(labels),
             "note": f"corrected by a person ({_counted(every)})",
             "scan": self.task.scan.id if self.task.scan.slices else self.task.scan.image.name,

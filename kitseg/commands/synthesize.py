@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from joblib import delayed
 
 from kitseg import __version__
-from kitseg.errors import InputError
+from kitseg.errors import UsageError
 from kitseg.patches.bodies import body_of, open_shapes, prepare_shapes, shape_cases
 from kitseg.patches.synthetic import write_patient
 from kitseg.runtime.files import atomic_write, write_table
@@ -21,7 +22,7 @@ from kitseg.synthesis.bodies import RealBody
 from kitseg.synthesis.lesions import Shapes
 from kitseg.synthesis.patient import SynthesisParts, View, make
 from kitseg.types import Case, Volume
-from kitseg.volumes.tables import PATIENTS
+from kitseg.volumes.tables import PATIENTS, read_patients
 
 RECORD = "synthesis.json"
 NOTE = (
@@ -62,15 +63,15 @@ def synthesize(
     shows, so that a split keeps the cases of a body together.
 
     Raises:
-        InputError: the shapes can't be read. KitsegError: a worker was killed.
+        InputError: the shapes can't be read. KitsegError: a worker was killed. UsageError: the folder holds cases or a
+        table that it didn't write.
     """
     to = to.absolute()  # worker processes may stand in another folder
+    numbers = {body.id: range(start, count, len(bodies)) for start, body in enumerate(bodies)}
+    shown = {f"case_{n:05d}": (body.patients or (body.id,))[0] for body in bodies for n in numbers[body.id]}
+    known = _known_patients(to, shown)
     if recipe.lesions is not None:
         prepare_shapes(recipe.lesions, to / ".shapes", jobs)
-    numbers = {body.id: range(start, count, len(bodies)) for start, body in enumerate(bodies)}
-    rows = {f"case_{n:05d}": body for body in bodies for n in numbers[body.id]}
-    patients = [{"case": name, "patient": (rows[name].patients or (rows[name].id,))[0]} for name in sorted(rows)]
-    write_table(to / PATIENTS, ("case", "patient"), patients)
     tasks = (delayed(_of_body)(body, numbers[body.id], to, recipe) for body in bodies)
     outcomes: list[Outcome] = []
 
@@ -79,8 +80,27 @@ def synthesize(
         for outcome in part:
             on_done(outcome)
 
-    in_parallel(tasks, jobs, done, ordered=False)
+    try:
+        in_parallel(tasks, jobs, done, ordered=False)
+    finally:
+        known |= {outcome.case: shown[outcome.case] for outcome in outcomes if not outcome.error}
+        rows = [{"case": name, "patient": patient} for name, patient in sorted(known.items())]
+        if rows:
+            write_table(to / PATIENTS, ("case", "patient"), rows)
     return outcomes
+
+
+def _known_patients(to: Path, shown: Mapping[str, str]) -> dict[str, str]:
+    """The patients in a folder's table; UsageError where it, or a case that is to be written, is another's."""
+    table, here = to / PATIENTS, {name for name in shown if os.path.lexists(to / name)}
+    known = read_patients(table)
+    made = {name for name in here | known.keys() if (to / name / RECORD).is_file()}
+    strange = [to / name for name in sorted(here - made)]
+    if os.path.lexists(table) and (not known or any(known[name] != shown.get(name) for name in known.keys() - made)):
+        strange.append(table)
+    if strange:
+        raise UsageError(f"{strange[0]} exists and was not written by `kitseg synthesize`. Choose another folder")
+    return known
 
 
 def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: SynthesisRecipe) -> list[Outcome]:
@@ -96,8 +116,6 @@ def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: SynthesisReci
         wanted = {"address": address, "parts": recipe.parts, "lesions": lesions, "body": files}
         if _FORMAT.find(folder / RECORD, wanted):
             return Outcome(name, note="unchanged", result=folder)
-        if folder.exists() and not (folder / RECORD).exists():
-            raise InputError(folder, "exists and was not written by `kitseg synthesize`", "Choose another folder.")
         if not read:
             read.append(body_of(case))
         body, scan = read[0]

@@ -21,7 +21,22 @@ def _json(*keys: str) -> bytes:
     return b"\\A\\{\n " + rb"[^\n]*\n ".join(f'"{key}":'.encode() for key in ("schema", *keys))
 
 
-#: How the start or the end of each kind of file is recognized.
+def _csv(first: str, more: str) -> bytes:
+    """The first line of a table of ``files.write_table``: these columns, then those of ``more`` that it has."""
+    return f"\\A{first}(,({more.replace(',', '|')}))*,note\r\n".encode()
+
+
+_LESION = "number,volume_ml,axial_mm,diameter_mm,size_class,exophytic,contact_mm2,hu_mean,hu_sd,parenchyma_ml"
+_CHANGE = (
+    "kind,side,before,before_kind,before_volume_ml,before_diameter_mm,before_axial_mm,after,after_kind,after_volume_ml,"
+    "after_diameter_mm,after_axial_mm,change_volume_ml,change_mean_mm,change_diameter_mm,change_axial_mm,change_share,"
+    "least_ml,least_mm,volume_ml_a_year,mean_mm_a_year,doubling_days,offset_mm"
+)
+_SERIES = (
+    "case,chosen,reason,study,modality,files,slice_mm,pixel_mm,rows,columns,coverage_mm,orientation,contrast,kernel,"
+    "original(,patient_id,study_uid,series_uid,description,folder)?"
+)
+#: How the start and the end of each kind of file, one after the other, are recognized.
 _MARKS = {
     "case": _json("case", "volumes_ml"),
     "probabilities": _json("case", "channels"),
@@ -35,10 +50,10 @@ _MARKS = {
     "confidence": _json("reviewed"),
     "pairs": _json("fold"),
     "fit": _json("low", "high"),
-    "score table": rb"\Acase,class,",
-    "lesion table": rb"\Acase,kind,side,",
-    "followup table": rb"\Acase,verdict,",
-    "series table": rb"\Acase,chosen,reason,",
+    "score table": _csv("case,class", "dice,surface_dice,hd95_mm,assd_mm,volume_error_ml,volume_error_relative,note"),
+    "lesion table": _csv(f"case,kind,side,{_LESION}", r"\w+_low,\w+_high"),
+    "followup table": _csv("case,verdict", _CHANGE),
+    "series table": f"\\A{_SERIES}\r\n".encode(),
     "html": rb'<meta name="generator" content="kitseg',
     "png": rb"Software\x00kitseg",
     "nifti": rb"\A[\s\S]{148}kitseg",
@@ -47,10 +62,10 @@ _MARKS = {
     "dicom": rb"\x08\x00\x70\x00LO\x06\x00kitseg",
     "stl": rb"\Akitseg",
     "submission": rb"kitseg\Z",
-    "bundle": rb"bundle\.json",
+    "bundle": rb"(?s)\APK\x03\x04.{4}\0{4}\x21\0.{16}(README\.md|runs/0/config\.yaml).*bundle\.jsonPK\x05\x06",
     "ONNX": rb"(?s)\A\x08.\x12\x06kitseg",
     "ONNX model": _json("onnx"),
-    "ensemble": rb"\nchosen:\n",
+    "ensemble": rb"\Aschema: 1\nmembers:\n- run: [\s\S]*\npostprocess:[\s\S]*\nchosen:\n",
 }
 
 
@@ -68,12 +83,13 @@ def refuse_overwrite(path: Path | None, kind: str) -> None:
     """Refuse (UsageError) to replace a file that is not kitseg's of this kind; an empty one may be replaced."""
     if path is None or OVERWRITE in os.environ or not os.path.exists(path):  # False where a name is too long
         return
-    if path.is_dir() or not _has_mark(path, _MARKS[kind]):
+    if path.is_dir() or not is_own(path, kind):
         problem = f"exists, and is not a {kind} file that kitseg wrote"
         raise UsageError(f"{path} {problem}. Choose another output, or replace it with --overwrite")
 
 
-def _has_mark(path: Path, mark: bytes) -> bool:
+def is_own(path: Path, kind: str) -> bool:
+    """Whether kitseg wrote a file of this kind; also where it is empty."""
     try:
         with path.open("rb") as file:
             start = file.read(_ENDS)
@@ -84,4 +100,4 @@ def _has_mark(path: Path, mark: bytes) -> bool:
     if start.startswith(b"\x1f\x8b"):
         with suppress(zlib.error):
             start = zlib.decompressobj(wbits=31).decompress(start, _ENDS)
-    return not start or any(re.search(mark, part) for part in (start, end))
+    return not start or bool(re.search(_MARKS[kind], start + end))

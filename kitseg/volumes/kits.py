@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +13,12 @@ from kitseg.labels import scheme_of
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
 from kitseg.volumes.check import refuse_scans
-from kitseg.volumes.names import clean_name, is_itk_name, is_volume_name, pair, shorten
+from kitseg.volumes.folders import LABELS, describe_others, folders_in, images_in, scans, stem, visible, volumes
+from kitseg.volumes.names import clean_name, is_volume_name, pair, shorten
 from kitseg.volumes.tables import PATIENTS, read_patients
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
 MAJORITY = "aggregated_MAJ_seg.nii.gz"  # KiTS21's label map
-IMAGES, LABELS = "imagesTr", "labelsTr"  # nnU-Net's
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
 
@@ -57,7 +56,12 @@ def scan_id(path: Path) -> str:
     Control characters and bytes that are not UTF-8 are escaped, so that the name can be written and shown anywhere;
     accents are composed (NFC), so that names from macOS and from Linux are equal.
     """
-    return clean_name(path.absolute().parent.name) if path.name in _forms(IMAGE) else _stem(path)
+    return clean_name(path.absolute().parent.name) if path.name in _forms(IMAGE) else stem(path)
+
+
+def folder_of(scan: Path) -> Path:
+    """The folder that holds a scan under its id: the file's own, or in the KiTS layout that of its case's folder."""
+    return scan.absolute().parent.parent if scan.name in _forms(IMAGE) else scan.absolute().parent
 
 
 def case_of(folder: Path) -> Case:
@@ -81,9 +85,8 @@ def list_cases(data: Path) -> list[Case]:
     data = data.absolute()  # worker processes may stand in another folder
     if _found(data, IMAGE):
         return [_with_origin(case_of(data), {})]
-    folders = [f for f in _folders(data) if f.name.startswith("case_") or _found(f, IMAGE)]
-    flat = _flat(data / IMAGES if (data / IMAGES).is_dir() else data)
-    cases = distinct([*map(case_of, folders), *(Case(scan_id(f), f) for f in flat)])
+    folders = [f for f in folders_in(data) if f.name.startswith("case_") or _found(f, IMAGE)]
+    cases = distinct([*map(case_of, folders), *(Case(scan_id(f), f) for f in scans(images_in(data)))])
     if not cases:
         raise InputError(data, *_no_scans(data))
     patients = read_patients(data / PATIENTS)
@@ -95,23 +98,28 @@ def with_labels(cases: Sequence[Case], masks: Path | None) -> list[Case]:
     """The cases with the label maps of a folder, as far as it has one; the others keep what lies beside their scan.
 
     Raises:
-        InputError: the folder is missing or holds no label maps. UsageError: see ``pair``.
+        InputError: the folder is missing, or holds no label maps, or of none of the cases. UsageError: see ``pair``.
     """
     if masks is None:
         return list(cases)
     maps = find_labels(masks.absolute())
     refuse_scans(masks, maps)
-    pairs = pair([case.id for case in cases], maps)
+    names = [case.id for case in cases]
+    pairs = pair(names, maps)
+    if cases and not pairs:
+        problem = f"its label maps ({shorten([*maps], 3)}) have other names than the scans ({shorten(names, 3)})"
+        raise InputError(masks, problem, "Rename them, or choose another folder.")
     return [replace(case, label=maps[pairs[case.id]]) if case.id in pairs else case for case in cases]
 
 
 def left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None = None, labels: bool = True) -> list[str]:
     """What folders of these cases hold that isn't used, a line each; labels: also maps and scans without the other."""
     used, lines = {os.path.realpath(file) for case in cases for file in case.files}, []
-    for folder in (inside for path in data if path.is_dir() for inside in _folders(path)):
-        files = {os.path.realpath(file) for file in _flat(folder)}
+    for folder in (inside for path in data if path.is_dir() for inside in folders_in(path)):
+        files = {os.path.realpath(file) for file in volumes(folder)}
         if files and not files & used and not os.path.lexists(folder / IMAGE):
             lines.append(f"ignored: {len(files)} NIfTI files in {folder}")
+    lines += [line for path in data if path.is_dir() for line in describe_others(images_in(path))]
     if not labels:
         return lines
     for folder in [masks] if masks else [path / LABELS for path in data if (path / LABELS).is_dir()]:
@@ -143,7 +151,7 @@ def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[C
 
 def holds_scans(folder: Path) -> bool:
     """Whether there are NIfTI scans in a folder, flat or in the KiTS layout."""
-    return any(_found(f, IMAGE) for f in _folders(folder)) or bool(_flat(folder))
+    return any(_found(f, IMAGE) for f in folders_in(folder)) or bool(scans(folder))
 
 
 def find_cases(data: Path) -> list[Case]:
@@ -190,8 +198,8 @@ def find_labels(folder: Path) -> dict[str, Path]:
     _check_folder(folder)
     if alone := _label_in(folder):
         return {_label_id(alone): alone}
-    flat = _flat(folder / LABELS if (folder / LABELS).is_dir() else folder)
-    files = [*filter(None, map(_label_in, _folders(folder))), *flat]
+    flat = volumes(folder / LABELS if (folder / LABELS).is_dir() else folder)
+    files = [*filter(None, map(_label_in, folders_in(folder))), *flat]
     if not files:
         from kitseg.volumes.dicom.labels import find_segmentations
 
@@ -221,7 +229,7 @@ def _label_id(path: Path) -> str:
 
         if is_segmentation(path):
             return case_of_segmentation(path)
-    return clean_name(path.absolute().parent.name) if path.name in (*_forms(LABEL), MAJORITY) else _stem(path)
+    return clean_name(path.absolute().parent.name) if path.name in (*_forms(LABEL), MAJORITY) else stem(path)
 
 
 def _is_missing(path: Path) -> bool:
@@ -231,12 +239,6 @@ def _is_missing(path: Path) -> bool:
     except OSError as error:
         return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
-
-
-def _stem(path: Path) -> str:
-    """A file's name as an id; in nnU-Net's folders of scans without the number of the channel."""
-    name = clean_name(re.sub(r"\.(nii(\.gz)?|mha|mhd|(seg\.)?nrrd)$", "", path.name, flags=re.IGNORECASE))
-    return name.removesuffix("_0000") if re.fullmatch("images(Tr|Ts)", path.absolute().parent.name) else name
 
 
 def _forms(name: str) -> tuple[str, str]:
@@ -253,34 +255,14 @@ def _no_scans(folder: Path) -> tuple[str, str]:
     """The problem of a folder without scans, and the remedy."""
     from kitseg.volumes.dicom.series import holds_dicom
 
-    if inside := [found.name for found in _folders(folder) if _flat(found)]:
+    if inside := [found.name for found in folders_in(folder) if volumes(found)]:
         remedy = f"Give its subfolder {' or '.join(inside)}; --masks names that of the label maps"
         return "the folder holds no scans", remedy
-    if archive := next((path.name for path in _visible(folder) if path.suffix.lower() in _ARCHIVES), ""):
+    if archive := next((path.name for path in visible(folder) if path.suffix.lower() in _ARCHIVES), ""):
         return f"the folder holds no scans, but the archive {printable(archive)}", "Unpack it, and give that folder"
     if holds_dicom(folder):
         return "the folder holds DICOM files", "Only `kitseg predict` reads them. Convert them to NIfTI for the rest"
     return "the folder holds no scans", _EXPECTED
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [f for f in _visible(folder) if os.path.isdir(f)]
-
-
-def _flat(folder: Path) -> list[Path]:
-    """The volumes in a folder; of files of one name in several formats, the NIfTI files, else the first."""
-    found = sorted(f for f in _visible(folder) if is_volume_name(f))
-    nifti = [f for f in found if not is_itk_name(f)]
-    others = {_stem(f): f for f in reversed(found) if is_itk_name(f)}
-    return sorted([*nifti, *(others[name] for name in others.keys() - {_stem(f) for f in nifti})])
-
-
-def _visible(folder: Path) -> list[Path]:
-    """The files and folders in a folder, but for hidden ones, which may be half-written."""
-    try:
-        return [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except OSError as error:
-        raise InputError(folder, f"it can't be read ({error.strerror})", "Name a folder that you may read.") from error
 
 
 def distinct(cases: Iterable[Case]) -> list[Case]:

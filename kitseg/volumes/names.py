@@ -12,6 +12,7 @@ from kitseg.errors import UsageError, printable
 NIFTI = (".nii.gz", ".nii")
 ITK = (".mha", ".mhd", ".nrrd")  # read through SimpleITK
 SUFFIXES = (*NIFTI, *ITK)
+_OTHERS = (".gz", ".dcm", ".csv", ".json", ".html", ".pdf", ".png", ".stl", ".npy", ".yaml", ".zip", ".kitseg", ".onnx")
 UNCERTAINTY = ".uncertainty.nii.gz"  # of the map beside a label map
 
 
@@ -23,6 +24,11 @@ def is_itk_name(path: Path) -> bool:
 def is_volume_name(path: Path) -> bool:
     """Whether a file's name is that of one scan or label map in one file; DICOM files have any name."""
     return path.name.lower().endswith(SUFFIXES) and not path.name.endswith(UNCERTAINTY)
+
+
+def is_file_name(path: Path) -> bool:
+    """Whether a name ends like that of a file that kitseg reads or writes, and is not that of a folder."""
+    return path.name.lower().endswith((*SUFFIXES, *_OTHERS)) and not path.is_dir()
 
 
 def case_number(name: str) -> int | None:
