@@ -75,7 +75,7 @@ def test_nan_is_not_near(run: Path, exported: Path, tmp_path: Path, monkeypatch:
     [
         (["--format=onxx"], "give bundle or onnx"),
         (["--format=onnx", "--half"], "are for --format bundle"),
-        (["--format=onnx", "-o", "config.yaml"], "is a file"),
+        (["--format=onnx", "-o", "config.yaml"], "ends like a file"),
         (["--format=onnx", "-o", "other"], "not a ONNX model file that kitseg wrote"),
     ],
 )

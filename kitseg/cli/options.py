@@ -15,7 +15,7 @@ from kitseg.volumes.names import is_file_name
 if TYPE_CHECKING:
     from kitseg.labels import Scheme
 
-P = TypeVar("P", bound=Path | None)
+P = TypeVar("P", Path, Path | None)
 
 
 def folder(path: P) -> P:
