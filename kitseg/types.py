@@ -23,12 +23,14 @@ class Geometry:
     """A voxel grid in the patient's space.
 
     shape: voxels per axis; affine: (4, 4), voxel index to millimetres in RAS+; stated: the fields of a NIfTI header
-    that state it, by name, so that a label map states it in the same way.
+    that state it, by name, so that a label map states it in the same way; doubts: what the file's header leaves open,
+    or states twice in different ways, about the place in the patient.
     """
 
     shape: Triple
     affine: NDArray[np.float64]
     stated: dict[str, float | list[float]] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, float, float]:

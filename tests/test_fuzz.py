@@ -24,7 +24,6 @@ from kitseg.errors import InputError, UsageError, printable
 from kitseg.labels import KITS19
 from kitseg.types import Box, Case, Geometry, Grid, Probabilities, Triple, triple
 from kitseg.volumes import blocks, nifti, resample
-from kitseg.volumes.header import place_doubts
 from kitseg.volumes.store import CaseFiles, open_case, store_case
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -123,7 +122,6 @@ READERS: list[Read] = [
     nifti.read_geometry,
     nifti.stores_plain_integers,
     nifti.is_phantom,
-    place_doubts,
 ]
 
 

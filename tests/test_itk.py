@@ -15,6 +15,7 @@ from conftest import kitseg
 from kitseg.errors import InputError
 from kitseg.labels import KITS23
 from kitseg.types import Geometry
+from kitseg.volumes.header import NO_ORIENTATION
 from kitseg.volumes.kits import collect_scans, find_labels
 from kitseg.volumes.nifti import (
     canonical_geometry,
@@ -25,7 +26,7 @@ from kitseg.volumes.nifti import (
     write_labels,
     write_volume,
 )
-from kitseg.volumes.scan import find_scans, read_scan, scan_digest, scan_doubts
+from kitseg.volumes.scan import find_scans, read_scan, scan_digest
 from kitseg.volumes.zipped import unpacked
 
 ITK = (".mha", ".mhd", ".nrrd")
@@ -69,7 +70,7 @@ def test_a_scan_is_that_of_the_nifti_file(scan: Path, tmp_path: Path, ending: st
     (case,) = find_scans([path.parent]).cases
     assert case.id == "scan"
     assert np.array_equal(read_scan(case).array, expected.array)
-    assert not scan_doubts(case)
+    assert not read_scan(case).native.doubts
 
 
 def test_voxels_in_a_second_file_count_for_the_digest(scan: Path, tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_without_an_orientation(tmp_path: Path) -> None:
     for name, content in (("a.mha", meta()), ("b.nrrd", nrrd(more="spacings: 1 1 1\n"))):
         (tmp_path / name).write_bytes(content + bytes(240))
         (case,) = collect_scans([tmp_path / name])
-        assert scan_doubts(case) == ["the header has no orientation"]
+        assert read_scan(case).native.doubts == (NO_ORIENTATION,)
 
 
 def test_a_zip_of_a_study(scan: Path, tmp_path: Path) -> None:

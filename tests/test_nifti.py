@@ -19,7 +19,6 @@ from kitseg.runtime.files import file_digest
 from kitseg.types import Box, Geometry, Probabilities
 from kitseg.volumes import nifti
 from kitseg.volumes.blocks import read_block, write_block
-from kitseg.volumes.header import place_doubts
 
 
 def affine_of(codes: str) -> np.ndarray:
@@ -259,7 +258,7 @@ def test_what_a_header_says_twice_must_agree(tmp_path: Path) -> None:
     image.set_qform(ELSEWHERE, 1)
     image.set_sform(IPL, 2)
     image.to_filename(tmp_path / "c.nii")
-    (doubt,) = place_doubts(tmp_path / "c.nii")
+    (doubt,) = nifti.read_geometry(tmp_path / "c.nii").doubts
     assert doubt.startswith("its qform (IPL) and its sform (IPL, which is used) place it up to ")
 
 
@@ -319,8 +318,8 @@ def test_orientation_missing_in_the_header(tmp_path: Path) -> None:
     header = nibabel.Nifti1Header()
     header.set_data_shape(SHAPE)
     nibabel.save(nibabel.Nifti1Image(count(), None, header), tmp_path / "a.nii.gz")
-    assert "no orientation" in place_doubts(tmp_path / "a.nii.gz")[0]
-    assert not place_doubts(save(tmp_path / "b.nii.gz", count()))
+    assert "no orientation" in nifti.read_geometry(tmp_path / "a.nii.gz").doubts[0]
+    assert not nifti.read_geometry(save(tmp_path / "b.nii.gz", count())).doubts
 
 
 def test_digest(tmp_path: Path) -> None:

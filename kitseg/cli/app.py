@@ -108,6 +108,12 @@ def show_left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | Non
         console.print_line(f"[yellow]{escape(line)}[/]")
 
 
+def show_doubts(case: str, doubts: Sequence[str]) -> None:
+    """Print what the files of a case leave open about its place in the patient."""
+    for doubt in doubts:
+        console.print_line(f"[yellow]{escape(f'{case}: {doubt}')}[/]")
+
+
 def preprocess_cases(
     cases: Sequence[Any], configuration: dict[str, Any], to: Path, jobs: int, part: str = ""
 ) -> set[str]:

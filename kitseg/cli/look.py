@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import COLOURS, app, exit_if, gather
+from kitseg.cli.app import COLOURS, app, exit_if, gather, show_doubts
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -132,6 +132,8 @@ def followup(
     if table:
         steps.write_followup_table(table, results)
     show_followup(results)
+    for result in results:
+        show_doubts(result.case, result.doubts)
     if alone:
         console.print_line(escape(f"left out, without the other date: {', '.join(alone)}"))
     done = [task for task, result in zip(tasks, results, strict=True) if not result.error]
@@ -177,8 +179,9 @@ def refine(
     clicks, tasks = steps.parse_clicks(click, box), plan_measures(labels, ct)
     if len(tasks) != 1:
         raise UsageError(f"{labels} holds {len(tasks)} label maps: give one")
-    path, changed_ml = steps.refine(tasks[0], clicks, output, scheme, probabilities)
+    path, changed_ml, doubts = steps.refine(tasks[0], clicks, output, scheme, probabilities)
     console.print_line(escape(f"{changed_ml:.1f} ml changed → {path}"))
+    show_doubts(tasks[0].case, doubts)
 
 
 @app.command(epilog="Example: kitseg mesh case_00210.nii.gz -o tumor.stl --of tumor")
@@ -271,6 +274,8 @@ def _show_findings(results: Sequence[Measured]) -> None:
             table.add_row(escape(result.case), *_cells(part, ends))
         table.add_section()
     console.out.print(table)
+    for result in results:
+        show_doubts(result.case, result.doubts)
     if any(result.intervals for result in results):
         console.print_line("In brackets: 90 % intervals; ?: outside of the sizes and slices that were calibrated.")
 

@@ -49,7 +49,7 @@ class Score:
     strata: the groups that its reference belongs to, by kind; detection, cyst_detection: of each tumor and cyst; cysts:
     whether the prediction and the reference hold cysts; strange: whether the prediction holds values that are no
     labels; itself: whether prediction and reference are one file; learned_from: the models of the prediction that
-    learned from the scan, by its record.
+    learned from the scan, by its record; doubts: about the reference's place in the patient.
     """
 
     case: str
@@ -63,6 +63,7 @@ class Score:
     strange: bool = False
     itself: bool = False
     learned_from: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     @property
     def dice(self) -> dict[str, float]:
@@ -159,6 +160,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             bool((found == UNKNOWN).any()),
             job.prediction is not None and os.path.realpath(job.prediction) == os.path.realpath(job.reference),
             recorded_learning(job.prediction) if job.prediction else (),
+            truth.native.doubts,
         )
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))
@@ -206,6 +208,9 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Unscored) -> list[str
         )
     if rules.scheme.cyst is None and rules.protocol.labels == "kits23":
         lines.append("the references have no cysts, which are kidney there, so mass is the same as tumor")
+    if doubted := [score for score in scored if score.doubts]:
+        names = shorten([score.case for score in doubted])
+        lines.append(f"{len(doubted)} references are doubtful in place ({names}): {doubted[0].doubts[0]}")
     if strange:
         lines.append(
             f"values that are no labels, in the predictions of {strange} cases, are background: {rules.scheme}"

@@ -22,7 +22,7 @@ from kitseg.runtime.resume import Task
 from kitseg.types import Case
 from kitseg.volumes.kits import LABEL, case_of
 from kitseg.volumes.names import pair
-from kitseg.volumes.scan import scan_date
+from kitseg.volumes.scan import place_doubts, scan_date
 
 SCHEMA = 1
 Dates = tuple[date, date]
@@ -40,13 +40,17 @@ class FollowupTask(Task):
 
 @dataclass(frozen=True)
 class Followed:
-    """A patient's lesions, a row each (``row_of``), or the ``error``; residual_mm: of the alignment of each kidney."""
+    """A patient's lesions, a row each (``row_of``), or the ``error``.
+
+    residual_mm: of the alignment of each kidney; doubts: about the place in the patient, on which the sides depend.
+    """
 
     case: str
     error: str = ""
     rows: tuple[dict[str, Any], ...] = ()
     dates: Dates | None = None
     residual_mm: Mapping[str, float] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
 
 
 def plan_followups(
@@ -84,11 +88,12 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
 
     scheme: of both label maps; None: that of the record beside each, else KiTS19's.
     """
-    visits, current = [], task.before
+    visits, doubts, current = [], dict[str, None](), task.before
     try:
         for current in (task.before, task.after):
             own = scheme or scheme_beside(current.labels) or KITS19
             labels, scan = current.read(own)
+            doubts |= dict.fromkeys(place_doubts(labels, scan))
             hu = scan.array if scan else None
             visits.append(Visit(labels.array, labels.geometry, measure(labels.array, labels.geometry, hu), hu))
         dates = task.dates or _dates(task)
@@ -100,7 +105,7 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
             task.page, FollowupContent(task.case, (visits[0], visits[1]), found, rows, (names[0], names[1]), own)
         )
         residuals = {side: round(found.residual_mm, DECIMALS) for side, found in found.alignments.items()}
-        return Followed(task.case, "", rows, dates, residuals)
+        return Followed(task.case, "", rows, dates, residuals, tuple(doubts))
     except Exception as error:  # the other patients continue, whatever the error
         return Followed(task.case, current.format_error(error))
 
@@ -134,6 +139,7 @@ def write_followups(path: Path, results: Sequence[Followed]) -> None:
         result.case: {
             "dates": [str(day) for day in result.dates] if result.dates else None,
             "residual_mm": result.residual_mm,
+            **({"doubts": result.doubts} if result.doubts else {}),
             "lesions": result.rows,
         }
         for result in good
@@ -144,9 +150,11 @@ def write_followups(path: Path, results: Sequence[Followed]) -> None:
 
 def write_followup_table(path: Path, results: Sequence[Followed]) -> None:
     """Write a CSV row for each lesion of every patient."""
-    rows = [{"case": result.case, **row} for result in results for row in result.rows]
+    rows = [{"case": r.case, **row, "note": "; ".join(r.doubts)} for r in results for row in r.rows]
     rows += [{"case": r.case, "note": r.error or "no lesion at either date"} for r in results if not r.rows]
-    files.write_table(path, dict.fromkeys(["case", "verdict", *(key for row in rows for key in row), "note"]), rows)
+    files.write_table(
+        path, dict.fromkeys(["case", "verdict", *(key for row in rows for key in row if key != "note"), "note"]), rows
+    )
 
 
 def _with_scan(task: LabelTask) -> LabelTask:

@@ -63,7 +63,8 @@ class Inference:
             scan = read_image(case.image, case.id)
             probabilities, learned = model.predict_proba(scan), learned_from([model], digest, hu_digest(scan))
             blocks.write_block(self.to, probabilities, case.image, digest, learned_from=learned)
-            note = "; ".join(filter(None, [nothing_found(probabilities), describe_learning(learned)]))
+            notes = [nothing_found(probabilities), describe_learning(learned), *probabilities.native.doubts]
+            note = "; ".join(filter(None, notes))
             return Outcome(case.id, note=note, result=result)
 
         with folder_lock(self.to, "probabilities", share.part):

@@ -27,7 +27,7 @@ from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import is_volume_name
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.scan import check_grid, find_scans, place_on, read_scan, scans_of_labels
+from kitseg.volumes.scan import check_grid, find_scans, place_doubts, place_on, read_scan, scans_of_labels
 
 SCHEMA = 1
 DECIMALS = 3
@@ -82,7 +82,8 @@ class Measured:
     """A case's findings, function after surgery and nephrometry, or its ``error``.
 
     labels: the ids of its label map; intervals: with a calibration, those of the kidneys and then of the lesions
-    (``Calibration.of``); origin: how a person corrected it, empty where nobody did.
+    (``Calibration.of``); origin: how a person corrected it, empty where nobody did; doubts: about its place in the
+    patient, on which the sides depend.
     """
 
     case: str
@@ -93,6 +94,7 @@ class Measured:
     nephrometry: Nephrometry | None = None
     intervals: tuple[dict[str, tuple[float, float] | None], ...] = ()
     origin: str = ""
+    doubts: tuple[str, ...] = ()
 
     @property
     def parts(self) -> Iterator[tuple[Kidney | Lesion, Mapping[str, tuple[float, float] | None]]]:
@@ -139,7 +141,8 @@ def measure_case(
         found = nephrometry(labels.array, labels.geometry, findings) if scores else None
         # intervals are of a model's errors, not of a person's
         intervals = calibration.of_all(findings, labels.geometry.spacing[0]) if calibration and not origin else ()
-        return Measured(task.case, findings, "", after, own.line, found, intervals, origin)
+        doubts = place_doubts(labels, scan)
+        return Measured(task.case, findings, "", after, own.line, found, intervals, origin, doubts)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
 
@@ -155,7 +158,8 @@ def write_findings(path: Path, results: Sequence[Measured]) -> None:
 def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
     """Write a CSV row for each kidney and each lesion of every case; ``kind`` is kidney, tumor or cyst.
 
-    A case without any has a row with a note: nothing found, or the error.
+    A case without any has a row with a note: nothing found, or the error. Doubts about a case's place in the patient
+    are a note in each of its rows.
     """
     kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
     rows = [row for result in results for row in _rows(result)]
@@ -192,12 +196,13 @@ def write_mesh(labels: Path, to: Path, part: str, stated: Scheme | None) -> tupl
 
 
 def _rows(result: Measured) -> Iterator[dict[str, Any]]:
+    doubts = "; ".join(result.doubts)
     if result.note:
-        yield {"case": result.case, "note": result.note}
+        yield {"case": result.case, "note": "; ".join(filter(None, [result.note, doubts]))}
     for part, intervals in result.parts:
         ends = {name: known or (None, None) for name, known in intervals.items()}
         low, high = ({f"{name}_{end}": pair[n] for name, pair in ends.items()} for n, end in enumerate(("low", "high")))
-        yield {"case": result.case, "kind": "kidney", **_rounded({**asdict(part), **low, **high})}
+        yield {"case": result.case, "kind": "kidney", **_rounded({**asdict(part), **low, **high}), "note": doubts}
 
 
 def _content(result: Measured) -> dict[str, Any]:
@@ -205,8 +210,8 @@ def _content(result: Measured) -> dict[str, Any]:
     content = asdict(result.findings)
     for part, intervals in zip((*content["kidneys"], *content["lesions"]), result.intervals, strict=False):
         part["intervals"] = intervals
-    origin = {"origin": result.origin} if result.origin else {}
-    return {**origin, **content, **{name: asdict(value) for name, value in more.items() if value}}
+    known = {name: value for name in ("origin", "doubts") if (value := getattr(result, name))}
+    return {**known, **content, **{name: asdict(value) for name, value in more.items() if value}}
 
 
 def _rounded(value: Any) -> Any:

@@ -54,7 +54,7 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
         scan = read_image(path, case)
         labels, learned = clean(probabilities, scan, steps), learned_from([folder], case)
         known = {"scan": path.name, "hu_sha256": hu_digest(scan), "learned_from": learned}
-        return write_case(to, labels, probabilities, {**known, **facts}, made)
+        return write_case(to, labels, probabilities, {**known, **facts}, made, probabilities.native.doubts)
 
     with folder_lock(to, "labels"):
         return each(cases, work, on_done)

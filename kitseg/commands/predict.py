@@ -36,7 +36,7 @@ from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
 from kitseg.volumes.names import UNCERTAINTY, pair
 from kitseg.volumes.nifti import write_labels, write_volume
-from kitseg.volumes.scan import Scans, find_scans, hu_digest, read_scan, scan_digest, scan_doubts, scan_geometry
+from kitseg.volumes.scan import Scans, find_scans, hu_digest, read_scan, scan_digest, scan_geometry
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
@@ -255,4 +255,4 @@ def _is_dicom(ending: str) -> bool:
 def doubts(case: Case, scan: Volume) -> list[str]:
     """What makes a scan's labels doubtful: values unlike HU, an orientation that the file doesn't state."""
     unlike = [] if looks_like_hu(scan.array) else ["its values don't look like Hounsfield units"]
-    return [*scan_doubts(case), *unlike]
+    return [*filter(None, [case.note]), *scan.native.doubts, *unlike]

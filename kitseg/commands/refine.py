@@ -218,13 +218,13 @@ def _digests(target: Path) -> tuple[str, ...]:
 
 def refine(
     task: LabelTask, clicks: Sequence[Click], to: Path, scheme: Scheme | None = None, probabilities: Path | None = None
-) -> tuple[Path, float]:
+) -> tuple[Path, float, tuple[str, ...]]:
     """Correct a label map with clicks and write it with its record; clicks of earlier corrections stay.
 
     probabilities: the folder of `kitseg infer`, whose probability of background limits how far a click reaches.
 
     Returns:
-        The corrected label map, and how many ml the clicks changed.
+        The corrected label map, how many ml the clicks changed, and doubts about the scan's place in the patient.
 
     Raises:
         UsageError: no scan or another one than the labels', a click outside it or of a class that the labels don't
@@ -239,7 +239,7 @@ def refine(
         opened = replace(opened, background=background_of(block))
     found = opened.apply(clicks)
     changed = int((found != opened.labels).sum()) * opened.scan.geometry.voxel_ml
-    return opened.save(found, clicks).target, changed
+    return opened.save(found, clicks).target, changed, opened.scan.native.doubts
 
 
 def background_of(block: Probabilities) -> NDArray[np.float16]:

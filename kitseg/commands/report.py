@@ -33,7 +33,7 @@ from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import pair
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
+from kitseg.volumes.scan import check_grid, place_doubts, scan_digest, scans_of_labels
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ def _make_page(task: PageTask) -> CaseRow:
     findings = measure(scene.labels, scene.geometry, scene.hu)
     digest, scan_hash = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
     record, notes = _record(task, digest, scan_hash)
+    notes += [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in place_doubts(labels, scan) if doubt not in record.note]
     quality = record.quality if record.is_of(digest) else None
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)

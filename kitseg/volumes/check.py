@@ -14,7 +14,6 @@ from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.labels import KITS19, TUMOR, Scheme
 from kitseg.types import Case, Geometry, Triple, Volume
 from kitseg.volumes import nifti
-from kitseg.volumes.header import place_doubts
 
 LOWEST_HU, HIGHEST_HU = -4096, 32767
 AIR_HU, SOFT_TISSUE_HU = -200, 30  # above a CT's 1st percentile, below its 99th
@@ -114,7 +113,7 @@ def _check(case: Case, scheme: Scheme) -> CaseReport:
     if image is None:
         return CaseReport(case.id, problems)
     low, high = float(image.array.min()), float(image.array.max())
-    problems += [f"{case.image.name}: {doubt}" for doubt in place_doubts(case.image)]
+    problems += [f"{case.image.name}: {doubt}" for doubt in image.native.doubts]
     problems += _lattice_problems(image.geometry) + _hu_problems(image.array, low, high)
     kidney_ml, tumor_ml = None, None
     if case.label is not None:

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from kitseg.errors import InputError
 from kitseg.runtime.files import check_regular, read_errors
-from kitseg.types import Geometry, triple
+from kitseg.types import Geometry, Triple, triple
 from kitseg.volumes._nibabel import nibabel
-from kitseg.volumes.names import is_itk_name
 
 MAX_VOXELS = 2**30  # three times the largest CT of the challenge
 MIN_SPACING, MAX_SPACING = 0.05, 20.0  # mm
@@ -38,6 +37,7 @@ SAME_SPACING = 0.01  # relative tolerance between two spacings that a header sta
 _PLACE = ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
           "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units")  # fmt: skip
 _GZIP = b"\x1f\x8b"
+NO_ORIENTATION = "the header has no orientation, so that right and left are unknown"
 _igzip: Any = igzip  # untyped, as is nibabel
 _isal: Any = isal_zlib
 _nib: Any = nibabel
@@ -125,26 +125,21 @@ def geometry_of(path: Path, header: Any) -> Geometry:
     check_affine(path, affine)
     _check_agreement(path, header)
     stated = {name: np.nan_to_num(header[name]).tolist() for name in _PLACE}
-    return Geometry(triple(shape), affine, stated)
+    return Geometry(triple(shape), affine, stated, _doubts(header, triple(shape)))
 
 
-def place_doubts(path: Path) -> list[str]:
-    """What a header leaves open, or states twice in different ways, about the scan's place in the patient."""
-    if is_itk_name(path):
-        from kitseg.volumes.itk import itk_doubts
-
-        return itk_doubts(path)
-    header = read_header(path)
+def _doubts(header: Any, shape: Triple) -> tuple[str, ...]:
     qform, sform = _coded(header, "q"), _coded(header, "s")
     if qform is None or sform is None:
-        return [] if qform is not sform else ["the header has no orientation (no qform and no sform)"]
-    far = [*header.get_data_shape(), 1, 1, 1][:3]
-    corners = np.array([[*np.multiply(corner, far), 1] for corner in np.ndindex(2, 2, 2)])
+        return () if qform is not sform else (f"{NO_ORIENTATION} (no qform and no sform)",)
+    corners = np.array([[*np.multiply(corner, shape), 1] for corner in np.ndindex(2, 2, 2)])
     apart = np.linalg.norm(corners @ _in_mm(header, qform - sform)[:3].T, axis=1).max()
     if not apart > MAX_APART:
-        return []
+        return ()
     one, other = ("".join(map(str, _nib.orientations.aff2axcodes(affine))) for affine in (qform, sform))
-    return [f"its qform ({one}) and its sform ({other}, which is used) place it up to {apart:.0f} mm apart"]
+    doubt = f"its qform ({one}) and its sform ({other}, which is used) place it up to {apart:.0f} mm apart"
+    swapped = any({a, b} == {"L", "R"} for a, b in zip(one, other, strict=True))
+    return (f"{doubt}: right and left may be exchanged" if swapped else doubt,)
 
 
 def _coded(header: Any, form: str) -> NDArray[np.float64] | None:

@@ -19,7 +19,7 @@ from kitseg.errors import InputError
 from kitseg.labels import Scheme
 from kitseg.runtime.files import atomic_write, check_regular, read_errors
 from kitseg.types import Geometry, triple
-from kitseg.volumes.header import COPY_AGAIN, DEFLATE_RATIO, MAX_VOXELS, check_affine
+from kitseg.volumes.header import COPY_AGAIN, DEFLATE_RATIO, MAX_VOXELS, NO_ORIENTATION, check_affine
 
 _HEADER = 1 << 20  # bytes in which a header must end
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from ITK's LPS+
@@ -57,12 +57,6 @@ def read_itk(path: Path) -> tuple[Geometry, NDArray[Any]]:
     if array.shape != geometry.shape or array.dtype.kind not in "iuf":
         raise InputError(path, f"the voxels are {array.dtype} of the shape {array.shape}", _CONVERT)
     return geometry, array
-
-
-def itk_doubts(path: Path) -> list[str]:
-    """What a header leaves open about the scan's place in the patient."""
-    name, text = _text(path)
-    return [] if re.search(_PLACE[name], text) else ["the header has no orientation"]
 
 
 def affine_of(image: Any) -> NDArray[np.float64]:
@@ -151,7 +145,8 @@ def _open(path: Path) -> tuple[Any, Geometry]:
         raise InputError(path, f"the header claims the shape {shape}, more than the file can hold", COPY_AGAIN)
     affine = affine_of(reader)
     check_affine(path, affine)
-    return reader, Geometry(triple(shape), affine)
+    doubts = () if re.search(_PLACE[name], text) else (NO_ORIENTATION,)
+    return reader, Geometry(triple(shape), affine, doubts=doubts)
 
 
 def _text(path: Path) -> tuple[str, bytes]:

@@ -16,7 +16,6 @@ from kitseg.errors import InputError, UsageError
 from kitseg.labels import Scheme
 from kitseg.runtime.files import file_digest
 from kitseg.types import Box, Case, Geometry, Volume, triple
-from kitseg.volumes.header import place_doubts
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
 from kitseg.volumes.names import pair
 from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, read_labels
@@ -164,10 +163,9 @@ def scan_date(case: Case) -> date | None:
     return None
 
 
-def scan_doubts(case: Case) -> list[str]:
-    """What is doubtful about a scan's place in the patient, and about how its volume was built."""
-    notes = [case.note] if case.note else []
-    return notes if case.slices else [*notes, *place_doubts(case.image)]
+def place_doubts(*volumes: Volume | None) -> tuple[str, ...]:
+    """What the files of these volumes leave open about the place in the patient, each doubt once."""
+    return tuple(dict.fromkeys(doubt for volume in volumes if volume for doubt in volume.native.doubts))
 
 
 def _holds_dicom(folder: Path) -> bool:
