@@ -27,6 +27,7 @@ from kitseg.labels import Scheme, built_in_names, find_scheme, scheme_of
 from kitseg.method import OPTIONAL, Method, Source, StageSpec, method_of
 from kitseg.method_files import BUILT_IN, MethodFile, find_method, method_files
 from kitseg.parts import check_arguments
+from kitseg.plain_files import read_yaml
 
 __all__ = [
     "Config", "Method", "Source", "StageSpec", "build", "compose", "differences", "method_of", "read", "sizes",
@@ -133,7 +134,7 @@ def read(path: Path) -> Config:
         InputError: missing, damaged, with values that aren't plain, or with parts that kitseg must not build.
     """
     try:
-        config = trust.read(path)
+        config = read_yaml(path)
     except (OSError, ValueError) as error:
         raise InputError(path, f"can't be read ({error})", "Train again, or restore the file.") from error
     if not isinstance(config, dict):
@@ -172,12 +173,13 @@ def _sizes(described: Config) -> Config:
 def _described(file: MethodFile) -> Config:
     """A method's files composed without a size, interpolations as they stand."""
     try:
+        read_yaml(file.path, aliases=True)
         content = OmegaConf.load(file.path)
         if not OmegaConf.is_dict(content):
             raise ValueError("it must be a mapping")
         ConfigStore.instance().store(CHOSEN, content, "method", "_global_")
         described: Any = OmegaConf.to_container(_hydra(file, []), resolve=False)
-    except (OSError, yaml.YAMLError, HydraException, OmegaConfBaseException, ValueError) as error:
+    except (OSError, yaml.YAMLError, HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise _unusable(file, error) from error
     stages = described.get("stages")
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):

@@ -6,7 +6,6 @@ where label maps are read and written, and nowhere else. Schemes that ship with 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -19,6 +18,7 @@ from msgspec import Meta, ValidationError, convert
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError, UsageError
+from kitseg.plain_files import read_json, read_yaml
 
 BACKGROUND, KIDNEY, TUMOR, CYST = 0, 1, 2, 3
 UNKNOWN = 255  # a value that the scheme of a label map doesn't have
@@ -106,6 +106,13 @@ class Scheme:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@dataclass(frozen=True)
+class _Dataset:
+    """nnU-Net's ``dataset.json``."""
+
+    labels: dict[str, int | list[int]] = field(default_factory=dict)
+
+
 def scheme_of(plain: Any) -> Scheme:
     """The scheme of plain values: the name of one that ships with kitseg, or the content of a scheme's file.
 
@@ -162,10 +169,9 @@ def find_scheme(text: str | Scheme) -> Scheme:
         except ValueError as error:
             raise UsageError(f"--labels {text}: {error}") from error
     try:
-        content = path.read_text("utf-8")
-        plain = _from_nnunet(json.loads(content)) if path.suffix == ".json" else yaml.safe_load(content)
+        plain = _from_nnunet(read_json(path, _Dataset).labels) if path.suffix == ".json" else read_yaml(path)
         return scheme_of({"name": path.stem, **plain} if isinstance(plain, dict) else plain)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         problem = f"can't be used as a label scheme ({' '.join(str(error).split())})"
         raise InputError(path, problem, "See docs/how-to/labels.md.") from error
 
@@ -175,12 +181,11 @@ def to_kits19(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.where(labels == CYST, np.uint8(KIDNEY), labels)
 
 
-def _from_nnunet(content: Any) -> dict[str, Any]:
+def _from_nnunet(stated: Mapping[str, int | list[int]]) -> dict[str, Any]:
     """The scheme of nnU-Net's ``dataset.json``; of nested regions, such as kidney [1, 2, 3], the smallest counts."""
-    stated = content["labels"] if isinstance(content, dict) and isinstance(content.get("labels"), dict) else {}
     found: dict[int, tuple[str, str]] = {}
     plain: dict[str, Any] = {}
-    for name, value in sorted(stated.items(), key=lambda item: -len(np.atleast_1d(item[1]))):
+    for name, value in sorted(stated.items(), key=lambda item: -np.size(item[1])):
         role = _SYNONYMS.get(name.lower(), name.lower())
         shown = role if isinstance(value, list) else name
         found |= dict.fromkeys(value if isinstance(value, list) else [value], (role, shown))

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from kitseg.errors import InputError, UsageError
+from kitseg.plain_files import DEEPEST, MOST, TOO_MANY
 
 PARTS = re.compile(
     r"kitseg\.((nets|losses|links|stages|postprocess|augmentation)\.[a-z]\w*|patches\.(samplers|elastic)|inference\.windows)\.[A-Z]\w*"
@@ -35,52 +36,11 @@ PARTS = re.compile(
 )
 APPROVED = "KITSEG_APPROVED"  # hashes and targets of parts, or EVERYTHING; child processes inherit it
 EVERYTHING = "*"
-LARGEST, MOST, DEEPEST = 50_000, 2_000, 30  # bytes, values and levels of a configuration; kitseg's have 5,000, 500, 6
-TOO_MANY, LONGEST = f"holds too many values, or more than {DEEPEST} levels of them", 4_000  # characters of a value
 _folders: list[str] = []  # of the user's own Python code
 
 
-def read(path: Path, scale: int = 1) -> Any:
-    """The plain values of a YAML file from anybody, which is refused before it takes long to read.
-
-    scale: how many times as large as a configuration it may be.
-
-    Raises:
-        OSError: it can't be read. ValueError: not YAML, larger than any configuration, or with tags or aliases, by
-            which a small text can become objects or a huge value.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a file")
-    with path.open("rb") as file:
-        data = file.read(scale * LARGEST + 1)
-    if len(data) > scale * LARGEST:
-        raise ValueError(f"it has more than {scale * LARGEST} bytes")
-    try:
-        loader = _Bounded(data.decode())
-        loader.left = scale * MOST
-        return loader.get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-class _Bounded(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    left = depth = 0  # values that it may still hold, levels above the current one
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("it holds an alias")
-        self.left, self.depth = self.left - 1, self.depth + 1
-        if self.left < 0 or self.depth > DEEPEST:
-            raise ValueError(f"it {TOO_MANY}")
-        node = super().compose_node(parent, index)
-        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST:
-            raise ValueError(f"it holds a value of {len(node.value)} characters")
-        self.depth -= 1
-        return node
-
-
 def dump(content: Any, flow: bool | None = False) -> str:
-    """Plain values as YAML that ``read`` reads: a value that occurs twice is written twice.
+    """Plain values as YAML that ``plain_files.read_yaml`` reads: a value that occurs twice is written twice.
 
     flow: None for innermost lists and mappings on one line.
     """

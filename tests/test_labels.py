@@ -80,7 +80,9 @@ def test_what_is_no_scheme(text: str, words: str) -> None:
     [
         ({"labels": {"background": 0, "kidney": 1, "kidneys": 2, "tumor": 3}}, "kidney has the ids 1 and 2"),
         ({"labels": {"background": 0, "liver": 1}}, "'liver' is not among"),
-        ([1], "it lacks kidney and tumor"),
+        ({}, "it lacks kidney and tumor"),
+        ([1], "Expected `object`"),
+        ({"labels": {"kidney": "1"}}, "Expected"),
         ("{", "can't be used as a label scheme"),
         (None, "can't be used as a label scheme"),
     ],

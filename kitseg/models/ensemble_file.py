@@ -17,11 +17,12 @@ from msgspec import ValidationError, convert
 from kitseg import ensemble, trust
 from kitseg.errors import InputError, UsageError
 from kitseg.parts import check_steps
+from kitseg.plain_files import read_yaml
 from kitseg.runtime.files import write_text
 from kitseg.runtime.provenance import decode
 
 SCHEMA = 1
-MOST, SCALE = 16, 10  # members; see ``trust.read``, for all that was tried before it was chosen
+MOST, SCALE = 16, 10  # members; see ``read_yaml``, for all that was tried before it was chosen
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
         InputError: unreadable, of another schema, or not what ``write_ensemble`` writes.
     """
     try:
-        content = convert(trust.read(path, SCALE), _EnsembleFile, dec_hook=decode)
+        content = convert(read_yaml(path, SCALE), _EnsembleFile, dec_hook=decode)
         if content.schema != SCHEMA:
             raise ValueError(f"schema {content.schema}, this version reads {SCHEMA}")
         trust.check_file(path, content.postprocess)

@@ -5,7 +5,6 @@ A model folder holds ``dataset.json``, ``plans.json`` and ``fold_K/checkpoint_fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from kitseg.config import StageSpec
 from kitseg.errors import InputError, UsageError
 from kitseg.models.weights import read_weights
 from kitseg.nets.residual_unet import from_nnunet
+from kitseg.plain_files import read_json
 from kitseg.runtime.files import read_errors
 
 PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
@@ -123,7 +123,7 @@ def find_nnunet(model: str) -> NnunetModel | None:
     folder = next((one for one in (path, path.parent) if (one / PLANS).is_file() and (one / DATASET).is_file()), None)
     if folder is None:
         return None
-    plans, labels = _json(folder / PLANS), _json(folder / DATASET)["labels"]
+    plans, dataset = _json(folder / PLANS), _json(folder / DATASET)
     try:
         configuration = _configuration(plans, folder.absolute().name.split("__")[-1])
         network = _network(configuration)
@@ -140,6 +140,7 @@ def find_nnunet(model: str) -> NnunetModel | None:
         spacing, patch = ([float(mm) for mm in configuration["spacing"]], [*map(int, configuration["patch_size"])])
         if turned:
             patch = [patch[0], patch[2], patch[1]]
+        labels = dataset["labels"]
         classes = sorted(labels, key=labels.get) if all(isinstance(n, int) for n in labels.values()) else []
         return NnunetModel(folder, network, spacing, patch, int(configuration["batch_size"]), hu, classes, turned)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -198,6 +199,6 @@ def _plain(value: Any) -> Any:
 def _json(path: Path) -> Any:
     try:
         with read_errors(path):
-            return json.loads(path.read_bytes())
+            return read_json(path, dict[str, Any])
     except ValueError as error:
-        raise InputError(path, f"is not JSON ({error})", _REMEDY) from error
+        raise InputError(path, f"can't be read ({error})", _REMEDY) from error

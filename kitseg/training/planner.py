@@ -24,6 +24,7 @@ from kitseg import config, trust
 from kitseg.config import Config
 from kitseg.errors import InputError, UsageError
 from kitseg.nets.residual_unet import ResidualUNet
+from kitseg.plain_files import read_yaml
 from kitseg.runtime.files import write_text
 from kitseg.stages.model import StageModel
 from kitseg.training.cost import MIXED, memory_of, peak_bytes, stage_cost
@@ -234,7 +235,7 @@ def read_plan(path: Path, method: str, sizes: Mapping[str, Any]) -> Config:
     """
     remedy = "Fix the plan, or make it again with `kitseg plan`."
     try:
-        plan = trust.read(path)
+        plan = read_yaml(path)
     except (OSError, ValueError) as error:
         raise InputError(path, f"can't be read ({error})", remedy) from error
     trust.check_file(path, plan)
