@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kitseg.errors import KitsegError
-from kitseg.runtime.files import HOST, atomic_write, write_text
+from kitseg.runtime.files import HOST, atomic_write, short_name, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -192,3 +193,14 @@ def test_what_befell_a_write(tmp_path: Path, error: Exception, words: str) -> No
         fail_halfway(tmp_path / "a.txt", error)
     one_line(caught, str(tmp_path / "a.txt"), words)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".seg.nrrd", ".mha", ".png", ".sr.dcm", ".npy", ".json", ""])
+def test_a_long_name_keeps_its_suffixes(suffix: str, tmp_path: Path) -> None:
+    name = "L" * (255 - len(suffix)) + suffix
+    with atomic_write(tmp_path / name) as partial:
+        assert partial.name.endswith(f".{'L' * 23}.{hashlib.sha256(name.encode()).hexdigest()[:16]}{suffix}")
+        partial.touch()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    other = f"2024.05.06 {'L' * 240}"
+    assert short_name(other)[-16:] == hashlib.sha256(other.encode()).hexdigest()[:16]

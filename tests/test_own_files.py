@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +79,16 @@ def test_other_patients_of_the_same_number_are_no_pair(tmp_path: Path) -> None:
 def test_a_folder_scored_against_itself_is_named(tmp_path: Path) -> None:
     files(tmp_path / "ref", "a", "b", array=labels())
     (tmp_path / "pred").symlink_to("ref")
-    sentence = "2 of 2 predictions are the reference file itself (a, b)"
+    sentence = "2 of 2 predictions are the reference file itself or a copy of it (a, b)"
     assert sentence in evaluate(tmp_path)[1]
     assert sentence in json.loads((tmp_path / "scores.json").read_text())["notes"][0]
+
+
+def test_copies_of_the_references_are_named(tmp_path: Path) -> None:
+    files(tmp_path / "ref", "a", "b", array=labels())
+    files(tmp_path / "pred", "a", array=labels())
+    files(tmp_path / "pred", "b", array=np.roll(labels(), 1, 0))
+    assert "1 of 2 predictions are the reference file itself or a copy of it (a)" in evaluate(tmp_path)[1]
 
 
 @pytest.mark.parametrize("command", [("evaluate", "ct", "ref"), ("evaluate", "ref", "ct"), ("measure", "ct"),
@@ -189,6 +198,33 @@ def test_a_part_of_the_work_and_what_is_ignored_are_announced(tmp_path: Path, mo
         assert "ignored: 2 NIfTI files in scans/old" in done.text
         assert f"part {int(rank) + 1}/2 of the cases only (RANK={rank} and WORLD_SIZE=2 in the environment" in done.text
         assert json.loads((tmp_path / "predictions" / f"{name}.json").read_text())["part"] == f"{int(rank) + 1}/2"
+
+
+def test_commands_without_shards_ignore_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files(tmp_path / "ref", "a", "b", array=labels())
+    files(tmp_path / "pred", "a", "b", array=np.roll(labels(), 1, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    done = kitseg(tmp_path, "followup", "ref", "pred", "--json=f.json", "--jobs=1")
+    assert done.code == 0, done.text
+    assert list(json.loads((tmp_path / "f.json").read_text())["followup"]) == ["a", "b"]
+    options = ("--json=s.json", "--intervals=i.json", "--jobs=1")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        done = kitseg(tmp_path, "evaluate", "pred", "ref", *options)
+        assert done.code == 0, done.text
+    assert list(json.loads((tmp_path / "s.json").read_text())["cases"]) == ["a", "b"]
+    assert (tmp_path / "i.json").exists()
+
+
+def test_results_are_written_where_nothing_can_be_printed(tmp_path: Path) -> None:
+    files(tmp_path / "ref", "a", "b", array=labels())
+    command = [sys.executable, "-m", "kitseg", "measure", "ref", "--csv=f.csv", "--jobs=1"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "standard output" in done.stderr) == (1, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "f.csv").read_text().count("kidney") == 2
 
 
 @pytest.mark.parametrize(

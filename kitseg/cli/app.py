@@ -19,7 +19,7 @@ from rich.markup import escape
 from kitseg import __version__
 from kitseg.errors import KitsegError, UsageError, fault, format_error
 from kitseg.runtime import console, launcher
-from kitseg.runtime.sharding import Share
+from kitseg.runtime.sharding import WHOLE, Share
 from kitseg.runtime.signals import interruptible
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ def main() -> None:
     try:
         with interruptible():
             app()
+    except SystemExit:
+        if console.out.lost:
+            _fail(KitsegError(format_error("standard output", console.out.lost)), 1)
+        raise
     except UsageError as error:
         _fail(error, 2)
     except KitsegError as error:
@@ -175,16 +179,18 @@ def gather(
     tasks: Sequence[Task],
     work: partial[R] | ResultCache[R],
     jobs: int,
-    cluster: str | None,
-    shard: str | None,
+    cluster: str | None = None,
+    share: Share = WHOLE,
 ) -> list[R]:
-    """The results of all tasks, with a bar and a line for each error; exits if another part has the output."""
+    """The results of all tasks, with a bar and a line for each error; exits if another part has the output.
+
+    share: the part to work on, of a command that offers --shard.
+    """
     from joblib import delayed
 
     from kitseg.runtime.dask import on_cluster
     from kitseg.runtime.outcomes import in_parallel
 
-    share = take_share(shard)
     cache = None if isinstance(work, partial) else work
     if share.of > 1 and cache is None:
         raise UsageError("the parts of the work meet in a file: name it with --json or --csv")

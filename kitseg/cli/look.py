@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import COLOURS, app, exit_if, gather, show_doubts
+from kitseg.cli.app import COLOURS, app, exit_if, gather, show_doubts, take_share
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
@@ -74,7 +74,7 @@ def measure(
         partial(steps.measure_case, scheme=scheme, scores=nephrometry, calibration=read_intervals(intervals)),
     )
     cache = ResultCache.beside(output, steps.Measured, work) if output else None
-    results = gather("measure", tasks, cache or work, jobs, cluster, shard)
+    results = gather("measure", tasks, cache or work, jobs, cluster, take_share(shard))
     if report:
         steps.write_findings(report, results)
     if table:
@@ -126,7 +126,7 @@ def followup(
     refuse_overwrite(table, "followup table")
     days = (dates[0].date(), dates[1].date()) if dates else None
     tasks, alone = steps.plan_followups(before, after, ct, days, output)
-    results: list[steps.Followed] = gather("followup", tasks, partial(steps.follow, scheme=scheme), jobs, None, None)
+    results: list[steps.Followed] = gather("followup", tasks, partial(steps.follow, scheme=scheme), jobs)
     if report:
         steps.write_followups(report, results)
     if table:
@@ -252,7 +252,7 @@ def report(
     tasks = [replace(task, intervals=calibration, patient=patients.get(task.case)) for task in tasks]
     cache = ResultCache(output.absolute() / ".cases", CaseRow, partial(pages.make_page))
     with folder_lock(output, "pages", Share.asked(shard).part):
-        rows = gather("report", tasks, cache, jobs, cluster, shard)
+        rows = gather("report", tasks, cache, jobs, cluster, take_share(shard))
         pages.write_index(output, rows, known, tasks[0].scheme)
         cache.clear()
     for row in rows:

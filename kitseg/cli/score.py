@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import app, cross_validate, exit_if, gather
+from kitseg.cli.app import app, cross_validate, exit_if, gather, take_share
 from kitseg.cli.score_tables import show_comparison, show_confidence, show_fit, show_intervals, show_scores
 from kitseg.errors import UsageError
 from kitseg.runtime import console
@@ -98,7 +98,7 @@ def evaluate(
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
-    scores = gather("evaluate", found, cache or work, jobs, cluster, shard)
+    scores = gather("evaluate", found, cache or work, jobs, cluster, take_share(shard))
     content = score_content(scores, rules, {}, unscored)
     show_scores(scores, content, rules)
     if report:
@@ -108,7 +108,7 @@ def evaluate(
     if cache:
         cache.clear()
     if intervals:
-        errors = gather("intervals", found, partial(case_errors, rules=rules), jobs, None, None)
+        errors = gather("intervals", found, partial(case_errors, rules=rules), jobs)
         show_intervals(write_intervals(intervals, errors), intervals)
     if confidence:
         patients = read_patients(references / PATIENTS)

@@ -12,6 +12,7 @@ import numpy as np
 from kitseg.commands.case_record import recorded_learning, scheme_beside
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
+from kitseg.runtime.files import file_digest
 from kitseg.runtime.resume import Task
 from kitseg.scoring.case import CaseScore, Metrics, dice_scores, score
 from kitseg.scoring.detection import Detection
@@ -48,7 +49,8 @@ class Score:
 
     strata: the groups that its reference belongs to, by kind; detection, cyst_detection: of each tumor and cyst; cysts:
     whether the prediction and the reference hold cysts; strange: whether the prediction holds values that are no
-    labels; itself: whether prediction and reference are one file; learned_from: the models of the prediction that
+    labels; itself: whether prediction and reference are one file, or hold the same
+    bytes; learned_from: the models of the prediction that
     learned from the scan, by its record; doubts: about the reference's place in the patient.
     """
 
@@ -158,7 +160,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             (bool((found == CYST).any()), bool((truth.array == CYST).any())),
             scored.cysts,
             bool((found == UNKNOWN).any()),
-            job.prediction is not None and os.path.realpath(job.prediction) == os.path.realpath(job.reference),
+            job.prediction is not None and not problem and _same_bytes(job.prediction, job.reference),
             recorded_learning(job.prediction) if job.prediction else (),
             truth.native.doubts,
         )
@@ -190,7 +192,9 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Unscored) -> list[str
     found, true = (sum(score.cysts[side] for score in scored) for side in (0, 1))
     lines, strange = [], sum(score.strange for score in scored)
     if same := [score.case for score in scored if score.itself]:
-        what = f"{len(same)} of {len(scores)} predictions are the reference file itself ({shorten(same)})"
+        what = (
+            f"{len(same)} of {len(scores)} predictions are the reference file itself or a copy of it ({shorten(same)})"
+        )
         lines.append(f"{what}: these scores measure nothing; give the folder of the predictions")
     if learned := [score.case for score in scored if score.learned_from]:
         what = f"the networks learned from the scans of {len(learned)} of {len(scores)} cases ({shorten(learned)})"
@@ -228,6 +232,13 @@ def required_cases(numbers: str | None, split: Path | None, fold: int | None, pr
     if numbers:
         return [case_name(number) for number in parse_cases(numbers, SOURCES.get(protocol, KITS23))]
     return held_out(split, fold)
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    """Whether two label maps are one file, or hold the same bytes."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    return os.path.getsize(one) == os.path.getsize(other) and file_digest(one) == file_digest(other)
 
 
 def _strata(truth: Volume) -> dict[str, str]:

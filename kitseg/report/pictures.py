@@ -176,4 +176,4 @@ def save_picture(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     with atomic_write(path) as partial:
         FigureCanvasAgg(figure)  # becomes the figure's canvas, without pyplot's global state
-        figure.savefig(partial, metadata={"Software": f"{MARK} {__version__}"})
+        figure.savefig(partial, format="png", metadata={"Software": f"{MARK} {__version__}"})

@@ -27,7 +27,19 @@ _PLAIN = {"✓": "ok", "✗": "error:", "→": "->", "–": "-", "−": "-", "×
 
 
 class SafeConsole(Console):
-    """A console on which no file's name moves the cursor or changes colours, and whose reader may go away."""
+    """A console on which no file's name moves the cursor or changes colours, and whose reader may go away.
+
+    lost: why text could not be written; the work continues without it.
+    """
+
+    lost: OSError | None = None
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:  # such as a full disk
+            self.lost = error
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Print nothing more after the reader (such as ``head -1``) has ended; the work continues."""

@@ -28,6 +28,7 @@ _NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a file's name that is not UTF-8
 LONGEST = 255 - 64  # bytes
+_SUFFIXES = re.compile(r"(\.[A-Za-z]\w{0,9}){1,2}\Z", re.ASCII)
 
 
 @contextmanager
@@ -62,10 +63,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def short_name(name: str) -> str:
-    """A name that is still legal with 64 bytes more: a hash of a long one replaces its middle; .gz at its end stays."""
+    """A name that is still legal with 64 bytes more: a hash of a long one replaces its middle, but no suffix."""
     content = name.encode("utf-8", "surrogateescape")
     digest = hashlib.sha256(content).hexdigest()[:16]
-    return name if len(content) <= LONGEST else f"{name[: LONGEST // 8]}.{digest}{name[-3:]}"
+    found = _SUFFIXES.search(name)
+    return name if len(content) <= LONGEST else f"{name[: LONGEST // 8]}.{digest}{found[0] if found else ''}"
 
 
 @contextmanager

@@ -58,3 +58,6 @@ class Share:
         """
         order = list(items) if size is None or self.of == 1 else sorted(items, key=lambda item: -size(item))
         return order[self.index :: self.of]
+
+
+WHOLE = Share()
