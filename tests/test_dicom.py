@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from kitseg.types import Case, Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.dicom.series import AIR, Series, find_series, holds_dicom, open_series, read_series
 from kitseg.volumes.scan import find_scans, read_scan
+from kitseg.volumes.zipped import unopened
 
 CORONAL = AXIAL[:, [1, 0, 2, 3]] @ np.diag([-1.0, -1, 1, 1])
 SAGITTAL = AXIAL[:, [2, 0, 1, 3]] @ np.diag([1.0, -1, 1, 1])
@@ -289,6 +291,8 @@ def test_positions_may_be_rounded(tmp_path: Path) -> None:
         {"ConvolutionKernel": ("Br38f", "Br64f")},
         {"SeriesDescription": ("3.0 B30f", "3.0 B60f")},
         {"KVP": ("80", "140")},
+        {"ContrastBolusStartTime": ("120000", "120030")},
+        {"ProtocolName": ("late", "early")},
         {"each_AcquisitionTime": ([f"1200{k:02}.5" for k in range(12)], [f"1201{k:02}" for k in range(12)])},
         {"each_AcquisitionDateTime": ([f"2020010112000{k % 10}" for k in range(12)], ["20200102120000"] * 12)},
     ],
@@ -498,3 +502,24 @@ def test_a_folder_name_that_is_not_utf8(tmp_path: Path) -> None:
     for path in write_series(tmp_path / "M\udcfcller", hu()):
         edit(path, SeriesInstanceUID="", StudyInstanceUID="")
     assert read_series(only(tmp_path)).array.shape == (12, 8, 10)
+
+
+def test_slices_of_any_name_are_read(tmp_path: Path) -> None:
+    paths = write_series(tmp_path, hu())
+    for path, name in zip(paths[3:], ("IM0003.nii", ".IM0004", "scan.nii.gz"), strict=False):
+        path.rename(tmp_path / name)
+    (tmp_path / "._IM0004.dcm").write_bytes(b"a note of macOS")
+    (case,) = find_scans([tmp_path]).cases
+    assert (len(case.slices), case.note) == (12, "")
+    assert np.array_equal(read_scan(case).array[::-1], hu())
+
+
+def test_packed_files_are_named(tmp_path: Path) -> None:
+    paths = write_series(tmp_path / "study", hu())
+    (tmp_path / "study" / "more.zip").write_bytes(b"PK")
+    (tmp_path / "study" / "IM1.gz").write_bytes(gzip.compress(paths[0].read_bytes()))
+    assert unopened([tmp_path]) == [f"ignored: 2 packed files in {tmp_path / 'study'} (IM1.gz, more.zip)"]
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "IM1.gz").write_bytes(gzip.compress(paths[0].read_bytes()))
+    with pytest.raises(InputError, match=r"no scans, but the archive IM1\.gz"):
+        find_scans([tmp_path / "packed"])

@@ -107,8 +107,9 @@ def take_share(shard: str | None) -> Share:
 def show_left_out(data: Sequence[Path], cases: Sequence[Case], masks: Path | None = None, labels: bool = True) -> None:
     """Print what the folders of these cases hold that is not used; see ``kits.left_out``."""
     from kitseg.volumes.kits import left_out
+    from kitseg.volumes.zipped import unopened
 
-    for line in left_out(data, cases, masks, labels):
+    for line in [*left_out(data, cases, masks, labels), *unopened(data)]:
         console.print_line(f"[yellow]{escape(line)}[/]")
 
 

@@ -28,6 +28,7 @@ _NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte of a file's name that is not UTF-8
 LONGEST = 255 - 64  # bytes
+PARTIAL = ".partial."  # how the name of a file that is being written begins
 _SUFFIXES = re.compile(r"(\.[A-Za-z]\w{0,9}){1,2}\Z", re.ASCII)
 
 
@@ -42,10 +43,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         KitsegError: the folder can't be written to, or the disk is full.
     """
     name = short_name(path.name)
-    partial, replaced = (path.with_name(f".partial.{HOST}.{os.getpid()}.{kind}{name}") for kind in ("", "old."))
+    partial, replaced = (path.with_name(f"{PARTIAL}{HOST}.{os.getpid()}.{kind}{name}") for kind in ("", "old."))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for found in path.parent.glob(f".partial.*.{glob.escape(name)}"):
+        for found in path.parent.glob(f"{PARTIAL}*.{glob.escape(name)}"):
             if found in (partial, replaced) or _is_stray(found):
                 _remove(found)
         yield partial

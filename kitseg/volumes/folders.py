@@ -12,6 +12,7 @@ from pathlib import Path
 from kitseg.errors import InputError
 from kitseg.runtime.overwrite import is_own
 from kitseg.runtime.provenance import FileFormat
+from kitseg.volumes.header import starts_as_dicom
 from kitseg.volumes.names import clean_name, is_itk_name, is_volume_name, shorten
 
 IMAGES, LABELS = "imagesTr", "labelsTr"  # nnU-Net's
@@ -40,7 +41,8 @@ def volumes(folder: Path) -> list[Path]:
     Raises:
         InputError: the folder can't be read.
     """
-    found, first = sorted(f for f in visible(folder) if is_volume_name(f)), dict[str, Path]()
+    found = sorted(f for f in visible(folder) if is_volume_name(f) and not starts_as_dicom(f))
+    first: dict[str, Path] = {}
     for file in sorted(found, key=is_itk_name):
         first.setdefault(stem(file), file)
     return [file for file in found if file == first[stem(file)] or not _is_own(file)]

@@ -188,6 +188,13 @@ def file_geometry(path: Path, header: Any) -> Geometry:
     return native
 
 
+def starts_as_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its first bytes, whatever its name."""
+    with suppress(OSError):
+        return path.is_file() and _start(path)[128:] == b"DICM"
+    return False
+
+
 def _start(path: Path) -> bytes:
     """The first bytes of a file, as it is stored."""
     with path.open("rb") as stream:

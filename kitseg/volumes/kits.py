@@ -19,7 +19,7 @@ from kitseg.volumes.tables import PATIENTS, read_patients
 
 IMAGE, LABEL = "imaging.nii.gz", "segmentation.nii.gz"
 MAJORITY = "aggregated_MAJ_seg.nii.gz"  # KiTS21's label map
-_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 _EXPECTED = f"Give a folder of case_00000/{IMAGE}, or of .nii.gz files"
 
 

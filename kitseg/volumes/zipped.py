@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from kitseg.errors import InputError
 from kitseg.runtime.files import read_errors
+from kitseg.volumes.names import SUFFIXES, shorten
 
 MOST_FILES = 200_000
 MOST_RATIO = 50  # unpacked to packed bytes; scans have 2 to 10
@@ -38,6 +39,15 @@ def unpacked(paths: Sequence[Path]) -> Iterator[list[Path]]:
             else path
             for path in paths
         ]
+
+
+def unopened(folders: Sequence[Path]) -> list[str]:
+    """The packed files in folders, where only a path of its own opens one; a line for each folder inside."""
+    found: dict[Path, list[str]] = {}
+    for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("[!.]*"))):
+        if path.suffix.lower() in (".zip", ".gz") and not path.name.lower().endswith(SUFFIXES) and path.is_file():
+            found.setdefault(path.parent, []).append(path.name)
+    return [f"ignored: {len(names)} packed files in {folder} ({shorten(names)})" for folder, names in found.items()]
 
 
 class _Packed(io.BufferedReader):

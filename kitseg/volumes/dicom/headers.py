@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import pydicom
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from kitseg.errors import InputError
+from kitseg.runtime.files import PARTIAL
 
 #: Attributes that distinguish several passes in one series, in the order in which they are tried; times last.
 PASSES = (
@@ -69,7 +70,10 @@ class Header:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder, linked ones too, hidden ones not. Raises InputError: a folder that can't be read."""
+    """All files below a folder, linked ones too, hidden ones only if they are DICOM; no hidden folders.
+
+    Raises InputError: a folder that can't be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise InputError(error.filename, f"can't be read ({error.strerror})", "Choose a folder that you may read")
@@ -80,7 +84,9 @@ def walk(folder: Path) -> Iterator[Path]:
             folders[:], names = [], []
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place) / name for name in sorted(names) if not name.startswith("."))
+        for path in (Path(place) / name for name in sorted(names)):
+            if not path.name.startswith(".") or (not path.name.startswith(PARTIAL) and is_dicom(path)):
+                yield path
 
 
 def is_dicom(path: Path) -> bool:
@@ -127,6 +133,24 @@ def read_dicom_header(path: Path) -> Header | None:
             return header if sop_class or header.modality else Header(path, broken=True)
         except Exception:  # any error of pydicom in a broken file; its message may quote patient data
             return Header(path, broken=True)
+
+
+def differing_values(headers: Sequence[Header]) -> Iterator[list[str]]:
+    """Of each simple element that differs among these files, in the order of tags, the value in each, as text."""
+    files = [_simple_values(header.path) for header in headers]
+    for tag in sorted({tag for values in files for tag in values}):
+        found = [values.get(tag, "") for values in files]
+        if len(set(found)) > 1:
+            yield found
+
+
+def _simple_values(path: Path) -> dict[int, str]:
+    values = {}
+    with suppress(Exception), warnings.catch_warnings(action="ignore"):  # a damaged element ends the list
+        for element in read_dataset(path):
+            if element.VR not in ("SQ", "UN") and not element.VR.startswith("O"):
+                values[int(element.tag)] = str(element.value)
+    return values
 
 
 def made_up_uid(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""Sort slices by position into stacks on a regular grid, or refuse them with a reason (pure functions)."""
+"""Sort slices by position into stacks on a regular grid, or refuse them with a reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.types import Geometry
-from kitseg.volumes.dicom.headers import PASSES, TIMES, Header
+from kitseg.volumes.dicom.headers import PASSES, TIMES, Header, differing_values
 from kitseg.volumes.header import MAX_SPACING, MIN_SPACING
 
 FEWEST = 3  # slices
@@ -51,7 +51,7 @@ class Unstackable(Exception):
 def split_stacks(headers: Sequence[Header]) -> list[list[Header]]:
     """Group slices by orientation, size and pixel spacing, the largest group first; scouts are separate.
 
-    A group with several slices at one position is split further by acquisition, time or image type if possible.
+    A group with several slices at one position is split further by any attribute that tells them apart.
     """
     groups: list[list[Header]] = []
     for header in headers:
@@ -158,7 +158,10 @@ def _same_frame(one: Header, other: Header) -> bool:
 
 
 def _by_pass(group: list[Header]) -> list[list[Header]]:
-    """Parts with one slice at each position, if an attribute distinguishes the passes; else the group unchanged."""
+    """Parts with one slice at each position, if an attribute distinguishes the passes; else the group unchanged.
+
+    Where none of ``PASSES`` does, any other element that has as many values as there are passes may.
+    """
     most = max(_places(group).values())
     if not group[0].position or most == 1:
         return [group]
@@ -166,10 +169,16 @@ def _by_pass(group: list[Header]) -> list[list[Header]]:
         values = [header.passes[n] for header in group]
         if name in TIMES:
             values = _by_gaps(values, most)
-        parts = [[h for h, v in zip(group, values, strict=True) if v == value] for value in dict.fromkeys(values)]
-        if len(parts) > 1 and min(map(len, parts)) >= FEWEST and not any(map(repeats, parts)):
+        if parts := _split(group, values):
             return parts
-    return [group]
+    found = (parts for values in differing_values(group) if len(parts := _split(group, values)) == most)
+    return next(found, [group])
+
+
+def _split(group: list[Header], values: list[str]) -> list[list[Header]]:
+    """Parts of the same value, if each is one slice at each position and enough for a volume; else none."""
+    parts = [[h for h, v in zip(group, values, strict=True) if v == value] for value in dict.fromkeys(values)]
+    return parts if len(parts) > 1 and min(map(len, parts)) >= FEWEST and not any(map(repeats, parts)) else []
 
 
 def _by_gaps(texts: list[str], count: int) -> list[str]:
