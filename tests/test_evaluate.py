@@ -223,7 +223,7 @@ def test_a_stray_value_in_a_prediction_is_background_and_no_more(tmp_path: Path,
 
 
 def test_references_without_a_prediction_are_named(tmp_path: Path) -> None:
-    write(tmp_path / "pred", labels())
+    write(tmp_path / "pred", np.roll(labels(), 1, 0))
     write(tmp_path / "ref", labels(), labels())
     done, content = evaluate(tmp_path)
     assert done.code == 0, done.text
