@@ -12,6 +12,7 @@ from shapes import ORIENTATIONS, Ellipsoid, ball, lattice, paint
 
 import kitseg as library
 from kitseg.labels import BACKGROUND, KIDNEY
+from kitseg.measurement import body_axes
 from kitseg.measurement.nephrometry import Nephrometry, _location
 
 KIDNEY_AND_SINUS = (
@@ -22,10 +23,18 @@ OTHER = Ellipsoid((-60, 0, 0), (27, 25, 55), KIDNEY)
 SIZE = (200, 100, 130)
 
 
-def scores(*tumor: Ellipsoid, tilt: tuple[float, float, float] = (0, 0, 0), codes: str = "IPL") -> Nephrometry:
+@pytest.fixture(autouse=True)
+def _upright(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kidneys that don't lean back, so that levels can be checked by hand."""
+    monkeypatch.setattr(body_axes, "_LEANING", 0.0)
+
+
+def scores(
+    *tumor: Ellipsoid, tilt: tuple[float, float, float] = (0, 0, 0), codes: str = "IPL", slices: float = 2.5
+) -> Nephrometry:
     """The scores of a tumor in the right kidney, in a straight scan of a patient who lies tilted."""
-    geometry = lattice(codes, spacing=(2.5, 1.2, 1.2), size=SIZE, degrees=tilt)
-    straight = lattice(codes, spacing=(2.5, 1.2, 1.2), size=SIZE)
+    geometry = lattice(codes, spacing=(slices, 1.2, 1.2), size=SIZE, degrees=tilt)
+    straight = lattice(codes, spacing=(slices, 1.2, 1.2), size=SIZE)
     found = library.nephrometry(paint(geometry, *KIDNEY_AND_SINUS, OTHER, *tumor), straight.affine)
     assert found is not None
     return found
@@ -44,7 +53,7 @@ def test_a_small_tumor_on_the_lower_pole() -> None:
         (found.lines.hilum, (-1, 0, 0)),
         (found.lines.front, (0, 1, 0)),
     ):
-        assert np.array(axis) == pytest.approx(direction, abs=0.1)
+        assert np.array(axis) == pytest.approx(direction, abs=0.2)
     centres = np.hypot(12, 48)
     assert found.c_index == pytest.approx(centres / 13, rel=0.08)
 
@@ -74,16 +83,22 @@ def test_the_gap_to_the_sinus() -> None:
 
 def test_a_speck_is_no_part_of_the_sinus() -> None:
     for radius, location, nearness in ((1.5, 1, 1), (4, 2, 3)):  # a few voxels without a label, and a calyx
-        found = scores(ball((66, 0, 36), radius, BACKGROUND), ball((72, 0, 38), 7))
+        found = scores(ball((66, 0, 36), radius, BACKGROUND), ball((72, 0, 32), 7))
         assert (found.padua.location, found.renal.nearness) == (location, nearness)
+
+
+def test_a_notch_of_the_outer_surface_is_no_part_of_the_sinus() -> None:
+    tumor = ball((78, 0, 22), 7)  # 15 mm and more from the sinus, beside the notch
+    notch = Ellipsoid((90, 0, 0), (20, 10, 14), BACKGROUND)
+    assert scores(notch, tumor).nearness_mm == pytest.approx(scores(tumor).nearness_mm, abs=2)
 
 
 def test_padua_counts_between_the_ends_of_the_sinus() -> None:
     inner = Ellipsoid((56, 0, 0), (9, 9, 38), BACKGROUND)  # further up and down than it opens towards the midline
     found = scores(inner, ball((72, 0, 29), 7))
     assert found.lines.upper == pytest.approx(20, abs=5)
-    assert found.lines.sinus_lines == pytest.approx((-37, 37), abs=4)
-    assert (found.between, found.beside_sinus) == (pytest.approx(0, abs=0.1), 1)
+    assert found.lines.sinus_lines == pytest.approx((-35, 35), abs=3)  # 37, less the outermost 0.5 %
+    assert (found.between, found.beside_sinus) == pytest.approx((0, 1), abs=0.1)
     assert (found.renal.location, found.padua.location) == (1, 2)
 
 
@@ -104,6 +119,26 @@ def test_orientation_and_tilt_change_no_part() -> None:
     for tilt in ((20, 0, 0), (0, -14, 14)):
         turned = scores(tumor, tilt=tilt)
         assert (turned.renal, turned.padua) == parts
+
+
+def test_a_hump_beside_the_kidney_turns_no_line() -> None:
+    found = scores(Ellipsoid((88, 0, 30), (20, 18, 18), KIDNEY), ball((72, 0, -48), 13))
+    assert np.rad2deg(np.arccos(found.lines.up[2])) < 8
+    assert found.lines.upper - found.lines.lower == pytest.approx(36, abs=5)
+    assert found.renal.location == 1
+
+
+def test_a_sinus_that_labels_fill_has_the_lines_of_a_usual_kidney() -> None:
+    found = scores(KIDNEY_AND_SINUS[0], ball((72, 0, -48), 13))  # painted once more
+    assert found.nearness_mm is None
+    assert (found.lines.lower, found.lines.upper) == pytest.approx((-22, 22), abs=1.5)  # 0.2 of 110 mm
+    assert found.lines.sinus_lines == pytest.approx((-27.5, 27.5), abs=1.5)
+    assert np.array(found.lines.hilum) == pytest.approx((-np.cos(np.pi / 6), 0.5, 0), abs=0.1)
+
+
+def test_thick_slices_move_the_lines_little() -> None:
+    thin, thick = (scores(ball((72, 0, -48), 13), slices=mm).lines for mm in (1.2, 5.0))
+    assert (thin.lower, thin.upper) == pytest.approx((thick.lower, thick.upper), abs=2.5)
 
 
 def test_a_tumor_in_place_of_the_sinus() -> None:

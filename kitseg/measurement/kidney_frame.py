@@ -1,4 +1,4 @@
-"""A kidney's own axes, its sinus and its polar lines, from a label map, however patient and kidney are turned.
+"""A kidney's axes, its sinus and its polar lines, from a label map, however patient and kidney are turned.
 
 Everything is computed on a grid of 1 mm. The kidney's outline is the convex hull of its parenchyma. The renal sinus is
 what lies at least 6 mm inside the outline without being labelled: fat, vessels and the collecting system, which KiTS's
@@ -25,7 +25,6 @@ _INNER_MM = 10.0  # inside the outline, from which on every gap but a speck is p
 _SPECK_ML = 0.05  # below which a gap is a speck
 SINUS_ML = 0.5  # a smaller one is not used
 _OPEN_MM = 2.0  # inside the outline, up to which a gap reaches the outside
-_NOTCH_MM = 8.0  # inside the outline, which a gap reaches at a level where the medial lip is interrupted
 _STEP = 1.0  # mm of the grid
 _THICK = 1.5  # mm, from which on slices are interpolated
 _PIECE = 0.05  # of the largest piece of parenchyma; smaller ones are ignored
@@ -35,8 +34,11 @@ _DIRECTIONS = 512
 _SAMPLES = 20_000  # most voxels of a tumor that are compared with the outline
 _ROUGH = 64  # of the directions, which rule most voxels out
 _ROUND = 1.15  # ratio of the two longest axes, below which the longest is not the kidney's
-_TURNED = np.deg2rad(30)  # from medial to anterior: where a normal hilum points
-_LINES = 0.3  # of the kidney's length, at least between the polar lines; around its centre without a sinus
+# A usual kidney. A sinus of this size counts as much, since labels may fill most of it.
+_USUAL_ML, _USUAL_MM = 1.0, 20.0  # from the kidney's centre to the sinus's
+_TURNED = np.deg2rad(30)  # from medial to anterior: where the hilum points
+_POLAR, _SINUS = 0.2, 0.25  # from the centre to the polar lines and to the ends of the sinus, over the kidney's length
+_STRAY = 0.005  # of a sinus's voxels, beyond the lines on either side
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -47,10 +49,10 @@ class KidneyFrame:
     """A kidney on a grid of 1 mm.
 
     tumor, sinus: masks; affine: of the grid, RAS+; centre: of the outline's volume, in voxels; up, hilum, front: unit
-    vectors in voxels, to the upper pole, to the sinus and to the anterior surface; upper, lower: the polar lines, in mm
-    along ``up`` from the centre; sinus_lines: the ends of the sinus, the lower one first, in the same way; outside: the
-    share of the tumor outside the outline; seen: whether a sinus is left, without which ``hilum`` and the lines are
-    those of a normal kidney.
+    vectors in voxels, to the patient's head, and across the kidney's long axis to its sinus and to its anterior
+    surface; upper, lower: the polar lines, in mm along ``up`` from the centre; sinus_lines: the ends of the sinus, the
+    lower one first, in the same way; outside: the share of the tumor outside the outline; seen: whether a sinus is
+    left, without which ``hilum`` and the lines are those of a usual kidney.
     """
 
     tumor: Mask
@@ -92,14 +94,14 @@ class KidneyFrame:
         return distance
 
 
-def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, medial: Array) -> KidneyFrame | None:
+def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, body: Array) -> KidneyFrame | None:
     """Find the axes of a kidney and its sinus; None for what is too small or too large to be a kidney.
 
     Args:
         labels: (D, H, W), only of this kidney and its lesions, cropped to them: 1 is parenchyma.
         geometry: of the labels.
         lesion: the tumor to look at (D, H, W).
-        medial: direction to the patient's midline, (3,) RAS+.
+        body: unit vectors (3, 3) to the patient's midline, front and head, RAS+.
     """
     if labels.size * geometry.voxel_ml > _LARGEST_ML:
         return None
@@ -116,28 +118,26 @@ def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, me
         return None
     centre = solid.mean(axis=0)
     axes = geometry.affine[:3, :3] / geometry.spacing
-    up = _long_axis(solid - centre, axes.T @ [0.0, 0.0, 1.0])
-    inward = _across(axes.T @ medial, up)
+    inward, forward, up = body @ axes
     sinus = _sinus(depth, centre, inward)
     seen = bool(sinus.sum() * _STEP**3 / 1000 >= SINUS_ML)
-    front = _across(axes.T @ [0.0, 1.0, 0.0], up)
-    if seen:
-        hilum = _across(np.argwhere(sinus).mean(axis=0) - centre, up)
-    else:
-        hilum = _across(np.cos(_TURNED) * inward + np.sin(_TURNED) * front, up)
-    cross = np.cross(up, hilum)
+    sinus &= seen
+    found = np.argwhere(sinus) - centre
+    long = _long_axis(solid - centre, up)
+    usual = np.cos(_TURNED) * inward + np.sin(_TURNED) * forward
+    hilum = _across(found.sum(axis=0) * _STEP**4 / 1000 + _USUAL_ML * _USUAL_MM * usual, long)
+    front = np.cross(long, hilum)
+    front *= np.sign(front @ forward)
     points = np.argwhere(tumor)
     outside = float(np.mean(outline.depth(points[:: -(-len(points) // _SAMPLES)]) < 0))
     levels = (solid - centre) @ up
-    length = float(levels.max() - levels.min())
-    lower, upper = _apart(*(_open_levels(depth, sinus, centre, up) if seen else (0.0, 0.0)), _LINES * length)
-    ends = (np.argwhere(sinus) - centre) @ up if seen else np.zeros(1)
-    sinus_lines = _apart(float(ends.min()), float(ends.max()), _LINES * length)
+    length, share = float(np.ptp(levels)), len(found) / (len(found) + _USUAL_ML * 1000 / _STEP**3)
+    lower, upper = _lines(_open_levels(depth, sinus, centre, up), _POLAR * length, share)
+    sinus_lines = _lines(found @ up, _SINUS * length, share)
     affine = np.eye(4)
     affine[:3, :3] = axes * _STEP
     affine[:3, 3] = geometry.affine[:3, 3] + axes @ ((_STEP - np.array(geometry.spacing)) / 2)
-    front = cross if cross @ front > 0 else -cross
-    return KidneyFrame(tumor, sinus & seen, affine, centre, up, hilum, front, upper, lower, sinus_lines, outside, seen)
+    return KidneyFrame(tumor, sinus, affine, centre, up, hilum, front, upper, lower, sinus_lines, outside, seen)
 
 
 @dataclass(frozen=True)
@@ -203,19 +203,19 @@ def _between(field: NDArray[np.float32], places: Array, axis: int) -> NDArray[np
     return between
 
 
-def _apart(low: float, high: float, least: float) -> tuple[float, float]:
-    """Two positions, moved apart evenly where they are nearer than ``least``."""
-    more = max(least - (high - low), 0.0) / 2
-    return low - more, high + more
+def _lines(levels: Array, usual: float, share: float) -> tuple[float, float]:
+    """The mean, by weight, of where levels begin and end but for stray ones, and of a usual kidney's lines."""
+    ends = np.quantile(levels, (_STRAY, 1 - _STRAY)) if levels.size else np.zeros(2)
+    low, high = share * ends + (1 - share) * np.array([-usual, usual])
+    return float(low), float(high)
 
 
-def _long_axis(offsets: Array, superior: Array) -> Array:
-    """The longest principal axis of a solid, towards the head; the patient's own where it is too round to have one."""
+def _long_axis(offsets: Array, up: Array) -> Array:
+    """The longest principal axis of a solid, towards the head; ``up`` where it is too round to have one."""
     spread, axes = np.linalg.eigh(np.cov(offsets.T))
     if spread[2] < _ROUND**2 * spread[1]:
-        return np.asarray(superior, np.float64)
-    axis = axes[:, 2]
-    return np.asarray(axis if axis @ superior > 0 else -axis, np.float64)
+        return up
+    return np.asarray(axes[:, 2] * np.sign(axes[:, 2] @ up), np.float64)
 
 
 def _across(direction: Array, axis: Array) -> Array:
@@ -225,7 +225,10 @@ def _across(direction: Array, axis: Array) -> Array:
 
 
 def _sinus(depth: NDArray[np.float32], centre: Array, inward: Array) -> Mask:
-    """The largest gap deep inside the outline, medial where there is one there, and gaps further in but for specks."""
+    """The largest gap deep inside the outline, medial where there is one there, and gaps further in but for specks.
+
+    A lateral gap belongs to it only if it is closed: others are notches of the outer surface, such as beneath a tumor.
+    """
     found = Components.of(depth >= DEEP_MM)
     if not found.sizes.any():
         return np.zeros(depth.shape, bool)
@@ -233,32 +236,31 @@ def _sinus(depth: NDArray[np.float32], centre: Array, inward: Array) -> Mask:
     numbers = found.numbers[tuple(points.T)]
     sums = np.bincount(numbers, (points + found.box.start - centre) @ inward, found.sizes.size)
     sizes = np.where(sums > 0, found.sizes, 0)
-    deepest = np.zeros(found.sizes.size)
-    np.maximum.at(deepest, numbers, depth[found.box.slices][tuple(points.T)])
+    deepest, shallowest = np.zeros(found.sizes.size), np.full(found.sizes.size, np.inf)
+    values = depth[found.box.slices][tuple(points.T)]
+    np.maximum.at(deepest, numbers, values)
+    np.minimum.at(shallowest, numbers, values)
     largest = np.arange(found.sizes.size) == int(np.argmax(sizes if sizes.any() else found.sizes))
     inner = (deepest >= _INNER_MM) & (found.sizes * _STEP**3 / 1000 >= _SPECK_ML)
-    return found.chosen(largest | inner)
+    closed = shallowest >= DEEP_MM + _STEP
+    return found.chosen(largest | (inner & (closed | (sums > 0))))
 
 
-def _open_levels(depth: NDArray[np.float32], sinus: Mask, centre: Array, up: Array) -> tuple[float, float]:
-    """The lowest and the highest level at which the sinus reaches the outside, in mm along ``up`` from the centre.
+def _open_levels(depth: NDArray[np.float32], sinus: Mask, centre: Array, up: Array) -> Array:
+    """The levels of the sinus's voxels where it reaches the outside, in mm along ``up`` from the centre.
 
     There the medial lip of parenchyma is interrupted, which defines the polar lines (Kutikov and Uzzo 2009). Levels are
-    planes across ``up``; without an open one, the sinus's own ends.
+    planes across ``up``; without an open one, those of all of the sinus.
     """
     side = _across(np.eye(3)[int(np.argmin(np.abs(up)))], up)
     frame = np.stack([up, side, np.cross(up, side)])
     points = np.argwhere(depth >= 0)
     turned = np.rint((points - centre) @ frame.T / _STEP).astype(int)
-    low = turned.min(axis=0)
-    gap, deep, shallow = (np.zeros(turned.max(axis=0) - low + 1, bool) for _ in range(3))
-    values, inside = depth[tuple(points.T)], sinus[tuple(points.T)]
-    for part, chosen in ((gap, values >= 0), (deep, inside & (values >= _NOTCH_MM)), (shallow, values < _OPEN_MM)):
-        part[tuple((turned[chosen] - low).T)] = True
+    places = turned - turned.min(axis=0, initial=0)
+    gap = np.zeros(places.max(axis=0, initial=0) + 1, bool)
+    gap[tuple(places.T)] = True
     gap = ndimage.binary_closing(gap, np.ones((1, 3, 3)))
-    parts, count = ndimage.label(gap, np.array([[[0] * 3] * 3, [[1] * 3] * 3, [[0] * 3] * 3]))
-    both = np.isin(np.arange(count + 1), np.intersect1d(parts[deep], parts[shallow]))
-    levels = np.flatnonzero((both[parts] & deep).any(axis=(1, 2))) + low[0]
-    if not levels.size:
-        levels = turned[inside, 0]
-    return float(levels.min()) * _STEP, float(levels.max()) * _STEP
+    parts, _ = ndimage.label(gap, np.array([[[0] * 3] * 3, [[1] * 3] * 3, [[0] * 3] * 3]))
+    number, inner = parts[tuple(places.T)], sinus[tuple(points.T)]
+    opened = inner & np.isin(number, number[depth[tuple(points.T)] < _OPEN_MM])
+    return np.asarray(turned[opened if opened.any() else inner, 0] * _STEP, np.float64)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kitseg.components import bounding_box, component_at
 from kitseg.labels import BACKGROUND, TUMOR
+from kitseg.measurement.body_axes import body_axes
 from kitseg.measurement.findings import RIGHT, Findings, Lesion
 from kitseg.measurement.kidney_frame import KidneyFrame, kidney_frame
 from kitseg.measurement.renal_function import index_tumor
@@ -79,8 +80,9 @@ class Padua:
 class Lines:
     """What decided, in the patient's space (mm, RAS+).
 
-    centre: of the kidney; up, hilum, front: unit vectors to its upper pole, its sinus and its anterior surface; upper,
-    lower: the polar lines, in mm along ``up`` from the centre; sinus_lines: the ends of the sinus, the same way.
+    centre: of the kidney; up, hilum, front: unit vectors to the patient's head, to the kidney's sinus and to its
+    anterior surface; upper, lower: the polar lines, in mm along ``up`` from the centre; sinus_lines: the ends of the
+    sinus, the same way.
     """
 
     centre: tuple[float, ...]
@@ -143,9 +145,9 @@ def tumor_frame(labels: NDArray[np.uint8], geometry: Geometry, findings: Finding
     own = np.where((sides == CODES[tumor.side]) | lesion, inside, np.uint8(BACKGROUND))
     near = bounding_box(own != BACKGROUND)
     assert near is not None
-    return kidney_frame(
-        own[near.slices], grid.crop(near), lesion[near.slices], np.array([-1.0 if tumor.side == RIGHT else 1.0, 0, 0])
-    )
+    right, front, up = body_axes(inside, sides, grid)
+    medial = -right if tumor.side == RIGHT else right
+    return kidney_frame(own[near.slices], grid.crop(near), lesion[near.slices], np.array([medial, front, up]))
 
 
 def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
