@@ -21,8 +21,10 @@ from kitseg.labels import KITS19
 from kitseg.runtime.files import file_digest, write_json
 from kitseg.splits import Fold, Split, write_split
 from kitseg.training.initial import learned_before
+from kitseg.types import Case, Grid
 from kitseg.volumes.nifti import read_image
 from kitseg.volumes.scan import hu_digest
+from kitseg.volumes.store import CaseFiles, open_case, store_case
 
 MODEL = ("--model=runs/r", "--device=cpu", "--engine=torch")
 
@@ -150,6 +152,18 @@ def test_what_initial_weights_learned_from_counts_for_the_folds_that_they_start(
     part, _ = learned_before(str(here / "runs" / "r" / "fold_1"), 2)
     assert (part[a], part[b], part[c]) == ([0, 1], [], [0, 1])
     assert learned_before(str(here / "runs" / "r" / "fold_1" / "kidneys" / "best" / "3.ckpt"), 2) == ({}, False)
+
+
+def test_a_case_that_an_earlier_version_stored_gets_the_hash_of_its_hu(here: Path) -> None:
+    folder, scan = here / "stored", here / "data" / "a" / "imaging.nii.gz"
+    files = CaseFiles(Case("a", scan), KITS19)
+    assert store_case(files, folder, Grid())
+    meta = json.loads((folder / "meta.json").read_text())
+    hashes = file_digest(scan), meta.pop("hu_sha256")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert open_case(folder).hashes == (hashes[0], "")
+    assert not store_case(files, folder, Grid()), "nothing is preprocessed again"
+    assert open_case(folder).hashes == hashes == (file_digest(scan), hu_digest(read_image(scan, "a")))
 
 
 def test_of_an_older_run_nothing_is_claimed(here: Path) -> None:
