@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_runs import METHODS
 
 from kitseg import config
 from kitseg.labels import CYST, KIDNEY, TUMOR
@@ -15,6 +16,7 @@ from kitseg.links.regions import AroundForeground, RegionContext
 from kitseg.losses.dice import DiceCrossEntropy
 from kitseg.nets.residual_unet import ResidualUNet, from_nnunet
 from kitseg.stages.base import Stage
+from kitseg.stages.model import build_model
 from kitseg.training.fit import make_feed
 from kitseg.types import Box, Geometry
 
@@ -133,3 +135,17 @@ def test_each_part_can_be_taken_away() -> None:
     stage = Stage.of(spec)
     alone = stage.loss.loss(logits, target)
     assert float(stage.loss([logits[..., ::4, ::4, ::4], logits[..., ::2, ::2, ::2], logits], target)) == float(alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_trained_weight_gets_a_gradient(method: str) -> None:
+    """Training on several ranks refuses a network with other weights. The meta device computes shapes only."""
+    for spec in config.method_of(config.compose(method, "small")).stages.values():
+        with torch.device("meta"):
+            model, feed = build_model(spec).train(), make_feed(spec, seed=0, workers=0)
+            link = feed.input_transform.link
+            heads = model.logits(torch.empty(1, link.channels if link else 1, *feed.sampler.size((64, 64, 64))))
+            torch.stack([head.sum() for head in heads]).sum().backward()
+        weights = dict(model.named_parameters())
+        assert any(weight.requires_grad for weight in weights.values())
+        assert not [name for name, weight in weights.items() if weight.requires_grad and weight.grad is None]

@@ -132,6 +132,7 @@ class ResidualUNet(nn.Module):
         for level in reversed(range(len(widths) - 1)):
             self.decoder.append(UpStage(widths[level + 1], widths[level], taps[level], steps[level + 1]))
             self.heads.append(nn.Conv3d(widths[level], channels_out, kernel_size=1))
+        self.heads[: self.first_head].requires_grad_(False)  # for nnU-Net's weights alone
         _initialize(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
