@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -25,6 +25,7 @@ from kitseg.patches.synthetic import SyntheticQueue
 from kitseg.synthesis import habitus, lesions, phases, scanners
 from kitseg.synthesis.anatomies import anatomies_of
 from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
+from kitseg.synthesis.fields import smooth_noise
 from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
 from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
 from kitseg.training.stage_inputs import read_places
@@ -111,11 +112,11 @@ def test_a_label_is_where_a_lesion_is_and_shows_its_hu(body: RealBody) -> None:
     rng = np.random.default_rng(5)
     fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
     label = (fields[1] < 0).to(torch.uint8)
-    scene = lesions.Surroundings(*fields, label, np.array(MM), phases.Phase("as scanned", 150, 150), 0.0)
+    scene = lesions.Surroundings(*fields, label, np.array(MM), phases.Phase("as scanned", 150, 150), 0.0, 0 * label)
     middle = (np.array(body.hu.shape) - 1) / 2 * MM
     plan = lesions.PlannedLesion("cyst", drawn_shape(rng, 12, True), 1.0, np.eye(3), np.array([66, 96, 66]) - middle)
-    made = lesions.insert(plan, scene, rng)
-    assert made is not None
+    lesions.insert(plan, scene, rng)
+    (made,) = lesions.labelled(scene)
     cyst = label.numpy() == 3
     assert ndimage.label(cyst)[1] == 1
     assert np.allclose(ndimage.center_of_mass(cyst), [22, 32, 22], atol=0.6)
@@ -129,11 +130,41 @@ def test_a_label_is_where_a_lesion_is_and_shows_its_hu(body: RealBody) -> None:
 
 def test_lesions_need_a_kidney(body: RealBody) -> None:
     fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
-    scene = lesions.Surroundings(*fields, fields[1].to(torch.uint8) * 0, np.array(MM), phases.Phase("", 150, 150), 0.0)
+    label, numbers = torch.zeros(2, *body.hu.shape, dtype=torch.uint8)
+    scene = lesions.Surroundings(*fields, label, np.array(MM), phases.Phase("", 150, 150), 0.0, numbers)
     rng = np.random.default_rng(0)
     far = lesions.PlannedLesion("tumor", drawn_shape(rng, 9, False), 1.0, np.eye(3), np.array([0.0, -60, 0]))
-    assert lesions.insert(far, scene, rng) is None
+    lesions.insert(far, scene, rng)
+    assert lesions.labelled(scene) == []
     assert not scene.label.any()
+
+
+def test_a_volume_is_that_of_the_final_label(body: RealBody) -> None:
+    """Cysts lie in tumors, and a narrow field of view cuts both."""
+    parts, view = replace(NONE, tumors=True, cysts=True, scanners=True), View.on(body)
+    for number in (5, 10, 12, 13):
+        found = patient(body, parts, number, view=view)
+        label, rows = found.label.numpy(), found.made["lesions"]
+        assert all(row["ml"] > 0 for row in rows)
+        for kind, value in (("tumor", 2), ("cyst", 3)):
+            stated = sum(row["ml"] for row in rows if row["kind"] == kind)
+            assert stated == pytest.approx((label == value).sum() * 0.027, abs=0.01)
+
+
+def test_threads_do_not_change_noise() -> None:
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            rngs = [np.random.default_rng(seed) for seed in range(6)]
+            made.append([smooth_noise(rng, (40, 40, 40), 6.0) for rng in rngs])
+            made[-1] += [scanners.dose_noise((40, 40, 40), np.array(MM), rng) for rng in rngs]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+    for noise in made[0]:
+        assert float(noise.mean()) == pytest.approx(0, abs=0.02)
+        assert float(noise.std()) == pytest.approx(1, abs=0.01)
 
 
 def test_shapes_of_a_label_map() -> None:

@@ -29,7 +29,13 @@ def smooth_noise(rng: Generator, shape: Sequence[int], voxels: float | Vector) -
         noise = upsampled(noise, [max(4, int(np.ceil(n / 2))) for n in shape])
         noise = avg_pool3d(noise, 3, 1, 1, count_include_pad=False)
     field = upsampled(noise, shape)[0, 0]
-    return (field - field.mean()) / (field.std() + 1e-6)
+    field = field - float(field.numpy().mean())
+    return field / (deviation(field) + 1e-6)
+
+
+def deviation(x: Tensor) -> float:
+    """The standard deviation of values of mean 0, by NumPy: a sum by PyTorch depends on the number of threads."""
+    return float(np.sqrt(np.square(x.numpy()).mean()))
 
 
 def upsampled(x: Tensor, shape: Sequence[int], corners: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ bone, air or vessels. Its edge is as sharp as the scanner shows it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from kitseg.components import Components
-from kitseg.labels import CYST, TUMOR
+from kitseg.labels import BACKGROUND, CYST, TUMOR
 from kitseg.synthesis import phases, textures
 from kitseg.synthesis.anatomies import Anatomy
 from kitseg.synthesis.bodies import signed_distance
@@ -88,7 +88,8 @@ class PlannedLesion:
 class Surroundings:
     """What lesions are put into, each (D, H, W) and changed in place: HU, distance to the kidneys, tissue, label.
 
-    spacing: mm; noise: deviation of the body's fine noise in HU.
+    spacing: mm; noise: deviation of the body's fine noise in HU; numbers: (D, H, W) of the last lesion whose label each
+    voxel got, counted from 1 by their order in ``made``, and 0; made: what each lesion is, in plain values.
     """
 
     hu: Tensor
@@ -98,6 +99,8 @@ class Surroundings:
     spacing: Vector
     phase: Phase
     noise: float
+    numbers: Tensor
+    made: list[dict[str, Any]] = field(default_factory=list)
 
 
 def shapes_of(mask: NDArray[np.bool_], spacing: Sequence[float], case: str, least_ml: float = 0.1) -> list[Shape]:
@@ -173,18 +176,14 @@ def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rn
     return found
 
 
-def insert(plan: PlannedLesion, scene: Surroundings, rng: Generator) -> dict[str, Any] | None:
-    """Put a lesion into a scene. Returns what it is, or None where nothing of it is in the patch or in the kidney."""
-    box = _box(plan, scene)
-    if box is None:
-        return None
-    lesion = lesion_distance(plan, box, scene, rng)
-    return put(plan.kind, lesion, plan.radius, Part(box, plan.shape.case), scene, rng)
+def insert(plan: PlannedLesion, scene: Surroundings, rng: Generator) -> None:
+    """Put a lesion into a scene, unless nothing of it is in the patch or in the kidney."""
+    if (box := _box(plan, scene)) is not None:
+        lesion = lesion_distance(plan, box, scene, rng)
+        put(plan.kind, lesion, plan.radius, Part(box, plan.shape.case), scene, rng)
 
 
-def put(
-    kind: str, lesion: Tensor, radius: float, part: Part, scene: Surroundings, rng: Generator
-) -> dict[str, Any] | None:
+def put(kind: str, lesion: Tensor, radius: float, part: Part, scene: Surroundings, rng: Generator) -> None:
     """Put what is within a surface into a part of a scene; see ``insert``. lesion: distance in mm, negative inside."""
     box = part.box
     hu, distance, label = scene.hu[box], scene.distance[box], scene.label[box]
@@ -192,7 +191,7 @@ def put(
         lesion = _kept_apart(lesion, radius, scene, box, rng)
     inside = lesion < 0
     if kind in IN_KIDNEY and ((inside & (distance < 0)).sum() < 0.06 * inside.sum() or not inside.any()):
-        return None
+        return
     site = Site(lesion, radius, scene.spacing, scene.phase)
     if kind == "stone":
         look, made = "stone", textures.stone(site, rng)
@@ -201,10 +200,23 @@ def put(
     made = made + smooth_noise(rng, hu.shape, 1.2) * scene.noise * float(rng.uniform(*phases.GRAIN))
     width = float(rng.uniform(0.35, 0.6)) * max(float(scene.spacing.mean()), 1.2)
     hu += torch.sigmoid(-lesion / width) * (made - hu)
+    ml = float(inside.sum()) * float(np.prod(scene.spacing)) / 1000
+    scene.made.append({"kind": kind, "look": look, "ml": round(ml, 3), "shape_from": part.case or "drawn"})
     if (number := IDS[kind]) is not None:
         label[inside] = number
-    ml = float(inside.sum()) * float(np.prod(scene.spacing)) / 1000
-    return {"kind": kind, "look": look, "ml": round(ml, 3), "shape_from": part.case or "drawn"}
+        scene.numbers[box][inside] = len(scene.made)
+
+
+def labelled(scene: Surroundings) -> list[dict[str, Any]]:
+    """What the lesions are, those with a label with the ml that it has in the end, and only if it has any."""
+    counts = np.bincount(scene.numbers[scene.label != BACKGROUND].numpy(), minlength=len(scene.made) + 1)[1:]
+    voxel_ml, found = float(np.prod(scene.spacing)) / 1000, []
+    for row, count in zip(scene.made, counts.tolist(), strict=True):
+        if IDS[row["kind"]] is None:
+            found.append(row)
+        elif count:
+            found.append({**row, "ml": round(count * voxel_ml, 3)})
+    return found
 
 
 def lesion_distance(plan: PlannedLesion, box: Box3, scene: Surroundings, rng: Generator) -> Tensor:

@@ -96,34 +96,33 @@ def make(body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, rng:
     hu, phase = phases.show(name, on, body.facts, rng) if parts.phases else (on.hu, phases.Phase(name, level, level))
     hu = fluid.add(hu, on, rng) if parts.fluid else hu
     label = (on.distance < 0).to(torch.uint8) * KIDNEY
-    scene = Surroundings(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise)
-    order = sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind))  # cysts and stones over tumors
-    tried = [lesions.insert(plan, scene, rng) for plan in order]
-    tried += [made for one in grafts if one is not None for made in _grown(one, parts, frame.zoom, scene, rng)]
+    numbers = torch.zeros_like(label)
+    scene = Surroundings(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise, numbers)
+    for plan in sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind)):  # cysts and stones over tumors
+        lesions.insert(plan, scene, rng)
+    for one in grafts:
+        if one is not None:
+            _grow(one, parts, frame.zoom, scene, rng)
+    hu = _scanned(scene, points, body, rng) if parts.scanners else hu
     made = {
         "body": body.name,
         "phase": phase.name,
         "parenchyma_hu": round(phase.parenchyma, 1),
-        "lesions": [row for row in tried if row],
+        "lesions": lesions.labelled(scene),
         "kidneys": [one.kind for one in frame.unusual],
         "kidneys_from": [one.anatomy.case for one in transplants],
     }
-    patient = SyntheticPatient(hu, label, made)
-    return replace(patient, hu=_scanned(patient, points, spacing, body, rng)) if parts.scanners else patient
+    return SyntheticPatient(hu, label, made)
 
 
-def _grown(
-    one: Graft, parts: SynthesisParts, zoom: float, scene: Surroundings, rng: Generator
-) -> list[dict[str, Any] | None]:
-    """The tumors and cysts of a transplant, put into a scene."""
-    made = []
+def _grow(one: Graft, parts: SynthesisParts, zoom: float, scene: Surroundings, rng: Generator) -> None:
+    """Put the tumors and cysts of a transplant into a scene."""
     for kind, on in (("tumor", parts.tumors), ("cyst", parts.cysts)):
         lesion = one.lesions[kind] * zoom
         volume = float((lesion < 0).sum()) * float(np.prod(scene.spacing))
         if on and volume > 0:
             part = lesions.Part(one.box, one.case)
-            made.append(lesions.put(kind, lesion, lesions.ball_radius(volume), part, scene, rng))
-    return made
+            lesions.put(kind, lesion, lesions.ball_radius(volume), part, scene, rng)
 
 
 @dataclass(frozen=True)
@@ -251,13 +250,13 @@ def _anywhere(body: RealBody, rng: Generator) -> Vector:
     return voxel
 
 
-def _scanned(patient: SyntheticPatient, points: Tensor, spacing: Vector, body: RealBody, rng: Generator) -> Tensor:
+def _scanned(scene: Surroundings, points: Tensor, body: RealBody, rng: Generator) -> Tensor:
     """HU from another scanner, on another table; labels out of its view are removed."""
-    size, hu = np.array(body.hu.shape) * body.spacing, patient.hu
+    size, hu = np.array(body.hu.shape) * body.spacing, scene.hu
     if rng.random() < 0.08:
         outside = scanners.out_of_view(points, float(size[1:].max()), rng)
         hu = hu.masked_fill(outside, habitus.AIR)
-        patient.label[outside] = BACKGROUND
+        scene.label[outside] = BACKGROUND
     if rng.random() < 0.3 and float(points[1].max()) > body.facts.back:
         hu = scanners.table(hu, points, body.facts.back, float(size[2]), rng)
-    return scanners.scan(hu, spacing, rng)
+    return scanners.scan(hu, scene.spacing, rng)

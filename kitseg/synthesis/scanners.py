@@ -10,7 +10,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from kitseg.augmentation import intensity
-from kitseg.synthesis.fields import Vector, blur, upsampled, white
+from kitseg.synthesis.fields import Vector, blur, deviation, upsampled, white
 from kitseg.synthesis.habitus import AIR
 
 THICKEST = 5.0  # mm
@@ -39,7 +39,7 @@ def dose_noise(shape: Sequence[int], spacing: Vector, rng: Generator) -> Tensor:
     if rng.random() < 0.6:
         grain = rng.uniform(0.5, 1.2)
         noise = blur(noise, [0.5 * grain / spacing[0], grain / spacing[1], grain / spacing[2]])
-        noise = noise / noise.std()
+        noise = noise / deviation(noise)
     return noise
 
 
