@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nifti_files import stored_case
 
 from kitseg import ensemble
 from kitseg.errors import InputError
+from kitseg.labels import TUMOR
 from kitseg.measurement.quality import TrainingDomain
 from kitseg.models.run_folder import Run
 from kitseg.models.training_domain import merge_domains, training_facts
 from kitseg.splits import Fold
 from kitseg.types import Box, Geometry, Probabilities
-from kitseg.volumes.store import StoredCase
+from kitseg.volumes.store import StoredCase, open_case
 
 CHANNELS = ("background", "kidney", "tumor")
 LATTICE = Geometry((4, 6, 8), np.diag([10.0, 10, 10, 1]))
@@ -86,6 +88,27 @@ def test_a_run_records_its_training_domain(tmp_path: Path) -> None:
         run.info.write_text(json.dumps({**known, **damaged}))
         with pytest.raises(InputError, match=r"run\.json: can't be read .*Restore it, or train again"):
             run.read_info()
+
+
+def test_tumor_sizes_of_the_training_domain() -> None:
+    """Cases without a tumor add nothing; one from an older store, whose tumors are unknown, makes the range unknown."""
+    case = stored("a", (1, 1, 1), 150, None)
+    for sizes, expected in (((20.0, 0.0, 45.0), (20.0, 45.0)), ((0.0,), None), ((20.0, None), None)):
+        facts = training_facts([replace(case, tumor_mm=mm) for mm in sizes])
+        assert facts["experience"]["tumor_mm"] == expected
+
+
+def test_a_store_knows_the_largest_tumor(tmp_path: Path) -> None:
+    """Two tumors of 8 and 1 voxels of 1 ml; a store of an older kitseg opens, and knows none."""
+    native = Geometry((6, 6, 6), np.array([[0, 0, -10, 0], [0, -10, 0, 0], [-10, 0, 0, 0], [0, 0, 0, 1.0]]))
+    label = np.zeros(native.shape, np.uint8)
+    label[:2, :2, :2] = label[-1, -1, -1] = TUMOR
+    folder = stored_case(tmp_path, np.zeros(label.shape, np.int16), label, native)
+    assert open_case(folder).tumor_mm == pytest.approx((6 / np.pi * 8000) ** (1 / 3))
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["tumor_mm"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert open_case(folder).tumor_mm is None
 
 
 def test_models_together_saw_what_any_of_them_saw() -> None:

@@ -68,7 +68,8 @@ class TrainingDomain:
     """The ranges (lowest, highest) of a model's training cases.
 
     slice_mm: slice spacing; pixel_mm: pixel spacing; kidney_hu: median HU of the parenchyma; aorta_hu: HU of the
-    detected aorta, None if it was not found; tumor_mm: diameters of spheres with the tumors' volumes, None if unknown.
+    detected aorta, None if it was not found; tumor_mm: diameters of spheres with the volumes of each case's largest
+    tumor, None if unknown.
     """
 
     slice_mm: tuple[float, float]

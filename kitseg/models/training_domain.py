@@ -17,16 +17,17 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
     Cases may be opened one at a time, since each keeps files open. ``experience`` is None where no case shows a kidney.
     """
     figures = [
-        (case.id, case.hashes, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu, case.corrected)
+        (case.id, case.hashes, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu, case.corrected, case.tumor_mm)
         for case in cases
     ]
-    ids, hashes, phantoms, spacings, kidneys, aortas, corrected = zip(*figures, strict=True)
+    ids, hashes, phantoms, spacings, kidneys, aortas, corrected, tumors = zip(*figures, strict=True)
     trained = {id_: [number for number, fold in enumerate(folds) if id_ in fold.train] for id_ in ids}
     seen = {
         "slice_mm": _range(slices for slices, _, _ in spacings),
         "pixel_mm": _range(max(rows, columns) for _, rows, columns in spacings),
         "kidney_hu": _range(kidneys),
         "aorta_hu": _range(aortas),
+        "tumor_mm": None if None in tumors else _range(mm or None for mm in tumors),
     }
     learned: dict[str, list[int]] = {}
     for id_, pair in zip(ids, hashes, strict=True):

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kitseg.components import Components
 from kitseg.errors import InputError, KitsegError
 from kitseg.labels import CYST, KIDNEY, TUMOR, Scheme, scheme_of
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
-from kitseg.types import Case, Geometry, Grid, Triple, Volume
+from kitseg.types import Case, Geometry, Grid, Triple, Volume, ball_diameter
 from kitseg.volumes.nifti import canonical_geometry, is_corrected, is_phantom, read_geometry, read_image, read_labels
 from kitseg.volumes.resample import grid_geometry, nearest, to_grid, to_grid_smooth
 from kitseg.volumes.scan import check_grid, hu_digest
@@ -39,7 +40,8 @@ class StoredCase:
     foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
     statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
     kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown;
-    hashes: of the scan's file and of its HU; corrected: whether a person corrected the label map.
+    hashes: of the scan's file and of its HU; corrected: whether a person corrected the label map; tumor_mm: diameter of a sphere with
+    the volume of its largest tumor, 0 without a tumor, None where unknown.
     """
 
     id: str
@@ -55,6 +57,7 @@ class StoredCase:
     aorta_hu: float | None
     hashes: tuple[str, str] = ("", "")
     corrected: bool = False
+    tumor_mm: float | None = None
 
 
 def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
@@ -114,6 +117,14 @@ class CaseFiles:
         return self.describe_contrast(self.scan, self.labels)
 
     @cached_property
+    def tumor_mm(self) -> float | None:
+        """The diameter of a sphere with the volume of the largest tumor; 0 without a tumor, None without labels."""
+        if self.labels is None:
+            return None
+        voxels = int(Components.of(self.labels == TUMOR).sizes.max())
+        return ball_diameter(voxels * self.scan.geometry.voxel_ml)
+
+    @cached_property
     def sources(self) -> dict[str, InputFile]:
         """The files with size, time and hash, by role."""
         return _sources(self.case, digest=True)
@@ -141,6 +152,7 @@ class _Meta:
     convention: str = ""
     corrected: bool = False
     hu_sha256: str = ""
+    tumor_mm: float | None = None
 
     def __post_init__(self) -> None:
         if self.convention == "kits19":
@@ -190,6 +202,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         kidney_hu=files.contrast["kidney_hu"],
         aorta_hu=files.contrast["aorta_hu"],
         hu_sha256=hu_digest(scan),
+        tumor_mm=files.tumor_mm,
     )
     if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
         raise InputError(folder, "exists and was not written by kitseg", "Choose another folder")
@@ -266,7 +279,7 @@ def _mapped(folder: Path, meta: _Meta) -> StoredCase:
         raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
     hashes = meta.sources["image"].sha256 or "", meta.hu_sha256
     seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, hashes, meta.corrected)
-    return StoredCase(meta.case, image, label, foreground, slices, *seen)
+    return StoredCase(meta.case, image, label, foreground, slices, *seen, meta.tumor_mm)
 
 
 def _sources(case: Case, digest: bool) -> dict[str, InputFile]:
