@@ -105,14 +105,20 @@ class OpenVino:
 class Winograd:
     """kitseg's kernels on the CPU, float32; keeps the last compiled network, which has its own copy of the weights.
 
-    Networks whose operations can't be traced are computed by PyTorch, which a line reports once.
+    Networks whose operations can't be traced are computed by PyTorch, as are layers without a kernel; a line reports
+    either once. After that, ``str`` states what has computed the networks.
     """
 
     _at: tuple[Hashable, ...] = field(default=(), init=False)
     _compiled: Predict | None = field(default=None, init=False)
-    _reported: bool = field(default=False, init=False)
+    _used: dict[str, None] = field(default_factory=dict, init=False)
+    _reported: set[str] = field(default_factory=set, init=False)
 
     def __str__(self) -> str:
+        return "; ".join(self._used) or self._name
+
+    @property
+    def _name(self) -> str:
         return f"Winograd with {describe()}, float32"
 
     def __call__(self, weights: Checkpoint, head: int) -> Predict:
@@ -122,29 +128,37 @@ class Winograd:
             if self._compiled is None or self._at != (weights.name, head):
                 self._compiled, self._at = None, (weights.name, head)
                 gc.collect()  # PyTorch's meta device leaves cycles that hold the last network
-                self._compiled = self._compile(weights, head)
+                self._compiled = self._compile(weights, head, x)
             return self._compiled(x)
 
         return predict
 
-    def _compile(self, weights: Checkpoint, head: int) -> Predict:
+    def _compile(self, weights: Checkpoint, head: int, x: Tensor) -> Predict:
         from kitseg.native.compiled import compile_network  # torch.fx, which takes a moment to import
 
         keep_memory()
         model = weights.load()
         try:
             network = compile_network(model, "logits", head, keep=not weights.once)
+            network.plan(x)
         except Exception as error:  # a network of the user's own can make tracing raise anything
-            if not self._reported:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                print_plain(f"PyTorch computes a network that --engine winograd can't: {reason}")
-            self._reported = True
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._report("a network that --engine winograd can't", reason)
+            self._used[str(Torch())] = None
             return partial(model.probabilities, head=head)
+        if kinds := network.without_kernel:
+            self._report("layers that --engine winograd has no kernel for", ", ".join(kinds))
+        self._used[self._name] = None
         fast = model.with_logits(lambda x: (network(x),))
         del model
         weights.drop()
         release_memory()
         return partial(fast.probabilities, head=0)
+
+    def _report(self, what: str, which: str) -> None:
+        if which not in self._reported:
+            print_plain(f"PyTorch computes {what}: {which}")
+        self._reported.add(which)
 
 
 Engine = Torch | OpenVino | Winograd

@@ -58,7 +58,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
-def compile_network(model: nn.Module, method: str, output: int, keep: bool = True) -> Callable[[Tensor], Tensor]:
+def compile_network(model: nn.Module, method: str, output: int, keep: bool = True) -> CompiledNetwork:
     """One of the tensors that a method returns for a tensor, valid until the next call; holds its weights itself.
 
     keep: see ``Layer``.

@@ -21,12 +21,13 @@ class CompiledNetwork(fx.Interpreter):
     def __call__(self, x: Tensor) -> Tensor:
         """The network's result, valid until the next call."""
         if self._shape != x.shape:
-            self._plan(x)
+            self.plan(x)
         self._arena.start()
         found: Tensor = self.run(x)
         return found
 
-    def _plan(self, x: Tensor) -> None:
+    def plan(self, x: Tensor) -> None:
+        """Plan the memory for inputs of this shape, by a pass on the meta device."""
         self._shape, self._device = torch.Size(), torch.device("meta")  # no shape, should the plan fail
         try:
             self._arena.watch()
@@ -35,6 +36,12 @@ class CompiledNetwork(fx.Interpreter):
         finally:
             self._device = torch.device("cpu")
         self._shape = x.shape
+
+    @property
+    def without_kernel(self) -> list[str]:
+        """The kinds of layers that PyTorch computes, in alphabetical order."""
+        parts = (part.convolution if isinstance(part, Layer) else part for part in self.module.children())
+        return sorted({type(part).__name__ for part in parts if part is not None and not isinstance(part, Halve)})
 
     def run_node(self, n: fx.Node) -> Any:
         """Run an operation."""
