@@ -147,6 +147,8 @@ def built_in_names() -> list[str]:
 def find_scheme(text: str | Scheme) -> Scheme:
     """The scheme that a user names: kits23, ``kidney=1,tumor=2,cyst=3``, a YAML file, or nnU-Net's ``dataset.json``.
 
+    Also its plain values as JSON, which kitseg passes on.
+
     Raises:
         UsageError: none of these. InputError: a file that doesn't describe a scheme.
     """
@@ -155,6 +157,11 @@ def find_scheme(text: str | Scheme) -> Scheme:
     path = Path(text)
     if text in built_in_names():
         return scheme_of(text)
+    if text.startswith("{"):
+        try:
+            return scheme_of(json.loads(text))
+        except ValueError as error:
+            raise UsageError(f"--labels {text}: {error}") from error
     if path.suffix not in (".yaml", ".yml", ".json"):
         known = f"{' or '.join(built_in_names())}, kidney=1,tumor=2,cyst=3, a .yaml file, or nnU-Net's dataset.json"
         if path.is_dir():

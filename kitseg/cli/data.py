@@ -153,6 +153,7 @@ def preprocess(
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
     shard: opt.Shard = None,
+    split: Annotated[Path, typer.Option(help="Split file, whose labels are the default.")] = Path("splits.json"),
     labels: opt.LabelsName = None,
     set_: opt.Set = [],  # noqa: B006
 ) -> None:
@@ -160,7 +161,7 @@ def preprocess(
     from kitseg.runtime.dask import on_cluster
     from kitseg.volumes.kits import find_cases, with_labels
 
-    share, overrides = take_share(shard), [*set_, *([f"labels={labels}"] if labels else [])]
+    share, overrides = take_share(shard), [*opt.labels_override(labels, split), *set_]
     configuration, _ = composed(method, size, plan, overrides, config_dir)
     cases = with_labels(find_cases(data), masks)
     show_left_out([data], cases, masks)

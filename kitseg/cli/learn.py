@@ -117,8 +117,8 @@ def train(
         )
     device, ranks = choose_ranks(gpus, processes, device)
     given = {"stages.*.epochs": epochs, "seed": seed}
-    overrides = [*set_, *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    overrides += [f"labels={labels}"] if labels else []
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    overrides = [*opt.labels_override(labels, split), *set_, *overrides]
 
     def make(sizes: dict[str, Any]) -> dict[str, Any]:
         known = config.stated_scheme(overrides)

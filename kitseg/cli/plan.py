@@ -90,6 +90,11 @@ def make_plan(
         seen = fingerprint(cases, given.get("labels", KITS19), jobs, step, given.get("scans", True))
     plan = planner.make_plan(method, size, seen, planner.fit_size(seen, sizes[size], memory, start), memory)
     _show(plan)
+    larger = [name for name, row in plan["estimate"].items() if memory is not None and row["memory_gb"] > memory]
+    if larger:
+        console.print_line(
+            f"more than the {memory:g} GB by the estimate: {', '.join(larger)}; take smaller patches there"
+        )
     return plan
 
 
@@ -125,8 +130,10 @@ def plan(
         str | None,
         typer.Option(metavar="MODEL", help="Plan the second stage with the network of a model folder of nnU-Net."),
     ] = None,
-    scheme: opt.Labels = "kits19",
-    split: Annotated[Path, typer.Option(help="Split file, whose test cases are left out.")] = Path("splits.json"),
+    labels: opt.LabelsName = None,
+    split: Annotated[
+        Path, typer.Option(help="Split file, whose labels are the default, and whose test cases are left out.")
+    ] = Path("splits.json"),
     out: Annotated[Path, typer.Option("--out", "-o", help="The plan, a YAML file to read and edit.")] = FILE,
     config_dir: opt.ConfigDir = None,
     jobs: opt.Jobs = -1,
@@ -158,7 +165,12 @@ def plan(
         memory = (parse_size(gpu_memory, "--gpu-memory") or 0) / 1e9
     scans = data is not None or masks is None
     sizes = config.sizes(method, config_dir)
-    given = {"size": size, "labels": scheme, "scans": scans, "start": init_from}
+    given = {
+        "size": size,
+        "labels": config.stated_scheme(opt.labels_override(labels, split)),
+        "scans": scans,
+        "start": init_from,
+    }
     write_plan(out, make_plan(method, sizes, find, jobs, memory, **given))
     console.print_line(f"plan: {out}; `kitseg train --method {method} --plan {out}` trains it")
 

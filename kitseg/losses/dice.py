@@ -48,7 +48,8 @@ class DiceCrossEntropy(nn.Module):
     A class that the batch lacks: C_c = 0, and D_c the same, which nearly vanishes for any prediction of many pixels;
     or with ``absent``, D_c = Σ p / (Σ p + absent · N).
 
-    nnU-Net (Isensee et al. 2021, online methods, "loss function"), in its form over the batch, is rare = absent = 0.
+    nnU-Net (Isensee et al. 2021, online methods, "loss function"), in its form over the batch, is rare = absent = 0
+    and smooth = 1e-5.
 
     Args:
         smooth: added to numerator and denominator, so that a class missing in batch and prediction costs nothing.

@@ -20,7 +20,7 @@ from kitseg.training import data_source
 from kitseg.training.data_source import check_method, data_settings
 from kitseg.training.epochs import only_more_epochs, record_raise
 from kitseg.training.initial import find_initial
-from kitseg.training.split import claim_split, new_split, unseen_traits
+from kitseg.training.split import claim_split, new_split, read_split_of, unseen_traits
 from kitseg.training.trainer import DEFAULT, Settings, settings_of
 from kitseg.types import Case
 from kitseg.volumes.store import StoredCase, open_case
@@ -107,17 +107,18 @@ class Start:
         return settings_of(self.config)
 
     def check(self, stage: str | None = None) -> None:
-        """Check the configuration, the fold, the stage to train and the model to start from.
+        """Check the configuration, the split's labels, the fold, the stage to train and the model to start from.
 
         Raises:
-            UsageError: an invalid value, or no such fold, stage or model. InputError: its weights are damaged.
+            UsageError: an invalid value, other labels than the split's, or no such fold, stage or model. InputError:
+                the model's weights are damaged.
         """
         _ = self.settings
         if data_settings(self.config) is not None:
             check_method(self.method)
         _check_stage(self.method, stage)
         if self.split.exists():
-            read_split(self.split).fold(self.fold)
+            read_split_of(self.split, self.method.labels).fold(self.fold)
         elif self.fold >= self.config["folds"]:
             raise UsageError(f"there is no fold {self.fold}: the split will have folds 0 to {self.config['folds'] - 1}")
         if self.initial:

@@ -67,6 +67,14 @@ def look_at(
     return [one for one in found if isinstance(one, Traits)], [one for one in found if not isinstance(one, Traits)]
 
 
+def read_split_of(path: Path, scheme: Scheme) -> Split:
+    """Read the split file of a training with this label scheme. Raises UsageError: the file's has other ids."""
+    split = read_split(path)
+    if split.scheme.ids != scheme.ids:
+        raise UsageError(f"{path} has the labels {split.scheme}, the training {scheme}. Give the same --labels")
+    return split
+
+
 def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: int) -> Split:
     """Read the split file, or create it if it doesn't exist.
 
@@ -80,9 +88,7 @@ def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: 
         if errors:
             raise KitsegError(errors[0])
         write_split(new_split(traits, configuration), path)
-    split = read_split(path)
-    if split.scheme.ids != scheme.ids:
-        raise UsageError(f"{path} has the labels {split.scheme}, the training {scheme}. Give the same --labels")
+    split = read_split_of(path, scheme)
     if missing := sorted(split.cases - {case.id for case in cases}):
         raise KitsegError(
             f"{path}: cases {', '.join(missing)} are missing in the data folder, or can't be preprocessed. "
