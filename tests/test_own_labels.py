@@ -20,7 +20,6 @@ LESIONS = ((-50, 14, 9, 300), (46, 9, 7, 0))
 TRAINING = (
     "--method=resenc",
     "--size=tiny",
-    "--labels=mine.yaml",
     "--data=ct",
     "--masks=masks",
     "--jobs=1",
@@ -71,7 +70,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train", *TRAINING),
         ("predict", "ct", "--split=splits.json", "--fold=0", "--model=runs/resenc-tiny", "--engine=torch"),
         ("evaluate", "predictions", "masks", "--labels=mine.yaml", "--protocol=kits23", "--json=scores.json"),
-        ("report", "predictions", "ct", "--masks=masks", "--scores=scores.json", "--jobs=1"),
+        ("report", "predictions", "ct", "--masks=masks", "--scores=scores.json", "--labels=mine.yaml", "--jobs=1"),
     ):  # fmt: skip
         done = kitseg(folder, *command)
         assert done.code == 0, done.text
@@ -99,16 +98,39 @@ def test_predictions_have_its_ids_and_are_scored_by_them(study: Path) -> None:
     assert min(dice["tumor"], dice["cyst"]) > 0.1
 
 
+def test_labels_without_cysts_are_measured_as_they_are_written(study: Path) -> None:
+    """The record's volumes are those of the label map, in which cysts are kidney, and no lesion of it is a cyst."""
+    name = min((study / "predictions").glob("*.json")).stem
+    command = ("predict", f"ct/{name}.nii.gz", "--model=runs/resenc-tiny", "--engine=torch", "-o", "without")
+    done = kitseg(study, *command, "--labels=kidney=5,tumor=9")
+    assert done.code == 0, done.text
+    written = np.asarray(nib.load(study / "without" / f"{name}.nii.gz").dataobj)
+    record = json.loads((study / "without" / f"{name}.json").read_text())
+    assert set(np.unique(written)) == {0, 5, 9}
+    assert record["volumes_ml"] == {"kidney": (written == 5).sum() / 8, "tumor": (written == 9).sum() / 8}
+    assert {lesion["kind"] for lesion in record["findings"]["lesions"]} <= {"tumor"}
+    before = json.loads((study / "predictions" / f"{name}.json").read_text())["volumes_ml"]
+    assert before["cyst"] > 0
+    assert record["volumes_ml"]["kidney"] == pytest.approx(before["kidney"] + before["cyst"])
+
+
 def test_the_report_has_its_names_and_colours(study: Path) -> None:
     page = "".join(path.read_text() for path in (study / "report").glob("patient*.html"))
     for text in ("Niere with lesions", "Geschwulst 1", "Zyste 2", "#aa00aa", "mine (5 Niere, 9 Geschwulst, 7 Zyste)"):
         assert text in page
 
 
-def test_another_scheme_is_refused(study: Path) -> None:
-    done = kitseg(study, "train", *TRAINING, "--labels=kidney=5,tumor=9")
-    assert done.code == 1
-    assert "the label values 7" in done.text
-    done = kitseg(study, "train", *TRAINING, "--labels=kidney=9,tumor=5,cyst=7")
+@pytest.mark.parametrize("labels", ["kidney=5,tumor=9", "kidney=9,tumor=5,cyst=7"])
+@pytest.mark.parametrize("option", ["--dry-run", "--fold=0"])
+def test_another_scheme_is_refused_before_anything_is_written(study: Path, labels: str, option: str) -> None:
+    stored = {path: path.stat().st_mtime_ns for path in (study / "preprocessed").rglob("*")}
+    done = kitseg(study, "train", *TRAINING, f"--labels={labels}", option)
     assert done.code == 2
     assert "Give the same --labels" in done.text
+    assert {path: path.stat().st_mtime_ns for path in (study / "preprocessed").rglob("*")} == stored
+
+
+def test_the_old_name_of_a_key_is_stated(study: Path) -> None:
+    done = kitseg(study, "train", *TRAINING, "--set=convention=kits23", "--dry-run")
+    assert done.code == 2
+    assert "--set convention= is now --labels" in done.text

@@ -10,12 +10,14 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from browser import browser
 from conftest import kitseg
 from PIL import Image
 
+from kitseg.labels import CYST, KIDNEY, KITS23, find_scheme
 from kitseg.measurement.measure import measure
 from kitseg.report.html import page_name
 from kitseg.report.slices import UNIT, Scene, around, cut, outlines, scroll
@@ -222,6 +224,30 @@ def test_a_page_works_in_a_browser(reported: Path, tmp_path: Path, case: str, wi
             assert np.abs(chromium.evaluate(LETTERS)).max() < 0.97
         assert chromium.complaints() == []
         assert chromium.requests() == [path.as_uri()]
+
+
+def test_prediction_and_reference_have_labels_of_their_own(tmp_path: Path) -> None:
+    """A prediction without cysts and with own ids, by its record, beside a reference of KiTS23 with a cyst."""
+    labels = np.zeros((6, 24, 24), np.uint8)
+    labels[1:5, 4:20, 4:10] = KIDNEY
+    labels[2:4, 8:12, 4:8] = CYST
+    grid = Geometry(labels.shape, MM)
+    own = find_scheme("kidney=5,tumor=9")
+    for folder, scheme in (("predictions", own), ("masks", KITS23)):
+        (tmp_path / folder).mkdir()
+        write_labels(tmp_path / folder / "case.nii.gz", labels, grid, scheme=scheme)
+    (tmp_path / "predictions" / "case.json").write_text(json.dumps({"schema": 4, "labels": own.plain()}))
+    (tmp_path / "ct").mkdir()
+    nib.save(nib.Nifti1Image(np.zeros(grid.shape, np.int16), grid.affine), tmp_path / "ct" / "case.nii.gz")
+    command = ("report", "predictions", "ct", "--masks=masks", "--jobs=1")
+    done = kitseg(tmp_path, *command)
+    assert done.code == 0, done.text
+    found = page(tmp_path, "case").text
+    assert "kidney=5,tumor=9 (5 kidney, 9 tumor)" in found
+    refused = kitseg(tmp_path, *command, "--labels=kits19", "--overwrite")
+    assert refused.code == 1
+    assert "masks/case.nii.gz" in refused.text
+    assert "the label values 3" in refused.text
 
 
 def test_labels_alone_have_a_page(reported: Path) -> None:

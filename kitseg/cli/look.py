@@ -216,7 +216,7 @@ def report(
     egfr: opt.Egfr = None,
     age: opt.Age = None,
     diabetes: opt.Diabetes = False,
-    scheme: opt.Labels = None,
+    scheme: opt.ReferenceLabels = None,
     jobs: opt.Jobs = -1,
     cluster: opt.Cluster = None,
     shard: opt.Shard = None,

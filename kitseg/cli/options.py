@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from kitseg.errors import UsageError
+from kitseg.runtime import console
 from kitseg.runtime.overwrite import overwriting
 from kitseg.trust import everything
 from kitseg.volumes.names import is_file_name
@@ -42,10 +44,21 @@ Size = Annotated[
     typer.Option(help="One of the method's sizes. Default: paper; without such a size, plan.yaml, which train makes."),
 ]
 Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="A plan that `kitseg plan` made, in place of a size.")]
+
+
+def _current_keys(changes: list[str]) -> list[str]:
+    if any(change.startswith("convention=") for change in changes):
+        console.print_plain("--set convention= is now --labels")
+    return changes
+
+
 Set = Annotated[
     list[str],
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a configuration key (stages.*.KEY: in every stage); may be repeated."
+        "--set",
+        metavar="KEY=VALUE",
+        callback=_current_keys,
+        help="Change a configuration key (stages.*.KEY: in every stage); may be repeated.",
     ),
 ]
 ConfigDir = Annotated[
@@ -124,14 +137,42 @@ def read_scheme(text: str) -> Scheme:
     return find_scheme(text)
 
 
-_SCHEME = (
-    "Labels of the files: kits19 (cysts are kidney), kits23 (cysts are 3), kidney=1,tumor=2,cyst=3, a .yaml file, or "
-    "nnU-Net's dataset.json. Default: what kitseg recorded beside them, else kits19 (report: kits23)."
+def labels_override(labels: str | None, split: Path) -> list[str]:
+    """The override of the configuration for ``--labels``; where it isn't given, for the labels of a split's file."""
+    from kitseg.splits import read_split
+
+    if labels is None and split.exists():
+        labels = json.dumps(read_split(split).scheme.plain())
+    return [f"labels={labels}"] if labels else []
+
+
+_KINDS = (
+    "kits19 (cysts are kidney), kits23 (cysts are 3), kidney=1,tumor=2,cyst=3, a .yaml file, or nnU-Net's dataset.json"
 )
+_SCHEME = f"Labels of the files: {_KINDS}. Default: what kitseg recorded beside them, else kits19."
 Labels = Annotated[
     Any, typer.Option("--labels", metavar="SCHEME", parser=read_scheme, show_default=False, help=_SCHEME)
 ]
-LabelsName = Annotated[str | None, typer.Option("--labels", metavar="SCHEME", show_default=False, help=_SCHEME)]
+LabelsName = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="SCHEME",
+        show_default=False,
+        help=f"Labels of the files: {_KINDS}. Default: those of the split file, else kits19.",
+    ),
+]
+ReferenceLabels = Annotated[
+    Any,
+    typer.Option(
+        "--labels",
+        metavar="SCHEME",
+        parser=read_scheme,
+        show_default=False,
+        help=f"Labels of the references: {_KINDS}. Default: the protocol's (report: kits23). A prediction is read by "
+        "the JSON file beside it, and by this without one.",
+    ),
+]
 LabelsToWrite = Annotated[
     Any,
     typer.Option(

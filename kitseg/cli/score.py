@@ -54,7 +54,7 @@ def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps to score.")] = opt.PREDICTIONS,
     references: Annotated[Path, typer.Argument(help="Folder of reference label maps.")] = Path("data"),
     protocol: Annotated[str, typer.Option(help="Scoring rules: kits19, kits21 or kits23.")] = "kits19",
-    scheme: opt.Labels = None,
+    scheme: opt.ReferenceLabels = None,
     cases: Annotated[
         str | None, typer.Option(help="Required cases, such as 210-299; missing ones are scored as background.")
     ] = None,

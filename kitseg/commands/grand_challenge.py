@@ -96,8 +96,7 @@ def predict_case(source: Path, to: Path, socket: str, model: Ensemble, scheme: S
     refuse_overwrite(labels, "mha")
     refuse_overwrite(findings, "findings")
     scan = read_scan(find_input(source))
-    found = model.predict(scan)
-    scheme = scheme or found.scheme
-    write_volume(labels, found.canonical, scan.native, scheme)
-    write_findings(findings, [Measured(scan.case_id, found.findings, labels=scheme.line)])
+    found = model.predict(scan, scheme=scheme)
+    write_volume(labels, found.canonical, scan.native, found.scheme)
+    write_findings(findings, [Measured(scan.case_id, found.findings, labels=found.scheme.line)])
     return found

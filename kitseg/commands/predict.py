@@ -19,9 +19,8 @@ from kitseg.commands.case_record import (
 )
 from kitseg.commands.postprocess import Write, write_case
 from kitseg.errors import KitsegError, UsageError
-from kitseg.labels import CYST, Scheme, to_kits19
+from kitseg.labels import Scheme
 from kitseg.measurement.confidence import Confidence, uncertainty
-from kitseg.measurement.measure import measure
 from kitseg.models.members import Ensemble, Prediction, learned_from
 from kitseg.models.memory import check_memory
 from kitseg.runtime.device import versions
@@ -117,12 +116,12 @@ class CasePredictor:
     def __init__(self, model: Ensemble, to: Path, options: PredictOptions) -> None:
         self.model, self.to, self.options = model, to, options
         self.scheme = options.labels or model.models[0].method.labels
-        self.facts: dict[str, Any] = {"models": model.origin(), "postprocess": model.postprocess}
+        self.facts: dict[str, Any] = {"postprocess": model.postprocess}
         self.facts |= {"labels": self.scheme.plain(), "versions": versions()}
         if options.confidence:
             sure = options.confidence
             self.facts["confidence"] = asdict(sure.model) | {"temperature": sure.temperature}
-        self.recipe = recipe(**self.facts, outputs=(*options.endings, options.anonymous))
+        self.recipe = recipe(models=model.origin(), **self.facts, outputs=(*options.endings, options.anonymous))
 
     def predict(self, source: Case) -> Outcome:
         """Labels, figures and a picture of a scan, unless they are there; its record is written last."""
@@ -133,7 +132,7 @@ class CasePredictor:
             return Outcome(source.id, "", note, labels, before.volumes_ml, before.quality)
         check_memory(self.options.max_memory, self.model.models, scan_geometry(source), source.id)
         scan = read_scan(source)
-        found = self.model.predict(scan)
+        found = self.model.predict(scan, scheme=self.scheme)
         from kitseg.report.pictures import case_picture
 
         more: dict[str, Write] = {
@@ -159,6 +158,7 @@ class CasePredictor:
             **({"part": self.options.part} if self.options.part else {}),
             "quality": quality_facts(quality, found.agreement),
             "signs": found.signs,
+            "models": self.model.origin(),  # now, because an engine may have left a network to PyTorch
             **self.facts,
         }
         written = write_case(self.to, found.canonical, found.proba, facts, made, doubts(source, scan), more)
@@ -173,9 +173,6 @@ class CasePredictor:
 
         methods = " + ".join(sorted({one.method.name for one in self.model.models}))
         labels, findings = found.canonical, found.findings
-        if not self.scheme.cyst and (labels == CYST).any():
-            labels = to_kits19(labels)
-            findings = measure(labels, scan.geometry, scan.array)
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
         made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, self.options.anonymous)
 

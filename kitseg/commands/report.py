@@ -16,7 +16,7 @@ from kitseg import __version__
 from kitseg.commands.case_record import ANY_RECORD, CaseRecord, record_of, scheme_beside
 from kitseg.commands.measure import LabelTask
 from kitseg.errors import KitsegError, UsageError
-from kitseg.labels import KITS23, Scheme
+from kitseg.labels import KITS23, Scheme, to_kits19
 from kitseg.measurement.intervals import Calibration
 from kitseg.measurement.measure import measure
 from kitseg.measurement.quality import assess
@@ -38,14 +38,15 @@ from kitseg.volumes.scan import check_grid, place_doubts, scan_digest, scans_of_
 
 @dataclass(frozen=True)
 class PageTask(LabelTask):
-    """A case for a page, with its scores; to: the folder; scheme: of label map and reference.
+    """A case for a page, with its scores; to: the folder; scheme: of the label map.
 
-    intervals: of the figures; patient: what predicts the function after surgery.
+    truth: the scheme of the reference; intervals: of the figures; patient: what predicts the function after surgery.
     """
 
     scores: ScoreTable
     to: Path
     scheme: Scheme
+    truth: Scheme = KITS23
     intervals: Calibration | None = None
     patient: Patient | None = None
 
@@ -75,7 +76,7 @@ def plan_pages(
 ) -> list[PageTask]:
     """The cases that there are label maps of, each with its scan; masks: the folder of the references.
 
-    stated: the scheme of all label maps; None: that of the record beside each, else KiTS23's.
+    stated: the scheme of the references, and of predictions without a record; None: KiTS23's.
 
     Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one name, scans of none
     of the cases, or files that kitseg did not write in the way.
@@ -91,8 +92,9 @@ def plan_pages(
         refuse_overwrite(to / name, "html")
     tasks = []
     for case, path in sorted(labels.items()):
-        scheme, figures = stated or scheme_beside(path) or KITS23, scores.cases.get(scored.get(case, ""), {})
-        tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme))
+        figures, truth = scores.cases.get(scored.get(case, ""), {}), stated or KITS23
+        scheme = scheme_beside(path) or truth
+        tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme, truth))
     return tasks
 
 
@@ -131,13 +133,13 @@ def _make_page(task: PageTask) -> CaseRow:
 
 
 def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
-    """The case's reference label map, unless it is the same file as the labels."""
+    """The case's reference label map, unless it is the same file as the labels; without cysts, if these have none."""
     path = task.scan.label if task.scan else None
     if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
         return None
-    truth = read_labels(path, task.case, task.scheme)
+    truth = read_labels(path, task.case, task.truth)
     check_grid(path, truth.geometry, labels.geometry)
-    return truth.array
+    return truth.array if task.scheme.cyst else to_kits19(truth.array)
 
 
 def _record(task: PageTask, digest: str, scan: str | None) -> tuple[CaseRecord, list[str]]:

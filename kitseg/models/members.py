@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kitseg import ensemble
 from kitseg.errors import UsageError
-from kitseg.labels import KITS19, Scheme
+from kitseg.labels import KITS19, Scheme, to_kits19
 from kitseg.measurement.confidence import find_signs
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.quality import Quality, TrainingDomain, assess
@@ -43,7 +43,7 @@ class Prediction:
     canonical: labels (D, H, W) in orientation (I, P, L) with kitseg's ids, cleaned by the post-processing; proba: the
     probabilities that they follow from; findings: kidneys and lesions in mm, ml and HU; quality: flags with their
     reasons, and the contrast phase; agreement: Dice between the members of an ensemble by class, None for a single
-    member; signs: of how well the tumor is outlined (``find_signs``); scheme: of the model's training.
+    member; signs: of how well the tumor is outlined (``find_signs``); scheme: of the labels in files.
     """
 
     canonical: NDArray[np.uint8]
@@ -56,7 +56,7 @@ class Prediction:
 
     @cached_property
     def labels(self) -> NDArray[np.uint8]:
-        """The labels in the scan's own shape and axes, with the ids of the scheme that the model was trained with."""
+        """The labels in the scan's own shape and axes, with the ids of the scheme."""
         return np.ascontiguousarray(turn_to_native(self.scheme.to_file[self.canonical], self.proba.native))
 
     @property
@@ -88,13 +88,16 @@ class Ensemble:
     weights: tuple[float, ...]
     postprocess: Mapping[str, Any]
 
-    def predict(self, image: Image | Volume, affine: ArrayLike | None = None) -> Prediction:
+    def predict(
+        self, image: Image | Volume, affine: ArrayLike | None = None, scheme: Scheme | None = None
+    ) -> Prediction:
         """Labels, probabilities, findings and quality flags of one scan.
 
         Args:
             image: a NIfTI file or the folder of a DICOM series, an array in HU with its ``affine``, an image of
                 nibabel, SimpleITK or TorchIO, or a scan that has been read.
             affine: (4, 4), from an array's voxel indices to mm in RAS+.
+            scheme: of the labels; None: that of the model's training. In one without cysts, they are kidney.
 
         Raises:
             InputError: it can't be used. UsageError: a folder with several scans.
@@ -102,7 +105,9 @@ class Ensemble:
         scan = image if isinstance(image, Volume) else scan_from(image, affine)
         probabilities, agreement = self.predict_proba(scan)
         labels = clean(probabilities, scan, self.steps)
-        return judge(labels, probabilities, scan, agreement, self.training_domain, self.models[0].method.labels)
+        return judge(
+            labels, probabilities, scan, agreement, self.training_domain, scheme or self.models[0].method.labels
+        )
 
     def predict_proba(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
         """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
@@ -156,9 +161,10 @@ def judge(
     domain: TrainingDomain | None,
     scheme: Scheme,
 ) -> Prediction:
-    """Measure cleaned labels, with flags and signs; agreement, domain: see ``assess``."""
+    """Measure cleaned labels, with flags and signs, as ``scheme`` has them; agreement, domain: see ``assess``."""
     from kitseg.measurement.measure import measure  # trimesh and networkx take long to import
 
+    labels = labels if scheme.cyst else to_kits19(labels)
     findings = measure(labels, scan.geometry, scan.array)
     quality = assess(labels, scan.array, scan.geometry, findings, agreement, domain)
     signs = find_signs(labels, found, agreement)
