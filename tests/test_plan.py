@@ -14,6 +14,7 @@ from nifti_files import save
 from kitseg import config
 from kitseg.errors import UsageError
 from kitseg.labels import KITS19
+from kitseg.training import planner
 from kitseg.training.cost import memory_of
 from kitseg.training.fingerprint import Fingerprint, fingerprint
 from kitseg.training.planner import choose_patch, choose_size, fit_size, network, target_spacing, topology
@@ -133,6 +134,16 @@ def test_a_plan_is_edited_and_trained(planned: Path) -> None:
     assert made["stages"]["masses"]["sampler"]["patch_size"] == [16, 40, 40]
     assert made["stages"]["masses"]["intensity"]["high"] == 100
     assert made["trainer"]["ema"] == 0.999
+
+
+def test_a_network_beyond_the_budget_is_stated(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of nnU-Net's keeps its patch, whatever the budget."""
+    row = {"parameters_m": 1.0, "memory_gb": 7.9, "seconds_a_step": 1.0, "steps": 1, "hours": 1.0}
+    monkeypatch.setattr(planner, "fit_size", lambda seen, block, *_: block)
+    monkeypatch.setattr(planner, "estimate", lambda *_: {"kidneys": row, "masses": {**row, "memory_gb": 9.5}})
+    done = kitseg(data.parent, "plan", "--gpu-memory=8GB", "--size=M", "--jobs=1", "-o", "beyond.yaml")
+    assert done.code == 0, done.text
+    assert "more than the 8 GB by the estimate: masses;" in " ".join(done.text.split())
 
 
 @slow
