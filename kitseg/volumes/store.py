@@ -40,8 +40,8 @@ class StoredCase:
     foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
     statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
     kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown;
-    hashes: of the scan's file and of its HU; corrected: whether a person corrected the label map; tumor_mm: diameter of a sphere with
-    the volume of its largest tumor, 0 without a tumor, None where unknown.
+    hashes: of the scan's file and of its HU; corrected: whether a person corrected the label map; tumor_mm: diameter of
+    a sphere with the volume of its largest tumor, 0 without a tumor, None where unknown.
     """
 
     id: str
