@@ -105,9 +105,8 @@ class Ensemble:
         scan = image if isinstance(image, Volume) else scan_from(image, affine)
         probabilities, agreement = self.predict_proba(scan)
         labels = clean(probabilities, scan, self.steps)
-        return judge(
-            labels, probabilities, scan, agreement, self.training_domain, scheme or self.models[0].method.labels
-        )
+        scheme = scheme or self.models[0].method.labels
+        return judge(labels, probabilities, scan, agreement, self.training_domain, scheme)
 
     def predict_proba(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
         """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
@@ -119,8 +118,7 @@ class Ensemble:
         most = max(len(model.folds) for model in self.models)
         for model, weight in zip(self.models, self.weights, strict=True):
             for stages in model.stages.values():
-                member = to_scan(run_chain(scan, stages, model.heads), model.outputs, scan)
-                member = ensemble.convert(member, channels)
+                member = ensemble.convert(to_scan(run_chain(scan, stages, model.heads), model.outputs, scan), channels)
                 votes.add(member)
                 mean.add(member, weight * most / len(model.folds))
         return mean.result(), votes.agreement()
@@ -167,8 +165,7 @@ def judge(
     labels = labels if scheme.cyst else to_kits19(labels)
     findings = measure(labels, scan.geometry, scan.array)
     quality = assess(labels, scan.array, scan.geometry, findings, agreement, domain)
-    signs = find_signs(labels, found, agreement)
-    return Prediction(labels, found, findings, quality, agreement, signs, scheme)
+    return Prediction(labels, found, findings, quality, agreement, find_signs(labels, found, agreement), scheme)
 
 
 def open_ensemble(
