@@ -6,6 +6,7 @@ where label maps are read and written, and nowhere else. Schemes that ship with 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -160,7 +161,7 @@ def find_scheme(text: str | Scheme) -> Scheme:
     if text.startswith("{"):
         try:
             return scheme_of(json.loads(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"--labels {text}: {error}") from error
     if path.suffix not in (".yaml", ".yml", ".json"):
         known = f"{' or '.join(built_in_names())}, kidney=1,tumor=2,cyst=3, a .yaml file, or nnU-Net's dataset.json"
