@@ -29,7 +29,7 @@ def read_yaml(path: Path, scale: int = 1, aliases: bool = False) -> Any:
         loader = _Bounded(_content(path, scale * LARGEST).decode())
         loader.left, loader.sizes = scale * MOST, {} if aliases else None
         return loader.get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ArithmeticError, AttributeError, LookupError) as error:  # PyYAML's tags
         raise ValueError(" ".join(str(error).split())) from error
 
 

@@ -64,3 +64,7 @@ def test_a_single_kidney_and_one_too_round() -> None:
     assert degrees(axes((60, LEAN, 12)), np.eye(3)) < 3
     assert (axes((60, LEAN, 12), radii=(30, 30, 30)) == np.eye(3)).all()
     assert (axes() == np.eye(3)).all()
+
+
+def test_what_lies_across_the_scan_is_not_the_patients_axis() -> None:
+    assert (axes((0, 0, 0), radii=(70, 22, 25)) == np.eye(3)).all()

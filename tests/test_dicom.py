@@ -321,6 +321,17 @@ def test_copies_of_slices_count_once_and_are_reported(tmp_path: Path) -> None:
     assert only(tmp_path).note == "copies of slices, left out: 2"
 
 
+def test_overlapping_exports_of_one_series_are_one_stack(tmp_path: Path) -> None:
+    slices = write_series(tmp_path, hu())
+    for n, path in enumerate(slices):
+        edit(path, InstanceCreationDate="20250101" if n < 8 else "20250102")
+    for path in slices[4:8]:
+        shutil.copy(path, tmp_path / f"{path.name}-copy")
+        edit(tmp_path / f"{path.name}-copy", SOPInstanceUID=uid(path.name), InstanceCreationDate="20250102")
+    assert np.array_equal(read_series(only(tmp_path)).array[::-1], hu())
+    assert only(tmp_path).note == "copies of slices, left out: 4"
+
+
 def test_what_cannot_be_read_beside_a_stack_is_reported(tmp_path: Path) -> None:
     for path in write_series(tmp_path, hu(), SpacingBetweenSlices="5")[5:6]:
         path.rename(tmp_path / "IM5.dcm")

@@ -186,6 +186,7 @@ def test_a_broken_connection_resumes_in_the_middle_of_an_image(server: Threading
     header = nibabel.Nifti1Header()
     header.set_data_shape((240, 240, 240))
     header.set_data_dtype(np.int16)
+    header["vox_offset"] = 352
     image = gzip.compress(header.binaryblock + bytes(4 + 2 * 240**3), compresslevel=0)
     server.files[image_path(0)] = image
     server.breaks.add(image_path(0))

@@ -149,7 +149,7 @@ def test_a_corrected_label_map_is_not_predicted_again(trained: Path, tmp_path: P
     assert kitseg(trained, *command, "--overwrite").code == 0
     several = kitseg(trained, "predict", "test", "--model=runs/two-phase-tiny", "-o", str(tmp_path / "seg.nii.gz"))
     assert several.code == 2
-    assert ".nii.gz or .mha or .seg.nrrd; here are 2 scans" in " ".join(several.text.split())
+    assert ".nii.gz or .mha or .seg.nrrd (scans here: 2)" in " ".join(several.text.split())
 
 
 @pytest.mark.parametrize("name", ["splits.json", "fold_0.json"])

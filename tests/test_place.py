@@ -15,7 +15,7 @@ from shapes import LEFT_KIDNEY, RIGHT_KIDNEY, ball, lattice, paint
 from kitseg.runtime.files import file_digest
 from kitseg.types import Box, Probabilities
 from kitseg.volumes.blocks import claim_manifest, write_block
-from kitseg.volumes.nifti import read_image
+from kitseg.volumes.nifti import read_geometry, read_image
 
 TURNED, NOWHERE = "right and left may be exchanged", "header has no orientation"
 JOBS = "--jobs=1"
@@ -36,6 +36,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image.set_qform(qform, code)
             nibabel.save(image, folder / kind / f"{name}.nii.gz")
     return folder
+
+
+def test_a_qform_without_an_axis(tmp_path: Path) -> None:
+    grid = lattice("LPS", spacing=(6, 3, 3))
+    image = nibabel.Nifti1Image(np.zeros(grid.shape, np.int16), grid.affine)
+    image.set_qform(grid.affine, 1)
+    image.header["pixdim"][3] = 0
+    nibabel.save(image, tmp_path / "a.nii")
+    whole = bytearray((tmp_path / "a.nii").read_bytes())
+    whole[76 + 12 : 76 + 16] = np.float32(0).tobytes()  # nibabel writes the sform's spacing
+    (tmp_path / "a.nii").write_bytes(whole)
+    (doubt,) = read_geometry(tmp_path / "a.nii").doubts
+    assert "place it up to" in doubt
 
 
 def said(text: str) -> tuple[bool, bool]:

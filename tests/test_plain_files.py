@@ -22,6 +22,10 @@ TEXTS = {
     "itself": "a: &a [1, *a]",
     "lists": '{"labels": {"kidney": ' + "[" * 100_000,
     "names": '{"a":' * 100_000,
+    "bool": "kidney: !!bool maybe",
+    "int": "kidney: !!int ''",
+    "time": "kidney: !!timestamp x",
+    "base 60": f"kidney: {':'.join(['1'] * 300)}.5",
 }
 
 

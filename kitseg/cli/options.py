@@ -139,10 +139,11 @@ def read_scheme(text: str) -> Scheme:
 
 def labels_override(labels: str | None, split: Path) -> list[str]:
     """The override of the configuration for ``--labels``; where it isn't given, for the labels of a split's file."""
+    from kitseg.labels import KITS19
     from kitseg.splits import read_split
 
-    if labels is None and split.exists():
-        labels = json.dumps(read_split(split).scheme.plain())
+    if labels is None and split.exists() and (scheme := read_split(split).scheme).ids != KITS19.ids:
+        labels = json.dumps(scheme.plain())
     return [f"labels={labels}"] if labels else []
 
 

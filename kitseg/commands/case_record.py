@@ -166,7 +166,7 @@ def file_ending(output: Path, count: int, endings: Sequence[str] = (".nii.gz",))
         return ""
     found = next((ending for ending in endings if output.name.endswith(ending) and output.name != ending), "")
     if count != 1 or not found:
-        remedy = f"a folder, or for one scan a file that ends with {' or '.join(endings)}; here are {count} scans"
+        remedy = f"a folder, or for one scan a file that ends with {' or '.join(endings)} (scans here: {count})"
         raise UsageError(f"--output {output}: give {remedy}")
     return found
 

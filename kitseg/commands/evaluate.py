@@ -49,9 +49,8 @@ class Score:
 
     strata: the groups that its reference belongs to, by kind; detection, cyst_detection: of each tumor and cyst; cysts:
     whether the prediction and the reference hold cysts; strange: whether the prediction holds values that are no
-    labels; itself: whether prediction and reference are one file, or hold the same
-    bytes; learned_from: the models of the prediction that
-    learned from the scan, by its record; doubts: about the reference's place in the patient.
+    labels; itself: whether prediction and reference are one file, or hold the same bytes; learned_from: the models of
+    the prediction that learned from the scan, by its record; doubts: about the reference's place in the patient.
     """
 
     case: str

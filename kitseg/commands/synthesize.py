@@ -99,7 +99,7 @@ def _known_patients(to: Path, shown: Mapping[str, str]) -> dict[str, str]:
     if os.path.lexists(table) and (not known or any(known[name] != shown.get(name) for name in known.keys() - made)):
         strange.append(table)
     if strange:
-        raise UsageError(f"{strange[0]} exists and was not written by `kitseg synthesize`. Choose another folder")
+        raise UsageError(f"{strange[0]} exists and was not written by this command. Choose another folder")
     return known
 
 

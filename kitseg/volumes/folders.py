@@ -38,10 +38,14 @@ def images_in(data: Path) -> Path:
 def volumes(folder: Path) -> list[Path]:
     """The volumes in a folder; of a label map that kitseg wrote in several formats, the NIfTI file, else the first.
 
+    None where all that have a volume's name are DICOM slices.
+
     Raises:
         InputError: the folder can't be read.
     """
-    found = sorted(f for f in visible(folder) if is_volume_name(f) and not starts_as_dicom(f))
+    found = sorted(f for f in visible(folder) if is_volume_name(f))
+    if all(map(starts_as_dicom, found)):
+        return []
     first: dict[str, Path] = {}
     for file in sorted(found, key=is_itk_name):
         first.setdefault(stem(file), file)

@@ -136,9 +136,10 @@ def _doubts(header: Any, shape: Triple) -> tuple[str, ...]:
     apart = np.linalg.norm(corners @ _in_mm(header, qform - sform)[:3].T, axis=1).max()
     if not apart > MAX_APART:
         return ()
-    one, other = ("".join(map(str, _nib.orientations.aff2axcodes(affine))) for affine in (qform, sform))
+    codes = [_nib.orientations.aff2axcodes(affine) for affine in (qform, sform)]
+    one, other = ("".join(map(str, found)) for found in codes)
     doubt = f"its qform ({one}) and its sform ({other}, which is used) place it up to {apart:.0f} mm apart"
-    swapped = any({a, b} == {"L", "R"} for a, b in zip(one, other, strict=True))
+    swapped = any({a, b} == {"L", "R"} for a, b in zip(*codes, strict=True))
     return (f"{doubt}: right and left may be exchanged" if swapped else doubt,)
 
 

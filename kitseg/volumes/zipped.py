@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import stat
 import tempfile
@@ -44,9 +45,11 @@ def unpacked(paths: Sequence[Path]) -> Iterator[list[Path]]:
 def unopened(folders: Sequence[Path]) -> list[str]:
     """The packed files in folders, where only a path of its own opens one; a line for each folder inside."""
     found: dict[Path, list[str]] = {}
-    for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("[!.]*"))):
-        if path.suffix.lower() in (".zip", ".gz") and not path.name.lower().endswith(SUFFIXES) and path.is_file():
-            found.setdefault(path.parent, []).append(path.name)
+    for place, inside, names in (row for folder in folders if folder.is_dir() for row in os.walk(folder)):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        for path in (Path(place) / name for name in sorted(names) if not name.startswith(".")):
+            if path.suffix.lower() in (".zip", ".gz") and not path.name.lower().endswith(SUFFIXES) and path.is_file():
+                found.setdefault(path.parent, []).append(path.name)
     return [f"ignored: {len(names)} packed files in {folder} ({shorten(names)})" for folder, names in found.items()]
 
 

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -33,7 +32,7 @@ from kitseg.volumes.dicom.headers import (
     read_dicom_header,
     walk,
 )
-from kitseg.volumes.dicom.stack import Stack, Unstackable, is_scout, repeats, split_stacks, stack
+from kitseg.volumes.dicom.stack import Stack, Unstackable, is_scout, repeats, split_stacks, stack, without_copies
 from kitseg.volumes.header import MAX_VOXELS
 from kitseg.volumes.names import is_volume_name
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
@@ -185,7 +184,7 @@ def _stacks(headers: Sequence[Header], uid: str, shared: bool, broken: Mapping[P
     name = pseudonym("series", uid + (file_digest(first) if shared else ""))
     parts, found = split_stacks(headers), []
     for n, part in enumerate(parts, start=1):
-        slices = _without_copies(part) if part[0].position and repeats(part) else part
+        slices = without_copies(part) if part[0].position and repeats(part) else part
         unreadable = 0 if part[0].broken else sum(broken[folder] for folder in {header.path.parent for header in part})
         remarks = {
             "another study or patient has the same series UID": shared,
@@ -198,18 +197,6 @@ def _stacks(headers: Sequence[Header], uid: str, shared: bool, broken: Mapping[P
         made = _series(slices, f"{name}_{n}" if n > 1 else name)
         found.append(replace(made, remarks=tuple(text.format(count) for text, count in remarks.items() if count)))
     return found
-
-
-def _without_copies(headers: Sequence[Header]) -> list[Header]:
-    """Slices without those that equal another one of the same position pixel by pixel."""
-    places, found = Counter(header.position for header in headers), dict[tuple[Any, ...], Header]()
-    for header in headers:
-        content: object = header.path
-        with suppress(Exception), warnings.catch_warnings(action="ignore"):  # read_series reports what can't be read
-            if places[header.position] > 1:
-                content = hashlib.sha256(read_dataset(header.path, stop_before_pixels=False).PixelData).digest()
-        found.setdefault((header.position, content), header)
-    return list(found.values())
 
 
 def _uid(headers: Sequence[Header]) -> str:

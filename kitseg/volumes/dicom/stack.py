@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.types import Geometry
-from kitseg.volumes.dicom.headers import PASSES, TIMES, Header, differing_values
+from kitseg.volumes.dicom.headers import PASSES, TIMES, Header, differing_values, read_dataset
 from kitseg.volumes.header import MAX_SPACING, MIN_SPACING
 
 FEWEST = 3  # slices
@@ -51,7 +55,7 @@ class Unstackable(Exception):
 def split_stacks(headers: Sequence[Header]) -> list[list[Header]]:
     """Group slices by orientation, size and pixel spacing, the largest group first; scouts are separate.
 
-    A group with several slices at one position is split further by any attribute that tells them apart.
+    A group with several slices at one position is split further by any attribute that distinguishes them.
     """
     groups: list[list[Header]] = []
     for header in headers:
@@ -160,7 +164,8 @@ def _same_frame(one: Header, other: Header) -> bool:
 def _by_pass(group: list[Header]) -> list[list[Header]]:
     """Parts with one slice at each position, if an attribute distinguishes the passes; else the group unchanged.
 
-    Where none of ``PASSES`` does, any other element that has as many values as there are passes may.
+    Where none of ``PASSES`` does, and the slices aren't copies, any other element that has as many values as there are
+    passes may.
     """
     most = max(_places(group).values())
     if not group[0].position or most == 1:
@@ -171,6 +176,8 @@ def _by_pass(group: list[Header]) -> list[list[Header]]:
             values = _by_gaps(values, most)
         if parts := _split(group, values):
             return parts
+    if not repeats(without_copies(group)):
+        return [group]
     found = (parts for values in differing_values(group) if len(parts := _split(group, values)) == most)
     return next(found, [group])
 
@@ -205,3 +212,15 @@ def repeats(headers: Sequence[Header]) -> bool:
 
 def _places(headers: Sequence[Header]) -> Counter[tuple[float, ...]]:
     return Counter(tuple(np.round(h.position, 2)) for h in headers)
+
+
+def without_copies(headers: Sequence[Header]) -> list[Header]:
+    """Slices without those that equal another one of the same position pixel by pixel."""
+    places, found = Counter(header.position for header in headers), dict[tuple[Any, ...], Header]()
+    for header in headers:
+        content: object = header.path
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):  # read_series reports what can't be read
+            if places[header.position] > 1:
+                content = hashlib.sha256(read_dataset(header.path, stop_before_pixels=False).PixelData).digest()
+        found.setdefault((header.position, content), header)
+    return list(found.values())
