@@ -38,7 +38,7 @@ def scheduler(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     file = folder / "scheduler.json"
     process = dask(folder / "log", "scheduler", "--host=127.0.0.1", "--port=0", f"--scheduler-file={file}")
     end = time.monotonic() + 60
-    while not file.exists():
+    while not (file.exists() and file.read_text().endswith("}")):
         assert process.poll() is None, (folder / "log").read_text()
         assert time.monotonic() < end, "no scheduler"
         time.sleep(0.05)
