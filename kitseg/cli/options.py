@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -150,39 +151,31 @@ def labels_override(labels: str | None, split: Path) -> list[str]:
 _KINDS = (
     "kits19 (cysts are kidney), kits23 (cysts are 3), kidney=1,tumor=2,cyst=3, a .yaml file, or nnU-Net's dataset.json"
 )
-_SCHEME = f"Labels of the files: {_KINDS}. Default: what kitseg recorded beside them, else kits19."
+
+
+def _scheme_option(text: str, parser: Callable[[str], Scheme] | None = read_scheme) -> Any:
+    return typer.Option("--labels", metavar="SCHEME", parser=parser, show_default=False, help=text)
+
+
 Labels = Annotated[
-    Any, typer.Option("--labels", metavar="SCHEME", parser=read_scheme, show_default=False, help=_SCHEME)
+    Any, _scheme_option(f"Labels of the files: {_KINDS}. Default: what kitseg recorded beside them, else kits19.")
 ]
 LabelsName = Annotated[
     str | None,
-    typer.Option(
-        "--labels",
-        metavar="SCHEME",
-        show_default=False,
-        help=f"Labels of the files: {_KINDS}. Default: those of the split file, else kits19.",
-    ),
+    _scheme_option(f"Labels of the files: {_KINDS}. Default: those of the split file, else kits19.", parser=None),
 ]
 ReferenceLabels = Annotated[
     Any,
-    typer.Option(
-        "--labels",
-        metavar="SCHEME",
-        parser=read_scheme,
-        show_default=False,
-        help=f"Labels of the references: {_KINDS}. Default: the protocol's (report: kits23). A prediction is read by "
-        "the JSON file beside it, and by this without one.",
+    _scheme_option(
+        f"Labels of the references: {_KINDS}. Default: the protocol's (report: kits23). A prediction is read by the "
+        "JSON file beside it, and by this without one."
     ),
 ]
 LabelsToWrite = Annotated[
     Any,
-    typer.Option(
-        "--labels",
-        metavar="SCHEME",
-        parser=read_scheme,
-        show_default=False,
-        help="Labels to write: kits19 (cysts become kidney), kits23, kidney=1,tumor=2,cyst=3, a .yaml file, or "
-        "nnU-Net's dataset.json. Default: those of the model.",
+    _scheme_option(
+        "Labels to write: kits19 (cysts become kidney), kits23, kidney=1,tumor=2,cyst=3, a .yaml file, or nnU-Net's "
+        "dataset.json. Default: those of the model."
     ),
 ]
 Egfr = Annotated[

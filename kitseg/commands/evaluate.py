@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import filecmp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,6 @@ import numpy as np
 from kitseg.commands.case_record import recorded_learning, scheme_beside
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
-from kitseg.runtime.files import file_digest
 from kitseg.runtime.resume import Task
 from kitseg.scoring.case import CaseScore, Metrics, dice_scores, score
 from kitseg.scoring.detection import Detection
@@ -159,7 +158,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             (bool((found == CYST).any()), bool((truth.array == CYST).any())),
             scored.cysts,
             bool((found == UNKNOWN).any()),
-            job.prediction is not None and not problem and _same_bytes(job.prediction, job.reference),
+            job.prediction is not None and not problem and filecmp.cmp(job.prediction, job.reference, shallow=False),
             recorded_learning(job.prediction) if job.prediction else (),
             truth.native.doubts,
         )
@@ -231,13 +230,6 @@ def required_cases(numbers: str | None, split: Path | None, fold: int | None, pr
     if numbers:
         return [case_name(number) for number in parse_cases(numbers, SOURCES.get(protocol, KITS23))]
     return held_out(split, fold)
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    """Whether two label maps are one file, or hold the same bytes."""
-    if os.path.realpath(one) == os.path.realpath(other):
-        return True
-    return os.path.getsize(one) == os.path.getsize(other) and file_digest(one) == file_digest(other)
 
 
 def _strata(truth: Volume) -> dict[str, str]:
