@@ -22,7 +22,7 @@ from kitseg.models.run_folder import StageFolder
 from kitseg.patches.bodies import shape_cases
 from kitseg.patches.queue import AddressSampler
 from kitseg.patches.synthetic import SyntheticQueue
-from kitseg.synthesis import habitus, lesions, phases, scanners
+from kitseg.synthesis import habitus, lesions, neighbours, phases, scanners
 from kitseg.synthesis.anatomies import anatomies_of
 from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
 from kitseg.synthesis.fields import smooth_noise
@@ -106,6 +106,34 @@ def test_hu_levels_of_the_phases(body: RealBody) -> None:
     shell = (np.asarray(body.distance) < -2) & (np.asarray(body.distance) > -5)
     hu, _ = phases.show(phases.CORTICAL, phases.Tissues(*fields, np.array(MM)), body.facts, np.random.default_rng(0))
     assert float(hu[torch.from_numpy(shell)].mean()) > levels[phases.CORTICAL] + 20, "the cortex is brighter"
+
+
+def test_neighbours_of_a_kidney_are_from_another_body(body: RealBody) -> None:
+    hu = np.where(body.hu == -100, 60, body.hu).astype(np.int16)
+    soft, near = replace(body, name="b", hu=hu), torch.from_numpy(np.asarray(body.distance)) < 0
+    fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
+    mixed = [neighbours.borrow(soft, (*fields,), np.array(MM), np.random.default_rng(n)) for n in range(4)]
+    for found, distance, _ in mixed:
+        assert torch.equal(distance, fields[1])
+        assert (found - fields[0])[near].abs().max() < 4, "the kidneys stay as they are"
+    outside = torch.cat([found[(fields[0] == -100)] for found, _, _ in mixed])
+    assert (outside > 50).float().mean() > 0.1, "soft tissue in the place of fat"
+    assert outside.max() < 75, "but no kidney of the other body"
+    native = replace(soft, facts=replace(soft.facts, parenchyma=30.0))
+    assert neighbours.any_donor(body, [body, native], np.random.default_rng(0)) is None
+    assert neighbours.any_donor(body, [body, native, soft], np.random.default_rng(0)) is soft
+    assert patient(body, replace(NONE, neighbours=True), 0, view=View.on(body)).hu.equal(
+        patient(body, NONE, 0, view=View.on(body)).hu
+    ), "a whole scan keeps its own"
+
+
+def test_contrast_beside_a_kidney_varies(body: RealBody) -> None:
+    hu, distance = (torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance))
+    hu[hu == -100] = 60
+    found = neighbours.shift(hu, distance, np.array(MM), np.random.default_rng(1))
+    assert (found - hu)[distance < 0].abs().max() < 3
+    assert (found - hu)[(distance > 6) & (hu == 60)].abs().median() > 2
+    assert found[hu == -1000].max() < -990
 
 
 def test_a_label_is_where_a_lesion_is_and_shows_its_hu(body: RealBody) -> None:

@@ -96,7 +96,7 @@ class SyntheticQueue(Dataset[tio.Subject]):
         """The patch at (epoch, index): ``image``, the network's input, and ``label``."""
         rng = np.random.default_rng((self.seed, *address))
         body, statistics = self.bodies[int(rng.integers(len(self.bodies)))]
-        patient = make(body, self.shapes, self.view, self.parts, rng)
+        patient = make(body, self.shapes, self.view, self.parts, rng, [one for one, _ in self.bodies])
         label = patient.label if self.source.cysts else _without_cysts(patient.label)
         image = self.transform(patient.hu[None], statistics, None)
         return tio.Subject(

@@ -8,6 +8,7 @@ from typing import Any
 
 import edt
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -20,6 +21,7 @@ CLOSING, DEPTH = 9.0, 5.0  # mm: the sinus is what closing a kidney by so much f
 PLACES = 40_000
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
+Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ class RealBody:
     places: Floats
     spacing: tuple[float, float, float]
     facts: Facts
+
+    def somewhere(self, rng: Generator) -> Vector:
+        """A point of the body in mm from the centre of voxel 0, or after some tries one outside."""
+        for _ in range(8):
+            voxel: Vector = rng.uniform(0, 1, 3) * (np.array(self.hu.shape) - 1)
+            if self.hu[tuple(voxel.astype(int))] > -200:
+                break
+        return voxel * self.spacing
 
 
 def signed_distance(mask: Mask, spacing: Sequence[float]) -> Floats:

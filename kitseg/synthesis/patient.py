@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kitseg.labels import BACKGROUND, KIDNEY
-from kitseg.synthesis import fluid, habitus, lesions, phases, scanners
+from kitseg.synthesis import fluid, habitus, lesions, neighbours, phases, scanners
 from kitseg.synthesis.anatomies import SHARE, Graft, Transplant, any_transplants, graft
 from kitseg.synthesis.bodies import KidneyBox, RealBody
 from kitseg.synthesis.fields import Vector
@@ -33,7 +33,8 @@ class SynthesisParts:
 
     anatomies: kidneys of other patients with their tumors and cysts; tumors, cysts, stones; lookalikes: of tumors,
     away from the kidney; fluid: in a wide renal pelvis or around a kidney; pushes: large lesions displace tissue;
-    phases; habitus: rotation, scale, flip, displacement; kidneys: absent, small, low and malrotated ones; scanners.
+    neighbours: tissue of other bodies and other contrast beside the kidneys, in patches; phases; habitus: rotation,
+    scale, flip, displacement; kidneys: absent, small, low and malrotated ones; scanners.
     """
 
     anatomies: bool = True
@@ -43,6 +44,7 @@ class SynthesisParts:
     lookalikes: bool = True
     fluid: bool = True
     pushes: bool = True
+    neighbours: bool = True
     phases: bool = True
     habitus: bool = True
     kidneys: bool = True
@@ -81,8 +83,15 @@ class SyntheticPatient:
     made: dict[str, Any]
 
 
-def make(body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, rng: Generator) -> SyntheticPatient:
-    """A synthetic patient on the body's anatomy."""
+def make(
+    body: RealBody,
+    shapes: Shapes,
+    view: View,
+    parts: SynthesisParts,
+    rng: Generator,
+    others: Sequence[RealBody] = (),
+) -> SyntheticPatient:
+    """A synthetic patient on the body's anatomy, in a patch with pieces of ``others`` away from the kidneys."""
     frame, plans, transplants = _arranged(body, shapes, view, parts, rng)
     points = frame.grid(view.shape, view.spacing)
     fields = habitus.sample(body, points)
@@ -90,6 +99,8 @@ def make(body: RealBody, shapes: Shapes, view: View, parts: SynthesisParts, rng:
         fields = habitus.remove(kidney, fields, points, rng)
     grafts = [graft(one, fields, points, body.facts.parenchyma, rng) for one in transplants]
     spacing = np.array(view.spacing)
+    if parts.neighbours and not view.whole:
+        fields = neighbours.change(body, others, fields, spacing, rng)
     on = phases.Tissues(fields[0], fields[1] * frame.zoom, fields[2], spacing)
     name = phases.any_phase(rng, body.facts, bool(transplants)) if parts.phases else phases.SCANNED
     level = body.facts.parenchyma
@@ -158,7 +169,7 @@ def _arranged(
         elif rng.random() < view.focus[1] / sum(view.focus[1:]):
             centre = _any_place(places, rng)
         elif view.everywhere:
-            centre = _anywhere(body, rng)
+            centre = body.somewhere(rng) / body.spacing
         else:
             centre = _any_place(places, rng) + rng.uniform(-NEAR, NEAR, 3) / body.spacing
         frame = _around(frame, centre * body.spacing, view, rng)
@@ -193,7 +204,7 @@ def _focused(frame: Frame, others: Sequence[Transplant], body: RealBody, view: V
     centre = points[int(rng.integers(len(points)))]
     if not diseased and rng.random() < view.focus[2] / sum(view.focus[1:]):
         near = centre + rng.uniform(-NEAR, NEAR, 3)
-        centre = _anywhere(body, rng) * body.spacing if view.everywhere else near
+        centre = body.somewhere(rng) if view.everywhere else near
     return _around(frame, centre, view, rng)
 
 
@@ -238,15 +249,6 @@ def _in_view(places: NDArray[np.float32], body: RealBody, frame: Frame, view: Vi
 
 def _any_place(places: NDArray[np.float32], rng: Generator) -> Vector:
     voxel: Vector = places[int(rng.integers(len(places))), :3].astype(float)
-    return voxel
-
-
-def _anywhere(body: RealBody, rng: Generator) -> Vector:
-    """A voxel of the body, or after some tries one outside."""
-    for _ in range(8):
-        voxel: Vector = rng.uniform(0, 1, 3) * (np.array(body.hu.shape) - 1)
-        if body.hu[tuple(voxel.astype(int))] > -200:
-            break
     return voxel
 
 
