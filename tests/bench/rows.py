@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-METHODS = ("two-phase", "two-stage", "guided-unetpp", "dual-unet", "progressive", "resenc")
+METHODS = ("two-phase", "two-stage", "guided-unetpp", "dual-unet", "progressive")  # resenc: the built-in network
 KITSEG = ("-m", "kitseg")
 TARGETS = {("two-phase", 1): "65 s and 4.5 GB", ("two-phase", 5): "200 s"}
 
