@@ -1,4 +1,8 @@
-"""Draws each part of `kitseg.synthesis` on a body: synthesis_pictures.py SCAN KIDNEY_MASK OUT [LABEL_MAPS]."""
+"""Draws each part of `kitseg.synthesis` on a body.
+
+synthesis_pictures.py SCAN KIDNEY_MASK OUT LABEL_MAPS OTHER_SCAN OTHER_KIDNEY_MASK, of another body, for tissue beside
+the kidneys.
+"""
 
 from __future__ import annotations
 
@@ -77,24 +81,23 @@ def page(path: Path, panels: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> No
     figure.savefig(path, dpi=75)
 
 
-def main(scan: Path, mask: Path, out: Path, label_maps: Path | None) -> None:
+def main(scan: Path, mask: Path, out: Path, label_maps: Path, other_scan: Path, other_mask: Path) -> None:
     """A page of pictures for each part."""
-    shapes = Shapes()
-    if label_maps is not None:
-        folder = Path(tempfile.mkdtemp()) / "shapes"
-        prepare_shapes(label_maps, folder, 1)
-        shapes = open_shapes(folder, shape_cases(folder))
+    folder = Path(tempfile.mkdtemp()) / "shapes"
+    prepare_shapes(label_maps, folder, 1)
+    shapes = open_shapes(folder, shape_cases(folder))
     body, _ = body_of(Case("body", scan, mask))
+    other, _ = body_of(Case("other", other_scan, other_mask))
+    page(out / "synthesis_neighbours.png", neighbours_of(body, other))
     some = replace(NONE, tumors=True, pushes=True)
     tumors = {name: find(body, shapes, NEAR, some, lesion("tumor", name, 4)) for name in LOOKS}
     page(out / "synthesis_tumors.png", {name: axial(patient) for name, patient in tumors.items()})
     cysts = {name: ("cyst", name, 1.5) for name in ("simple", "hyperdense", "walled", "septate")}
     others = {**cysts, "stone": ("stone", "stone", 0.03)}
-    if shapes.anatomies:
-        some = replace(NONE, anatomies=True, tumors=True, cysts=True, phases=True)
-        patients = (make(body, shapes, NEAR, some, np.random.default_rng(n)) for n in range(2000))
-        large = (p for p in patients if p.made["kidneys_from"] and any(r["ml"] > 4 for r in p.made["lesions"]))
-        page(out / "synthesis_anatomies.png", {f"{p.made['kidneys_from'][0]}": axial(p) for p in islice(large, 7)})
+    some = replace(NONE, anatomies=True, tumors=True, cysts=True, phases=True)
+    patients = (make(body, shapes, NEAR, some, np.random.default_rng(n)) for n in range(2000))
+    large = (p for p in patients if p.made["kidneys_from"] and any(r["ml"] > 4 for r in p.made["lesions"]))
+    page(out / "synthesis_anatomies.png", {f"{p.made['kidneys_from'][0]}": axial(p) for p in islice(large, 7)})
     some = replace(NONE, cysts=True, stones=True)
     found = {name: find(body, shapes, NEAR, some, lesion(*row)) for name, row in others.items()}
     page(out / "synthesis_cysts.png", {name: axial(patient) for name, patient in found.items()})
@@ -114,6 +117,22 @@ def main(scan: Path, mask: Path, out: Path, label_maps: Path | None) -> None:
         rows[kind] = find(body, shapes, whole, some, lambda p, kind=kind: p.made["kidneys"] == [kind])
     page(out / "synthesis_kidneys.png", {name: coronal(patient) for name, patient in rows.items()})
     page(out / "synthesis_scanners.png", scanned(find(body, shapes, KIDNEY, NONE, in_view)))
+
+
+def neighbours_of(body: RealBody, other: RealBody) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Patches of kidneys as scanned, and beside each the same with tissue of another body."""
+    pairs = []
+    for seed in range(200):
+        plain, mixed = (
+            make(body, Shapes(), KIDNEY, replace(NONE, neighbours=on), np.random.default_rng(seed), [other])
+            for on in (False, True)
+        )
+        if in_view(plain) and float((mixed.hu - plain.hu).abs().mean()) > 20:
+            pairs.append((axial(plain), axial(mixed)))
+        if len(pairs) == 3:
+            break
+    names = ("as scanned", "other neighbours")
+    return {f"{name} {n}": panel for n, pair in enumerate(pairs, 1) for name, panel in zip(names, pair, strict=True)}
 
 
 def in_view(patient: SyntheticPatient, urine: bool = False) -> bool:
@@ -139,4 +158,4 @@ def scanned(near: SyntheticPatient) -> dict[str, tuple[torch.Tensor, torch.Tenso
 
 
 torch.set_num_threads(1)
-main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]) if sys.argv[4:] else None)
+main(*map(Path, sys.argv[1:7]))

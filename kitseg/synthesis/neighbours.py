@@ -46,7 +46,7 @@ def borrow(donor: RealBody, fields: Fields, spacing: Vector, rng: Generator) -> 
     there = habitus.sample(donor, frame.grid(hu.shape, tuple(spacing)))
     far = step(distance - rng.uniform(*MARGIN), 0.8) * step(there[1] - CLEAR, 0.8)
     pieces = step(smooth_noise(rng, hu.shape, rng.uniform(*CELL) / spacing) - rng.uniform(*LIMIT), 0.08)
-    share = far * pieces * step(there[0] + 250, 40)  # no air from beside the patient
+    share = far * pieces * step(there[0] + 160, 12)  # no air, inside or beside the patient
     return hu + share * (there[0] - hu), distance, tissue + share * (there[2].clamp(min=0) - tissue)
 
 
