@@ -129,7 +129,7 @@ def cases_of(folder: StageFolder, spec: StageSpec, number: int, seed: int) -> li
     count = rounds.prepare_round(folder, spec, number, seed)
     content = json.loads(folder.round(number).places.read_text())
     assert list(content["val"]) == VAL
-    assert content["val"][VAL[1]] == {"box": None, "guide": None}
+    assert content["val"][VAL[1]] == {"box": None, "guide": None, "made_from": ""}
     assert len(content["train"]) == count
     return list(content["train"])
 

@@ -82,8 +82,11 @@ def test_raised_epochs_give_what_so_many_epochs_give(work: Path) -> None:
     assert "seed: 0 → 7" in other.text
     assert same(last(work, "raised"), last(work, "runs"))
 
+    (scores := work / "raised/two-phase-tiny/validation/scores.json").parent.mkdir()
+    scores.touch()
     again = train(work, "--epochs=4", "--runs=raised")
     assert "2 more epochs" in again.text
+    assert [path.name for path in scores.parent.iterdir()] == ["scores.json.old-1"]
     assert same(last(work, "raised"), last(work, "long"))
     for name in ("history.csv", "done.json"):
         one, long = ((work / runs / COARSE / name).read_text() for runs in ("raised", "long"))

@@ -195,6 +195,7 @@ def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator
     """Preprocess the cases, then yield the trainings of the fold or folds; failed cases are added to ``failed``."""
     from kitseg.training.train import trainings_of_fold
     from kitseg.volumes.kits import labelled_cases
+    from kitseg.volumes.names import shorten
 
     cases = labelled_cases(wanted.data, wanted.masks)
     show_left_out(wanted.data, cases, wanted.masks)
@@ -205,6 +206,9 @@ def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator
     if not good:
         raise KitsegError(f"{wanted.data[0]}: no case could be preprocessed. See the errors above")
     plan = begin.claim(good, wanted.jobs)
+    if unused := sorted({case.id for case in good if not case.sources} - plan.split.cases):
+        count, remedy = f"{len(unused)} labelled cases", "train with a new --split and --name to use them"
+        console.print_plain(f"{count} are not in {begin.split}: {shorten(unused)}; {remedy}")
     _show_plan(plan, good, wanted.stage)
     folds = range(len(plan.split.folds)) if wanted.every_fold else [plan.fold]
     for fold in folds:

@@ -74,10 +74,14 @@ class TrainedState:
 
 @dataclass(frozen=True)
 class StageInputRow:
-    """A case's region (start and stop of its box), and its guide's path from the stage's folder; None without."""
+    """A case's region (start and stop of its box), and its guide's path from the stage's folder; None without.
+
+    made_from: see ``StoredCase``; empty in runs of earlier versions.
+    """
 
     box: tuple[int, int, int, int, int, int] | None
     guide: str | None
+    made_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,9 +196,13 @@ class Run:
         """Scores of every fold's validation cases."""
         return self.validation(mirror) / "scores.json"
 
+    def conclusions(self) -> list[Path]:
+        """What cross-validation found in all folds together: scores, intervals and expected Dice, as far as there."""
+        return [path for mirror in (False, True) for path in sorted(self.validation(mirror).glob("*.json"))]
+
     def folds(self, stage: str) -> list[int]:
         """The folds in which ``stage`` is finished."""
-        numbers = (int(p.name[5:]) for p in self.path.glob("fold_*") if p.name[5:].isdigit())
+        numbers = (int(p.name[5:]) for p in self.path.glob("fold_*") if p.name[5:].isdecimal())
         return sorted(n for n in numbers if self.stage(n, stage).done.exists())
 
 
@@ -207,7 +215,7 @@ def find_run(path: Path) -> tuple[Run, int | None]:
     if (path / "config.yaml").exists():
         return Run(path), None
     name = path.name.removeprefix("fold_")
-    if path.name.startswith("fold_") and name.isdigit() and (path.parent / "config.yaml").exists():
+    if path.name.startswith("fold_") and name.isdecimal() and (path.parent / "config.yaml").exists():
         return Run(path.parent), int(name)
     raise UsageError(f"{path} is neither a run nor a fold of one: it needs a config.yaml; `kitseg train` makes runs")
 

@@ -62,7 +62,7 @@ class WholeCases(Dataset[WholeCase]):
     def __getitem__(self, index: int) -> WholeCase:
         """One case."""
         folder, place = self.places[index]
-        case = open_case(folder)
+        case = place.check(open_case(folder))
         if case.label is None:
             raise ValueError(f"{case.id} has no label, which validation needs")
         if place.box is None:

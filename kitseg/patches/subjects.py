@@ -13,6 +13,7 @@ import torch
 import torchio as tio
 from numpy.typing import NDArray
 
+from kitseg.errors import KitsegError
 from kitseg.links.input_transform import InputTransform
 from kitseg.types import Box, triple
 from kitseg.volumes.store import StoredCase, open_case, open_guide
@@ -22,15 +23,26 @@ from kitseg.volumes.store import StoredCase, open_case, open_guide
 class StageInput:
     """The region of a case that a stage processes, and the file of its guide (see ``links.guides``).
 
-    ``box`` is None if the earlier stage found nothing.
+    ``box`` is None if the earlier stage found nothing. made_from: of the case when the region was found, see
+    ``StoredCase``; empty where that isn't known.
     """
 
     box: Box | None
     guide: Path | None = None
+    made_from: str = ""
 
     def read_guide(self) -> NDArray[np.float16] | None:
         """The guide (G, D, H, W) on the whole grid, memory-mapped."""
         return None if self.guide is None else open_guide(self.guide)
+
+    def check(self, case: StoredCase) -> StoredCase:
+        """The case. Raises KitsegError: it was stored again since, from another scan or label map."""
+        if self.made_from in ("", case.made_from):
+            return case
+        raise KitsegError(
+            f"{case.id} was preprocessed again from another scan or label map while a training used it. Give each data "
+            "set its own --store, or begin the training again with --restart"
+        )
 
 
 class CaseSubjects(tio.SubjectsDataset):
@@ -47,7 +59,8 @@ class CaseSubjects(tio.SubjectsDataset):
     def __getitem__(self, index: int) -> tio.Subject:
         """The subject; see ``subject_of``."""
         folder = self.folders[index]
-        return subject_of(_opened(folder, (folder / "meta.json").stat().st_mtime_ns), self.places[index])
+        case, place = _opened(folder, (folder / "meta.json").stat().st_mtime_ns), self.places[index]
+        return subject_of(place.check(case), place)
 
     @staticmethod
     def _parse_subjects_list(subjects_list: Any) -> None:

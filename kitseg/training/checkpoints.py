@@ -27,6 +27,8 @@ from kitseg.runtime import console, launcher, signals
 from kitseg.runtime.files import atomic_write
 from kitseg.training.callbacks import NOT_FINITE
 
+_AGAIN = "Begin this stage again with --restart --stage"
+
 
 class WholeFiles(TorchCheckpointIO):
     """Writes checkpoints atomically, also if the folder is on another disk."""
@@ -43,8 +45,15 @@ class BestCheckpoints(ModelCheckpoint):
     """Keeps the best checkpoints by validation Dice, also after the run's folder has been moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the checkpoints of an earlier session, also from a moved folder."""
+        """Take over the checkpoints of an earlier session, also from a moved folder.
+
+        Raises InputError: one is missing.
+        """
         here = {path: str(Path(str(self.dirpath)) / Path(path).name) for path in state_dict["best_k_models"]}
+        if missing := next((path for path in here.values() if not Path(path).exists()), None):
+            raise InputError(
+                missing, "is missing, one of the best checkpoints so far", f"{_AGAIN}, or restore the file."
+            )
         moved = {**state_dict, "dirpath": self.dirpath}
         moved["best_k_models"] = {here[path]: dice for path, dice in state_dict["best_k_models"].items()}
         for key in ("best_model_path", "kth_best_model_path"):
@@ -130,8 +139,7 @@ def start_of(folder: StageFolder) -> Path | None:
     problems = {path: _damage(path) for path in found}
     good = [path for path in found if problems[path] is None]
     if found and not good:
-        remedy = "Begin this stage again with --restart --stage, or restore the file."
-        raise InputError(found[0], f"can't be loaded ({problems[found[0]]})", remedy)
+        raise InputError(found[0], f"can't be loaded ({problems[found[0]]})", f"{_AGAIN}, or restore the file.")
     if good and good[0] != found[0] and launcher.rank() == 0:
         console.print_error(
             f"{found[0]}: can't be loaded ({problems[found[0]]}); training resumes from the one before it"

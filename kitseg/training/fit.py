@@ -40,6 +40,8 @@ _LESS = (
     "--set stages.STAGE.micro_batch_size=1 (fewer patches at a time, the same batch), --set size.checkpointing=true "
     "(two-phase; slower) or a smaller --size"
 )
+#: The end of the traceback that PyTorch makes of an error in a loader process.
+_IN_LOADER = re.compile(r"(?s)in DataLoader worker.*\nkitseg\.errors\.\w+: ([^\n]*)\s*\Z")
 SIDE = re.compile(r"(^|[_-])(left|right|l|r)($|[_-])")  # in the name of a channel
 #: Remedies by the failure.
 SETTINGS = {
@@ -122,11 +124,13 @@ def in_settings(folder: Path) -> Iterator[None]:
     """Convert a failure of the machine inside the block to an error in one line.
 
     Raises:
-        KitsegError: memory, disk or a loader process failed.
+        KitsegError: memory, disk or a loader process failed; or the error of a file in a loader process, by itself.
     """
     try:
         yield
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError, KitsegError) as error:
+        if told := _IN_LOADER.search(str(next(iter(error.args), ""))):
+            raise KitsegError(told[1]) from error
         found = fault(error)
         if found is None:
             raise

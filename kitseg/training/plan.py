@@ -151,7 +151,7 @@ class Start:
         if old or (every_fold and stage is None):
             return _moved_aside([self.run.path])
         folds = range(len(read_split(self.run.split).folds)) if every_fold else [self.fold]
-        scores = [self.run.scores(mirror) for mirror in (False, True)]
+        scores = self.run.conclusions()
         if stage is None:
             return _moved_aside([self.run.fold(self.fold), *scores])
         stages = [stage]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from kitseg import __version__, config
+from kitseg.config import StageSpec
+from kitseg.errors import UsageError
 from kitseg.links.regions import RegionContext
 from kitseg.models.chain import Output, run_on_grid
 from kitseg.models.run_folder import RUN_INFO, STAGE_INPUTS, StageFolder, StageInputFile, StageInputRow, SynthesisRow
@@ -21,31 +24,61 @@ from kitseg.patches.synthetic import SyntheticSource
 from kitseg.runtime.console import bar
 from kitseg.runtime.device import torch_device
 from kitseg.runtime.files import atomic_write
+from kitseg.runtime.locks import folder_lock
 from kitseg.splits import FoldPart
 from kitseg.training.initial import learned_before
-from kitseg.training.plan import Plan, Unit, open_stored
+from kitseg.training.plan import MOMENT, Plan, Unit, open_stored
 from kitseg.training.synthesis import synthesis_row, validation_cases
 from kitseg.types import Box
-from kitseg.volumes.store import StoredCase
+from kitseg.volumes.names import shorten
+from kitseg.volumes.store import StoredCase, open_case
+
+
+def check_cases(plan: Plan, wanted: Sequence[Unit]) -> None:
+    """Make sure that the cases are those that finished and interrupted trainings have learned from.
+
+    Raises:
+        UsageError: the scan or the label map of one was replaced since.
+    """
+    made_from = cache(lambda grid, case: open_case(plan.store / grid / case).made_from)
+    for unit in wanted:
+        folder, grid = unit.folder(plan), str(plan.method.stages[unit.stage].grid)
+        if not folder.places.exists():
+            continue
+        places = STAGE_INPUTS.read(folder.places)
+        rows = {**places.train, **places.val}
+        if other := [case for case, row in rows.items() if row.made_from not in ("", made_from(grid, case))]:
+            problem = f"learned from other scans or label maps of {shorten(other)} than there are now"
+            remedy = "Put them back, use --restart to rename the old run, or --name for a new run"
+            raise UsageError(f"{folder.path} {problem}. {remedy}")
 
 
 def prepare(plan: Plan, unit: Unit) -> None:
     """Write the regions and guides of a training's cases, and the facts of all cases that the run is trained on."""
     folder, part, spec = unit.folder(plan), unit.part(plan), plan.method.stages[unit.stage]
+    if not (folder.places.exists() and plan.run.info.exists()):
+        _record_facts(plan, spec)
     if not folder.places.exists():
         earlier = plan.method.stages[spec.inputs[0]] if spec.inputs else None
         stage = None if earlier is None else open_stage(earlier, torch_device(plan.machine.device))
         inputs = _Inputs(plan, unit, stage)
         found = inputs.find(part.train, "train"), inputs.find(validation_cases(plan, part.val), "val")
         write_places(folder, *found, synthesis_row(plan, spec))
-    if not plan.run.info.exists():
-        cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
-        facts = training_facts(cases, plan.split.folds)
-        if plan.initial:
-            before, hu_known = learned_before(plan.initial, len(plan.split.folds))
-            for sha256, folds in before.items():
-                facts["learned"][sha256] = sorted({*facts["learned"].get(sha256, ()), *folds})
+
+
+def _record_facts(plan: Plan, spec: StageSpec) -> None:
+    """Write the facts of the run's cases as they are now; scans that it learned from before stay among them."""
+    cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
+    facts = training_facts(cases, plan.split.folds)
+    before = [learned_before(plan.initial, len(plan.split.folds))] if plan.initial else []
+    with folder_lock(plan.run.path, "configuration", wait=MOMENT):
+        if plan.run.info.exists():
+            info = plan.run.read_info()
+            before += [({sha256: list(folds) for sha256, folds in info.learned.items()}, info.hu_known)]
+        for learned, hu_known in before:
             facts["hu_known"] &= hu_known
+            for sha256, folds in learned.items():
+                facts["learned"][sha256] = sorted({*facts["learned"].get(sha256, ()), *folds})
         RUN_INFO.write(plan.run.info, {"kitseg": __version__, **facts})
 
 
@@ -60,7 +93,9 @@ def write_places(
     def plain(found: StageInput) -> StageInputRow:
         box, guide = found.box, found.guide
         return StageInputRow(
-            (*box.start, *box.stop) if box else None, os.path.relpath(guide, folder.path) if guide else None
+            (*box.start, *box.stop) if box else None,
+            os.path.relpath(guide, folder.path) if guide else None,
+            found.made_from,
         )
 
     learned, validated = ({case: plain(found) for case, found in side.items()} for side in (train, val))
@@ -72,7 +107,7 @@ def read_places(folder: StageFolder, store: Path) -> StageCases:
 
     def parsed(place: StageInputRow) -> StageInput:
         box = place.box and Box(place.box[:3], place.box[3:])
-        return StageInput(box, folder.path / place.guide if place.guide else None)
+        return StageInput(box, folder.path / place.guide if place.guide else None, place.made_from)
 
     places = STAGE_INPUTS.read(folder.places)
     train, val = ({store / case: parsed(row) for case, row in side.items()} for side in (places.train, places.val))
@@ -110,7 +145,7 @@ class _Inputs:
                 scan = open_stored(self.plan, self.spec, case)
                 output = self._output(case, predictors[case]) if case in predictors else None
                 if (box := self._box(scan, output, side)) is not None or side == "val":
-                    found[case] = StageInput(box, self._guide(scan, output, side))
+                    found[case] = StageInput(box, self._guide(scan, output, side), scan.made_from)
                 step()
         return found
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from kitseg.errors import InputError, UsageError
-from kitseg.models.run_folder import StageFolder
+from kitseg.models.run_folder import move_aside
 from kitseg.runtime.locks import folder_lock
 from kitseg.training import rounds, synthesis
 from kitseg.training.epochs import missing_epochs
 from kitseg.training.fit import Training
 from kitseg.training.initial import find_initial
 from kitseg.training.plan import Plan, Unit, units
-from kitseg.training.stage_inputs import prepare
+from kitseg.training.stage_inputs import check_cases, prepare
 from kitseg.types import Case
 
 Log = Callable[[str], None]
@@ -28,10 +28,12 @@ def trainings_of_fold(
     cases: those that synthetic patients of validation are made from, ``jobs`` at a time.
 
     Raises:
-        UsageError: an unknown stage, or one whose earlier stage isn't trained yet.
+        UsageError: an unknown stage, one whose earlier stage isn't trained yet, or other cases, see ``check_cases``.
     """
     synthesis.prepare(plan, cases, jobs)
-    yield from trainings(plan, units(plan.method, plan.part, stage), log)
+    wanted = units(plan.method, plan.part, stage)
+    check_cases(plan, wanted)
+    yield from trainings(plan, wanted, log)
 
 
 def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training]:
@@ -49,7 +51,7 @@ def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training
         _check_earlier(plan, unit)
         with folder_lock(folder.path, "training"):
             if more is not None:
-                _reopen(unit, folder, more, log)
+                _reopen(plan, unit, more, log)
             prepare(plan, unit)
             if spec.rounds is None:
                 yield _training(plan, unit, initial.get(unit.stage), log)
@@ -68,12 +70,15 @@ def _initial_weights(plan: Plan, log: Log) -> Mapping[str, Path]:
     return found.stages
 
 
-def _reopen(unit: Unit, folder: StageFolder, more: int, log: Log) -> None:
-    """Mark a finished training as unfinished, to resume from its last checkpoint."""
+def _reopen(plan: Plan, unit: Unit, more: int, log: Log) -> None:
+    """Mark a finished training as unfinished, to resume from its last checkpoint; cross-validation is out of date."""
+    folder = unit.folder(plan)
     if not folder.last.exists():
         remedy = "Restore it, or restart this stage with --restart --stage."
         raise InputError(folder.last, f"is missing, so {unit} can't be trained for {more} more epochs", remedy)
     log(f"{unit}: {more} more epochs; its regions and guides are unchanged")
+    for path in plan.run.conclusions():
+        move_aside(path)
     folder.done.unlink()
 
 

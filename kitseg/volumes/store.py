@@ -27,7 +27,6 @@ from kitseg.volumes.resample import grid_geometry, nearest, to_grid, to_grid_smo
 from kitseg.volumes.scan import check_grid, hu_digest
 
 FOREGROUND_PER_LABEL = 10_000
-BYTES_PER_VOXEL = 3
 _META, _AGAIN = "meta.json", "Run `kitseg preprocess` again."
 _ARRAYS = {"image.npy", "label.npy", "foreground.npy", "slices.npy"}
 DescribeContrast = Callable[[Volume, NDArray[np.uint8]], dict[str, float | None]]
@@ -39,9 +38,9 @@ class StoredCase:
 
     foreground: (M, 4) rows of label, slice, row, column; slices: (D, 2) which hold foreground and tumor;
     statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
-    kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown;
-    hashes: of the scan's file and of its HU; corrected: whether a person corrected the label map; tumor_mm: diameter of
-    a sphere with the volume of its largest tumor, 0 without a tumor, None where unknown.
+    kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown; hashes:
+    of the scan's file and of its HU; corrected: whether a person corrected the label map; tumor_mm: diameter of a
+    sphere with the volume of its largest tumor, 0 without a tumor, None where unknown; made_from: scan and labels.
     """
 
     id: str
@@ -58,6 +57,7 @@ class StoredCase:
     hashes: tuple[str, str] = ("", "")
     corrected: bool = False
     tumor_mm: float | None = None
+    made_from: str = ""
 
 
 def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
@@ -248,7 +248,7 @@ def open_guide(path: Path) -> NDArray[np.float16]:
 def store_bytes(case: Case, grid: Grid) -> int:
     """Disk that the stored case takes, from its header alone."""
     shape = grid_geometry(canonical_geometry(read_geometry(case.image)), grid).shape
-    return int(np.prod(shape)) * BYTES_PER_VOXEL
+    return int(np.prod(shape)) * 3  # int16 and uint8
 
 
 def _label_arrays(label: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
@@ -279,12 +279,12 @@ def _mapped(folder: Path, meta: _Meta) -> StoredCase:
         raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
     hashes = meta.sources["image"].sha256 or "", meta.hu_sha256
     seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, hashes, meta.corrected)
-    return StoredCase(meta.case, image, label, foreground, slices, *seen, meta.tumor_mm)
+    made_from = " ".join(str(meta.sources[role].sha256)[:16] for role in sorted(meta.sources))
+    return StoredCase(meta.case, image, label, foreground, slices, *seen, meta.tumor_mm, made_from)
 
 
 def _sources(case: Case, digest: bool) -> dict[str, InputFile]:
-    files = {"image": case.image, "label": case.label}
-    return {role: InputFile.of(path, digest) for role, path in files.items() if path is not None}
+    return {role: InputFile.of(path, digest) for role in ("image", "label") if (path := getattr(case, role))}
 
 
 def _is_whole(folder: Path) -> bool:
