@@ -15,7 +15,7 @@ from dicom_files import AXIAL, write_series
 from scipy.spatial.transform import Rotation
 from shapes import Ellipsoid, ball, lattice, paint
 
-from kitseg.labels import BACKGROUND, CYST, KIDNEY, find_scheme
+from kitseg.labels import BACKGROUND, CYST, KIDNEY, find_scheme, scheme_of
 from kitseg.measurement.followup import Visit, followup
 from kitseg.measurement.measure import measure
 from kitseg.types import Geometry
@@ -101,17 +101,37 @@ def test_the_dates_come_from_dicom_and_folders_go_by_names(tmp_path: Path) -> No
         labels = cube.copy()
         labels[10 : 10 + size, 20 : 20 + size, 12 : 12 + size] = 2
         (tmp_path / date).mkdir()
-        series = write_series(tmp_path / "ct" / date, np.zeros(shape, np.int16), affine, AcquisitionDate=date)
+        tags = {"AcquisitionDate": date, "PatientID": f"P{size}"}
+        series = write_series(tmp_path / "ct" / date, np.zeros(shape, np.int16), affine, **tags)
         assert len(series) == shape[0]
         nibabel.save(nibabel.Nifti1Image(labels, affine), tmp_path / date / "patient.nii.gz")
     (tmp_path / "20230301" / "other.nii.gz").write_bytes((tmp_path / "20230301" / "patient.nii.gz").read_bytes())
     files = [f"{date}/patient.nii.gz" for date in ("20230301", "20230901")]
     found = rows(tmp_path, *files, "--ct", "ct/20230301", "ct/20230901")
     assert found["larger"]["doubling_days"] == pytest.approx(184 * np.log(2) / np.log(8**3 / 6**3), abs=0.1)
+    doubt = "the scans state different patient IDs"
+    assert doubt in json.loads((tmp_path / "f.json").read_text())["followup"]["patient"]["doubts"][0]
+    assert doubt[1:] in (tmp_path / "followup" / "patient.html").read_text()
+    swapped = ("followup", *reversed(files), "--ct", "ct/20230901", "ct/20230301", "-o", "swapped")
+    refused = kitseg(tmp_path, *swapped)
+    assert refused.code == 1
+    assert "patient: the first scan is of 2023-09-01, the second of 2023-03-01. Give" in " ".join(refused.text.split())
+    assert not list(tmp_path.glob("swapped/*"))
+    assert kitseg(tmp_path, *swapped, "--dates", "2023-01-01", "2023-02-01").code == 0, "a person knows better"
     both = kitseg(tmp_path, "followup", "20230301", "20230901", "-o", "pages", "--json", "all.json")
     assert both.code == 0, both.text
     assert "left out, without the other date: other" in both.text
     assert [path.name for path in (tmp_path / "pages").iterdir()] == ["patient.html"]
+
+
+def test_cysts_at_one_date_only_may_be_the_labels(tmp_path: Path) -> None:
+    for name, scheme in (("a", "kits19"), ("b", "kits23")):
+        save(tmp_path / f"{name}.nii.gz", *KIDNEYS, *([OTHER_CYST] if name == "b" else []))
+        record = {"case": name, "labels": scheme_of(scheme).plain()}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    done = kitseg(tmp_path, "followup", "a.nii.gz", "b.nii.gz")
+    assert done.code == 0, done.text
+    assert "the label maps of one date have no cysts, which are kidney there" in " ".join(done.text.split())
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from kitseg.runtime.resume import Task
 from kitseg.types import Case
 from kitseg.volumes.kits import LABEL, case_of
 from kitseg.volumes.names import pair
-from kitseg.volumes.scan import place_doubts, scan_date
+from kitseg.volumes.scan import place_doubts, scan_date, scan_patient
 
 SCHEMA = 1
+ONE_WITHOUT_CYSTS = "the label maps of one date have no cysts, which are kidney there: cysts may be new or vanished"
+OTHER_PATIENT = "the scans state different patient IDs: they may be of two patients"
 Dates = tuple[date, date]
 
 
@@ -42,7 +44,8 @@ class FollowupTask(Task):
 class Followed:
     """A patient's lesions, a row each (``row_of``), or the ``error``.
 
-    residual_mm: of the alignment of each kidney; doubts: about the place in the patient, on which the sides depend.
+    residual_mm: of the alignment of each kidney; doubts: about the place in the patient, on which the sides depend,
+    about whether both are of one patient, and about cysts.
     """
 
     case: str
@@ -88,22 +91,25 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
 
     scheme: of both label maps; None: that of the record beside each, else KiTS19's.
     """
-    visits, doubts, current = [], dict[str, None](), task.before
+    visits, schemes, doubts, current = [], list[Scheme](), dict[str, None](), task.before
     try:
+        doubts |= dict.fromkeys(_other_patient(task))
+        dates = task.dates or _dates(task)
         for current in (task.before, task.after):
-            own = scheme or scheme_beside(current.labels) or KITS19
-            labels, scan = current.read(own)
+            schemes.append(scheme or scheme_beside(current.labels) or KITS19)
+            labels, scan = current.read(schemes[-1])
             doubts |= dict.fromkeys(place_doubts(labels, scan))
             hu = scan.array if scan else None
             visits.append(Visit(labels.array, labels.geometry, measure(labels.array, labels.geometry, hu), hu))
-        dates = task.dates or _dates(task)
+        if len({own.cyst is None for own in schemes}) > 1:
+            doubts[ONE_WITHOUT_CYSTS] = None
         days = (dates[1] - dates[0]).days if dates else None
         found = followup(*visits)
         rows = tuple(row_of(change, days) for change in found.changes)
         names = tuple(map(str, dates)) if dates else ("First date", "Second date")
-        write_followup_page(
-            task.page, FollowupContent(task.case, (visits[0], visits[1]), found, rows, (names[0], names[1]), own)
-        )
+        notes = [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in doubts]
+        ends = (visits[0], visits[1]), found, rows, (names[0], names[1])
+        write_followup_page(task.page, FollowupContent(task.case, *ends, schemes[1], notes))
         residuals = {side: round(found.residual_mm, DECIMALS) for side, found in found.alignments.items()}
         return Followed(task.case, "", rows, dates, residuals, tuple(doubts))
     except Exception as error:  # the other patients continue, whatever the error
@@ -165,6 +171,18 @@ def _with_scan(task: LabelTask) -> LabelTask:
 
 
 def _dates(task: FollowupTask) -> Dates | None:
-    """The dates of DICOM scans; None where one is unknown or they are not in order."""
+    """The dates of DICOM scans; None where one is unknown or both are equal.
+
+    Raises UsageError: the second is earlier.
+    """
     first, second = (scan_date(part.scan) if part.scan else None for part in (task.before, task.after))
+    if first and second and first > second:
+        problem = f"the first scan is of {first}, the second of {second}"
+        raise UsageError(f"{task.case}: {problem}. Give the earlier one first, or state --dates")
     return (first, second) if first and second and first < second else None
+
+
+def _other_patient(task: FollowupTask) -> list[str]:
+    """A doubt where the DICOM scans state different patients."""
+    stated = {patient for part in (task.before, task.after) if part.scan and (patient := scan_patient(part.scan))}
+    return [OTHER_PATIENT] if len(stated) > 1 else []

@@ -29,7 +29,8 @@ _AIR = -1024
 class FollowupContent:
     """The content of a page.
 
-    rows: a lesion each, in the order of ``found.changes``; dates: their names; scheme: names and colours.
+    rows: a lesion each, in the order of ``found.changes``; dates: their names; scheme: names and colours; notes:
+    paragraphs.
     """
 
     case: str
@@ -38,6 +39,7 @@ class FollowupContent:
     rows: Sequence[Mapping[str, Any]]
     dates: tuple[str, str]
     scheme: Scheme
+    notes: Sequence[str] = ()
 
 
 def write_followup_page(path: Path, content: FollowupContent) -> None:
@@ -58,6 +60,7 @@ def write_followup_page(path: Path, content: FollowupContent) -> None:
         views=[_view(change, row, content) for change, row in changes[:_MOST_LESIONS]],
         left_out=max(len(changes) - _MOST_LESIONS, 0),
         window=f"Window level {LEVEL} HU, width {WIDTH} HU.",
+        notes=content.notes,
         facts={},
     )
 

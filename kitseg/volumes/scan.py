@@ -163,6 +163,16 @@ def scan_date(case: Case) -> date | None:
     return None
 
 
+def scan_patient(case: Case) -> str:
+    """The patient's ID in a DICOM series; empty for other files, and where it isn't given."""
+    if not case.slices:
+        return ""
+    from kitseg.volumes.dicom.headers import read_dicom_header
+
+    found = read_dicom_header(case.slices[0])
+    return found.patient if found else ""
+
+
 def place_doubts(*volumes: Volume | None) -> tuple[str, ...]:
     """What the files of these volumes leave open about the place in the patient, each doubt once."""
     return tuple(dict.fromkeys(doubt for volume in volumes if volume for doubt in volume.native.doubts))
