@@ -25,7 +25,7 @@ from kitseg.service import node as node_module
 from kitseg.service.node import Address, Node, NodeOptions
 from kitseg.service.receiver import LARGEST
 from kitseg.service.spool import Spool
-from kitseg.service.work import NoScan, scratch
+from kitseg.service.work import NoScan
 from kitseg.volumes.dicom.headers import read_dicom_header
 
 Start = Callable[..., AbstractContextManager[Spool]]
@@ -60,7 +60,7 @@ def start(tmp_path: Path, work: Work, ports: tuple[int, int], monkeypatch: pytes
         spool, options = Spool(tmp_path / "spool", **limits), NodeOptions(own, to, ("PACS", "CT1"), quiet=quiet)
         with ThreadPoolExecutor(1) as thread:
             node = Node(options, spool, work, thread)
-            with scratch(spool.folder), node:
+            with node:
                 yield spool
 
     return started
@@ -93,6 +93,19 @@ def test_a_study_comes_back(start: Start, work: Work, ports: tuple[int, int], st
     assert len(images) == len(study)
     expected = {pydicom.dcmread(path).PixelData for path in study}
     assert {pydicom.dcmread(pydicom.filebase.DicomBytesIO(image)).PixelData for image in images.values()} == expected
+
+
+def test_a_second_node_on_the_same_spool_takes_nothing_away(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in containers, where each has process id 1."""
+    monkeypatch.setattr("kitseg.runtime.locks.HEARTBEAT", 0.1)
+    with start() as spool:
+        (folder,) = spool.folder.glob("kitseg-serve-*")
+        with pytest.raises(KitsegError, match="is writing there"), start():
+            pass
+        assert folder.is_dir()
+    assert not folder.exists()
 
 
 def test_who_may_call(start: Start, ports: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:

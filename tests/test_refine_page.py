@@ -136,6 +136,9 @@ def test_a_missed_tumor_is_added_and_a_false_one_removed(port: int, truth: np.nd
 
 def test_requests_that_are_refused(port: int, tmp_path: Path) -> None:
     case = {"scan": "a.nii.gz", "labels": "pred/a.nii.gz"}
+    (tmp_path / "root" / "link").mkdir()
+    (tmp_path / "root" / "link" / "a.nii.gz").symlink_to(tmp_path / "elsewhere.nii.gz")
+    shutil.copy(tmp_path / "root" / "pred" / "a.nii.gz", tmp_path / "elsewhere.nii.gz")
     known = json.loads(post(port, "/refine/open", case).body)["id"]
     far = {"id": known, "clicks": [{"voxel": [900, 0, 0], "label": "tumor"}]}
     for status, name, body, headers in (
@@ -143,6 +146,7 @@ def test_requests_that_are_refused(port: int, tmp_path: Path) -> None:
         (401, "save", {"id": known, "clicks": []}, {"authorization": "Bearer x"}),
         (400, "open", case, {"host": "evil.example"}),
         (403, "open", {**case, "labels": "../out.nii.gz"}, {}),
+        (422, "open", {**case, "labels": "link"}, {}),
         (404, "open", {**case, "scan": "b.nii.gz"}, {}),
         (400, "open", {"scan": 1}, {}),
         (400, "clicks", {"id": "other", "clicks": []}, {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +113,27 @@ def test_an_image_that_is_refused_during_the_delivery(kept: Spool, tmp_path: Pat
         os.utime(path, (1e9, 1e9))
     assert kept.abandon(study)
     assert kept.studies() == []
+
+
+def test_a_study_that_is_sent_again_after_a_day_is_not_removed_meanwhile(kept: Spool) -> None:
+    study = kept.study("P", "1")
+    receive(kept, study, "a", is_released=False)
+    for path in (study, study / "images"):
+        os.utime(path, (1e9, 1e9))
+    receive(kept, study, "a", is_released=False)
+    assert not kept.abandon(study)
+    receive(kept, study, "b")
+    assert not kept.is_due(study, 0), "without the first image"
+
+
+def test_a_clock_that_is_set_back_keeps_no_study_waiting(kept: Spool) -> None:
+    study = kept.study("P", "1")
+    receive(kept, study, "a")
+    complete = study / "complete"
+    for seconds, is_due in ((-29, False), (0, False), (20, False), (3600, True)):
+        now = time.time()
+        os.utime(complete, (now + seconds, now + seconds))
+        assert kept.is_due(study, 30) == is_due, seconds
 
 
 def test_refusals_of_a_study_that_is_not_here(kept: Spool, monkeypatch: pytest.MonkeyPatch) -> None:

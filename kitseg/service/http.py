@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -237,5 +237,5 @@ def serve(service: Service, host: str, port: int, hosts: Sequence[str], node: No
 
     node: a DICOM node that runs as long, with the same queue.
     """
-    with scratch(node.spool.folder if node else None), node or nullcontext():
+    with node or scratch():
         uvicorn.Server(config(service, host, port, hosts)).run()

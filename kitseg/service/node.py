@@ -26,7 +26,7 @@ from kitseg.runtime.console import print_plain
 from kitseg.runtime.locks import folder_lock
 from kitseg.service.receiver import SECONDS, Receiver
 from kitseg.service.spool import MOST_TRIES, Spool
-from kitseg.service.work import NoScan, internal_error
+from kitseg.service.work import NoScan, internal_error, scratch
 
 EXPLICIT = "1.2.840.10008.1.2.1"  # the transfer syntax of kitseg's files
 FIRST_WAIT, LONGEST_WAIT = 5.0, 600.0  # seconds before another try, each twice the one before
@@ -103,6 +103,7 @@ class Node:
         own = self.options.own
         with ExitStack() as stack:
             stack.enter_context(folder_lock(self.spool.folder, "studies"))
+            stack.enter_context(scratch(self.spool.folder))
             self.spool.clean()
             stack.callback(setattr, threading, "excepthook", threading.excepthook)
             threading.excepthook = _thread_failed  # pynetdicom's threads may fail where a peer breaks its rules
@@ -150,18 +151,20 @@ class Node:
 
     def _work(self, study: Path) -> bool:
         """Predict a study if it is its turn; False: it failed."""
+        if self.receiver.is_receiving(study):
+            return True
         if self.spool.abandon(study):
             self._tell(study, "not complete or not predicted within a day, removed")
             return True
-        if self.receiver.is_receiving(study) or not self.spool.is_due(study, self.options.quiet):
+        if not self.spool.is_due(study, self.options.quiet):
             return True
         if (study / "known").exists():
             self._tell(study, "its sender has kitseg's results already")
             return self.spool.finish(study, self.spool.images(study))
         images, begun = self.spool.begin(study), time.perf_counter()
         try:
-            with tempfile.TemporaryDirectory() as scratch:
-                to, options = Path(scratch) / "out", self.options
+            with tempfile.TemporaryDirectory() as folder:
+                to, options = Path(folder) / "out", self.options
                 made = self.thread.submit(self.predict, study / "images", to, options.endings, options.anonymous)
                 self.spool.keep(study, made.result(), images)
         except NoScan as error:

@@ -123,7 +123,7 @@ class RefinePage:
         source = tasks[0].scan
         assert self.service.root
         assert source
-        refuse_links(source.slices or (source.image,), [self.service.root])
+        refuse_links((*(source.slices or (source.image,)), tasks[0].labels), [self.service.root])
         self.check(source)
         self._case = None  # its memory is needed
         opened = Refinement.open(tasks[0], self.output)

@@ -69,6 +69,7 @@ class Spool:
         target, size = study / "images" / f"{_name(instance)}.dcm", max(file.stat().st_size, _LEAST)
         with self._lock:
             if target.exists():
+                os.utime(study)  # it is being sent, so that it is not abandoned meanwhile
                 return True
             self._await(study, instance)
             used = self._bytes.get(study) or total_bytes(study.glob("images/*"))
@@ -125,7 +126,8 @@ class Spool:
         if self.tries(study) >= MOST_TRIES or self.results(study) is not None:
             return False
         with suppress(FileNotFoundError):
-            return time.time() - (study / "complete").stat().st_mtime >= quiet
+            age = time.time() - (study / "complete").stat().st_mtime
+            return not -quiet <= age < quiet  # below: the clock was set back
         return False
 
     def begin(self, study: Path) -> int:
