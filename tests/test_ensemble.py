@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kitseg.commands.postprocess import postprocess
 from kitseg.ensemble import common_channels, convert, mean, mean_in_slabs, to_masks
 from kitseg.errors import InputError, UsageError
 from kitseg.runtime.files import file_digest
@@ -307,6 +308,10 @@ def of_another_shape(path: Path) -> None:
     np.save(path, np.zeros((3, 1, 1, 3), np.float16))
 
 
+def of_another_case(path: Path) -> None:
+    np.save(path, np.ones((3, 1, 1, 2), np.float16))
+
+
 @pytest.mark.parametrize(
     ("read", "name", "harm", "named", "problem"),
     [
@@ -320,6 +325,7 @@ def of_another_shape(path: Path) -> None:
         (blocks.read_block, "case_00000.npy", lambda path: path.write_bytes(b"no array at all"), "", "can't be read"),
         (blocks.read_block, "case_00000.npy", cut, "", "can't be read"),
         (blocks.read_block, "case_00000.npy", of_another_shape, "", "its shape is (3, 1, 1, 3), not its box's"),
+        (blocks.sound_digest, "case_00000.npy", of_another_case, "", "was changed or damaged since it was written"),
         (blocks.read_block, "case_00000.json", Path.unlink, "", "there is no such file"),
         (blocks.read_block, "case_00000.json", of_another_schema, "", "schema 0"),
     ],
@@ -331,7 +337,19 @@ def test_files_that_cannot_be_used(
     path = (folder / name).resolve()
     harm(path)
     with pytest.raises(InputError) as error:
-        read(folder, "case_00000") if read in (blocks.scan_of, blocks.read_block) else read(folder)
+        read(folder, "case_00000") if read not in (blocks.block_cases, blocks.read_manifest) else read(folder)
     assert str(error.value).startswith(f"{folder if named else path}: ")
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_box_outside_the_scan(folder: Path) -> None:
+    path = folder / "case_00000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "box": {"start": [0, 0, -1], "stop": [1, 1, 1]}}))
+    with pytest.raises(InputError, match="is not within the scan"):
+        blocks.read_block(folder, "case_00000")
+
+
+def test_labels_do_not_go_where_the_probabilities_are(folder: Path) -> None:
+    with pytest.raises(UsageError, match="holds the probabilities"):
+        postprocess(folder, folder / ".." / folder.name, lambda _: None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from kitseg.labels import KITS19
 from kitseg.models.training_domain import training_facts
 from kitseg.postprocess.clicked_scan import ClickedScan
 from kitseg.postprocess.clicks import apply_clicks
-from kitseg.types import Box, Case, Geometry, Grid
+from kitseg.runtime.files import file_digest
+from kitseg.types import Box, Case, Geometry, Grid, Probabilities
+from kitseg.volumes.blocks import write_block
 from kitseg.volumes.nifti import canonical_geometry, read_labels, write_image, write_labels
 from kitseg.volumes.store import CaseFiles, open_case, store_case
 
@@ -220,6 +224,10 @@ def test_from_the_click_to_the_page(folder: Path, scan: tuple[np.ndarray, np.nda
 
     code, text = refine(folder, "pred/a.nii.gz", f"{x},{y},{z}=tumor")  # would lose the correction
     assert (code, "corrected by a person" in text) == (2, True)
+    (folder / "lost").mkdir()
+    (folder / "lost" / "a.nii.gz").write_bytes((folder / "corrected" / "a.nii.gz").read_bytes())
+    code, text = refine(folder, "pred/a.nii.gz", f"{x},{y},{z}=tumor", to="lost")
+    assert (code, "corrected by a person" in text) == (2, True), "also where its record was lost"
     code, text = refine(folder, "corrected/a.nii.gz", f"{x},{y},{z}=kidney")
     assert code == 0, text
     assert [click["label"] for click in json.loads((folder / "corrected" / "a.json").read_text())["corrected"]] == [
@@ -244,6 +252,31 @@ def test_the_same_scan_in_another_format(folder: Path, scan: tuple[np.ndarray, n
     SimpleITK.WriteImage(SimpleITK.Cast(image, SimpleITK.sitkFloat32), folder / "data" / "a.mha")
     code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=kidney")
     assert code == 0, text
+
+
+def test_probabilities_of_another_scan_are_refused(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:
+    geometry, probabilities = canonical_geometry(NATIVE), folder / "probabilities"
+    path, whole = folder / "data" / "a.nii.gz", Box((0, 0, 0), (30, 70, 80))
+    background = np.zeros((1, *whole.size), np.float16)
+    block = Probabilities(background, ("background",), whole, geometry, NATIVE, "a")
+    write_image(folder / "other.nii.gz", scan[0] + np.int16(1), NATIVE)
+    ask = ("refine", "pred/a.nii.gz", "--ct=data", "--click=0,0,30=background", "--probabilities=probabilities")
+    for source, moved, code in ((path, 0, 0), (folder / "other.nii.gz", 0, 1), (path, 5, 1)):
+        affine = geometry.affine.copy()
+        affine[0, 3] += moved
+        made = replace(block, geometry=Geometry(geometry.shape, affine))
+        write_block(probabilities, made, source, file_digest(source))
+        done = kitseg(folder, *ask, "--overwrite")
+        assert (done.code, "are of another scan" in " ".join(done.text.split())) == (code, code == 1), done.text
+
+
+@pytest.mark.parametrize("click", [{"x": 1}, {"x": 0, "y": 0, "z": 30, "label": "liver"}, {"q": 1}])
+def test_a_record_with_strange_clicks_is_no_record(folder: Path, click: dict[str, Any]) -> None:
+    assert refine(folder, "pred/a.nii.gz", "0,0,30=background")[0] == 0
+    record = folder / "corrected" / "a.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "corrected": [click]}))
+    code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=kidney", to="again")
+    assert (code, "Traceback" in text) == (0, False), text
 
 
 @pytest.mark.parametrize("failing", ["write_labels", "file_digest", "forget"])

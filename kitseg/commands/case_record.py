@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import KITS23, Scheme
@@ -19,6 +19,17 @@ from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
 from kitseg.volumes.kits import folder_of, scan_id
 from kitseg.volumes.names import UNCERTAINTY, is_file_name, is_volume_name
+from kitseg.volumes.nifti import is_corrected
+
+
+class ClickRow(TypedDict):
+    """A click of a person, as ``refine.Click`` writes it."""
+
+    x: float
+    y: float
+    z: float
+    label: Literal["background", "kidney", "tumor", "cyst"]
+    to: NotRequired[tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class CaseRecord:
     quality: Quality | None = None
     signs: dict[str, float] = field(default_factory=dict)
     labels: Scheme | None = None
-    corrected: tuple[dict[str, Any], ...] = ()
+    corrected: tuple[ClickRow, ...] = ()
 
     def is_of(self, digest: str) -> bool:
         """Whether a label map with this hash is as kitseg wrote it, as far as the record states."""
@@ -133,10 +144,12 @@ def refuse_scan_overwrite(scan: Path, target: Path) -> None:
 def refuse_case_overwrite(path: Path, endings: Sequence[str]) -> None:
     """Refuse (UsageError) to replace files beside a record that kitseg didn't write, or labels corrected since."""
     refuse_overwrite(path, "case")
-    record = CaseRecord()
+    record, labels, is_marked = CaseRecord(), path.with_suffix(".nii.gz"), False
     with suppress(KitsegError):
         record = ANY_RECORD.read(path)
-    if record.corrected and OVERWRITE not in os.environ:
+    with suppress(KitsegError):  # a label map that lost its record
+        is_marked = ".nii.gz" in endings and os.path.exists(labels) and is_corrected(labels)
+    if (record.corrected or is_marked) and OVERWRITE not in os.environ:
         raise UsageError(
             f"{path.stem} was corrected by a person. Choose another output, or replace it with --overwrite"
         )

@@ -18,6 +18,7 @@ from kitseg.commands.case_record import (
     refuse_scan_overwrite,
     write_record,
 )
+from kitseg.errors import UsageError
 from kitseg.labels import CLASSES, scheme_of
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.runtime.device import versions
@@ -25,7 +26,7 @@ from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
 from kitseg.runtime.provenance import recipe
 from kitseg.types import Probabilities
-from kitseg.volumes.blocks import block_cases, block_digest, learned_from, read_block, read_manifest, scan_of
+from kitseg.volumes.blocks import block_cases, learned_from, read_block, read_manifest, scan_of, sound_digest
 from kitseg.volumes.nifti import read_image, write_labels
 from kitseg.volumes.scan import hu_digest
 
@@ -35,19 +36,21 @@ Write = Callable[[Path], None]
 def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] = ()) -> list[Outcome]:
     """Labels from a folder of probabilities, cleaned as its manifest states but for the priors ``without``.
 
-    Finished and unchanged cases stay. Raises UsageError: an unknown prior, or a file of another origin in the way;
-    KitsegError: another process writes there.
+    Finished and unchanged cases stay. Raises UsageError: an unknown prior, the folder itself as output, or a file of
+    another origin in the way; KitsegError: another process writes there.
     """
     manifest = read_manifest(folder)
     steps, facts = build_steps(manifest["postprocess"], without), facts_of(manifest, without)
     cases = block_cases(folder)
+    if to.resolve() == folder.resolve():
+        raise UsageError(f"{to} holds the probabilities. Choose another output folder")
     for case in cases:
         refuse_case_overwrite(to / f"{case}.json", [".nii.gz"])
 
     def work(case: str) -> Outcome:
         (path, digest), result = scan_of(folder, case), to / f"{case}.nii.gz"
         refuse_scan_overwrite(path, result)
-        made = {"recipe": recipe(**facts, block=block_digest(folder, case)), "scan_sha256": digest}
+        made = {"recipe": recipe(**facts, block=sound_digest(folder, case)), "scan_sha256": digest}
         if before := read_record(to / f"{case}.json", made):
             return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.volumes_ml)
         probabilities = read_block(folder, case)

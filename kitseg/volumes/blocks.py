@@ -55,6 +55,14 @@ class _Block:
         return self.scan.sha256
 
 
+class AveragedFolder(TypedDict):
+    """A folder that a mean was made from, with its weight and its model."""
+
+    folder: str
+    weight: float
+    model: dict[str, Any]
+
+
 class ProbabilitiesManifest(TypedDict):
     """What made a folder of probabilities, and what post-processing they expect.
 
@@ -69,7 +77,7 @@ class ProbabilitiesManifest(TypedDict):
     postprocess: dict[str, Any]
     versions: dict[str, str]
     labels: NotRequired[dict[str, Any]]
-    members: NotRequired[list[dict[str, Any]]]
+    members: NotRequired[list[AveragedFolder]]
 
 
 _BLOCK = FileFormat(_Block, SCHEMA, _AGAIN)
@@ -106,6 +114,14 @@ def block_digest(folder: Path, case_id: str) -> str:
     return _BLOCK.read(folder / f"{case_id}.json").sha256
 
 
+def sound_digest(folder: Path, case_id: str) -> str:
+    """The same, after a look at the array. Raises InputError: its bytes are not those that were written."""
+    digest, path = block_digest(folder, case_id), folder / f"{case_id}.npy"
+    if file_digest(path) != digest:
+        raise InputError(path, "was changed or damaged since it was written", _AGAIN)
+    return digest
+
+
 def learned_from(folders: Sequence[Path], case_id: str) -> tuple[str, ...] | None:
     """The models behind a case's probabilities that learned from its scan; None where that isn't known."""
     known = [_BLOCK.read(folder / f"{case_id}.json").learned_from for folder in folders]
@@ -120,6 +136,8 @@ def read_block(folder: Path, case_id: str) -> Probabilities:
         array = np.load(path, mmap_mode=None if 0 in block.box.size else "r")
         if array.shape != (shape := (len(block.channels), *block.box.size)):
             raise ValueError(f"its shape is {array.shape}, not its box's, {shape}")
+        if block.box.clip(block.geometry.shape) != block.box:
+            raise ValueError(f"its box {block.box} is not within the scan, {block.geometry.shape}")
     except (OSError, ValueError, EOFError) as error:
         raise unreadable(path, error, _AGAIN) from error
     return Probabilities(array, block.channels, block.box, block.geometry, block.native, case_id)
