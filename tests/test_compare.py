@@ -212,6 +212,8 @@ def test_what_evaluate_writes_is_compared_in_its_own_protocol(phantoms: Path, tm
     assert (tmp_path / "comparison" / "comparison.png").exists()
     found = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert found["protocol"] == "kits23"
+    known = json.loads((tmp_path / "one/scores.json").read_text())["references"]
+    assert len(set(known.values())) == 2
     assert {group["class"] for group in found["groups"]} == {"kidney_and_mass", "mass", "tumor", "cyst"}
 
 
@@ -242,6 +244,15 @@ def test_what_cannot_be_compared(tmp_path: Path, change: dict[str, Any], words: 
     assert "b.json" in result.text
     assert "Traceback" not in result.text
     assert not (tmp_path / "comparison").exists()
+
+
+def test_scores_against_other_references_are_not_compared(tmp_path: Path) -> None:
+    for last, code in (("1", 0), ("2", 2)):
+        scores(tmp_path / "a.json", A, references={CASES[0]: "0", CASES[1]: "1"})
+        scores(tmp_path / "b.json", B, references={CASES[1]: last, CASES[2]: "0"})
+        result = comparing(tmp_path)
+        assert result.code == code, result.text
+    assert f"scored against different references of {CASES[1]}. " in " ".join(result.text.split())
 
 
 def test_damaged_missing_and_the_same_file(tmp_path: Path) -> None:

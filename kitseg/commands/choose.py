@@ -26,7 +26,7 @@ from kitseg.scoring.protocols import protocol_of
 from kitseg.splits import read_split
 from kitseg.types import Case
 from kitseg.volumes.blocks import MANIFEST, read_block, read_manifest, recorded_scan_digest
-from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.scan import read_labelled
 
 ALL_SUBSETS_UP_TO = 5  # members; with more, only subsets of up to three and all members
 
@@ -224,13 +224,10 @@ def _try_case(case: Case, *given: Any) -> list[dict[str, float]] | str:
 def _dice_of(
     case: Case, members: Sequence[Validated], priors: Mapping[str, Any], scheme: Scheme, recipes: Sequence[Recipe]
 ) -> list[dict[str, float]]:
-    if case.label is None:
-        raise UsageError(f"{case.id} has no label to compare with")
-    truth = read_labels(case.label, case.id, scheme).array
+    scan, truth = read_labelled(case, scheme)
     digest = file_digest(case.image)
     if old := [member.name for member in members if recorded_scan_digest(member.folders[case.id], case.id) != digest]:
         raise UsageError(f"{case.image} is not what {', '.join(old)} predicted. Call `kitseg validate` for them again.")
-    scan = read_image(case.image, case.id)
     found: list[dict[str, float]] = []
     for chosen, group in itertools.groupby(recipes, key=lambda recipe: recipe.members):
         blocks = [read_block(members[i].folders[case.id], case.id) for i in chosen]
@@ -238,6 +235,6 @@ def _dice_of(
         mean = ensemble.mean((ensemble.convert(block, channels), 1.0) for block in blocks)
         for recipe in group:
             steps = build_steps({name: priors[name] for name in recipe.steps})
-            dice = dice_scores(clean(mean, scan, steps), truth, protocol_of(scheme), scheme)
+            dice = dice_scores(clean(mean, scan, steps), truth.array, protocol_of(scheme), scheme)
             found.append({name: dice[name] for name in protocol_of(scheme).targets})
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Side:
     """One side of a comparison, from a file of ``kitseg evaluate --json``.
 
     labels: of the references; cases: Dice by case and class; strata: stratum by case and kind; background: cases
-    scored as if nothing was found.
+    scored as if nothing was found; references: the hash of each case's reference, empty in files of earlier versions.
     """
 
     path: Path
@@ -33,6 +33,7 @@ class Side:
     cases: dict[str, dict[str, float]]
     strata: dict[str, dict[str, str]]
     background: frozenset[str]
+    references: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Comparison:
 def compare(a: Path, b: Path) -> Comparison:
     """Compare two score files, or the ones in two folders (``scores.json`` or ``validation/scores.json``).
 
-    Raises UsageError: both are the same file, or have different protocols or no case in common; InputError: one is
-    missing or damaged, or both give a case another stratum.
+    Raises UsageError: both are the same file, or have different protocols or references or no case in common;
+    InputError: one is missing or damaged, or both give a case another stratum.
     """
     one, other = _read(a), _read(b)
     if one.path.resolve() == other.path.resolve():
@@ -66,6 +67,10 @@ def compare(a: Path, b: Path) -> Comparison:
     if (one.protocol, one.labels) != (other.protocol, other.labels):
         rules = (f"{side.path} was scored by {side.protocol} with the labels {side.labels}" for side in (one, other))
         raise UsageError(f"{' and '.join(rules)}. Evaluate both with the same --protocol and --labels")
+    known = one.references.keys() & other.references.keys() & one.cases.keys() & other.cases.keys()
+    if changed := sorted(case for case in known if one.references[case] != other.references[case]):
+        files = f"{one.path} and {other.path} were scored against different references of {shorten(changed)}"
+        raise UsageError(f"{files}. Evaluate both against the same ones")
     groups = compare_cases(one.cases, other.cases, _strata(one, other))
     if not groups:
         raise UsageError(f"{one.path} and {other.path} have no case in common. Evaluate both on the same cases")
@@ -115,7 +120,8 @@ def _read(path: Path) -> Side:
             cases.setdefault(case, {})[name] = dice
     background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
     labels = content.get("labels") or scheme_of(content.get("convention", "kits19")).line
-    return Side(found, content["protocol"], labels, cases, content["strata"], background)
+    references = content.get("references", {})
+    return Side(found, content["protocol"], labels, cases, content["strata"], background, references)
 
 
 def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:

@@ -23,10 +23,11 @@ _FORMAT = FileFormat(
 def write_confidence(
     path: Path, scored: Sequence[tuple[Job, Score]], patients: Mapping[str, str], temperature: float | None = None
 ) -> Confidence | None:
-    """Learn from scored cases whose records hold signs; None, and no file, with too few of them.
+    """Learn from scored cases whose records hold signs; None, and no file any more, with too few of them.
 
     patients: whose case it is, where it isn't the patient's only one. Cases that a network learned from are left out.
     """
+    path.unlink(missing_ok=True)
     good: list[tuple[str, CaseRecord, float]] = []
     for job, score in scored:
         record = record_beside(job.prediction) if job.prediction else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,8 @@ class Score:
     strata: the groups that its reference belongs to, by kind; detection, cyst_detection: of each tumor and cyst; cysts:
     whether the prediction and the reference hold cysts; strange: whether the prediction holds values that are no
     labels; itself: whether prediction and reference are one file, or hold the same bytes; learned_from: the models of
-    the prediction that learned from the scan, by its record; doubts: about the reference's place in the patient.
+    the prediction that learned from the scan, by its record; doubts: about the reference's place in the patient;
+    reference: the hash of its labels, the same whatever the format of its file.
     """
 
     case: str
@@ -64,6 +66,7 @@ class Score:
     itself: bool = False
     learned_from: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    reference: str = ""
 
     @property
     def dice(self) -> dict[str, float]:
@@ -161,6 +164,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             job.prediction is not None and not problem and filecmp.cmp(job.prediction, job.reference, shallow=False),
             recorded_learning(job.prediction) if job.prediction else (),
             truth.native.doubts,
+            hashlib.sha256(truth.array.tobytes()).hexdigest(),
         )
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))

@@ -47,7 +47,8 @@ def case_errors(job: Job, rules: Rules) -> CaseErrors:
 
 
 def write_intervals(path: Path, cases: Sequence[CaseErrors]) -> Calibration | None:
-    """Write the intervals of the cases that could be measured; None, and no file, without one."""
+    """Write the intervals of the cases that could be measured; None, and no file any more, without one."""
+    path.unlink(missing_ok=True)
     good = [case for case in cases if not case.error]
     if not good:
         return None

@@ -43,6 +43,7 @@ class ScoreFile(TypedDict):
     undefined: NotRequired[_ByFigure[int]]
     detection: NotRequired[_DetectionBySize]
     cyst_detection: NotRequired[_DetectionBySize]
+    references: NotRequired[dict[str, str]]
     missing: NotRequired[list[str]]
     failed: NotRequired[dict[str, str]]
     notes: NotRequired[list[str]]
@@ -79,6 +80,7 @@ def score_content(
     content["strata"] = {s.case: dict(s.strata) for s in scores if s.strata}
     content["folds"] = dict(folds)
     content["groups"] = [asdict(group) for group in groups(scores, folds)]
+    content["references"] = {score.case: score.reference for score in scores if score.reference}
     content["missing"] = [score.case for score in scores if score.missing]
     content["without_reference"] = list(unscored.predictions)
     content["failed"] = {score.case: score.error for score in scores if score.error}

@@ -107,12 +107,12 @@ def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: SynthesisReci
     """The patients of one body, which is read once, when the first of them is missing."""
     shapes_folder = to / ".shapes"
     shapes = open_shapes(shapes_folder, shape_cases(shapes_folder)) if recipe.lesions is not None else Shapes()
-    files = {"image": InputFile.of(case.image)} | ({"mask": InputFile.of(case.label)} if case.label else {})
     lesions = {"shapes": InputFile.of(shapes_folder / "shapes.npy")} if recipe.lesions is not None else {}
     read: list[tuple[RealBody, Volume]] = []
 
     def write(name: str) -> Outcome:
         folder, address = to / name, (recipe.seed, int(name[5:]))
+        files = {"image": InputFile.of(case.image)} | ({"mask": InputFile.of(case.label)} if case.label else {})
         wanted = {"address": address, "parts": recipe.parts, "lesions": lesions, "body": files}
         if _FORMAT.find(folder / RECORD, wanted):
             return Outcome(name, note="unchanged", result=folder)

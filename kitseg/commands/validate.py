@@ -66,7 +66,11 @@ class Validation:
 
     def is_done(self, fold: int, case: Case) -> bool:
         """Whether a case is predicted, from the scan as it is now, and its files are as they were written."""
-        if not blocks.is_unchanged(self.probabilities(fold), case.id, self.hash_of(case)):
+        try:
+            digest = self.hash_of(case)
+        except InputError:  # the scan can't be read any more
+            return False
+        if not blocks.is_unchanged(self.probabilities(fold), case.id, digest):
             return False
         return read_record(self.record(case), self.made(fold, case)) is not None
 

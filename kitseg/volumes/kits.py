@@ -135,7 +135,7 @@ def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[C
     """The cases of folders that have a label to learn from; ``masks``: see ``with_labels``.
 
     Raises:
-        InputError: there are none. UsageError: two folders hold a case of the same name.
+        InputError: there are none. UsageError: two cases have the same name, or one scan has two label maps.
     """
     found = with_labels([case for folder in folders for case in find_cases(folder)], masks)
     patients = {case: whose for folder in folders for case, whose in read_patients(folder / PATIENTS).items()}
@@ -146,7 +146,13 @@ def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[C
     if not cases:
         remedy = f"Add case_00000/{LABEL} and so on, or name the folder of the label maps with --masks."
         raise InputError(folders[0], "holds no case with a segmentation", remedy)
-    return distinct({os.path.realpath(case.image): case for case in cases}.values())
+    once: dict[str, Case] = {}
+    for case in cases:
+        other = once.setdefault(os.path.realpath(case.image), case)
+        if os.path.realpath(str(other.label)) != os.path.realpath(str(case.label)):
+            problem = f"{other.id} and {case.id} are one scan ({os.path.realpath(case.image)}) with two label maps"
+            raise UsageError(f"{problem}. Leave one of them out")
+    return distinct(once.values())
 
 
 def holds_scans(folder: Path) -> bool:
