@@ -213,6 +213,18 @@ def test_a_rejected_pair_leaves_its_reason_and_is_not_tried_again(tmp_path: Path
     assert not (tmp_path / "to" / "case_0_from_case_1").exists()
 
 
+def test_an_outdated_copy_is_gone_where_it_cannot_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = written(tmp_path / "case_0"), written(tmp_path / "case_1")
+    (copy := tmp_path / "to" / "case_0_from_case_1").mkdir(parents=True)
+    (copy / "origin.json").write_text("{}")
+    monkeypatch.setattr("kitseg.commands.augment.register_copy", lambda *_: 1 / 0)
+    (outcome,) = make_copies([Pair(one, other)], tmp_path / "to", KITS19, 1, lambda _: None)
+    assert outcome.state == "failed"
+    assert not copy.exists()
+
+
 @pytest.mark.parametrize("name", [IMAGE, LABEL])
 def test_a_pair_whose_scan_or_labels_were_corrected_is_tried_again(tmp_path: Path, name: str) -> None:
     cut, whole = written(tmp_path / "case_0", slice(12, 20)), written(tmp_path / "case_1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -13,9 +14,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from conftest import serving
+from conftest import kitseg, serving
 
 from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.runtime import locks
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.download import KITS19, KITS23, DownloadSource, download_cases, parse_cases
@@ -222,3 +224,20 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(InputError, match="the folder can't be created"):
         download_cases(tmp_path / "data", [0])
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kitseg.volumes.download._fetch_clinical", lambda *_: None)
+    monkeypatch.setattr("kitseg.volumes.download._fetch_case", full)
+    (failed,) = download_cases(tmp_path, [0])
+    assert str(failed).startswith("case_00000: download failed (the disk is full). Free some space")
+
+
+def test_two_downloads_do_not_take_each_others_files_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.1)
+    with locks.folder_lock(tmp_path, "cases"):
+        second = kitseg(tmp_path, "download", "kits19", "--to", ".", "--cases", "0")
+    assert (second.code, "is writing there, so no cases can be written" in " ".join(second.text.split())) == (1, True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import kitseg
 from scipy import ndimage
 
 from kitseg.errors import InputError, KitsegError
@@ -160,3 +161,8 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(KitsegError, match="can't be written"):
         write_case(tmp_path / "file", 0, 2, 32, KITS19)
+
+
+def test_brackets_in_a_folders_name_are_no_markup(tmp_path: Path) -> None:
+    done = kitseg(tmp_path, "phantom", "out [bold]", "--cases=1", "--matrix=64", "--jobs=1")
+    assert (done.code, "1 phantom in out [bold]" in done.text) == (0, True), done.text

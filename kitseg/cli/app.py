@@ -129,7 +129,7 @@ def preprocess_cases(
     method = config.method_of(configuration)
     grids = steps.method_grids(method)
     need = steps.disk_needed(cases, grids) / 1e9
-    console.print_line(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
+    console.print_plain(f"{len(cases)} cases × {len(grids)} grids into {to}, {need:.2f} GB in all")
     with console.bar("preprocess", len(cases) * len(grids)) as step:
         outcomes = steps.preprocess(cases, grids, to, method.labels, jobs, lambda _: step(), part)
     for state in ("done", "unchanged"):
@@ -248,7 +248,7 @@ def cross_validate(run: Path, data: Sequence[Path], device: str, mirror: bool, m
     )
     if (file := plan.run.validation(mirror) / CONFIDENCE).exists():
         show_confidence(read_confidence(file))
-    console.print_line(f"out-of-fold scores: {plan.run.scores(mirror)}")
+    console.print_plain(f"out-of-fold scores: {plan.run.scores(mirror)}")
     exit_if(any(outcome.error for outcome in outcomes) or any(score.error or score.missing for score in scores))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,7 +67,7 @@ def augment(
     cases = {name: case for name, case in cases.items() if name not in failed}
     copies.check_enough(len(cases), choice)
     with folder_lock(output, "copies", share.part):
-        ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", console.print_line)
+        ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", console.print_plain)
         _show_ranking(ranked[:worst])
         pairs = copies.choose_pairs([row.case for row in ranked], cases, choice)
         copies.write_request(output, fold, choice, pairs)
@@ -87,16 +88,16 @@ def augment(
 def _show_ranking(ranked: Sequence[Ranked]) -> None:
     table = console.table("hard case", "kidney", "tumor", "mean Dice")
     for row in ranked:
-        table.add_row(row.case, *map(console.cell, (row.kidney, row.tumor, row.dice)))
+        table.add_row(escape(row.case), *map(console.cell, (row.kidney, row.tumor, row.dice)))
     console.out.print(table)
 
 
 def _print_next_command(plan: Plan, data: Sequence[Path], copies: Path) -> None:
-    more = "".join(f" --data {folder}" for folder in [*data, copies])
-    console.print_line(
+    more = "".join(f" --data {quote(str(folder))}" for folder in [*data, copies])
+    console.print_plain(
         f"To train with the new cases and the options of {plan.run.path}: kitseg train --method {plan.method.name} "
-        f"--size {plan.config['size']['name']} --fold {plan.fold}{more} --split {copies / 'splits.json'} "
-        f"--name {plan.run.path.name}-augmented"
+        f"--size {plan.config['size']['name']} --fold {plan.fold}{more} --split {quote(str(copies / 'splits.json'))} "
+        f"--name {quote(f'{plan.run.path.name}-augmented')}"
     )
 
 
@@ -105,10 +106,10 @@ def _report_copies(outcomes: Sequence[Copied], folder: Path) -> None:
         if outcome.state == "failed":
             console.print_error(outcome.reason)
         elif outcome.state == "rejected":
-            console.print_line(f"{outcome.name}: rejected, {escape(outcome.reason)}")
+            console.print_plain(f"{outcome.name}: rejected, {outcome.reason}")
     kept = [outcome.dice for outcome in outcomes if outcome.state == "kept"]
     new = sum(outcome.new for outcome in outcomes)
-    console.print_line(
+    console.print_plain(
         f"{len(kept)} of {len(outcomes)} pairs gave a new case in {folder}; {new} were registered in this call"
     )
     if kept:

@@ -37,7 +37,7 @@ def phantom(
     tasks = (delayed(write_case)(out.absolute(), seed, index, matrix, scheme) for index in range(cases))
     with console.bar("phantoms", cases) as step:
         in_parallel(tasks, jobs, lambda _: step(), ordered=False)
-    console.print_line(f"{cases} phantom{'s' * (cases > 1)} in {out}")
+    console.print_plain(f"{cases} phantom{'s' * (cases > 1)} in {out}")
 
 
 @app.command(epilog="Example: kitseg synthesize patients --bodies scans --masks kidneys --lesions kits19 -n 20")
@@ -86,17 +86,18 @@ def download(
     ] = None,
 ) -> None:
     """Download the challenge's images and labels from their official sources. Running it again resumes."""
+    from kitseg.runtime.locks import folder_lock
     from kitseg.volumes.download import SOURCES, download_cases, parse_cases
 
     if dataset not in SOURCES:
         raise UsageError(f"unknown data set '{dataset}'. Choose {' or '.join(SOURCES)}")
     source = SOURCES[dataset]
     numbers = parse_cases(cases, source) if cases else list(source.labelled)
-    with console.bar("download", len(numbers)) as step:
+    with folder_lock(to, "cases"), console.bar("download", len(numbers)) as step:
         failures = download_cases(to, numbers, lambda *_: step(), source)
     for failure in failures:
         console.print_error(str(failure))
-    console.print_line(f"{len(numbers) - len(failures)} of {len(numbers)} cases in {to}; the data are CC BY-NC-SA 4.0")
+    console.print_plain(f"{len(numbers) - len(failures)} of {len(numbers)} cases in {to}; the data are CC BY-NC-SA 4.0")
     if source.labelled == source.cases:
         console.print_line(f"their labels are {dataset}: give --labels {dataset} to check, split and train")
     exit_if(bool(failures))
@@ -129,7 +130,7 @@ def check(
     for r in reports:
         state = "[green]ok[/]" if r.ok else "[red]" + escape("; ".join(r.problems)) + "[/]"
         cells = (r.shape, r.spacing, r.orientation, r.hu_range, r.kidney_ml, r.tumor_ml)
-        table.add_row(r.id, *map(console.cell, cells), state)
+        table.add_row(escape(r.id), *map(console.cell, cells), state)
     console.out.print(table)
     if report:
         write_json(report, 1, {"cases": [asdict(r) for r in reports]})
@@ -216,5 +217,5 @@ def split(
     console.out.print(table)
     if len(made.folds) < folds:
         console.print_line(f"{len(made.folds)} folds instead of {folds}: there are too few patients for more")
-    console.print_line(f"{len(traits)} cases split: {output}")
+    console.print_plain(f"{len(traits)} cases split: {output}")
     exit_if(bool(errors))

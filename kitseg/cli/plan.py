@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -172,7 +173,7 @@ def plan(
         "start": init_from,
     }
     write_plan(out, make_plan(method, sizes, find, jobs, memory, **given))
-    console.print_line(f"plan: {out}; `kitseg train --method {method} --plan {out}` trains it")
+    console.print_plain(f"plan: {out}; `kitseg train --method {method} --plan {quote(str(out))}` trains it")
 
 
 def _show(plan: dict[str, Any]) -> None:

@@ -215,7 +215,7 @@ def predict(
     opened = partial(open_ensemble, models, device, _numbers(weights), mirror, engine, precision, fold)
     opened = partial(deterministically, opened) if deterministic else opened
     if found.choices:
-        console.print_line(
+        console.print_plain(
             f"{len(found.cases)} of {len(found.choices)} DICOM series selected; {output / SERIES_TABLE} states why"
         )
     part, most = Share.asked(shard).part, parse_size(max_memory)

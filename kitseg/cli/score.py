@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -165,11 +166,11 @@ def choose(
         table.add_row(*map(escape, steps.describe_recipe(search, recipe)), *dice)
     console.out.print(table)
     steps.write_choice(output, search)
-    console.print_line(
+    console.print_plain(
         f"{len(search.tried)} combinations tested on {len(search.cases)} cases; {output} lists all of them"
     )
     console.print_line("This Dice is optimistic, because the best of many was chosen: confirm it on independent cases.")
-    console.print_line(f"kitseg predict SCAN --model {output}")
+    console.print_plain(f"kitseg predict SCAN --model {quote(str(output))}")
 
 
 @app.command(epilog="Example: kitseg compare two-phase.json two-stage.json")

@@ -198,6 +198,8 @@ def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied | None:
 def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
     """Register a pair and write the copy, or the reason why it is rejected."""
     begun, name = time.perf_counter(), pair.name
+    if (to / name / ORIGIN).exists():  # of other scans or labels
+        shutil.rmtree(to / name)
     reference, floating = (_read(case, find_scheme(wanted["labels"])) for case in (pair.reference, pair.floating))
     copy = register_copy(reference, floating, Settings())
     reason = problem(copy.quality)
@@ -213,11 +215,9 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
     }
     rejected = to / "rejected" / f"{name}.json"
     if reason is not None:
-        if (to / name / ORIGIN).exists():
-            shutil.rmtree(to / name)
         COPY_ORIGIN.write(rejected, facts)
         return Copied(name, "rejected", True, reason)
-    if (to / name).exists() and not (to / name / ORIGIN).exists():
+    if (to / name).exists():
         raise InputError(to / name, "exists and was not written by kitseg", "Choose another folder with --output.")
     with atomic_write(to / name) as partial:
         partial.mkdir()

@@ -22,7 +22,9 @@ from zipfile import ZipInfo
 
 from kitseg.errors import LOADER, InputError, KitsegError, fault, format_error
 
-HOST = re.sub(r"[^\w-]", "-", platform.node())[:30]  # on a shared disk, two machines have processes of one id
+_NODE = platform.node()
+#: This machine: on a shared disk, others have processes of the same ids, and perhaps names that begin alike.
+HOST = re.sub(r"[^\w-]", "-", _NODE)[:20] + "-" + hashlib.sha256(_NODE.encode()).hexdigest()[:8]
 A_DAY = 86_400  # seconds
 _NO_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 _FORMULA = re.compile(r"[=+\-@\t\r]")

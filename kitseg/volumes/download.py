@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kitseg.errors import InputError, KitsegError, UsageError
+from kitseg.errors import InputError, KitsegError, UsageError, fault
 from kitseg.volumes import nifti
 from kitseg.volumes.kits import IMAGE, LABEL
 from kitseg.volumes.names import case_name
@@ -108,6 +108,8 @@ def _attempt(name: str, fetch: Callable[[], None]) -> list[KitsegError]:
     try:
         fetch()
     except Exception as error:
+        if found := fault(error):
+            return [KitsegError(f"{name}: download failed ({found[0]}). {found[1]}.")]
         reason = " ".join(str(error).split())[:200]
         problem = f"{name}: download failed ({type(error).__name__}: {reason})"
         return [KitsegError(f"{problem}. Run the command again to resume")]
