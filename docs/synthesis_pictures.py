@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from kitseg.labels import KITS23
 from kitseg.patches.bodies import body_of, open_shapes, prepare_shapes, shape_cases
 from kitseg.synthesis import phases, scanners
 from kitseg.synthesis.bodies import RealBody
@@ -84,7 +85,7 @@ def page(path: Path, panels: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> No
 def main(scan: Path, mask: Path, out: Path, label_maps: Path, other_scan: Path, other_mask: Path) -> None:
     """A page of pictures for each part."""
     folder = Path(tempfile.mkdtemp()) / "shapes"
-    prepare_shapes(label_maps, folder, 1)
+    prepare_shapes(label_maps, folder, KITS23, 1)
     shapes = open_shapes(folder, shape_cases(folder))
     body, _ = body_of(Case("body", scan, mask))
     other, _ = body_of(Case("other", other_scan, other_mask))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kitseg import config
+from kitseg.commands.case_record import scheme_beside
 from kitseg.commands.preprocess import Stored
 from kitseg.config import Method
 from kitseg.errors import KitsegError
@@ -35,6 +36,7 @@ from kitseg.volumes.scan import check_grid, find_scans, read_scan
 
 FilePath = Path | str
 Models = Ensemble | FilePath | Sequence[FilePath]
+Labels = Scheme | str | None
 
 
 def load_model(
@@ -123,7 +125,7 @@ def evaluate(
     reference: Image,
     affine: ArrayLike | None = None,
     protocol: str = "kits19",
-    scheme: Scheme | str | None = None,
+    scheme: Labels = None,
 ) -> CaseScore:
     """Score a label map against a reference.
 
@@ -132,7 +134,7 @@ def evaluate(
         reference: the same kinds.
         affine: (4, 4), of arrays; that of the other label map where it is None.
         protocol: the challenge whose rules apply, kits19 or kits23.
-        scheme: of the label maps, see ``labels.find_scheme``; the protocol's where it is None.
+        scheme: of the label maps, see ``labels.find_scheme``; None: the protocol's, or its record's of a prediction.
 
     Returns:
         Dice, surface Dice, distances in mm and volume errors by class, and the tumors found.
@@ -146,17 +148,14 @@ def evaluate(
     by = rules(protocol, None if scheme is None else find_scheme(scheme))
     if affine is None and isinstance(prediction, np.ndarray) and not isinstance(reference, np.ndarray):
         affine = _labels(reference, None, by.scheme).native.affine
-    found = _labels(prediction, affine, by.scheme)
+    found = _labels(prediction, affine, None, by.scheme)
     truth = _labels(reference, found.native.affine if affine is None else affine, by.scheme)
     check_grid(Path(found.case_id), found.geometry, truth.geometry)
     return score(found.array, truth.array, truth.geometry.spacing, by.protocol, by.scheme)
 
 
 def measure(
-    labels: Image | Prediction,
-    affine: ArrayLike | None = None,
-    ct: Image | None = None,
-    scheme: Scheme | str = "kits23",
+    labels: Image | Prediction, affine: ArrayLike | None = None, ct: Image | None = None, scheme: Labels = None
 ) -> Findings:
     """Kidneys and lesions of a label map, in mm and ml; with the CT also in HU.
 
@@ -164,7 +163,7 @@ def measure(
         labels: a ``Prediction``, a NIfTI file, an array or an image.
         affine: (4, 4), of arrays.
         ct: the scan on the same grid: a file, an array or an image.
-        scheme: of the label map, see ``labels.find_scheme``; a ``Prediction`` has its own.
+        scheme: of the label map, see ``labels.find_scheme``; None: that of the record beside a file, else kits23.
 
     Raises:
         InputError: a file or an array can't be used, or they lie on different grids.
@@ -180,7 +179,7 @@ def measure(
 
 
 def after_surgery(
-    labels: Image | Prediction, patient: Patient, affine: ArrayLike | None = None, scheme: Scheme | str = "kits23"
+    labels: Image | Prediction, patient: Patient, affine: ArrayLike | None = None, scheme: Labels = None
 ) -> AfterSurgery | None:
     """Kidney function after radical and partial nephrectomy of the kidney with the largest tumor; see ``measure``.
 
@@ -196,7 +195,7 @@ def after_surgery(
 
 
 def nephrometry(
-    labels: Image | Prediction, affine: ArrayLike | None = None, scheme: Scheme | str = "kits23"
+    labels: Image | Prediction, affine: ArrayLike | None = None, scheme: Labels = None
 ) -> Nephrometry | None:
     """R.E.N.A.L., PADUA and C-index of the largest tumor; None without a tumor in a kidney. See ``measure``."""
     from kitseg.measurement import nephrometry as scores
@@ -287,12 +286,13 @@ def _scans(image: Image) -> Iterable[Volume]:
     return map(read_scan, find_scans([Path(image)]).cases) if isinstance(image, Path | str) else [scan_from(image)]
 
 
-def _labels(labels: Image | Prediction, affine: ArrayLike | None, scheme: Scheme | str) -> Volume:
+def _labels(labels: Image | Prediction, affine: ArrayLike | None, scheme: Labels, usual: Labels = None) -> Volume:
     if isinstance(labels, Prediction):
         return Volume(labels.canonical, labels.proba.geometry, labels.proba.native, labels.proba.case_id)
     if isinstance(labels, Volume):
         return labels
-    return labels_from(labels, affine, find_scheme(scheme))
+    beside = scheme_beside(Path(labels)) if isinstance(labels, Path | str) else None
+    return labels_from(labels, affine, find_scheme(scheme or beside or usual or "kits23"))
 
 
 def _raise_if(errors: Sequence[str]) -> None:

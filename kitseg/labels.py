@@ -7,7 +7,7 @@ where label maps are read and written, and nowhere else. Schemes that ship with 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -102,6 +102,10 @@ class Scheme:
         table[list(CLASSES.values())] = [self.ids.get(name, self.kidney.id) for name in CLASSES]
         return table
 
+    def is_read_by(self, other: Scheme) -> bool:
+        """Whether another scheme gives all of its ids the same classes."""
+        return self.ids.items() <= other.ids.items()
+
     def plain(self) -> dict[str, Any]:
         """The scheme as plain values, which ``scheme_of`` takes."""
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -173,7 +177,9 @@ def find_scheme(text: str | Scheme) -> Scheme:
         if "=" not in text or not all(number.strip().isdecimal() for _, number in pairs):
             raise UsageError(f"unknown labels '{text}': give {known}")
         try:
-            return scheme_of({"name": text, **{name.strip(): int(number) for name, number in pairs}})
+            if len(ids := {name.strip(): int(number) for name, number in pairs}) < len(pairs):
+                raise ValueError("a class has two ids; kitseg takes one")
+            return scheme_of({"name": text, **ids})
         except ValueError as error:
             raise UsageError(f"--labels {text}: {error}") from error
     try:
@@ -182,6 +188,11 @@ def find_scheme(text: str | Scheme) -> Scheme:
     except (OSError, ValueError) as error:
         problem = f"can't be used as a label scheme ({' '.join(str(error).split())})"
         raise InputError(path, problem, "See docs/how-to/labels.md.") from error
+
+
+def widest(schemes: Sequence[Scheme]) -> Scheme:
+    """The first of several schemes that has cysts, else the first."""
+    return next((scheme for scheme in schemes if scheme.cyst), schemes[0])
 
 
 def to_kits19(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:

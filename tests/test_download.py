@@ -148,6 +148,15 @@ def test_kits23_has_its_own_cases_and_all_have_labels(server: ThreadingHTTPServe
     assert tree(tmp_path / "data") == ["case_00400/imaging.nii.gz", "case_00400/segmentation.nii.gz", "kits.json"]
 
 
+@pytest.mark.parametrize(("there", "asked"), [("case_00299", "kits23"), ("case_00400", "kits19")])
+def test_a_folder_of_the_other_challenge_is_refused(tmp_path: Path, there: str, asked: str) -> None:
+    """Label maps that are there would stay, and those of KiTS19 have cysts as kidney."""
+    (tmp_path / "kits.json").write_text(json.dumps([{"case_id": there}]))
+    refused = kitseg(tmp_path, "download", asked, "--to=.", "--cases=0")
+    assert (refused.code, "label maps that are there would stay" in " ".join(refused.text.split())) == (2, True)
+    assert tree(tmp_path) == ["kits.json"]
+
+
 def test_what_is_there_is_skipped(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     download_cases(tmp_path / "data", [0], source=source_of(server))
     server.log.clear()

@@ -64,6 +64,7 @@ def test_the_file_of_nnunet(labels: dict[str, object], ids: dict[str, int], tmp_
         ("kits20", "unknown labels 'kits20'"),
         ("kidney=1", "it lacks tumor"),
         ("kidney=1,tumor=1", "two classes have the same id: 1, 1"),
+        ("kidney=1,tumor=2,tumor=3", "a class has two ids"),
         ("kidney=1,tumor=2,vein=3", "'vein' is not among kidney, tumor, cyst"),
         ("kidney=0,tumor=2", "kidney.id"),
         ("kidney=1,tumor=300", "tumor.id"),

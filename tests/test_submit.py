@@ -83,8 +83,11 @@ def test_kits23_takes_cysts_and_the_ids_of_any_scheme(folder: Path) -> None:
     own = find_scheme("kidney=5,tumor=9,cyst=7")
     save(file_of(folder, 211), own.to_file[with_cyst])
     file_of(folder, 211).with_name("case_00211.json").write_text(json.dumps({"labels": own.plain()}))
+    without = json.dumps({"labels": find_scheme("kits19").plain()})
+    file_of(folder, 212).with_name("case_00212.json").write_text(without)
     done = kitseg(folder, "submit", "predictions", "--protocol=kits23")
     assert done.code == 0, done.text
+    assert "1 of 4 predictions have no cysts" in done.text
     with zipfile.ZipFile(folder / "kits23.zip") as archive:
         assert archive.namelist() == [f"case_{number:05d}.nii.gz" for number in NUMBERS]
         for name in ("case_00210.nii.gz", "case_00211.nii.gz"):

@@ -25,7 +25,7 @@ def phantom(
     cases: Annotated[int, typer.Option(min=1, help="Number of cases.")] = 12,
     seed: opt.Seed = 0,
     matrix: Annotated[int, typer.Option(min=64, max=512, help="Pixels along rows and columns.")] = 512,
-    scheme: opt.Labels = "kits19",
+    scheme: opt.DataLabels = "kits19",
     jobs: opt.Jobs = -1,
 ) -> None:
     """Generate synthetic contrast CT cases with labels, for training and testing without patient data."""
@@ -54,20 +54,21 @@ def synthesize(
         list[str],
         typer.Option(metavar="PART", help="Leave out this part (all: docs/how-to/synthesis.md); may be repeated."),
     ] = [],  # noqa: B006
+    scheme: opt.MaskLabels = "kits23",
     seed: opt.Seed = 0,
     jobs: opt.Jobs = -1,
 ) -> None:
     """Write synthetic patients: CTs of real bodies with added lesions and simulated contrast phases and scanners.
 
-    The label maps have the labels of kits23 (kidney 1, tumor 2, cyst 3) and the grid of the body's CT. Running it again
-    resumes.
+    The label maps written have the labels of kits23 (kidney 1, tumor 2, cyst 3) and the grid of the body's CT. Running
+    it again resumes.
     """
     from kitseg.cli.app import work
     from kitseg.commands import synthesize as steps
     from kitseg.patches.synthetic import parts_without
     from kitseg.volumes.kits import labelled_cases
 
-    recipe = steps.SynthesisRecipe(seed, parts_without(without), lesions)
+    recipe = steps.SynthesisRecipe(seed, parts_without(without), lesions, scheme)
     cases = labelled_cases([bodies], masks)
     show_left_out([bodies], cases, masks)
     work("synthesize", number, lambda done: steps.synthesize(cases, out, number, recipe, jobs, done))
@@ -107,7 +108,7 @@ def download(
 def check(
     data: opt.Data = Path("data"),
     masks: opt.Masks = None,
-    scheme: opt.Labels = "kits19",
+    scheme: opt.DataLabels = "kits19",
     jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
     overwrite: opt.Overwrite = False,
@@ -189,7 +190,7 @@ def split(
         int, typer.Option(min=0, help="Number of patients (not cases) that no fold uses: a test set.")
     ] = 0,
     seed: opt.Seed = 0,
-    scheme: opt.Labels = "kits19",
+    scheme: opt.DataLabels = "kits19",
     jobs: opt.Jobs = -1,
 ) -> None:
     """Split cases by patient into cross-validation folds with similar tumor volumes and slice thicknesses.

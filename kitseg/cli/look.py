@@ -234,6 +234,7 @@ def report(
     from kitseg.commands.intervals import read_intervals
     from kitseg.commands.renal_function import patient_of, patients_of
     from kitseg.commands.score_files import read_scores
+    from kitseg.labels import widest
     from kitseg.report.html import INDEX
     from kitseg.report.scores import StudyScores, study_scores
     from kitseg.report.study_page import CaseRow
@@ -253,7 +254,7 @@ def report(
     cache = ResultCache(output.absolute() / ".cases", CaseRow, partial(pages.make_page))
     with folder_lock(output, "pages", Share.asked(shard).part):
         rows = gather("report", tasks, cache, jobs, cluster, take_share(shard))
-        pages.write_index(output, rows, known, tasks[0].scheme)
+        pages.write_index(output, rows, known, widest([task.scheme for task in tasks]))
         cache.clear()
     for row in rows:
         for flag in row.quality.flags if row.quality else ():

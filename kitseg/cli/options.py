@@ -138,12 +138,20 @@ def read_scheme(text: str) -> Scheme:
     return find_scheme(text)
 
 
-def labels_override(labels: str | None, split: Path) -> list[str]:
-    """The override of the configuration for ``--labels``; where it isn't given, for the labels of a split's file."""
-    from kitseg.labels import KITS19
+def stated_or_split(labels: str | None, split: Path | None) -> Scheme:
+    """The scheme of ``--labels``; where it isn't given, that of a split's file, and KiTS19's without one."""
     from kitseg.splits import read_split
 
-    if labels is None and split.exists() and (scheme := read_split(split).scheme).ids != KITS19.ids:
+    if labels is None and split is not None and split.exists():
+        return read_split(split).scheme
+    return read_scheme(labels or "kits19")
+
+
+def labels_override(labels: str | None, split: Path) -> list[str]:
+    """The override of the configuration for ``stated_or_split``; none for KiTS19's where nothing is stated."""
+    from kitseg.labels import KITS19
+
+    if labels is None and (scheme := stated_or_split(labels, split)).ids != KITS19.ids:
         labels = json.dumps(scheme.plain())
     return [f"labels={labels}"] if labels else []
 
@@ -160,6 +168,8 @@ def _scheme_option(text: str, parser: Callable[[str], Scheme] | None = read_sche
 Labels = Annotated[
     Any, _scheme_option(f"Labels of the files: {_KINDS}. Default: what kitseg recorded beside them, else kits19.")
 ]
+DataLabels = Annotated[Any, _scheme_option(f"Labels of the files: {_KINDS}. Default: kits19.")]
+MaskLabels = Annotated[Any, _scheme_option(f"Labels of the masks and of --lesions: {_KINDS}. Default: kits23.")]
 LabelsName = Annotated[
     str | None,
     _scheme_option(f"Labels of the files: {_KINDS}. Default: those of the split file, else kits19.", parser=None),
@@ -167,8 +177,8 @@ LabelsName = Annotated[
 ReferenceLabels = Annotated[
     Any,
     _scheme_option(
-        f"Labels of the references: {_KINDS}. Default: the protocol's (report: kits23). A prediction is read by the "
-        "JSON file beside it, and by this without one."
+        f"Labels of the references: {_KINDS}. Default: the protocol's, or those of --split if they are others (report: "
+        "kits23). A prediction is read by the JSON file beside it, and by this without one."
     ),
 ]
 LabelsToWrite = Annotated[

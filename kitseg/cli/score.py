@@ -26,7 +26,7 @@ def fit_priors(
     masks: opt.Masks = None,
     split: Annotated[Path | None, typer.Option(help="Split file: use only the training cases of --fold.")] = None,
     fold: Annotated[int | None, typer.Option(help="With --split: the fold whose training cases are used.")] = None,
-    scheme: opt.Labels = "kits19",
+    labels: opt.LabelsName = None,
     jobs: opt.Jobs = -1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the range and every tumor to this file.")] = None,
     overwrite: opt.Overwrite = False,
@@ -43,7 +43,7 @@ def fit_priors(
             if finding.error:
                 console.print_error(finding.error)
 
-        fit = priors.fit_priors(tasks, scheme, jobs, done)
+        fit = priors.fit_priors(tasks, opt.stated_or_split(labels, split), jobs, done)
     if report:
         priors.write_fit(report, fit)
     show_fit(fit)
@@ -95,7 +95,7 @@ def evaluate(
     refuse_overwrite(table, "score table")
     refuse_overwrite(intervals, "intervals")
     refuse_overwrite(confidence, "confidence")
-    rules = scoring.rules(protocol, scheme)
+    rules = scoring.rules(protocol, scheme, split)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
@@ -239,6 +239,8 @@ def submit(
         console.print_line(
             f"[yellow]{len(submission.empty)} of {len(numbers)} predictions contain only background:[/] {names}"
         )
+    if count := submission.without_cysts:
+        console.print_line(f"[yellow]{count} of {len(numbers)} predictions have no cysts: they are kidney[/]")
     if submission.problems:
         console.print_line(escape(f"{submission.sound} of {len(numbers)} cases are valid; {output} was not written"))
         exit_if(True)

@@ -19,7 +19,7 @@ from kitseg.scoring.detection import Detection
 from kitseg.scoring.kits19 import mean_scores
 from kitseg.scoring.protocols import PROTOCOLS, Protocol
 from kitseg.scoring.strata import THICKNESSES, in_order, size_of_volume, thickness_class
-from kitseg.splits import held_out
+from kitseg.splits import held_out, read_split
 from kitseg.types import Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.download import KITS23, SOURCES, parse_cases
@@ -98,11 +98,20 @@ class Job(Task):
         return (self.reference, *([self.prediction] if self.prediction else []))
 
 
-def rules(protocol: str, scheme: Scheme | None) -> Rules:
-    """The rules of a protocol, by default for the labels of its references. Raises UsageError: an unknown protocol."""
+def rules(protocol: str, scheme: Scheme | None, split: Path | None = None) -> Rules:
+    """The rules of a protocol for references of a scheme.
+
+    Without a scheme it is the protocol's, or a split file's where the protocol's doesn't read its ids alike.
+
+    Raises:
+        UsageError: an unknown protocol. InputError: the split file can't be used.
+    """
     if protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol '{protocol}'. Choose from {', '.join(PROTOCOLS)}")
-    return Rules(PROTOCOLS[protocol], scheme or scheme_of(PROTOCOLS[protocol].labels))
+    usual = scheme_of(PROTOCOLS[protocol].labels)
+    if scheme is None and split and not (known := read_split(split).scheme).is_read_by(usual):
+        scheme = known
+    return Rules(PROTOCOLS[protocol], scheme or usual)
 
 
 @dataclass(frozen=True)
@@ -214,9 +223,11 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Unscored) -> list[str
         )
     if rules.scheme.cyst is None and rules.protocol.labels == "kits23":
         lines.append("the references have no cysts, which are kidney there, so mass is the same as tumor")
+    if names := ", ".join(rules.protocol.other_regions(rules.scheme)):
+        lines.append(f"{names}: {rules.protocol.name}'s class is scored, not the region of that name in the labels")
     if doubted := [score for score in scored if score.doubts]:
-        names = shorten([score.case for score in doubted])
-        lines.append(f"{len(doubted)} references are doubtful in place ({names}): {doubted[0].doubts[0]}")
+        cases = shorten([score.case for score in doubted])
+        lines.append(f"{len(doubted)} references are doubtful in place ({cases}): {doubted[0].doubts[0]}")
     if strange:
         lines.append(
             f"values that are no labels, in the predictions of {strange} cases, are background: {rules.scheme}"

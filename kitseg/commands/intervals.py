@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kitseg.commands.case_record import describe_learning, recorded_learning, scheme_beside
@@ -40,7 +41,8 @@ def case_errors(job: Job, rules: Rules) -> CaseErrors:
         truth = read_labels(job.reference, job.case, rules.scheme)
         found = read_labels(job.prediction, job.case, scheme_beside(job.prediction) or rules.scheme, strict=False)
         check_grid(job.prediction, found.geometry, truth.geometry, str(job.reference))
-        pred, ref = (measure(volume.array, volume.geometry) for volume in (found, truth))
+        adopt = partial(rules.protocol.adopt, scheme=rules.scheme)
+        pred, ref = (measure(adopt(volume.array), volume.geometry) for volume in (found, truth))
         return CaseErrors(job.case, tuple(size_errors(pred, ref, truth.geometry.affine)), truth.geometry.spacing[0])
     except Exception as error:  # the other cases continue, whatever the error
         return CaseErrors(job.case, error=format_error(job.case, error))

@@ -67,6 +67,11 @@ class Submission:
         return sum(not entry.problems for entry in self.entries)
 
     @property
+    def without_cysts(self) -> int:
+        """How many of the predictions have labels without cysts, in a challenge that scores them."""
+        return sum(bool(entry.scheme.cyst and entry.own and not entry.own.cyst) for entry in self.entries)
+
+    @property
     def empty(self) -> list[str]:
         """The cases whose prediction is all background."""
         return [case_name(entry.number) for entry in self.entries if entry.empty]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from joblib import delayed
 
 from kitseg import __version__
 from kitseg.errors import UsageError
+from kitseg.labels import KITS23, Scheme
 from kitseg.patches.bodies import body_of, open_shapes, prepare_shapes, shape_cases
 from kitseg.patches.synthetic import write_patient
 from kitseg.runtime.files import atomic_write, write_table
@@ -33,11 +34,15 @@ NOTE = (
 
 @dataclass(frozen=True)
 class SynthesisRecipe:
-    """What decides the patients: seed, parts, and the label maps whose lesions give shapes, None for drawn shapes."""
+    """What decides the patients: seed, parts, and the label maps whose lesions give shapes, None for drawn shapes.
+
+    scheme: of these label maps and of the bodies' masks.
+    """
 
     seed: int
     parts: SynthesisParts
     lesions: Path | None
+    scheme: Scheme = KITS23
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class _Record:
     body: dict[str, InputFile]
     patient: dict[str, Any]
     note: str
+    ids: dict[str, int] = field(default_factory=lambda: KITS23.ids)
 
 
 _FORMAT = FileFormat(_Record, 1)
@@ -71,7 +77,7 @@ def synthesize(
     shown = {f"case_{n:05d}": (body.patients or (body.id,))[0] for body in bodies for n in numbers[body.id]}
     known = _known_patients(to, shown)
     if recipe.lesions is not None:
-        prepare_shapes(recipe.lesions, to / ".shapes", jobs)
+        prepare_shapes(recipe.lesions, to / ".shapes", recipe.scheme, jobs)
     tasks = (delayed(_of_body)(body, numbers[body.id], to, recipe) for body in bodies)
     outcomes: list[Outcome] = []
 
@@ -108,16 +114,17 @@ def _of_body(case: Case, numbers: Sequence[int], to: Path, recipe: SynthesisReci
     shapes_folder = to / ".shapes"
     shapes = open_shapes(shapes_folder, shape_cases(shapes_folder)) if recipe.lesions is not None else Shapes()
     lesions = {"shapes": InputFile.of(shapes_folder / "shapes.npy")} if recipe.lesions is not None else {}
+    same = {"parts": recipe.parts, "lesions": lesions, "ids": recipe.scheme.ids}
     read: list[tuple[RealBody, Volume]] = []
 
     def write(name: str) -> Outcome:
         folder, address = to / name, (recipe.seed, int(name[5:]))
         files = {"image": InputFile.of(case.image)} | ({"mask": InputFile.of(case.label)} if case.label else {})
-        wanted = {"address": address, "parts": recipe.parts, "lesions": lesions, "body": files}
+        wanted = {"address": address, "body": files, **same}
         if _FORMAT.find(folder / RECORD, wanted):
             return Outcome(name, note="unchanged", result=folder)
         if not read:
-            read.append(body_of(case))
+            read.append(body_of(case, recipe.scheme))
         body, scan = read[0]
         patient = make(body, shapes, View.on(body), recipe.parts, np.random.default_rng(address))
         made = patient.made

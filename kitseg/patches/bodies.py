@@ -8,7 +8,7 @@ A stored case that serves as a body has a folder ``body``: ``distance.npy``, ``t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from joblib import delayed
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
-from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR
+from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR, Scheme
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
@@ -65,23 +65,31 @@ class _AnatomyRow:
 
 @dataclass(frozen=True)
 class _ShapesFile:
+    """ids: in the label maps, by class; KiTS23's in files of earlier versions."""
+
     files: dict[str, InputFile]
     shapes: tuple[_ShapeRow, ...]
     anatomies: tuple[_AnatomyRow, ...]
+    ids: dict[str, int] = field(default_factory=lambda: KITS23.ids)
 
 
 _BODY, _SHAPES = FileFormat(_BodyFile, 1, _AGAIN), FileFormat(_ShapesFile, 2, _AGAIN)
 
 
-def read_body(case: Case) -> tuple[Volume, NDArray[np.bool_]]:
-    """A body's scan, and where its kidneys are, on the scan's grid.
+def scheme_of_masks(labels: Scheme) -> Scheme:
+    """The scheme of masks and lesions beside cases with these labels: KiTS23's, which has cysts, if it reads these."""
+    return KITS23 if labels.is_read_by(KITS23) else labels
+
+
+def read_body(case: Case, scheme: Scheme = KITS23) -> tuple[Volume, NDArray[np.bool_]]:
+    """A body's scan, and where its kidneys are, on the scan's grid; scheme: of its mask.
 
     Raises:
         InputError: no mask, one of another grid, without a kidney, or with tumors or cysts: a body has healthy kidneys.
     """
     if case.label is None:
         raise InputError(case.image, "has no kidney mask", "Add segmentation.nii.gz, or give --masks.")
-    scan, mask = read_labelled(case, KITS23)
+    scan, mask = read_labelled(case, scheme)
     if not (mask.array == KIDNEY).any():
         raise InputError(case.label, "holds no kidney", "Leave this body out.")
     if (mask.array > KIDNEY).any():
@@ -91,21 +99,24 @@ def read_body(case: Case) -> tuple[Volume, NDArray[np.bool_]]:
     return scan, mask.array == KIDNEY
 
 
-def body_of(case: Case) -> tuple[RealBody, Volume]:
+def body_of(case: Case, scheme: Scheme = KITS23) -> tuple[RealBody, Volume]:
     """A body on its scan's own grid, in memory, and the scan. Raises InputError: see ``read_body``."""
-    scan, kidney = read_body(case)
+    scan, kidney = read_body(case, scheme)
     hu = np.clip(np.rint(scan.array), -1024, 3071).astype(np.int16)
     arrays, facts = describe(hu, kidney_distance(kidney, scan.geometry.spacing), scan.geometry.spacing)
     return RealBody(name=case.id, hu=hu, **arrays, spacing=scan.geometry.spacing, facts=facts), scan
 
 
-def prepare_bodies(cases: Sequence[Case], stores: Sequence[Path], jobs: int, on_done: Callable[[], None]) -> None:
+def prepare_bodies(
+    cases: Sequence[Case], stores: Sequence[Path], scheme: Scheme, jobs: int, on_done: Callable[[], None]
+) -> None:
     """Write what is needed beside stored cases, on each of the grids; what is there already is kept.
 
-    stores: folders of stored cases, one a grid. Raises InputError: see ``read_body``.
+    stores: folders of stored cases, one a grid; scheme: of the masks. Raises InputError: see ``read_body``.
     """
     todo = [case for case in cases if not all(_is_prepared(store / case.id) for store in stores)]
-    in_parallel((delayed(_prepare_body)(case, stores) for case in todo), jobs, lambda _: on_done(), ordered=False)
+    tasks = (delayed(_prepare_body)(case, stores, scheme) for case in todo)
+    in_parallel(tasks, jobs, lambda _: on_done(), ordered=False)
 
 
 def open_body(folder: Path) -> RealBody:
@@ -120,7 +131,7 @@ def open_body(folder: Path) -> RealBody:
     return RealBody(name=case.id, hu=case.image, **arrays, spacing=info.spacing, facts=info.facts)
 
 
-def prepare_shapes(labels: Path, to: Path, jobs: int) -> None:
+def prepare_shapes(labels: Path, to: Path, scheme: Scheme, jobs: int) -> None:
     """Write the shapes of the tumors and cysts in a folder of label maps, unless they are there and current.
 
     Raises:
@@ -128,12 +139,12 @@ def prepare_shapes(labels: Path, to: Path, jobs: int) -> None:
     """
     maps = find_labels(labels)
     files = {name: InputFile.of(path) for name, path in maps.items()}
-    if _SHAPES.find(to / "shapes.json", {"files": files}) and (to / "shapes.npy").exists():
+    if _SHAPES.find(to / "shapes.json", {"files": files, "ids": scheme.ids}) and (to / "shapes.npy").exists():
         return
-    found = in_parallel((delayed(_shapes)(path, name) for name, path in maps.items()), jobs)
+    found = in_parallel((delayed(_shapes)(path, name, scheme) for name, path in maps.items()), jobs)
     pairs, kidneys = ([one for part in parts for one in part] for parts in zip(*found, strict=True))
     if not pairs:
-        raise InputError(labels, "its label maps hold no tumor (2) and no cyst (3)", "Give label maps with lesions.")
+        raise InputError(labels, f"its label maps hold no tumor and no cyst: {scheme}", "Give label maps with lesions.")
     rows = tuple(
         _ShapeRow(kind, shape.case, shape.distance.shape, start, shape.mm, shape.radius)
         for (kind, shape), start in zip(pairs, _starts([shape.distance for _, shape in pairs]), strict=True)
@@ -148,7 +159,7 @@ def prepare_shapes(labels: Path, to: Path, jobs: int) -> None:
         np.save(
             partial / "anatomies.npy", np.concatenate([np.zeros(0, np.int8), *(one.fields.ravel() for one in kidneys)])
         )
-        _SHAPES.write(partial / "shapes.json", _ShapesFile(files, rows, anatomies))
+        _SHAPES.write(partial / "shapes.json", _ShapesFile(files, rows, anatomies, scheme.ids))
 
 
 def _starts(arrays: Sequence[NDArray[Any]]) -> list[int]:
@@ -186,8 +197,8 @@ def _is_prepared(folder: Path) -> bool:
     return (folder / "body" / "body.json").exists()
 
 
-def _prepare_body(case: Case, stores: Sequence[Path]) -> None:
-    scan, kidney = read_body(case)
+def _prepare_body(case: Case, stores: Sequence[Path], scheme: Scheme) -> None:
+    scan, kidney = read_body(case, scheme)
     distance = kidney_distance(kidney, scan.geometry.spacing)
     for store in stores:
         folder = store / case.id
@@ -205,8 +216,8 @@ def _prepare_body(case: Case, stores: Sequence[Path]) -> None:
             _BODY.write(partial / "body.json", _BodyFile(stored.grid.spacing, facts))
 
 
-def _shapes(path: Path, name: str) -> tuple[list[tuple[str, Shape]], list[Anatomy]]:
-    label = read_labels(path, name, KITS23)
+def _shapes(path: Path, name: str, scheme: Scheme) -> tuple[list[tuple[str, Shape]], list[Anatomy]]:
+    label = read_labels(path, name, scheme)
     ids, spacing = {"tumor": TUMOR, "cyst": CYST}, label.geometry.spacing
     shapes = [(kind, shape) for kind, value in ids.items() for shape in shapes_of(label.array == value, spacing, name)]
     return shapes, anatomies_of(label.array, spacing, name)

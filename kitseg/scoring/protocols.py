@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.labels import CLASSES, CYST, KIDNEY, TUMOR, Scheme, to_kits19
+from kitseg.labels import CLASSES, CYST, KIDNEY, KITS19, TUMOR, Scheme, to_kits19
 
 #: The display names of the metrics, by their key.
 METRICS = {
@@ -58,13 +58,24 @@ class Protocol:
         return labels if self.knows_cysts(scheme) else to_kits19(labels)
 
     def more_targets(self, scheme: Scheme) -> dict[str, Target]:
-        """The scheme's own regions, scored beside the challenge's classes; none where it calls cysts kidney."""
-        regions = scheme.regions if self.knows_cysts(scheme) else {}
+        """The scheme's own regions, scored beside the challenge's classes; none where these call its cysts kidney."""
+        if scheme.cyst is not None and not self.knows_cysts(scheme):
+            return {}
+        usual = KITS19.regions if scheme.cyst is None else {}  # say nothing new
         return {
             name: Target(tuple(CLASSES[part] for part in region))
-            for name, region in regions.items()
-            if name not in self.targets
+            for name, region in scheme.regions.items()
+            if name not in self.targets and region != usual.get(name)
         }
+
+    def other_regions(self, scheme: Scheme) -> list[str]:
+        """The scheme's regions that have the name of a class, but are another union; the class is scored."""
+        known = {CLASSES[part] for part in scheme.classes}
+        return [
+            name
+            for name, region in scheme.regions.items()
+            if name in self.targets and known.intersection(self.targets[name].labels) != {CLASSES[p] for p in region}
+        ]
 
 
 _NESTED = {

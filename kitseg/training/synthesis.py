@@ -20,7 +20,14 @@ from kitseg.config import StageSpec
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import KITS19, KITS23
 from kitseg.models.run_folder import SynthesisRow
-from kitseg.patches.bodies import body_of, open_shapes, prepare_bodies, prepare_shapes, shape_cases
+from kitseg.patches.bodies import (
+    body_of,
+    open_shapes,
+    prepare_bodies,
+    prepare_shapes,
+    scheme_of_masks,
+    shape_cases,
+)
 from kitseg.patches.synthetic import parts_without, write_patient
 from kitseg.runtime.console import bar
 from kitseg.runtime.files import atomic_write
@@ -68,8 +75,9 @@ def prepare(plan: Plan, cases: Sequence[Case], jobs: int) -> None:
     if missing := sorted({*part.train, *part.val} - set(by_id)):
         raise KitsegError(f"bodies {', '.join(missing)} are missing or can't be read; fix them first")
     grids = list({str(stage.grid): stage.grid for stage in plan.method.stages.values()}.values())
+    scheme, stores = scheme_of_masks(plan.method.labels), [plan.store / str(grid) for grid in grids]
     with bar("bodies", len(part.train)) as step:
-        prepare_bodies([by_id[case] for case in part.train], [plan.store / str(grid) for grid in grids], jobs, step)
+        prepare_bodies([by_id[case] for case in part.train], stores, scheme, jobs, step)
     shapes, learned, kept_back = _shapes(plan, settings, jobs)
     recipes = {case: _Patients(plan, by_id[case], settings, shapes, kept_back) for case in part.val}
     with bar("patients of validation", len(recipes)) as step:
@@ -113,6 +121,7 @@ class _Patients:
     ) -> None:
         self.store, self.seed = plan.store.absolute(), plan.config["seed"]
         self.scheme = KITS19 if plan.method.labels.cyst is None else KITS23
+        self.of_masks = scheme_of_masks(plan.method.labels)
         self.body, self.parts, self.shapes, self.label_maps = body, parts_without(settings.without), shapes, label_maps
         files = [InputFile.of(path) for path in body.files]
         made = {"files": [[f.size, f.mtime] for f in files], "maps": list(label_maps), "without": settings.without}
@@ -123,7 +132,7 @@ class _Patients:
         """Write the patients that are missing."""
         missing = [name for name in self.names if not (self.store / "synthetic" / name).exists()]
         if missing:
-            body, scan = body_of(self.body)
+            body, scan = body_of(self.body, self.of_masks)
             shapes = Shapes() if self.shapes is None else open_shapes(self.shapes, self.label_maps)
             for name in missing:
                 address = (self.seed, VALIDATION, self.names.index(name), crc32(self.body.id.encode()))
@@ -143,7 +152,7 @@ def _shapes(plan: Plan, settings: DataSettings, jobs: int) -> tuple[Path | None,
         return None, (), ()
     labels = Path(settings.lesions)
     folder = plan.store.absolute() / f"shapes-{recipe(labels=str(labels.absolute()))[:8]}"
-    prepare_shapes(labels, folder, jobs)
+    prepare_shapes(labels, folder, scheme_of_masks(plan.method.labels), jobs)
     cases, folds = shape_cases(folder), len(plan.split.folds)
     kept_back = tuple(cases[plan.fold :: folds])
     learned = tuple(case for case in cases if case not in kept_back)

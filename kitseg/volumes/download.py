@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from kitseg.errors import InputError, KitsegError, UsageError, fault
 from kitseg.volumes import nifti
 from kitseg.volumes.kits import IMAGE, LABEL
-from kitseg.volumes.names import case_name
+from kitseg.volumes.names import case_name, case_number
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
 GIVE_UP = 3  # failed cases in a row, after which the network is assumed to be down
@@ -79,9 +80,11 @@ def download_cases(
     skipped. ``progress`` is called with the name of each processed case.
 
     Raises:
+        UsageError: the folder holds the other challenge's data, whose label maps would stay.
         InputError: the folder can't be created.
         KitsegError: three cases in a row failed.
     """
+    _refuse_mixture(to, source)
     staging = to / _STAGING
     try:
         staging.mkdir(parents=True, exist_ok=True)
@@ -101,6 +104,19 @@ def download_cases(
     if not failures:
         shutil.rmtree(staging, ignore_errors=True)
     return failures
+
+
+def _refuse_mixture(to: Path, source: DownloadSource) -> None:
+    """Refuse (UsageError) a folder whose ``kits.json`` lists the other challenge's cases."""
+    numbers = set[int | None]()
+    with suppress(InputError):
+        numbers = {case_number(case) for case in read_clinical(to / CLINICAL)} - {None}
+    if numbers and numbers.issubset(KITS19.cases) == (source.cases != KITS19.cases):
+        there = KITS23 if source.cases == KITS19.cases else KITS19
+        raise UsageError(
+            f"{to} holds {there.name}'s data, by its {CLINICAL}: label maps that are there would stay, and cysts are "
+            f"kidney in those of KiTS19 alone. Give another folder for {source.name} with --to"
+        )
 
 
 def _attempt(name: str, fetch: Callable[[], None]) -> list[KitsegError]:
