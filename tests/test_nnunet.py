@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from conftest import kitseg
 from test_plan import data
 from test_residual_unet import REFERENCE
 
-from kitseg.errors import InputError
+from kitseg.errors import InputError, UsageError
 from kitseg.nets.residual_unet import ResidualUNet
 from kitseg.training.nnunet import find_nnunet
 
@@ -74,10 +75,26 @@ def test_a_model_folder_gives_nnunets_logits(tmp_path: Path) -> None:
         assert not any("heads" in name for name in model.weights(model.checkpoint(0), ["background", "kidney", "cyst"]))
 
 
+def test_a_fold_that_is_asked_for_is_taken(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "theirs", NETWORK, {})
+    shutil.copytree(folder / "fold_0", folder / "fold_3")
+    for given, fold, taken in (("", 3, 3), ("", 7, 0), ("fold_3", 0, 3), ("fold_3/checkpoint_final.pth", 0, 3)):
+        model = find_nnunet(str(folder / given))
+        assert model is not None
+        assert model.checkpoint(fold) == folder / f"fold_{taken}" / "checkpoint_final.pth"
+    missing = find_nnunet(str(folder / "fold_1"))
+    assert missing is not None
+    with pytest.raises(InputError, match="has no fold_1/checkpoint_final"):
+        missing.checkpoint(0)
+
+
 def test_models_that_can_not_be_used(tmp_path: Path) -> None:
     plain = model_folder(tmp_path / "plain", NETWORK, {}, name="PlainConvUNet")
     with pytest.raises(InputError, match="another kind \\(PlainConvUNet\\)"):
         find_nnunet(str(plain))
+    coronal = model_folder(tmp_path / "coronal", NETWORK, {}, axes=[1, 0, 2])
+    with pytest.raises(InputError, match="turned the axes of its files by"):
+        find_nnunet(str(coronal))
 
     class Call:
         def __reduce__(self) -> Any:
@@ -91,6 +108,18 @@ def test_models_that_can_not_be_used(tmp_path: Path) -> None:
         model.weights(model.checkpoint(0), [])
     assert not (tmp_path / "was-run").exists()
     assert find_nnunet(str(tmp_path)) is None
+
+
+def test_a_training_plans_with_the_model_that_it_starts_from(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_folder(data.parent / "theirs", SMALL, {})
+
+    def planned(*_: Any, start: str | None, **__: Any) -> Any:
+        raise UsageError(f"planned with {start}")
+
+    monkeypatch.setattr("kitseg.cli.learn.make_plan", planned)
+    for start, words in (("theirs", "planned with theirs"), ("other.ckpt", "planned with None")):
+        done = kitseg(data.parent, "train", "--method=resenc", "--device=cpu", f"--init-from={start}")
+        assert (done.code, words in done.text) == (2, True), done.text
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kitseg import config
 from kitseg.errors import UsageError
 from kitseg.labels import KITS19
 from kitseg.training import planner
-from kitseg.training.cost import memory_of
+from kitseg.training.cost import bytes_a_parameter, memory_of
 from kitseg.training.fingerprint import Fingerprint, fingerprint
 from kitseg.training.planner import choose_patch, choose_size, fit_size, network, target_spacing, topology
 from kitseg.volumes.kits import labelled_cases
@@ -40,7 +41,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_what_is_read_from_the_cases(data: Path) -> None:
-    seen = fingerprint(labelled_cases([data]), KITS19, 1, lambda: None)
+    seen = fingerprint(labelled_cases([data]), KITS19, 1, lambda _: None)
     assert (seen.cases, seen.spacing_mm, seen.scan_mm) == (2, (1, 1, 1), (10, 20, 30))
     assert seen.kidneys_mm == (4, 4, 10)
     assert seen.hu == {
@@ -61,6 +62,8 @@ def test_the_grid() -> None:
     )  # slices as thin as the thinnest tenth, not thinner than pixels
     near = Fingerprint(1, (2.0, 0.7, 0.9), 0.5, KITS.scan_mm, KITS.kidneys_mm, None, {})
     assert target_spacing(near) == (2.0, 0.8, 0.8)  # less than three times as far apart
+    long = replace(KITS, scan_mm=(600.0, 400.0, 400.0))
+    assert target_spacing(long) == KITS.spacing_mm  # more than a third as many slices as pixels
 
 
 def test_flat_kernels_until_voxels_are_nearly_isotropic() -> None:
@@ -92,9 +95,36 @@ def test_plans_of_kits19_are_the_sizes() -> None:
     assert (deeper["widths"][-2:], deeper["blocks"][-2:]) == ([320, 320], [6, 6])
 
 
+def test_a_batch_is_a_small_part_of_the_cases() -> None:
+    block = config.sizes("resenc")["M"]
+    batches = [fit_size(replace(KITS, cases=cases), block, 80)["masses"]["batch"] for cases in (210, 12)]
+    assert batches == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "ema", "numbers"),
+    [
+        ({"_target_": "torch.optim.SGD", "lr": 0.1}, False, 2),  # weight and gradient
+        ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True}, True, 4),
+        ({"_target_": "torch.optim.AdamW"}, True, 5),
+        ({"_target_": "torch.optim.Adam", "fused": True}, False, 4),
+        ({"_target_": "torch.optim.LBFGS"}, False, 4),  # not known
+    ],
+)
+def test_bytes_of_a_parameter(optimizer: dict[str, Any], ema: bool, numbers: int) -> None:
+    assert bytes_a_parameter({**optimizer, "_partial_": True}, ema) == 4 * numbers
+
+
+def test_a_plan_for_a_larger_gpu_is_not_tried_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(planner, "gpu_memory", lambda: 0.1)
+    rows = planner.estimate("resenc", "tiny", config.sizes("resenc")["tiny"], KITS, 24)
+    assert all(row["memory_gb"] > 0.5 and row["seconds_a_step"] < 1 for row in rows.values())
+
+
 def test_memory_by_hand() -> None:
-    assert memory_of(10, 100, "cuda") == 10 * 16 + 500e6 + 100
-    assert memory_of(10, 100, "cpu") == 10 * 16 + 725e6 + 150
+    assert memory_of(160, 100, "cuda") == 160 + 500e6 + 100
+    assert memory_of(160, 100, "cpu") == 160 + 725e6 + 150
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -109,6 +139,17 @@ def planned(data: Path) -> Path:
     assert done.code == 0, done.text
     assert "2 cases, median voxel 1 × 1 × 1 mm; size tiny for CPU" in done.text
     return data.parent
+
+
+def test_a_broken_case_does_not_stop_a_plan(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "b" / "segmentation.nii.gz").write_bytes(b"no label map")
+    monkeypatch.setattr(planner, "estimate", lambda *_: {})
+    done = kitseg(data.parent, "plan", "--cpu", "--size=tiny", "--jobs=1")
+    assert done.code == 0, done.text
+    shown = " ".join(done.text.split())
+    assert "segmentation.nii.gz" in shown
+    assert "The case is left out. " in shown
+    assert "1 cases, median voxel" in shown
 
 
 def changed(path: Path, change: Any) -> None:

@@ -106,6 +106,36 @@ def test_a_stage_comes_back_from_its_checkpoint(data: StageData, tmp_path: Path)
     fit.fit(again, data, ckpt_path=tmp_path / "stage.ckpt", weights_only=True)
 
 
+class Rates(pl.Callback):
+    """The learning rate of each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_more_epochs_follow_the_schedule_of_so_many(data: StageData, tmp_path: Path) -> None:
+    """A rate that has fallen to 0 by the end of the first epochs would stay there."""
+
+    def fit(epochs: int, start: Path | None) -> list[float]:
+        ends = {"_target_": "torch.optim.lr_scheduler.PolynomialLR", "total_iters": epochs, "power": 0.9}
+        rates, fitting = Rates(), trainer(tmp_path, epochs)
+        fitting.callbacks.append(rates)
+        stage = Stage(**{**PLAIN, "scheduler": {**ends, "_partial_": True}})
+        fitting.fit(stage, data, ckpt_path=start, weights_only=True)
+        fitting.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return rates.seen
+
+    base, few = PLAIN["optimizer"]["lr"], fit(2, None)
+    assert few[-1] == pytest.approx(base * 0.5**0.9)
+    more, whole = fit(4, tmp_path / "2.ckpt"), fit(4, None)
+    assert more == whole[len(few) :]
+    assert fit(4, tmp_path / "2.ckpt") == more
+    assert whole[-1] == pytest.approx(base * 0.25**0.9)
+
+
 def test_a_checkpoint_that_names_another_part_is_refused(data: StageData, tmp_path: Path) -> None:
     stage, fit = Stage(**PLAIN), trainer(tmp_path, 1)
     fit.fit(stage, data)

@@ -23,6 +23,7 @@ from kitseg.splits import read_split
 from kitseg.stages.model import build_model
 from kitseg.training import cost
 from kitseg.training.callbacks import MeanOfWeights
+from kitseg.training.epochs import only_more_epochs
 from kitseg.training.plan import Start
 from kitseg.training.trainer import settings_of
 from kitseg.volumes.kits import labelled_cases
@@ -110,6 +111,21 @@ def test_epochs_of_a_training_that_an_earlier_version_finished(work: Path) -> No
     assert "trained already" in train(work, "--epochs=2", "--runs=old").text
     assert "2 more epochs" in train(work, "--epochs=4", "--runs=old").text
     assert same(last(work, "old"), last(work, "long"))
+
+
+@pytest.mark.parametrize(
+    ("change", "more"), [("size.epochs=9", True), ("size.epochs=9 seed=1", False), ("size.epochs=3", False)]
+)
+def test_more_epochs_where_a_schedule_ends_with_them(change: str, more: bool) -> None:
+    old, new = (config.compose("resenc", "tiny", overrides) for overrides in (["size.epochs=5"], change.split()))
+    assert old["stages"]["masses"]["module"]["scheduler"]["total_iters"] == 5
+    assert only_more_epochs(old, new) is more
+
+
+def test_a_setting_that_was_the_number_of_epochs_and_is_that_of_the_new_ones() -> None:
+    steps = [config.compose("two-phase", "tiny", [f"size.decay_every={n}", f"size.epochs={n}"]) for n in (5, 9)]
+    assert only_more_epochs(*steps)
+    assert not only_more_epochs(steps[0], config.compose("two-phase", "tiny", ["size.decay_every=8", "size.epochs=9"]))
 
 
 # --- the mean of the weights -----------------------------------------------------------------------------------------

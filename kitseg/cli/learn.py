@@ -108,6 +108,7 @@ def train(
     from kitseg.runtime.signals import requeued
     from kitseg.training.ddp import RankCoordinator
     from kitseg.training.fit import Training, fit
+    from kitseg.training.nnunet import find_nnunet
     from kitseg.training.plan import Start
 
     if restart and is_started_again():
@@ -121,9 +122,16 @@ def train(
     overrides = [*opt.labels_override(labels, split), *set_, *overrides]
 
     def make(sizes: dict[str, Any]) -> dict[str, Any]:
-        known = config.stated_scheme(overrides)
+        known, theirs = config.stated_scheme(overrides), init_from if init_from and find_nnunet(init_from) else None
         return make_plan(
-            method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory_here(device), labels=known
+            method,
+            sizes,
+            lambda: cases_to_plan(data, masks, split),
+            jobs,
+            memory_here(device),
+            labels=known,
+            start=theirs,
+            config_dir=config_dir,
         )
 
     configuration, size = composed(method, size, plan, overrides, config_dir, make, write=not dry_run)

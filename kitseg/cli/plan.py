@@ -73,8 +73,9 @@ def make_plan(
     """Find and read the cases, fit a size to them, and print the plan.
 
     given: ``labels``, their scheme; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs;
-    ``start``: the model folder of nnU-Net to start from.
+    ``start``: the model folder of nnU-Net to start from; ``config_dir``: of the user's own methods.
     """
+    from kitseg import config
     from kitseg.labels import KITS19
     from kitseg.training import planner
     from kitseg.training.fingerprint import fingerprint
@@ -86,10 +87,18 @@ def make_plan(
     start = given.get("start")
     if start is not None and (start := find_nnunet(start)) is None:
         raise UsageError(f"--init-from {given['start']}: it is no model folder of nnU-Net; others need no plan")
-    cases = find()
+    where = given.get("config_dir")
+    cases, ema = find(), config.compose(method, size, (), where)["trainer"]["ema"] is not None
     with console.bar("plan", len(cases)) as step:
-        seen = fingerprint(cases, given.get("labels", KITS19), jobs, step, given.get("scans", True))
-    plan = planner.make_plan(method, size, seen, planner.fit_size(seen, sizes[size], memory, start), memory)
+
+        def done(error: str) -> None:
+            step()
+            if error:
+                console.print_error(f"{error} The case is left out.")
+
+        seen = fingerprint(cases, given.get("labels", KITS19), jobs, done, given.get("scans", True))
+    values = planner.fit_size(seen, sizes[size], memory, start, ema)
+    plan = planner.make_plan(method, size, seen, values, memory, where)
     _show(plan)
     larger = [name for name, row in plan["estimate"].items() if memory is not None and row["memory_gb"] > memory]
     if larger:
@@ -103,9 +112,11 @@ def memory_here(device: str) -> float | None:
     """GB of the CUDA GPU that would be trained on; None for other devices."""
     import torch
 
+    from kitseg.training.planner import gpu_memory
+
     if device in ("cpu", "mps") or not torch.cuda.is_available():
         return None
-    return float(torch.cuda.get_device_properties(0).total_memory / 1e9)
+    return gpu_memory()
 
 
 def cases_to_plan(data: Sequence[Path], masks: Path | None, split: Path) -> list[Case]:
@@ -168,9 +179,10 @@ def plan(
     sizes = config.sizes(method, config_dir)
     given = {
         "size": size,
-        "labels": config.stated_scheme(opt.labels_override(labels, split)),
+        "labels": opt.stated_or_split(labels, split),
         "scans": scans,
         "start": init_from,
+        "config_dir": config_dir,
     }
     write_plan(out, make_plan(method, sizes, find, jobs, memory, **given))
     console.print_plain(f"plan: {out}; `kitseg train --method {method} --plan {quote(str(out))}` trains it")

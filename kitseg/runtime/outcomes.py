@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kitseg.errors import InputError, KitsegError, format_error
+from kitseg.errors import InputError, KitsegError, fault, format_error
 from kitseg.runtime.dask import cluster_results, connected
 from kitseg.runtime.signals import raise_again
 from kitseg.types import Case
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OnDone = Callable[["Outcome"], None]
 C = TypeVar("C", str, Case)
+T = TypeVar("T")
 UNCHANGED = "unchanged"
 
 
@@ -48,6 +49,21 @@ def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> l
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes
+
+
+def result_or_error(work: Callable[[Case], T], case: Case) -> T | str:
+    """What the work makes of a case, or the error: one in a case doesn't stop the others.
+
+    Raises:
+        KitsegError: memory, disk or the system failed, which is not the fault of a case.
+    """
+    try:
+        return work(case)
+    except Exception as error:
+        words = format_error(case.image.parent, error)
+        if fault(error) or (error.__cause__ and fault(error.__cause__)):
+            raise KitsegError(words) from None
+        return words
 
 
 def without_paths(name: str, error: Exception, paths: Sequence[Path], nameless: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -163,11 +164,26 @@ class Stage(pl.LightningModule):
         self.log("val/score", float(np.mean(list(mean.values()))))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Accept the checkpoints of kitseg 0.1, whose weights are named as the model's own."""
+        """Accept the checkpoints of kitseg 0.1, whose weights are named as the model's own, and of fewer epochs."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {
             name if name.startswith(("model.", "loss.")) else f"model.{name}": value for name, value in state.items()
         }
+        self._go_on_as_configured(checkpoint)
+
+    def _go_on_as_configured(self, checkpoint: dict[str, Any]) -> None:
+        """Put the learning rate where the schedule has it now, which another one had where epochs were raised since."""
+        if not checkpoint.get("lr_schedulers"):
+            return
+        schedule = self.configure_optimizers()["lr_scheduler"]["scheduler"]
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return
+        with warnings.catch_warnings(action="ignore"):  # that no optimizer has taken a step
+            for _ in range(checkpoint["lr_schedulers"][0]["last_epoch"]):
+                schedule.step()
+        checkpoint["lr_schedulers"] = [schedule.state_dict()]
+        for group, rate in zip(checkpoint["optimizer_states"][0]["param_groups"], schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule; one that waits for a plateau watches the training loss."""

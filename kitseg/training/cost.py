@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
@@ -26,7 +28,8 @@ from kitseg.volumes.nifti import canonical_geometry, read_geometry
 from kitseg.volumes.resample import grid_geometry
 
 FORWARD_AND_BACKWARD = 3
-BYTES_PER_PARAMETER = 16  # the weight, its gradient, and the two moments of Adam, in float32
+NUMBER = 4  # bytes, of float32
+ADAM = 2  # numbers that an optimizer keeps for a parameter where that isn't known
 MIXED = 0.64  # of the bytes of all activations in float32: sums and losses stay in it
 PROGRAM, GPU_PROGRAM = 725_000_000, 500_000_000  # Python with its libraries; what CUDA takes of a GPU's memory
 EARLIER = 100_000_000  # what the predictions of an earlier stage leave in a process on a CPU
@@ -57,7 +60,8 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
         planned = f"planned for {plan.machine.ranks} GPU(s), but this machine has {here}"
         notes.append(f"{planned}: the times are for this machine")
     speed = _flops_per_second(plan.machine)
-    costs = {spec.name: _cost(spec, example, plan.machine) for spec in plan.method.stages.values()}
+    ema = plan.settings["ema"] is not None
+    costs = {spec.name: _cost(spec, example, plan.machine, ema) for spec in plan.method.stages.values()}
     stored = plan.part.train[0]
     loads = {
         name: seconds_to_load(spec, plan.store / str(spec.grid) / stored) for name, spec in plan.method.stages.items()
@@ -91,10 +95,10 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
     return rows, notes
 
 
-def _cost(spec: StageSpec, example: Case, machine: Machine) -> Cost:
+def _cost(spec: StageSpec, example: Case, machine: Machine, ema: bool) -> Cost:
     grid = grid_geometry(canonical_geometry(read_geometry(example.image)), spec.grid)
     region = config.build(spec.parts["region"]).shape(grid)
-    return stage_cost(spec, region, _measured_on(machine))
+    return stage_cost(spec, region, _measured_on(machine), ema)
 
 
 def _measured_on(machine: Machine) -> str:
@@ -102,8 +106,8 @@ def _measured_on(machine: Machine) -> str:
     return "cuda" if machine.kind == "cuda" and torch.cuda.is_available() else "cpu"
 
 
-def stage_cost(spec: StageSpec, region: Triple, device: str) -> Cost:
-    """What a stage's training takes on a region of so many voxels, on ``cpu`` or ``cuda``.
+def stage_cost(spec: StageSpec, region: Triple, device: str, ema: bool) -> Cost:
+    """What a stage's training takes on a region of so many voxels, on ``cpu`` or ``cuda``; ema: with a mean of weights.
 
     Raises:
         UsageError: the network can't take a patch of it.
@@ -121,17 +125,35 @@ def stage_cost(spec: StageSpec, region: Triple, device: str) -> Cost:
         raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
     parameters = sum(p.numel() for p in module.parameters())
     live = activations * (1 if precision_on(device, spec.precision) == "32-true" else MIXED)
-    memory = memory_of(parameters, live, device) + (EARLIER if spec.inputs and device == "cpu" else 0)
+    weights = parameters * bytes_a_parameter(spec.parts["module"].get("optimizer"), ema)
+    memory = memory_of(weights, live, device) + (EARLIER if spec.inputs and device == "cpu" else 0)
     return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)
 
 
-def memory_of(parameters: int, activations: float, device: str) -> float:
-    """Bytes of a training process (``cpu``) or of a GPU's memory (``cuda``), from the bytes of all activations."""
-    weights = parameters * BYTES_PER_PARAMETER
+def bytes_a_parameter(optimizer: Any, ema: bool) -> float:
+    """What training keeps of a parameter: itself, its gradient, the optimizer's state, and where ``ema`` its mean.
+
+    optimizer: its configuration, whose optimizer takes a step here.
+    """
+    weight = nn.Parameter(torch.zeros(32, 32))
+    weight.grad, kept = torch.zeros_like(weight), ADAM * weight.nbytes
+    with suppress(Exception):  # from any optimizer
+        made = config.build(optimizer)([weight])
+        made.step()
+        state = [value for value in made.state[weight].values() if isinstance(value, Tensor) and value.dim()]
+        kept = sum(value.nbytes for value in state)
+    return NUMBER * (2 + ema) + kept / weight.numel()
+
+
+def memory_of(weights: float, activations: float, device: str) -> float:
+    """Bytes of a training process (``cpu``) or of a GPU's memory (``cuda``).
+
+    weights: bytes kept of the parameters (``bytes_a_parameter``); activations: bytes of all of them.
+    """
     return weights + (PROGRAM + CPU_COPIES * activations if device == "cpu" else GPU_PROGRAM + activations)
 
 
-def peak_bytes(model: StageModel, x: torch.Tensor) -> int:
+def peak_bytes(model: StageModel, x: Tensor) -> int:
     """The most bytes that a forward and a backward pass of ``x`` hold at a time, without the weights' gradients.
 
     Activations that checkpointing computes again are included. On the meta device nothing is computed.

@@ -21,7 +21,7 @@ _RAISES = FileFormat(_Raises, SCHEMA)
 
 def only_more_epochs(old: Config, new: Config) -> bool:
     """Whether two configurations differ in nothing but more epochs of stages that aren't trained in rounds."""
-    if config.differences(_without_epochs(old), _without_epochs(new)):
+    if config.differences(_with_epochs_of(old, new), new):
         return False
     pairs = [(old["stages"][name], new["stages"][name]) for name in new["chain"]]
     return all(
@@ -58,6 +58,14 @@ def _epochs(configuration: Config) -> dict[str, int]:
     return {name: configuration["stages"][name]["epochs"] for name in configuration["chain"]}
 
 
-def _without_epochs(configuration: Config) -> Config:
-    stages = {name: {**stage, "epochs": None} for name, stage in configuration["stages"].items()}
-    return {**configuration, "size": {**(configuration.get("size") or {}), "epochs": None}, "stages": stages}
+def _with_epochs_of(old: Config, new: Config) -> Config:
+    """A configuration with the epochs of another, also where a schedule's setting is their number."""
+    stages = {}
+    for name, stage in old["stages"].items():
+        later = new["stages"].get(name, {})
+        module, schedule = stage["module"], stage["module"].get("scheduler") or {}
+        now = (later.get("module", {}).get("scheduler") or {}).items()
+        ends = {key: value for key, value in now if (schedule.get(key), value) == (stage["epochs"], later["epochs"])}
+        module = {**module, "scheduler": {**schedule, **ends}} if schedule else module
+        stages[name] = {**stage, "epochs": later.get("epochs"), "module": module}
+    return {**old, "stages": stages}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from joblib import delayed
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from kitseg.components import Components, bounding_box
 from kitseg.errors import InputError
 from kitseg.labels import TUMOR, Scheme
-from kitseg.runtime.outcomes import in_parallel
+from kitseg.runtime.outcomes import in_parallel, result_or_error
 from kitseg.types import Case, ball_diameter
 from kitseg.volumes.nifti import read_image, read_labels
 from kitseg.volumes.scan import check_grid, label_of
@@ -53,17 +54,19 @@ class _Seen:
 
 
 def fingerprint(
-    cases: Sequence[Case], scheme: Scheme, jobs: int, on_done: Callable[[], None], scans: bool = True
+    cases: Sequence[Case], scheme: Scheme, jobs: int, on_done: Callable[[str], None], scans: bool = True
 ) -> Fingerprint:
     """Read the cases in parallel; of each only a few figures are kept.
 
-    scans: read the CTs, too, for the HU.
+    on_done: is called after each case, with the error of one that can't be used and is left out; scans: read the CTs,
+    too, for the HU.
 
     Raises:
-        InputError: a file can't be used, or no label map holds a kidney.
+        InputError: no label map holds a kidney. KitsegError: memory, disk or the system failed.
     """
-    tasks = (delayed(_look)(case, scheme, scans) for case in cases)
-    seen = [one for one in in_parallel(tasks, jobs, lambda _: on_done()) if one is not None]
+    tasks = (delayed(result_or_error)(partial(_look, scheme=scheme, scans=scans), case) for case in cases)
+    found = in_parallel(tasks, jobs, lambda one: on_done(one if isinstance(one, str) else ""))
+    seen = [one for one in found if isinstance(one, _Seen)]
     if not seen:
         raise InputError(cases[0].files[-1].parent, "no label map holds a kidney", "Check the labels: `kitseg check`.")
     spacing, scan, kidneys = (np.array([getattr(one, name) for one in seen]) for name in ("spacing", "scan", "kidneys"))

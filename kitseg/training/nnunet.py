@@ -23,7 +23,8 @@ from kitseg.runtime.files import read_errors
 PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
 ENCODER = "ResidualEncoderUNet"
 NET = "kitseg.nets.residual_unet.ResidualUNet"
-TURNED = [2, 0, 1]  # nnU-Net's order of the axes of files whose slices come first, such as the challenge's
+#: nnU-Net's order of the axes of files; the second of those whose slices come first, such as the challenge's.
+PLAIN, TURNED = [0, 1, 2], [2, 0, 1]
 _REMEDY = "Give the folder of a model of nnU-Net's ResEnc presets in 3d_fullres."
 
 
@@ -33,7 +34,8 @@ class NnunetModel:
 
     network: ``widths``, ``blocks``, ``strides`` and ``kernels`` as ``ResidualUNet`` takes them; spacing: mm along
     slices, rows and columns; hu: low, high, shift and scale; classes: names of exclusive classes by id, empty for
-    regions; turned: its rows are our columns.
+    regions; turned: its rows are our columns; fold: the name of the folder of the fold that was asked for, empty where
+    none was.
     """
 
     folder: Path
@@ -44,14 +46,19 @@ class NnunetModel:
     hu: Mapping[str, float]
     classes: Sequence[str]
     turned: bool
+    fold: str = ""
 
     def checkpoint(self, fold: int) -> Path:
-        """The weights of a fold, or of the first that is there. Raises InputError: there is none."""
-        found = sorted(self.folder.glob(f"fold_*/{CHECKPOINT}"))
-        own = self.folder / f"fold_{fold}" / CHECKPOINT
-        if not found:
-            raise InputError(self.folder, f"has no fold_0/{CHECKPOINT}", _REMEDY)
-        return own if own in found else found[0]
+        """The weights of the fold that was asked for, else of this one, else of the first that is there.
+
+        Raises:
+            InputError: there is none.
+        """
+        there = sorted(path.parent.name for path in self.folder.glob(f"fold_*/{CHECKPOINT}"))
+        wanted = [self.fold] if self.fold else [f"fold_{fold}", *there]
+        if not (found := [name for name in wanted if name in there]):
+            raise InputError(self.folder, f"has no {self.fold or 'fold_0'}/{CHECKPOINT}", _REMEDY)
+        return self.folder / found[0] / CHECKPOINT
 
     def check(self, stage: StageSpec) -> None:
         """Make sure that a stage has this network.
@@ -114,12 +121,13 @@ class _Ignored:
 
 
 def find_nnunet(model: str) -> NnunetModel | None:
-    """A model folder of nnU-Net, or the one that a folder ``fold_K`` is in; None for anything else.
+    """A model folder of nnU-Net, or a folder ``fold_K`` of one or its checkpoint; None for anything else.
 
     Raises:
         InputError: its files are damaged, or describe another network.
     """
     path = Path(model)
+    path = path.parent if path.name == CHECKPOINT else path
     folder = next((one for one in (path, path.parent) if (one / PLANS).is_file() and (one / DATASET).is_file()), None)
     if folder is None:
         return None
@@ -131,8 +139,10 @@ def find_nnunet(model: str) -> NnunetModel | None:
             found = _architecture(configuration).rpartition(".")[-1]
             problem = f"describes a network of another kind ({found}) than the 3D {ENCODER} of the ResEnc presets"
             raise InputError(folder / PLANS, problem, _REMEDY)
-        turned = plans.get("transpose_forward", [0, 1, 2]) == TURNED
-        if turned:
+        axes = plans.get("transpose_forward", PLAIN)
+        if axes not in (PLAIN, TURNED):
+            raise ValueError(f"it turned the axes of its files by {axes}, not by {PLAIN} or {TURNED}")
+        if turned := axes == TURNED:
             network |= {key: [[z, x, y] for z, y, x in network[key]] for key in ("strides", "kernels")}
         ct = plans["foreground_intensity_properties_per_channel"]["0"]
         names = {"low": "percentile_00_5", "high": "percentile_99_5", "shift": "mean", "scale": "std"}
@@ -142,7 +152,8 @@ def find_nnunet(model: str) -> NnunetModel | None:
             patch = [patch[0], patch[2], patch[1]]
         labels = dataset["labels"]
         classes = sorted(labels, key=labels.get) if all(isinstance(n, int) for n in labels.values()) else []
-        return NnunetModel(folder, network, spacing, patch, int(configuration["batch_size"]), hu, classes, turned)
+        fold, batch = "" if folder == path else path.name, int(configuration["batch_size"])
+        return NnunetModel(folder, network, spacing, patch, batch, hu, classes, turned, fold)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(folder / PLANS, f"can't be used ({type(error).__name__}: {error})", _REMEDY) from error
 

@@ -27,7 +27,7 @@ from kitseg.nets.residual_unet import ResidualUNet
 from kitseg.plain_files import read_yaml
 from kitseg.runtime.files import write_text
 from kitseg.stages.model import StageModel
-from kitseg.training.cost import MIXED, memory_of, peak_bytes, stage_cost
+from kitseg.training.cost import MIXED, bytes_a_parameter, memory_of, peak_bytes, stage_cost
 from kitseg.training.fingerprint import Fingerprint
 from kitseg.training.nnunet import NnunetModel
 from kitseg.training.rehearsal import seconds_a_step
@@ -36,6 +36,7 @@ from kitseg.types import Triple, triple
 SMALLEST = 4  # voxels of an edge at the deepest level
 LARGEST = 384  # of a cube with as many voxels as the first patch that is tried
 FAR_APART = 3  # times the pixel, from which thin slices decide the grid
+COVERED = 0.05  # of all cases' regions, that a batch has at most, where it isn't the size's own
 FEWEST = 32  # rows and columns of a patch: with fewer there are not the levels for three heads
 ROUND = 16  # voxels, to which the first patch is rounded up
 MARGIN = 20  # mm around the kidneys, as in resenc_masses.yaml
@@ -65,10 +66,13 @@ def choose_size(sizes: Mapping[str, Any], memory: float | None) -> str:
     return found[0]
 
 
-def fit_size(seen: Fingerprint, block: Config, memory: float | None, start: NnunetModel | None = None) -> Config:
+def fit_size(
+    seen: Fingerprint, block: Config, memory: float | None, start: NnunetModel | None = None, ema: bool = True
+) -> Config:
     """The values of a size, fitted to cases and to a GPU of so many GB; None: a CPU, where patches keep their voxels.
 
-    start: a network of nnU-Net that the second stage and the intensities are taken from.
+    start: a network of nnU-Net that the second stage and the intensities are taken from; ema: whether training keeps a
+    mean of the weights.
 
     Raises:
         UsageError: the memory is too small for any patch.
@@ -77,18 +81,19 @@ def fit_size(seen: Fingerprint, block: Config, memory: float | None, start: Nnun
     steps = values["plan"]["steps"]
     if seen.hu is not None or start is not None:
         values["hu"] = dict(start.hu if start is not None else seen.hu or {})
-    finest = target_spacing(seen)
+    finest, each = target_spacing(seen), bytes_a_parameter(values.get("optimizer"), ema)
     regions = (np.array(seen.scan_mm), np.array(seen.kidneys_mm) + 2 * MARGIN)
     for name, region in zip(("kidneys", "masses"), regions, strict=True):
         stage = values[name]
         own = stage["grid"]["slices"], stage["grid"]["inplane"], stage["grid"]["inplane"]
         spacing = [max(a, b) for a, b in zip(own, finest, strict=True)]
         stage["grid"] = {"slices": spacing[0], "inplane": spacing[1]}
-        fits = _Fits(block[name], spacing, memory)
+        fits = _Fits(block[name], spacing, memory, each)
         stage["patch"] = list(choose_patch(spacing, region / spacing, fits))
         stage |= network(block[name], spacing, stage["patch"])
         if memory is not None and name == "masses":
-            stage["batch"] = fits.batch(stage["patch"])
+            most = COVERED * seen.cases * math.prod(region / spacing) / math.prod(stage["patch"])
+            stage["batch"] = max(stage["batch"], min(fits.batch(stage["patch"]), round(most)))
         if start is not None and name == "masses":
             values[name] = stage = start.adopt(stage)
         stage["per_case"] = max(1, round(steps * stage["batch"] / (TRAINED_ON * seen.cases)))
@@ -99,7 +104,8 @@ def target_spacing(seen: Fingerprint) -> tuple[float, float, float]:
     """The grid of the data: slices, rows and columns in mm; pixels are square."""
     slices, *across = seen.spacing_mm
     inplane = round(float(np.mean(across)), 4)
-    if slices > FAR_APART * inplane:
+    depth, *pixels = np.divide(seen.scan_mm, seen.spacing_mm)
+    if slices > FAR_APART * inplane and FAR_APART * depth < min(pixels):
         slices = max(seen.thin_mm, inplane)
     return slices, inplane, inplane
 
@@ -158,8 +164,8 @@ def _divisible(spacing: Sequence[float], patch: Sequence[int]) -> Triple:
 class _Fits:
     """Whether a step on a patch fits into a GPU's GB; on a CPU, whether it has no more voxels than the size's own."""
 
-    def __init__(self, block: Config, spacing: Sequence[float], memory: float | None) -> None:
-        self.block, self.spacing, self.memory = block, spacing, memory
+    def __init__(self, block: Config, spacing: Sequence[float], memory: float | None, each: float) -> None:
+        self.block, self.spacing, self.memory, self.each = block, spacing, memory, each
         self.known: dict[str, tuple[int, float]] = {}  # parameters and bytes a voxel, by the topology
 
     def __call__(self, patch: Triple) -> bool:
@@ -184,19 +190,22 @@ class _Fits:
                 x = torch.empty(2, 1, *small)
             self.known[key] = sum(p.numel() for p in model.parameters()), peak_bytes(model, x) / x.numel()
         parameters, bytes_a_voxel = self.known[key]
-        return memory_of(parameters, bytes_a_voxel * MIXED * batch * math.prod(patch), "cuda") / 1e9
+        activations = bytes_a_voxel * MIXED * batch * math.prod(patch)
+        return memory_of(self.each * parameters, activations, "cuda") / 1e9
 
 
-def estimate(method: str, size: str, values: Config, seen: Fingerprint, memory: float | None) -> dict[str, Any]:
+def estimate(
+    method: str, size: str, values: Config, seen: Fingerprint, memory: float | None, config_dir: Path | None = None
+) -> dict[str, Any]:
     """By stage: parameters, memory of a training process in GB, seconds a step, hours of a training of one fold.
 
-    Seconds are measured if the plan is for the machine at hand, else from the network's operations.
+    Seconds are measured if a step fits on the machine at hand, else from the network's operations.
     """
-    device = "cpu" if memory is None else "cuda"
-    here = device == "cpu" or torch.cuda.is_available()
-    rows = {}
-    for name, spec in config.method_of(config.compose(method, size, plan=values)).stages.items():
-        cost = stage_cost(spec, triple(values[name]["patch"]), device)
+    device, composed = "cpu" if memory is None else "cuda", config.compose(method, size, (), config_dir, values)
+    ema, rows = composed["trainer"]["ema"] is not None, {}
+    for name, spec in config.method_of(composed).stages.items():
+        cost = stage_cost(spec, triple(values[name]["patch"]), device, ema)
+        here = device == "cpu" or (torch.cuda.is_available() and cost.gigabytes < gpu_memory())
         seconds = seconds_a_step(spec, cost.patch, device) if here else 3 * cost.flops * spec.batch / FLOPS
         steps = spec.epochs * max(1, int(TRAINED_ON * seen.cases * cost.per_case / spec.batch))
         rows[name] = {
@@ -209,19 +218,26 @@ def estimate(method: str, size: str, values: Config, seen: Fingerprint, memory: 
     return rows
 
 
+def gpu_memory() -> float:
+    """GB of this machine's first CUDA GPU."""
+    return float(torch.cuda.get_device_properties(0).total_memory / 1e9)
+
+
 def write_plan(path: Path, plan: Config) -> None:
     """Write a plan as YAML."""
     write_text(path, HEADER.format(method=plan["method"], name=path.name) + trust.dump(plan, flow=None))
 
 
-def make_plan(method: str, size: str, seen: Fingerprint, values: Config, memory: float | None) -> Config:
+def make_plan(
+    method: str, size: str, seen: Fingerprint, values: Config, memory: float | None, config_dir: Path | None = None
+) -> Config:
     """The content of a plan's file, as plain values."""
     return {
         "method": method,
         "size": size,
         "budget": "CPU" if memory is None else f"{memory:g} GB of GPU memory",
         "cases": asdict(seen),
-        "estimate": estimate(method, size, values, seen, memory),
+        "estimate": estimate(method, size, values, seen, memory, config_dir),
         "values": values,
     }
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from joblib import delayed
 
 from kitseg.config import Config
-from kitseg.errors import KitsegError, UsageError, fault, format_error
+from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import TUMOR, Scheme, scheme_of
 from kitseg.runtime.console import bar
-from kitseg.runtime.outcomes import in_parallel
+from kitseg.runtime.outcomes import in_parallel, result_or_error
 from kitseg.scoring.strata import THICKNESSES, thickness_class
 from kitseg.splits import Split, make_split, read_split, same_patient, write_split
 from kitseg.types import Case, Traits
 from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, read_labels
 from kitseg.volumes.scan import check_grid, label_of
 
-Reader = Callable[[Case, Scheme], Traits]
+Reader = Callable[..., Traits]  # of a case and its scheme
 
 
 def read_traits(case: Case, scheme: Scheme) -> Traits:
@@ -62,7 +63,7 @@ def look_at(
     Raises:
         KitsegError: memory, disk or the system failed, which is not the fault of a case.
     """
-    tasks = (delayed(_look)(case, scheme, read) for case in _scans(cases))
+    tasks = (delayed(result_or_error)(partial(read, scheme=scheme), case) for case in _scans(cases))
     found = in_parallel(tasks, jobs, lambda _: on_done())
     return [one for one in found if isinstance(one, Traits)], [one for one in found if not isinstance(one, Traits)]
 
@@ -117,13 +118,3 @@ def report_split(split: Split, traits: Iterable[Traits]) -> list[tuple[Any, ...]
 def _scans(cases: Iterable[Case]) -> list[Case]:
     """The cases that aren't registered copies of others."""
     return [case for case in cases if not case.sources]
-
-
-def _look(case: Case, scheme: Scheme, read: Reader) -> Traits | str:
-    try:
-        return read(case, scheme)
-    except Exception as error:  # an error in a case does not stop the others
-        words = format_error(case.image.parent, error)
-        if fault(error) or (error.__cause__ and fault(error.__cause__)):
-            raise KitsegError(words) from None
-        return words

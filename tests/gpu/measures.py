@@ -122,7 +122,7 @@ class Tasks:
         alone = self._timed(lambda: learn(batch), seconds / 2)
         peak = self._peak()
         loaded = self._timed(lambda: learn(next(batches)), seconds / 2)
-        cost = stage_cost(spec, tuple(shape[2:]), self.device)
+        cost = stage_cost(spec, tuple(shape[2:]), self.device, ema=False)
         return {
             "precision": precision_on(self.device, spec.precision), "patch": "×".join(map(str, shape[2:])),
             "batch": count, "samples/s": count / alone, "samples/s with loading": count / loaded,
