@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import kitseg
+from method_runs import untrained
 from nifti_files import save
 
 from kitseg.models.builtin import FILE, choose_model, open_builtin
 from kitseg.models.bundles.archive import CARD
+from kitseg.models.members import open_ensemble
 
 SAMPLE = Path(__file__).parents[1] / "kitseg" / "samples" / "hcc_007b" / "imaging.nii.gz"
 
@@ -53,6 +55,18 @@ def test_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_runs_on_phantoms_are_never_picked_by_themselves(trained: Path) -> None:
     assert choose_model(trained / "runs") == open_builtin().path
+
+
+def test_runs_on_synthetic_patients_are_never_picked_by_themselves(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    untrained(run)
+    facts = json.loads((run / "run.json").read_text())
+    assert choose_model(tmp_path / "runs") == run
+    (run / "run.json").write_text(json.dumps({**facts, "synthetic": True}))
+    assert choose_model(tmp_path / "runs") == open_builtin().path
+    opened = open_ensemble([run], "cpu")
+    assert "trained on synthetic patients, not on patients" in opened.describe()
 
 
 def test_its_size_and_its_card() -> None:

@@ -121,7 +121,7 @@ READERS: list[Read] = [
     lambda path: nifti.read_labels(path, "a"),
     nifti.read_geometry,
     nifti.stores_plain_integers,
-    nifti.is_phantom,
+    nifti.mark_of,
 ]
 
 

@@ -310,8 +310,8 @@ def test_phantoms_are_marked(tmp_path: Path) -> None:
     native = Geometry(SHAPE, IPL)
     nifti.write_image(tmp_path / "a.nii.gz", count(), native, nifti.PHANTOM_MARK)
     nifti.write_image(tmp_path / "b.nii.gz", count(), native)
-    assert nifti.is_phantom(tmp_path / "a.nii.gz")
-    assert not nifti.is_phantom(tmp_path / "b.nii.gz")
+    assert nifti.mark_of(tmp_path / "a.nii.gz") == nifti.PHANTOM_MARK
+    assert nifti.mark_of(tmp_path / "b.nii.gz") == ""
 
 
 def test_orientation_missing_in_the_header(tmp_path: Path) -> None:

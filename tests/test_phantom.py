@@ -11,7 +11,7 @@ from scipy import ndimage
 from kitseg.errors import InputError, KitsegError
 from kitseg.labels import KITS19, to_kits19
 from kitseg.runtime.files import HOST
-from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom
+from kitseg.volumes.nifti import PHANTOM_MARK, mark_of
 from kitseg.volumes.phantom import make_case, write_case
 
 INDICES = range(8)
@@ -129,7 +129,7 @@ def test_case_is_written_in_the_kits_layout_and_marked(tmp_path: Path) -> None:
         image = nib.load(path)
         assert image.get_data_dtype() == expected.dtype
         assert image.header["descrip"].item() == PHANTOM_MARK.encode()
-        assert is_phantom(path)
+        assert mark_of(path) == PHANTOM_MARK
         assert image.header.get_xyzt_units()[0] == "mm"
         np.testing.assert_array_equal(np.asarray(image.dataobj), expected)
         np.testing.assert_allclose(image.affine, make_case(3, 2, 64)[2], atol=1e-5)

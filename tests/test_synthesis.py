@@ -18,7 +18,8 @@ from scipy import ndimage
 
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.models.run_folder import StageFolder
+from kitseg.models.run_folder import RunInfo, StageFolder
+from kitseg.models.training_domain import training_facts
 from kitseg.patches.bodies import shape_cases
 from kitseg.patches.queue import AddressSampler
 from kitseg.patches.synthetic import SyntheticQueue
@@ -29,6 +30,7 @@ from kitseg.synthesis.fields import smooth_noise
 from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
 from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
 from kitseg.training.stage_inputs import read_places
+from kitseg.volumes.store import open_case
 
 MM = (3.0, 3.0, 3.0)
 NONE = SynthesisParts(**dict.fromkeys(asdict(SynthesisParts()), False))
@@ -424,6 +426,30 @@ def test_training_on_synthetic_patients(patients: Path) -> None:
     assert torch.equal(one["label"]["data"], same["label"]["data"][0])
     assert not torch.equal(one["image"]["data"], queue[1, 2]["image"]["data"])
     assert "trained already" in kitseg(patients, "train", "--method=resenc", "--size=tiny", *SYNTHETIC, *SMALL).text
+    assert json.loads((run / "run.json").read_text())["synthetic"]
+
+
+def test_who_learns_from_written_patients_learns_from_synthetic_ones(patients: Path) -> None:
+    stored = ("--method=resenc", "--size=tiny", "--labels=kits23", "--jobs=1", "--to=stored", *SMALL)
+    for folder, made_up in (("patients", "synthetic patients"), ("bodies", "")):
+        done = kitseg(patients, "preprocess", folder, *stored)
+        assert done.code == 0, done.text
+        cases = [open_case(patients / "stored" / "6mm-6mm" / path.name) for path in (patients / folder).glob("*_*")]
+        assert RunInfo("0", **training_facts(cases)).made_up == made_up
+
+
+def test_masks_with_ids_of_their_own(patients: Path, tmp_path: Path) -> None:
+    mask = nib.load(patients / "bodies" / "body_0" / "segmentation.nii.gz")
+    case = tmp_path / "bodies" / "one"
+    case.mkdir(parents=True)
+    (case / "imaging.nii.gz").symlink_to(patients / "bodies" / "body_0" / "imaging.nii.gz")
+    nib.save(nib.Nifti1Image(7 * np.asarray(mask.dataobj).astype(np.uint8), mask.affine), case / "segmentation.nii.gz")
+    options = ("synthesize", "made", "--bodies=bodies", "-n", "1", "--jobs=1")
+    assert "the label values 7" in " ".join(kitseg(tmp_path, *options).text.split())
+    done = kitseg(tmp_path, *options, "--labels=kidney=7,tumor=8,cyst=9")
+    assert done.code == 0, done.text
+    written = np.unique(np.asarray(nib.load(tmp_path / "made/case_00000/segmentation.nii.gz").dataobj))
+    assert set(written) <= {0, 1, 2, 3}, "those of kits23"
 
 
 def test_methods_that_need_real_cases_refuse(patients: Path) -> None:

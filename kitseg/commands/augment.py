@@ -33,7 +33,7 @@ from kitseg.runtime.provenance import FileFormat
 from kitseg.splits import Split, read_split, with_copies, write_split
 from kitseg.types import Case
 from kitseg.volumes.kits import COPY_ORIGIN, IMAGE, LABEL, ORIGIN, find_cases
-from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
+from kitseg.volumes.nifti import PHANTOM_MARK, SYNTHETIC_MARK, mark_of, write_image, write_labels
 from kitseg.volumes.scan import label_of, read_labelled
 
 DIRECTIONS = ("partner-to-hard", "hard-to-partner")
@@ -221,7 +221,8 @@ def _copy(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied:
         raise InputError(to / name, "exists and was not written by kitseg", "Choose another folder with --output.")
     with atomic_write(to / name) as partial:
         partial.mkdir()
-        mark = PHANTOM_MARK if any(is_phantom(case.image) for case in (pair.reference, pair.floating)) else ""
+        marks = {mark_of(case.image) for case in (pair.reference, pair.floating)}
+        mark = next((mark for mark in (PHANTOM_MARK, SYNTHETIC_MARK) if mark in marks), "")
         write_image(partial / IMAGE, copy.image, reference.image.native, mark)
         write_labels(partial / LABEL, copy.label, reference.image.native, mark, find_scheme(facts["labels"]))
         COPY_ORIGIN.write(partial / ORIGIN, facts)

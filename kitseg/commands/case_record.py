@@ -19,7 +19,7 @@ from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
 from kitseg.volumes.kits import folder_of, scan_id
 from kitseg.volumes.names import UNCERTAINTY, is_file_name, is_volume_name
-from kitseg.volumes.nifti import is_corrected
+from kitseg.volumes.nifti import CORRECTED_MARK, mark_of
 
 
 class ClickRow(TypedDict):
@@ -148,7 +148,7 @@ def refuse_case_overwrite(path: Path, endings: Sequence[str]) -> None:
     with suppress(KitsegError):
         record = ANY_RECORD.read(path)
     with suppress(KitsegError):  # a label map that lost its record
-        is_marked = ".nii.gz" in endings and os.path.exists(labels) and is_corrected(labels)
+        is_marked = ".nii.gz" in endings and os.path.exists(labels) and mark_of(labels) == CORRECTED_MARK
     if (record.corrected or is_marked) and OVERWRITE not in os.environ:
         raise UsageError(
             f"{path.stem} was corrected by a person. Choose another output, or replace it with --overwrite"

@@ -11,7 +11,7 @@ from kitseg import ensemble
 from kitseg.commands.case_record import describe_learning
 from kitseg.commands.postprocess import nothing_found
 from kitseg.errors import KitsegError, UsageError
-from kitseg.models.members import describe_model, learned_from, origin
+from kitseg.models.members import computed_with, describe_model, learned_from, origin
 from kitseg.models.memory import check_memory, slab_within
 from kitseg.models.model import Model
 from kitseg.runtime.device import versions
@@ -62,7 +62,8 @@ class Inference:
             check_memory(self.max_memory, [model], scan_geometry(case), case.id)
             scan = read_image(case.image, case.id)
             probabilities, learned = model.predict_proba(scan), learned_from([model], digest, hu_digest(scan))
-            blocks.write_block(self.to, probabilities, case.image, digest, learned_from=learned)
+            engines = [computed_with(model)]  # now, because one may have left a network to PyTorch
+            blocks.write_block(self.to, probabilities, case.image, digest, (), learned, engines)
             notes = [nothing_found(probabilities), describe_learning(learned), *probabilities.native.doubts]
             note = "; ".join(filter(None, notes))
             return Outcome(case.id, note=note, result=result)
@@ -94,8 +95,11 @@ def average(
         channels = ensemble.common_channels([tuple(manifest["channels"]) for manifest in manifests])
     except ValueError as error:
         raise UsageError(f"the folders have different channels: {error}") from error
-    pairs = zip(folders, weights, manifests, strict=True)
-    members = [{"folder": str(folder), "weight": weight, "model": made["model"]} for folder, weight, made in pairs]
+    members = [
+        member
+        for folder, weight, made in zip(folders, weights, manifests, strict=True)
+        for member in _members(folder, weight, made)
+    ]
     manifest = {**manifests[0], "channels": list(channels), "members": members}
 
     def work(case: str) -> Outcome:
@@ -111,8 +115,8 @@ def average(
             return zip(members, weights, strict=True)
 
         mean = ensemble.mean_in_slabs(weighed, slab_within(max_memory, [block for block, _ in weighed()], case))
-        learned = blocks.learned_from(folders, case)
-        blocks.write_block(to, mean, scan, digest, made_from, learned)
+        learned, engines = blocks.learned_from(folders, case), blocks.computed_with(folders, case)
+        blocks.write_block(to, mean, scan, digest, made_from, learned, engines)
         return Outcome(case, note=describe_learning(learned), result=result)
 
     with folder_lock(to, "probabilities"):
@@ -120,8 +124,18 @@ def average(
         return each(cases, work, on_done)
 
 
+def _members(folder: Path, weight: float, made: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The models of a folder of probabilities, itself perhaps a mean, with their shares of its weight."""
+    members = made.get("members") or [{"folder": str(folder), "weight": 1.0, "model": made["model"]}]
+    total = sum(member["weight"] for member in members)
+    return [{**member, "weight": weight * member["weight"] / total} for member in members]
+
+
 def manifest_of(model: Model, stage: str | None, postprocess: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What made a folder of probabilities, and the post-processing that they expect: the method's where it is None."""
+    """What made a folder of probabilities, and the post-processing that they expect: the method's where it is None.
+
+    Its engine is the chosen one; what computed a case is stated beside the case.
+    """
     steps = model.method.postprocess if postprocess is None else postprocess
     return {
         "channels": list(model.outputs),

@@ -166,8 +166,8 @@ def _networks(facts: RunFacts) -> str:
 def _data(facts: RunFacts) -> str:
     if not (facts.info and facts.info.cases):
         return UNKNOWN
-    kind = " phantoms" if facts.info.phantom else " labelled CT scans"
     made = facts.configuration.get("data", {}).get("source") == "synthesis"
+    kind = f" {(not made and facts.info.made_up) or 'labelled CT scans'}"
     more = "; training patches show synthetic patients made from them" if made else ""
     seen = facts.info.experience
     ranges = f"; slices {_span(seen.slice_mm)} mm apart, pixels of {_span(seen.pixel_mm)} mm" if seen else ""

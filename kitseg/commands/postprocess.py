@@ -26,7 +26,15 @@ from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
 from kitseg.runtime.provenance import recipe
 from kitseg.types import Probabilities
-from kitseg.volumes.blocks import block_cases, learned_from, read_block, read_manifest, scan_of, sound_digest
+from kitseg.volumes.blocks import (
+    block_cases,
+    computed_with,
+    learned_from,
+    read_block,
+    read_manifest,
+    scan_of,
+    sound_digest,
+)
 from kitseg.volumes.nifti import read_image, write_labels
 from kitseg.volumes.scan import hu_digest
 
@@ -57,17 +65,21 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
         scan = read_image(path, case)
         labels, learned = clean(probabilities, scan, steps), learned_from([folder], case)
         known = {"scan": path.name, "hu_sha256": hu_digest(scan), "learned_from": learned}
-        return write_case(to, labels, probabilities, {**known, **facts}, made, probabilities.native.doubts)
+        known |= facts_of(manifest, without, computed_with([folder], case))
+        return write_case(to, labels, probabilities, known, made, probabilities.native.doubts)
 
     with folder_lock(to, "labels"):
         return each(cases, work, on_done)
 
 
-def facts_of(manifest: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-    """How labels are made, from the manifest of their probabilities."""
+def facts_of(manifest: Mapping[str, Any], without: Sequence[str] = (), engines: Sequence[str] = ()) -> dict[str, Any]:
+    """How labels are made, from the manifest of their probabilities; engines: what computed each model, where known."""
     models = [{**member["model"], "weight": member["weight"]} for member in manifest.get("members", [])]
+    models = models or [manifest["model"]]
+    if len(engines) == len(models):
+        models = [{**model, "engine": engine} for model, engine in zip(models, engines, strict=True)]
     return {
-        "models": models or [manifest["model"]],
+        "models": models,
         "postprocess": {"steps": manifest["postprocess"], "without": list(without)},
         "labels": manifest.get("labels") or scheme_of("kits19").plain(),
         "versions": versions(),

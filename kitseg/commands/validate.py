@@ -17,7 +17,7 @@ from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import score_content, write_scores
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.measurement.confidence import fit_temperature, sample
-from kitseg.models.members import judge, learned_from
+from kitseg.models.members import computed_with, judge, learned_from
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import STAGE_INPUTS, Run, find_run, move_aside
@@ -218,7 +218,8 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
         validation.record(case).unlink(missing_ok=True)
         digest, hu_sha256 = validation.hash_of(case), hu_digest(scan)
         learned = learned_from([model], digest, hu_sha256)
-        blocks.write_block(to, found, case.image, digest, learned_from=learned)
+        engines = [computed_with(model)]  # now, because one may have left a network to PyTorch
+        blocks.write_block(to, found, case.image, digest, (), learned, engines)
         labels, domain = clean(found, scan, steps), model.run.read_info().experience
         judged = judge(labels, found, scan, None, domain, model.method.labels)
         facts = {
@@ -227,7 +228,7 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
             "learned_from": learned,
             "quality": quality_facts(judged.quality),
             "signs": judged.signs,
-            **facts_of(manifest),
+            **facts_of(manifest, engines=engines),
         }
         return write_case(validation.label(case).parent, labels, found, facts, validation.made(fold, case))
 

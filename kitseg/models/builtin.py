@@ -38,12 +38,14 @@ def open_builtin() -> Bundle:
 def choose_model(runs: Path) -> Path:
     """The only finished run that was trained on patients' scans; the built-in network where there is none.
 
+    Phantoms and synthetic patients are no patients.
+
     Raises:
         UsageError: there are several, or none in an installation without the built-in network.
     """
     folders = (path for path in sorted(runs.glob("*")) if not re.search(r"\.old-\d+$", path.name))
     finished = [run for run in map(Run, folders) if run.config.exists() and _is_finished(run)]
-    real = [run for run in finished if not run.read_info().phantom]
+    real = [run for run in finished if not run.read_info().made_up]
     if len(real) > 1:
         raise UsageError("several runs are finished; pick one with --model: " + ", ".join(str(r.path) for r in real))
     if not (real or FILE.is_file()):

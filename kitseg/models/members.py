@@ -243,8 +243,8 @@ def only_member(model: Path | str) -> tuple[Member, Mapping[str, Any] | None]:
 
 
 def describe_model(model: Model) -> str:
-    """The model in a line: folds, device, whether phantoms trained it, what it can't find, and a bundle's licenses."""
-    phantoms = "; trained on phantoms, not on patients" if model.run.read_info().phantom else ""
+    """The model in a line: folds, device, what trained it if not patients, what it can't find, a bundle's licenses."""
+    learned = f"; trained on {made_up}, not on patients" if (made_up := model.run.read_info().made_up) else ""
     mirrored = "; each scan also mirrored" if model.mirror else ""
     folds = ", ".join(map(str, model.folds))
     where = f"{model.device} with {computed_with(model)}"
@@ -254,7 +254,7 @@ def describe_model(model: Model) -> str:
         use = "for non-commercial use; " if NONCOMMERCIAL in bundle.manifest.licenses["weights"] else ""
         name, licenses = str(bundle), f"; {use}licenses: {stated}"
     cysts = "; it has no class for cysts, which are kidney for it" if "cyst" not in model.outputs else ""
-    return f"model: {name} ({model.method.name}, fold {folds}) on {where}{phantoms}{mirrored}{cysts}{licenses}"
+    return f"model: {name} ({model.method.name}, fold {folds}) on {where}{learned}{mirrored}{cysts}{licenses}"
 
 
 def learned_from(models: Sequence[Model], *hashes: str) -> tuple[str, ...] | None:

@@ -27,7 +27,8 @@ _REMEDY = "Restore it, or train again with --restart."
 class RunInfo:
     """``run.json``: the version that trained, whether phantoms are among the cases, the cases, the training domain.
 
-    A bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file
+    synthetic: whether the synthesis made what it learned from (`kitseg synthesize`, or ``data.source=synthesis``). A
+    bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file
     and by that of its HU (``hu_digest``), the folds whose networks learned from it; hu_known: whether the HU of every
     such scan are among them; corrected: how many label maps a person corrected with `kitseg refine`; empty, False and 0
     in runs of earlier versions.
@@ -40,6 +41,12 @@ class RunInfo:
     learned: dict[str, tuple[int, ...]] = field(default_factory=dict)
     hu_known: bool = False
     corrected: int = 0
+    synthetic: bool = False
+
+    @property
+    def made_up(self) -> str:
+        """What it learned from instead of patients: ``phantoms``, ``synthetic patients``, or nothing."""
+        return "phantoms" if self.phantom else "synthetic patients" if self.synthetic else ""
 
 
 @dataclass(frozen=True)

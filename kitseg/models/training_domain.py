@@ -16,11 +16,9 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
 
     Cases may be opened one at a time, since each keeps files open. ``experience`` is None where no case shows a kidney.
     """
-    figures = [
-        (case.id, case.hashes, case.phantom, case.spacing, case.kidney_hu, case.aorta_hu, case.corrected, case.tumor_mm)
-        for case in cases
-    ]
-    ids, hashes, phantoms, spacings, kidneys, aortas, corrected, tumors = zip(*figures, strict=True)
+    kept = ("id", "hashes", "phantom", "synthetic", "spacing", "kidney_hu", "aorta_hu", "corrected", "tumor_mm")
+    figures = [[getattr(case, name) for name in kept] for case in cases]
+    ids, hashes, phantoms, synthetic, spacings, kidneys, aortas, corrected, tumors = zip(*figures, strict=True)
     trained = {id_: [number for number, fold in enumerate(folds) if id_ in fold.train] for id_ in ids}
     seen = {
         "slice_mm": _range(slices for slices, _, _ in spacings),
@@ -35,6 +33,7 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
             learned[sha256] = sorted({*learned.get(sha256, ()), *trained[id_]})
     return {
         "phantom": any(phantoms),
+        "synthetic": any(synthetic),
         "cases": list(ids),
         "corrected": sum(corrected),
         "experience": seen if seen["kidney_hu"] else None,

@@ -24,10 +24,9 @@ from kitseg.synthesis.lesions import Shapes
 from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
 from kitseg.types import Geometry
 from kitseg.volumes.kits import IMAGE, LABEL
-from kitseg.volumes.nifti import write_image, write_labels
+from kitseg.volumes.nifti import SYNTHETIC_MARK, write_image, write_labels
 from kitseg.volumes.store import open_case
 
-MARK = "kitseg synthesis"  # ``descrip`` in the header of a synthetic patient
 LESION_STAGE, KIDNEY_STAGE = (0.6, 0.55, 0.45), (0.5, 0.35, 0.65)  # see ``View.focus``
 LARGEST = 50.0  # mm, the radius of a lesion
 
@@ -118,8 +117,8 @@ def write_patient(folder: Path, patient: SyntheticPatient, native: Geometry, cys
     cysts: whether they have a label of their own, or are kidney.
     """
     hu, label = patient.hu.round().clamp(-1024, 3071).to(torch.int16), patient.label
-    write_image(folder / IMAGE, hu.numpy(), native, MARK)
-    write_labels(folder / LABEL, (label if cysts else _without_cysts(label)).numpy(), native, MARK)
+    write_image(folder / IMAGE, hu.numpy(), native, SYNTHETIC_MARK)
+    write_labels(folder / LABEL, (label if cysts else _without_cysts(label)).numpy(), native, SYNTHETIC_MARK)
 
 
 def _without_cysts(label: Tensor) -> Tensor:

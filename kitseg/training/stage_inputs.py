@@ -26,6 +26,7 @@ from kitseg.runtime.device import torch_device
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.locks import folder_lock
 from kitseg.splits import FoldPart
+from kitseg.training.data_source import data_settings
 from kitseg.training.initial import learned_before
 from kitseg.training.plan import MOMENT, Plan, Unit, open_stored
 from kitseg.training.synthesis import synthesis_row, validation_cases
@@ -70,6 +71,7 @@ def _record_facts(plan: Plan, spec: StageSpec) -> None:
     """Write the facts of the run's cases as they are now; scans that it learned from before stay among them."""
     cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
     facts = training_facts(cases, plan.split.folds)
+    facts["synthetic"] |= data_settings(plan.config) is not None
     before = [learned_before(plan.initial, len(plan.split.folds))] if plan.initial else []
     with folder_lock(plan.run.path, "configuration", wait=MOMENT):
         if plan.run.info.exists():

@@ -37,7 +37,7 @@ class _Block:
     """The JSON beside a case's array.
 
     sha256: of the array; made_from: hashes of the blocks whose mean it is; learned_from: the models that learned from
-    the scan, None where that isn't known.
+    the scan, None where that isn't known; computed_with: the engine of each model, empty in files of earlier versions.
     """
 
     case: str
@@ -49,6 +49,7 @@ class _Block:
     sha256: str
     made_from: tuple[str, ...] = ()
     learned_from: tuple[str, ...] | None = None
+    computed_with: tuple[str, ...] = ()
 
     @property
     def scan_sha256(self) -> str:
@@ -91,15 +92,16 @@ def write_block(
     digest: str,
     made_from: Sequence[str] = (),
     learned_from: tuple[str, ...] | None = None,
+    computed_with: Sequence[str] = (),
 ) -> None:
-    """Write a case's probabilities, with path and hash of their scan; made_from, learned_from: see ``_Block``."""
+    """Write a case's probabilities, with path and hash of their scan; the last three arguments: see ``_Block``."""
     block, about = folder / f"{found.case_id}.npy", folder / f"{found.case_id}.json"
     about.unlink(missing_ok=True)
     with atomic_write(block) as partial:
         np.save(partial, found.array)
     source, sha256 = _Scan(str(scan.absolute()), digest), file_digest(block)
     fields = (found.case_id, found.channels, found.box, found.geometry, found.native)
-    _BLOCK.write(about, _Block(*fields, source, sha256, tuple(made_from), learned_from))
+    _BLOCK.write(about, _Block(*fields, source, sha256, tuple(made_from), learned_from, tuple(computed_with)))
 
 
 def is_unchanged(folder: Path, case_id: str, digest: str, made_from: Sequence[str] = ()) -> bool:
@@ -127,6 +129,11 @@ def learned_from(folders: Sequence[Path], case_id: str) -> tuple[str, ...] | Non
     known = [_BLOCK.read(folder / f"{case_id}.json").learned_from for folder in folders]
     found = tuple(dict.fromkeys(name for names in known for name in names or ()))
     return None if None in known and not found else found
+
+
+def computed_with(folders: Sequence[Path], case_id: str) -> tuple[str, ...]:
+    """The engines that computed a case's probabilities, as far as they are known: one for each model in each folder."""
+    return tuple(engine for folder in folders for engine in _BLOCK.read(folder / f"{case_id}.json").computed_with)
 
 
 def read_block(folder: Path, case_id: str) -> Probabilities:

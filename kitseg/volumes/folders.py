@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,21 +58,22 @@ def scans(folder: Path) -> list[Path]:
     Raises:
         InputError: the folder can't be read.
     """
-    others = set(_other_channels(folder))
-    return [file for file in volumes(folder) if not _is_segmentation(file) and file not in others]
+    found = volumes(folder)
+    others = set(_other_channels(folder, found))
+    return [file for file in found if not _is_segmentation(file) and file not in others]
 
 
 def describe_others(folder: Path) -> list[str]:
     """The volumes in a folder of scans that are none, a line for each kind."""
-    lines = []
-    if others := _other_channels(folder):
+    lines, found = [], volumes(folder)
+    if others := _other_channels(folder, found):
         names: Mapping[str, str] = {}
         with suppress(InputError):
             names = _DATA_SET.read(folder.absolute().parent / "dataset.json").channel_names
         numbers = sorted({int(_stem(file)[-4:]) for file in others})
         channels = ", ".join(f"{n} ({names[str(n)]})" if str(n) in names else str(n) for n in numbers)
         lines.append(f"ignored: {len(others)} files of other channels than 0 in {folder}: {channels}")
-    if drawn := [file.name for file in volumes(folder) if _is_segmentation(file)]:
+    if drawn := [file.name for file in found if _is_segmentation(file)]:
         lines.append(f"ignored: {len(drawn)} segmentations in {folder}: {shorten(drawn)}")
     return lines
 
@@ -107,11 +108,11 @@ def _holds_channels(folder: Path) -> bool:
     return re.fullmatch("images(Tr|Ts)", folder.name) is not None
 
 
-def _other_channels(folder: Path) -> list[Path]:
-    """The files of nnU-Net's further channels, of cases whose first channel is there."""
+def _other_channels(folder: Path, found: Sequence[Path]) -> list[Path]:
+    """Of the volumes in a folder, nnU-Net's further channels of cases whose first channel is there."""
     if not _holds_channels(folder.absolute()):
         return []
-    channels = {file: match for file in volumes(folder) if (match := _CHANNEL.fullmatch(_stem(file)))}
+    channels = {file: match for file in found if (match := _CHANNEL.fullmatch(_stem(file)))}
     first = {match[1] for match in channels.values() if match[2] == "0000"}
     return [file for file, match in channels.items() if match[1] in first and match[2] != "0000"]
 

@@ -24,8 +24,8 @@ from kitseg.volumes._nibabel import nibabel
 from kitseg.volumes.header import COPY_AGAIN, file_geometry, open_errors, open_voxels, read_header
 from kitseg.volumes.names import is_itk_name, is_volume_name
 
-#: ``descrip`` in the header of a synthetic scan.
-PHANTOM_MARK = "kitseg phantom"
+#: ``descrip`` in the header of a phantom, of a patient of the synthesis, and of a corrected label map.
+PHANTOM_MARK, SYNTHETIC_MARK = "kitseg phantom", "kitseg synthesis"
 CORRECTED_MARK = "kitseg, corrected by a person"
 
 LOWEST_LABEL = -200  # a file with lower values holds a CT
@@ -165,14 +165,9 @@ def stores_plain_integers(path: Path) -> bool:
     return unscaled and header.get_data_dtype().kind in "iu" and len(header.get_data_shape()) == 3
 
 
-def is_phantom(path: Path) -> bool:
-    """Whether a scan is synthetic, which ``PHANTOM_MARK`` in its header shows."""
-    return not is_itk_name(path) and bool(read_header(path)["descrip"].item() == PHANTOM_MARK.encode())
-
-
-def is_corrected(path: Path) -> bool:
-    """Whether a person corrected a label map, which ``CORRECTED_MARK`` in its header shows."""
-    return not is_itk_name(path) and bool(read_header(path)["descrip"].item() == CORRECTED_MARK.encode())
+def mark_of(path: Path) -> str:
+    """``descrip`` in a file's header, such as ``PHANTOM_MARK``."""
+    return "" if is_itk_name(path) else str(read_header(path)["descrip"].item().decode("latin-1"))
 
 
 def axis_codes(geometry: Geometry) -> str:

@@ -19,7 +19,7 @@ from kitseg.errors import InputError
 from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.runtime.files import atomic_write
 from kitseg.types import Geometry
-from kitseg.volumes.nifti import PHANTOM_MARK, is_phantom, write_image, write_labels
+from kitseg.volumes.nifti import PHANTOM_MARK, mark_of, write_image, write_labels
 from kitseg.volumes.phantom_canvas import (
     FAT,
     Array,
@@ -263,9 +263,8 @@ def write_case(folder: Path, seed: int, index: int, matrix: int, scheme: Scheme 
     """
     target = folder / f"case_{index:05d}"
     own = {"imaging.nii.gz", "segmentation.nii.gz"}
-    if target.exists() and not (
-        target.is_dir() and {p.name for p in target.iterdir()} == own and all(is_phantom(target / name) for name in own)
-    ):
+    there = {p.name for p in target.iterdir()} if target.is_dir() else None
+    if target.exists() and not (there == own and {mark_of(target / name) for name in own} == {PHANTOM_MARK}):
         raise InputError(target, "already exists and is not a phantom", "Choose another folder")
     ct, label, affine = make_case(seed, index, matrix)
     native = Geometry((ct.shape[0], ct.shape[1], ct.shape[2]), affine)

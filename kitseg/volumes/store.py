@@ -22,7 +22,7 @@ from kitseg.labels import CYST, KIDNEY, TUMOR, Scheme, scheme_of
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.types import Case, Geometry, Grid, Triple, Volume, ball_diameter
-from kitseg.volumes.nifti import canonical_geometry, is_corrected, is_phantom, read_geometry, read_image, read_labels
+from kitseg.volumes import nifti
 from kitseg.volumes.resample import grid_geometry, nearest, to_grid, to_grid_smooth
 from kitseg.volumes.scan import check_grid, hu_digest
 
@@ -40,7 +40,8 @@ class StoredCase:
     statistics: mean and standard deviation of the whole image in HU; spacing: of the scan itself, in mm;
     kidney_hu, aorta_hu: by which its contrast phase is judged (see ``measurement.phase``), None where unknown; hashes:
     of the scan's file and of its HU; corrected: whether a person corrected the label map; tumor_mm: diameter of a
-    sphere with the volume of its largest tumor, 0 without a tumor, None where unknown; made_from: scan and labels.
+    sphere with the volume of its largest tumor, 0 without a tumor, None where unknown; made_from: scan and labels;
+    synthetic: see ``RunInfo``.
     """
 
     id: str
@@ -58,6 +59,7 @@ class StoredCase:
     corrected: bool = False
     tumor_mm: float | None = None
     made_from: str = ""
+    synthetic: bool = False
 
 
 def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
@@ -93,21 +95,16 @@ class CaseFiles:
     @cached_property
     def scan(self) -> Volume:
         """The CT."""
-        return read_image(self.case.image, self.case.id)
+        return nifti.read_image(self.case.image, self.case.id)
 
     @cached_property
     def labels(self) -> NDArray[np.uint8] | None:
         """The label map with kitseg's ids, on the scan's lattice."""
         if self.case.label is None:
             return None
-        label = read_labels(self.case.label, self.case.id, self.scheme)
+        label = nifti.read_labels(self.case.label, self.case.id, self.scheme)
         check_grid(self.case.label, label.geometry, self.scan.geometry)
         return label.array
-
-    @cached_property
-    def are_labels_corrected(self) -> bool:
-        """Whether a person corrected the label map, as its header states."""
-        return self.case.label is not None and is_corrected(self.case.label)
 
     @cached_property
     def contrast(self) -> dict[str, float | None]:
@@ -153,6 +150,7 @@ class _Meta:
     corrected: bool = False
     hu_sha256: str = ""
     tumor_mm: float | None = None
+    synthetic: bool = False
 
     def __post_init__(self) -> None:
         if self.convention == "kits19":
@@ -188,6 +186,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     scan, labels = files.scan, files.labels
     image, lattice = image_on_grid(scan, grid)
     arrays: dict[str, NDArray[Any]] = {"image": image}
+    mark = nifti.mark_of(files.case.image)
     if labels is not None:
         arrays |= _label_arrays(nearest(labels, lattice.shape))
     meta = _Meta(
@@ -196,8 +195,9 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         shape=lattice.shape,
         affine=lattice.affine,
         statistics=statistics(image),
-        phantom=is_phantom(files.case.image),
-        corrected=files.are_labels_corrected,
+        phantom=mark == nifti.PHANTOM_MARK,
+        synthetic=mark == nifti.SYNTHETIC_MARK,
+        corrected=files.case.label is not None and nifti.mark_of(files.case.label) == nifti.CORRECTED_MARK,
         spacing=scan.geometry.spacing,
         kidney_hu=files.contrast["kidney_hu"],
         aorta_hu=files.contrast["aorta_hu"],
@@ -247,7 +247,7 @@ def open_guide(path: Path) -> NDArray[np.float16]:
 
 def store_bytes(case: Case, grid: Grid) -> int:
     """Disk that the stored case takes, from its header alone."""
-    shape = grid_geometry(canonical_geometry(read_geometry(case.image)), grid).shape
+    shape = grid_geometry(nifti.canonical_geometry(nifti.read_geometry(case.image)), grid).shape
     return int(np.prod(shape)) * 3  # int16 and uint8
 
 
@@ -280,7 +280,7 @@ def _mapped(folder: Path, meta: _Meta) -> StoredCase:
     hashes = meta.sources["image"].sha256 or "", meta.hu_sha256
     seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, hashes, meta.corrected)
     made_from = " ".join(str(meta.sources[role].sha256)[:16] for role in sorted(meta.sources))
-    return StoredCase(meta.case, image, label, foreground, slices, *seen, meta.tumor_mm, made_from)
+    return StoredCase(meta.case, image, label, foreground, slices, *seen, meta.tumor_mm, made_from, meta.synthetic)
 
 
 def _sources(case: Case, digest: bool) -> dict[str, InputFile]:
