@@ -16,10 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patients import patient
 
-from kitseg.commands.augment import DIRECTIONS, Copied, Pair, PairSelection, choose_pairs, make_copies, undone
+from kitseg.commands.augment import (
+    DIRECTIONS,
+    Copied,
+    Pair,
+    PairSelection,
+    choose_pairs,
+    make_copies,
+    undone,
+    write_augmented_split,
+)
 from kitseg.errors import KitsegError
 from kitseg.labels import KITS19
-from kitseg.splits import make_split, read_split, with_copies, write_split
+from kitseg.models.run_folder import Run
+from kitseg.runtime.files import file_digest
+from kitseg.splits import Fold, Split, make_split, read_split, with_copies, write_split
 from kitseg.types import Case, Traits, Volume
 from kitseg.volumes.kits import IMAGE, LABEL, case_of
 from kitseg.volumes.nifti import write_image, write_labels
@@ -211,6 +222,32 @@ def test_a_rejected_pair_leaves_its_reason_and_is_not_tried_again(tmp_path: Path
     assert record["covered"] < 0.9
     assert record["reason"] == first[0].reason == second[0].reason
     assert not (tmp_path / "to" / "case_0_from_case_1").exists()
+
+
+def test_copies_of_another_fold_are_left_out_where_their_labels_were_replaced(tmp_path: Path) -> None:
+    cases = [Case(name, tmp_path / name / IMAGE, tmp_path / name / LABEL) for name in "abc"]
+    for case in cases:
+        case.image.parent.mkdir()
+        for file in case.files:
+            file.write_text(str(file.relative_to(tmp_path)))
+    run, to = Run(tmp_path / "run"), tmp_path / "to"
+    run.path.mkdir()
+    write_split(Split((Fold(("a", "b"), ("c",)), Fold(("b", "c"), ("a",))), KITS19), run.split)
+    for fold, (one, other) in enumerate((cases[:2], cases[1:])):
+        (copy := to / f"{one.id}_from_{other.id}").mkdir(parents=True)
+        (copy / IMAGE).touch()
+        made_from = [file_digest(file) for file in (*one.files, *other.files)]
+        origin = {"schema": 1, "sources": [one.id, other.id], "patients": [one.id, other.id], "made_from": made_from}
+        (copy / "origin.json").write_text(json.dumps(origin))
+        (to / f"fold_{fold}.json").write_text(json.dumps({"schema": 1, "fold": fold, "pairs": [copy.name]}))
+    assert write_augmented_split(run, to, cases) == {}
+    assert [fold.train for fold in read_split(to / "splits.json").folds] == [
+        ("a", "a_from_b", "b"),
+        ("b", "b_from_c", "c"),
+    ]
+    cases[2].files[1].write_text("corrected")
+    assert write_augmented_split(run, to, cases) == {1: ["b_from_c"]}
+    assert [fold.train for fold in read_split(to / "splits.json").folds] == [("a", "a_from_b", "b"), ("b", "c")]
 
 
 def test_an_outdated_copy_is_gone_where_it_cannot_be_made_again(

@@ -66,6 +66,7 @@ def augment(
         failed = preprocess_cases(known, plan.config, store, jobs)
     cases = {name: case for name, case in cases.items() if name not in failed}
     copies.check_enough(len(cases), choice)
+    outdated: dict[int, list[str]] = {}
     with folder_lock(output, "copies", share.part):
         ranked = rank_cases(plan, cases, output / f"ranking_{fold}.json", console.print_plain)
         _show_ranking(ranked[:worst])
@@ -80,9 +81,14 @@ def augment(
                 f"part {share}: {left} of {len(pairs)} pairs are still to do; the part that ends last writes the split"
             )
         else:
-            copies.write_augmented_split(plan.run, output)
+            outdated = copies.write_augmented_split(plan.run, output, known)
+            for number, names in outdated.items():
+                problem = (
+                    f"{len(names)} copies of fold {number} are not in the split: their scans or labels were replaced"
+                )
+                console.print_error(f"{output}: {problem}. Call `kitseg augment --fold {number}` again.")
             _print_next_command(plan, data, output)
-    exit_if(bool(failed) or any(outcome.state == "failed" for outcome in outcomes))
+    exit_if(bool(failed or outdated) or any(outcome.state == "failed" for outcome in outcomes))
 
 
 def _show_ranking(ranked: Sequence[Ranked]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
 from kitseg.splits import Split, read_split, with_copies, write_split
 from kitseg.types import Case
-from kitseg.volumes.kits import COPY_ORIGIN, IMAGE, LABEL, ORIGIN, find_cases
+from kitseg.volumes.kits import COPY_ORIGIN, IMAGE, LABEL, ORIGIN, CopyOrigin, find_cases
 from kitseg.volumes.nifti import PHANTOM_MARK, SYNTHETIC_MARK, mark_of, write_image, write_labels
 from kitseg.volumes.scan import label_of, read_labelled
 
@@ -149,22 +150,40 @@ def write_request(to: Path, fold: int, choice: PairSelection, pairs: Sequence[Pa
     _FOLD_PAIRS.write(to / f"fold_{fold}.json", content)
 
 
-def write_augmented_split(run: Run, to: Path) -> Split:
+def write_augmented_split(run: Run, to: Path, cases: Iterable[Case]) -> dict[int, list[str]]:
     """``splits.json``: the run's split with the copies of each fold's pairs, where they weren't rejected.
 
-    Raises KitsegError: the folder's copies were made for another split.
+    cases: the scans that copies are made from. A copy whose scans or labels were replaced since, such as that of
+    another fold than the last call's, is left out.
+
+    Returns:
+        The copies that were left out, by fold.
+
+    Raises:
+        KitsegError: the folder's copies were made for another split.
     """
-    split = read_split(run.split)
+    split, outdated, by_id = read_split(run.split), dict[int, list[str]](), {case.id: case for case in cases}
+    digest = cache(file_digest)
     for path in sorted(to.glob("fold_*.json")):
         asked = _FOLD_PAIRS.read(path)
-        made = [name for name in asked.pairs if (to / name / ORIGIN).exists()]
-        copies = [case for name in made for case in find_cases(to / name)]
+        made = {name: COPY_ORIGIN.read(to / name / ORIGIN) for name in asked.pairs if (to / name / ORIGIN).exists()}
+        if old := [name for name, origin in made.items() if not _is_current(origin, by_id, digest)]:
+            outdated[asked.fold] = old
+        copies = [case for name in made if name not in old for case in find_cases(to / name)]
         try:
             split = with_copies(split, asked.fold, copies)
         except (KitsegError, IndexError) as error:
             raise InputError(path, f"belongs to another split ({error})", "Choose another folder with -o.") from error
     write_split(split, to / "splits.json")
-    return read_split(to / "splits.json")
+    return outdated
+
+
+def _is_current(origin: CopyOrigin, cases: Mapping[str, Case], digest: Callable[[Path], str]) -> bool:
+    try:
+        now = tuple(digest(file) for source in origin.sources for file in cases[source].files)
+    except (KeyError, InputError):  # one of its scans is gone
+        return False
+    return origin.made_from in ((), now)
 
 
 def _make(pair: Pair, to: Path, scheme: Scheme) -> Copied:
@@ -178,12 +197,8 @@ def _make(pair: Pair, to: Path, scheme: Scheme) -> Copied:
 
 def _wanted(pair: Pair, scheme: Scheme) -> dict[str, Any]:
     """The settings and files of a copy, as ``CopyOrigin`` records them. Raises InputError: an unreadable file."""
-    files = (file for case in (pair.reference, pair.floating) for file in (case.image, case.label) if file)
-    return {
-        "settings": asdict(Settings()),
-        "labels": scheme.line,
-        "made_from": tuple(file_digest(file) for file in files),
-    }
+    made_from = tuple(map(file_digest, (*pair.reference.files, *pair.floating.files)))
+    return {"settings": asdict(Settings()), "labels": scheme.line, "made_from": made_from}
 
 
 def _done(pair: Pair, to: Path, wanted: Mapping[str, Any]) -> Copied | None:
