@@ -16,7 +16,7 @@ from conftest import kitseg
 from scipy import ndimage
 
 from kitseg.commands import refine as steps
-from kitseg.commands.measure import LabelTask
+from kitseg.commands.measure import OTHER_SCAN, LabelTask
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import KITS19
 from kitseg.models.training_domain import training_facts
@@ -239,7 +239,11 @@ def test_from_the_click_to_the_page(folder: Path, scan: tuple[np.ndarray, np.nda
 def test_another_scan_on_the_same_grid_is_refused(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:
     assert refine(folder, "pred/a.nii.gz", "0,0,30=background")[0] == 0
     before = (folder / "corrected" / "a.json").read_bytes()
+    assert "from another scan" not in kitseg(folder, "measure", "corrected", "--ct=data", "--jobs=1").text
     write_image(folder / "data" / "a.nii.gz", scan[0] + np.int16(1), NATIVE)
+    measured = kitseg(folder, "measure", "corrected", "--ct=data", "--json=m.json", "--jobs=1")
+    assert measured.code == 0, measured.text
+    assert json.loads((folder / "m.json").read_text())["cases"]["a"]["doubts"] == [OTHER_SCAN]
     code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=background")
     assert (code, "made from another scan than" in " ".join(text.split())) == (2, True)
     assert (folder / "corrected" / "a.json").read_bytes() == before

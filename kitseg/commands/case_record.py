@@ -17,9 +17,11 @@ from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
+from kitseg.types import Case, Volume
 from kitseg.volumes.kits import folder_of, scan_id
 from kitseg.volumes.names import UNCERTAINTY, is_file_name, is_volume_name
 from kitseg.volumes.nifti import CORRECTED_MARK, mark_of
+from kitseg.volumes.scan import hu_digest, scan_digest
 
 
 class ClickRow(TypedDict):
@@ -105,6 +107,14 @@ def record_beside(labels: Path) -> CaseRecord | None:
         return ANY_RECORD.read(record_of(labels))
     except InputError:
         return None
+
+
+def is_of_another_scan(labels: Path, case: Case, scan: Volume) -> bool:
+    """Whether the record of a label map states another scan than this one, whatever the format of its file."""
+    record = record_beside(labels)
+    if record is None or record.scan_sha256 in (None, scan_digest(case)) or not record.is_of(file_digest(labels)):
+        return False
+    return record.hu_sha256 != hu_digest(scan)
 
 
 def recorded_learning(labels: Path) -> tuple[str, ...]:

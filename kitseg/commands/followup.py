@@ -22,7 +22,7 @@ from kitseg.runtime.resume import Task
 from kitseg.types import Case
 from kitseg.volumes.kits import LABEL, case_of
 from kitseg.volumes.names import pair
-from kitseg.volumes.scan import place_doubts, scan_date, scan_patient
+from kitseg.volumes.scan import scan_date, scan_patient
 
 SCHEMA = 1
 ONE_WITHOUT_CYSTS = "the label maps of one date have no cysts, which are kidney there: cysts may be new or vanished"
@@ -98,7 +98,7 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
         for current in (task.before, task.after):
             schemes.append(scheme or scheme_beside(current.labels) or KITS19)
             labels, scan = current.read(schemes[-1])
-            doubts |= dict.fromkeys(place_doubts(labels, scan))
+            doubts |= dict.fromkeys(current.doubts(labels, scan))
             hu = scan.array if scan else None
             visits.append(Visit(labels.array, labels.geometry, measure(labels.array, labels.geometry, hu), hu))
         if len({own.cyst is None for own in schemes}) > 1:

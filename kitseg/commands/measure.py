@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kitseg.commands.case_record import correction_beside, scheme_beside
+from kitseg.commands.case_record import correction_beside, is_of_another_scan, scheme_beside
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.measurement.findings import Findings, Kidney, Lesion
@@ -31,6 +31,7 @@ from kitseg.volumes.scan import check_grid, find_scans, place_doubts, place_on, 
 
 SCHEMA = 1
 DECIMALS = 3
+OTHER_SCAN = "the labels were made from another scan than this one, by the record beside them"
 #: The parts that a mesh can show, by their label ids.
 PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUMOR,), "cyst": (CYST,)}
 
@@ -64,6 +65,11 @@ class LabelTask(Task):
             check_grid(self.labels, labels.geometry, scan.geometry)
         return labels, scan
 
+    def doubts(self, labels: Volume, scan: Volume | None) -> tuple[str, ...]:
+        """What its files leave open: whether the labels are of this scan, and their place in the patient."""
+        is_other = scan is not None and self.scan is not None and is_of_another_scan(self.labels, self.scan, scan)
+        return (*([OTHER_SCAN] if is_other else []), *place_doubts(labels, scan))
+
     def format_error(self, error: Exception) -> str:
         """An error's text for a file that others may read."""
         paths = [self.labels, *([self.scan.image] if self.scan else []), *([self.output] if self.output else [])]
@@ -82,8 +88,8 @@ class Measured:
     """A case's findings, function after surgery and nephrometry, or its ``error``.
 
     labels: the ids of its label map; intervals: with a calibration, those of the kidneys and then of the lesions
-    (``Calibration.of``); origin: how a person corrected it, empty where nobody did; doubts: about its place in the
-    patient, on which the sides depend.
+    (``Calibration.of``); origin: how a person corrected it, empty where nobody did; doubts: about its scan, and about
+    its place in the patient, on which the sides depend.
     """
 
     case: str
@@ -141,7 +147,7 @@ def measure_case(
         found = nephrometry(labels.array, labels.geometry, findings) if scores else None
         # intervals are of a model's errors, not of a person's
         intervals = calibration.of_all(findings, labels.geometry.spacing[0]) if calibration and not origin else ()
-        doubts = place_doubts(labels, scan)
+        doubts = task.doubts(labels, scan)
         return Measured(task.case, findings, "", after, own.line, found, intervals, origin, doubts)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
@@ -158,8 +164,8 @@ def write_findings(path: Path, results: Sequence[Measured]) -> None:
 def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
     """Write a CSV row for each kidney and each lesion of every case; ``kind`` is kidney, tumor or cyst.
 
-    A case without any has a row with a note: nothing found, or the error. Doubts about a case's place in the patient
-    are a note in each of its rows.
+    A case without any has a row with a note: nothing found, or the error. Doubts about a case are a note in each of
+    its rows.
     """
     kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
     rows = [row for result in results for row in _rows(result)]
