@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -44,6 +45,8 @@ class Work:
         to.mkdir()
         if source.read_bytes() == b"bad":
             raise KitsegError("can't be used")
+        if source.read_bytes() == b"full":
+            raise OSError(errno.ENOSPC, "No space left on device", "/tmp/Jane Doe")
         if source.read_bytes() == b"bug":
             raise FileNotFoundError(2, "No such file", "/tmp/Jane Doe")
         (to / "x.zip").write_bytes(source.read_bytes() + ",".join([*endings, str(anonymous)]).encode())
@@ -101,6 +104,7 @@ def test_requests_that_are_refused(
         (404, "loop", "", {}),
         (422, b"bad", "", {}),
         (500, b"bug", "", {}),
+        (503, b"full", "", {}),
     ):
         answer = request(free_port, body, query, **headers)
         assert answer.status == status, (body, query, headers, answer)
@@ -108,8 +112,9 @@ def test_requests_that_are_refused(
         assert b"/tmp" not in answer.body
     log = capsys.readouterr()
     assert "internal error: FileNotFoundError in " in log.out + log.err
+    assert "the disk is full. Free some space" in " ".join(log.out.split())
     assert "Jane" not in log.out + log.err
-    assert [source.name for source in work.sources] == ["study.zip"] * 2
+    assert [source.name for source in work.sources] == ["study.zip"] * 3
     assert list(folder.iterdir()) == []
 
 

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kitseg import __version__
 from kitseg.commands.predict import output_endings
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import KitsegError, UsageError, fault
 from kitseg.runtime.console import print_plain
 from kitseg.service.work import internal_error, place_below, scratch
 
@@ -171,7 +171,8 @@ def errors_as_answers() -> Iterator[None]:
         raise HTTPException(499, "the client left") from error
     except Exception as error:
         print_plain(internal_error(error))
-        raise HTTPException(500, "internal error") from error
+        found = fault(error)
+        raise HTTPException(503 if found else 500, found[0] if found else "internal error") from error
 
 
 def build_app(service: Service, hosts: Sequence[str]) -> FastAPI:

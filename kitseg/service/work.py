@@ -16,7 +16,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 from kitseg.commands.case_record import record_of
 from kitseg.commands.predict import PredictOptions, PredictScans
 from kitseg.commands.report import PageTask, make_page
-from kitseg.errors import InputError, KitsegError
+from kitseg.errors import InputError, KitsegError, fault
 from kitseg.labels import Scheme
 from kitseg.models.members import Ensemble
 from kitseg.runtime.files import is_alive, lies_in
@@ -97,7 +97,12 @@ class Predictor:
 
 
 def internal_error(error: Exception) -> str:
-    """What is printed of an unexpected error: its kind and place, because its text may name the scan or the patient."""
+    """What is printed of an error: of a failure of the machine what it is, else its kind and place.
+
+    Its own text may name the scan or the patient.
+    """
+    if found := fault(error):
+        return f"{found[0]}. {found[1]}"
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"internal error: {type(error).__name__} in {place.filename}, line {place.lineno}"
 
