@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import kitseg
 from nifti_files import save
@@ -175,6 +176,10 @@ def test_a_plan_is_edited_and_trained(planned: Path) -> None:
     assert made["stages"]["masses"]["sampler"]["patch_size"] == [16, 40, 40]
     assert made["stages"]["masses"]["intensity"]["high"] == 100
     assert made["trainer"]["ema"] == 0.999
+    more = kitseg(planned, "train", "--method=resenc", "--plan=mine.yaml", *LITTLE, "--epochs=2")
+    assert (more.code, more.text.count("1 more epochs")) == (0, 2), more.text
+    state = torch.load(planned / "runs/resenc-mine/fold_0/masses/last.ckpt", weights_only=True)
+    assert state["lr_schedulers"][0]["total_iters"] == 2
 
 
 def test_a_network_beyond_the_budget_is_stated(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,8 @@ def in_settings(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, MemoryError, KitsegError) as error:
-        if told := _IN_LOADER.search(str(next(iter(error.args), ""))):
-            raise KitsegError(told[1]) from error
+        if raised := _IN_LOADER.search(str(next(iter(error.args), ""))):
+            raise KitsegError(raised[1]) from error
         found = fault(error)
         if found is None:
             raise
