@@ -159,6 +159,6 @@ def test_a_scan_that_vanished_does_not_stop_the_others(tmp_path: Path) -> None:
 def test_a_file_of_an_earlier_validation_does_not_outlive_it(tmp_path: Path) -> None:
     for name in ("intervals", "confidence"):
         (tmp_path / f"{name}.json").touch()
-    assert write_intervals(tmp_path / "intervals.json", [CaseErrors("a", error="no prediction")]) is None
+    assert write_intervals(tmp_path / "intervals.json", [CaseErrors("a", error="no prediction")], {}) is None
     assert write_confidence(tmp_path / "confidence.json", [], {}) is None
     assert list(tmp_path.iterdir()) == []

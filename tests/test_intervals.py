@@ -34,6 +34,19 @@ def test_the_bounds_are_ordered_errors(count: int, low: int, high: int) -> None:
     assert found.predicted_mm == (30, 29 + count)
 
 
+def test_patients_are_counted_not_their_errors() -> None:
+    def bounds(*patients: tuple[float, ...]) -> tuple[float, float, int] | None:
+        cases = [[SizeError("cyst axial_mm", 9.0, error) for error in errors] for errors in patients]
+        found = calibrate(cases, [3.0] * len(cases)).quantities.get("cyst axial_mm")
+        return found and (found.low_mm, found.high_mm, found.patients)
+
+    assert bounds(*[(0.0, 1.0)] * 10) is None  # 20 errors, of ten patients
+    assert bounds((-50.0,) * 100, *((float(n),) for n in range(38))) == (0, 36, 39)  # the second of 39 from either end
+    assert bounds(*((n - 0.1, n + 0.1) for n in range(39))) == pytest.approx((0.9, 37.1, 39))
+    halves = [[SizeError("cyst axial_mm", 9.0, float(n))] for n in range(20)]
+    assert calibrate(halves, [3.0] * 20, [f"p{n // 2}" for n in range(20)]).quantities == {}
+
+
 def test_too_few_errors_and_other_cases_have_no_interval() -> None:
     errors = [[SizeError("tumor diameter_mm", 30.0, n / 10), SizeError("cyst axial_mm", 9.0, 1.0)] for n in range(19)]
     found = calibrate([*errors[:-1], errors[-1][:1]], [1.0, 5.0])
@@ -72,6 +85,7 @@ def test_from_evaluate_to_measure_and_report(tmp_path: Path) -> None:
         (-2, 2), abs=0.3
     )
     assert ranges["kidney parenchyma_ml"]["count"] == 40
+    assert ranges["kidney parenchyma_ml"]["patients"] == 20
     measured = kitseg(tmp_path, "measure", "pred/p01.nii.gz", "--intervals=i.json", "--json=m.json", "--csv=m.csv")
     assert measured.code == 0, measured.text
     (lesion,) = json.loads((tmp_path / "m.json").read_text())["cases"]["p01"]["lesions"]
@@ -84,6 +98,15 @@ def test_from_evaluate_to_measure_and_report(tmp_path: Path) -> None:
     assert "(?)" in kitseg(tmp_path, "measure", "large.nii.gz", "--intervals=i.json").text
     assert kitseg(tmp_path, "report", "pred/p01.nii.gz", "--intervals=i.json", "-o", "pages", "--jobs=1").code == 0
     assert f"{low:.1f} to {high:.1f}</small>" in (tmp_path / "pages" / "p01.html").read_text()
+    click = {"x": 1.0, "y": 2.0, "z": 3.0, "label": "tumor"}
+    record = {"schema": 4, "note": "corrected by a person", "corrected": [click]}
+    (tmp_path / "pred" / "p01.json").write_text(json.dumps(record))
+    for command in (("measure", "--json=m.json"), ("report", "-o", "pages", "--jobs=1")):
+        name, *options = command
+        again = kitseg(tmp_path, name, "pred/p01.nii.gz", "--intervals=i.json", "--overwrite", *options)
+        assert again.code == 0, again.text
+    assert "intervals" not in (tmp_path / "m.json").read_text()
+    assert "90 % intervals" not in (tmp_path / "pages" / "p01.html").read_text()
 
 
 def test_cases_that_were_learned_from_and_bad_files_are_left_out(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def evaluate(
     refuse_overwrite(intervals, "intervals")
     refuse_overwrite(confidence, "confidence")
     rules = scoring.rules(protocol, scheme, split)
+    patients = read_patients(references / PATIENTS) if intervals or confidence else {}
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
@@ -110,9 +111,8 @@ def evaluate(
         cache.clear()
     if intervals:
         errors = gather("intervals", found, partial(case_errors, rules=rules), jobs)
-        show_intervals(write_intervals(intervals, errors), intervals)
+        show_intervals(write_intervals(intervals, errors, patients), intervals)
     if confidence:
-        patients = read_patients(references / PATIENTS)
         show_confidence(write_confidence(confidence, list(zip(found, scores, strict=True)), patients), confidence)
     exit_if(bool(unscored.predictions) or any(score.missing or score.error for score in scores))
 

@@ -57,15 +57,17 @@ def show_intervals(found: Calibration | None, path: Path) -> None:
     if found is None:
         console.print_line("No intervals: no case could be measured.")
         return
-    table = console.table("quantity", "errors", "low mm", "high mm", "predicted mm")
+    table = console.table("quantity", "patients", "errors", "low mm", "high mm", "predicted mm")
     for name, known in found.quantities.items():
         sizes = "{:.0f} to {:.0f}".format(*known.predicted_mm)
-        table.add_row(name, str(known.count), f"{known.low_mm:+.1f}", f"{known.high_mm:+.1f}", sizes)
+        table.add_row(
+            name, str(known.patients), str(known.count), f"{known.low_mm:+.1f}", f"{known.high_mm:+.1f}", sizes
+        )
     console.out.print(table)
     slices = "{:g} to {:g}".format(*found.slice_mm)
     console.print_line(
         f"{found.level:.0%} intervals from {found.cases} cases, slices {slices} mm apart; errors of volumes are those "
-        "of the diameter of a ball. A quantity needs 19 errors."
+        "of the diameter of a ball. A quantity needs 19 patients."
     )
     console.print_line(escape(f"→ {path}"))
 

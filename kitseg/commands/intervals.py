@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,13 +48,17 @@ def case_errors(job: Job, rules: Rules) -> CaseErrors:
         return CaseErrors(job.case, error=format_error(job.case, error))
 
 
-def write_intervals(path: Path, cases: Sequence[CaseErrors]) -> Calibration | None:
-    """Write the intervals of the cases that could be measured; None, and no file any more, without one."""
+def write_intervals(path: Path, cases: Sequence[CaseErrors], patients: Mapping[str, str]) -> Calibration | None:
+    """Write the intervals of the cases that could be measured; None, and no file any more, without one.
+
+    patients: whose case it is, where it isn't the patient's only one.
+    """
     path.unlink(missing_ok=True)
     good = [case for case in cases if not case.error]
     if not good:
         return None
-    found = calibrate([case.errors for case in good], [case.slice_mm for case in good])
+    whose = [patients.get(case.case, case.case) for case in good]
+    found = calibrate([case.errors for case in good], [case.slice_mm for case in good], whose)
     _FORMAT.write(path, found)
     return found
 

@@ -123,7 +123,8 @@ def _make_page(task: PageTask) -> CaseRow:
     quality = record.quality if record.is_of(digest) else None
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)
-    intervals = task.intervals.of_all(findings, scene.geometry.spacing[0]) if task.intervals else ()
+    by_model = None if record.corrected else task.intervals  # they are of a model's errors, not of a person's
+    intervals = by_model.of_all(findings, scene.geometry.spacing[0]) if by_model else ()
     after = after_surgery(findings, task.patient, scene.labels, scene.geometry) if task.patient else None
     content = CaseContent(
         task.case, scene, findings, quality, task.scores, facts, notes, intervals, task.patient, after

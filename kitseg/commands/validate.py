@@ -163,7 +163,7 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
     write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds, Unscored()))
     to = validation.run.validation(validation.mirror)
     patients = {case: whose[0] for case, whose in validation.split.patients.items() if whose}
-    write_intervals(to / INTERVALS, errors)
+    write_intervals(to / INTERVALS, errors, patients)
     write_confidence(to / CONFIDENCE, list(zip(jobs, scores, strict=True)), patients, fit_temperature(samples))
     return scores
 

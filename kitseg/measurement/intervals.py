@@ -1,9 +1,13 @@
 """Intervals for volumes and diameters, from a model's errors on cases that it didn't learn from (split conformal).
 
 Outlines are wrong by millimetres, whatever the size of what they enclose. So an error is a difference of diameters in
-mm, reference minus prediction; that of a volume is the difference of the diameters of balls of these volumes. With n
-errors, the interval reaches from the k-th smallest to the k-th largest, k = ⌊0.05 (n + 1)⌋, which covers at least 90 %
-of new cases that are like these (Vovk et al., Algorithmic Learning in a Random World, 2005).
+mm, reference minus prediction; that of a volume is the difference of the diameters of balls of these volumes.
+
+Errors of one patient are alike, so that patients are counted, not errors: with n patients, each error has the weight
+1 / (n + 1) over the number of its patient's errors, and what is left, 1 / (n + 1), counts as an error beyond either
+end. The interval reaches to where more than 5 % of the weight lie at or beyond its end. It covers a figure, drawn from
+a new patient's, with a probability of at least 90 %, if that patient is like these (Lee, Barber and Willett,
+arXiv:2306.06342, 2023; with one error each, the k-th smallest and largest, k = ⌊0.05 (n + 1)⌋, of Vovk et al., 2005).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from kitseg.measurement.followup import match
 from kitseg.types import ball_diameter
 
 LEVEL = 0.9
+_ROUNDING = 1e-9
 _VOLUMES = ("volume_ml", "parenchyma_ml")
 QUANTITIES = (*_VOLUMES, "diameter_mm", "axial_mm")
 
@@ -35,17 +40,21 @@ class SizeError:
 
 @dataclass(frozen=True)
 class ErrorRange:
-    """The errors of a quantity: the interval's bounds in mm, their number, and the range of predicted diameters."""
+    """The errors of a quantity: the interval's bounds in mm, their number, and the range of predicted diameters.
+
+    patients: whose errors they are; 0 in files of versions that didn't count them.
+    """
 
     low_mm: float
     high_mm: float
     count: int
     predicted_mm: tuple[float, float]
+    patients: int = 0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The errors of a model by quantity, those with too few cases left out; slice_mm: of the cases.
+    """The errors of a model by quantity, those of fewer than 19 patients left out; slice_mm: of the cases.
 
     level: part of the cases that an interval is to cover; cases: number of cases.
     """
@@ -109,22 +118,38 @@ def size_errors(found: Findings, truth: Findings, affine: NDArray[np.float64]) -
     ]
 
 
-def calibrate(cases: Sequence[Iterable[SizeError]], slices_mm: Sequence[float]) -> Calibration:
-    """The error ranges of cases, and the distances of their slices; ValueError without a case."""
-    by_quantity: dict[str, list[SizeError]] = {}
-    for error in (error for case in cases for error in case):
-        by_quantity.setdefault(error.quantity, []).append(error)
-    ranges = {name: _range(errors) for name, errors in sorted(by_quantity.items())}
+def calibrate(
+    cases: Sequence[Iterable[SizeError]], slices_mm: Sequence[float], patients: Sequence[str] = ()
+) -> Calibration:
+    """The error ranges of cases, and the distances of their slices; ValueError without a case.
+
+    patients: whose cases they are; empty where each is a patient of its own.
+    """
+    by_quantity: dict[str, dict[str, list[SizeError]]] = {}
+    for case, patient in zip(cases, patients or map(str, range(len(cases))), strict=True):
+        for error in case:
+            by_quantity.setdefault(error.quantity, {}).setdefault(patient, []).append(error)
+    ranges = {name: _range(list(errors.values())) for name, errors in sorted(by_quantity.items())}
     known = {name: found for name, found in ranges.items() if found}
     return Calibration(LEVEL, len(cases), (min(slices_mm), max(slices_mm)), known)
 
 
-def _range(errors: Sequence[SizeError]) -> ErrorRange | None:
-    ordered, sizes = sorted(error.error_mm for error in errors), [error.predicted_mm for error in errors]
-    rank = int((1 - LEVEL) / 2 * (len(ordered) + 1) + 1e-9)
-    if not rank:
+def _range(patients: Sequence[Sequence[SizeError]]) -> ErrorRange | None:
+    """The interval's bounds from the errors of each patient; None for fewer than 19."""
+    beyond = (1 - LEVEL) / 2 * (len(patients) + 1) - 1 + _ROUNDING  # in patients
+    if beyond < 0:
         return None
-    return ErrorRange(ordered[rank - 1], ordered[-rank], len(ordered), (min(sizes), max(sizes)))
+    errors = np.array([error.error_mm for part in patients for error in part])
+    weights = np.repeat([1 / len(part) for part in patients], [len(part) for part in patients])
+    sizes = [error.predicted_mm for part in patients for error in part]
+    low, high = _end(errors, weights, beyond), -_end(-errors, weights, beyond)
+    return ErrorRange(low, high, errors.size, (min(sizes), max(sizes)), len(patients))
+
+
+def _end(errors: NDArray[np.float64], weights: NDArray[np.float64], beyond: float) -> float:
+    """The first of the errors, in their order, at which the sum of weights exceeds ``beyond``."""
+    order = np.argsort(errors, kind="stable")
+    return float(errors[order][np.searchsorted(np.cumsum(weights[order]), beyond, side="right")])
 
 
 def _kind(part: Kidney | Lesion) -> str:
