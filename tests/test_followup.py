@@ -90,7 +90,25 @@ def test_a_kidney_that_is_gone_takes_its_lesions_along(tmp_path: Path) -> None:
     assert found["vanished"]["side"] == "right"
     assert found["unchanged"]["side"] == "left"
     assert found["unchanged"]["mean_mm_a_year"] is None  # no dates
-    assert "not aligned" in (tmp_path / "followup" / "a-b.html").read_text()
+    page = (tmp_path / "followup" / "a-b.html").read_text()
+    assert "not aligned" in page
+    assert "One date shows no right kidney: its lesions were not looked for there." in page
+
+
+def test_what_the_other_scan_does_not_show_is_not_said_to_be_gone(tmp_path: Path) -> None:
+    before = save(tmp_path / "a.nii.gz", *KIDNEYS, ball((60, 0, -52), 9), ball((80, 0, 20), 12))
+    whole = nibabel.load(before)
+    upper = np.asarray(whole.dataobj)[: round((75 + 6 + 36) / 2)]  # the scan ends 36 mm below the kidneys' centre
+    nibabel.save(nibabel.Nifti1Image(upper, whole.affine), tmp_path / "b.nii.gz")
+    found = rows(tmp_path, "a.nii.gz", "b.nii.gz")
+    assert found["not scanned"]["before_volume_ml"] == pytest.approx(4 / 3 * np.pi * 0.9**3, rel=0.05)
+    assert found["unchanged"]["offset_mm"] < 3
+    (case,) = json.loads((tmp_path / "f.json").read_text())["followup"].values()
+    (doubt,) = case["doubts"]
+    assert doubt.startswith("second date: kidney or tumor reaches the edge of the scan (bottom)")
+    assert "Second date: kidney or tumor reaches the edge" in (tmp_path / "followup" / "a-b.html").read_text()
+    back = rows(tmp_path, "b.nii.gz", "a.nii.gz", "--overwrite")
+    assert back["not scanned"]["after_volume_ml"] == found["not scanned"]["before_volume_ml"]
 
 
 def test_the_dates_come_from_dicom_and_folders_go_by_names(tmp_path: Path) -> None:
@@ -132,6 +150,9 @@ def test_cysts_at_one_date_only_may_be_the_labels(tmp_path: Path) -> None:
     done = kitseg(tmp_path, "followup", "a.nii.gz", "b.nii.gz")
     assert done.code == 0, done.text
     assert "the label maps of one date have no cysts, which are kidney there" in " ".join(done.text.split())
+    back = kitseg(tmp_path, "followup", "b.nii.gz", "a.nii.gz")
+    assert back.code == 0, back.text
+    assert '<th scope="row">cyst 1 → –</th>' in (tmp_path / "followup" / "b-a.html").read_text()
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

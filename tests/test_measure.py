@@ -363,3 +363,20 @@ def test_an_empty_case_has_a_row(tmp_path: Path) -> None:
     assert "nothing found" in done.text
     (row,) = csv.DictReader((tmp_path / "f.csv").open())
     assert (row["case"], row["kind"], row["note"]) == ("case_00000", "", "nothing found")
+
+
+def test_doubts_about_the_labels(tmp_path: Path) -> None:
+    geometry = lattice(spacing=(5, 2, 2))
+    labels = paint(geometry, RIGHT_KIDNEY, LEFT_KIDNEY)
+    far = paint(geometry, RIGHT_KIDNEY, LEFT_KIDNEY, ball((62, 30, 5), 5))
+    for name, array in (("whole", labels), ("cut", labels[:20]), ("far", far)):
+        nibabel.save(nibabel.Nifti1Image(array, geometry.affine), tmp_path / f"{name}.nii.gz")
+    done = kitseg(tmp_path, "measure", ".", "--csv=f.csv", "--json=f.json", "--jobs=1")
+    assert done.code == 0, done.text
+    said = "kidney or tumor reaches the edge of the scan (bottom) and may be cut off: sizes are lower bounds"
+    assert f"cut: {said}" in " ".join(done.text.split())
+    cases = json.loads((tmp_path / "f.json").read_text())["cases"]
+    apart = ["0.5 ml of tumor are separate from the kidneys, up to 12 mm from them"]
+    assert {name: case.get("doubts", []) for name, case in cases.items()} == {"cut": [said], "far": apart, "whole": []}
+    with (tmp_path / "f.csv").open() as file:
+        assert {row["case"]: row["note"] for row in csv.DictReader(file)} == {"cut": said, "far": apart[0], "whole": ""}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel
@@ -147,6 +148,24 @@ def test_a_tumor_in_place_of_the_sinus() -> None:
     assert found.padua.sinus == 2
 
 
+def test_a_single_kidney_is_on_one_side_in_all_of_a_cases_figures(tmp_path: Path) -> None:
+    geometry = lattice("RAS", spacing=(3, 2, 2), size=SIZE)
+    labels = paint(geometry, *KIDNEY_AND_SINUS, ball((72, 0, -48), 13))
+    hu = np.full(geometry.shape, -1000, np.int16)
+    hu[80:] = 0  # the scan's middle is to the left of the kidney, the body's to its right
+    for name, array in (("case", labels), ("ct", hu)):
+        nibabel.save(nibabel.Nifti1Image(array, geometry.affine), tmp_path / f"{name}.nii.gz")
+    sides = {}
+    for name, options in (("alone", []), ("scanned", ["--ct=ct.nii.gz"])):
+        shown = kitseg(tmp_path, "measure", "case.nii.gz", "--nephrometry", "--json=m.json", "--overwrite", *options)
+        assert shown.code == 0, shown.text
+        found = json.loads((tmp_path / "m.json").read_text())["cases"]["case"]
+        sides[name] = found["lesions"][0]["side"]
+        assert found["nephrometry"]["renal"]["location"] == 1
+        assert found["nephrometry"]["lines"]["centre"] == pytest.approx((60, 0, 0), abs=3)
+    assert sides == {"alone": "right", "scanned": "left"}
+
+
 def test_the_command_and_nothing_to_score(tmp_path: Path) -> None:
     geometry = lattice("RAS", spacing=(3, 2, 2), size=SIZE)
     labels = paint(geometry, *KIDNEY_AND_SINUS, OTHER, ball((72, 0, -48), 13))
@@ -154,7 +173,15 @@ def test_the_command_and_nothing_to_score(tmp_path: Path) -> None:
     shown = kitseg(tmp_path, "measure", "case.nii.gz", "--nephrometry", "--json=found.json")
     assert shown.code == 0, shown.text
     assert "PADUA" in shown.text
-    assert '"nearness"' in (tmp_path / "found.json").read_text()
+    (found,) = json.loads((tmp_path / "found.json").read_text())["cases"].values()
+    parts = found["nephrometry"]["renal"]
+    points = sum(parts[name] for name in ("radius", "exophytic", "nearness", "location"))
+    assert parts["score"] == f"{points}{parts['face']}"
+    assert parts["score"] in shown.text
+    nibabel.save(nibabel.Nifti1Image(np.where(labels == 1, 0, labels), geometry.affine), tmp_path / "alone.nii.gz")
+    alone = kitseg(tmp_path, "measure", "alone.nii.gz", "--nephrometry")
+    assert (alone.code, "No nephrometry, which takes a tumor in a kidney" in alone.text) == (0, True)
+    assert "R.E.N.A.L." not in alone.text
     assert library.nephrometry(np.minimum(labels, KIDNEY), geometry.affine) is None
     page = kitseg(tmp_path, "report", "case.nii.gz", "--output=pages")
     assert page.code == 0, page.text

@@ -53,6 +53,15 @@ def test_a_patient_from_python(tmp_path: Path) -> None:
     whole = labels == KIDNEY
     assert found.lost_gfr[2] == pytest.approx(90 * found.lost_ml[2] / (whole.sum() * geometry.voxel_ml))
     assert library.after_surgery(labels * (labels == KIDNEY), Patient(80, 60), geometry.affine) is None
+    speck = paint(geometry, KIDNEYS[0], ball((90, 0, 0), 15), ball((-60, 0, 0), 6, KIDNEY))
+    assert len(library.measure(speck, geometry.affine).kidneys) == 2
+    assert library.after_surgery(speck, Patient(80, 60), geometry.affine) is None  # 0.9 ml are no second kidney
+
+
+@pytest.mark.parametrize(("egfr", "age"), [(14.9, 60), (251, 60), (75, 17), (75, 121), (float("nan"), 60)])
+def test_the_formulas_are_for_adults_with_some_function(egfr: float, age: float) -> None:
+    with pytest.raises(ValueError, match="an eGFR within 15 and 250"):
+        Patient(egfr, age)
 
 
 def record(**values: object) -> Clinical:
@@ -106,8 +115,10 @@ def test_the_command(tmp_path: Path) -> None:
     one = kitseg(tmp_path, "measure", "data/case_00000/segmentation.nii.gz", "--egfr=75", "--age=60", "--json=one.json")
     assert one.code == 0, one.text
     assert "90 %" in one.text
+    assert "The other kidney has a tumor too" in one.text
     (found,) = json.loads((tmp_path / "one.json").read_text())["cases"].values()
     assert found["after_surgery"]["partial"]["volume"] == pytest.approx(66.75)
+    assert found["after_surgery"]["patient"] == {"egfr": 75, "age": 60, "diabetes": False}
     paged = kitseg(tmp_path, "report", "data/case_00000/segmentation.nii.gz", "--egfr=75", "--age=60", "-o", "pages")
     assert paged.code == 0, paged.text
     page = (tmp_path / "pages" / "case_00000.html").read_text()
@@ -118,7 +129,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert f'<th scope="row">5 mm</th><td>{lost:.0f}</td><td>{cost:.1f}</td>' in page
     for options, problem in (
         (["--egfr=75"], "both --egfr and --age"),
-        (["--egfr=75", "--age=600"], "within 1 and 120"),
+        (["--egfr=75", "--age=600"], "an age within 18 and 120"),
+        (["--egfr=9", "--age=60"], "--egfr 9, --age 60: the formulas are for an eGFR within 15"),
     ):
         refused = kitseg(tmp_path, "measure", "data/case_00000/segmentation.nii.gz", *options)
         assert refused.code == 2

@@ -62,8 +62,12 @@ def show_nephrometry(results: Sequence[Measured]) -> None:
             )
             gap = "–" if found.nearness_mm is None else f"{found.nearness_mm:.1f}"
             table.add_row(escape(result.case), *map(str, (found.lesion, renal, *cells)), f"{found.c_index:.2f}", gap)
-    console.out.print(table)
-    console.print_line("N and the collecting system are estimated from the renal sinus. For research use only.")
+    if table.row_count:
+        console.out.print(table)
+        console.print_line("N and the collecting system are estimated from the renal sinus. For research use only.")
+    if others := [result.case for result in results if not (result.nephrometry or result.error)]:
+        what = "No nephrometry, which takes a tumor in a kidney with parenchyma"
+        console.print_line(escape(f"{what}: {', '.join(others)}"))
 
 
 def show_function(results: Sequence[Measured]) -> None:
@@ -89,6 +93,9 @@ def show_function(results: Sequence[Measured]) -> None:
         "0.89 × eGFR (partial); clinical: from eGFR, age, size and diabetes; both: their mean, with its 90 % interval. "
         "margin: parenchyma within it, and its share of the eGFR. For research use only."
     )
+    if both := [result.case for result in results if result.after_surgery and result.after_surgery.other_tumor]:
+        what = "The other kidney has a tumor too, whose operation is not in these figures"
+        console.print_line(escape(f"{what}: {', '.join(both)}"))
 
 
 def show_study(study: Study | None, picture: Path | None) -> None:

@@ -12,6 +12,7 @@ from kitseg.commands.case_record import scheme_beside
 from kitseg.commands.measure import DECIMALS, LabelTask, plan_measures
 from kitseg.errors import UsageError
 from kitseg.labels import KITS19, Scheme
+from kitseg.measurement import quality
 from kitseg.measurement.followup import DAYS_A_YEAR, Change, Visit, followup
 from kitseg.measurement.measure import measure
 from kitseg.report.followup_page import FollowupContent, write_followup_page
@@ -26,6 +27,7 @@ from kitseg.volumes.scan import scan_date, scan_patient
 
 SCHEMA = 1
 ONE_WITHOUT_CYSTS = "the label maps of one date have no cysts, which are kidney there: cysts may be new or vanished"
+ONE_WITHOUT_KIDNEY = "one date shows no {} kidney: its lesions were not looked for there"
 OTHER_PATIENT = "the scans state different patient IDs: they may be of two patients"
 Dates = tuple[date, date]
 
@@ -45,7 +47,7 @@ class Followed:
     """A patient's lesions, a row each (``row_of``), or the ``error``.
 
     residual_mm: of the alignment of each kidney; doubts: about the place in the patient, on which the sides depend,
-    about whether both are of one patient, and about cysts.
+    about whether both are of one patient, about cysts, and about what the scans don't show.
     """
 
     case: str
@@ -91,7 +93,7 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
 
     scheme: of both label maps; None: that of the record beside each, else KiTS19's.
     """
-    visits, schemes, doubts, current = [], list[Scheme](), dict[str, None](), task.before
+    visits, schemes, doubts, current = list[Visit](), list[Scheme](), dict[str, None](), task.before
     try:
         doubts |= dict.fromkeys(_other_patient(task))
         dates = task.dates or _dates(task)
@@ -100,16 +102,22 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
             labels, scan = current.read(schemes[-1])
             doubts |= dict.fromkeys(current.doubts(labels, scan))
             hu = scan.array if scan else None
-            visits.append(Visit(labels.array, labels.geometry, measure(labels.array, labels.geometry, hu), hu))
+            findings = measure(labels.array, labels.geometry, hu)
+            name = "second" if visits else "first"
+            more = quality.doubts(labels.array, labels.geometry, findings)
+            doubts |= dict.fromkeys(f"{name} date: {doubt}" for doubt in more)
+            visits.append(Visit(labels.array, labels.geometry, findings, hu))
         if len({own.cyst is None for own in schemes}) > 1:
             doubts[ONE_WITHOUT_CYSTS] = None
         days = (dates[1] - dates[0]).days if dates else None
         found = followup(*visits)
         rows = tuple(row_of(change, days) for change in found.changes)
+        doubts |= dict.fromkeys(ONE_WITHOUT_KIDNEY.format(side) for side in found.not_aligned)
         names = tuple(map(str, dates)) if dates else ("First date", "Second date")
+        shown = max(schemes, key=lambda own: own.cyst is not None)
         notes = [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in doubts]
         ends = (visits[0], visits[1]), found, rows, (names[0], names[1])
-        write_followup_page(task.page, FollowupContent(task.case, *ends, schemes[1], notes))
+        write_followup_page(task.page, FollowupContent(task.case, *ends, shown, notes))
         residuals = {side: round(found.residual_mm, DECIMALS) for side, found in found.alignments.items()}
         return Followed(task.case, "", rows, dates, residuals, tuple(doubts))
     except Exception as error:  # the other patients continue, whatever the error

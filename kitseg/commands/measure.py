@@ -12,6 +12,7 @@ import numpy as np
 from kitseg.commands.case_record import correction_beside, is_of_another_scan, scheme_beside
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
+from kitseg.measurement import quality
 from kitseg.measurement.findings import Findings, Kidney, Lesion
 from kitseg.measurement.intervals import Calibration
 from kitseg.measurement.measure import measure
@@ -88,8 +89,8 @@ class Measured:
     """A case's findings, function after surgery and nephrometry, or its ``error``.
 
     labels: the ids of its label map; intervals: with a calibration, those of the kidneys and then of the lesions
-    (``Calibration.of``); origin: how a person corrected it, empty where nobody did; doubts: about its scan, and about
-    its place in the patient, on which the sides depend.
+    (``Calibration.of``); origin: how a person corrected it, empty where nobody did; doubts: about its scan, its
+    place in the patient, on which the sides depend, and what was labelled.
     """
 
     case: str
@@ -142,12 +143,13 @@ def measure_case(
         own = scheme or scheme_beside(task.labels) or KITS19
         labels, scan = task.read(own)
         origin = correction_beside(task.labels)
-        findings = measure(labels.array, labels.geometry, scan.array if scan else None)
+        hu = scan.array if scan else None
+        findings = measure(labels.array, labels.geometry, hu)
         after = after_surgery(findings, task.patient, labels.array, labels.geometry) if task.patient else None
-        found = nephrometry(labels.array, labels.geometry, findings) if scores else None
+        found = nephrometry(labels.array, labels.geometry, findings, hu) if scores else None
         # intervals are of a model's errors, not of a person's
         intervals = calibration.of_all(findings, labels.geometry.spacing[0]) if calibration and not origin else ()
-        doubts = task.doubts(labels, scan)
+        doubts = (*task.doubts(labels, scan), *quality.doubts(labels.array, labels.geometry, findings))
         return Measured(task.case, findings, "", after, own.line, found, intervals, origin, doubts)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
@@ -212,12 +214,17 @@ def _rows(result: Measured) -> Iterator[dict[str, Any]]:
 
 
 def _content(result: Measured) -> dict[str, Any]:
-    more = {"after_surgery": result.after_surgery, "nephrometry": result.nephrometry}
     content = asdict(result.findings)
     for part, intervals in zip((*content["kidneys"], *content["lesions"]), result.intervals, strict=False):
         part["intervals"] = intervals
     known = {name: value for name in ("origin", "doubts") if (value := getattr(result, name))}
-    return {**known, **content, **{name: asdict(value) for name, value in more.items() if value}}
+    if result.after_surgery:
+        content["after_surgery"] = asdict(result.after_surgery)
+    if found := result.nephrometry:
+        content["nephrometry"] = asdict(found)
+        for name, score in (("renal", found.renal), ("padua", found.padua)):
+            content["nephrometry"][name]["score"] = str(score)
+    return {**known, **content}
 
 
 def _rounded(value: Any) -> Any:

@@ -15,19 +15,19 @@ from kitseg.volumes.tables import CLINICAL, Clinical, Egfr, read_records
 
 _OPERATIONS = {"radical_nephrectomy": RADICAL, "partial_nephrectomy": PARTIAL}
 _DIABETES = ("uncomplicated_diabetes_mellitus", "diabetes_mellitus_with_end_organ_damage")
-_ADULT, _LEAST_EGFR = 18, 15.0
 _WINDOW, _MIDDLE = (30, 730), 180  # days after surgery
 
 
 def patient_of(egfr: float | None, age: float | None, diabetes: bool) -> Patient | None:
-    """The patient of the options ``--egfr``, ``--age`` and ``--diabetes``; UsageError if they aren't complete."""
+    """The patient of the options ``--egfr``, ``--age`` and ``--diabetes``; UsageError if one is missing or unusual."""
     if egfr is None and age is None and not diabetes:
         return None
     if egfr is None or age is None:
         raise UsageError("the function after surgery needs both --egfr and --age")
-    if not 0 < egfr <= 250 or not 0 < age <= 120:
-        raise UsageError("--egfr must lie within 1 and 250 ml/min/1.73 m², --age within 1 and 120 years")
-    return Patient(egfr, age, diabetes)
+    try:
+        return Patient(egfr, age, diabetes)
+    except ValueError as error:
+        raise UsageError(f"--egfr {egfr:g}, --age {age:g}: {error}") from error
 
 
 def patients_of(cases: Sequence[str], folders: Sequence[Path], patient: Patient | None) -> dict[str, Patient]:
@@ -52,9 +52,12 @@ def clinical_records(labels: Path) -> dict[str, Clinical]:
 def eligible(record: Clinical) -> Patient | None:
     """A patient with everything that the formulas need, by the rules in docs/explanation/renal_function.md."""
     egfr, age = _value(record.last_preop_egfr), record.age_at_nephrectomy
-    if egfr is None or egfr < _LEAST_EGFR or age is None or age < _ADULT:
+    if egfr is None or age is None:
         return None
-    return Patient(egfr, age, any(record.comorbidities.get(name) for name in _DIABETES))
+    try:
+        return Patient(egfr, age, any(record.comorbidities.get(name) for name in _DIABETES))
+    except ValueError:
+        return None
 
 
 def new_baseline(record: Clinical) -> float | None:

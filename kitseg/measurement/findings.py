@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kitseg.types import Box, Triple
 
 RIGHT, LEFT = "right", "left"
+KIDNEY_ML = 20.0  # least volume of a kidney with its lesions; less is a speck, or a failed outline
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,8 @@ class Findings:
 
     kidneys: tuple[Kidney, ...]
     lesions: tuple[Lesion, ...]
+
+    @property
+    def whole_kidneys(self) -> list[Kidney]:
+        """The kidneys of a plausible size, 20 ml or more."""
+        return [kidney for kidney in self.kidneys if kidney.volume_ml >= KIDNEY_ML]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from kitseg.components import bounding_box
 from kitseg.labels import BACKGROUND
 from kitseg.measurement.alignment import Alignment, Surface, align, kidney_surfaces
 from kitseg.measurement.findings import Findings, Lesion
-from kitseg.measurement.sides import body_midline, frame_midline
-from kitseg.types import Geometry, ball_diameter
+from kitseg.measurement.sides import find_midline
+from kitseg.types import Box, Geometry, ball_diameter
 
 DAYS_A_YEAR = 365.25
 _REACH_MM = 5.0  # beyond the radius of the larger lesion, within which the other's centre must lie
@@ -44,8 +44,7 @@ class Visit:
         box = bounding_box(self.labels != BACKGROUND)
         if box is None:
             return {}
-        midline = frame_midline(self.geometry) if self.hu is None else body_midline(self.hu, self.geometry, box)
-        return kidney_surfaces(self.labels, self.geometry, midline)
+        return kidney_surfaces(self.labels, self.geometry, find_midline(self.geometry, box, self.hu))
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Change:
     volume_ml: change of the volume; mean_mm, diameter_mm, axial_mm: of the diameter of a ball of that volume, of the
     largest diameter in 3D, and of that within a slice, which depends on how the patient lies; least_ml, least_mm: the
     least changes of volume and ball that exceed the effect of the grids; offset_mm: from the centre at the first date,
-    aligned, to that at the second. None for a lesion with one date.
+    aligned, to that at the second. None for a lesion with one date. scanned: whether the other scan shows its place, so
+    that it can be new or vanished.
     """
 
     before: Lesion | None
@@ -67,10 +67,21 @@ class Change:
     least_ml: float | None = None
     least_mm: float | None = None
     offset_mm: float | None = None
+    scanned: bool = True
+
+    @property
+    def both(self) -> Iterator[Lesion]:
+        """The lesion at the dates that it is found at."""
+        return (lesion for lesion in (self.before, self.after) if lesion)
 
     @property
     def verdict(self) -> str:
-        """``new``, ``vanished``, ``larger``, ``smaller``, or ``unchanged``: by no more than the least volume."""
+        """``new``, ``vanished``, ``larger``, ``smaller``, or ``unchanged``: by no more than the least volume.
+
+        ``not scanned`` where the other scan ends before the lesion's place.
+        """
+        if not self.scanned:
+            return "not scanned"
         if self.before is None or self.volume_ml is None or self.least_ml is None:
             return "new" if self.before is None else "vanished"
         if abs(self.volume_ml) <= self.least_ml:
@@ -84,7 +95,7 @@ class Change:
 
     def doubling_days(self, days: float | None) -> float | None:
         """The volume's doubling time in days, from the days between the dates; None unless it is larger."""
-        if days is None or self.verdict != "larger" or self.before is None or self.after is None:
+        if not days or self.verdict != "larger" or self.before is None or self.after is None:
             return None
         return float(days * np.log(2) / np.log(self.after.volume_ml / self.before.volume_ml))
 
@@ -99,13 +110,20 @@ class Followup:
     changes: tuple[Change, ...]
     alignments: Mapping[str, Alignment]
 
+    @property
+    def not_aligned(self) -> list[str]:
+        """The kidneys with lesions that could not be looked for at the other date."""
+        sides = dict.fromkeys(lesion.side for change in self.changes for lesion in change.both)
+        return [side for side in sides if side not in self.alignments]
+
 
 def followup(before: Visit, after: Visit) -> Followup:
     """Find the lesions of the first date again at the second one.
 
     Each kidney's surface is aligned rigidly (``alignment.align``). A lesion may be another one's if its aligned centre
     lies within the larger lesion's radius (of a ball of its volume) and 5 mm of the other's centre; the closest pairs
-    are chosen together, pairs of one kind first.
+    are chosen together, pairs of one kind first. A lesion whose aligned centre lies outside the other scan is not
+    scanned there.
     """
     here, there = before.surfaces(), after.surfaces()
     alignments = {side: align(here[side], there[side]) for side in here if side in there}
@@ -113,13 +131,23 @@ def followup(before: Visit, after: Visit) -> Followup:
     offsets = _offsets(before, after, alignments)
     pairs = match(offsets, old, new, _REACH_MM)
     known = set(pairs.values())
+
+    def shows(visit: Visit, place: NDArray[np.float64]) -> bool:
+        return Box((0, 0, 0), visit.geometry.shape).holds(visit.geometry.voxel(place))
+
+    def gone(lesion: Lesion) -> Change:
+        align, place = alignments.get(lesion.side), before.place(lesion)
+        return Change(lesion, None, scanned=align is None or shows(after, align(place[None])[0]))
+
+    def come(lesion: Lesion) -> Change:
+        align, place = alignments.get(lesion.side), after.place(lesion)
+        return Change(None, lesion, scanned=align is None or shows(before, align.back(place[None])[0]))
+
     changes = [
-        _change(lesion, new[pairs[n]], before, after, float(offsets[n][pairs[n]]))
-        if n in pairs
-        else Change(lesion, None)
+        _change(lesion, new[pairs[n]], before, after, float(offsets[n][pairs[n]])) if n in pairs else gone(lesion)
         for n, lesion in enumerate(old)
     ]
-    changes += [Change(None, lesion) for n, lesion in enumerate(new) if n not in known]
+    changes += [come(lesion) for n, lesion in enumerate(new) if n not in known]
     return Followup(tuple(changes), alignments)
 
 

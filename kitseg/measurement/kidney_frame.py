@@ -8,17 +8,19 @@ labels leave out where they can be distinguished from parenchyma.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import edt
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.spatial import ConvexHull
+from scipy.spatial import ConvexHull, cKDTree
 
-from kitseg.components import Components
+from kitseg.components import Components, bounding_box
 from kitseg.labels import KIDNEY
 from kitseg.measurement.diameters import line_ends
-from kitseg.types import Geometry
+from kitseg.types import Geometry, triple
 
 DEEP_MM = 6.0  # inside the outline, from which on a gap belongs to the sinus
 _INNER_MM = 10.0  # inside the outline, from which on every gap but a speck is part of the sinus
@@ -32,7 +34,10 @@ _LARGEST_ML = 15_000  # of a kidney's box; labels all over a scan are noise
 _FEWEST = 30  # points on a grid of 3 mm in an outline, 1 ml
 _DIRECTIONS = 512
 _SAMPLES = 20_000  # most voxels of a tumor that are compared with the outline
+_FEW = 500  # of its voxels, which limit how far away the sinus is
 _ROUGH = 64  # of the directions, which rule most voxels out
+_AT_ONCE = 1024  # voxels, whose heights in all directions stay in the processor's cache
+_BLOCK = 4  # voxels along an axis, which are ruled out together
 _ROUND = 1.15  # ratio of the two longest axes, below which the longest is not the kidney's
 # A usual kidney. A sinus of this size counts as much, since labels may fill most of it.
 _USUAL_ML, _USUAL_MM = 1.0, 20.0  # from the kidney's centre to the sinus's
@@ -68,9 +73,14 @@ class KidneyFrame:
     outside: float
     seen: bool
 
-    def along(self, mask: Mask, axis: Array) -> Array:
-        """The position in mm along an axis, from the centre, of each voxel of a mask."""
-        return np.asarray((np.argwhere(mask) - self.centre) @ axis, np.float64)
+    def along(self, axis: Array) -> Array:
+        """The position in mm along an axis, from the centre, of each of the tumor's voxels."""
+        return np.asarray(self._offsets @ axis, np.float64)
+
+    @cached_property
+    def _offsets(self) -> Array:
+        """From the centre to each of the tumor's voxels (N, 3)."""
+        return np.asarray(np.argwhere(self.tumor) - self.centre, np.float64)
 
     def at(self, points: Array) -> NDArray[np.int64]:
         """The voxel nearest to each of (..., 3) points in the patient's space."""
@@ -79,19 +89,25 @@ class KidneyFrame:
 
     def distance(self) -> float:
         """The gap in mm between tumor and sinus; infinite without a sinus."""
-        return max(float(self._to_sinus().min()) - _STEP, 0.0) if self.sinus.any() else float("inf")
+        return max(self._nearest[1] - _STEP, 0.0)
 
     def nearest(self) -> NDArray[np.int64]:
         """The tumor's voxel nearest to the sinus, or without one to the kidney's centre."""
-        points = np.argwhere(self.tumor)
-        if not self.sinus.any():
-            return np.asarray(points[np.argmin(((points - self.centre) ** 2).sum(axis=1))])
-        return np.asarray(points[np.argmin(self._to_sinus())])
+        return self._nearest[0]
 
-    def _to_sinus(self) -> NDArray[np.float32]:
-        """The distance of each of the tumor's voxels to the nearest voxel of the sinus."""
-        distance: NDArray[np.float32] = edt.edt(~self.sinus, parallel=1)[self.tumor]
-        return distance
+    @cached_property
+    def _nearest(self) -> tuple[NDArray[np.int64], float]:
+        """The tumor's voxel nearest to the sinus, and its distance; infinite without a sinus."""
+        box = bounding_box(self.sinus)
+        if box is None:
+            near = np.argmin((self._offsets**2).sum(axis=1))
+            return np.rint(self._offsets[near] + self.centre).astype(np.int64), float("inf")
+        sample = self._offsets[:: -(-len(self._offsets) // _FEW)] + self.centre
+        most = cKDTree(np.argwhere(self.sinus)).query(sample)[0].min()
+        around = box.grown(int(np.ceil(most)) + 1).clip(triple(self.sinus.shape))
+        distance = np.where(self.tumor[around.slices], edt.edt(~self.sinus[around.slices], parallel=1), np.inf)
+        at = np.unravel_index(distance.argmin(), distance.shape)
+        return np.add(at, around.start), float(distance[at])
 
 
 def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, body: Array) -> KidneyFrame | None:
@@ -103,7 +119,7 @@ def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, bo
         lesion: the tumor to look at (D, H, W).
         body: unit vectors (3, 3) to the patient's midline, front and head, RAS+.
     """
-    if labels.size * geometry.voxel_ml > _LARGEST_ML:
+    if labels.size * geometry.voxel_ml > _LARGEST_ML or not (labels == KIDNEY).any():
         return None
     tumor, any_label = (_fine(mask, geometry.spacing) for mask in (lesion, labels > 0))
     parenchyma = _fine(labels == KIDNEY, geometry.spacing) & ~tumor
@@ -112,8 +128,7 @@ def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, bo
         return None
     outline = _Outline.of(pieces.chosen(pieces.sizes >= _PIECE * pieces.sizes.max()))
     depth = outline.depths(~(any_label | tumor))
-    solid = np.argwhere(np.ones([-(-n // 3) for n in tumor.shape], bool)) * 3
-    solid = solid[outline.depth(solid) > 0]
+    solid = outline.inside(np.argwhere(np.ones([-(-n // 3) for n in tumor.shape], bool)) * 3)
     if len(solid) < _FEWEST:
         return None
     centre = solid.mean(axis=0)
@@ -157,22 +172,36 @@ class _Outline:
         directions = np.stack([z, flat * np.cos(turn), flat * np.sin(turn)], axis=1).astype(np.float32)
         return cls(directions, (corners @ directions.T).max(axis=0))
 
-    def depth(self, points: NDArray[np.int64], directions: int = _DIRECTIONS) -> NDArray[np.float32]:
-        """The depth in mm below the outline of (N, 3) voxels; negative outside."""
-        deepest = np.full(len(points), np.inf, np.float32)
-        for start in range(0, directions, _ROUGH):
-            part = slice(start, start + _ROUGH)
-            heights = points.astype(np.float32) @ self.directions[part].T
-            np.minimum(deepest, (self.extents[part] - heights).min(axis=1), out=deepest)
+    def depth(self, points: NDArray[Any], directions: int = _DIRECTIONS) -> NDArray[np.float32]:
+        """The depth in mm below the outline of (N, 3) places in voxels; negative outside."""
+        deepest = np.empty(len(points), np.float32)
+        for start in range(0, len(points), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            heights = self.directions[:directions] @ points[part].T.astype(np.float32)
+            deepest[part] = np.subtract(self.extents[:directions, None], heights, out=heights).min(axis=0)
         return deepest
+
+    def inside(self, points: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The (N, 3) voxels within the outline."""
+        rough = points[self.depth(points, _ROUGH) > 0]
+        return rough[self.depth(rough) > 0]
 
     def depths(self, mask: Mask) -> NDArray[np.float32]:
         """The depth of a mask's voxels, −1 elsewhere and outside the outline."""
-        points = np.argwhere(mask)
+        points = np.argwhere(mask & self._near(mask.shape))
         points = points[self.depth(points, _ROUGH) >= 0]
         depth = np.full(mask.shape, -1.0, np.float32)
         depth[tuple(points.T)] = np.maximum(self.depth(points), -1)
         return depth
+
+    def _near(self, shape: tuple[int, ...]) -> Mask:
+        """The blocks of voxels that reach into the outline."""
+        blocks = [-(-n // _BLOCK) for n in shape]
+        middles = np.indices(blocks).reshape(3, -1).T * _BLOCK + (_BLOCK - 1) / 2
+        near = (self.depth(middles) >= -_BLOCK).reshape(blocks)  # more than half a block's diagonal
+        for axis in range(3):
+            near = near.repeat(_BLOCK, axis)
+        return near[tuple(slice(n) for n in shape)]
 
 
 def _fine(mask: Mask, spacing: tuple[float, float, float]) -> Mask:

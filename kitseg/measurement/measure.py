@@ -15,7 +15,7 @@ from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
 from kitseg.measurement.diameters import axial_diameter, diameter
 from kitseg.measurement.findings import LEFT, RIGHT, Findings, Kidney, Lesion
 from kitseg.measurement.lesions import contact_area, outline, share_outside, size_class
-from kitseg.measurement.sides import CODES, NAMES, body_midline, frame_midline, side_map
+from kitseg.measurement.sides import CODES, NAMES, find_midline, side_map
 from kitseg.types import Box, Geometry, Triple, triple
 
 #: Smaller components (below a ball of 4.6 mm) are not listed as lesions, but count in their kidney's volume.
@@ -68,9 +68,8 @@ def measure(labels: NDArray[np.uint8], geometry: Geometry, hu: NDArray[Any] | No
     box = bounding_box(labels != BACKGROUND)
     if box is None:
         return Findings((), ())
-    midline = frame_midline(geometry) if hu is None else body_midline(hu, geometry, box)
     inside, lattice = labels[box.slices], geometry.crop(box)
-    sides = side_map(inside, lattice, midline)
+    sides = side_map(inside, lattice, find_midline(geometry, box, hu))
     components = _components(inside, lattice.voxel_ml)
     for component in components:
         _give_one_side(component, inside, sides)

@@ -7,18 +7,19 @@ from the renal sinus (``kidney_frame``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.components import bounding_box, component_at
-from kitseg.labels import BACKGROUND, TUMOR
+from kitseg.components import bounding_box
+from kitseg.labels import BACKGROUND
 from kitseg.measurement.body_axes import body_axes
 from kitseg.measurement.findings import RIGHT, Findings, Lesion
 from kitseg.measurement.kidney_frame import KidneyFrame, kidney_frame
-from kitseg.measurement.renal_function import index_tumor
-from kitseg.measurement.sides import CODES, frame_midline, side_map
-from kitseg.types import Geometry, triple
+from kitseg.measurement.renal_function import index_tumor, tumor_mask
+from kitseg.measurement.sides import CODES, find_midline, side_map
+from kitseg.types import Geometry
 
 _SMALL_MM, _LARGE_MM = 40.0, 70.0
 _NEAR_MM, _FAR_MM = 4.0, 7.0  # R.E.N.A.L., to sinus or collecting system
@@ -122,26 +123,31 @@ class Nephrometry:
     estimated: tuple[str, ...]
 
 
-def nephrometry(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> Nephrometry | None:
+def nephrometry(
+    labels: NDArray[np.uint8], geometry: Geometry, findings: Findings, hu: NDArray[Any] | None = None
+) -> Nephrometry | None:
     """Score the largest tumor; None without a tumor, or where its kidney has no parenchyma.
 
     Args:
         labels: (D, H, W) in orientation (I, P, L).
         geometry: of the labels.
-        findings: of the labels.
+        findings: what ``measure`` finds in the labels, with the same ``hu``.
+        hu: the CT on the same grid, which decides the side of a single kidney.
     """
-    tumor, frame = index_tumor(findings), tumor_frame(labels, geometry, findings)
+    tumor, frame = index_tumor(findings), tumor_frame(labels, geometry, findings, hu)
     return score(tumor, frame) if tumor and frame else None
 
 
-def tumor_frame(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> KidneyFrame | None:
+def tumor_frame(
+    labels: NDArray[np.uint8], geometry: Geometry, findings: Findings, hu: NDArray[Any] | None = None
+) -> KidneyFrame | None:
     """The axes, sinus and polar lines of the kidney with the largest tumor; None as for ``nephrometry``."""
     tumor, box = index_tumor(findings), bounding_box(labels != BACKGROUND)
     if tumor is None or box is None:
         return None
     inside, grid = labels[box.slices], geometry.crop(box)
-    sides = side_map(inside, grid, frame_midline(geometry))
-    lesion = component_at(inside == TUMOR, triple(np.subtract(tumor.centre, box.start)))
+    sides = side_map(inside, grid, find_midline(geometry, box, hu))
+    lesion = tumor_mask(labels, tumor)[box.slices]
     own = np.where((sides == CODES[tumor.side]) | lesion, inside, np.uint8(BACKGROUND))
     near = bounding_box(own != BACKGROUND)
     assert near is not None
@@ -152,9 +158,9 @@ def tumor_frame(labels: NDArray[np.uint8], geometry: Geometry, findings: Finding
 
 def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
     """The scores of a tumor in its kidney."""
-    levels = frame.along(frame.tumor, frame.up)
-    anterior = float(np.mean(frame.along(frame.tumor, frame.front) > 0))
-    medial = float(np.mean(frame.along(frame.tumor, frame.hilum) > 0))
+    levels = frame.along(frame.up)
+    anterior = float(np.mean(frame.along(frame.front) > 0))
+    medial = float(np.mean(frame.along(frame.hilum) > 0))
     between, beside_sinus = (
         float(np.mean((levels >= low) & (levels <= high)))
         for low, high in ((frame.lower, frame.upper), frame.sinus_lines)
@@ -181,7 +187,7 @@ def score(tumor: Lesion, frame: KidneyFrame) -> Nephrometry:
         size + (tumor.diameter_mm > _LARGE_MM),
         "a" if anterior > _HALF else "p",
     )
-    middle = frame.along(frame.tumor, np.eye(3)).mean(axis=0)
+    middle = frame.along(np.eye(3)).mean(axis=0)
     return Nephrometry(
         tumor.number,
         renal,

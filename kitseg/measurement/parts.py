@@ -12,7 +12,7 @@ from kitseg.components import Components, bounding_box
 from kitseg.labels import BACKGROUND, KIDNEY
 from kitseg.measurement.findings import Findings, Kidney, Lesion
 from kitseg.measurement.measure import KINDS
-from kitseg.measurement.sides import CODES, body_midline, frame_midline, side_map
+from kitseg.measurement.sides import CODES, find_midline, side_map
 from kitseg.types import Geometry
 
 
@@ -50,8 +50,8 @@ def find_parts(
     box = bounding_box(labels != BACKGROUND)
     if box is None:
         return numbers, parts
-    midline = frame_midline(geometry) if hu is None else body_midline(hu, geometry, box)
-    inside, sides = labels[box.slices], side_map(labels[box.slices], geometry.crop(box), midline)
+    inside = labels[box.slices]
+    sides = side_map(inside, geometry.crop(box), find_midline(geometry, box, hu))
     for kidney in findings.kidneys:
         parts.append(LabelPart("kidney", kidney))
         numbers[box.slices][(inside == KIDNEY) & (sides == CODES[kidney.side])] = len(parts)

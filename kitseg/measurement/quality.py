@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.components import SPECK_ML, Components
+from kitseg.components import SPECK_ML, Components, bounding_box
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
-from kitseg.measurement.findings import Findings, Kidney
+from kitseg.measurement.findings import KIDNEY_ML, Findings
 from kitseg.measurement.phase import aorta_hu, contrast_phase, kidney_hu
 from kitseg.measurement.sides import HOLD_ML
 from kitseg.postprocess.distance import distances_mm
-from kitseg.types import Geometry, ball_diameter
+from kitseg.types import Geometry, ball_diameter, triple
 
 LEVELS = ("green", "amber", "red")
 GREEN, AMBER, RED = LEVELS
 
-KIDNEY_ML = 20.0  # smallest volume of a kidney
 PARENCHYMA_ML = (50.0, 450.0)  # of one kidney
 FAILED_ML = 800.0  # of one kidney's parenchyma: no kidney has so much
 FAILED_HU = 0.0  # unenhanced parenchyma has 30 to 50 HU, fat -120 to -60
@@ -33,6 +32,7 @@ AGREEMENT = {
 }  # Dice over all pairs; below: amber, red
 NEAR_HU, FAR_HU = 20.0, 60.0  # outside the range in training: amber, red
 SPACING_TOLERANCE = 0.1
+_CUT_OFF = "Kidney or tumor reaches the edge of the scan ({}) and may be cut off: sizes are lower bounds."
 _OVER_FAT = "The kidney outlines lie over fat or air ({:.0f} HU), not over kidney: the segmentation has failed."
 BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
 
@@ -136,7 +136,7 @@ class Parts:
 
 def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
     """No kidney, a single kidney, or more than two components of a kidney's size."""
-    kidneys = _kidneys(findings)
+    kidneys = findings.whole_kidneys
     large = parts.ml[(parts.ml >= KIDNEY_ML) & (parts.parenchyma_ml >= HOLD_ML)]
     if not kidneys:
         most = max((kidney.volume_ml for kidney in findings.kidneys), default=0.0)
@@ -156,7 +156,7 @@ def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, fin
     holds = parts.parenchyma_ml >= HOLD_ML
     tumor_ml = parts.components.total(labels == TUMOR) * geometry.voxel_ml
     alone = ~holds & (tumor_ml >= SPECK_ML)
-    if not alone.any() or not holds.any() or not _kidneys(findings):
+    if not alone.any() or not holds.any() or not findings.whole_kidneys:
         return
     gap = distances_mm(parts.components, holds, geometry.spacing)[alone].max()
     reason = f"{tumor_ml[alone].sum():.1f} ml of tumor are separate from the kidneys, up to {gap:.0f} mm from them."
@@ -174,14 +174,25 @@ def border_flags(parts: Parts) -> Iterator[Flag]:
             if touches and found.numbers.size and visible[found.numbers.take(plane, axis)].any():
                 cut.append(name)
     if cut:
-        reason = f"Kidney or tumor reaches the edge of the scan ({', '.join(cut)}) and may be cut off"
-        yield Flag("cut-off", AMBER, f"{reason}: sizes are lower bounds.")
+        yield Flag("cut-off", AMBER, _CUT_OFF.format(", ".join(cut)))
+
+
+def doubts(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> tuple[str, ...]:
+    """What a label map (D, H, W) leaves open, beside its figures: the edge of the scan, tumors apart from kidneys."""
+    box = bounding_box(labels != BACKGROUND)
+    cut = box is not None and box.grown(1).clip(triple(labels.shape)) != box.grown(1)
+    apart = any(lesion.kind == "tumor" and not lesion.contact_mm2 for lesion in findings.lesions)
+    if not (cut or apart):
+        return ()
+    parts = Parts.of(labels, geometry)
+    flags = [*border_flags(parts), *tumor_flags(labels, geometry, parts, findings)]
+    return tuple(flag.reason[:1].lower() + flag.reason[1:].rstrip(".") for flag in flags)
 
 
 def volume_flags(findings: Findings) -> Iterator[Flag]:
     """Kidneys with an implausible volume of parenchyma, and tumors with an implausibly large volume."""
     low, high = PARENCHYMA_ML
-    for kidney in _kidneys(findings):
+    for kidney in findings.whole_kidneys:
         if not low <= kidney.parenchyma_ml <= high:
             failed = kidney.parenchyma_ml > FAILED_ML
             reason = f"The {kidney.side} kidney has {kidney.parenchyma_ml:.0f} ml of parenchyma"
@@ -239,11 +250,6 @@ def tumor_size_flags(findings: Findings, training_domain: TrainingDomain) -> Ite
         low, high = training_domain.tumor_mm
         seen = f"in training they had {low:.0f} to {high:.0f} mm"
         yield Flag("tumor-size", AMBER, f"The largest tumor has the volume of a sphere of {mm:.0f} mm; {seen}.")
-
-
-def _kidneys(findings: Findings) -> list[Kidney]:
-    """The kidneys of plausible size."""
-    return [kidney for kidney in findings.kidneys if kidney.volume_ml >= KIDNEY_ML]
 
 
 def _beyond(value: float, span: tuple[float, float]) -> float:

@@ -21,11 +21,12 @@ from kitseg.components import component_at
 from kitseg.labels import TUMOR
 from kitseg.measurement.findings import Findings, Lesion
 from kitseg.measurement.resection import MARGINS, parenchyma_lost
-from kitseg.types import Geometry
+from kitseg.types import Geometry, triple
 
 #: Laboratories report values from here on as ">=90"; such a value counts as 90, and so do predictions above it.
 CEILING = 90.0
 RADICAL, PARTIAL = "radical", "partial"
+_EGFR, _AGE = (15.0, 250.0), (18.0, 120.0)  # of the patients that the formulas are for
 _COMPENSATED, _SPARED = 1.24, 0.89
 _LARGE_MM = 70.0
 #: Half the width of the 90 % interval, from the errors on KiTS19's patients.
@@ -34,11 +35,21 @@ _HALF_WIDTH = {RADICAL: 16.8, PARTIAL: 18.9}
 
 @dataclass(frozen=True)
 class Patient:
-    """What the formulas need beside the label map: eGFR before surgery, age in years, diabetes."""
+    """What the formulas need beside the label map: eGFR before surgery, age in years, diabetes.
+
+    Raises:
+        ValueError: the eGFR is not within 15 and 250, or the age not within 18 and 120.
+    """
 
     egfr: float
     age: float
     diabetes: bool = False
+
+    def __post_init__(self) -> None:
+        if not (_EGFR[0] <= self.egfr <= _EGFR[1] and _AGE[0] <= self.age <= _AGE[1]):
+            raise ValueError(
+                "the formulas are for an eGFR within 15 and 250 ml/min/1.73 m² and an age within 18 and 120 years"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,12 +67,15 @@ class NewBaseline:
 class AfterSurgery:
     """What an operation on a kidney costs.
 
-    side: of the operated kidney; other_share: of all parenchyma, in the other kidney, 0 to 1; radical, partial: the
-    operations; margins_mm: of a resection, with the parenchyma within each of them and the GFR that is lost with it, if
-    all parenchyma functions alike.
+    patient: as the formulas take it, with an eGFR of 90 at most; side: of the operated kidney; other_tumor: whether the
+    other one has a tumor too, whose operation is not in these figures; other_share: of all parenchyma, in the other
+    kidney, 0 to 1; radical, partial: the operations; margins_mm: of a resection, with the parenchyma within each of
+    them and the GFR that is lost with it, if all parenchyma functions alike.
     """
 
+    patient: Patient
     side: str
+    other_tumor: bool
     other_share: float
     radical: NewBaseline
     partial: NewBaseline
@@ -75,6 +89,8 @@ def after_surgery(
 ) -> AfterSurgery | None:
     """Predict the function after operations on the kidney with the largest tumor; None without a tumor or two kidneys.
 
+    A kidney has 20 ml or more, so that a speck is no second one.
+
     Args:
         findings: of the labels.
         patient: an eGFR above 90 counts as 90.
@@ -82,14 +98,16 @@ def after_surgery(
         geometry: of the labels.
     """
     tumor = index_tumor(findings)
-    if tumor is None or len(findings.kidneys) != 2:
+    if tumor is None or len(findings.whole_kidneys) != 2:
         return None
     patient = replace(patient, egfr=min(patient.egfr, CEILING))
     share = other_share(findings, tumor.side)
     parenchyma = sum(kidney.parenchyma_ml for kidney in findings.kidneys)
-    lost = parenchyma_lost(labels, geometry, component_at(labels == TUMOR, tumor.centre))
+    lost = parenchyma_lost(labels, geometry, tumor_mask(labels, tumor))
     return AfterSurgery(
+        patient,
         tumor.side,
+        any(lesion.kind == "tumor" and lesion.side != tumor.side for lesion in findings.lesions),
         share,
         _predict(patient, share, tumor.axial_mm, RADICAL),
         _predict(patient, share, tumor.axial_mm, PARTIAL),
@@ -126,6 +144,14 @@ def other_share(findings: Findings, side: str) -> float:
     """The share of all parenchyma that the kidney opposite to ``side`` holds, 0 to 1; 0 without parenchyma."""
     total = sum(kidney.parenchyma_ml for kidney in findings.kidneys)
     return sum(kidney.parenchyma_ml for kidney in findings.kidneys if kidney.side != side) / total if total else 0.0
+
+
+def tumor_mask(labels: NDArray[np.uint8], tumor: Lesion) -> NDArray[np.bool_]:
+    """The mask of a tumor in the label map (D, H, W) that it was found in."""
+    mask, box = np.zeros(labels.shape, np.bool_), tumor.box
+    own = component_at(labels[box.slices] == TUMOR, triple(np.subtract(tumor.centre, box.start)))
+    mask[box.slices] = own
+    return mask
 
 
 def index_tumor(findings: Findings) -> Lesion | None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kitseg.components import Components, kidneys_among
+from kitseg.components import Components, bounding_box, kidneys_among
 from kitseg.labels import BACKGROUND, KIDNEY
 from kitseg.measurement.findings import LEFT, RIGHT
 from kitseg.types import Box, Geometry
@@ -69,6 +69,11 @@ def side_map(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> N
     return sides
 
 
+def find_midline(geometry: Geometry, box: Box, hu: NDArray[Any] | None) -> float:
+    """The x in mm (RAS+) of the midline: the body's in a CT (D, H, W), in the slices of a box; else the frame's."""
+    return frame_midline(geometry) if hu is None else body_midline(hu, geometry, box)
+
+
 def frame_midline(geometry: Geometry) -> float:
     """The x in mm (RAS+) of the scan's centre, where patients are usually positioned."""
     return float(_world_x(np.array([[(n - 1) / 2 for n in geometry.shape]]), geometry)[0])
@@ -109,7 +114,10 @@ def _give_to_nearer(by_number: NDArray[np.uint8], found: Components, spacing: tu
     distances = []
     for code in NAMES:
         kidney = by_voxel == code
-        surface = np.argwhere(kidney & ~ndimage.binary_erosion(kidney)) * spacing
+        box = bounding_box(kidney)
+        assert box is not None
+        kidney = kidney[box.slices]
+        surface = (np.argwhere(kidney & ~ndimage.binary_erosion(kidney)) + box.start) * spacing
         nearest = np.full(by_number.size, np.inf)
         np.minimum.at(nearest, numbers, cKDTree(surface).query(stray * spacing)[0])
         distances.append(nearest)

@@ -72,7 +72,7 @@ def _view(change: Change, row: Mapping[str, Any], content: FollowupContent) -> d
     assert lesion is not None
     align = content.found.alignments.get(lesion.side)
     at = _centre(change, content.visits, align)
-    box = around(at, max(_VIEW_MM, _VIEW_DIAMETERS * max(_sizes(change))), first.geometry)
+    box = around(at, max(_VIEW_MM, _VIEW_DIAMETERS * max(lesion.diameter_mm for lesion in change.both)), first.geometry)
     grid, here = first.geometry.crop(box), triple(np.subtract(at, box.start))
     old = Scene(first.labels[box.slices], grid, None if first.hu is None else first.hu[box.slices])
     scenes = [old]
@@ -84,10 +84,6 @@ def _view(change: Change, row: Mapping[str, Any], content: FollowupContent) -> d
         [{"plane": plane, "cut": cut(s, plane.axis, here[plane.axis], whole)} for s in scenes] for plane in PLANES
     ]
     return {"row": row, "planes": planes}
-
-
-def _sizes(change: Change) -> list[float]:
-    return [lesion.diameter_mm for lesion in (change.before, change.after) if lesion]
 
 
 def _centre(change: Change, visits: tuple[Visit, Visit], align: Alignment | None) -> tuple[int, int, int]:

@@ -31,7 +31,7 @@ _MM = 170.0  # width of a picture
 
 def nephrometry_view(scene: Scene, findings: Findings) -> dict[str, Any] | None:
     """What the page's template shows of the largest tumor's nephrometry; None without a tumor in a kidney."""
-    tumor, frame = index_tumor(findings), tumor_frame(scene.labels, scene.geometry, findings)
+    tumor, frame = index_tumor(findings), tumor_frame(scene.labels, scene.geometry, findings, scene.hu)
     if tumor is None or frame is None:
         return None
     found = score(tumor, frame)
