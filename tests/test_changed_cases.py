@@ -162,3 +162,13 @@ def test_a_file_of_an_earlier_validation_does_not_outlive_it(tmp_path: Path) -> 
     assert write_intervals(tmp_path / "intervals.json", [CaseErrors("a", error="no prediction")], {}) is None
     assert write_confidence(tmp_path / "confidence.json", [], {}) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_folds_are_validated_against_the_labels_that_they_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr("kitseg.cli.learn._trainings", lambda *_: iter(()))
+    monkeypatch.setattr("kitseg.cli.learn.cross_validate", lambda *_, **options: seen.append(options))
+    done = kitseg(tmp_path, "train", "--size=tiny", "--fold=all", "--masks=corrected", "--device=cpu")
+    assert (done.code, [one["masks"] for one in seen]) == (0, [Path("corrected")]), done.text

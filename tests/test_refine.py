@@ -265,11 +265,13 @@ def test_probabilities_of_another_scan_are_refused(folder: Path, scan: tuple[np.
     block = Probabilities(background, ("background",), whole, geometry, NATIVE, "a")
     write_image(folder / "other.nii.gz", scan[0] + np.int16(1), NATIVE)
     ask = ("refine", "pred/a.nii.gz", "--ct=data", "--click=0,0,30=background", "--probabilities=probabilities")
-    for source, moved, code in ((path, 0, 0), (folder / "other.nii.gz", 0, 1), (path, 5, 1)):
+    other, gone = folder / "other.nii.gz", folder / "gone.nii.gz"
+    tries = [(path, path, 0, 0), (gone, path, 0, 0), (other, other, 0, 1), (path, path, 5, 1)]
+    for source, known, moved, code in tries:
         affine = geometry.affine.copy()
         affine[0, 3] += moved
         made = replace(block, geometry=Geometry(geometry.shape, affine))
-        write_block(probabilities, made, source, file_digest(source))
+        write_block(probabilities, made, source, file_digest(known))
         done = kitseg(folder, *ask, "--overwrite")
         assert (done.code, "are of another scan" in " ".join(done.text.split())) == (code, code == 1), done.text
 

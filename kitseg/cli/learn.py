@@ -160,7 +160,7 @@ def train(
         return
     console.print_plain(f"trained: {begin.run.path}")
     if wanted.every_fold and stage is None:
-        cross_validate(begin.run.path, data, device, mirror=False)
+        cross_validate(begin.run.path, data, device, mirror=False, masks=masks)
     exit_if(bool(failed))
 
 

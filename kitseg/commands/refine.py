@@ -30,7 +30,7 @@ from kitseg.postprocess.clicks import apply_clicks
 from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.locks import folder_lock
 from kitseg.types import Box, Geometry, Probabilities, Triple, Volume, triple
-from kitseg.volumes.blocks import read_block, scan_of
+from kitseg.volumes.blocks import read_block, recorded_scan_digest, scan_of
 from kitseg.volumes.nifti import CORRECTED_MARK, read_image, write_labels
 from kitseg.volumes.scan import hu_digest, scan_digest
 
@@ -232,10 +232,11 @@ def refine(
     """
     opened = Refinement.open(task, to, scheme)
     if probabilities:
-        block, (path, digest) = read_block(probabilities, task.case), scan_of(probabilities, task.case)
+        block = read_block(probabilities, task.case)
         is_same = block.geometry.same_as(opened.scan.geometry)
-        if is_same and digest != opened.scan_sha256:  # another format, or another scan
-            is_same = hu_digest(read_image(path, task.case)) == hu_digest(opened.scan)
+        if is_same and recorded_scan_digest(probabilities, task.case) != opened.scan_sha256:
+            other, _ = scan_of(probabilities, task.case)  # the same in another format, perhaps
+            is_same = hu_digest(read_image(other, task.case)) == hu_digest(opened.scan)
         if not is_same:
             problem = f"its probabilities of {task.case} are of another scan"
             raise InputError(probabilities, problem, "Run `kitseg infer` on this scan")
