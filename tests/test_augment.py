@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patients import patient
 
+from kitseg.cli.augment import _print_next_command
 from kitseg.commands.augment import (
     DIRECTIONS,
     Copied,
@@ -121,6 +123,13 @@ def test_the_split_trains_on_the_copies_of_its_fold_alone(augmented: Path) -> No
     assert split.folds[0].val == before.folds[0].val
     assert split.folds[1:] == before.folds[1:]
     assert set(split.patients) == names
+
+
+def test_the_printed_command_names_the_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    method, run = SimpleNamespace(name="two-phase"), Run(Path("runs/two-phase-tiny"))
+    plan: Any = SimpleNamespace(run=run, method=method, config={"size": {"name": "tiny"}}, fold=0)
+    _print_next_command(plan, [Path("my data")], Path("corrected"), Path("augmented"))
+    assert "--data 'my data' --data augmented --masks corrected --split" in " ".join(capsys.readouterr().out.split())
 
 
 def test_training_with_the_copies_begins_with_the_options_that_were_printed(augmented: Path) -> None:

@@ -17,11 +17,12 @@ from kitseg.commands import choose
 from kitseg.commands.confidence import write_confidence
 from kitseg.commands.intervals import CaseErrors, write_intervals
 from kitseg.commands.synthesize import SynthesisRecipe, synthesize
-from kitseg.commands.validate import Validation
+from kitseg.commands.validate import Validation, other_references
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import KITS19
 from kitseg.models.run_folder import Run, StageFolder
 from kitseg.patches.subjects import CaseSubjects, StageInput
+from kitseg.runtime.files import file_digest
 from kitseg.splits import Fold, Split
 from kitseg.synthesis.patient import SynthesisParts
 from kitseg.training.checkpoints import BestCheckpoints
@@ -162,6 +163,18 @@ def test_a_file_of_an_earlier_validation_does_not_outlive_it(tmp_path: Path) -> 
     assert write_intervals(tmp_path / "intervals.json", [CaseErrors("a", error="no prediction")], {}) is None
     assert write_confidence(tmp_path / "confidence.json", [], {}) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_references_that_are_not_those_of_the_training_are_named(tmp_path: Path) -> None:
+    cases = [Case(name, tmp_path / "scan", tmp_path / name) for name in "abcd"]
+    for case in cases[:3]:
+        case.image.with_name(case.id).write_text(case.id)
+    stage, digests = StageFolder(tmp_path), {name: file_digest(tmp_path / name)[:16] for name in "abc"}
+    assert other_references(stage, cases) == []
+    made = {"a": f"scan {digests['a']}", "b": f"scan {digests['c']}", "c": "", "d": "scan label"}
+    rows = {name: {"box": None, "guide": None, "made_from": text} for name, text in made.items()}
+    stage.places.write_text(json.dumps({"schema": 1, "train": {}, "val": rows}))
+    assert other_references(stage, cases) == ["b"], "the last one can't be read, which its score states"
 
 
 def test_all_folds_are_validated_against_the_labels_that_they_learned(

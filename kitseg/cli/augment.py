@@ -87,7 +87,7 @@ def augment(
                     f"{len(names)} copies of fold {number} are not in the split: their scans or labels were replaced"
                 )
                 console.print_error(f"{output}: {problem}. Call `kitseg augment --fold {number}` again.")
-            _print_next_command(plan, data, output)
+            _print_next_command(plan, data, masks, output)
     exit_if(bool(failed or outdated) or any(outcome.state == "failed" for outcome in outcomes))
 
 
@@ -98,8 +98,9 @@ def _show_ranking(ranked: Sequence[Ranked]) -> None:
     console.out.print(table)
 
 
-def _print_next_command(plan: Plan, data: Sequence[Path], copies: Path) -> None:
+def _print_next_command(plan: Plan, data: Sequence[Path], masks: Path | None, copies: Path) -> None:
     more = "".join(f" --data {quote(str(folder))}" for folder in [*data, copies])
+    more += f" --masks {quote(str(masks))}" if masks else ""
     console.print_plain(
         f"To train with the new cases and the options of {plan.run.path}: kitseg train --method {plan.method.name} "
         f"--size {plan.config['size']['name']} --fold {plan.fold}{more} --split {quote(str(copies / 'splits.json'))} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kitseg.measurement.confidence import fit_temperature, sample
 from kitseg.models.members import computed_with, judge, learned_from
 from kitseg.models.model import Model, open_model
 from kitseg.models.postprocessing import build_steps, clean
-from kitseg.models.run_folder import STAGE_INPUTS, Run, find_run, move_aside
+from kitseg.models.run_folder import STAGE_INPUTS, Run, StageFolder, find_run, move_aside
 from kitseg.runtime.console import print_plain
 from kitseg.runtime.files import file_digest, identity
 from kitseg.runtime.locks import folder_lock
@@ -30,8 +31,9 @@ from kitseg.splits import Split, read_split, same_patient
 from kitseg.types import Case
 from kitseg.volumes import blocks
 from kitseg.volumes.kits import labelled_cases
+from kitseg.volumes.names import shorten
 from kitseg.volumes.nifti import read_image, read_labels
-from kitseg.volumes.scan import hu_digest
+from kitseg.volumes.scan import hu_digest, label_of
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
 LABELS = "predictions"
@@ -111,8 +113,24 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path 
         if missing := sorted(set(split.folds[number].val) - by_id.keys()):
             raise UsageError(f"{', '.join(missing)} of {run.split} can't be found; give their folder with --data")
     cases = {n: [by_id[name] for name in split.folds[n].val if name in by_id] for n in finished}
+    if odd := [name for number in asked for name in other_references(run.stage(number, last), cases[number])]:
+        print_plain(
+            f"references of {shorten(odd)} are other label maps than in training; --masks names the folder of those"
+        )
     clinical = {case: row for folder in data for case, row in read_clinical(folder / CLINICAL).items()}
     return Validation(run, split, cases, asked, mirror, clinical)
+
+
+def other_references(stage: StageFolder, cases: Sequence[Case]) -> list[str]:
+    """The validation cases whose reference is not the label map that a training had, as far as it states that."""
+    rows = STAGE_INPUTS.read(stage.places).val if stage.places.exists() else {}
+    odd = []
+    for case in cases:
+        known = rows[case.id].made_from.split()[1:] if case.id in rows else []
+        with suppress(InputError):
+            if known and not file_digest(label_of(case)).startswith(known[0]):
+                odd.append(case.id)
+    return odd
 
 
 def predict_folds(validation: Validation, device: str, on_done: OnDone) -> list[Outcome]:
