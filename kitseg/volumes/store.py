@@ -107,6 +107,11 @@ class CaseFiles:
         return label.array
 
     @cached_property
+    def marks(self) -> list[str]:
+        """What the headers of the scan and of the label map state about where they are from."""
+        return [nifti.mark_of(path) for path in (self.case.image, self.case.label) if path]
+
+    @cached_property
     def contrast(self) -> dict[str, float | None]:
         """HU of kidney and aorta, by which the contrast phase is judged; None where they are unknown."""
         if self.labels is None or self.describe_contrast is None:
@@ -186,7 +191,6 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     scan, labels = files.scan, files.labels
     image, lattice = image_on_grid(scan, grid)
     arrays: dict[str, NDArray[Any]] = {"image": image}
-    mark = nifti.mark_of(files.case.image)
     if labels is not None:
         arrays |= _label_arrays(nearest(labels, lattice.shape))
     meta = _Meta(
@@ -195,9 +199,9 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         shape=lattice.shape,
         affine=lattice.affine,
         statistics=statistics(image),
-        phantom=mark == nifti.PHANTOM_MARK,
-        synthetic=mark == nifti.SYNTHETIC_MARK,
-        corrected=files.case.label is not None and nifti.mark_of(files.case.label) == nifti.CORRECTED_MARK,
+        phantom=files.marks[0] == nifti.PHANTOM_MARK,
+        synthetic=files.marks[0] == nifti.SYNTHETIC_MARK,
+        corrected=files.marks[-1] == nifti.CORRECTED_MARK,
         spacing=scan.geometry.spacing,
         kidney_hu=files.contrast["kidney_hu"],
         aorta_hu=files.contrast["aorta_hu"],
@@ -221,9 +225,7 @@ def _is_ours(folder: Path) -> bool:
 def open_case(folder: Path) -> StoredCase:
     """Map a stored case into memory.
 
-    Raises:
-        InputError: the case was never stored, by another version, or its files are damaged.
-        KitsegError: the machine fails, see ``errors.fault``.
+    Raises InputError: never stored, by another version, or damaged; KitsegError: the machine fails (``errors.fault``).
     """
     try:
         return _mapped(folder, _FORMAT.read(folder / _META))
@@ -234,9 +236,7 @@ def open_case(folder: Path) -> StoredCase:
 def open_guide(path: Path) -> NDArray[np.float16]:
     """Map a case's guide channels, made from an earlier stage's output, into memory, (G, D, H, W).
 
-    Raises:
-        InputError: missing or damaged.
-        KitsegError: the machine fails, see ``errors.fault``.
+    Raises InputError: missing or damaged; KitsegError: the machine fails, see ``errors.fault``.
     """
     try:
         guide: NDArray[np.float16] = np.load(path, mmap_mode="c")
