@@ -243,7 +243,7 @@ def test_another_scan_on_the_same_grid_is_refused(folder: Path, scan: tuple[np.n
     write_image(folder / "data" / "a.nii.gz", scan[0] + np.int16(1), NATIVE)
     measured = kitseg(folder, "measure", "corrected", "--ct=data", "--json=m.json", "--jobs=1")
     assert measured.code == 0, measured.text
-    assert json.loads((folder / "m.json").read_text())["cases"]["a"]["doubts"] == [OTHER_SCAN]
+    assert OTHER_SCAN in json.loads((folder / "m.json").read_text())["cases"]["a"]["doubts"]
     code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=background")
     assert (code, "made from another scan than" in " ".join(text.split())) == (2, True)
     assert (folder / "corrected" / "a.json").read_bytes() == before
