@@ -93,7 +93,10 @@ class StageInputRow:
 
 @dataclass(frozen=True)
 class SynthesisRow:
-    """How patients are made from the training cases; see ``patches.synthetic.SyntheticSource``."""
+    """How patients are made from the training cases; see ``patches.synthetic.SyntheticSource``.
+
+    neighbours: whether there was a part of this name when the training began.
+    """
 
     shapes: str | None
     label_maps: tuple[str, ...]
@@ -102,6 +105,7 @@ class SynthesisRow:
     everywhere: bool
     cysts: bool
     without: tuple[str, ...]
+    neighbours: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
             learned[sha256] = sorted({*learned.get(sha256, ()), *trained[id_]})
     return {
         "phantom": any(phantoms),
-        "synthetic": any(synthetic),
+        "synthetic": all(synthetic),
         "cases": list(ids),
         "corrected": sum(corrected),
         "experience": seen if seen["kidney_hu"] else None,
