@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from kitseg.runtime import console
+from kitseg.volumes.names import shorten
 
 if TYPE_CHECKING:
     from kitseg.commands.followup import Followed
@@ -67,7 +68,7 @@ def show_nephrometry(results: Sequence[Measured]) -> None:
         console.print_line("N and the collecting system are estimated from the renal sinus. For research use only.")
     if others := [result.case for result in results if not (result.nephrometry or result.error)]:
         what = "No nephrometry, which takes a tumor in a kidney with parenchyma"
-        console.print_line(escape(f"{what}: {', '.join(others)}"))
+        console.print_line(escape(f"{what}: {shorten(others)}"))
 
 
 def show_function(results: Sequence[Measured]) -> None:
@@ -95,7 +96,7 @@ def show_function(results: Sequence[Measured]) -> None:
     )
     if both := [result.case for result in results if result.after_surgery and result.after_surgery.other_tumor]:
         what = "The other kidney has a tumor too, whose operation is not in these figures"
-        console.print_line(escape(f"{what}: {', '.join(both)}"))
+        console.print_line(escape(f"{what}: {shorten(both)}"))
 
 
 def show_study(study: Study | None, picture: Path | None) -> None:

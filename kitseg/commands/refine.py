@@ -32,7 +32,7 @@ from kitseg.runtime.locks import folder_lock
 from kitseg.types import Box, Geometry, Probabilities, Triple, Volume, triple
 from kitseg.volumes.blocks import read_block, recorded_scan_digest, scan_of
 from kitseg.volumes.nifti import CORRECTED_MARK, read_image, write_labels
-from kitseg.volumes.scan import hu_digest, scan_digest
+from kitseg.volumes.scan import TOLERANCE, hu_digest, scan_digest
 
 _POINT = r"\s*([^,=:]+),([^,=:]+),([^,=:]+)"
 _CLICK, _BOX = re.compile(rf"{_POINT}=(\w+)\s*"), re.compile(rf"{_POINT}:{_POINT}=(\w+)\s*")
@@ -233,7 +233,7 @@ def refine(
     opened = Refinement.open(task, to, scheme)
     if probabilities:
         block = read_block(probabilities, task.case)
-        is_same = block.geometry.same_as(opened.scan.geometry)
+        is_same = block.geometry.same_as(opened.scan.geometry, TOLERANCE)
         if is_same and recorded_scan_digest(probabilities, task.case) != opened.scan_sha256:
             other, _ = scan_of(probabilities, task.case)  # the same in another format, perhaps
             is_same = hu_digest(read_image(other, task.case)) == hu_digest(opened.scan)

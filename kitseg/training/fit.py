@@ -148,7 +148,7 @@ def naming_own_parts(parts: Mapping[str, Any], folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         own = [target for part in trust.foreign(dict(parts)) for target in trust.targets(part)]
-        if not own or fault(error) or isinstance(error, KitsegError) or interrupted():
+        if not own or fault(error) or isinstance(error, KitsegError) or interrupted() or _IN_LOADER.search(str(error)):
             raise
         write_text(folder / "error.log", traceback.format_exc())
         problem = f"training with {', '.join(dict.fromkeys(own))} failed"

@@ -47,10 +47,10 @@ def check_cases(plan: Plan, wanted: Sequence[Unit]) -> None:
         if not folder.places.exists():
             continue
         places = STAGE_INPUTS.read(folder.places)
-        rows = {**places.train, **places.val}
-        if other := [case for case, row in rows.items() if row.made_from not in ("", made_from(grid, case))]:
+        rows = places.train if places.synthesis else {**places.train, **places.val}
+        if other := [case for case, row in rows.items() if row.made_from and row.made_from != made_from(grid, case)]:
             problem = f"learned from other scans or label maps of {shorten(other)} than there are now"
-            remedy = "Put them back, use --restart to rename the old run, or --name for a new run"
+            remedy = "Give the same --data and --masks, put the files back, use --restart, or --name for a new run"
             raise UsageError(f"{folder.path} {problem}. {remedy}")
 
 
@@ -115,8 +115,10 @@ def read_places(folder: StageFolder, store: Path) -> StageCases:
     train, val = ({store / case: parsed(row) for case, row in side.items()} for side in (places.train, places.val))
     if (row := places.synthesis) is None:
         return StageCases(train, val)
-    made_from = {**vars(row), "shapes": row.shapes and store.parent / row.shapes}
-    return StageCases(train, val, SyntheticSource(tuple(train), **made_from))
+    known = {**vars(row), "shapes": row.shapes and store.parent / row.shapes}
+    if not known.pop("neighbours"):
+        known["without"] = (*row.without, "neighbours")
+    return StageCases(train, val, SyntheticSource(tuple(train), **known))
 
 
 def unseen_by(inner: Sequence[FoldPart], cases: Iterable[str]) -> dict[str, int]:

@@ -110,6 +110,7 @@ def synthesis_row(plan: Plan, spec: StageSpec) -> SynthesisRow | None:
         everywhere=not spec.inputs,
         cysts="cyst" in spec.channels,
         without=settings.without,
+        neighbours=True,
     )
 
 
@@ -125,6 +126,7 @@ class _Patients:
         self.body, self.parts, self.shapes, self.label_maps = body, parts_without(settings.without), shapes, label_maps
         files = [InputFile.of(path) for path in body.files]
         made = {"files": [[f.size, f.mtime] for f in files], "maps": list(label_maps), "without": settings.without}
+        made |= {} if self.of_masks.ids == KITS23.ids else {"ids": self.of_masks.ids}
         key = recipe(version=__version__, seed=self.seed, convention=self.scheme.name, **made)[:8]
         self.names = tuple(f"{body.id}-{key}-{number}" for number in range(settings.validation))
 

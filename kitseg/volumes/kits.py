@@ -148,10 +148,11 @@ def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[C
         raise InputError(folders[0], "holds no case with a segmentation", remedy)
     once: dict[str, Case] = {}
     for case in cases:
-        other = once.setdefault(os.path.realpath(case.image), case)
+        other = once.get(os.path.realpath(case.image), case)
         if os.path.realpath(str(other.label)) != os.path.realpath(str(case.label)):
             problem = f"{other.id} and {case.id} are one scan ({os.path.realpath(case.image)}) with two label maps"
             raise UsageError(f"{problem}. Leave one of them out")
+        once[os.path.realpath(case.image)] = case
     return distinct(once.values())
 
 

@@ -137,7 +137,8 @@ class _Meta:
     """A stored case's description: the fields of a ``StoredCase``, and what it was made from.
 
     ids: in the label map by class; convention: the scheme's name in stores of kitseg 0.1, which held cysts as kidney;
-    hu_sha256: of the scan's HU, empty in stores of earlier versions, to which it is added.
+    hu_sha256: of the scan's HU, and synthetic: made by ``kitseg synthesize``; empty and None in stores of earlier
+    versions, to which they are added.
     """
 
     grid: Grid
@@ -155,7 +156,7 @@ class _Meta:
     corrected: bool = False
     hu_sha256: str = ""
     tumor_mm: float | None = None
-    synthetic: bool = False
+    synthetic: bool | None = None
 
     def __post_init__(self) -> None:
         if self.convention == "kits19":
@@ -170,7 +171,7 @@ def is_fresh(files: CaseFiles, folder: Path, grid: Grid) -> bool:
     try:
         made = _made(files, grid, _sources(files.case, digest=False))
         meta = _FORMAT.find(folder / _META, made)
-        return meta is not None and bool(meta.hu_sha256) and _is_whole(folder)
+        return meta is not None and bool(meta.hu_sha256) and meta.synthetic is not None and _is_whole(folder)
     except KitsegError:
         return False
 
@@ -186,7 +187,8 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         return False
     if _is_whole(folder) and (meta := _FORMAT.find(folder / _META, _made(files, grid, files.sources))):
         known = meta.hu_sha256 or hu_digest(files.scan)
-        _FORMAT.write(folder / _META, replace(meta, sources=files.sources, hu_sha256=known))  # new times, equal hashes
+        made_up = files.marks[0] == nifti.SYNTHETIC_MARK
+        _FORMAT.write(folder / _META, replace(meta, sources=files.sources, hu_sha256=known, synthetic=made_up))
         return False
     scan, labels = files.scan, files.labels
     image, lattice = image_on_grid(scan, grid)
@@ -279,8 +281,11 @@ def _mapped(folder: Path, meta: _Meta) -> StoredCase:
         raise ValueError(f"its arrays are {found}, not of shape {grid.shape}")
     hashes = meta.sources["image"].sha256 or "", meta.hu_sha256
     seen = (meta.statistics, grid, meta.phantom, meta.spacing, meta.kidney_hu, meta.aorta_hu, hashes, meta.corrected)
-    made_from = " ".join(str(meta.sources[role].sha256)[:16] for role in sorted(meta.sources))
-    return StoredCase(meta.case, image, label, foreground, slices, *seen, meta.tumor_mm, made_from, meta.synthetic)
+    scan = meta.hu_sha256 or meta.sources["image"].sha256  # the HU are the same in any format
+    made_from = " ".join(str(sha256)[:16] for sha256 in (scan, *([meta.sources["label"].sha256] if labelled else ())))
+    return StoredCase(
+        meta.case, image, label, foreground, slices, *seen, meta.tumor_mm, made_from, bool(meta.synthetic)
+    )
 
 
 def _sources(case: Case, digest: bool) -> dict[str, InputFile]:
