@@ -325,7 +325,7 @@ def of_another_case(path: Path) -> None:
         (blocks.read_block, "case_00000.npy", lambda path: path.write_bytes(b"no array at all"), "", "can't be read"),
         (blocks.read_block, "case_00000.npy", cut, "", "can't be read"),
         (blocks.read_block, "case_00000.npy", of_another_shape, "", "its shape is (3, 1, 1, 3), not its box's"),
-        (blocks.sound_digest, "case_00000.npy", of_another_case, "", "was changed or damaged since it was written"),
+        (blocks.check_block, "case_00000.npy", of_another_case, "", "was changed or damaged since it was written"),
         (blocks.read_block, "case_00000.json", Path.unlink, "", "there is no such file"),
         (blocks.read_block, "case_00000.json", of_another_schema, "", "schema 0"),
     ],

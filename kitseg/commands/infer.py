@@ -106,9 +106,11 @@ def average(
         (scan, digest), result = blocks.scan_of(folders[0], case), to / f"{case}.npy"
         if any(blocks.scan_of(folder, case)[1] != digest for folder in folders[1:]):
             raise KitsegError(f"{case}: the folders were inferred from different scans. Infer them again.")
-        made_from = [blocks.sound_digest(folder, case) for folder in folders]
+        made_from = [blocks.block_digest(folder, case) for folder in folders]
         if blocks.is_unchanged(to, case, digest, made_from):
             return Outcome(case, note=UNCHANGED, result=result)
+        for folder in folders:
+            blocks.check_block(folder, case)
 
         def weighed() -> Iterator[tuple[Probabilities, float]]:
             members = (ensemble.convert(blocks.read_block(folder, case), channels) for folder in folders)

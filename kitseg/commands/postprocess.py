@@ -28,12 +28,13 @@ from kitseg.runtime.provenance import recipe
 from kitseg.types import Probabilities
 from kitseg.volumes.blocks import (
     block_cases,
+    block_digest,
+    check_block,
     computed_with,
     learned_from,
     read_block,
     read_manifest,
     scan_of,
-    sound_digest,
 )
 from kitseg.volumes.nifti import read_image, write_labels
 from kitseg.volumes.scan import hu_digest
@@ -58,11 +59,11 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
     def work(case: str) -> Outcome:
         (path, digest), result = scan_of(folder, case), to / f"{case}.nii.gz"
         refuse_scan_overwrite(path, result)
-        made = {"recipe": recipe(**facts, block=sound_digest(folder, case)), "scan_sha256": digest}
+        made = {"recipe": recipe(**facts, block=block_digest(folder, case)), "scan_sha256": digest}
         if before := read_record(to / f"{case}.json", made):
             return Outcome(case, note=UNCHANGED, result=result, volumes_ml=before.volumes_ml)
-        probabilities = read_block(folder, case)
-        scan = read_image(path, case)
+        check_block(folder, case)
+        probabilities, scan = read_block(folder, case), read_image(path, case)
         labels, learned = clean(probabilities, scan, steps), learned_from([folder], case)
         known = {"scan": path.name, "hu_sha256": hu_digest(scan), "learned_from": learned}
         known |= facts_of(manifest, without, computed_with([folder], case))

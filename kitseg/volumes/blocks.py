@@ -116,12 +116,11 @@ def block_digest(folder: Path, case_id: str) -> str:
     return _BLOCK.read(folder / f"{case_id}.json").sha256
 
 
-def sound_digest(folder: Path, case_id: str) -> str:
-    """The same, after a look at the array. Raises InputError: its bytes are not those that were written."""
-    digest, path = block_digest(folder, case_id), folder / f"{case_id}.npy"
-    if file_digest(path) != digest:
+def check_block(folder: Path, case_id: str) -> None:
+    """Read a case's array. Raises InputError: its bytes are not those that were written."""
+    path = folder / f"{case_id}.npy"
+    if file_digest(path) != block_digest(folder, case_id):
         raise InputError(path, "was changed or damaged since it was written", _AGAIN)
-    return digest
 
 
 def learned_from(folders: Sequence[Path], case_id: str) -> tuple[str, ...] | None:
