@@ -25,8 +25,8 @@ from kitseg.patches.samplers import SliceSampler
 from kitseg.patches.subjects import CaseSubjects, StageInput, subject_of, transform_patch
 from kitseg.types import Box, Case, Geometry, Grid, Triple, Volume
 from kitseg.volumes.nifti import write_image
-from kitseg.volumes.resample import grid_geometry
-from kitseg.volumes.store import CaseFiles, image_on_grid, open_case, statistics, store_bytes, store_case
+from kitseg.volumes.resample import grid_geometry, image_on_grid
+from kitseg.volumes.store import CaseFiles, open_case, statistics, store_bytes, store_case
 
 few = settings(max_examples=30, deadline=None)
 TRANSFORM = partial(transform_patch, transform=InputTransform(ClipScale(-1000, 1000, 1000), None))

@@ -73,6 +73,14 @@ class Inference:
             return each(scans, work, on_done)
 
 
+def _shared_cases(folders: Sequence[Path]) -> list[str]:
+    cases = blocks.block_cases(folders[0])
+    for folder in folders[1:]:
+        if odd := sorted(set(cases) ^ set(blocks.block_cases(folder))):
+            raise UsageError(f"{folders[0]} and {folder} have different cases: {', '.join(odd)}")
+    return cases
+
+
 def average(
     folders: Sequence[Path], weights: Sequence[float], to: Path, on_done: OnDone, max_memory: int | None = None
 ) -> list[Outcome]:
@@ -85,10 +93,7 @@ def average(
         raise UsageError(f"{len(folders)} folders need the same number of non-negative weights, not {list(weights)}")
     if to.resolve() in [folder.resolve() for folder in folders]:
         raise UsageError(f"{to} is one of the folders to average. Choose another output folder")
-    cases = blocks.block_cases(folders[0])
-    for folder in folders[1:]:
-        if odd := sorted(set(cases) ^ set(blocks.block_cases(folder))):
-            raise UsageError(f"{folders[0]} and {folder} have different cases: {', '.join(odd)}")
+    cases = _shared_cases(folders)
     blocks.refuse_case_overwrite(to, cases)
     manifests = [blocks.read_manifest(folder) for folder in folders]
     try:

@@ -19,8 +19,8 @@ from kitseg.links.crop import paste
 from kitseg.links.regions import Confirming, RegionContext
 from kitseg.models.stage import TrainedStage
 from kitseg.types import Box, Geometry, Probabilities, Volume
-from kitseg.volumes.resample import box_on, from_grid
-from kitseg.volumes.store import image_on_grid, statistics
+from kitseg.volumes.resample import box_on, from_grid, image_on_grid
+from kitseg.volumes.store import statistics
 
 EMPTY = Box((0, 0, 0), (0, 0, 0))
 NEGLIGIBLE = 0.01

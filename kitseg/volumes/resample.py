@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.types import Box, Geometry, Grid, Triple
+from kitseg.types import Box, Geometry, Grid, Triple, Volume
 
 Coordinates = NDArray[np.float64]
 
@@ -158,3 +158,16 @@ def _between(
     step *= share
     low += step
     return low
+
+
+def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
+    """A scan's HU on a grid, rounded to whole HU, for training and prediction alike."""
+    lattice, limits = grid_geometry(scan.geometry, grid), np.iinfo(np.int16)
+    if grid.image == "smooth":
+        return to_grid_smooth(scan.array, lattice.shape), lattice
+    if grid.image == "linear":
+        return to_grid(scan.array, lattice.shape, np.int16), lattice
+    values = nearest(scan.array, lattice.shape)
+    if values.dtype != np.int16:
+        values = np.clip(np.rint(values), limits.min, limits.max).astype(np.int16)
+    return values, lattice

@@ -23,7 +23,7 @@ from kitseg.runtime.files import atomic_write
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.types import Case, Geometry, Grid, Triple, Volume, ball_diameter
 from kitseg.volumes import nifti
-from kitseg.volumes.resample import grid_geometry, nearest, to_grid, to_grid_smooth
+from kitseg.volumes.resample import grid_geometry, image_on_grid, nearest
 from kitseg.volumes.scan import check_grid, hu_digest
 
 FOREGROUND_PER_LABEL = 10_000
@@ -60,19 +60,6 @@ class StoredCase:
     tumor_mm: float | None = None
     made_from: str = ""
     synthetic: bool = False
-
-
-def image_on_grid(scan: Volume, grid: Grid) -> tuple[NDArray[np.int16], Geometry]:
-    """A scan's HU on a grid, rounded to whole HU, for training and prediction alike."""
-    lattice, limits = grid_geometry(scan.geometry, grid), np.iinfo(np.int16)
-    if grid.image == "smooth":
-        return to_grid_smooth(scan.array, lattice.shape), lattice
-    if grid.image == "linear":
-        return to_grid(scan.array, lattice.shape, np.int16), lattice
-    values = nearest(scan.array, lattice.shape)
-    if values.dtype != np.int16:
-        values = np.clip(np.rint(values), limits.min, limits.max).astype(np.int16)
-    return values, lattice
 
 
 def statistics(image: NDArray[np.int16]) -> tuple[float, float]:
