@@ -47,9 +47,8 @@ class Patient:
 
     def __post_init__(self) -> None:
         if not (_EGFR[0] <= self.egfr <= _EGFR[1] and _AGE[0] <= self.age <= _AGE[1]):
-            raise ValueError(
-                "the formulas are for an eGFR within 15 and 250 ml/min/1.73 m² and an age within 18 and 120 years"
-            )
+            egfr, age = ("{:g} and {:g}".format(*span) for span in (_EGFR, _AGE))
+            raise ValueError(f"the formulas are for an eGFR within {egfr} ml/min/1.73 m² and an age within {age} years")
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,7 @@ def other_share(findings: Findings, side: str) -> float:
 def tumor_mask(labels: NDArray[np.uint8], tumor: Lesion) -> NDArray[np.bool_]:
     """The mask of a tumor in the label map (D, H, W) that it was found in."""
     mask, box = np.zeros(labels.shape, np.bool_), tumor.box
-    own = component_at(labels[box.slices] == TUMOR, triple(np.subtract(tumor.centre, box.start)))
-    mask[box.slices] = own
+    mask[box.slices] = component_at(labels[box.slices] == TUMOR, triple(np.subtract(tumor.centre, box.start)))
     return mask
 
 

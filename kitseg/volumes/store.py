@@ -98,6 +98,11 @@ class CaseFiles:
         """What the headers of the scan and of the label map state about where they are from."""
         return [nifti.mark_of(path) for path in (self.case.image, self.case.label) if path]
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether `kitseg synthesize` made the scan."""
+        return self.marks[0] == nifti.SYNTHETIC_MARK
+
     @cached_property
     def contrast(self) -> dict[str, float | None]:
         """HU of kidney and aorta, by which the contrast phase is judged; None where they are unknown."""
@@ -174,8 +179,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         return False
     if _is_whole(folder) and (meta := _FORMAT.find(folder / _META, _made(files, grid, files.sources))):
         known = meta.hu_sha256 or hu_digest(files.scan)
-        made_up = files.marks[0] == nifti.SYNTHETIC_MARK
-        _FORMAT.write(folder / _META, replace(meta, sources=files.sources, hu_sha256=known, synthetic=made_up))
+        _FORMAT.write(folder / _META, replace(meta, sources=files.sources, hu_sha256=known, synthetic=files.synthetic))
         return False
     scan, labels = files.scan, files.labels
     image, lattice = image_on_grid(scan, grid)
@@ -189,7 +193,7 @@ def store_case(files: CaseFiles, folder: Path, grid: Grid) -> bool:
         affine=lattice.affine,
         statistics=statistics(image),
         phantom=files.marks[0] == nifti.PHANTOM_MARK,
-        synthetic=files.marks[0] == nifti.SYNTHETIC_MARK,
+        synthetic=files.synthetic,
         corrected=files.marks[-1] == nifti.CORRECTED_MARK,
         spacing=scan.geometry.spacing,
         kidney_hu=files.contrast["kidney_hu"],
