@@ -13,8 +13,13 @@ from conftest import kitseg
 from scipy.stats import binomtest
 from shapes import Ellipsoid, ball, lattice, paint
 
-from kitseg.labels import KIDNEY
-from kitseg.measurement.intervals import SizeError, calibrate
+from kitseg.commands.evaluate import Job, rules
+from kitseg.commands.intervals import case_errors
+from kitseg.commands.measure import NO_RECORD, measure_case, plan_measures
+from kitseg.labels import KIDNEY, KITS19
+from kitseg.measurement.intervals import Calibration, ErrorRange, SizeError, calibrate
+from kitseg.runtime.files import file_digest
+from kitseg.volumes.nifti import CORRECTED_MARK, read_labels, write_labels
 
 GEOMETRY = lattice(spacing=(3.0, 2.0, 2.0), size=(160, 70, 90))
 KIDNEYS = (Ellipsoid((45, -8, 6), (20, 18, 30), KIDNEY), Ellipsoid((-45, -8, 6), (20, 18, 30), KIDNEY))
@@ -107,6 +112,35 @@ def test_from_evaluate_to_measure_and_report(tmp_path: Path) -> None:
         assert again.code == 0, again.text
     assert "intervals" not in (tmp_path / "m.json").read_text()
     assert "90 % intervals" not in (tmp_path / "pages" / "p01.html").read_text()
+
+
+def test_labels_that_were_changed_have_no_intervals_and_calibrate_none(tmp_path: Path) -> None:
+    """By a person without the record, or by another program beside it."""
+    bounds = ErrorRange(-1.0, 1.0, 19, (1.0, 99.0), 19)
+    calibration = Calibration(0.9, 19, (0.5, 9.0), {"tumor volume_ml": bounds})
+    for name in ("alone", "kept", "edited"):
+        save(tmp_path / f"{name}.nii.gz", 11)
+    labels = read_labels(tmp_path / "alone.nii.gz", "alone")
+    write_labels(tmp_path / "alone.nii.gz", labels.array, labels.native, CORRECTED_MARK)
+    for name, digest in (("kept", file_digest(tmp_path / "kept.nii.gz")), ("edited", "0" * 64)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"schema": 4, "labels_sha256": digest}))
+    found = {}
+    for name in ("alone", "kept", "edited"):
+        (task,) = plan_measures(tmp_path / f"{name}.nii.gz", None)
+        found[name] = measure_case(task, None, calibration=calibration)
+    assert {name: bool(one.intervals) for name, one in found.items()} == {"alone": False, "kept": True, "edited": False}
+    assert [one.origin for one in found.values()] == [
+        "corrected by a person", "", "changed since its record was written",
+    ]  # fmt: skip
+    assert NO_RECORD not in found["kept"].doubts
+    (tmp_path / "kept.json").unlink()
+    (task,) = plan_measures(tmp_path / "kept.nii.gz", None)
+    assert NO_RECORD in measure_case(task, None, calibration=calibration).doubts
+    of_kits19 = rules("kits19", KITS19)
+    for name, why in (("alone", "corrected by a person"), ("edited", "changed since"), ("kept", "")):
+        job = Job(name, prediction=tmp_path / f"{name}.nii.gz", reference=tmp_path / "kept.nii.gz")
+        errors = case_errors(job, of_kits19)
+        assert (why in errors.error) if why else errors.errors, errors.error
 
 
 def test_cases_that_were_learned_from_and_bad_files_are_left_out(tmp_path: Path) -> None:

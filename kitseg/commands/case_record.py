@@ -124,9 +124,16 @@ def recorded_learning(labels: Path) -> tuple[str, ...]:
 
 
 def correction_beside(labels: Path) -> str:
-    """How a person corrected a label map, by the record beside it; empty where nobody did."""
+    """How a label map was changed since a network made it, by its record and its header; empty where nothing says so.
+
+    Raises InputError: it can't be read.
+    """
     record = record_beside(labels)
-    return record.note if record and record.corrected else ""
+    if record and record.corrected:
+        return record.note
+    if is_volume_name(labels) and mark_of(labels) == CORRECTED_MARK:
+        return "corrected by a person"
+    return "changed since its record was written" if record and not record.is_of(file_digest(labels)) else ""
 
 
 def scheme_beside(labels: Path) -> Scheme | None:

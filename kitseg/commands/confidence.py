@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.case_record import CaseRecord, record_beside
+from kitseg.commands.case_record import CaseRecord, correction_beside, record_beside
 from kitseg.commands.evaluate import Job, Score
 from kitseg.errors import UsageError
 from kitseg.measurement.confidence import LEAST, Confidence, learn
@@ -25,14 +25,17 @@ def write_confidence(
 ) -> Confidence | None:
     """Learn from scored cases whose records hold signs; None, and no file any more, with too few of them.
 
-    patients: whose case it is, where it isn't the patient's only one. Cases that a network learned from are left out.
+    patients: whose case it is, where it isn't the patient's only one. Cases that a network learned from are left out,
+    and label maps that were changed since they were predicted.
     """
     path.unlink(missing_ok=True)
     good: list[tuple[str, CaseRecord, float]] = []
     for job, score in scored:
         record = record_beside(job.prediction) if job.prediction else None
         usable = "tumor" in score.classes and not (score.learned_from or score.error)
-        if record and record.signs and record.quality and usable:
+        if job.prediction and record and record.signs and record.quality and usable:
+            if correction_beside(job.prediction):
+                continue
             dice = score.classes["tumor"]["dice"]
             good.append((score.case, record, 1.0 if dice is None else dice))  # none where there is none
     if len(good) < LEAST:

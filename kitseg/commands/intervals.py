@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kitseg.commands.case_record import describe_learning, recorded_learning, scheme_beside
+from kitseg.commands.case_record import correction_beside, describe_learning, recorded_learning, scheme_beside
 from kitseg.commands.evaluate import Job, Rules
 from kitseg.errors import UsageError, format_error
 from kitseg.measurement.intervals import Calibration, SizeError, calibrate, size_errors
@@ -38,6 +38,8 @@ def case_errors(job: Job, rules: Rules) -> CaseErrors:
             return CaseErrors(job.case, error=f"{job.case}: left out of the intervals: no prediction")
         if learned := recorded_learning(job.prediction):
             return CaseErrors(job.case, error=f"{job.case}: left out of the intervals: {describe_learning(learned)}")
+        if changed := correction_beside(job.prediction):
+            return CaseErrors(job.case, error=f"{job.case}: left out of the intervals: {changed}")
         truth = read_labels(job.reference, job.case, rules.scheme)
         found = read_labels(job.prediction, job.case, scheme_beside(job.prediction) or rules.scheme, strict=False)
         check_grid(job.prediction, found.geometry, truth.geometry, str(job.reference))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kitseg.commands.case_record import correction_beside, is_of_another_scan, scheme_beside
+from kitseg.commands.case_record import correction_beside, is_of_another_scan, record_beside, scheme_beside
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.measurement import quality
@@ -32,6 +32,7 @@ from kitseg.volumes.scan import check_grid, find_scans, place_doubts, place_on, 
 
 SCHEMA = 1
 DECIMALS = 3
+NO_RECORD = "no record states what made these labels: the intervals are of the calibrated network's errors"
 OTHER_SCAN = "the labels were made from another scan than this one, by the record beside them"
 #: The parts that a mesh can show, by their label ids.
 PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUMOR,), "cyst": (CYST,)}
@@ -89,8 +90,8 @@ class Measured:
     """A case's findings, function after surgery and nephrometry, or its ``error``.
 
     labels: the ids of its label map; intervals: with a calibration, those of the kidneys and then of the lesions
-    (``Calibration.of``); origin: how a person corrected it, empty where nobody did; doubts: about its scan, its
-    place in the patient, on which the sides depend, and what was labelled.
+    (``Calibration.of``); origin: how it was changed since a network made it (``correction_beside``); doubts: about its
+    scan, its place in the patient, on which the sides depend, and what was labelled.
     """
 
     case: str
@@ -147,9 +148,10 @@ def measure_case(
         findings = measure(labels.array, labels.geometry, hu)
         after = after_surgery(findings, task.patient, labels.array, labels.geometry) if task.patient else None
         found = nephrometry(labels.array, labels.geometry, findings, hu) if scores else None
-        # intervals are of a model's errors, not of a person's
+        # they are of a model's errors, not of a person's
         intervals = calibration.of_all(findings, labels.geometry.spacing[0]) if calibration and not origin else ()
-        doubts = (*task.doubts(labels, scan), *quality.doubts(labels.array, labels.geometry, findings))
+        unknown = [NO_RECORD] if intervals and record_beside(task.labels) is None else []
+        doubts = (*task.doubts(labels, scan), *quality.doubts(labels.array, labels.geometry, findings), *unknown)
         return Measured(task.case, findings, "", after, own.line, found, intervals, origin, doubts)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))
