@@ -143,6 +143,14 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return EXCLUSIVE
 
 
+def lost_classes(members: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """What the mean of members (name, channels) can't show, as a line; empty where nothing is lost."""
+    blind = [name for name, channels in members if "cyst" not in channels]
+    if not blind or len(blind) == len(members):
+        return ""
+    return f"cysts are labelled kidney in this mean: no class for them in {', '.join(blind)}"
+
+
 def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
     """Convert probabilities to ``channels``, the result of ``common_channels``.
 

@@ -25,9 +25,11 @@ from kitseg.labels import KITS19
 from kitseg.models.bundles.archive import MANIFEST
 from kitseg.models.bundles.bundle import Bundle, bundle_of, open_bundle
 from kitseg.models.bundles.export import ExportOptions, export
+from kitseg.models.digests import digests
 from kitseg.models.ensemble_file import Member, write_ensemble
-from kitseg.models.members import describe_model, locate, members_of, only_member, open_ensemble
+from kitseg.models.members import locate, members_of, only_member, open_ensemble
 from kitseg.models.model import open_model
+from kitseg.models.origin import describe_model
 from kitseg.models.run_folder import Run
 from kitseg.models.weights import Checkpoint, read_weights
 from kitseg.runtime.files import file_digest
@@ -135,6 +137,24 @@ def test_a_run_is_of_no_bundle(run: Path) -> None:
     assert bundle_of(Run(run)) is None
     assert members_of(run) == ([Member(run)], None)
     assert only_member(run) == (Member(run), None)
+
+
+def test_an_ensemble_file_knows_its_networks(run: Path, tmp_path: Path) -> None:
+    """A run that was trained again since is refused, by every command that opens the file."""
+    mine = shutil.copytree(run, tmp_path / "runs" / "a")
+    write_ensemble(tmp_path / "chosen.yaml", [Member(mine, sha256=digests(mine))], {}, {})
+    ((member,), _) = members_of(tmp_path / "chosen.yaml")
+    assert member.sha256.keys() == {0}
+    assert members_of(shutil.copytree(tmp_path, tmp_path.with_name("moved")) / "chosen.yaml")[0][0].sha256
+    done = Run(mine).stage(0, "kidneys").done
+    rows = json.loads(done.read_text())
+    rows["checkpoints"][0]["sha256"] = "0" * 64
+    done.write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r"was chosen with other networks than .*runs/a holds now"):
+        export(tmp_path / "chosen.yaml", tmp_path / "x.kitseg")
+    write_image(tmp_path / "a.nii.gz", np.zeros((4, 32, 32), np.int16), Geometry((32, 32, 4), np.eye(4)))
+    refused = kitseg(tmp_path, "predict", "a.nii.gz", "--model=chosen.yaml")
+    assert (refused.code, "other networks" in refused.text) == (1, True), refused.text
 
 
 @pytest.mark.parametrize("model", ["chosen.yaml", "chosen.kitseg"])

@@ -214,6 +214,7 @@ def test_the_chosen_one_is_at_least_as_good_as_each_member(validated: Path) -> N
     chosen = yaml.safe_load((validated / "best.yaml").read_text())
     tried = chosen["chosen"]["tried"]
     assert chosen["chosen"]["dice"]["mean"] == max(row["mean"] for row in tried)
+    assert all(set(member["sha256"]) == {0, 1, 2} for member in chosen["members"]), "of each fold"
     assert {row["runs"] for row in tried} >= {"progressive-tiny", "two-stage-tiny", "progressive-tiny + two-stage-tiny"}
     for run in RUNS:
         found = scores(validated, run)["mean"]

@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import kitseg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitseg.commands.postprocess import postprocess
-from kitseg.ensemble import common_channels, convert, mean, mean_in_slabs, to_masks
+from kitseg.ensemble import common_channels, convert, lost_classes, mean, mean_in_slabs, to_masks
 from kitseg.errors import InputError, UsageError
+from kitseg.labels import KITS23
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.provenance import recipe
 from kitseg.types import Box, Geometry, Probabilities, Triple
 from kitseg.volumes import blocks
+from kitseg.volumes.nifti import write_image
 
 MANIFEST: dict[str, Any] = {
     "channels": [], "method": "two-phase", "stage": None, "model": {}, "postprocess": {}, "versions": {"kitseg": "0"}
@@ -353,3 +356,27 @@ def test_a_box_outside_the_scan(folder: Path) -> None:
 def test_labels_do_not_go_where_the_probabilities_are(folder: Path) -> None:
     with pytest.raises(UsageError, match="holds the probabilities"):
         postprocess(folder, folder / ".." / folder.name, lambda _: None)
+
+
+def test_a_mean_that_loses_the_cysts_says_so(tmp_path: Path) -> None:
+    """Before it begins, and in the records of the labels made from it."""
+    scan = tmp_path / "case_00000.nii.gz"
+    write_image(scan, np.zeros((1, 1, 6), np.int16), geometry((6, 1, 1)))
+    values = [[0.25, 0.25], [0, 0.25], [0, 0.5], [0.75, 0]]
+    for name, channels in (("with", (*CHANNELS, "cyst")), ("without", CHANNELS)):
+        found = belief(values[: len(channels)], row(2, 4), channels=channels)
+        blocks.write_block(tmp_path / name, found, scan, file_digest(scan))
+        facts = {"channels": [*channels], "labels": KITS23.plain(), "model": {"sha256": name}}
+        blocks.claim_manifest(tmp_path / name, {**MANIFEST, **facts})
+    for folders, is_lost in ((("with", "without"), True), (("with",), False), (("without",), False)):
+        done = kitseg(tmp_path, "ensemble", *folders, "-o", f"mean-{len(folders)}{folders[0]}")
+        assert done.code == 0, done.text
+        assert ("no class for them in without" in " ".join(done.text.split())) == is_lost
+    assert kitseg(tmp_path, "postprocess", "mean-2with", "-o", "labels").code == 0
+    record = json.loads((tmp_path / "labels" / "case_00000.json").read_text())
+    assert "cysts are labelled kidney in this mean" in record["note"]
+    assert record["volumes_ml"].keys() == {"kidney", "tumor"}
+    assert kitseg(tmp_path, "postprocess", "mean-1with", "-o", "alone").code == 0
+    alone = json.loads((tmp_path / "alone" / "case_00000.json").read_text())
+    assert (alone["note"], "cyst" in alone["volumes_ml"]) == ("", True)
+    assert lost_classes([("a", CHANNELS), ("b", CHANNELS)]) == ""

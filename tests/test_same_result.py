@@ -21,8 +21,8 @@ from kitseg.errors import InputError, UsageError
 from kitseg.models import stage as models
 from kitseg.models import weights
 from kitseg.models.bundles.export import export
-from kitseg.models.members import origin
 from kitseg.models.model import Model, open_model
+from kitseg.models.origin import origin
 from kitseg.runtime.files import file_digest, identity
 from kitseg.runtime.outcomes import UNCHANGED
 from kitseg.runtime.sharding import Share

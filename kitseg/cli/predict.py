@@ -89,12 +89,14 @@ def ensemble(
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Average folders of probabilities. The post-processing of the first folder is kept."""
-    from kitseg.commands.infer import average
+    from kitseg.commands.infer import average, what_is_lost
     from kitseg.models.memory import parse_size
     from kitseg.volumes.blocks import block_cases
 
     shares, most = _numbers(weights) or [1.0] * len(folders), parse_size(max_memory)
     count = len(block_cases(folders[0]))
+    if lost := what_is_lost(folders):
+        console.print_plain(lost)
     work("ensemble", count, lambda done: average(folders, shares, output, done, most))
 
 

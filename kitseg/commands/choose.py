@@ -14,8 +14,8 @@ from joblib import delayed
 from kitseg import config, ensemble
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import Scheme
+from kitseg.models.digests import digests, run_digest
 from kitseg.models.ensemble_file import Member, write_ensemble
-from kitseg.models.model import run_digest
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import Run, find_run
 from kitseg.runtime.files import file_digest
@@ -186,7 +186,8 @@ def _validated(run: Run, fold: int | None, mirror: bool) -> Validated | None:
     if not all(recorded_scan_digest(folder, case) for case, folder in folders.items()):
         return None
     steps = {name: spec for name, spec in method.postprocess.items() if spec is not None}
-    return Validated(Member(run.path if fold is None else run.fold(fold), mirror=mirror), folders, steps)
+    path = run.path if fold is None else run.fold(fold)
+    return Validated(Member(path, mirror=mirror, sha256=digests(path)), folders, steps)
 
 
 def _all_priors(members: Sequence[Validated]) -> dict[str, Any]:

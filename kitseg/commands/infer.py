@@ -11,9 +11,9 @@ from kitseg import ensemble
 from kitseg.commands.case_record import describe_learning
 from kitseg.commands.postprocess import nothing_found
 from kitseg.errors import KitsegError, UsageError
-from kitseg.models.members import computed_with, describe_model, learned_from, origin
 from kitseg.models.memory import check_memory, slab_within
 from kitseg.models.model import Model
+from kitseg.models.origin import computed_with, describe_model, learned_from, origin
 from kitseg.runtime.device import versions
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.locks import folder_lock
@@ -106,6 +106,8 @@ def average(
         for member in _members(folder, weight, made)
     ]
     manifest = {**manifests[0], "channels": list(channels), "members": members}
+    if lost := what_is_lost(folders):
+        manifest["lost"] = lost
 
     def work(case: str) -> Outcome:
         (scan, digest), result = blocks.scan_of(folders[0], case), to / f"{case}.npy"
@@ -129,6 +131,11 @@ def average(
     with folder_lock(to, "probabilities"):
         blocks.claim_manifest(to, manifest)
         return each(cases, work, on_done)
+
+
+def what_is_lost(folders: Sequence[Path]) -> str:
+    """What the mean of these folders can't show though one of them does, as a line; see ``ensemble.lost_classes``."""
+    return ensemble.lost_classes([(folder.name, blocks.read_manifest(folder)["channels"]) for folder in folders])
 
 
 def _members(folder: Path, weight: float, made: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -67,7 +67,8 @@ def postprocess(folder: Path, to: Path, on_done: OnDone, without: Sequence[str] 
         labels, learned = clean(probabilities, scan, steps), learned_from([folder], case)
         known = {"scan": path.name, "hu_sha256": hu_digest(scan), "learned_from": learned}
         known |= facts_of(manifest, without, computed_with([folder], case))
-        return write_case(to, labels, probabilities, known, made, probabilities.native.doubts)
+        doubts = [*probabilities.native.doubts, *filter(None, [manifest.get("lost")])]
+        return write_case(to, labels, probabilities, known, made, doubts)
 
     with folder_lock(to, "labels"):
         return each(cases, work, on_done)

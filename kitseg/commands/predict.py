@@ -21,8 +21,9 @@ from kitseg.commands.postprocess import Write, write_case
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import Scheme
 from kitseg.measurement.confidence import Confidence, uncertainty
-from kitseg.models.members import Ensemble, Prediction, learned_from
+from kitseg.models.members import Ensemble, Prediction
 from kitseg.models.memory import check_memory
+from kitseg.models.origin import learned_from
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
@@ -116,6 +117,7 @@ class CasePredictor:
     def __init__(self, model: Ensemble, to: Path, options: PredictOptions) -> None:
         self.model, self.to, self.options = model, to, options
         self.scheme = options.labels or model.models[0].method.labels
+        self.lost = [model.loses] if model.loses and self.scheme.cyst else []
         self.facts: dict[str, Any] = {"postprocess": model.postprocess}
         self.facts |= {"labels": self.scheme.plain(), "versions": versions()}
         if options.confidence:
@@ -161,7 +163,8 @@ class CasePredictor:
             "models": self.model.origin(),  # now, because an engine may have left a network to PyTorch
             **self.facts,
         }
-        written = write_case(self.to, found.canonical, found.proba, facts, made, doubts(source, scan), more)
+        doubted = [*doubts(source, scan), *self.lost]
+        written = write_case(self.to, found.canonical, found.proba, facts, made, doubted, more)
         return replace(written, quality=quality)
 
     def _dicom_files(self, source: Case, found: Prediction, scan: Volume) -> dict[str, Write]:
@@ -183,7 +186,9 @@ class CasePredictor:
 
             scene = Scene(labels, scan.geometry, scan.array, None, self.scheme)
             facts = {"Series": pseudonym("series", series.uid), "Made by": f"{algorithm.name} {algorithm.version}"}
-            content = CaseContent(source.id, scene, findings, found.quality, {}, facts, doubts(source, scan))
+            content = CaseContent(
+                source.id, scene, findings, found.quality, {}, facts, [*doubts(source, scan), *self.lost]
+            )
             write_document(path, made, case_pdf(content, patient_line(made)))
 
         writers: dict[str, Write] = {

@@ -18,8 +18,9 @@ from kitseg.commands.postprocess import facts_of, write_case
 from kitseg.commands.score_files import score_content, write_scores
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.measurement.confidence import fit_temperature, sample
-from kitseg.models.members import computed_with, judge, learned_from
+from kitseg.models.members import judge
 from kitseg.models.model import Model, open_model
+from kitseg.models.origin import computed_with, learned_from
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import STAGE_INPUTS, Run, StageFolder, find_run, move_aside
 from kitseg.runtime.console import print_plain

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from kitseg import ensemble
@@ -21,10 +20,11 @@ from kitseg.measurement.quality import Quality, TrainingDomain, assess
 from kitseg.models.builtin import BUILTIN, open_builtin
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
-from kitseg.models.bundles.bundle import SUFFIX, Bundle, bundle_of, open_bundle
+from kitseg.models.bundles.bundle import SUFFIX, Bundle, open_bundle
 from kitseg.models.chain import run_chain, to_scan
 from kitseg.models.ensemble_file import Member, read_ensemble
-from kitseg.models.model import Model, open_model, run_digest
+from kitseg.models.model import Model, open_model
+from kitseg.models.origin import describe_model, origin, origin_path
 from kitseg.models.postprocessing import build_steps, clean
 from kitseg.models.run_folder import of_fold
 from kitseg.models.training_domain import merge_domains
@@ -32,8 +32,6 @@ from kitseg.postprocess import Prior
 from kitseg.types import Probabilities, Volume
 from kitseg.volumes.arrays import Image, scan_from, to_nibabel
 from kitseg.volumes.nifti import turn_to_native
-
-NONCOMMERCIAL = "-NC-"  # in the name of a Creative Commons license
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,11 @@ class Ensemble:
         """What the models saw in training, taken together; None where one of them doesn't state it."""
         return merge_domains([model.run.read_info().experience for model in self.models])
 
+    @property
+    def loses(self) -> str:
+        """What the mean can't show though one of its models finds it, as a line; empty where nothing is lost."""
+        return ensemble.lost_classes([(origin_path(model), [*model.outputs]) for model in self.models])
+
     def origin(self) -> list[dict[str, Any]]:
         """The models of a result, with their weights."""
         pairs = zip(self.models, self.weights, strict=True)
@@ -140,7 +143,7 @@ class Ensemble:
 
     def describe(self) -> str:
         """The models, a line each, and what can't be checked."""
-        lines = [describe_model(model) for model in self.models]
+        lines = [*map(describe_model, self.models), *filter(None, [self.loses])]
         if self.training_domain is None:
             lines.append("contrast phase and spacing are not checked: the model doesn't state its training data")
         infos = [model.run.read_info() for model in self.models]
@@ -240,61 +243,3 @@ def only_member(model: Path | str) -> tuple[Member, Mapping[str, Any] | None]:
     if len(members) > 1:
         raise UsageError(f"{model} stands for {len(members)} runs, which only `kitseg predict` averages")
     return members[0], steps
-
-
-def describe_model(model: Model) -> str:
-    """The model in a line: folds, device, what trained it if not patients, what it can't find, a bundle's licenses."""
-    learned = f"; trained on {made_up}, not on patients" if (made_up := model.run.read_info().made_up) else ""
-    mirrored = "; each scan also mirrored" if model.mirror else ""
-    folds = ", ".join(map(str, model.folds))
-    where = f"{model.device} with {computed_with(model)}"
-    name, licenses = str(model.run.path), ""
-    if bundle := bundle_of(model.run):
-        stated = ", ".join(f"{kind} {text}" for kind, text in bundle.manifest.licenses.items())
-        use = "for non-commercial use; " if NONCOMMERCIAL in bundle.manifest.licenses["weights"] else ""
-        name, licenses = str(bundle), f"; {use}licenses: {stated}"
-    cysts = "; it has no class for cysts, which are kidney for it" if "cyst" not in model.outputs else ""
-    return f"model: {name} ({model.method.name}, fold {folds}) on {where}{learned}{mirrored}{cysts}{licenses}"
-
-
-def learned_from(models: Sequence[Model], *hashes: str) -> tuple[str, ...] | None:
-    """The models whose networks learned from a scan, with their folds; None where that isn't known.
-
-    hashes: of the scan's file and of its HU.
-    """
-    known = [model.learned_from(hashes) for model in models]
-    found = tuple(
-        f"{origin_path(model)}, fold {', '.join(map(str, folds))}"
-        for model, folds in zip(models, known, strict=True)
-        if folds
-    )
-    return None if None in known and not found else found
-
-
-def origin_path(model: Model) -> str:
-    """Where a model lies, or the name of its bundle."""
-    bundle = bundle_of(model.run)
-    return f"{bundle.manifest.name}{SUFFIX}" if bundle else str(model.run.path)
-
-
-def computed_with(model: Model) -> str:
-    """The engines that run a model's networks, and their precision."""
-    return "; ".join(dict.fromkeys(str(stage.engine) for stage in model.chain.values()))
-
-
-def origin(model: Model) -> dict[str, Any]:
-    """The model of a result, and where it ran: all that two equal results must have in common."""
-    info, source = model.run.read_info(), dict[str, Any](path=origin_path(model))
-    if bundle := bundle_of(model.run):
-        source["bundle"] = {"sha256": bundle.sha256, "licenses": bundle.manifest.licenses}
-    return {
-        **source,
-        "folds": model.folds,
-        "mirror": model.mirror,
-        "device": model.device.type,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "engine": computed_with(model),
-        "sha256": run_digest(model.run, model.folds, model.chain),
-        "phantom": info.phantom,
-        "trained_with": info.kitseg,
-    }

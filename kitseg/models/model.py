@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,20 +63,6 @@ class Model:
         for stages in self.stages.values():
             mean.add(to_scan(run_chain(scan, stages, self.heads), self.outputs, scan))
         return mean.result()
-
-
-def run_digest(run: Run, folds: Iterable[int], stages: Iterable[str]) -> str:
-    """A hash of a run's configuration and of the checkpoints of these folds and stages.
-
-    Raises:
-        InputError: a stage's training is not finished.
-    """
-    state, names = hashlib.sha256(run.config.read_bytes()), list(stages)
-    for fold in folds:
-        for name in names:
-            for _, digest in run.stage(fold, name).checkpoints():
-                state.update(digest.encode())
-    return state.hexdigest()
 
 
 def open_model(

@@ -19,6 +19,7 @@ from kitseg.measurement.quality import TrainingDomain
 from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
+SYNTHETIC = "synthetic patients"
 LARGEST = 1 << 22  # bytes of a JSON file that a model is opened from
 _REMEDY = "Restore it, or train again with --restart."
 
@@ -30,8 +31,9 @@ class RunInfo:
     synthetic: whether the synthesis made what it learned from (`kitseg synthesize`, or ``data.source=synthesis``). A
     bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file
     and by that of its HU (``hu_digest``), the folds whose networks learned from it; hu_known: whether the HU of every
-    such scan are among them; corrected: how many label maps a person corrected with `kitseg refine`; empty, False and 0
-    in runs of earlier versions.
+    such scan are among them; corrected: how many label maps a person corrected with `kitseg refine`; also: what it
+    learned from beside patients, some of its cases or those of the model that it began with; empty, False and 0 in runs
+    of earlier versions.
     """
 
     kitseg: str
@@ -42,11 +44,19 @@ class RunInfo:
     hu_known: bool = False
     corrected: int = 0
     synthetic: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def made_up(self) -> str:
         """What it learned from instead of patients: ``phantoms``, ``synthetic patients``, or nothing."""
-        return "phantoms" if self.phantom else "synthetic patients" if self.synthetic else ""
+        return "phantoms" if self.phantom else SYNTHETIC if self.synthetic else ""
+
+    @property
+    def trained_on(self) -> str:
+        """What it learned from, for screens, records and pages; empty where that is patients alone."""
+        if self.made_up:
+            return f"{self.made_up}, not on patients"
+        return " and ".join(("patients", *self.also)) if self.also else ""
 
 
 @dataclass(frozen=True)

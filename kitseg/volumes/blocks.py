@@ -68,7 +68,7 @@ class ProbabilitiesManifest(TypedDict):
     """What made a folder of probabilities, and what post-processing they expect.
 
     stage: the ``stage[.head]`` whose output it is, None for the method's; labels: the label scheme, KiTS19's where it
-    isn't stated; members: of a mean, its folders.
+    isn't stated; members: of a mean, its folders; lost: what that mean can't show (``ensemble.lost_classes``).
     """
 
     channels: list[str]
@@ -79,6 +79,7 @@ class ProbabilitiesManifest(TypedDict):
     versions: dict[str, str]
     labels: NotRequired[dict[str, Any]]
     members: NotRequired[list[AveragedFolder]]
+    lost: NotRequired[str]
 
 
 _BLOCK = FileFormat(_Block, SCHEMA, _AGAIN)
