@@ -7,6 +7,7 @@ import json
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -14,23 +15,29 @@ import pytest
 import torch
 import torchio as tio
 from conftest import kitseg
+from method_runs import untrained
 from scipy import ndimage
 
+from kitseg.labels import KITS23
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
-from kitseg.models.run_folder import RunInfo, StageFolder
+from kitseg.models.run_folder import Run, RunInfo, StageFolder
 from kitseg.models.training_domain import training_facts
 from kitseg.patches.bodies import shape_cases
 from kitseg.patches.queue import AddressSampler
 from kitseg.patches.synthetic import SyntheticQueue
 from kitseg.synthesis import habitus, lesions, neighbours, phases, scanners
-from kitseg.synthesis.anatomies import anatomies_of
+from kitseg.synthesis.anatomies import SCALES, anatomies_of, any_transplants
 from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
 from kitseg.synthesis.fields import smooth_noise
 from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
 from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
+from kitseg.training import stage_inputs
+from kitseg.training.data_source import DataSettings
 from kitseg.training.stage_inputs import read_places
-from kitseg.volumes.store import open_case
+from kitseg.training.synthesis import _Patients
+from kitseg.types import Case, Grid
+from kitseg.volumes.store import CaseFiles, open_case, store_case
 
 MM = (3.0, 3.0, 3.0)
 NONE = SynthesisParts(**dict.fromkeys(asdict(SynthesisParts()), False))
@@ -167,6 +174,56 @@ def test_lesions_need_a_kidney(body: RealBody) -> None:
     lesions.insert(far, scene, rng)
     assert lesions.labelled(scene) == []
     assert not scene.label.any()
+
+
+def test_a_lookalike_keeps_away_from_the_kidney(body: RealBody) -> None:
+    """It has no label, so a kidney with a piece of it would be learned as healthy."""
+    fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
+    inside, beside = fields[1] < 0, fields[1] > 3
+    for seed, side in ((0, 0), (1, 30), (2, 50), (3, 55)):  # mm from the kidney's centre; its surface is at 30
+        hu = fields[0].clone()
+        label, numbers = torch.zeros(2, *body.hu.shape, dtype=torch.uint8)
+        phase = phases.Phase("", 150, 150)
+        scene = lesions.Surroundings(hu, *fields[1:], label, np.array(MM), phase, 0.0, numbers)
+        rng = np.random.default_rng(seed)
+        middle = (np.array(body.hu.shape) - 1) / 2 * MM
+        centre = np.array([66, 96, 66 + side]) - middle
+        plan = lesions.PlannedLesion("lookalike", drawn_shape(rng, 24, False), 1.0, np.eye(3), centre)
+        lesions.insert(plan, scene, rng)
+        assert (hu - fields[0])[inside].abs().max() < 25, "but for the blurred edge"
+        assert bool(scene.made) == (side > 0)
+        if scene.made:
+            assert (hu - fields[0])[beside].max() > 60
+
+
+def test_a_kidney_that_a_tumor_replaces_can_be_transplanted(body: RealBody) -> None:
+    labels = np.where(kidney_map() == 1, 2, 0).astype(np.uint8)
+    labels[24, 32, 28] = 1
+    first = anatomies_of(labels, MM, "case_1")
+    assert first[0].parenchyma_ml == 0
+    found = any_transplants(body.facts.kidneys, first, np.random.default_rng(0))
+    assert [one.scale for one in found] == pytest.approx([SCALES[1]] * 2)
+
+
+def test_a_scan_without_contrast_stays_one(body: RealBody) -> None:
+    pale = replace(body.facts, parenchyma=55.0)
+    fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
+    tissues = phases.Tissues(*fields, np.array(MM))
+    shown = [phases.show(phases.SCANNED, tissues, pale, np.random.default_rng(n))[1] for n in range(8)]
+    assert all(phase.native for phase in shown), "whose lesions have the HU of one"
+    assert max(phase.parenchyma for phase in shown) > 55
+
+
+def test_validation_follows_its_label_maps(tmp_path: Path) -> None:
+    """Other label maps of the same names give other patients."""
+    case, names = Case("a", tmp_path / "a.nii.gz"), []
+    case.image.touch()
+    plan = SimpleNamespace(store=tmp_path, config={"seed": 0}, method=SimpleNamespace(labels=KITS23))
+    settings = DataSettings("synthesis", "maps", 9, 2, ())
+    for content in ("one", "other", "one"):
+        (tmp_path / "shapes.json").write_text(content)
+        names.append(_Patients(plan, case, settings, tmp_path, ("case_0",)).names)
+    assert names[0] == names[2] != names[1]
 
 
 def test_a_volume_is_that_of_the_final_label(body: RealBody) -> None:
@@ -315,6 +372,15 @@ def test_each_part_can_be_switched_off(body: RealBody) -> None:
         assert set(made) == {kind}, part
 
 
+def test_what_has_a_label_is_put_over_what_has_none(body: RealBody) -> None:
+    """Otherwise a lookalike beside the kidney would be seen where the label says cyst."""
+    parts, view = replace(NONE, tumors=True, cysts=True, lookalikes=True), View.on(body)
+    found = [[row["kind"] for row in patient(body, parts, n, view=view).made["lesions"]] for n in range(14)]
+    both = [kinds for kinds in found if {"lookalike"} < set(kinds)]
+    assert both
+    assert all(kinds[0] == "lookalike" and kinds[1:] == sorted(kinds[1:], reverse=True) for kinds in both)
+
+
 def bodies_folder(folder: Path, count: int = 2) -> Path:
     """Bodies with their masks beside them."""
     affine = np.array([[0, 0, -3, 0], [0, -3, 0, 0], [-3, 0, 0, 0], [0, 0, 0, 1.0]])
@@ -431,11 +497,42 @@ def test_training_on_synthetic_patients(patients: Path) -> None:
 
 def test_who_learns_from_written_patients_learns_from_synthetic_ones(patients: Path) -> None:
     stored = ("--method=resenc", "--size=tiny", "--labels=kits23", "--jobs=1", "--to=stored", *SMALL)
+    every = []
     for folder, made_up in (("patients", "synthetic patients"), ("bodies", "")):
         done = kitseg(patients, "preprocess", folder, *stored)
         assert done.code == 0, done.text
         cases = [open_case(patients / "stored" / "6mm-6mm" / path.name) for path in (patients / folder).glob("*_*")]
-        assert RunInfo("0", **training_facts(cases)).made_up == made_up
+        info = RunInfo("0", **training_facts(cases))
+        assert (info.made_up, info.trained_on) == (made_up, made_up and f"{made_up}, not on patients")
+        every += cases
+    partly = RunInfo("0", **training_facts(every))
+    assert (partly.made_up, partly.trained_on) == ("", "patients and synthetic patients")
+
+
+def test_what_initial_weights_learned_from_is_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run on patients that began with a network of synthetic ones, also when its facts are written again."""
+    hu, kidneys = scan()
+    affine = np.array([[0, 0, -3, 0], [0, -3, 0, 0], [-3, 0, 0, 0], [0, 0, 0, 1.0]])
+    for name, array in (("image", hu), ("label", kidneys.astype(np.uint8))):
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
+    store_case(
+        CaseFiles(Case("a", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"), KITS23), tmp_path / "a", Grid()
+    )
+    monkeypatch.setattr(stage_inputs, "open_stored", lambda *_: open_case(tmp_path / "a"))
+    initial = Run(untrained(tmp_path / "initial"))
+    facts = json.loads(initial.info.read_text())
+    initial.info.write_text(json.dumps({**facts, "synthetic": True}))
+    (tmp_path / "run").mkdir()
+    split = SimpleNamespace(cases={"a"}, test=(), folds=())
+    plan = SimpleNamespace(split=split, config={}, initial=str(initial.path), run=Run(tmp_path / "run"))
+    for _ in range(2):
+        stage_inputs._record_facts(plan, None)
+        assert plan.run.read_info().trained_on == "patients and synthetic patients"
+    plan.initial = None
+    initial.info.write_text(json.dumps({**facts, "phantom": True}))
+    plan.run = initial
+    stage_inputs._record_facts(plan, None)
+    assert plan.run.read_info().also == ("phantoms",), "a run whose phantoms gave way to patients"
 
 
 def test_masks_with_ids_of_their_own(patients: Path, tmp_path: Path) -> None:

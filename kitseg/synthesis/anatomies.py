@@ -106,7 +106,8 @@ def any_transplants(kidneys: Sequence[KidneyBox], anatomies: Sequence[Anatomy], 
     for kidney in kidneys:
         anatomy = anatomies[int(rng.integers(len(anatomies)))]
         own = 4 / 3 * np.pi * float(np.prod(kidney.radii)) / 1000 * 0.6  # of a kidney in its bounding box
-        scale = float(np.clip((own / anatomy.parenchyma_ml) ** (1 / 3) * rng.uniform(0.88, 1.15), *SCALES))
+        theirs = max(anatomy.parenchyma_ml, 1.0)  # a tumor may leave none
+        scale = float(np.clip((own / theirs) ** (1 / 3) * rng.uniform(0.88, 1.15), *SCALES))
         right = kidney.centre[2] < middle if len(kidneys) > 1 else anatomy.right
         mirror = np.diag([1.0, 1.0, 1.0 if right == anatomy.right else -1.0])
         found.append(Transplant(anatomy, kidney, mirror @ rotation(rng, ANGLES) / scale))

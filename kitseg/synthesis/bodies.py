@@ -152,8 +152,8 @@ def _kidneys(kidney: Mask, spacing: Sequence[float]) -> tuple[KidneyBox, ...]:
     found = []
     for number in np.flatnonzero(chosen):
         box, mm = Components.of(parts.chosen(np.arange(len(parts.sizes)) == number)).box, np.array(spacing)
-        start, stop = np.array(box.start) * mm, (np.array(box.stop) - 1) * mm
-        found.append(KidneyBox(*(_triple(v) for v in ((start + stop) / 2, (stop - start) / 2))))
+        first, last = np.array(box.start) * mm, (np.array(box.stop) - 1) * mm
+        found.append(KidneyBox(*(_triple(v) for v in ((first + last) / 2, (last - first + mm) / 2))))
     return tuple(found)
 
 

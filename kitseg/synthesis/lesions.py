@@ -27,9 +27,11 @@ from kitseg.synthesis.fields import Vector, any_rotation, box_mean, rotation, sm
 from kitseg.synthesis.phases import Phase
 from kitseg.synthesis.textures import Site
 
-IDS = {"tumor": TUMOR, "cyst": CYST, "stone": None, "lookalike": None}  # label ids; None: the label stays as it is
+#: Label ids in the order in which lesions are put, later ones over earlier ones; None: the label stays as it is.
+IDS = {"lookalike": None, "tumor": TUMOR, "cyst": CYST, "stone": None}
 RADII = {"tumor": (2.5, 55.0), "lookalike": (2.5, 25.0), "cyst": (2.5, 35.0), "stone": (1.0, 6.0)}  # mm
 IN_KIDNEY = ("tumor", "cyst")
+APART = 3.0  # mm between a lookalike and the kidney
 Box3 = tuple[slice, slice, slice]
 
 
@@ -177,7 +179,7 @@ def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rn
 
 
 def insert(plan: PlannedLesion, scene: Surroundings, rng: Generator) -> None:
-    """Put a lesion into a scene, unless nothing of it is in the patch or in the kidney."""
+    """Put a lesion into a scene, unless nothing of it is in the patch, or in the kidney (of a lookalike: beside it)."""
     if (box := _box(plan, scene)) is not None:
         lesion = lesion_distance(plan, box, scene, rng)
         put(plan.kind, lesion, plan.radius, Part(box, plan.shape.case), scene, rng)
@@ -189,8 +191,12 @@ def put(kind: str, lesion: Tensor, radius: float, part: Part, scene: Surrounding
     hu, distance, label = scene.hu[box], scene.distance[box], scene.label[box]
     if kind != "stone":
         lesion = _kept_apart(lesion, radius, scene, box, rng)
+    if kind == "lookalike":
+        lesion = torch.maximum(lesion, APART - distance)
     inside = lesion < 0
-    if kind in IN_KIDNEY and ((inside & (distance < 0)).sum() < 0.06 * inside.sum() or not inside.any()):
+    if kind != "stone" and not inside.any():
+        return
+    if kind in IN_KIDNEY and (inside & (distance < 0)).sum() < 0.06 * inside.sum():
         return
     site = Site(lesion, radius, scene.spacing, scene.phase)
     if kind == "stone":

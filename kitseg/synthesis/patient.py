@@ -109,7 +109,7 @@ def make(
     label = (on.distance < 0).to(torch.uint8) * KIDNEY
     numbers = torch.zeros_like(label)
     scene = Surroundings(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise, numbers)
-    for plan in sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind)):  # cysts and stones over tumors
+    for plan in sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind)):
         lesions.insert(plan, scene, rng)
     for one in grafts:
         if one is not None:

@@ -89,7 +89,7 @@ def _scanned(on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, Phase]:
     """The body's own phase at another level."""
     hu, mean = on.hu, facts.parenchyma
     if mean < NATIVE:
-        level, gain = mean + rng.uniform(-4, 12), 1.0
+        level, gain = min(mean + rng.uniform(-4, 12), NATIVE - 1), 1.0
     else:
         level, gain = max(NATIVE, mean + rng.uniform(-35, 45)), rng.uniform(0.7, 1.3)
     return hu + on.inside * ((hu - mean) * (gain - 1) + level - mean), Phase(SCANNED, level, level)

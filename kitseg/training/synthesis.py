@@ -30,7 +30,7 @@ from kitseg.patches.bodies import (
 )
 from kitseg.patches.synthetic import parts_without, write_patient
 from kitseg.runtime.console import bar
-from kitseg.runtime.files import atomic_write
+from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile, recipe
 from kitseg.synthesis.lesions import Shapes
@@ -127,6 +127,7 @@ class _Patients:
         files = [InputFile.of(path) for path in body.files]
         made = {"files": [[f.size, f.mtime] for f in files], "maps": list(label_maps), "without": settings.without}
         made |= {} if self.of_masks.ids == KITS23.ids else {"ids": self.of_masks.ids}
+        made |= {} if shapes is None else {"shapes": file_digest(shapes / "shapes.json")}
         key = recipe(version=__version__, seed=self.seed, convention=self.scheme.name, **made)[:8]
         self.names = tuple(f"{body.id}-{key}-{number}" for number in range(settings.validation))
 
