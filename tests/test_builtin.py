@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from conftest import kitseg
 from method_runs import untrained
 from nifti_files import save
 
+from kitseg.errors import InputError
 from kitseg.models.builtin import FILE, choose_model, open_builtin
 from kitseg.models.bundles.archive import CARD
+from kitseg.models.bundles.export import export
 from kitseg.models.members import open_ensemble
 
 SAMPLE = Path(__file__).parents[1] / "kitseg" / "samples" / "hcc_007b" / "imaging.nii.gz"
@@ -32,8 +35,10 @@ def test_a_scan_alone_is_enough(tmp_path: Path) -> None:
     assert done.code == 0, done.text
     (line,) = [line for line in done.text.splitlines() if "non-commercial" in line]
     assert "bundle builtin" in line
+    assert "trained on synthetic patients, not on patients" in line
     (model,) = json.loads((tmp_path / "predictions" / "scan.json").read_text())["models"]
     assert (model["path"], model["phantom"]) == ("builtin.kitseg", False)
+    assert model["trained_on"] == "synthetic patients, not on patients"
     assert model["bundle"]["licenses"]["weights"] == "CC-BY-NC-SA-4.0"
     again = kitseg(tmp_path, "predict", "scan.nii.gz", "--engine=torch", "--model=builtin")
     assert "unchanged" in again.text
@@ -67,6 +72,36 @@ def test_runs_on_synthetic_patients_are_never_picked_by_themselves(tmp_path: Pat
     assert choose_model(tmp_path / "runs") == open_builtin().path
     opened = open_ensemble([run], "cpu")
     assert "trained on synthetic patients, not on patients" in opened.describe()
+    assert opened.origin()[0]["trained_on"] == "synthetic patients, not on patients"
+    (run / "run.json").write_text(json.dumps({**facts, "also": ["synthetic patients"]}))
+    assert choose_model(tmp_path / "runs") == run, "it learned from patients"
+    assert "trained on patients and synthetic patients" in open_ensemble([run], "cpu").describe()
+    (run / "config.yaml").write_text("damaged: [")
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        choose_model(tmp_path / "runs")
+    (run / "fold_0").rename(run / "mine")
+    assert choose_model(tmp_path / "runs") == open_builtin().path, "a config.yaml of another program"
+
+
+def test_what_a_network_learned_from_is_on_pages_and_in_bundles(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    untrained(run)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "also": ["synthetic patients"]}))
+    export(run, tmp_path / "mine.kitseg")
+    with ZipFile(tmp_path / "mine.kitseg") as archive:
+        (member,) = json.loads(archive.read("bundle.json"))["members"]
+    assert member["training"]["trained_on"] == "patients and synthetic patients"
+    assert member["training"]["cases"] == 1, "of the folds in it, without those that validated"
+    model = {"path": "mine", "sha256": "0", "trained_on": "patients and synthetic patients"}
+    (tmp_path / "labels").mkdir()
+    save(tmp_path / "labels" / "a.nii.gz", np.zeros((8, 8, 8), np.uint8))
+    for known, shown in ((model, "trained on patients and synthetic patients"), ({**model, "trained_on": ""}, "")):
+        (tmp_path / "labels" / "a.json").write_text(json.dumps({"schema": 4, "models": [known]}))
+        done = kitseg(tmp_path, "report", "labels", "--jobs=1", "--overwrite")
+        assert done.code == 0, done.text
+        assert ("trained on" in (page := (tmp_path / "report" / "a.html").read_text())) == bool(shown)
+        assert shown in page
 
 
 def test_its_size_and_its_card() -> None:

@@ -147,11 +147,16 @@ def test_a_scan_in_another_file_may_be_one_that_an_older_run_learned_from(here: 
 
 def test_what_initial_weights_learned_from_counts_for_the_folds_that_they_start(here: Path) -> None:
     a, b, c = (file_digest(here / "data" / name / "imaging.nii.gz") for name in "abc")
-    whole, hu_known = learned_before(str(here / "runs" / "r"), 3)
-    assert (whole[a], whole[b], whole[c], hu_known) == ([1], [0, 2], [0, 1, 2], True)
-    part, _ = learned_before(str(here / "runs" / "r" / "fold_1"), 2)
-    assert (part[a], part[b], part[c]) == ([0, 1], [], [0, 1])
-    assert learned_before(str(here / "runs" / "r" / "fold_1" / "kidneys" / "best" / "3.ckpt"), 2) == ({}, False)
+    whole = learned_before(str(here / "runs" / "r"), 3)
+    assert ([whole.learned[one] for one in (a, b, c)], whole.hu_known) == ([(1,), (0, 2), (0, 1, 2)], True)
+    part = learned_before(str(here / "runs" / "r" / "fold_1"), 2)
+    assert [part.learned[one] for one in (a, b, c)] == [(0, 1), (), (0, 1)]
+    assert learned_before(str(here / "runs" / "r" / "fold_1" / "kidneys" / "best" / "3.ckpt"), 2) is None
+    one = shutil.copytree(here / "runs" / "r", here / "runs" / "one")  # fold 1 isn't trained: fold 0 starts them all
+    shutil.rmtree(one / "fold_1")
+    alone = learned_before(str(one), 2)
+    shutil.rmtree(one)
+    assert [alone.learned[one] for one in (a, b, c)] == [(), (0, 1), (0, 1)]
 
 
 def test_a_case_that_an_earlier_version_stored_gets_the_hash_of_its_hu(here: Path) -> None:

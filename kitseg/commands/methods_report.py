@@ -169,6 +169,7 @@ def _data(facts: RunFacts) -> str:
     made = facts.configuration.get("data", {}).get("source") == "synthesis"
     kind = f" {(not made and facts.info.made_up) or 'labelled CT scans'}"
     more = "; training patches show synthetic patients made from them" if made else ""
+    more += f"; it also learned from {' and '.join(facts.info.also)}" if facts.info.also else ""
     seen = facts.info.experience
     ranges = f"; slices {_span(seen.slice_mm)} mm apart, pixels of {_span(seen.pixel_mm)} mm" if seen else ""
     return f"{len(facts.info.cases)}{kind}{more}{ranges}."

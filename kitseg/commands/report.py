@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.commands.case_record import ANY_RECORD, CaseRecord, record_of, scheme_beside
+from kitseg.commands.case_record import ANY_RECORD, CaseRecord, correction_beside, record_of, scheme_beside
 from kitseg.commands.measure import LabelTask
 from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import KITS23, Scheme, to_kits19
@@ -123,7 +123,10 @@ def _make_page(task: PageTask) -> CaseRow:
     quality = record.quality if record.is_of(digest) else None
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)
-    by_model = None if record.corrected else task.intervals  # they are of a model's errors, not of a person's
+    changed = correction_beside(task.labels)
+    if changed and not (record.corrected or record.labels_sha256):  # its header alone states it
+        notes.append(f"{changed[:1].upper()}{changed[1:]}.")
+    by_model = None if changed else task.intervals  # they are of a model's errors, not of a person's
     intervals = by_model.of_all(findings, scene.geometry.spacing[0]) if by_model else ()
     after = after_surgery(findings, task.patient, scene.labels, scene.geometry) if task.patient else None
     content = CaseContent(
@@ -189,7 +192,8 @@ def _model(model: Mapping[str, Any]) -> str:
     parts += ["mirrored too"] if model.get("mirror") else []
     parts += [f"weight {model['weight']:g}"] if "weight" in model else []
     parts += [f"trained with kitseg {model['trained_with']}"] if model.get("trained_with") else []
-    parts += ["trained on phantoms"] if model.get("phantom") else []
+    learned = model.get("trained_on") or ("phantoms, not on patients" if model.get("phantom") else "")
+    parts += [f"trained on {learned}"] if learned else []
     return f"{', '.join(parts)}\nsha256 of configuration and weights {model['sha256']}"
 
 

@@ -41,7 +41,8 @@ def choose_model(runs: Path) -> Path:
     Phantoms and synthetic patients are no patients.
 
     Raises:
-        UsageError: there are several, or none in an installation without the built-in network.
+        UsageError: there are several, or none in an installation without the built-in network; or one needs --trust.
+        InputError: a trained run is damaged. It is not passed over for another network.
     """
     folders = (path for path in sorted(runs.glob("*")) if not re.search(r"\.old-\d+$", path.name))
     finished = [run for run in map(Run, folders) if run.config.exists() and _is_finished(run)]
@@ -54,8 +55,7 @@ def choose_model(runs: Path) -> Path:
 
 
 def _is_finished(run: Run) -> bool:
-    try:
-        last = list(config.method_of(config.read(run.config)).stages)[-1]
-        return bool(run.folds(last)) and run.info.exists()
-    except KitsegError:
+    if not any(run.path.glob("fold_*/*/done.json")):  # another program may write a config.yaml, too
         return False
+    last = list(config.method_of(config.read(run.config)).stages)[-1]
+    return bool(run.folds(last))

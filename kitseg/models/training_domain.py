@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from kitseg.measurement.quality import TrainingDomain
+from kitseg.models.run_folder import SYNTHETIC
 from kitseg.splits import Fold
 from kitseg.volumes.store import StoredCase
 
@@ -34,6 +35,7 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
     return {
         "phantom": any(phantoms),
         "synthetic": all(synthetic),
+        "also": [SYNTHETIC] if any(synthetic) and not all(synthetic) else [],
         "cases": list(ids),
         "corrected": sum(corrected),
         "experience": seen if seen["kidney_hu"] else None,

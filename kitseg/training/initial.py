@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kitseg import config
 from kitseg.config import Method
 from kitseg.errors import InputError, UsageError
 from kitseg.models.members import only_member
-from kitseg.models.run_folder import SCHEMA, Run, StageFolder, find_run
+from kitseg.models.run_folder import SCHEMA, Run, RunInfo, StageFolder, find_run
 from kitseg.models.weights import read_weights, sound_checkpoints
 from kitseg.runtime import console
 from kitseg.runtime.files import file_digest, write_json
@@ -54,33 +55,39 @@ def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
         return InitialWeights({stage.name: theirs.checkpoint(fold)}, note=theirs.difference(stage))
     member, _ = only_member(model)
     run, given = find_run(member.run)
-    stages, used = {}, set[int]()
-    for name in method.stages:
-        there = [given] if given is not None and run.stage(given, name).done.exists() else run.folds(name)
-        if there:
-            number = fold if fold in there else there[0]
-            stages[name] = sound_checkpoints(run.stage(number, name))[0]
-            used.add(number)
-    if not stages:
+    used = _folds_used(run, given, list(method.stages), fold)
+    if not used:
         raise UsageError(f"--init-from {model}: it has no trained stage named {' or '.join(method.stages)}")
-    return InitialWeights(stages, _training_cases(run, used))
+    stages = {name: sound_checkpoints(run.stage(number, name))[0] for name, number in used.items()}
+    return InitialWeights(stages, _training_cases(run, set(used.values())))
 
 
-def learned_before(model: str, count: int) -> tuple[dict[str, list[int]], bool]:
-    """The scans that initial weights learned from, by their hashes, with those of ``count`` folds that they start.
+def learned_before(model: str, count: int) -> RunInfo | None:
+    """The facts of the model that initial weights are from, where they are known.
 
-    And whether all their HU are known, see ``RunInfo``.
+    learned: with those of ``count`` folds that they start instead of the model's own.
     """
     path = Path(model)
     if (path.suffix in CHECKPOINTS and path.is_file()) or find_nnunet(model) is not None:
-        return {}, False
+        return None
     run, given = find_run(only_member(model)[0].run)
-    info = run.read_info()
-    learned = info.learned
-    there = sorted({fold for folds in learned.values() for fold in folds})
-    starts = [given if given is not None else fold if fold in there else there[0] for fold in range(count) if there]
-    found = {sha256: [n for n, fold in enumerate(starts) if fold in folds] for sha256, folds in learned.items()}
-    return found, info.hu_known
+    info, names = run.read_info(), list(config.method_of(config.read(run.config)).stages)
+    starts = [set(_folds_used(run, given, names, fold).values()) for fold in range(count)]
+    learned = {
+        sha256: tuple(number for number, used in enumerate(starts) if used.intersection(folds))
+        for sha256, folds in info.learned.items()
+    }
+    return replace(info, learned=learned)
+
+
+def _folds_used(run: Run, given: int | None, stages: Sequence[str], fold: int) -> dict[str, int]:
+    """The fold of a run whose network each stage of a fold starts from, of those stages that it has trained."""
+    used = {}
+    for name in stages:
+        there = [given] if given is not None and run.stage(given, name).done.exists() else run.folds(name)
+        if there:
+            used[name] = fold if fold in there else there[0]
+    return used
 
 
 def start_from(module: StageModel, path: Path, folder: StageFolder, loud: bool) -> None:

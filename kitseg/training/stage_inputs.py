@@ -15,7 +15,15 @@ from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.links.regions import RegionContext
 from kitseg.models.chain import Output, run_on_grid
-from kitseg.models.run_folder import RUN_INFO, STAGE_INPUTS, StageFolder, StageInputFile, StageInputRow, SynthesisRow
+from kitseg.models.run_folder import (
+    RUN_INFO,
+    STAGE_INPUTS,
+    RunInfo,
+    StageFolder,
+    StageInputFile,
+    StageInputRow,
+    SynthesisRow,
+)
 from kitseg.models.stage import TrainedStage, build_input_transform, open_stage
 from kitseg.models.training_domain import training_facts
 from kitseg.patches.datamodule import StageCases
@@ -72,14 +80,16 @@ def _record_facts(plan: Plan, spec: StageSpec) -> None:
     cases = (open_stored(plan, spec, case) for case in sorted(plan.split.cases - set(plan.split.test)))
     facts = training_facts(cases, plan.split.folds)
     facts["synthetic"] |= data_settings(plan.config) is not None
+    own = RunInfo(__version__, facts["phantom"], synthetic=facts["synthetic"]).made_up
     before = [learned_before(plan.initial, len(plan.split.folds))] if plan.initial else []
     with folder_lock(plan.run.path, "configuration", wait=MOMENT):
-        if plan.run.info.exists():
-            info = plan.run.read_info()
-            before += [({sha256: list(folds) for sha256, folds in info.learned.items()}, info.hu_known)]
-        for learned, hu_known in before:
-            facts["hu_known"] &= hu_known
-            for sha256, folds in learned.items():
+        before += [plan.run.read_info()] if plan.run.info.exists() else []
+        for info in before:
+            facts["hu_known"] &= info is not None and info.hu_known
+            if info is None:
+                continue
+            facts["also"] = sorted({*facts["also"], *info.also, info.made_up} - {"", own})
+            for sha256, folds in info.learned.items():
                 facts["learned"][sha256] = sorted({*facts["learned"].get(sha256, ()), *folds})
         RUN_INFO.write(plan.run.info, {"kitseg": __version__, **facts})
 

@@ -111,7 +111,8 @@ def _facts(part: ExportedMember) -> dict[str, Any]:
     trained = {
         "kitseg": info.kitseg,
         "phantom": info.phantom,
-        "cases": len(split.cases - set(split.test)),
+        "trained_on": info.trained_on or "patients",
+        "cases": len({case for number in part.folds for case in split.folds[number].train}),
         "split_sha256": file_digest(part.run.split),
         "experience": info.experience and asdict(info.experience),
     }
