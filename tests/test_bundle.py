@@ -60,7 +60,7 @@ def test_what_a_bundle_states(content: Files, run: Path) -> None:
     assert member["labels"] == KITS19.plain() | {"regions": {"kidney": ["kidney", "tumor"], "tumor": ["tumor"]}}
     assert member["stages"]["kidneys"]["normalization"]["low"] == -79
     assert member["stages"]["kidneys"]["grid"]["pixels"] == 96
-    assert member["training"]["cases"] == 2  # the third is a test case
+    assert member["training"]["cases"] == 1  # the second validates, the third is a test case
     assert member["training"]["split_sha256"] == file_digest(run / "splits.json")
     assert b"somebody" not in b"".join(content.values())  # no case by its name
     assert {Path(name).suffix for name in content} == {".json", ".yaml", ".safetensors"}
