@@ -372,6 +372,8 @@ def test_a_mean_that_loses_the_cysts_says_so(tmp_path: Path) -> None:
         done = kitseg(tmp_path, "ensemble", *folders, "-o", f"mean-{len(folders)}{folders[0]}")
         assert done.code == 0, done.text
         assert ("no class for them in without" in " ".join(done.text.split())) == is_lost
+    nested = kitseg(tmp_path, "ensemble", "without", "mean-2with", "-o", "nested")
+    assert (nested.code, "no class for them in without" in " ".join(nested.text.split())) == (0, True), nested.text
     assert kitseg(tmp_path, "postprocess", "mean-2with", "-o", "labels").code == 0
     record = json.loads((tmp_path / "labels" / "case_00000.json").read_text())
     assert "cysts are labelled kidney in this mean" in record["note"]

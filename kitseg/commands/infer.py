@@ -134,8 +134,10 @@ def average(
 
 
 def what_is_lost(folders: Sequence[Path]) -> str:
-    """What the mean of these folders can't show though one of them does, as a line; see ``ensemble.lost_classes``."""
-    return ensemble.lost_classes([(folder.name, blocks.read_manifest(folder)["channels"]) for folder in folders])
+    """What the mean of these folders, or one of them, can't show, as a line; see ``ensemble.lost_classes``."""
+    manifests = [blocks.read_manifest(folder) for folder in folders]
+    lost = ensemble.lost_classes([(f.name, made["channels"]) for f, made in zip(folders, manifests, strict=True)])
+    return lost or next((made["lost"] for made in manifests if "lost" in made), "")
 
 
 def _members(folder: Path, weight: float, made: Mapping[str, Any]) -> list[dict[str, Any]]:
