@@ -15,7 +15,7 @@ from shapes import Ellipsoid, ball, lattice, paint
 
 from kitseg.commands.evaluate import Job, rules
 from kitseg.commands.intervals import case_errors
-from kitseg.commands.measure import NO_RECORD, measure_case, plan_measures
+from kitseg.commands.measure import NO_RECORD, measure_case, plan_measures, write_lesion_table
 from kitseg.labels import KIDNEY, KITS19
 from kitseg.measurement.intervals import Calibration, ErrorRange, SizeError, calibrate
 from kitseg.runtime.files import file_digest
@@ -133,6 +133,9 @@ def test_labels_that_were_changed_have_no_intervals_and_calibrate_none(tmp_path:
         "corrected by a person", "", "changed since its record was written",
     ]  # fmt: skip
     assert NO_RECORD not in found["kept"].doubts
+    write_lesion_table(tmp_path / "m.csv", [found["alone"]])
+    with (tmp_path / "m.csv").open() as file:
+        assert {row["note"] for row in csv.DictReader(file)} == {"corrected by a person"}
     (tmp_path / "kept.json").unlink()
     (task,) = plan_measures(tmp_path / "kept.nii.gz", None)
     assert NO_RECORD in measure_case(task, None, calibration=calibration).doubts

@@ -276,7 +276,7 @@ def _show_findings(results: Sequence[Measured]) -> None:
         table.add_section()
     console.out.print(table)
     for result in results:
-        show_doubts(result.case, result.doubts)
+        show_doubts(result.case, result.remarks)
     if any(result.intervals for result in results):
         console.print_line("In brackets: 90 % intervals; ?: outside of the sizes and slices that were calibrated.")
 

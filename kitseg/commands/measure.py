@@ -111,6 +111,11 @@ class Measured:
         return zip((*self.findings.kidneys, *self.findings.lesions), known, strict=True)
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """How it was changed, and the doubts."""
+        return (*filter(None, [self.origin]), *self.doubts)
+
+    @property
     def note(self) -> str:
         """Why there is nothing to list; empty where there is something."""
         empty = not (self.findings.kidneys or self.findings.lesions)
@@ -168,8 +173,8 @@ def write_findings(path: Path, results: Sequence[Measured]) -> None:
 def write_lesion_table(path: Path, results: Sequence[Measured]) -> None:
     """Write a CSV row for each kidney and each lesion of every case; ``kind`` is kidney, tumor or cyst.
 
-    A case without any has a row with a note: nothing found, or the error. Doubts about a case are a note in each of
-    its rows.
+    A case without any has a row with a note: nothing found, or the error. How a case was changed and doubts about it
+    are a note in each of its rows.
     """
     kept = [entry.name for kind in (Lesion, Kidney) for entry in fields(kind) if entry.name not in ("box", "centre")]
     rows = [row for result in results for row in _rows(result)]
@@ -206,7 +211,7 @@ def write_mesh(labels: Path, to: Path, part: str, stated: Scheme | None) -> tupl
 
 
 def _rows(result: Measured) -> Iterator[dict[str, Any]]:
-    doubts = "; ".join(result.doubts)
+    doubts = "; ".join(result.remarks)
     if result.note:
         yield {"case": result.case, "note": "; ".join(filter(None, [result.note, doubts]))}
     for part, intervals in result.parts:
