@@ -44,7 +44,7 @@ def test_the_paragraphs_of_a_command_fill_the_terminal(
 #: Words and turns of phrase that are not plain technical English, and what stands for them:
 #: states or reports, resumes, is not, fix, predicts, problem.
 COLLOQUIAL = re.compile(
-    r"\b(told|tells?|said|heard|goes on|go on|mend(s|ed|ing)?|belie(f|ve[sd]?)|befell|befalls?|sights?|obey(s|ed)?"
+    r"\b(told|tells?|said|says|heard|goes on|go on|mend(s|ed|ing)?|belie(f|ve[sd]?)|befell|befalls?|sights?|obey(s|ed)?"
     r"|is no number|no number any more|what became of|in words)\b",
     re.IGNORECASE,
 )

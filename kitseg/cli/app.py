@@ -96,7 +96,7 @@ def quick_imports() -> Iterator[None]:
 
 
 def take_share(shard: str | None) -> Share:
-    """The part of the cases to work on; a line says which it is and why, where it isn't the whole."""
+    """The part of the cases to work on; a line states which it is and why, where it isn't the whole."""
     share, launched = Share.asked(shard), launcher.described()
     if share.of > 1:
         why = f"{launched} in the environment, which launchers set; unset them for all cases" if launched else "--shard"

@@ -7,7 +7,7 @@ RESEARCH_USE = (
 
 #: What a level of quality means for a reader.
 LEVEL_TEXTS = {
-    "green": "No doubt about the outlines was found. This says nothing about disease.",
+    "green": "No doubt about the outlines was found. It is no statement about disease.",
     "amber": "Review the outlines before using the measurements.",
     "red": "The outlines may be wrong: check and correct them before using the measurements.",
 }

@@ -16,7 +16,7 @@ from kitseg.runtime.console import print_plain
 from kitseg.runtime.signals import ask_to_end
 
 HEARTBEAT, LEASE = 2.0, 60.0  # seconds: how often a lock is refreshed, and after how long without that it is dead
-FOREVER = 1e9  # seconds: the watch decides; with no limit at all filelock speaks of a deadlock within one thread
+FOREVER = 1e9  # seconds: the watch decides; with no limit at all filelock reports a deadlock within one thread
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def open_errors(path: Path) -> Iterator[None]:
 
 
 def open_voxels(path: Path) -> Any:
-    """Open the file as a byte stream, decompressed if its content is gzip's, whatever its name says."""
+    """Open the file as a byte stream, decompressed if its content is gzip's, whatever its name states."""
     return _igzip.open(path) if _start(path)[:2] == _GZIP else path.open("rb")
 
 
