@@ -222,6 +222,23 @@ def test_a_stray_value_in_a_prediction_is_background_and_no_more(tmp_path: Path,
     assert [content["cases"]["case_00000"][name]["dice"] for name in ("kidney", "tumor")] == [1, 1]
 
 
+def test_predictions_of_different_models_are_named(tmp_path: Path) -> None:
+    """What is left in a folder of an earlier model; folds of one run are one model."""
+    write(tmp_path / "ref", labels(), labels(), labels())
+    write(tmp_path / "pred", *[np.roll(labels(), 1, 0)] * 3)
+
+    def predicted_with(*paths: str) -> list[str]:
+        for number, path in enumerate(paths):
+            record = {"schema": 4, "case": f"case_{number:05d}", "models": [{"path": path, "folds": [number]}]}
+            (tmp_path / "pred" / f"case_{number:05d}.json").write_text(json.dumps(record))
+        notes: list[str] = evaluate(tmp_path)[1]["notes"]
+        return notes
+
+    (note,) = predicted_with("builtin.kitseg", "/runs/mine", "runs/mine")
+    assert note.startswith("the predictions are of different models: builtin.kitseg (1), mine (2)")
+    assert predicted_with(*["runs/mine"] * 3) == []
+
+
 def test_references_without_a_prediction_are_named(tmp_path: Path) -> None:
     write(tmp_path / "pred", np.roll(labels(), 1, 0))
     write(tmp_path / "ref", labels(), labels())

@@ -123,6 +123,12 @@ def recorded_learning(labels: Path) -> tuple[str, ...]:
     return (record.learned_from or ()) if record else ()
 
 
+def recorded_models(labels: Path) -> tuple[str, ...]:
+    """The names of the runs or bundles that a label map was predicted with, by the record beside it."""
+    record = record_beside(labels)
+    return tuple(sorted({Path(str(model.get("path", ""))).name for model in record.models})) if record else ()
+
+
 def correction_beside(labels: Path) -> str:
     """How a label map was changed since a network made it, by its record and its header; empty where nothing says so.
 

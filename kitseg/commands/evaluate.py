@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.case_record import recorded_learning, scheme_beside
+from kitseg.commands.case_record import recorded_learning, recorded_models, scheme_beside
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
 from kitseg.runtime.resume import Task
@@ -51,7 +52,8 @@ class Score:
     whether the prediction and the reference hold cysts; strange: whether the prediction holds values that are no
     labels; itself: whether prediction and reference are one file, or hold the same bytes; learned_from: the models of
     the prediction that learned from the scan, by its record; doubts: about the reference's place in the patient;
-    reference: the hash of its labels, the same whatever the format of its file.
+    reference: the hash of its labels, the same whatever the format of its file; models: those of the prediction, by its
+    record.
     """
 
     case: str
@@ -67,6 +69,7 @@ class Score:
     learned_from: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     reference: str = ""
+    models: tuple[str, ...] = ()
 
     @property
     def dice(self) -> dict[str, float]:
@@ -174,6 +177,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             recorded_learning(job.prediction) if job.prediction else (),
             truth.native.doubts,
             hashlib.sha256(truth.array.tobytes()).hexdigest(),
+            recorded_models(job.prediction) if job.prediction else (),
         )
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))
@@ -210,11 +214,15 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Unscored) -> list[str
     if learned := [score.case for score in scored if score.learned_from]:
         what = f"the networks learned from the scans of {len(learned)} of {len(scores)} cases ({shorten(learned)})"
         lines.append(f"{what}: these scores are no measure for new scans")
+    if len(by_model := Counter(" + ".join(score.models) for score in scored if score.models)) > 1:
+        counts = ", ".join(f"{name} ({count})" for name, count in sorted(by_model.items()))
+        lines.append(f"the predictions are of different models: {counts}; predict again into another folder")
     if alone := unscored.predictions:
         lines.append(f"{len(alone)} predictions without a reference are not scored ({shorten(alone)})")
     if alone := unscored.references:
         names = shorten(alone)
-        lines.append(f"{len(alone)} references without a prediction are not scored ({names}); --cases includes them")
+        remedy = "--split includes them, as background; so does --cases with numbers of the challenge"
+        lines.append(f"{len(alone)} references without a prediction are not scored ({names}); {remedy}")
     if rules.protocol.knows_cysts(rules.scheme) and scored and not found:
         there = f"the references of {true} of {len(scored)} cases do" if true else "nor does a reference"
         lines.append(

@@ -61,7 +61,7 @@ def parse_cases(text: str, source: DownloadSource = KITS19) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
         if not match:
-            raise UsageError(f"invalid case numbers '{text}'. Give numbers and ranges, such as 0-9,15")
+            raise UsageError(f"invalid case numbers '{text}'. Give numbers and ranges of the challenge, such as 0-9,15")
         first, last = int(match[1]), int(match[2] or match[1])
         wanted = set(range(first, last + 1)) & set(source.cases)
         if not wanted or len(wanted) <= last - first:

@@ -236,6 +236,8 @@ def _strange_labels(strange: set[float], scheme: Scheme) -> tuple[str, str]:
     remedy = f"The labels are {scheme}"
     if scheme.cyst is None and strange == {CYST}:
         remedy += "; for label maps with cysts, give --labels kits23"
+    elif min(strange) > 0:
+        remedy += "; --labels states other ids"
     return f"it contains the label values {found}", remedy
 
 
