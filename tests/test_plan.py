@@ -146,7 +146,11 @@ def test_a_broken_case_does_not_stop_a_plan(data: Path, monkeypatch: pytest.Monk
     (data / "b" / "segmentation.nii.gz").write_bytes(b"no label map")
     monkeypatch.setattr(planner, "estimate", lambda *_: {})
     done = kitseg(data.parent, "plan", "--cpu", "--size=tiny", "--jobs=1")
-    assert done.code == 0, done.text
+    assert done.code == 1, done.text
+    assert (data.parent / "plan.yaml").exists()
+    work = data.parent
+    more = kitseg(work, "plan", "data", "--masks=data", "--cpu", "--size=tiny", "--jobs=1", "-o", "other.yaml")
+    assert "--plan other.yaml --data data --masks data` trains it" in " ".join(more.text.split())
     shown = " ".join(done.text.split())
     assert "segmentation.nii.gz" in shown
     assert "The case is left out. " in shown

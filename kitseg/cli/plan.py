@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kitseg.cli import options as opt
-from kitseg.cli.app import app
+from kitseg.cli.app import app, exit_if
 from kitseg.errors import InputError, UsageError
 from kitseg.runtime import console
 
@@ -73,7 +73,8 @@ def make_plan(
     """Find and read the cases, fit a size to them, and print the plan.
 
     given: ``labels``, their scheme; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs;
-    ``start``: the model folder of nnU-Net to start from; ``config_dir``: of the user's own methods.
+    ``start``: the model folder of nnU-Net to start from; ``config_dir``: of the user's own methods; ``errors``: a list
+    that gets the error of each case that is left out.
     """
     from kitseg import config
     from kitseg.labels import KITS19
@@ -95,6 +96,7 @@ def make_plan(
             step()
             if error:
                 console.print_error(f"{error} The case is left out.")
+                given.get("errors", []).append(error)
 
         seen = fingerprint(cases, given.get("labels", KITS19), jobs, done, given.get("scans", True))
     values = planner.fit_size(seen, sizes[size], memory, start, ema)
@@ -177,7 +179,9 @@ def plan(
         memory = (parse_size(gpu_memory, "--gpu-memory") or 0) / 1e9
     scans = data is not None or masks is None
     sizes = config.sizes(method, config_dir)
+    errors: list[str] = []
     given = {
+        "errors": errors,
         "size": size,
         "labels": opt.stated_or_split(labels, split),
         "scans": scans,
@@ -185,7 +189,10 @@ def plan(
         "config_dir": config_dir,
     }
     write_plan(out, make_plan(method, sizes, find, jobs, memory, **given))
-    console.print_plain(f"plan: {out}; `kitseg train --method {method} --plan {quote(str(out))}` trains it")
+    more = "".join(f" --data {quote(str(folder))}" for folder in data or ())
+    more += "".join(f" --{name} {quote(str(value))}" for name, value in (("masks", masks), ("labels", labels)) if value)
+    console.print_plain(f"plan: {out}; `kitseg train --method {method} --plan {quote(str(out))}{more}` trains it")
+    exit_if(bool(errors))
 
 
 def _show(plan: dict[str, Any]) -> None:
