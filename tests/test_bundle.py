@@ -66,6 +66,16 @@ def test_what_a_bundle_states(content: Files, run: Path) -> None:
     assert {Path(name).suffix for name in content} == {".json", ".yaml", ".safetensors"}
 
 
+def test_weights_that_began_with_those_of_a_model_keep_its_license(run: Path, tmp_path: Path) -> None:
+    own = "CC0-1.0"
+    licenses = {"code": "Apache-2.0", "weights": own, "labels": own}
+    assert export(run, tmp_path / "x.kitseg", ExportOptions(labels=own)) == licenses
+    tuned = shutil.copytree(run, tmp_path / "tuned")
+    (tuned / "fold_0/kidneys/initial.json").write_text("{}")
+    assert export(tuned, tmp_path / "y.kitseg", ExportOptions(labels=own)) == licenses | {"weights": "CC-BY-NC-SA-4.0"}
+    assert export(tuned, tmp_path / "z.kitseg", ExportOptions(own, own)) == licenses
+
+
 def test_an_opened_bundle_is_a_run_with_the_same_weights(run: Path, tmp_path: Path, cache: Path) -> None:
     export(run, tmp_path / "x.kitseg", ExportOptions(labels="ours: not to be passed on"))
     member, _ = only_member(tmp_path / "x.kitseg")

@@ -190,6 +190,9 @@ def test_a_training_starts_from_a_models_weights(work: Path, source: str) -> Non
     record = json.loads((work / runs / COARSE / "initial.json").read_text())
     assert (record["sha256"], record["taken"]) == (row["sha256"], len(weights))
     assert (record["fresh"], record["unused"]) == ({}, [])
+    assert "trained already" in train(work, "--epochs=1", STILL, f"--runs={runs}").text
+    other = kitseg(work, "train", *QUICK, "--epochs=1", STILL, f"--runs={runs}", "--init-from=long/two-phase-tiny")
+    assert (other.code, "coarse began with" in " ".join(other.text.split())) == (2, True), other.text
 
 
 @slow

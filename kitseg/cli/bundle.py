@@ -28,7 +28,9 @@ def export(
     ] = "bundle",
     weights_license: Annotated[
         str | None,
-        typer.Option(metavar="LICENSE", help="License of the weights. Default: that of the labels."),
+        typer.Option(
+            metavar="LICENSE", help="License of the weights. Default: the labels', or with --init-from KiTS19's."
+        ),
     ] = None,
     labels_license: Annotated[
         str | None, typer.Option(metavar="LICENSE", help="License of the training labels. Default: that of KiTS19.")

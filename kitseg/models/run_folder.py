@@ -11,6 +11,7 @@ maps of all folds, ``scores.json``); ``validation-mirror/`` with test-time augme
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,7 +128,23 @@ class StageInputFile:
     synthesis: SynthesisRow | None = None
 
 
+@dataclass(frozen=True)
+class InitialCheckpoint:
+    """``initial.json`` of a training: the checkpoint that it began with, and its hash."""
+
+    checkpoint: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """``initial.json`` of a run: the model of ``--init-from``, as it was named when the run began."""
+
+    model: str
+
+
 RUN_INFO = FileFormat(RunInfo, SCHEMA, _REMEDY, largest=LARGEST)
+INITIAL_CHECKPOINT, INITIAL_MODEL = FileFormat(InitialCheckpoint, SCHEMA), FileFormat(InitialModel, SCHEMA)
 TRAINED_STATE = FileFormat(TrainedState, SCHEMA, _REMEDY, largest=LARGEST)
 STAGE_INPUTS = FileFormat(StageInputFile, SCHEMA, _REMEDY)
 
@@ -136,17 +153,23 @@ class StageFolder:
     """The folder of one training of one stage.
 
     best: weights of the best checkpoints; last, previous: full state to resume from, and the one before it until the
-    training is done; places: this stage's region of each case; done: written last, and missing until then.
+    training is done; places: this stage's region of each case; initial: with weights of another model, which ones;
+    done: written last, and missing until then.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.best, self.places, self.done = path, path / "best", path / "places.json", path / "done.json"
-        self.last, self.previous = path / "last.ckpt", path / "previous.ckpt"
+        self.last, self.previous, self.initial = path / "last.ckpt", path / "previous.ckpt", path / "initial.json"
 
     @property
     def begun(self) -> bool:
         """Whether there is a state to resume from."""
         return self.last.exists() or self.previous.exists()
+
+    @property
+    def first(self) -> StageFolder:
+        """The folder of the first training: itself, or in rounds that of the first one."""
+        return self.round(0) if self.round(0).path.exists() else self
 
     def guide(self, case: str) -> Path:
         """A case's further input channels, made from the earlier stage's output."""
@@ -185,12 +208,13 @@ class StageFolder:
 class Run:
     """A run: one configuration, its folds.
 
-    config: the resolved configuration; info: the facts of its training; split: what it was trained with.
+    config: the resolved configuration; info: the facts of its training; split: what it was trained with; initial: the
+    model whose weights it began with.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.config, self.info, self.split = (
-            path, path / "config.yaml", path / "run.json", path / "splits.json",
+        self.path, self.config, self.info, self.split, self.initial = (
+            path, path / "config.yaml", path / "run.json", path / "splits.json", path / "initial.json",
         )  # fmt: skip
 
     def read_info(self) -> RunInfo:
@@ -204,6 +228,17 @@ class Run:
     def fold(self, number: int) -> Path:
         """A fold's folder."""
         return self.path / f"fold_{number}"
+
+    @property
+    def begun(self) -> bool:
+        """Whether a training of any fold and stage has begun."""
+        states = ("last.ckpt", "previous.ckpt", "done.json")
+        return any(next(self.path.glob(f"fold_*/**/{name}"), None) for name in states)
+
+    def initial_checkpoints(self) -> list[Path]:
+        """The records of trainings that began with another model's weights; later rounds begin with the run's own."""
+        found = self.path.glob("fold_*/**/initial.json")
+        return sorted(path for path in found if not re.fullmatch("round_[1-9][0-9]*", path.parent.name))
 
     def fold_probabilities(self, fold: int, mirror: bool) -> Path:
         """Probabilities of a fold's validation cases; ``mirror``: with test-time augmentation."""

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from kitseg import config
-from kitseg.config import Method
+from kitseg.config import Method, StageSpec
 from kitseg.errors import InputError, UsageError
 from kitseg.models.members import only_member
-from kitseg.models.run_folder import SCHEMA, Run, RunInfo, StageFolder, find_run
+from kitseg.models.run_folder import INITIAL_CHECKPOINT, Run, RunInfo, StageFolder, find_run
 from kitseg.models.weights import read_weights, sound_checkpoints
 from kitseg.runtime import console
-from kitseg.runtime.files import file_digest, write_json
+from kitseg.runtime.files import file_digest
 from kitseg.splits import read_split
 from kitseg.stages.model import StageModel
 from kitseg.training.nnunet import find_nnunet, stage_for
@@ -29,7 +29,7 @@ SHOWN = 5  # names of weights on the screen; the run's record lists all
 class InitialWeights:
     """The checkpoint that each stage starts from, and the cases that it was trained on, if known.
 
-    note: how what it was trained on differs from what the stage will see; empty where it doesn't.
+    note: how what it was trained on differs from what the stages will see; empty where it doesn't.
     """
 
     stages: Mapping[str, Path]
@@ -59,7 +59,8 @@ def find_initial(model: str, method: Method, fold: int) -> InitialWeights:
     if not used:
         raise UsageError(f"--init-from {model}: it has no trained stage named {' or '.join(method.stages)}")
     stages = {name: sound_checkpoints(run.stage(number, name))[0] for name, number in used.items()}
-    return InitialWeights(stages, _training_cases(run, set(used.values())))
+    note = _difference(run, {name: method.stages[name] for name in stages})
+    return InitialWeights(stages, _training_cases(run, set(used.values())), note)
 
 
 def learned_before(model: str, count: int) -> RunInfo | None:
@@ -113,12 +114,23 @@ def start_from(module: StageModel, path: Path, folder: StageFolder, loud: bool) 
     }
     unused = sorted(found.keys() - own.keys())
     record: dict[str, Any] = {"checkpoint": str(path), "sha256": file_digest(path), "taken": len(taken)}
-    write_json(folder.path / "initial.json", SCHEMA, {**record, "fresh": fresh, "unused": unused})
+    INITIAL_CHECKPOINT.write(folder.initial, {**record, "fresh": fresh, "unused": unused})
     console.print_plain(f"{folder.path.name}: {len(taken)} of {len(own)} weights from {path}")
     for title, names in (("start fresh", [f"{name} ({why})" for name, why in fresh.items()]), ("not used", unused)):
         if names:
             more = f" and {len(names) - SHOWN} more (initial.json)" if len(names) > SHOWN else ""
             console.print_plain(f"  {title}: {', '.join(names[:SHOWN])}{more}")
+
+
+def _difference(run: Run, stages: Mapping[str, StageSpec]) -> str:
+    """A line on the stages that a run trained on another grid or intensity scaling; empty where there are none."""
+    theirs = config.method_of(config.read(run.config)).stages
+    odd = [
+        name
+        for name, spec in stages.items()
+        if (theirs[name].grid, theirs[name].parts["intensity"]) != (spec.grid, spec.parts["intensity"])
+    ]
+    return f"{run.config}: {' and '.join(odd)} learned on another grid or from HU scaled otherwise" if odd else ""
 
 
 def _training_cases(run: Run, folds: Collection[int]) -> set[str]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from kitseg.errors import InputError, UsageError
-from kitseg.models.run_folder import move_aside
+from kitseg.models.run_folder import INITIAL_CHECKPOINT, INITIAL_MODEL, InitialModel, move_aside
+from kitseg.runtime.files import file_digest
 from kitseg.runtime.locks import folder_lock
 from kitseg.training import rounds, synthesis
 from kitseg.training.epochs import missing_epochs
@@ -42,6 +43,7 @@ def trainings(plan: Plan, wanted: Sequence[Unit], log: Log) -> Iterator[Training
     The folder of a training is locked, and its inputs are prepared, before it is yielded.
     """
     initial = _initial_weights(plan, log) if plan.initial else {}
+    check_initial(plan, wanted, initial)
     for unit in wanted:
         folder, spec = unit.folder(plan), unit.spec(plan)
         more = missing_epochs(plan.run, spec, folder) if folder.done.exists() else None
@@ -68,6 +70,39 @@ def _initial_weights(plan: Plan, log: Log) -> Mapping[str, Path]:
     if found.note:
         log(found.note)
     return found.stages
+
+
+def check_initial(plan: Plan, wanted: Sequence[Unit], initial: Mapping[str, Path]) -> None:
+    """Make sure that all trainings of a run begin with the weights of one model, or all with random weights.
+
+    initial: the checkpoint that each stage is to begin with. The model is recorded when the run begins.
+
+    Raises:
+        UsageError: the run began with another model, with random weights, or with a model where none is given now and
+            a training is to begin.
+    """
+    run, folders = plan.run, [unit.folder(plan).first for unit in wanted]
+    if not run.begun:
+        if plan.initial:
+            return INITIAL_MODEL.write(run.initial, InitialModel(plan.initial))
+        for path in (run.initial, *(folder.initial for folder in folders)):  # of a call that ended before it began
+            path.unlink(missing_ok=True)
+        return
+    remedy = "or give this training a --name of its own"
+    known = INITIAL_MODEL.read(run.initial).model if run.initial.exists() else ""
+    if not known and (records := run.initial_checkpoints()):  # of a run that an earlier version began
+        known = INITIAL_CHECKPOINT.read(records[0]).checkpoint
+    if plan.initial and not known:
+        raise UsageError(f"{run.path} began with random weights, not with {plan.initial}. Omit --init-from, {remedy}")
+    if known and not plan.initial and not all(folder.begun or folder.done.exists() for folder in folders):
+        raise UsageError(f"{run.path} began with the weights of {known}. Give it as --init-from again, {remedy}")
+    for unit, folder in zip(wanted, folders, strict=True):
+        start = initial.get(unit.stage)
+        if start and (folder.begun or folder.done.exists()):
+            there = INITIAL_CHECKPOINT.read(folder.initial) if folder.initial.exists() else None
+            if there is None or there.sha256 != file_digest(start):
+                began = there.checkpoint if there else "random weights"
+                raise UsageError(f"{folder.path} began with {began}, not with {start}. Give the same model, {remedy}")
 
 
 def _reopen(plan: Plan, unit: Unit, more: int, log: Log) -> None:

@@ -44,9 +44,9 @@ class ExportedMember:
 class ExportOptions:
     """What a bundle states and holds besides the model.
 
-    weights: their license; the labels' where it is None; labels: the license of the labels that the weights were
-    trained with; KiTS19's where it is None, and for phantoms the code's; half: weights as float16; name: the methods'
-    where it is None; card: a text about the model, in Markdown.
+    weights: their license; where it is None the labels', or KiTS19's if they began with those of another model; labels:
+    the license of the labels that the weights were trained with; KiTS19's where it is None, and for phantoms the
+    code's; half: weights as float16; name: the methods' where it is None; card: a text about the model, in Markdown.
     """
 
     weights: str | None = None
@@ -76,8 +76,9 @@ def export(model: Path, to: Path, options: ExportOptions = ExportOptions()) -> d
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
     usual = CODE_LICENSE if all(part.run.read_info().phantom for part in parts) else KITS19_LICENSE
     labels = options.labels or usual
+    inherited = KITS19_LICENSE if any(part.run.initial_checkpoints() for part in parts) else labels
     name = options.name or "+".join(dict.fromkeys(part.method.name for part in parts))
-    licenses = {"code": CODE_LICENSE, "weights": options.weights or labels, "labels": labels}
+    licenses = {"code": CODE_LICENSE, "weights": options.weights or inherited, "labels": labels}
     if not all(map(trust.is_line, (name, *licenses.values()))):
         raise UsageError("a name or license must be a line of up to 200 characters")
     facts = {

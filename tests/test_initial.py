@@ -1,0 +1,126 @@
+"""Which weights the trainings of a run begin with: those of one model, or random ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from kitseg import config
+from kitseg.config import Config
+from kitseg.errors import UsageError
+from kitseg.models.run_folder import INITIAL_CHECKPOINT, INITIAL_MODEL, InitialCheckpoint, Run, StageFolder
+from kitseg.models.weights import read_weights
+from kitseg.runtime.device import Machine
+from kitseg.runtime.files import file_digest
+from kitseg.splits import Fold, Split
+from kitseg.stages.model import build_model
+from kitseg.training.initial import find_initial
+from kitseg.training.plan import Plan, Unit
+from kitseg.training.train import check_initial
+from kitseg.training.trainer import settings_of
+
+MODELS = ("theirs.ckpt", "other.ckpt")
+PAGE = Path(__file__).parents[1] / "docs/how-to/fine-tune.md"
+
+
+@cache
+def made() -> Config:
+    return config.compose("two-phase", "tiny")
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Fold 0 of a run of two-phase in which nothing has begun, and two checkpoints to start from."""
+    monkeypatch.chdir(tmp_path)
+    for name in MODELS:
+        Path(name).write_text(name)
+    split = Split((Fold(("a",), ("b",)), Fold(("b",), ("a",))), config.stated_scheme(()))
+    run, machine = Run(tmp_path / "runs/mine"), Machine("cpu")
+    return Plan(made(), config.method_of(made()), settings_of(made()), run, split, 0, tmp_path, machine)
+
+
+def call(plan: Plan, model: str | None, stage: str = "", fold: int = 0) -> str:
+    """What a training of a stage, or of all, in this call is refused with; empty where it may begin."""
+    units = [Unit(name) for name in plan.method.stages if stage in ("", name)]
+    try:
+        initial = dict.fromkeys(plan.method.stages, Path(model)) if model else {}
+        check_initial(replace(plan, initial=model, fold=fold), units, initial)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def begin(folder: StageFolder, model: str | None) -> None:
+    folder.path.mkdir(parents=True)
+    folder.last.touch()
+    if model:
+        INITIAL_CHECKPOINT.write(folder.initial, InitialCheckpoint(model, file_digest(Path(model))))
+
+
+def test_a_run_that_began_with_a_model_is_trained_with_it(plan: Plan) -> None:
+    assert call(plan, "theirs.ckpt") == ""
+    assert INITIAL_MODEL.read(plan.run.initial).model == "theirs.ckpt"
+    begin(plan.run.stage(0, "coarse"), "theirs.ckpt")
+    assert call(plan, "theirs.ckpt") == ""
+    assert "coarse began with theirs.ckpt, not with other.ckpt" in call(plan, "other.ckpt")
+    assert "began with the weights of theirs.ckpt. Give it as --init-from again" in call(plan, None)  # fine is to begin
+    assert "began with the weights of theirs.ckpt" in call(plan, None, "coarse", fold=1)
+    assert call(plan, None, "coarse") == ""  # it resumes from its own weights
+
+
+def test_a_run_that_began_with_random_weights_takes_no_model(plan: Plan) -> None:
+    assert call(plan, None) == ""
+    begin(plan.run.stage(0, "coarse"), None)
+    assert call(plan, None) == ""
+    for fold, stage in ((0, "coarse"), (0, "fine"), (1, "coarse")):
+        assert "began with random weights, not with theirs.ckpt" in call(plan, "theirs.ckpt", stage, fold)
+
+
+def test_what_a_call_left_that_ended_before_it_began(plan: Plan) -> None:
+    """The record of the model is written before the first checkpoint."""
+    assert call(plan, "theirs.ckpt") == ""
+    folder = plan.run.stage(0, "coarse")
+    begin(folder, "theirs.ckpt")
+    folder.last.unlink()
+    assert call(plan, None) == ""
+    assert not plan.run.initial.exists()
+    assert not folder.initial.exists()
+
+
+def test_a_run_of_an_earlier_version_has_records_of_its_trainings_alone(plan: Plan) -> None:
+    begin(plan.run.stage(0, "coarse"), "theirs.ckpt")
+    assert call(plan, "theirs.ckpt") == ""
+    assert "began with the weights of theirs.ckpt" in call(plan, None)
+
+
+def test_later_rounds_begin_with_the_runs_own_weights(plan: Plan) -> None:
+    stage = plan.run.stage(0, "coarse")
+    begin(stage.round(0), None)
+    begin(stage.round(1), "other.ckpt")  # of round 0
+    assert plan.run.initial_checkpoints() == []
+    assert call(plan, None) == ""
+    begin(stage.inner(0).round(0), "theirs.ckpt")
+    assert plan.run.initial_checkpoints() == [stage.inner(0).round(0).initial]
+
+
+def test_the_built_in_network_fits_the_training_that_the_page_states() -> None:
+    command = next(text for text in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL) if "builtin" in text)
+    words = shlex.split(command.replace("\\\n", " "))
+    values = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+    size, labels = (words[words.index(option) + 1] for option in ("--size", "--labels"))
+    method = config.method_of(config.compose("resenc", size, [f"labels={labels}", *values]))
+    found = find_initial("builtin", method, 0)
+    assert (list(found.stages), found.note) == (["kidneys", "masses"], "")
+    for name, path in found.stages.items():
+        weights = read_weights(path, torch.device("cpu"))
+        with torch.device("meta"):
+            own = build_model(method.stages[name]).state_dict()
+        assert {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in own.items()}
+    plain = config.method_of(config.compose("resenc", size, [f"labels={labels}"]))
+    assert "kidneys and masses learned on another grid" in find_initial("builtin", plain, 0).note
