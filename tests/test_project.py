@@ -23,6 +23,14 @@ def test_pages_that_the_sources_name_exist() -> None:
     assert {(source, page) for source, page in named if not (ROOT / page).is_file()} == set()
 
 
+def test_modules_that_the_pages_name_exist() -> None:
+    text = "".join((ROOT / page).read_text() for page in ("CONTRIBUTING.md", "docs/explanation/design.md"))
+    named = set(re.findall(r"`((?:kitseg/)?[a-z_]+/[a-z_0-9]+)`", text)) - {"tests/bench"}
+    assert len(named) > 20
+    found = {name: ROOT / "kitseg" / name.removeprefix("kitseg/") for name in named if not name.startswith("conf/")}
+    assert {name for name, path in found.items() if not (path.is_dir() or path.with_suffix(".py").is_file())} == set()
+
+
 def test_configuration_and_types_are_found_in_the_installed_package() -> None:
     assert files("kitseg").joinpath("py.typed").is_file()
     sources = sorted((ROOT / "conf").rglob("*.yaml"))

@@ -417,6 +417,16 @@ def test_scores_that_are_none(reported: Path, tmp_path: Path, change: dict[str, 
     assert f"s.json: {words}" in done.text
 
 
+def test_scores_of_other_label_maps(reported: Path, tmp_path: Path) -> None:
+    """As after another prediction into the same folder."""
+    scores = json.loads((reported / "scores.json").read_text())
+    assert scores["predictions"]["case_00000"] == file_digest(reported / "predictions" / "case_00000.nii.gz")
+    (tmp_path / "s.json").write_text(json.dumps({**scores, "predictions": {"case_00000": "0" * 64}}))
+    done = kitseg(tmp_path, "report", str(reported / "predictions"), "--scores=s.json")
+    assert (done.code, "scores are of other label maps of case_00000" in " ".join(done.text.split())) == (2, True)
+    assert not (tmp_path / "report").exists()
+
+
 def test_scores_of_another_study(reported: Path, tmp_path: Path) -> None:
     scores = json.loads((reported / "scores.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps({**scores, "cases": {"case_77777": scores["cases"]["case_00000"]}}))

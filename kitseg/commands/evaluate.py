@@ -14,6 +14,7 @@ import numpy as np
 from kitseg.commands.case_record import recorded_learning, recorded_models, scheme_beside
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
+from kitseg.runtime.files import file_digest
 from kitseg.runtime.resume import Task
 from kitseg.scoring.case import CaseScore, Metrics, dice_scores, score
 from kitseg.scoring.detection import Detection
@@ -53,7 +54,7 @@ class Score:
     labels; itself: whether prediction and reference are one file, or hold the same bytes; learned_from: the models of
     the prediction that learned from the scan, by its record; doubts: about the reference's place in the patient;
     reference: the hash of its labels, the same whatever the format of its file; models: those of the prediction, by its
-    record.
+    record; prediction: the hash of its file.
     """
 
     case: str
@@ -70,6 +71,7 @@ class Score:
     doubts: tuple[str, ...] = ()
     reference: str = ""
     models: tuple[str, ...] = ()
+    prediction: str = ""
 
     @property
     def dice(self) -> dict[str, float]:
@@ -178,6 +180,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             truth.native.doubts,
             hashlib.sha256(truth.array.tobytes()).hexdigest(),
             recorded_models(job.prediction) if job.prediction else (),
+            file_digest(job.prediction) if job.prediction else "",
         )
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from kitseg import __version__
 from kitseg.commands.case_record import ANY_RECORD, CaseRecord, correction_beside, record_of, scheme_beside
 from kitseg.commands.measure import LabelTask
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import KITS23, Scheme, to_kits19
 from kitseg.measurement.intervals import Calibration
 from kitseg.measurement.measure import measure
@@ -31,7 +32,7 @@ from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.types import Geometry, Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
-from kitseg.volumes.names import pair
+from kitseg.volumes.names import pair, shorten
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.scan import check_grid, place_doubts, scan_digest, scans_of_labels
 
@@ -79,7 +80,7 @@ def plan_pages(
     stated: the scheme of the references, and of predictions without a record; None: KiTS23's.
 
     Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one name, scans of none
-    of the cases, or files that kitseg did not write in the way.
+    of the cases, scores of other label maps, or files that kitseg did not write in the way.
     """
     labels = find_labels(predictions)
     refuse_scans(predictions, labels)
@@ -88,6 +89,9 @@ def plan_pages(
         raise UsageError(f"{', '.join(map(str, data))} holds no scan of {', '.join(sorted(labels)[:3])}")
     if scores.cases and not scored:
         raise UsageError(f"the scores are of other cases ({', '.join(sorted(scores.cases)[:3])}) than {predictions}")
+    if changed := [case for case, other in scored.items() if _is_changed(labels[case], scores.predictions.get(other))]:
+        problem = f"the scores are of other label maps of {shorten(changed)} than those in {predictions}"
+        raise UsageError(f"{problem}. Make them again with `kitseg evaluate`")
     for name in (INDEX, *map(page_name, labels)):
         refuse_overwrite(to / name, "html")
     tasks = []
@@ -96,6 +100,13 @@ def plan_pages(
         scheme = scheme_beside(path) or truth
         tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme, truth))
     return tasks
+
+
+def _is_changed(labels: Path, scored: str | None) -> bool:
+    """Whether a label map is another one than that with this hash; one that can't be read is reported later."""
+    with suppress(InputError):
+        return scored is not None and file_digest(labels) != scored
+    return False
 
 
 def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores, scheme: Scheme) -> None:

@@ -44,6 +44,7 @@ class ScoreFile(TypedDict):
     detection: NotRequired[_DetectionBySize]
     cyst_detection: NotRequired[_DetectionBySize]
     references: NotRequired[dict[str, str]]
+    predictions: NotRequired[dict[str, str]]
     missing: NotRequired[list[str]]
     failed: NotRequired[dict[str, str]]
     notes: NotRequired[list[str]]
@@ -81,6 +82,7 @@ def score_content(
     content["folds"] = dict(folds)
     content["groups"] = [asdict(group) for group in groups(scores, folds)]
     content["references"] = {score.case: score.reference for score in scores if score.reference}
+    content["predictions"] = {score.case: score.prediction for score in scores if score.prediction}
     content["missing"] = [score.case for score in scores if score.missing]
     content["without_reference"] = list(unscored.predictions)
     content["failed"] = {score.case: score.error for score in scores if score.error}

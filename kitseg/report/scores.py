@@ -29,7 +29,7 @@ class StudyScores:
     """The scores on a study's page: of each case (metrics by class), and tables over all cases.
 
     strata: of each case, by kind; order: the strata of each kind in their natural order; notes: paragraphs, for example
-    on missing cases.
+    on missing cases; predictions: the hash of each file that was scored, empty in files of earlier versions.
     """
 
     cases: Mapping[str, ScoreTable] = field(default_factory=dict)
@@ -37,13 +37,15 @@ class StudyScores:
     strata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     order: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    predictions: Mapping[str, str] = field(default_factory=dict)
 
 
 def study_scores(content: Mapping[str, Any]) -> StudyScores:
     """What to show of a file of ``kitseg evaluate --json``, as ``score_files.read_scores`` reads it."""
     kinds = dict.fromkeys(group["kind"] for group in content["groups"])
     order = {kind: tuple(group["name"] for group in content["groups"] if group["kind"] == kind) for kind in kinds}
-    return StudyScores(content["cases"], score_tables(content), content["strata"], order, _notes(content))
+    shown = content["cases"], score_tables(content), content["strata"], order, _notes(content)
+    return StudyScores(*shown, content.get("predictions", {}))
 
 
 def score_tables(content: Mapping[str, Any]) -> tuple[Table, ...]:
