@@ -14,7 +14,7 @@ import torch
 from kitseg import config
 from kitseg.config import Config
 from kitseg.errors import UsageError
-from kitseg.models.run_folder import INITIAL_CHECKPOINT, INITIAL_MODEL, InitialCheckpoint, Run, StageFolder
+from kitseg.models.run_folder import BEGINNING, Beginning, Run, StageFolder
 from kitseg.models.weights import read_weights
 from kitseg.runtime.device import Machine
 from kitseg.runtime.files import file_digest
@@ -60,12 +60,12 @@ def begin(folder: StageFolder, model: str | None) -> None:
     folder.path.mkdir(parents=True)
     folder.last.touch()
     if model:
-        INITIAL_CHECKPOINT.write(folder.initial, InitialCheckpoint(model, file_digest(Path(model))))
+        BEGINNING.write(folder.initial, Beginning(model, file_digest(Path(model))))
 
 
 def test_a_run_that_began_with_a_model_is_trained_with_it(plan: Plan) -> None:
     assert call(plan, "theirs.ckpt") == ""
-    assert INITIAL_MODEL.read(plan.run.initial).model == "theirs.ckpt"
+    assert BEGINNING.read(plan.run.initial).checkpoint == "theirs.ckpt"
     begin(plan.run.stage(0, "coarse"), "theirs.ckpt")
     assert call(plan, "theirs.ckpt") == ""
     assert "coarse began with theirs.ckpt, not with other.ckpt" in call(plan, "other.ckpt")
@@ -103,10 +103,10 @@ def test_later_rounds_begin_with_the_runs_own_weights(plan: Plan) -> None:
     stage = plan.run.stage(0, "coarse")
     begin(stage.round(0), None)
     begin(stage.round(1), "other.ckpt")  # of round 0
-    assert plan.run.initial_checkpoints() == []
+    assert plan.run.beginnings() == []
     assert call(plan, None) == ""
     begin(stage.inner(0).round(0), "theirs.ckpt")
-    assert plan.run.initial_checkpoints() == [stage.inner(0).round(0).initial]
+    assert plan.run.beginnings() == [stage.inner(0).round(0).initial]
 
 
 def test_the_built_in_network_fits_the_training_that_the_page_states() -> None:

@@ -130,7 +130,7 @@ def recorded_models(labels: Path) -> tuple[str, ...]:
 
 
 def correction_beside(labels: Path) -> str:
-    """How a label map was changed since a network made it, by its record and its header; empty where nothing says so.
+    """How a label map was changed since a network made it, by its record and its header; empty where neither states it.
 
     Raises InputError: it can't be read.
     """

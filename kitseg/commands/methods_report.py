@@ -89,7 +89,7 @@ def read_facts(run: Run) -> RunFacts:
     epochs = {
         name: [TRAINED_STATE.read(run.stage(fold, name).done).epochs for fold in run.folds(name)] for name in stages
     }
-    loaded = [path.relative_to(run.path).parts[1] for path in run.initial_checkpoints()]
+    loaded = [path.relative_to(run.path).parts[1] for path in run.beginnings()]
     initial = [name for name in stages if name in loaded]
     return RunFacts(run, configuration, stages, info, split, scores, versions, epochs, initial)
 

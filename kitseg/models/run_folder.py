@@ -129,22 +129,15 @@ class StageInputFile:
 
 
 @dataclass(frozen=True)
-class InitialCheckpoint:
-    """``initial.json`` of a training: the checkpoint that it began with, and its hash."""
+class Beginning:
+    """``initial.json``: the checkpoint that a training began with, and its hash; of a run the model."""
 
     checkpoint: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class InitialModel:
-    """``initial.json`` of a run: the model of ``--init-from``, as it was named when the run began."""
-
-    model: str
+    sha256: str = ""
 
 
 RUN_INFO = FileFormat(RunInfo, SCHEMA, _REMEDY, largest=LARGEST)
-INITIAL_CHECKPOINT, INITIAL_MODEL = FileFormat(InitialCheckpoint, SCHEMA), FileFormat(InitialModel, SCHEMA)
+BEGINNING = FileFormat(Beginning, SCHEMA)
 TRAINED_STATE = FileFormat(TrainedState, SCHEMA, _REMEDY, largest=LARGEST)
 STAGE_INPUTS = FileFormat(StageInputFile, SCHEMA, _REMEDY)
 
@@ -235,7 +228,7 @@ class Run:
         states = ("last.ckpt", "previous.ckpt", "done.json")
         return any(next(self.path.glob(f"fold_*/**/{name}"), None) for name in states)
 
-    def initial_checkpoints(self) -> list[Path]:
+    def beginnings(self) -> list[Path]:
         """The records of trainings that began with another model's weights; later rounds begin with the run's own."""
         found = self.path.glob("fold_*/**/initial.json")
         return sorted(path for path in found if not re.fullmatch("round_[1-9][0-9]*", path.parent.name))

@@ -13,7 +13,7 @@ from kitseg import config
 from kitseg.config import Method, StageSpec
 from kitseg.errors import InputError, UsageError
 from kitseg.models.members import only_member
-from kitseg.models.run_folder import INITIAL_CHECKPOINT, Run, RunInfo, StageFolder, find_run
+from kitseg.models.run_folder import BEGINNING, Run, RunInfo, StageFolder, find_run
 from kitseg.models.weights import read_weights, sound_checkpoints
 from kitseg.runtime import console
 from kitseg.runtime.files import file_digest
@@ -114,7 +114,7 @@ def start_from(module: StageModel, path: Path, folder: StageFolder, loud: bool) 
     }
     unused = sorted(found.keys() - own.keys())
     record: dict[str, Any] = {"checkpoint": str(path), "sha256": file_digest(path), "taken": len(taken)}
-    INITIAL_CHECKPOINT.write(folder.initial, {**record, "fresh": fresh, "unused": unused})
+    BEGINNING.write(folder.initial, {**record, "fresh": fresh, "unused": unused})
     console.print_plain(f"{folder.path.name}: {len(taken)} of {len(own)} weights from {path}")
     for title, names in (("start fresh", [f"{name} ({why})" for name, why in fresh.items()]), ("not used", unused)):
         if names:

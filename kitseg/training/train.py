@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kitseg.errors import InputError, UsageError
-from kitseg.models.run_folder import INITIAL_CHECKPOINT, INITIAL_MODEL, InitialModel, move_aside
+from kitseg.models.run_folder import BEGINNING, Beginning, move_aside
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.locks import folder_lock
 from kitseg.training import rounds, synthesis
@@ -84,14 +84,14 @@ def check_initial(plan: Plan, wanted: Sequence[Unit], initial: Mapping[str, Path
     run, folders = plan.run, [unit.folder(plan).first for unit in wanted]
     if not run.begun:
         if plan.initial:
-            return INITIAL_MODEL.write(run.initial, InitialModel(plan.initial))
+            return BEGINNING.write(run.initial, Beginning(plan.initial))
         for path in (run.initial, *(folder.initial for folder in folders)):  # of a call that ended before it began
             path.unlink(missing_ok=True)
         return
     remedy = "or give this training a --name of its own"
-    known = INITIAL_MODEL.read(run.initial).model if run.initial.exists() else ""
-    if not known and (records := run.initial_checkpoints()):  # of a run that an earlier version began
-        known = INITIAL_CHECKPOINT.read(records[0]).checkpoint
+    known = BEGINNING.read(run.initial).checkpoint if run.initial.exists() else ""
+    if not known and (records := run.beginnings()):  # of a run that an earlier version began
+        known = BEGINNING.read(records[0]).checkpoint
     if plan.initial and not known:
         raise UsageError(f"{run.path} began with random weights, not with {plan.initial}. Omit --init-from, {remedy}")
     if known and not plan.initial and not all(folder.begun or folder.done.exists() for folder in folders):
@@ -99,7 +99,7 @@ def check_initial(plan: Plan, wanted: Sequence[Unit], initial: Mapping[str, Path
     for unit, folder in zip(wanted, folders, strict=True):
         start = initial.get(unit.stage)
         if start and (folder.begun or folder.done.exists()):
-            there = INITIAL_CHECKPOINT.read(folder.initial) if folder.initial.exists() else None
+            there = BEGINNING.read(folder.initial) if folder.initial.exists() else None
             if there is None or there.sha256 != file_digest(start):
                 began = there.checkpoint if there else "random weights"
                 raise UsageError(f"{folder.path} began with {began}, not with {start}. Give the same model, {remedy}")

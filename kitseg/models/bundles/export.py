@@ -76,7 +76,7 @@ def export(model: Path, to: Path, options: ExportOptions = ExportOptions()) -> d
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
     usual = CODE_LICENSE if all(part.run.read_info().phantom for part in parts) else KITS19_LICENSE
     labels = options.labels or usual
-    inherited = KITS19_LICENSE if any(part.run.initial_checkpoints() for part in parts) else labels
+    inherited = KITS19_LICENSE if any(part.run.beginnings() for part in parts) else labels
     name = options.name or "+".join(dict.fromkeys(part.method.name for part in parts))
     licenses = {"code": CODE_LICENSE, "weights": options.weights or inherited, "labels": labels}
     if not all(map(trust.is_line, (name, *licenses.values()))):
