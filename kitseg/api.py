@@ -99,7 +99,7 @@ def predict(
         model: a loaded one, or what ``load_model`` takes; where it is None, the only finished run in ``runs/`` that
             was trained on patients, else the built-in network.
         output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``; for scans in files only.
-        device: auto, cpu or cuda; a loaded model has its own.
+        device: auto, cpu, cuda or mps; a loaded model has its own.
 
     Returns:
         A prediction for each scan; with ``output`` an outcome, which holds the label file, volumes in ml and flags.
@@ -133,7 +133,7 @@ def evaluate(
         prediction: a ``Prediction``, a NIfTI file, an array or an image.
         reference: the same kinds.
         affine: (4, 4), of arrays; that of the other label map where it is None.
-        protocol: the challenge whose rules apply, kits19 or kits23.
+        protocol: the challenge whose rules apply, kits19, kits21 or kits23.
         scheme: of the label maps, see ``labels.find_scheme``; None: the protocol's, or its record's of a prediction.
 
     Returns:

@@ -78,7 +78,7 @@ def serve(
     max_memory: opt.MaxMemory = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A model as for `kitseg predict`. Default: the only finished run in runs, else builtin."),
+        typer.Option(help="A model as for `kitseg predict`, with the same default."),
     ] = None,
     dicom: Annotated[
         str | None,
