@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import kitseg
 
-from kitseg import config
+from kitseg import config, trust
 from kitseg.config import Config
 from kitseg.errors import UsageError
 from kitseg.models.run_folder import BEGINNING, Beginning, Run, StageFolder
@@ -107,6 +108,18 @@ def test_later_rounds_begin_with_the_runs_own_weights(plan: Plan) -> None:
     assert call(plan, None) == ""
     begin(stage.inner(0).round(0), "theirs.ckpt")
     assert plan.run.beginnings() == [stage.inner(0).round(0).initial]
+
+
+def test_the_methods_page_states_what_each_stage_began_with(plan: Plan, tmp_path: Path) -> None:
+    begin(plan.run.stage(0, "fine").round(1), "other.ckpt")  # no other model: of its own round 0
+    plan.run.config.write_text(trust.dump(plan.config))
+    for model, words in (
+        (None, "from random weights (seed 0): coarse, fine."),
+        ("theirs.ckpt", "random weights (seed 0): fine; from weights of another model (initial.json): coarse."),
+    ):
+        begin(plan.run.stage(0 if model else 1, "coarse"), model)
+        done = kitseg(tmp_path, "report", "runs/mine")
+        assert (done.code, words in (tmp_path / "report/methods.html").read_text()) == (0, True), done.text
 
 
 def test_the_built_in_network_fits_the_training_that_the_page_states() -> None:

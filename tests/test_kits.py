@@ -36,6 +36,15 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_case_that_is_not_there_is_reported_with_the_table_that_names_it(data: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    touch(more / "case_00007" / "imaging.nii.gz", more / "case_00007" / "segmentation.nii.gz")
+    for folder, names in ((data, ("case_00000", "case_00007")), (more, ("case_00007", "case_00008"))):
+        (folder / "patients.csv").write_text("case,patient\n" + "".join(f"{name},Ann\n" for name in names))
+    with pytest.raises(InputError, match=r"more/patients\.csv: names case_00008, which no data folder holds"):
+        kits.labelled_cases([data, more])
+
+
 @pytest.mark.parametrize(
     ("name", "number"),
     [

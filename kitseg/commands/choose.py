@@ -98,7 +98,7 @@ def open_search(paths: Sequence[Path], cases: Sequence[Case]) -> Search:
             pair = f"{members[0].name} and {member.name}"
             raise UsageError(f"{pair} weren't validated on the same cases: {', '.join(odd)}")
     if len({split.scheme.line for split in splits}) > 1:
-        raise UsageError("the runs were trained with different labels")
+        raise UsageError("the runs were trained with different labels. Choose among runs with the same")
     by_id = {case.id: case for case in cases}
     if missing := sorted(members[0].folders.keys() - by_id.keys()):
         raise UsageError(f"cases {', '.join(missing)} are missing. Give their folder with --data")

@@ -211,9 +211,10 @@ def _software(facts: RunFacts) -> str:
 
 
 def _initialization(facts: RunFacts) -> str:
-    seed = f"random weights (seed {facts.configuration['seed']})"
-    loaded = f"; from another model (initial.json): {', '.join(facts.initial)}" if facts.initial else ""
-    return f"Networks start from {seed}{loaded}."
+    fresh = [name for name in facts.stages if name not in facts.initial]
+    parts = [f"random weights (seed {facts.configuration['seed']}): {', '.join(fresh)}"] if fresh else []
+    parts += [f"weights of another model (initial.json): {', '.join(facts.initial)}"] if facts.initial else []
+    return f"Networks start from {'; from '.join(parts)}."
 
 
 def _training(facts: RunFacts) -> str:

@@ -108,7 +108,7 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path 
     by_id = {case.id: case for case in labelled_cases(data, masks)}
     shown = {case.id: case.patients for case in by_id.values() if case.patients}
     if problem := same_patient(split, {**split.patients, **shown}):
-        raise KitsegError(f"{run.split}: {problem}")
+        raise KitsegError(f"{run.split}: {problem}. Correct patients.csv, or train again with another split")
     for number in asked:
         _check_unseen(run, number, split)
         if missing := sorted(set(split.folds[number].val) - by_id.keys()):

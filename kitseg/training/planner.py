@@ -150,7 +150,7 @@ def choose_patch(spacing: Sequence[float], region: Sequence[float], fits: Callab
         shorter[int(np.argmax(np.multiply(patch, spacing)))] -= 1
         patch = _divisible(spacing, shorter)
         if min(patch[1:]) < FEWEST:
-            raise UsageError("no patch fits into so little memory")
+            raise UsageError("no patch fits into so little memory. Give more, or choose a smaller --size")
     return patch
 
 

@@ -138,10 +138,12 @@ def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[C
         InputError: there are none. UsageError: two cases have the same name, or one scan has two label maps.
     """
     found = with_labels([case for folder in folders for case in find_cases(folder)], masks)
-    patients = {case: whose for folder in folders for case, whose in read_patients(folder / PATIENTS).items()}
-    if strange := sorted(patients.keys() - {case.id for case in found}):
-        problem = f"names {', '.join(strange)}, which no data folder holds"
-        raise InputError(folders[0] / PATIENTS, problem, "Fix the names, or give the folder of these cases, too.")
+    names, patients = {case.id for case in found}, dict[str, str]()
+    for folder in folders:
+        patients |= (table := read_patients(folder / PATIENTS))
+        if strange := sorted(table.keys() - names):
+            problem = f"names {', '.join(strange)}, which no data folder holds"
+            raise InputError(folder / PATIENTS, problem, "Fix the names, or give the folder of these cases, too.")
     cases = [_with_origin(case, patients) for case in found if case.label is not None]
     if not cases:
         remedy = f"Add case_00000/{LABEL} and so on, or name the folder of the label maps with --masks."
