@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -14,7 +15,7 @@ from scipy.stats import binomtest
 from shapes import Ellipsoid, ball, lattice, paint
 
 from kitseg.commands.evaluate import Job, rules
-from kitseg.commands.intervals import case_errors
+from kitseg.commands.intervals import case_errors, read_intervals, write_intervals
 from kitseg.commands.measure import NO_RECORD, measure_case, plan_measures, write_lesion_table
 from kitseg.labels import KIDNEY, KITS19
 from kitseg.measurement.intervals import Calibration, ErrorRange, SizeError, calibrate
@@ -144,6 +145,31 @@ def test_labels_that_were_changed_have_no_intervals_and_calibrate_none(tmp_path:
         job = Job(name, prediction=tmp_path / f"{name}.nii.gz", reference=tmp_path / "kept.nii.gz")
         errors = case_errors(job, of_kits19)
         assert (why in errors.error) if why else errors.errors, errors.error
+
+
+def test_intervals_of_another_models_errors_are_stated(tmp_path: Path) -> None:
+    save(tmp_path / "a.nii.gz", 11)
+
+    def labelled_by(*paths: str) -> None:
+        record = {"schema": 4, "models": [{"path": path, "folds": [n]} for n, path in enumerate(paths)]}
+        (tmp_path / "a.json").write_text(json.dumps(record))
+
+    def doubts() -> list[str]:
+        (task,) = plan_measures(tmp_path / "a.nii.gz", None)
+        found = measure_case(task, None, calibration=replace(calibration, quantities={"tumor volume_ml": bounds}))
+        assert found.intervals
+        return [doubt for doubt in found.doubts if "errors" in doubt]
+
+    bounds, job = ErrorRange(-1.0, 1.0, 19, (1.0, 99.0), 19), Job("a", tmp_path / "a.nii.gz", tmp_path / "a.nii.gz")
+    labelled_by("runs/mine", "/elsewhere/runs/mine")
+    calibration = write_intervals(tmp_path / "intervals.json", [case_errors(job, rules("kits19", KITS19))], {})
+    assert calibration is not None
+    assert calibration == read_intervals(tmp_path / "intervals.json")
+    assert (calibration.models, doubts()) == (("mine",), [])
+    labelled_by("builtin.kitseg")
+    assert doubts() == ["the intervals are of the errors of mine, the labels are of builtin.kitseg"]
+    calibration = replace(calibration, models=())  # of an earlier version
+    assert doubts() == []
 
 
 def test_cases_that_were_learned_from_and_bad_files_are_left_out(tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ def recorded_models(labels: Path) -> tuple[str, ...]:
     return tuple(sorted({Path(str(model.get("path", ""))).name for model in record.models})) if record else ()
 
 
+def of_other_models(labels: Path, known: Sequence[str]) -> str:
+    """A line where a label map is of other models than those, by name, whose errors are known; else empty."""
+    here = recorded_models(labels)
+    if not (here and known) or set(here) == set(known):
+        return ""
+    return f"the intervals are of the errors of {' and '.join(known)}, the labels are of {' and '.join(here)}"
+
+
 def correction_beside(labels: Path) -> str:
     """How a label map was changed since a network made it, by its record and its header; empty where neither states it.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.case_record import CaseRecord, correction_beside, record_beside
+from kitseg.commands.case_record import CaseRecord, correction_beside, record_beside, recorded_models
 from kitseg.commands.evaluate import Job, Score
 from kitseg.errors import UsageError
 from kitseg.measurement.confidence import LEAST, Confidence, learn
@@ -30,12 +31,14 @@ def write_confidence(
     """
     path.unlink(missing_ok=True)
     good: list[tuple[str, CaseRecord, float]] = []
+    models: set[str] = set()
     for job, score in scored:
         record = record_beside(job.prediction) if job.prediction else None
         usable = "tumor" in score.classes and not (score.learned_from or score.error)
         if job.prediction and record and record.signs and record.quality and usable:
             if correction_beside(job.prediction):
                 continue
+            models.update(recorded_models(job.prediction))
             dice = score.classes["tumor"]["dice"]
             good.append((score.case, record, 1.0 if dice is None else dice))  # none where there is none
     if len(good) < LEAST:
@@ -48,6 +51,7 @@ def write_confidence(
         temperature,
     )
     if found:
+        found = replace(found, models=tuple(sorted(models)))
         _FORMAT.write(path, found)
     return found
 

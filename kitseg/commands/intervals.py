@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from kitseg.commands.case_record import correction_beside, describe_learning, recorded_learning, scheme_beside
+from kitseg.commands.case_record import (
+    correction_beside,
+    describe_learning,
+    recorded_learning,
+    recorded_models,
+    scheme_beside,
+)
 from kitseg.commands.evaluate import Job, Rules
 from kitseg.errors import UsageError, format_error
 from kitseg.measurement.intervals import Calibration, SizeError, calibrate, size_errors
@@ -23,12 +29,13 @@ _FORMAT = FileFormat(Calibration, 1, "Make it with `kitseg evaluate --intervals`
 
 @dataclass(frozen=True)
 class CaseErrors:
-    """A case's errors and slice distance, or why it has none."""
+    """A case's errors, slice distance and models, or why it has none."""
 
     case: str
     errors: tuple[SizeError, ...] = ()
     slice_mm: float = 0.0
     error: str = ""
+    models: tuple[str, ...] = ()
 
 
 def case_errors(job: Job, rules: Rules) -> CaseErrors:
@@ -45,7 +52,8 @@ def case_errors(job: Job, rules: Rules) -> CaseErrors:
         check_grid(job.prediction, found.geometry, truth.geometry, str(job.reference))
         adopt = partial(rules.protocol.adopt, scheme=rules.scheme)
         pred, ref = (measure(adopt(volume.array), volume.geometry) for volume in (found, truth))
-        return CaseErrors(job.case, tuple(size_errors(pred, ref, truth.geometry.affine)), truth.geometry.spacing[0])
+        errors, models = tuple(size_errors(pred, ref, truth.geometry.affine)), recorded_models(job.prediction)
+        return CaseErrors(job.case, errors, truth.geometry.spacing[0], models=models)
     except Exception as error:  # the other cases continue, whatever the error
         return CaseErrors(job.case, error=format_error(job.case, error))
 
@@ -61,6 +69,7 @@ def write_intervals(path: Path, cases: Sequence[CaseErrors], patients: Mapping[s
         return None
     whose = [patients.get(case.case, case.case) for case in good]
     found = calibrate([case.errors for case in good], [case.slice_mm for case in good], whose)
+    found = replace(found, models=tuple(sorted({model for case in good for model in case.models})))
     _FORMAT.write(path, found)
     return found
 

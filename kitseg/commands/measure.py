@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from kitseg.commands.case_record import correction_beside, is_of_another_scan, record_beside, scheme_beside
+from kitseg.commands.case_record import (
+    correction_beside,
+    is_of_another_scan,
+    of_other_models,
+    record_beside,
+    scheme_beside,
+)
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
 from kitseg.measurement import quality
@@ -156,6 +162,8 @@ def measure_case(
         # they are of a model's errors, not of a person's
         intervals = calibration.of_all(findings, labels.geometry.spacing[0]) if calibration and not origin else ()
         unknown = [NO_RECORD] if intervals and record_beside(task.labels) is None else []
+        if calibration and intervals and (other := of_other_models(task.labels, calibration.models)):
+            unknown.append(other)
         doubts = (*task.doubts(labels, scan), *quality.doubts(labels.array, labels.geometry, findings), *unknown)
         return Measured(task.case, findings, "", after, own.line, found, intervals, origin, doubts)
     except Exception as error:  # the other cases continue, whatever the error

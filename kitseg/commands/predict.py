@@ -23,7 +23,7 @@ from kitseg.labels import Scheme
 from kitseg.measurement.confidence import Confidence, uncertainty
 from kitseg.models.members import Ensemble, Prediction
 from kitseg.models.memory import check_memory
-from kitseg.models.origin import learned_from
+from kitseg.models.origin import learned_from, origin_path
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
@@ -105,6 +105,9 @@ class PredictScans:
         log(model.describe())
         if self.options.labels and self.options.labels.cyst is None and "cyst" in model.models[0].outputs:
             log(f"cysts are written as {self.options.labels.kidney.name}: the labels are {self.options.labels}")
+        here, fitted = {Path(origin_path(one)).name for one in model.models}, self.options.confidence
+        if fitted and fitted.models and set(fitted.models) != here:
+            log(f"the expected Dice was fitted to {' and '.join(fitted.models)}, not to {' and '.join(sorted(here))}")
         with folder_lock(self.to, "labels", share.part):
             write_choices(self.to, self.options.choices, self.options.identifiers)
             predictor = CasePredictor(model, self.to, self.options)

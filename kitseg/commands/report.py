@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg import __version__
-from kitseg.commands.case_record import ANY_RECORD, CaseRecord, correction_beside, record_of, scheme_beside
+from kitseg.commands.case_record import (
+    ANY_RECORD,
+    CaseRecord,
+    correction_beside,
+    of_other_models,
+    record_of,
+    scheme_beside,
+)
 from kitseg.commands.measure import LabelTask
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import KITS23, Scheme, to_kits19
@@ -138,6 +145,8 @@ def _make_page(task: PageTask) -> CaseRow:
     if changed and not (record.corrected or record.labels_sha256):  # its header alone states it
         notes.append(f"{changed[:1].upper()}{changed[1:]}.")
     by_model = None if changed else task.intervals  # they are of a model's errors, not of a person's
+    if by_model and (other := of_other_models(task.labels, by_model.models)):
+        notes.append(f"{other[:1].upper()}{other[1:]}.")
     intervals = by_model.of_all(findings, scene.geometry.spacing[0]) if by_model else ()
     after = after_surgery(findings, task.patient, scene.labels, scene.geometry) if task.patient else None
     content = CaseContent(

@@ -74,7 +74,8 @@ class Confidence:
 
     reviewed, failed: numbers of cases in a fifth of all, and with a Dice below 0.5; orderings: the fitted one out of
     fold, that of the quality flags, that of the members' agreement where there are several, and the best one that there
-    can be; temperature: by which the logarithms of probabilities are divided, None where it wasn't fitted.
+    can be; temperature: by which the logarithms of probabilities are divided, None where it wasn't fitted; models:
+    names of the runs or bundles that it was fitted to, empty where unknown.
 
     Raises:
         ValueError: the temperature is not within 0.1 and 10, or there are fewer than 19 cases.
@@ -86,6 +87,7 @@ class Confidence:
     model: DiceModel
     orderings: Mapping[str, Ordering]
     temperature: float | None = None
+    models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.cases < LEAST or not 0.1 <= (1 if self.temperature is None else self.temperature) <= 10:

@@ -56,13 +56,15 @@ class ErrorRange:
 class Calibration:
     """The errors of a model by quantity, those of fewer than 19 patients left out; slice_mm: of the cases.
 
-    level: part of the cases that an interval is to cover; cases: number of cases.
+    level: part of the cases that an interval is to cover; cases: number of cases; models: names of the runs or bundles
+    whose errors they are, empty where unknown.
     """
 
     level: float
     cases: int
     slice_mm: tuple[float, float]
     quantities: Mapping[str, ErrorRange]
+    models: tuple[str, ...] = ()
 
     def interval(self, name: str, kind: str, value: float, slice_mm: float) -> tuple[float, float] | None:
         """The interval of a measured value, in its unit.
