@@ -389,6 +389,7 @@ def bodies_folder(folder: Path, count: int = 2) -> Path:
         case.mkdir(parents=True)
         hu, kidneys = scan(3 * number)
         noisy = hu + np.random.default_rng(number).normal(0, 5, hu.shape)
+        noisy[:, -14:-6, 36:44] = 250  # a spine, without which a scan without contrast has no bright end
         nib.save(nib.Nifti1Image(noisy.astype(np.int16), affine), case / "imaging.nii.gz")
         nib.save(nib.Nifti1Image(kidneys.astype(np.uint8), affine), case / "segmentation.nii.gz")
     return folder
