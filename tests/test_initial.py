@@ -15,7 +15,7 @@ from conftest import kitseg
 from kitseg import config, trust
 from kitseg.config import Config
 from kitseg.errors import UsageError
-from kitseg.models.run_folder import BEGINNING, Beginning, Run, StageFolder
+from kitseg.models.run_folder import BEGINNING, Beginning, Run, StageFolder, move_aside
 from kitseg.models.weights import read_weights
 from kitseg.runtime.device import Machine
 from kitseg.runtime.files import file_digest
@@ -69,7 +69,10 @@ def test_a_run_that_began_with_a_model_is_trained_with_it(plan: Plan) -> None:
     assert BEGINNING.read(plan.run.initial).checkpoint == "theirs.ckpt"
     begin(plan.run.stage(0, "coarse"), "theirs.ckpt")
     assert call(plan, "theirs.ckpt") == ""
-    assert "coarse began with theirs.ckpt, not with other.ckpt" in call(plan, "other.ckpt")
+    for stage, fold in (("", 0), ("coarse", 0), ("fine", 0), ("coarse", 1)):
+        assert "began with the weights of theirs.ckpt, not of other.ckpt" in call(plan, "other.ckpt", stage, fold)
+    Path("moved.ckpt").write_bytes(Path("theirs.ckpt").read_bytes())
+    assert call(plan, "moved.ckpt", fold=1) == "", "the same weights elsewhere"
     assert "began with the weights of theirs.ckpt. Give it as --init-from again" in call(plan, None)  # fine is to begin
     assert "began with the weights of theirs.ckpt" in call(plan, None, "coarse", fold=1)
     assert call(plan, None, "coarse") == ""  # it resumes from its own weights
@@ -81,6 +84,17 @@ def test_a_run_that_began_with_random_weights_takes_no_model(plan: Plan) -> None
     assert call(plan, None) == ""
     for fold, stage in ((0, "coarse"), (0, "fine"), (1, "coarse")):
         assert "began with random weights, not with theirs.ckpt" in call(plan, "theirs.ckpt", stage, fold)
+
+
+@pytest.mark.parametrize("model", [None, "other.ckpt"])
+def test_a_restarted_fold_may_begin_with_another_model(plan: Plan, model: str | None) -> None:
+    assert call(plan, "theirs.ckpt") == ""
+    begin(plan.run.stage(0, "coarse"), "theirs.ckpt")
+    move_aside(plan.run.fold(0))
+    assert call(plan, model) == ""
+    assert plan.run.initial.exists() == bool(model)
+    begin(plan.run.stage(0, "coarse"), model)
+    assert [path.parent for path in plan.run.beginnings()] == ([plan.run.stage(0, "coarse").path] if model else [])
 
 
 def test_what_a_call_left_that_ended_before_it_began(plan: Plan) -> None:

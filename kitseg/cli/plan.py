@@ -190,7 +190,9 @@ def plan(
     }
     write_plan(out, make_plan(method, sizes, find, jobs, memory, **given))
     more = "".join(f" --data {quote(str(folder))}" for folder in data or ())
-    more += "".join(f" --{name} {quote(str(value))}" for name, value in (("masks", masks), ("labels", labels)) if value)
+    stated = {"masks": masks, "labels": labels, "init-from": given["start"], "config-dir": config_dir}
+    stated["split"] = split if split != Path("splits.json") else None
+    more += "".join(f" --{name} {quote(str(value))}" for name, value in stated.items() if value)
     console.print_plain(f"plan: {out}; `kitseg train --method {method} --plan {quote(str(out))}{more}` trains it")
     exit_if(bool(errors))
 

@@ -20,7 +20,7 @@ from kitseg.measurement.quality import TrainingDomain
 from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
-SYNTHETIC = "synthetic patients"
+SYNTHETIC, UNKNOWN = "synthetic patients", "data of unknown origin"
 LARGEST = 1 << 22  # bytes of a JSON file that a model is opened from
 _REMEDY = "Restore it, or train again with --restart."
 
@@ -32,9 +32,9 @@ class RunInfo:
     synthetic: whether the synthesis made what it learned from (`kitseg synthesize`, or ``data.source=synthesis``). A
     bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file
     and by that of its HU (``hu_digest``), the folds whose networks learned from it; hu_known: whether the HU of every
-    such scan are among them; corrected: how many label maps a person corrected with `kitseg refine`; also: what it
-    learned from beside patients, some of its cases or those of the model that it began with; empty, False and 0 in runs
-    of earlier versions.
+    such scan are among them; corrected: how many label maps a person corrected with `kitseg refine`; also: what else
+    it learned from, some of its cases or those of the model that it began with; empty, False and 0 in runs of earlier
+    versions.
     """
 
     kitseg: str
@@ -55,9 +55,9 @@ class RunInfo:
     @property
     def trained_on(self) -> str:
         """What it learned from, for screens, records and pages; empty where that is patients alone."""
-        if self.made_up:
-            return f"{self.made_up}, not on patients"
-        return " and ".join(("patients", *self.also)) if self.also else ""
+        if self.also:
+            return " and ".join((self.made_up or "patients", *self.also))
+        return f"{self.made_up}, not on patients" if self.made_up else ""
 
 
 @dataclass(frozen=True)
@@ -225,13 +225,17 @@ class Run:
     @property
     def begun(self) -> bool:
         """Whether a training of any fold and stage has begun."""
-        states = ("last.ckpt", "previous.ckpt", "done.json")
-        return any(next(self.path.glob(f"fold_*/**/{name}"), None) for name in states)
+        return any(map(self._files, ("last.ckpt", "previous.ckpt", "done.json")))
 
     def beginnings(self) -> list[Path]:
         """The records of trainings that began with another model's weights; later rounds begin with the run's own."""
-        found = self.path.glob("fold_*/**/initial.json")
-        return sorted(path for path in found if not re.fullmatch("round_[1-9][0-9]*", path.parent.name))
+        found = self._files("initial.json")
+        return [path for path in found if not re.fullmatch("round_[1-9][0-9]*", path.parent.name)]
+
+    def _files(self, name: str) -> list[Path]:
+        """The files of a name in the folds, but for folders that ``--restart`` renamed."""
+        found = self.path.glob(f"fold_*/**/{name}")
+        return sorted(path for path in found if ".old-" not in str(path.relative_to(self.path)))
 
     def fold_probabilities(self, fold: int, mirror: bool) -> Path:
         """Probabilities of a fold's validation cases; ``mirror``: with test-time augmentation."""

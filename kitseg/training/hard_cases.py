@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from kitseg.scoring.kits19 import kits19_scores
 from kitseg.training.data_source import data_settings
 from kitseg.training.fit import fit
 from kitseg.training.plan import Plan, Start, Unit, open_stored
-from kitseg.training.train import Log, trainings
+from kitseg.training.train import Log, began_with, trainings
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
     spec = ranking_stage(plan.method)
     wanted = [Unit(spec.name, number) for number in range(len(plan.part.inner))]
     log(f"ranking the training cases of fold {plan.fold} by {len(wanted)} nested folds of stage {spec.name}")
-    for training in trainings(plan, wanted, log):
-        fit(training, plan.machine)
+    if not all(unit.folder(plan).done.exists() for unit in wanted):
+        for training in trainings(replace(plan, initial=began_with(plan.run) or None), wanted, log):
+            fit(training, plan.machine)
     judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
     state = {"stage": spec.name, "checkpoints": judges, "cases": sorted(cases)}
     if old := _RANKING.find(path, state):

@@ -18,6 +18,7 @@ from kitseg.models.chain import Output, run_on_grid
 from kitseg.models.run_folder import (
     RUN_INFO,
     STAGE_INPUTS,
+    UNKNOWN,
     RunInfo,
     StageFolder,
     StageInputFile,
@@ -87,8 +88,9 @@ def _record_facts(plan: Plan, spec: StageSpec) -> None:
         for info in before:
             facts["hu_known"] &= info is not None and info.hu_known
             if info is None:
+                facts["also"] = sorted({*facts["also"], *([UNKNOWN] if own else [])})
                 continue
-            facts["also"] = sorted({*facts["also"], *info.also, info.made_up} - {"", own})
+            facts["also"] = sorted({*facts["also"], *info.also, info.made_up or "patients"} - {own or "patients"})
             for sha256, folds in info.learned.items():
                 facts["learned"][sha256] = sorted({*facts["learned"].get(sha256, ()), *folds})
         RUN_INFO.write(plan.run.info, {"kitseg": __version__, **facts})

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kitseg.errors import InputError, UsageError
-from kitseg.models.run_folder import BEGINNING, Beginning, move_aside
+from kitseg.models.run_folder import BEGINNING, Beginning, Run, move_aside
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.locks import folder_lock
 from kitseg.training import rounds, synthesis
@@ -85,24 +85,25 @@ def check_initial(plan: Plan, wanted: Sequence[Unit], initial: Mapping[str, Path
     if not run.begun:
         if plan.initial:
             return BEGINNING.write(run.initial, Beginning(plan.initial))
-        for path in (run.initial, *(folder.initial for folder in folders)):  # of a call that ended before it began
+        for path in (run.initial, *run.beginnings()):  # of a call that ended before it began
             path.unlink(missing_ok=True)
         return
     remedy = "or give this training a --name of its own"
-    known = BEGINNING.read(run.initial).checkpoint if run.initial.exists() else ""
-    if not known and (records := run.beginnings()):  # of a run that an earlier version began
-        known = BEGINNING.read(records[0]).checkpoint
+    known = began_with(run)
     if plan.initial and not known:
         raise UsageError(f"{run.path} began with random weights, not with {plan.initial}. Omit --init-from, {remedy}")
     if known and not plan.initial and not all(folder.begun or folder.done.exists() for folder in folders):
         raise UsageError(f"{run.path} began with the weights of {known}. Give it as --init-from again, {remedy}")
-    for unit, folder in zip(wanted, folders, strict=True):
-        start = initial.get(unit.stage)
-        if start and (folder.begun or folder.done.exists()):
-            there = BEGINNING.read(folder.initial) if folder.initial.exists() else None
-            if there is None or there.sha256 != file_digest(start):
-                began = there.checkpoint if there else "random weights"
-                raise UsageError(f"{folder.path} began with {began}, not with {start}. Give the same model, {remedy}")
+    if plan.initial and plan.initial != known:
+        weights = {BEGINNING.read(path).sha256 for path in run.beginnings()}
+        if not weights.intersection(map(file_digest, initial.values())):
+            raise UsageError(f"{run.path} began with the weights of {known}, not of {plan.initial}. Give it, {remedy}")
+
+
+def began_with(run: Run) -> str:
+    """The model whose weights a run began with; a checkpoint in runs of earlier versions, empty for random weights."""
+    records = [run.initial] if run.initial.exists() else run.beginnings()
+    return BEGINNING.read(records[0]).checkpoint if records else ""
 
 
 def _reopen(plan: Plan, unit: Unit, more: int, log: Log) -> None:
