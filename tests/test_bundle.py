@@ -160,7 +160,7 @@ def test_an_ensemble_file_knows_its_networks(run: Path, tmp_path: Path) -> None:
     rows = json.loads(done.read_text())
     rows["checkpoints"][0]["sha256"] = "0" * 64
     done.write_text(json.dumps(rows))
-    with pytest.raises(InputError, match=r"was chosen with other networks than .*runs/a holds now"):
+    with pytest.raises(InputError, match=r"was chosen with other networks or settings than .*runs/a holds now"):
         export(tmp_path / "chosen.yaml", tmp_path / "x.kitseg")
     write_image(tmp_path / "a.nii.gz", np.zeros((4, 32, 32), np.int16), Geometry((32, 32, 4), np.eye(4)))
     refused = kitseg(tmp_path, "predict", "a.nii.gz", "--model=chosen.yaml")

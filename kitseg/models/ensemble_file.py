@@ -74,7 +74,7 @@ def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
         raise InputError(path, f"is not an ensemble file ({' '.join(str(error).split())})", remedy) from error
     for member in members:
         if member.sha256 and member.sha256 != digests(member.run):
-            problem = f"was chosen with other networks than {member.run} holds now"
+            problem = f"was chosen with other networks or settings than {member.run} holds now"
             raise InputError(path, problem, "Validate that run and choose again, or name the runs with --model.")
     return members, steps
 
