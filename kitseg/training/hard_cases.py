@@ -92,9 +92,10 @@ def rank_cases(plan: Plan, cases: Collection[str], path: Path, log: Log) -> list
     spec = ranking_stage(plan.method)
     wanted = [Unit(spec.name, number) for number in range(len(plan.part.inner))]
     log(f"ranking the training cases of fold {plan.fold} by {len(wanted)} nested folds of stage {spec.name}")
-    if not all(unit.folder(plan).done.exists() for unit in wanted):
-        for training in trainings(replace(plan, initial=began_with(plan.run) or None), wanted, log):
-            fit(training, plan.machine)
+    finished = all(unit.folder(plan).done.exists() for unit in wanted)  # then the model may be gone
+    start = plan if finished else replace(plan, initial=began_with(plan.run) or None)
+    for training in trainings(start, wanted, log):
+        fit(training, plan.machine)
     judges = [digest for unit in wanted for _, digest in unit.folder(plan).checkpoints()]
     state = {"stage": spec.name, "checkpoints": judges, "cases": sorted(cases)}
     if old := _RANKING.find(path, state):
