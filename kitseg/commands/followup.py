@@ -15,6 +15,7 @@ from kitseg.labels import KITS19, Scheme
 from kitseg.measurement import quality
 from kitseg.measurement.followup import DAYS_A_YEAR, Change, Visit, followup
 from kitseg.measurement.measure import measure
+from kitseg.report import as_sentence
 from kitseg.report.followup_page import FollowupContent, write_followup_page
 from kitseg.report.html import page_name
 from kitseg.runtime import files
@@ -115,7 +116,7 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
         doubts |= dict.fromkeys(ONE_WITHOUT_KIDNEY.format(side) for side in found.not_aligned)
         names = tuple(map(str, dates)) if dates else ("First date", "Second date")
         shown = max(schemes, key=lambda own: own.cyst is not None)
-        notes = [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in doubts]
+        notes = [as_sentence(doubt) for doubt in doubts]
         ends = (visits[0], visits[1]), found, rows, (names[0], names[1])
         write_followup_page(task.page, FollowupContent(task.case, *ends, shown, notes))
         residuals = {side: round(found.residual_mm, DECIMALS) for side, found in found.alignments.items()}

@@ -29,6 +29,7 @@ from kitseg.measurement.intervals import Calibration
 from kitseg.measurement.measure import measure
 from kitseg.measurement.quality import assess
 from kitseg.measurement.renal_function import Patient, after_surgery
+from kitseg.report import as_sentence
 from kitseg.report.case_page import CaseContent, write_case_page
 from kitseg.report.html import INDEX, page_name
 from kitseg.report.scores import ScoreTable, StudyScores
@@ -137,16 +138,16 @@ def _make_page(task: PageTask) -> CaseRow:
     findings = measure(scene.labels, scene.geometry, scene.hu)
     digest, scan_hash = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
     record, notes = _record(task, digest, scan_hash)
-    notes += [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in place_doubts(labels, scan) if doubt not in record.note]
+    notes += [as_sentence(doubt) for doubt in place_doubts(labels, scan) if doubt not in record.note]
     quality = record.quality if record.is_of(digest) else None
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)
     changed = correction_beside(task.labels)
     if changed and not (record.corrected or record.labels_sha256):  # its header alone states it
-        notes.append(f"{changed[:1].upper()}{changed[1:]}.")
+        notes.append(as_sentence(changed))
     by_model = None if changed else task.intervals  # they are of a model's errors, not of a person's
     if by_model and (other := of_other_models(task.labels, by_model.models)):
-        notes.append(f"{other[:1].upper()}{other[1:]}.")
+        notes.append(as_sentence(other))
     intervals = by_model.of_all(findings, scene.geometry.spacing[0]) if by_model else ()
     after = after_surgery(findings, task.patient, scene.labels, scene.geometry) if task.patient else None
     content = CaseContent(
@@ -178,7 +179,7 @@ def _record(task: PageTask, digest: str, scan: str | None) -> tuple[CaseRecord, 
 
 
 def _notes(record: CaseRecord, digest: str, scan: str | None) -> list[str]:
-    notes = [f"{record.note[:1].upper()}{record.note[1:]}."] if record.note else []
+    notes = [as_sentence(record.note)] if record.note else []
     if not record.is_of(digest):
         notes.append("The labels were changed since they were predicted; the flags describe the changed labels.")
     if scan and record.scan_sha256 not in (None, scan):

@@ -11,3 +11,8 @@ LEVEL_TEXTS = {
     "amber": "Review the outlines before using the measurements.",
     "red": "The outlines may be wrong: check and correct them before using the measurements.",
 }
+
+
+def as_sentence(remark: str) -> str:
+    """A remark, such as a doubt, as a sentence of a page."""
+    return f"{remark[:1].upper()}{remark[1:]}."
