@@ -166,8 +166,10 @@ def test_intervals_of_another_models_errors_are_stated(tmp_path: Path) -> None:
     assert calibration is not None
     assert calibration == read_intervals(tmp_path / "intervals.json")
     assert (calibration.models, doubts()) == (("mine",), [])
+    labelled_by("mine.kitseg")
+    assert doubts() == []
     labelled_by("builtin.kitseg")
-    assert doubts() == ["the intervals are of the errors of mine, the labels are of builtin.kitseg"]
+    assert doubts() == ["the intervals are of the errors of mine, the labels are of builtin"]
     calibration = replace(calibration, models=())  # of an earlier version
     assert doubts() == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case, Volume
 from kitseg.volumes.kits import folder_of, scan_id
-from kitseg.volumes.names import UNCERTAINTY, is_file_name, is_volume_name
+from kitseg.volumes.names import BUNDLE, UNCERTAINTY, is_file_name, is_volume_name
 from kitseg.volumes.nifti import CORRECTED_MARK, mark_of
 from kitseg.volumes.scan import hu_digest, scan_digest
 
@@ -126,13 +126,18 @@ def recorded_learning(labels: Path) -> tuple[str, ...]:
 def recorded_models(labels: Path) -> tuple[str, ...]:
     """The names of the runs or bundles that a label map was predicted with, by the record beside it."""
     record = record_beside(labels)
-    return tuple(sorted({Path(str(model.get("path", ""))).name for model in record.models})) if record else ()
+    return model_names(str(model.get("path", "")) for model in record.models) if record else ()
+
+
+def model_names(paths: Iterable[str]) -> tuple[str, ...]:
+    """The names of runs and bundles, sorted; a bundle that has its run's name is that run."""
+    return tuple(sorted({Path(path).name.removesuffix(BUNDLE) for path in paths}))
 
 
 def of_other_models(labels: Path, known: Sequence[str]) -> str:
     """A line where a label map is of other models than those, by name, whose errors are known; else empty."""
     here = recorded_models(labels)
-    if not (here and known) or set(here) == set(known):
+    if not (here and known) or here == model_names(known):
         return ""
     return f"the intervals are of the errors of {' and '.join(known)}, the labels are of {' and '.join(here)}"
 

@@ -10,13 +10,12 @@ from kitseg.commands.measure import Measured, write_findings
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import Scheme
 from kitseg.models.builtin import open_builtin
-from kitseg.models.bundles.bundle import SUFFIX
 from kitseg.models.members import Ensemble, Prediction
 from kitseg.runtime.files import lies_in
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
-from kitseg.volumes.names import is_volume_name
+from kitseg.volumes.names import BUNDLE, is_volume_name
 from kitseg.volumes.nifti import write_volume
 from kitseg.volumes.scan import read_scan
 
@@ -71,9 +70,9 @@ def find_model(folder: Path) -> Path:
     Raises UsageError: there are several, or something else.
     """
     runs = [*folder.glob("config.yaml"), *folder.glob("*/config.yaml")]
-    found = [*folder.glob(f"*{SUFFIX}"), *(path.parent for path in runs)]
+    found = [*folder.glob(f"*{BUNDLE}"), *(path.parent for path in runs)]
     if not found and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UsageError(f"{folder} has no bundle (*{SUFFIX}) and no run: pack one of them, or give --model")
+        raise UsageError(f"{folder} has no bundle (*{BUNDLE}) and no run: pack one of them, or give --model")
     if len(found) > 1:
         raise UsageError(f"{folder} has {len(found)} models: give one of them with --model")
     return found[0] if found else open_builtin().path

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kitseg import __version__
 from kitseg.commands.case_record import (
     file_ending,
+    model_names,
     quality_facts,
     read_record,
     refuse_case_overwrite,
@@ -105,9 +106,9 @@ class PredictScans:
         log(model.describe())
         if self.options.labels and self.options.labels.cyst is None and "cyst" in model.models[0].outputs:
             log(f"cysts are written as {self.options.labels.kidney.name}: the labels are {self.options.labels}")
-        here, fitted = {Path(origin_path(one)).name for one in model.models}, self.options.confidence
-        if fitted and fitted.models and set(fitted.models) != here:
-            log(f"the expected Dice was fitted to {' and '.join(fitted.models)}, not to {' and '.join(sorted(here))}")
+        here, fitted = model_names(map(origin_path, model.models)), self.options.confidence
+        if fitted and fitted.models and model_names(fitted.models) != here:
+            log(f"the expected Dice was fitted to {' and '.join(fitted.models)}, not to {' and '.join(here)}")
         with folder_lock(self.to, "labels", share.part):
             write_choices(self.to, self.options.choices, self.options.identifiers)
             predictor = CasePredictor(model, self.to, self.options)

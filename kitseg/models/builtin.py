@@ -10,11 +10,12 @@ from pathlib import Path
 
 from kitseg import config
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.models.bundles.bundle import SUFFIX, Bundle, open_bundle
+from kitseg.models.bundles.bundle import Bundle, open_bundle
 from kitseg.models.run_folder import Run
+from kitseg.volumes.names import BUNDLE
 
 BUILTIN = "builtin"
-FILE = Path(__file__).with_name(f"{BUILTIN}{SUFFIX}")
+FILE = Path(__file__).with_name(f"{BUILTIN}{BUNDLE}")
 
 
 def open_builtin() -> Bundle:

@@ -20,7 +20,7 @@ from kitseg.measurement.quality import Quality, TrainingDomain, assess
 from kitseg.models.builtin import BUILTIN, open_builtin
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
-from kitseg.models.bundles.bundle import SUFFIX, Bundle, open_bundle
+from kitseg.models.bundles.bundle import Bundle, open_bundle
 from kitseg.models.chain import run_chain, to_scan
 from kitseg.models.ensemble_file import Member, read_ensemble
 from kitseg.models.model import Model, open_model
@@ -31,6 +31,7 @@ from kitseg.models.training_domain import merge_domains
 from kitseg.postprocess import Prior
 from kitseg.types import Probabilities, Volume
 from kitseg.volumes.arrays import Image, scan_from, to_nibabel
+from kitseg.volumes.names import BUNDLE
 from kitseg.volumes.nifti import turn_to_native
 
 
@@ -218,7 +219,7 @@ def locate(model: Path | str) -> Path:
     if isinstance(model, str) and model.startswith(SCHEME):
         return fetch_bundle(model).path
     path = Path(model)
-    return open_bundle(path).path if path.suffix == SUFFIX and not path.is_dir() else path
+    return open_bundle(path).path if path.suffix == BUNDLE and not path.is_dir() else path
 
 
 def members_of(model: Path | str) -> tuple[list[Member], Mapping[str, Any] | None]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from kitseg.models.bundles.bundle import SUFFIX, bundle_of
+from kitseg.models.bundles.bundle import bundle_of
 from kitseg.models.digests import run_digest
 from kitseg.models.model import Model
+from kitseg.volumes.names import BUNDLE
 
 NONCOMMERCIAL = "-NC-"  # in the name of a Creative Commons license
 
@@ -46,7 +47,7 @@ def learned_from(models: Sequence[Model], *hashes: str) -> tuple[str, ...] | Non
 def origin_path(model: Model) -> str:
     """Where a model lies, or the name of its bundle."""
     bundle = bundle_of(model.run)
-    return f"{bundle.manifest.name}{SUFFIX}" if bundle else str(model.run.path)
+    return f"{bundle.manifest.name}{BUNDLE}" if bundle else str(model.run.path)
 
 
 def computed_with(model: Model) -> str:

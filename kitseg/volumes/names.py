@@ -12,7 +12,8 @@ from kitseg.errors import UsageError, printable
 NIFTI = (".nii.gz", ".nii")
 ITK = (".mha", ".mhd", ".nrrd")  # read through SimpleITK
 SUFFIXES = (*NIFTI, *ITK)
-_OTHERS = (".gz", ".dcm", ".csv", ".json", ".html", ".pdf", ".png", ".stl", ".npy", ".yaml", ".zip", ".kitseg", ".onnx")
+BUNDLE = ".kitseg"  # a model in one file
+_OTHERS = (".gz", ".dcm", ".csv", ".json", ".html", ".pdf", ".png", ".stl", ".npy", ".yaml", ".zip", BUNDLE, ".onnx")
 UNCERTAINTY = ".uncertainty.nii.gz"  # of the map beside a label map
 
 

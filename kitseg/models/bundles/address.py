@@ -12,8 +12,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from kitseg.errors import KitsegError, UsageError
-from kitseg.models.bundles.bundle import SUFFIX, Bundle, cache_folder, cached, open_bundle
+from kitseg.models.bundles.bundle import Bundle, cache_folder, cached, open_bundle
 from kitseg.runtime.provenance import FileFormat
+from kitseg.volumes.names import BUNDLE
 
 SCHEMA = 1
 SCHEME = "hf://"
@@ -57,9 +58,9 @@ def _download(address: str, repo: str, revision: str, pinned: str | None, record
 
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        files = [file for file in info.siblings or [] if file.rfilename.endswith(SUFFIX)]
+        files = [file for file in info.siblings or [] if file.rfilename.endswith(BUNDLE)]
         if len(files) != 1 or not files[0].lfs or not info.sha:
-            raise KitsegError(f"{address}: has {len(files)} {SUFFIX} files; it needs exactly one, stored with Git LFS")
+            raise KitsegError(f"{address}: has {len(files)} {BUNDLE} files; it needs exactly one, stored with Git LFS")
         found = Found(files[0].rfilename, info.sha, files[0].lfs.sha256)
         if pinned not in (None, found.sha256):
             remedy = f"Give a commit as revision, or remove {record}"

@@ -26,7 +26,6 @@ from kitseg.models.stage import open_stage
 from kitseg.models.weights import check_fit
 from kitseg.runtime.files import file_digest, write_text
 
-SUFFIX = ".kitseg"
 _REMEDY = "Set KITSEG_CACHE to a folder that is writable."
 LICENSED = ("code", "weights", "labels")
 MOST_STAGES = 32  # of all runs in a bundle

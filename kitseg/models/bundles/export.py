@@ -14,7 +14,6 @@ from kitseg import __version__, config, trust
 from kitseg.config import Method
 from kitseg.errors import UsageError
 from kitseg.models.bundles.archive import CARD, SAFE, write_archive
-from kitseg.models.bundles.bundle import SUFFIX
 from kitseg.models.ensemble_file import Member
 from kitseg.models.members import members_of
 from kitseg.models.run_folder import LARGEST, SCHEMA, Run, StageFolder, find_run
@@ -22,6 +21,7 @@ from kitseg.models.weights import as_safetensors, sound_checkpoints
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.splits import read_split
+from kitseg.volumes.names import BUNDLE
 
 KITS19_LICENSE = "CC-BY-NC-SA-4.0"
 CODE_LICENSE = "Apache-2.0"
@@ -67,10 +67,10 @@ def export(model: Path, to: Path, options: ExportOptions = ExportOptions()) -> d
     Raises:
         UsageError: not a model, not a bundle's name, or a card that can't be read. InputError: a damaged run.
     """
-    if to.suffix != SUFFIX:
-        raise UsageError(f"{to}: the name of a bundle must end in {SUFFIX}")
+    if to.suffix != BUNDLE:
+        raise UsageError(f"{to}: the name of a bundle must end in {BUNDLE}")
     refuse_overwrite(to, "bundle")
-    if model.suffix == SUFFIX and model.is_file():
+    if model.suffix == BUNDLE and model.is_file():
         raise UsageError(f"{model} is a bundle already; copy the file to share it")
     members, steps = members_of(model)
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
