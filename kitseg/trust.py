@@ -28,7 +28,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.plain_files import DEEPEST, MOST, TOO_MANY
 
 PARTS = re.compile(
-    r"kitseg\.((nets|losses|links|stages|postprocess|augmentation)\.[a-z]\w*|patches\.(samplers|elastic)|inference\.windows)\.[A-Z]\w*"
+    r"kitseg\.((nets|losses|links|stages|postprocess|augmentation)\.[a-z]\w*|patches\.(samplers|elastic|lesion_copies)|inference\.windows)\.[A-Z]\w*"
     r"|torch\.nn\.(?!\w*(RNN|LSTM|GRU|Transformer))[A-Z]\w*"  # these repeat their layers as often as a number states
     r"|torch\.optim\.(lr_scheduler\.)?[A-Z]\w*"
     r"|torchio\.Random[A-Z]\w*",

@@ -149,6 +149,14 @@ def test_from_evaluate_to_predict(trained: Path, tmp_path: Path) -> None:
     assert (found["cases"], found["reviewed"], found["failed"]) == (20, 4, 8)
     assert found["orderings"]["fitted, out of fold"]["caught"] == pytest.approx(4)
     assert "4.0 of all 8" in done.text
+    assert "left out" not in done.text
+    changed = json.loads((tmp_path / "pred" / "p00.json").read_text())
+    (tmp_path / "pred" / "p00.json").write_text(json.dumps({**changed, "labels_sha256": "0" * 64}))
+    (tmp_path / "pred" / "p01.json").unlink()
+    less = kitseg(tmp_path, "evaluate", "pred", "ref", "--confidence=less.json", "--jobs=1").text
+    assert "changed since its record was written: 1 of 20 cases (p00)" in less
+    assert "without the signs that `kitseg predict` writes beside its labels: 1 of 20 cases (p01)" in less
+    assert not (tmp_path / "less.json").exists(), "18 cases are too few"
     found["model"]["doubtful"] = 1.01
     (tmp_path / "c.json").write_text(json.dumps(found))
     options = ("--model=runs/two-phase-tiny", f"--confidence={tmp_path / 'c.json'}", "--format=uncertainty")

@@ -85,7 +85,7 @@ def evaluate(
     Exit code 1: a case is missing, could not be scored, or has no reference; the others are scored and written.
     """
     from kitseg.commands import evaluate as scoring
-    from kitseg.commands.confidence import write_confidence
+    from kitseg.commands.confidence import left_out, write_confidence
     from kitseg.commands.intervals import case_errors, write_intervals
     from kitseg.commands.score_files import score_content, write_score_table, write_scores
     from kitseg.runtime.resume import ResultCache
@@ -113,7 +113,8 @@ def evaluate(
         errors = gather("intervals", found, partial(case_errors, rules=rules), jobs)
         show_intervals(write_intervals(intervals, errors, patients), intervals)
     if confidence:
-        show_confidence(write_confidence(confidence, list(zip(found, scores, strict=True)), patients), confidence)
+        pairs = list(zip(found, scores, strict=True))
+        show_confidence(write_confidence(confidence, pairs, patients), confidence, left_out(pairs))
     exit_if(bool(unscored.predictions) or any(score.missing or score.error for score in scores))
 
 

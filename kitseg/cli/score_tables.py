@@ -72,10 +72,12 @@ def show_intervals(found: Calibration | None, path: Path) -> None:
     console.print_line(escape(f"→ {path}"))
 
 
-def show_confidence(found: Confidence | None, path: Path | None = None) -> None:
-    """Print how well orderings of the cases by trust separate good from bad tumor labels."""
+def show_confidence(found: Confidence | None, path: Path | None = None, left_out: Sequence[str] = ()) -> None:
+    """Print how well orderings of the cases by trust separate good from bad tumor labels, and which were left out."""
     from kitseg.measurement.confidence import FAILED, LEAST
 
+    for line in left_out:
+        console.print_line(escape(line))
     if found is None:
         console.print_line(f"No expected Dice: it takes {LEAST} cases of several patients, predicted by this version.")
         return

@@ -14,6 +14,7 @@ from kitseg.errors import UsageError
 from kitseg.measurement.confidence import LEAST, Confidence, learn
 from kitseg.models.run_folder import find_run
 from kitseg.runtime.provenance import FileFormat
+from kitseg.volumes.names import shorten
 
 CONFIDENCE = "confidence.json"
 _FORMAT = FileFormat(
@@ -33,11 +34,8 @@ def write_confidence(
     good: list[tuple[str, CaseRecord, float]] = []
     models: set[str] = set()
     for job, score in scored:
-        record = record_beside(job.prediction) if job.prediction else None
-        usable = "tumor" in score.classes and not (score.learned_from or score.error)
-        if job.prediction and record and record.signs and record.quality and usable:
-            if correction_beside(job.prediction):
-                continue
+        record = _usable_record(job, score)
+        if job.prediction and record and not correction_beside(job.prediction):
             models.update(recorded_models(job.prediction))
             dice = score.classes["tumor"]["dice"]
             good.append((score.case, record, 1.0 if dice is None else dice))  # none where there is none
@@ -54,6 +52,33 @@ def write_confidence(
         found = replace(found, models=tuple(sorted(models)))
         _FORMAT.write(path, found)
     return found
+
+
+def left_out(scored: Sequence[tuple[Job, Score]]) -> list[str]:
+    """Why ``write_confidence`` leaves scored cases out: a line for each reason, with the cases."""
+    found: dict[str, list[str]] = {}
+    for job, score in scored:
+        if job.prediction is None or score.error:
+            continue
+        if score.learned_from:
+            why = "their networks learned from these scans"
+        elif _usable_record(job, score) is None:
+            why = "without the signs that `kitseg predict` writes beside its labels"
+        else:
+            why = correction_beside(job.prediction)
+        if why:
+            found.setdefault(why, []).append(score.case)
+    return [
+        f"left out of the expected Dice, {why}: {len(cases)} of {len(scored)} cases ({shorten(cases)})"
+        for why, cases in found.items()
+    ]
+
+
+def _usable_record(job: Job, score: Score) -> CaseRecord | None:
+    """The record of a scored case that can be learned from."""
+    record = record_beside(job.prediction) if job.prediction else None
+    usable = "tumor" in score.classes and not (score.learned_from or score.error)
+    return record if record and record.signs and record.quality and usable else None
 
 
 def read_confidence(path: Path | None) -> Confidence | None:

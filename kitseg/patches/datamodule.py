@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from kitseg.augmentation.batched import Augmentation
 from kitseg.errors import KitsegError
 from kitseg.links.input_transform import InputTransform
+from kitseg.patches.lesion_copies import LesionCopies
 from kitseg.patches.queue import AddressSampler, PatchQueue
 from kitseg.patches.samplers import PaddedSampler
 from kitseg.patches.subjects import CaseSubjects, StageInput, transform_patch
@@ -94,14 +96,14 @@ class StageCases:
 class Feed:
     """The data loading settings of a stage.
 
-    sampler: draws patches; augmentation: TorchIO's transforms of patches in HU; at last perhaps an ``Augmentation``,
-    which works on the batch's device; input_transform: converts them to the network's input; batch: global batch size
-    over all ranks; micro_batch_size: patches that a rank processes at a time; seed: random seed; workers: loader
-    processes per rank.
+    sampler: draws patches; augmentation: TorchIO's transforms of patches in HU, and ``LesionCopies``; at last perhaps
+    an ``Augmentation``, which works on the batch's device; input_transform: converts them to the network's input;
+    batch: global batch size over all ranks; micro_batch_size: patches that a rank processes at a time; seed: random
+    seed; workers: loader processes per rank.
     """
 
     sampler: PaddedSampler
-    augmentation: Sequence[tio.Transform | Augmentation]
+    augmentation: Sequence[tio.Transform | LesionCopies | Augmentation]
     input_transform: InputTransform
     batch: int
     micro_batch_size: int
@@ -117,13 +119,18 @@ class Feed:
     def queue(self, subjects: CaseSubjects) -> PatchQueue:
         """The patches of these cases."""
         margin = 0.0 if self.batched is None else self.batched.margin
-        return PatchQueue(subjects, self.sampler, self.transform, self.seed, margin)
+        return PatchQueue(subjects, self.sampler, partial(self.transform, cases=subjects), self.seed, margin)
 
-    def transform(self, patch: tio.Subject) -> tio.Subject:
-        """The network's input from a patch, augmented; or the patch with the changes for ``on_device``."""
+    def transform(self, patch: tio.Subject, cases: CaseSubjects | None = None) -> tio.Subject:
+        """The network's input from a patch, augmented; or the patch with the changes for ``on_device``.
+
+        cases: whose lesions are copied.
+        """
         for change in self.augmentation:
             if isinstance(change, tio.Transform):
                 patch = change(patch)
+            elif isinstance(change, LesionCopies) and cases is not None:
+                patch = change(patch, cases)
         label = patch.get_image("label")
         label.set_data(label.data.to(torch.uint8))  # transforms that resample it return float32
         if self.batched is None:

@@ -26,6 +26,7 @@ from kitseg.links.crop import crop
 from kitseg.models.run_folder import TRAINED_STATE, BestCheckpoint, StageFolder, TrainedState
 from kitseg.models.stage import TrainedStage, build_input_transform, open_stage
 from kitseg.patches.datamodule import Feed, StageData
+from kitseg.patches.lesion_copies import LesionCopies
 from kitseg.runtime.device import Machine, torch_device
 from kitseg.runtime.files import file_digest, write_text
 from kitseg.runtime.signals import interrupted
@@ -163,23 +164,32 @@ def _title(folder: StageFolder) -> str:
 
 def make_feed(spec: StageSpec, seed: int, workers: int) -> Feed:
     """The data loading settings of a stage. Raises UsageError: a part can't be built."""
-    augmentation = [config.build(change) for change in spec.parts["augmentation"] or ()]
-    for number, part in enumerate(augmentation, start=1):
-        if isinstance(part, Augmentation):
-            sided = [name for name in spec.channels if SIDE.search(name)]
-            if part.mirror and sided:
-                raise UsageError(f"stages.{spec.name}.augmentation mirrors, but {sided[0]} has a side: set mirror to 0")
-            if number < len(augmentation):
-                raise UsageError(f"stages.{spec.name}.augmentation: {type(part).__name__} must be the last")
     return Feed(
         sampler=config.build(spec.parts["sampler"]),
-        augmentation=augmentation,
+        augmentation=_augmentation(spec),
         input_transform=build_input_transform(spec),
         batch=spec.batch,
         micro_batch_size=spec.micro_batch_size,
         seed=seed,
         workers=workers,
     )
+
+
+def _augmentation(spec: StageSpec) -> list[Any]:
+    """The augmentation of a stage's patches. Raises UsageError: it doesn't fit the stage."""
+    where = f"stages.{spec.name}.augmentation"
+    found = [config.build(change) for change in spec.parts["augmentation"] or ()]
+    for number, part in enumerate(found, start=1):
+        link = build_input_transform(spec).link
+        if isinstance(part, LesionCopies) and link is not None and link.channels > 1:
+            raise UsageError(f"{where}: LesionCopies changes the scan alone, not the further inputs of this stage")
+        if isinstance(part, Augmentation):
+            sided = [name for name in spec.channels if SIDE.search(name)]
+            if part.mirror and sided:
+                raise UsageError(f"{where} mirrors, but {sided[0]} has a side: set mirror to 0")
+            if number < len(found):
+                raise UsageError(f"{where}: {type(part).__name__} must be the last")
+    return found
 
 
 def _finish(training: Training, best: BestCheckpoints, device: torch.device, data: StageData) -> None:
