@@ -15,7 +15,7 @@ from kitseg import ensemble
 from kitseg.errors import InputError
 from kitseg.labels import TUMOR
 from kitseg.measurement.quality import TrainingDomain
-from kitseg.models.run_folder import Run
+from kitseg.models.run_folder import Run, RunInfo
 from kitseg.models.training_domain import merge_domains, training_facts
 from kitseg.splits import Fold
 from kitseg.types import Box, Geometry, Probabilities
@@ -66,6 +66,24 @@ def stored(name: str, spacing: tuple[float, float, float], kidney: float | None,
     return StoredCase(
         name, image, None, *none, (0.0, 1.0), LATTICE, False, spacing, kidney, aorta, (f"file {name}", f"HU {name}")
     )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "made_up", "shown"),
+    [
+        ("pp", "phantoms", "phantoms, not on patients"),
+        ("pr", "", "patients and phantoms"),
+        ("prs", "", "patients and phantoms and synthetic patients"),
+        ("ps", "phantoms", "phantoms and synthetic patients"),
+        ("ss", "synthetic patients", "synthetic patients, not on patients"),
+        ("rr", "", ""),
+    ],
+)
+def test_a_run_knows_what_is_among_its_cases(kinds: str, made_up: str, shown: str) -> None:
+    """Phantoms, real patients and synthetic ones."""
+    one = stored("a", (1, 1, 1), 150, None)
+    info = RunInfo("0", **training_facts([replace(one, phantom=kind == "p", synthetic=kind == "s") for kind in kinds]))
+    assert (info.made_up, info.trained_on) == (made_up, shown)
 
 
 def test_a_run_records_its_training_domain(tmp_path: Path) -> None:

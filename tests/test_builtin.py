@@ -93,6 +93,11 @@ def test_what_a_network_learned_from_is_on_pages_and_in_bundles(tmp_path: Path) 
         (member,) = json.loads(archive.read("bundle.json"))["members"]
     assert member["training"]["trained_on"] == "patients and synthetic patients"
     assert member["training"]["cases"] == 1, "of the folds in it, without those that validated"
+    for also, labels in (([], "Apache-2.0"), (["patients"], "CC-BY-NC-SA-4.0")):
+        (run / "run.json").write_text(json.dumps({**facts, "phantom": True, "also": also}))
+        assert export(run, tmp_path / "mine.kitseg")["labels"] == labels
+    with ZipFile(tmp_path / "mine.kitseg") as archive:
+        assert json.loads(archive.read("bundle.json"))["name"] == "mine", "as in records of the run's predictions"
     model = {"path": "mine", "sha256": "0", "trained_on": "patients and synthetic patients"}
     (tmp_path / "labels").mkdir()
     save(tmp_path / "labels" / "a.nii.gz", np.zeros((8, 8, 8), np.uint8))

@@ -47,14 +47,14 @@ def test_the_same_run_gives_the_same_bytes(run: Path, tmp_path: Path) -> None:
     export(run, first)
     export(run, second)
     assert first.read_bytes() == second.read_bytes()
-    moved = shutil.copytree(run, tmp_path / "elsewhere")
+    moved = shutil.copytree(run, tmp_path / "elsewhere" / run.name)
     export(moved, second)
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_what_a_bundle_states(content: Files, run: Path) -> None:
     manifest = json.loads(content[MANIFEST])
-    assert (manifest["schema"], manifest["name"]) == (1, "dual-unet")
+    assert (manifest["schema"], manifest["name"]) == (1, run.name)
     assert manifest["licenses"] == {"code": "Apache-2.0", "weights": "CC-BY-NC-SA-4.0", "labels": "CC-BY-NC-SA-4.0"}
     (member,) = manifest["members"]
     assert member["labels"] == KITS19.plain() | {"regions": {"kidney": ["kidney", "tumor"], "tumor": ["tumor"]}}
@@ -138,7 +138,7 @@ def test_an_ensemble_file_as_one_bundle(run: Path, tmp_path: Path) -> None:
     opened = open_ensemble([tmp_path / "best.kitseg"], "cpu", engine="torch")
     assert (opened.weights, opened.postprocess) == ((2.0, 1.0), steps)
     assert [model.mirror for model in opened.models] == [False, True]
-    assert [one["path"] for one in opened.origin()] == ["dual-unet.kitseg"] * 2
+    assert [one["path"] for one in opened.origin()] == [f"{run.name}.kitseg"] * 2
     with pytest.raises(UsageError, match="stands for 2 runs"):
         only_member(tmp_path / "best.kitseg")
 

@@ -110,7 +110,7 @@ def test_a_bundle_knows_its_training_scans_elsewhere_under_other_names(here: Pat
     shutil.rmtree(here / "runs")
     given = ("--model=m.kitseg", "--device=cpu", "--engine=torch")
     run(here, "predict", "elsewhere", *given, "-o", "out")
-    assert records(here / "out") == {"x": ["dual-unet.kitseg, fold 1"]}
+    assert records(here / "out") == {"x": ["r.kitseg, fold 1"]}
 
 
 @pytest.mark.parametrize("form", ["zipped again", "nii", "mha", "DICOM"])

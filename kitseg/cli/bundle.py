@@ -36,7 +36,7 @@ def export(
         str | None, typer.Option(metavar="LICENSE", help="License of the training labels. Default: that of KiTS19.")
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Weights in half precision, which halves the file.")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the model. Default: that of its method.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model. Default: that of its run.")] = None,
     card: Annotated[Path | None, typer.Option(metavar="FILE", help="A model card in Markdown, to include.")] = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,

@@ -20,14 +20,14 @@ from kitseg.measurement.quality import TrainingDomain
 from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1
-SYNTHETIC, UNKNOWN = "synthetic patients", "data of unknown origin"
+PHANTOMS, SYNTHETIC, UNKNOWN = "phantoms", "synthetic patients", "data of unknown origin"
 LARGEST = 1 << 22  # bytes of a JSON file that a model is opened from
 _REMEDY = "Restore it, or train again with --restart."
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """``run.json``: the version that trained, whether phantoms are among the cases, the cases, the training domain.
+    """``run.json``: the version that trained, whether phantoms are all, the cases, the training domain.
 
     synthetic: whether the synthesis made what it learned from (`kitseg synthesize`, or ``data.source=synthesis``). A
     bundle's has no cases; ``experience`` is None where no case shows a kidney. learned: by the hash of a scan's file
@@ -50,7 +50,7 @@ class RunInfo:
     @property
     def made_up(self) -> str:
         """What it learned from instead of patients: ``phantoms``, ``synthetic patients``, or nothing."""
-        return "phantoms" if self.phantom else SYNTHETIC if self.synthetic else ""
+        return PHANTOMS if self.phantom else SYNTHETIC if self.synthetic else ""
 
     @property
     def trained_on(self) -> str:

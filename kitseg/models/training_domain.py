@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from kitseg.measurement.quality import TrainingDomain
-from kitseg.models.run_folder import SYNTHETIC
+from kitseg.models.run_folder import PHANTOMS, SYNTHETIC
 from kitseg.splits import Fold
 from kitseg.volumes.store import StoredCase
 
@@ -32,10 +32,12 @@ def training_facts(cases: Iterable[StoredCase], folds: Sequence[Fold] = ()) -> d
     for id_, pair in zip(ids, hashes, strict=True):
         for sha256 in filter(None, pair):  # the same scan may lie there under two names
             learned[sha256] = sorted({*learned.get(sha256, ()), *trained[id_]})
+    patients = any(not (one or other) for one, other in zip(phantoms, synthetic, strict=True))
+    made_up = [name for name, those in ((PHANTOMS, phantoms), (SYNTHETIC, synthetic)) if any(those)]
     return {
-        "phantom": any(phantoms),
+        "phantom": any(phantoms) and not patients,
         "synthetic": all(synthetic),
-        "also": [SYNTHETIC] if any(synthetic) and not all(synthetic) else [],
+        "also": made_up if patients else made_up[1:],
         "cases": list(ids),
         "corrected": sum(corrected),
         "experience": seen if seen["kidney_hu"] else None,

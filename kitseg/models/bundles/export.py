@@ -45,8 +45,8 @@ class ExportOptions:
     """What a bundle states and holds besides the model.
 
     weights: their license; where it is None the labels', or KiTS19's if they began with those of another model; labels:
-    the license of the labels that the weights were trained with; KiTS19's where it is None, and for phantoms the
-    code's; half: weights as float16; name: the methods' where it is None; card: a text about the model, in Markdown.
+    the license of the labels that the weights were trained with; KiTS19's where it is None, and for phantoms alone the
+    code's; half: weights as float16; name: the runs' where it is None; card: a text about the model, in Markdown.
     """
 
     weights: str | None = None
@@ -74,10 +74,11 @@ def export(model: Path, to: Path, options: ExportOptions = ExportOptions()) -> d
         raise UsageError(f"{model} is a bundle already; copy the file to share it")
     members, steps = members_of(model)
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
-    usual = CODE_LICENSE if all(part.run.read_info().phantom for part in parts) else KITS19_LICENSE
+    learned = [part.run.read_info() for part in parts]
+    usual = CODE_LICENSE if all(info.phantom and not info.also for info in learned) else KITS19_LICENSE
     labels = options.labels or usual
     inherited = KITS19_LICENSE if any(part.run.beginnings() for part in parts) else labels
-    name = options.name or "+".join(dict.fromkeys(part.method.name for part in parts))
+    name = options.name or "+".join(dict.fromkeys(part.run.path.name for part in parts))
     licenses = {"code": CODE_LICENSE, "weights": options.weights or inherited, "labels": labels}
     if not all(map(trust.is_line, (name, *licenses.values()))):
         raise UsageError("a name or license must be a line of up to 200 characters")

@@ -114,8 +114,8 @@ def export_onnx(
 
 def _facts(model: Model) -> dict[str, Any]:
     """What ``model.json`` states about a member: how each network's input is made, and where the outputs come from."""
-    bundle, phantom = bundle_of(model.run), model.run.read_info().phantom
-    usual = CODE_LICENSE if phantom else KITS19_LICENSE
+    bundle, info = bundle_of(model.run), model.run.read_info()
+    usual = CODE_LICENSE if info.phantom and not info.also else KITS19_LICENSE
     stages = {
         name: {
             "inputs": stage.spec.inputs,
