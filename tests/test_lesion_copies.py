@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,18 @@ LESION = (slice(8, 12), slice(18, 26), slice(18, 26))  # 8 mm along each axis: 0
 PATCH = Box((0, 0, 0), SHAPE)
 
 
-def cases(root: Path, *numbers: int) -> CaseSubjects:
-    """A case for each label of a lesion: a kidney of 100 HU that fills the scan, the lesion in it; 1: without one."""
-    native, found = Geometry(SHAPE, np.diag([-2.0, -1, 1, 1])[[2, 1, 0, 3]]), {}
+def cases(
+    root: Path, *numbers: int, at: tuple[slice, slice, slice] = LESION, slices: Sequence[float] = ()
+) -> CaseSubjects:
+    """A case for each label of a lesion: a kidney of 100 HU that fills the scan, the lesion in it; 1: without one.
+
+    slices: mm between the slices of each case, 2 where not stated.
+    """
+    found = {}
     for index, number in enumerate(numbers):
+        native = Geometry(SHAPE, np.diag([-(slices or [2.0] * len(numbers))[index], -1, 1, 1])[[2, 1, 0, 3]])
         label = np.ones(SHAPE, np.uint8)
-        label[LESION] = number
+        label[at] = number
         hu = np.where(label == 2, 300, np.where(label == 3, 20, 100))
         files = CaseFiles(case_files(root, hu, label, native, index), KITS23)
         assert store_case(files, root / "store" / files.case.id, Grid())
@@ -87,6 +94,37 @@ def test_patches_of_a_slice_get_a_slice_of_a_lesion(tmp_path: Path) -> None:
             patch = patch_of(onto[0], Box((10, 0, 0), (11, 48, 48)))
             found += bool((LesionCopies(p=1)(patch, onto)["label"].data == 2).any())
     assert found > 3
+
+
+@pytest.mark.parametrize("slices", [0.5, 6.0])
+def test_a_copy_keeps_its_millimetres_where_slices_lie_otherwise(tmp_path: Path, slices: float) -> None:
+    at = (slice(4, 20), *LESION[1:]) if slices == 0.5 else (slice(8, 10), *LESION[1:])  # 8 and 12 mm along the slices
+    onto, sizes = cases(tmp_path, 1, 2, at=at, slices=[2, slices]), []
+    for seed in range(40):
+        new = copied(onto, LesionCopies(p=1), seed)[1]["label"].data[0] == 2
+        if bool(new.any()) and not bool(new[[0, -1]].any()):
+            sizes.append(2 * int(new.any(2).any(1).sum()))
+    long = 8 if slices == 0.5 else 12
+    assert len(sizes) > 6
+    assert 0.7 * long <= float(np.median(sizes)) <= 1.4 * long
+
+
+def test_a_lesion_that_the_edge_of_the_scan_cuts_is_not_copied_and_no_air_beside_one_at_it(tmp_path: Path) -> None:
+    cut = cases(tmp_path / "cut", 1, 2, at=(slice(0, 4), *LESION[1:]))
+    whole, seen = cases(tmp_path / "whole", 1, 2, at=(slice(1, 9), *LESION[1:])), 0
+    for seed in range(20):
+        assert not bool((copied(cut, LesionCopies(p=1), seed)[1]["label"].data == 2).any())
+        after = copied(whole, LesionCopies(p=1), seed)[1]
+        seen += bool((after["label"].data == 2).any())
+        assert float(after["image"].data.min()) > 100 - 25 - 1, "of the kidney, made darker"
+    assert seen > 5
+
+
+def test_only_the_scan_is_read_for_a_lesion_of_any_size(tmp_path: Path) -> None:
+    onto = cases(tmp_path, 1, 2)
+    assert any(
+        bool((copied(onto, LesionCopies(p=1, largest=1e5), seed)[1]["label"].data == 2).any()) for seed in range(9)
+    )
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

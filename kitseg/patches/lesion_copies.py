@@ -18,7 +18,6 @@ from kitseg.augmentation.batched import Augmentation
 from kitseg.components import bounding_box, component_at
 from kitseg.labels import CYST, KIDNEY, TUMOR
 from kitseg.links.crop import crop
-from kitseg.links.intensity import AIR
 from kitseg.patches.subjects import CaseSubjects
 from kitseg.types import Box, Triple, triple
 
@@ -27,6 +26,7 @@ CHANGE = Augmentation(
     rotation=(0.8, 30, 180), scale=(0.8, 0.75, 1.3), bend=(0.5, 2, 6), brightness=(0.5, -25, 25),
     phase=OFF, blur=OFF, low_resolution=OFF, thick_slices=OFF, noise=OFF, contrast=OFF, gamma=OFF,
 )  # fmt: skip
+ALIKE = 0.05  # difference of spacings, which a grid of one spacing has between scans, too
 REACH = 0.7  # of the longest edge of a lesion's box: what a copy has room for on each side of its centre
 
 
@@ -53,7 +53,7 @@ class LesionCopies:
         hu, label = patch.get_image("image").data[0], patch.get_image("label").data[0]
         if float(torch.rand(())) >= self.p or not len(kidney := (label == KIDNEY).nonzero()):
             return patch
-        lesion = self._lesion(cases[_any(len(cases.folders))])
+        lesion = self._lesion(cases[_any(len(cases.folders))], patch.spacing)
         if lesion is None:
             return patch
         copied, mask, number = lesion
@@ -66,27 +66,48 @@ class LesionCopies:
         label[there.slices][mask[here]] = number
         return patch
 
-    def _lesion(self, case: tio.Subject) -> tuple[Tensor, Tensor, int] | None:
-        """HU, mask (d, h, w) and label of a changed lesion of a case; None where it has none, or a larger one."""
+    def _lesion(self, case: tio.Subject, onto: Sequence[float]) -> tuple[Tensor, Tensor, int] | None:
+        """HU, mask (d, h, w) and label of a changed lesion of a case, in voxels of ``onto`` mm; None if it gives none.
+
+        It has none, a larger one, or one that the edge of the scan cuts.
+        """
         rows, spacing = torch.as_tensor(case["foreground"]), case.get_image("image").spacing
         numbers = [number for number in (TUMOR, CYST) if (rows[:, 0] == number).any()]
         if not numbers:
             return None
         number = numbers[_any(len(numbers))]
         rows = rows[rows[:, 0] == number]
-        near = _around(rows[_any(len(rows)), 1:].tolist(), self.largest, spacing)
-        whole = crop(case.get_image("label").data[0].numpy(), near, 0) == number
-        mask = component_at(whole, triple(n // 2 for n in near.size))
-        found = bounding_box(mask) or near
+        hu, label = (case.get_image(name).data[0].numpy() for name in ("image", "label"))
+        voxel = triple(rows[_any(len(rows)), 1:])
+        near = _around(voxel, self.largest, spacing).clip(triple(label.shape))
+        mask = component_at(label[near.slices] == number, triple(np.subtract(voxel, near.start)))
+        found = (bounding_box(mask) or near.moved(near.start)).placed(near.start)
         longest = float(max(np.multiply(found.size, spacing)))
-        if longest > self.largest:
+        if longest > self.largest or found.grown(1).clip(triple(label.shape)) != found.grown(1):
             return None
-        box = _around(_middle(found.placed(near.start)), REACH * longest, spacing)
-        values = crop(case.get_image("image").data[0].numpy(), box, AIR)
-        inside = crop(mask, box.moved(near.start), 0)
-        changes = {name: value[None] for name, value in CHANGE.draw(box.size, spacing).items()}
-        hu, label = CHANGE(_batch(values).float(), _batch(inside.view(np.uint8)), changes, box.size)
-        return hu[0, 0], label[0, 0] > 0, number
+        box = _around(_middle(found), REACH * longest, spacing)
+        inside = _batch(crop(mask, box.moved(near.start), 0).view(np.uint8))
+        values, inside = _in_voxels(_batch(_continued(hu, box)).float(), inside, spacing, onto)
+        size = triple(values.shape[2:])
+        changes = {name: value[None] for name, value in CHANGE.draw(size, onto).items()}
+        values, inside = CHANGE(values, inside, changes, size)
+        return values[0, 0], inside[0, 0] > 0, number
+
+
+def _continued(array: NDArray[Any], box: Box) -> NDArray[Any]:
+    """The values in ``box`` of ``array`` (D, H, W), which continues beyond its border as at it."""
+    axes = zip(box.start, box.stop, array.shape, strict=True)
+    return array[np.ix_(*(np.arange(a, b).clip(0, n - 1) for a, b, n in axes))]
+
+
+def _in_voxels(values: Tensor, mask: Tensor, spacing: Sequence[float], onto: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Both (1, 1, d, h, w) resampled from voxels of ``spacing`` mm to those of ``onto`` mm, unless these are alike."""
+    factors = np.divide(spacing, onto)
+    if np.allclose(factors, 1, atol=ALIKE):
+        return values, mask
+    size = [max(1, round(n * factor)) for n, factor in zip(values.shape[2:], factors, strict=True)]
+    values, share = (functional.interpolate(one, size=size, mode="trilinear") for one in (values, mask.float()))
+    return values, (share > 0.5).to(mask.dtype)
 
 
 def _around(voxel: Sequence[int], mm: float, spacing: Sequence[float]) -> Box:
