@@ -26,6 +26,7 @@ from kitseg.patches.queue import seeded
 from kitseg.patches.samplers import ForegroundSampler, PaddedSampler, SliceSampler
 from kitseg.patches.subjects import StageInput
 from kitseg.training.fit import make_feed
+from kitseg.training.rehearsal import _random_patch
 from kitseg.types import Box, Geometry, Triple
 
 NOTHING: dict[str, Any] = {field.name: 0 if field.name == "mirror" else (0, 1, 1) for field in fields(Augmentation)}
@@ -293,3 +294,22 @@ def test_a_class_with_a_side_is_not_mirrored() -> None:
         fed({**part, "mirror": 0, "scale": [0.3, 0, 1]})
     with pytest.raises(UsageError, match="must be the last"):
         fed({**part, "mirror": 0}, {"_target_": "torchio.RandomNoise"})
+
+
+def test_changes_of_intensity_leave_a_guide_as_it_is() -> None:
+    noise = "{_target_: torchio.RandomNoise, std: [25, 25]}"
+    either = f"[{noise}, {{_target_: torchio.OneOf, transforms: [{noise}]}}]"
+    composed = config.compose("guided-unetpp", "tiny", [f"stages.segment.augmentation={either}"])
+    feed = make_feed(config.method_of(composed).stages["segment"], 0, 0)
+    for change in feed.augmentation:
+        patch = _random_patch(feed, (1, 8, 8))
+        hu, guide = patch["image"].data.clone(), patch["guide"].data.clone()
+        patch = change(patch)
+        assert torch.equal(patch["guide"].data, guide)
+        assert float((patch["image"].data - hu).std()) > 15
+
+
+def test_an_augmentation_that_would_not_be_used_is_refused() -> None:
+    composed = config.compose("resenc", "tiny", ["stages.kidneys.augmentation=[{_target_: torch.nn.Identity}]"])
+    with pytest.raises(UsageError, match=r"stages.kidneys.augmentation: Identity must be a torchio.Transform"):
+        make_feed(config.method_of(composed).stages["kidneys"], 0, 0)

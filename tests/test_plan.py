@@ -19,7 +19,7 @@ from kitseg.labels import KITS19
 from kitseg.training import planner
 from kitseg.training.cost import bytes_a_parameter, memory_of
 from kitseg.training.fingerprint import Fingerprint, fingerprint
-from kitseg.training.planner import choose_patch, choose_size, fit_size, network, target_spacing, topology
+from kitseg.training.planner import choose_patch, choose_size, fit_size, network, read_plan, target_spacing, topology
 from kitseg.volumes.kits import labelled_cases
 
 slow = pytest.mark.slow
@@ -223,6 +223,16 @@ def test_plans_that_can_not_be_used(tmp_path: Path, change: Any, words: str) -> 
     refused = kitseg(tmp_path, "train", "--method=resenc", "--plan=plan.yaml", "--dry-run")
     assert refused.code in (1, 2)
     assert words in " ".join(refused.text.split()), refused.text
+
+
+def test_a_plan_of_an_earlier_version_copies_no_lesions(tmp_path: Path) -> None:
+    sizes = config.sizes("resenc")
+    plan = {"method": "resenc", "size": "tiny", "budget": "CPU", "values": sizes["tiny"]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    assert read_plan(tmp_path / "plan.yaml", "resenc", sizes) == plan
+    changed(tmp_path / "plan.yaml", lambda values: values.pop("copies"))
+    values = read_plan(tmp_path / "plan.yaml", "resenc", sizes)["values"]
+    assert values == {**sizes["tiny"], "copies": 0}
 
 
 def test_a_size_and_a_plan_exclude_each_other(tmp_path: Path) -> None:

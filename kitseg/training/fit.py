@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torchio as tio
 from numpy.typing import NDArray
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor
@@ -180,6 +181,9 @@ def _augmentation(spec: StageSpec) -> list[Any]:
     where = f"stages.{spec.name}.augmentation"
     found = [config.build(change) for change in spec.parts["augmentation"] or ()]
     for number, part in enumerate(found, start=1):
+        if not isinstance(part, tio.Transform | LesionCopies | Augmentation):
+            raise UsageError(f"{where}: {type(part).__name__} must be a torchio.Transform (docs/how-to/own-method.md)")
+        _spare_the_guide(part)
         link = build_input_transform(spec).link
         if isinstance(part, LesionCopies) and link is not None and link.channels > 1:
             raise UsageError(f"{where}: LesionCopies changes the scan alone, not the further inputs of this stage")
@@ -190,6 +194,14 @@ def _augmentation(spec: StageSpec) -> list[Any]:
             if number < len(found):
                 raise UsageError(f"{where}: {type(part).__name__} must be the last")
     return found
+
+
+def _spare_the_guide(part: Any) -> None:
+    """Let TorchIO's changes of intensity, also of a ``Compose`` or ``OneOf``, change the scan alone."""
+    for inner in getattr(part, "transforms", None) or getattr(part, "transforms_dict", ()):
+        _spare_the_guide(inner)
+    if isinstance(part, tio.IntensityTransform) and part.include is None:
+        part.include = ["image"]
 
 
 def _finish(training: Training, best: BestCheckpoints, device: torch.device, data: StageData) -> None:

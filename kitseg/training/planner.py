@@ -43,6 +43,7 @@ MARGIN = 20  # mm around the kidneys, as in resenc_masses.yaml
 TRAINED_ON = 0.8  # of the cases, with five folds
 FLOPS = 50e12  # a second: nnU-Net's 12 hours for its preset M on an A100
 SPARE = 0.95  # of a GPU's memory
+ADDED = {"copies": 0}  # values that plans of earlier versions lack
 HEADER = """\
 # Written by `kitseg plan`. `values` takes the place of the size's block in the method's file: edit it as you like.
 # kitseg train --method {method} --plan {name}
@@ -243,7 +244,7 @@ def make_plan(
 
 
 def read_plan(path: Path, method: str, sizes: Mapping[str, Any]) -> Config:
-    """The content of a plan's file for a method with these sizes.
+    """The content of a plan's file for a method with these sizes; one of an earlier version is as it was made.
 
     Raises:
         InputError: missing, not a plan of this method, with other keys than its sizes have, or with parts that kitseg
@@ -259,7 +260,10 @@ def read_plan(path: Path, method: str, sizes: Mapping[str, Any]) -> Config:
         raise InputError(path, "is not a plan: it has no method, size and values", remedy)
     if plan["method"] != method or plan["size"] not in sizes:
         raise InputError(path, f"is a plan for {plan['method']} {plan['size']}", f"This is {method}: {remedy}")
-    if odd := _odd_keys(plan["values"], sizes[plan["size"]], "values"):
+    size = sizes[plan["size"]]
+    if isinstance(plan["values"], dict):
+        plan["values"] = {**{key: value for key, value in ADDED.items() if key in size}, **plan["values"]}
+    if odd := _odd_keys(plan["values"], size, "values"):
         raise InputError(path, odd, remedy)
     return plan
 
