@@ -94,6 +94,12 @@ def test_slices_are_looked_for_in_the_region_alone(folders: list[Path]) -> None:
     assert sorted(epoch(folders, SliceSampler(), 0, box)) == holding(".kt", 3, 7)
 
 
+def test_a_region_that_reaches_outside_the_scan_has_the_slices_of_the_scan(folders: list[Path]) -> None:
+    box = Box((-3, 0, 0), (12, 6, 8))
+    assert sorted(epoch(folders, SliceSampler("foreground"), 0, box)) == holding("kt")
+    assert sorted(epoch(folders, SliceSampler(), 0, box)) == holding(".kt")
+
+
 @pytest.mark.parametrize(("share", "others"), [(0.2, (1, 1)), (0.5, (5, 5)), (0.1, (1, 1)), (0.0, (0, 0))])
 def test_the_share_of_other_slices(folders: list[Path], share: float, others: tuple[int, int]) -> None:
     """Five positive slices of each of two cases: 0.2 of an epoch is one more of each, 0.5 is as many again."""

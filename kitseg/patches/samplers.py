@@ -117,6 +117,8 @@ class RegionSampler(PaddedSampler):
 class SliceSampler(PaddedSampler):
     """Once per epoch every slice of the subject's region that contains a class, and random slices without it.
 
+    Slices of a region that lie outside the scan are never drawn.
+
     Args:
         holding: the class, ``foreground`` or ``tumor``, or None for every slice.
         negatives: the fraction of an epoch's slices without the class, drawn anew in each epoch.
@@ -152,13 +154,13 @@ class SliceSampler(PaddedSampler):
         if number >= len(found):
             others = (~positive).nonzero()[:, 0]
             found, number = others, _integer(len(others))
-        z = region.start[0] + int(found[number])
+        z = max(0, region.start[0]) + int(found[number])
         return Box((z, *region.start[1:]), (z + 1, *region.stop[1:]))
 
     def _positive(self, subject: tio.Subject) -> Tensor:
-        """Which slices of the region contain the class."""
+        """Which of the scan's slices in the region contain the class."""
         region = region_of(subject)
-        inside = torch.as_tensor(subject["slices"])[region.start[0] : region.stop[0]]
+        inside = torch.as_tensor(subject["slices"])[max(0, region.start[0]) : region.stop[0]]
         if self.holding is None:
             return torch.ones(len(inside), dtype=torch.bool)
         return inside[:, TUMOR if self.holding == "tumor" else FOREGROUND]
