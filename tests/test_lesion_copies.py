@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from method_runs import quick
 from nifti_files import case_files
 
 from kitseg import config
+from kitseg.augmentation.batched import Augmentation
 from kitseg.errors import UsageError
 from kitseg.labels import KITS23
 from kitseg.patches.lesion_copies import LesionCopies
@@ -73,6 +75,18 @@ def test_a_lesion_of_another_case_lies_in_the_kidney(tmp_path: Path, number: int
     assert 8 < len(seen) < 24
     assert 0.2 < float(np.median(seen)) < 1.1
     assert max(seen) < 0.512 * 1.3**3 * 1.3
+
+
+def test_a_lesion_of_few_voxels_keeps_its_hu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unchanged = {field.name: (0, 1, 1) for field in fields(Augmentation)}
+    monkeypatch.setattr("kitseg.patches.lesion_copies.CHANGE", Augmentation(**{**unchanged, "mirror": 0}))  # type: ignore[arg-type]
+    onto, seen = cases(tmp_path, 1, 2, at=(slice(8, 10), slice(18, 20), slice(18, 20))), 0
+    for seed in range(12):
+        after = copied(onto, LesionCopies(p=1), seed)[1]
+        new = after["label"].data == 2
+        assert bool((after["image"].data == torch.where(new, 300.0, 100.0)).all())
+        seen += bool(new.any())
+    assert seen > 2
 
 
 def test_a_copy_is_a_function_of_the_seed_and_none_without_reason(tmp_path: Path) -> None:
