@@ -45,6 +45,7 @@ TARGETS = {  # classes that were dropped, whose parts the general ones take
     "kitseg.stages.fused_vnet.FusedVNet": "kitseg.stages.model.StageModel",
     "kitseg.stages.slice_unet.SliceUNet": "kitseg.stages.model.SliceModel",
 }
+COPIES = {"_target_": "kitseg.patches.lesion_copies.LesionCopies", "p": 0}
 ADDED = {"kitseg.losses.tversky.FocalTversky": {"count_absent": True}}  # options of classes, as before there were these
 
 OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
@@ -96,7 +97,7 @@ def compose(
         if not overrides:
             raise _unusable(file, error) from error
         raise _explained(compose(method, size, (), config_dir, plan), overrides, str(error)) from error
-    configuration = {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+    configuration = {str(key): _used(value) for key, value in plain.items()} if isinstance(plain, dict) else {}
     for key, least in {"seed": 0, "folds": 2, "nested_folds": 2, "test_cases": 0, "keep_best": 1}.items():
         value = configuration[key]
         if not isinstance(value, int) or not least <= value < 2**32:
@@ -230,6 +231,13 @@ def _differences(old: Config, new: Config, prefix: str) -> Iterator[str]:
             yield from _differences(before, after, f"{name}.")
         elif before != after:
             yield f"{name}: {before} → {after}"
+
+
+def _used(value: Any) -> Any:
+    """A configuration, or a part of it, without copies of lesions of probability 0, which older runs don't have."""
+    if isinstance(value, dict):
+        return {key: _used(item) for key, item in value.items()}
+    return [_used(item) for item in value if item != COPIES] if isinstance(value, list) else value
 
 
 def _with_current_names(value: Any) -> Any:

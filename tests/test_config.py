@@ -111,6 +111,18 @@ def test_an_optional_key_that_the_file_leaves_out(override: str, key: str, value
     assert getattr(stage("coarse", f"stages.coarse.{override}"), key) == value
 
 
+def test_copies_of_lesions_that_never_happen_are_not_in_a_run() -> None:
+    """So that a run of before there were copies resumes."""
+
+    def masses(*overrides: str) -> list[Any]:
+        found: list[Any] = config.compose("resenc", "M", overrides)["stages"]["masses"]["augmentation"]
+        return found
+
+    changes = {"_target_": "kitseg.augmentation.batched.Augmentation"}
+    assert masses() == [changes]
+    assert masses("size.copies=0.5") == [{"_target_": "kitseg.patches.lesion_copies.LesionCopies", "p": 0.5}, changes]
+
+
 def test_parts_that_the_file_leaves_out() -> None:
     flip = "stages.coarse.augmentation=[{_target_: torchio.RandomFlip, axes: [2]}]"
     link = "stages.fine.link={_target_: kitseg.links.guides.SliceGate, fill_gaps: true}"
