@@ -81,18 +81,22 @@ def test_a_tumor_grows_while_the_patient_and_the_grid_move(tmp_path: Path) -> No
     assert page.count("data:image/webp") == 4 * 2 * 3
     assert 'class="reference tumor"' in page
     assert f"<td>+{grown['change_mean_mm']:.1f}</td>" in page
+    assert f"<td>+{grown['mean_mm_a_year']:.1f} ({grown['least_mm'] * 365.25 / 365:.1f})</td>" in page
 
 
 def test_a_kidney_that_is_gone_takes_its_lesions_along(tmp_path: Path) -> None:
     before = save(tmp_path / "a.nii.gz", *KIDNEYS, ball((80, 0, 20), 12), OTHER_CYST)
     after = save(tmp_path / "b.nii.gz", *KIDNEYS[2:], OTHER_CYST)
     found = rows(tmp_path, before.name, after.name)
-    assert found["vanished"]["side"] == "right"
+    assert found["no kidney"]["side"] == "right"
+    assert "vanished" not in found
     assert found["unchanged"]["side"] == "left"
     assert found["unchanged"]["mean_mm_a_year"] is None  # no dates
     page = (tmp_path / "followup" / "a-b.html").read_text()
     assert "not aligned" in page
     assert "One date shows no right kidney: its lesions were not looked for there." in page
+    back = rows(tmp_path, after.name, before.name, "--overwrite")
+    assert (back["no kidney"]["side"], "new" in back) == ("right", False)
 
 
 def test_what_the_other_scan_does_not_show_is_not_said_to_be_gone(tmp_path: Path) -> None:
@@ -135,7 +139,13 @@ def test_the_dates_come_from_dicom_and_folders_go_by_names(tmp_path: Path) -> No
     assert refused.code == 1
     assert "patient: the first scan is of 2023-09-01, the second of 2023-03-01. Give" in " ".join(refused.text.split())
     assert not list(tmp_path.glob("swapped/*"))
-    assert kitseg(tmp_path, *swapped, "--dates", "2023-01-01", "2023-02-01").code == 0, "a person knows better"
+    stated = kitseg(tmp_path, *swapped, "--dates", "2023-01-01", "2023-02-01")
+    assert stated.code == 0, "a person knows better"
+    assert "the scans state other dates than --dates: 2023-09-01 and 2023-03-01" in " ".join(stated.text.split())
+    same = rows(tmp_path, *files, "--ct", "ct/20230301", "ct/20230301", "--overwrite")
+    assert same["larger"]["mean_mm_a_year"] is same["larger"]["doubling_days"] is None
+    (doubt,) = json.loads((tmp_path / "f.json").read_text())["followup"]["patient"]["doubts"]
+    assert doubt == "both scans state the date 2023-03-01: there is no change a year"
     both = kitseg(tmp_path, "followup", "20230301", "20230901", "-o", "pages", "--json", "all.json")
     assert both.code == 0, both.text
     assert "left out, without the other date: other" in both.text
@@ -153,6 +163,16 @@ def test_cysts_at_one_date_only_may_be_the_labels(tmp_path: Path) -> None:
     back = kitseg(tmp_path, "followup", "b.nii.gz", "a.nii.gz")
     assert back.code == 0, back.text
     assert '<th scope="row">cyst 1 → –</th>' in (tmp_path / "followup" / "b-a.html").read_text()
+
+
+def test_a_tumor_that_was_called_a_cyst_keeps_both_names(tmp_path: Path) -> None:
+    before = save(tmp_path / "a.nii.gz", *KIDNEYS, ball((80, 0, 20), 12, CYST))
+    after = save(tmp_path / "b.nii.gz", *KIDNEYS, ball((80, 0, 20), 15))
+    (row,) = rows(tmp_path, before.name, after.name).values()
+    assert (row["before_kind"], row["after_kind"], row["verdict"]) == ("cyst", "tumor", "larger")
+    page = (tmp_path / "followup" / "a-b.html").read_text()
+    assert '<th scope="row">cyst 1 → tumor 1</th>' in page
+    assert "<strong>Cyst 1 → tumor 1</strong>" in page
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ SCHEMA = 1
 ONE_WITHOUT_CYSTS = "the label maps of one date have no cysts, which are kidney there: cysts may be new or vanished"
 ONE_WITHOUT_KIDNEY = "one date shows no {} kidney: its lesions were not looked for there"
 OTHER_PATIENT = "the scans state different patient IDs: they may be of two patients"
+OTHER_DATES = "the scans state other dates than --dates: {} and {}"
+SAME_DATE = "both scans state the date {}: there is no change a year"
 Dates = tuple[date, date]
 
 
@@ -97,7 +99,8 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
     visits, schemes, doubts, current = list[Visit](), list[Scheme](), dict[str, None](), task.before
     try:
         doubts |= dict.fromkeys(_other_patient(task))
-        dates = task.dates or _dates(task)
+        dates, odd = _dates(task)
+        doubts |= dict.fromkeys(odd)
         for current in (task.before, task.after):
             schemes.append(scheme or scheme_beside(current.labels) or KITS19)
             labels, scan = current.read(schemes[-1])
@@ -140,7 +143,7 @@ def row_of(change: Change, days: int | None) -> dict[str, Any]:
         row |= {f"{name}_{key}": getattr(lesion, key, None) for key in ("volume_ml", "diameter_mm", "axial_mm")}
     row |= {f"change_{key}": getattr(change, key) for key in ("volume_ml", "mean_mm", "diameter_mm", "axial_mm")}
     row |= {"change_share": change.share, "least_ml": change.least_ml, "least_mm": change.least_mm}
-    for key in ("volume_ml", "mean_mm"):
+    for key in ("volume_ml", "mean_mm", "least_mm"):
         value = getattr(change, key)
         row[f"{key}_a_year"] = value * DAYS_A_YEAR / days if value is not None and days else None
     row |= {"doubling_days": change.doubling_days(days), "offset_mm": change.offset_mm}
@@ -179,16 +182,21 @@ def _with_scan(task: LabelTask) -> LabelTask:
     return task if known else LabelTask(task.case, task.labels, Case(beside.id, beside.image))
 
 
-def _dates(task: FollowupTask) -> Dates | None:
-    """The dates of DICOM scans; None where one is unknown or both are equal.
+def _dates(task: FollowupTask) -> tuple[Dates | None, list[str]]:
+    """The dates that were given, else those of DICOM scans, None where one is unknown or both are equal; and doubts.
 
-    Raises UsageError: the second is earlier.
+    Raises UsageError: the second scan's is earlier.
     """
     first, second = (scan_date(part.scan) if part.scan else None for part in (task.before, task.after))
-    if first and second and first > second:
+    if task.dates:
+        is_odd = any(stated not in (None, day) for stated, day in zip((first, second), task.dates, strict=True))
+        return task.dates, [OTHER_DATES.format(first or "unknown", second or "unknown")] if is_odd else []
+    if not (first and second):
+        return None, []
+    if first > second:
         problem = f"the first scan is of {first}, the second of {second}"
         raise UsageError(f"{task.case}: {problem}. Give the earlier one first, or state --dates")
-    return (first, second) if first and second and first < second else None
+    return ((first, second), []) if first < second else (None, [SAME_DATE.format(first)])
 
 
 def _other_patient(task: FollowupTask) -> list[str]:

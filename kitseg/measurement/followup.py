@@ -19,6 +19,7 @@ from kitseg.measurement.sides import find_midline
 from kitseg.types import Box, Geometry, ball_diameter
 
 DAYS_A_YEAR = 365.25
+NOT_SCANNED, NO_KIDNEY = "not scanned", "no kidney"
 _REACH_MM = 5.0  # beyond the radius of the larger lesion, within which the other's centre must lie
 _OTHER_KIND = 0.5  # of the closeness of a lesion of the same kind
 #: The least change of volume: a layer on the ball's surface, relative to the voxels' mean size, that more than 95 % of
@@ -54,8 +55,8 @@ class Change:
     volume_ml: change of the volume; mean_mm, diameter_mm, axial_mm: of the diameter of a ball of that volume, of the
     largest diameter in 3D, and of that within a slice, which depends on how the patient lies; least_ml, least_mm: the
     least changes of volume and ball that exceed the effect of the grids; offset_mm: from the centre at the first date,
-    aligned, to that at the second. None for a lesion with one date. scanned: whether the other scan shows its place, so
-    that it can be new or vanished.
+    aligned, to that at the second. None for a lesion with one date. unseen: why it can be neither new nor vanished:
+    ``not scanned`` where the other scan ends before its place, ``no kidney`` where the other date shows none around it.
     """
 
     before: Lesion | None
@@ -67,7 +68,7 @@ class Change:
     least_ml: float | None = None
     least_mm: float | None = None
     offset_mm: float | None = None
-    scanned: bool = True
+    unseen: str = ""
 
     @property
     def both(self) -> Iterator[Lesion]:
@@ -76,12 +77,9 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """``new``, ``vanished``, ``larger``, ``smaller``, or ``unchanged``: by no more than the least volume.
-
-        ``not scanned`` where the other scan ends before the lesion's place.
-        """
-        if not self.scanned:
-            return "not scanned"
+        """``new``, ``vanished``, ``larger``, ``smaller``, ``unchanged`` (within the least volume), or unseen."""
+        if self.unseen:
+            return self.unseen
         if self.before is None or self.volume_ml is None or self.least_ml is None:
             return "new" if self.before is None else "vanished"
         if abs(self.volume_ml) <= self.least_ml:
@@ -123,7 +121,7 @@ def followup(before: Visit, after: Visit) -> Followup:
     Each kidney's surface is aligned rigidly (``alignment.align``). A lesion may be another one's if its aligned centre
     lies within the larger lesion's radius (of a ball of its volume) and 5 mm of the other's centre; the closest pairs
     are chosen together, pairs of one kind first. A lesion whose aligned centre lies outside the other scan is not
-    scanned there.
+    scanned there; one of a kidney that the other date doesn't show is not looked for.
     """
     here, there = before.surfaces(), after.surfaces()
     alignments = {side: align(here[side], there[side]) for side in here if side in there}
@@ -132,22 +130,22 @@ def followup(before: Visit, after: Visit) -> Followup:
     pairs = match(offsets, old, new, _REACH_MM)
     known = set(pairs.values())
 
-    def shows(visit: Visit, place: NDArray[np.float64]) -> bool:
-        return Box((0, 0, 0), visit.geometry.shape).holds(visit.geometry.voxel(place))
-
-    def gone(lesion: Lesion) -> Change:
-        align, place = alignments.get(lesion.side), before.place(lesion)
-        return Change(lesion, None, scanned=align is None or shows(after, align(place[None])[0]))
-
-    def come(lesion: Lesion) -> Change:
-        align, place = alignments.get(lesion.side), after.place(lesion)
-        return Change(None, lesion, scanned=align is None or shows(before, align.back(place[None])[0]))
+    def unseen(lesion: Lesion, visit: Visit, other: Visit) -> str:
+        align, place = alignments.get(lesion.side), visit.place(lesion)[None]
+        if align is None:
+            return NO_KIDNEY
+        there = (align(place) if visit is before else align.back(place))[0]
+        shown = Box((0, 0, 0), other.geometry.shape).holds(other.geometry.voxel(there))
+        return "" if shown else NOT_SCANNED
 
     changes = [
-        _change(lesion, new[pairs[n]], before, after, float(offsets[n][pairs[n]])) if n in pairs else gone(lesion)
+        _change(lesion, new[pairs[n]], before, after, float(offsets[n][pairs[n]]))
+        if n in pairs
+        else Change(lesion, None, unseen=unseen(lesion, before, after))
         for n, lesion in enumerate(old)
     ]
-    changes += [come(lesion) for n, lesion in enumerate(new) if n not in known]
+    gained = [lesion for n, lesion in enumerate(new) if n not in known]
+    changes += [Change(None, lesion, unseen=unseen(lesion, after, before)) for lesion in gained]
     return Followup(tuple(changes), alignments)
 
 
