@@ -160,8 +160,18 @@ def test_a_broken_reference_is_named_and_not_scored(tmp_path: Path) -> None:
     done, content = evaluate(tmp_path, "--protocol=kits23", "--csv=scores.csv")
     assert done.code == 1
     assert list(content["cases"]) == ["case_00000"]
+    assert {group["cases"] for group in content["groups"]} == {1}, "as many as the mean is over"
     assert "label values 7" in content["failed"]["case_00001"]
     assert "label values 7" in (tmp_path / "scores.csv").read_text()
+
+
+def test_a_name_with_brackets_is_printed_whole(tmp_path: Path) -> None:
+    for folder in ("pred", "ref"):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder / "a[red].nii.gz", labels())
+    done, content = evaluate(tmp_path)
+    assert list(content["cases"]) == ["a[red]"]
+    assert "a[red]" in done.text
 
 
 def test_unknown_protocols_and_labels(tmp_path: Path) -> None:

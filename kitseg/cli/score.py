@@ -102,11 +102,11 @@ def evaluate(
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
     scores = gather("evaluate", found, cache or work, jobs, cluster, take_share(shard))
     content = score_content(scores, rules, {}, unscored)
-    show_scores(scores, content, rules)
     if report:
         write_scores(report, content)
     if table:
         write_score_table(table, scores)
+    show_scores(scores, content, rules)
     if cache:
         cache.clear()
     if intervals:

@@ -34,7 +34,7 @@ def show_scores(scores: Sequence[Score], content: Mapping[str, Any], rules: Rule
     for score in scores:
         note = "missing: scored as background" if score.missing else escape(score.error)
         metrics = (console.cell(score.classes.get(name, {}).get(metric)) for name, metric in shown)
-        table.add_row(score.case, *metrics, f"[red]{note}[/]")
+        table.add_row(escape(score.case), *metrics, f"[red]{note}[/]")
     console.out.print(table)
     for over_all in score_tables(content):
         show_table(over_all)

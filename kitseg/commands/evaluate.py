@@ -81,7 +81,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoreGroup:
-    """A group of cases: all of them, a fold's, or a stratum's; mean Dice per class."""
+    """A group of the cases that could be scored: all of them, a fold's, or a stratum's; mean Dice per class."""
 
     kind: str
     name: str
@@ -193,7 +193,11 @@ def mean_dice(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def groups(scores: Sequence[Score], folds: Mapping[str, int]) -> list[ScoreGroup]:
-    """The scores of all cases, of each fold's, and of each stratum's, strata of a kind in their natural order."""
+    """The scores of all cases, of each fold's, and of each stratum's, strata of a kind in their natural order.
+
+    A case that can't be scored, such as one whose reference can't be read, is in no group.
+    """
+    scores = [score for score in scores if score.classes]
     belongs = {s.case: {**({"fold": f"{folds[s.case]}"} if s.case in folds else {}), **s.strata} for s in scores}
     kinds = dict.fromkeys(kind for groups in belongs.values() for kind in groups)
     found = [ScoreGroup("all", "all", len(scores), mean_dice(scores))]
