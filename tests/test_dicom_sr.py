@@ -20,10 +20,11 @@ from scipy import ndimage
 from test_dicom import only
 from test_dicom_seg import BY, SHAPE
 
+from kitseg.commands.measure import NO_SLICES
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.measure import measure
 from kitseg.volumes.dicom.document import write_document
-from kitseg.volumes.dicom.segmentation import SegmentedSeries, write_segmentation
+from kitseg.volumes.dicom.segmentation import NOTICE, SegmentedSeries, write_segmentation
 from kitseg.volumes.dicom.series import open_series, read_series
 from kitseg.volumes.dicom.structured_report import write_report
 from kitseg.volumes.nifti import write_labels
@@ -51,7 +52,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     scan = read_series(series)
     write_labels(folder / f"{series.case_id}.nii.gz", labels, scan.native)
     findings = measure(labels, scan.geometry, scan.array)
-    made = SegmentedSeries(series, labels, findings, BY, scan.array, anonymous=request.param == "anonymous")
+    anonymous = request.param == "anonymous"
+    made = SegmentedSeries(series, labels, findings, BY, scan.array, anonymous=anonymous, remarks=("amber: look.",))
     write_segmentation(folder / "seg.dcm", made)
     write_report(folder / "sr.dcm", made, folder / "seg.dcm")
     write_document(folder / "pdf.dcm", made, b"%PDF-1.4 odd")
@@ -85,6 +87,23 @@ def test_each_number_is_that_of_the_json_file(written: Path) -> None:
         assert group.tracking_uid == segment.TrackingUID
         assert group.finding_sites[0].laterality.meaning.lower() == finding["side"]
         assert group.finding_type.value == segment.SegmentedPropertyTypeCodeSequence[0].CodeValue
+
+
+def test_the_report_states_its_use_and_what_is_doubtful(written: Path) -> None:
+    items = pydicom.dcmread(written / "sr.dcm").ContentSequence
+    said = [item.TextValue for item in items if item.ConceptNameCodeSequence[0].CodeMeaning == "Comment"]
+    assert said == [NOTICE, "amber: look."]
+
+
+def test_a_segmentation_without_its_scan_states_what_that_leaves_open(written: Path) -> None:
+    doubts = []
+    for name, options in (("alone", []), ("both", ["--ct=in"])):
+        done = kitseg(written, "measure", "seg.dcm", f"--json={name}.json", *options)
+        assert done.code == 0, done.text
+        (case,) = json.loads((written / f"{name}.json").read_text())["cases"].values()
+        doubts.append(case.get("doubts", []))
+    assert NO_SLICES in doubts[0]
+    assert NO_SLICES not in doubts[1]
 
 
 def test_the_groups_refer_to_the_segments_of_the_series(written: Path) -> None:

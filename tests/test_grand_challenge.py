@@ -16,7 +16,10 @@ from method_runs import untrained
 
 from kitseg.commands.grand_challenge import find_model
 from kitseg.errors import UsageError
+from kitseg.measurement import quality
+from kitseg.measurement.measure import measure
 from kitseg.models.builtin import open_builtin
+from kitseg.volumes.nifti import read_labels
 
 SOCKET = "images/kidney-tumor-segmentation"
 
@@ -66,6 +69,10 @@ def test_labels_on_the_grid_of_the_input(
     assert labels.GetPixelID() == sitk.sitkUInt8
     found = json.loads((tmp_path / "output" / "kidney-findings.json").read_text())
     assert list(found["cases"]) == ["output"]
+    volume = read_labels(tmp_path / "output" / SOCKET / "output.mha", "output")
+    expected = quality.doubts(volume.array, volume.geometry, measure(volume.array, volume.geometry))
+    assert found["cases"]["output"].get("doubts", []) == list(expected)
+    assert expected, "the labels of noise reach the scan's edge"
     assert before == {path: path.stat().st_mtime_ns for path in source.rglob("*")}
     written = [path.name for path in (tmp_path / "output").rglob("*") if path.is_file()]
     assert sorted(written) == ["kidney-findings.json", "output.mha"]

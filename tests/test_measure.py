@@ -373,7 +373,8 @@ def test_doubts_about_the_labels(tmp_path: Path) -> None:
         nibabel.save(nibabel.Nifti1Image(array, geometry.affine), tmp_path / f"{name}.nii.gz")
     done = kitseg(tmp_path, "measure", ".", "--csv=f.csv", "--json=f.json", "--jobs=1")
     assert done.code == 0, done.text
-    said = "kidney or tumor reaches the edge of the scan (bottom) and may be cut off: sizes are lower bounds"
+    said = "kidney or tumor reaches the edge of the scan (bottom) and may be cut off: sizes are lower bounds, and what "
+    said += "follows from them (size class, scores, function after surgery) may be wrong"
     assert f"cut: {said}" in " ".join(done.text.split())
     cases = json.loads((tmp_path / "f.json").read_text())["cases"]
     apart = ["0.5 ml of tumor are separate from the kidneys, up to 12 mm from them"]

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from kitseg.measurement.findings import LEFT, RIGHT, Findings, Kidney, Lesion
-from kitseg.measurement.quality import Flag, Quality, TrainingDomain, assess, tumor_size_flags
+from kitseg.measurement.measure import measure
+from kitseg.measurement.quality import Flag, Quality, TrainingDomain, assess, doubts, tumor_size_flags
 from kitseg.types import Box, Geometry
 from kitseg.volumes.nifti import read_labels
 
 SHAPE, SPACING = (40, 60, 80), (4.0, 2.5, 2.5)
 GEOMETRY = Geometry(SHAPE, np.diag([*SPACING, 1.0]))  # a voxel has 0.025 ml
+LYING = Geometry(SHAPE, np.array([[0, 0, -2.5, 100], [0, -2.5, 0, 0], [-4, 0, 0, 0], [0, 0, 0, 1]]))
 BOTH = Findings((Kidney(RIGHT, 150.0, 150.0), Kidney(LEFT, 150.0, 150.0)), ())
 TRAINED = TrainingDomain(slice_mm=(1.0, 5.0), pixel_mm=(0.6, 2.5), kidney_hu=(120.0, 200.0), aorta_hu=(180.0, 320.0))
 
@@ -82,6 +84,26 @@ def test_a_third_kidney_has_20_ml(slices: int, third: bool) -> None:
         assert found["third-kidney"].level == "red"
         assert "3 separate parts" in found["third-kidney"].reason
         assert "150, 150, 20 ml" in found["third-kidney"].reason
+
+
+def test_a_part_that_was_cut_into_both_kidneys_is_amber() -> None:
+    labels = two_kidneys()
+    labels[20:22, 38:40, 20:60] = 1  # 4 ml between them
+    labels[18:24, 36:40, 40:60] = 1  # thin on the right alone: 12 ml
+    findings = measure(labels, LYING)
+    assert [round(kidney.volume_ml) for kidney in findings.kidneys] == [151, 163]
+    found = flags(labels, findings)
+    assert (list(found), found["joined-kidneys"].level) == (["joined-kidneys"], "amber")
+    assert "One part of 314 ml reaches to both sides" in found["joined-kidneys"].reason
+    assert doubts(labels, LYING, findings)[0].startswith("one part of 314 ml reaches to both sides")
+    assert doubts(two_kidneys(), LYING, measure(two_kidneys(), LYING)) == ()
+
+
+def test_a_third_kidney_is_a_doubt_of_measurements() -> None:
+    labels = two_kidneys()
+    labels[10:20, 25:35, 35:45] = 1
+    (doubt,) = doubts(labels, LYING, measure(labels, LYING))
+    assert doubt == "3 separate parts are as large as a kidney (150, 150, 25 ml): a side's figures are of two"
 
 
 @pytest.mark.parametrize(("column", "gap", "level"), [(23, 10, "amber"), (24, 12, "red"), (35, 40, "red")])

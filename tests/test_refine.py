@@ -22,6 +22,7 @@ from kitseg.labels import KITS19
 from kitseg.models.training_domain import training_facts
 from kitseg.postprocess.clicked_scan import ClickedScan
 from kitseg.postprocess.clicks import apply_clicks
+from kitseg.report import as_sentence
 from kitseg.runtime.files import file_digest
 from kitseg.types import Box, Case, Geometry, Grid, Probabilities
 from kitseg.volumes.blocks import write_block
@@ -244,6 +245,14 @@ def test_another_scan_on_the_same_grid_is_refused(folder: Path, scan: tuple[np.n
     measured = kitseg(folder, "measure", "corrected", "--ct=data", "--json=m.json", "--jobs=1")
     assert measured.code == 0, measured.text
     assert OTHER_SCAN in json.loads((folder / "m.json").read_text())["cases"]["a"]["doubts"]
+    assert kitseg(folder, "report", "corrected", "data", "--jobs=1").code == 0
+    page = (folder / "report" / "a.html").read_text()
+    assert f"<p>{as_sentence(OTHER_SCAN)}</p>" in page
+    for name, digest in (
+        ("Scan", file_digest(folder / "data" / "a.nii.gz")),
+        ("Scan of the labels", json.loads(before)["scan_sha256"]),
+    ):
+        assert f"<dt>{name}</dt><dd>a.nii.gz\nsha256 {digest}</dd>" in page
     code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=background")
     assert (code, "made from another scan than" in " ".join(text.split())) == (2, True)
     assert (folder / "corrected" / "a.json").read_bytes() == before
@@ -256,6 +265,8 @@ def test_the_same_scan_in_another_format(folder: Path, scan: tuple[np.ndarray, n
     SimpleITK.WriteImage(SimpleITK.Cast(image, SimpleITK.sitkFloat32), folder / "data" / "a.mha")
     code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=kidney")
     assert code == 0, text
+    assert kitseg(folder, "report", "corrected", "data", "--jobs=1").code == 0
+    assert as_sentence(OTHER_SCAN) not in (folder / "report" / "a.html").read_text()
 
 
 def test_probabilities_of_another_scan_are_refused(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:

@@ -136,8 +136,13 @@ def test_the_command(tmp_path: Path) -> None:
         assert refused.code == 2
         assert problem in " ".join(refused.text.split())
     assert "describe one patient" in kitseg(tmp_path, "measure", "data", "--egfr=75", "--age=60").text
+    assert "94 patients of KiTS19" in page
+    assert "94 patients of KiTS19" in " ".join(one.text.split())
+    rows[20]["last_preop_egfr"] = None
     (tmp_path / "data" / "kits.json").write_text(json.dumps(rows))
     study = kitseg(tmp_path, "measure", "data", "--jobs=1", "--calibration=plot.png")
     assert study.code == 0, study.text
     assert "radical (10)" in study.text
+    assert "partial (10)" in study.text
+    assert "an eGFR and an age: case_00020" in " ".join(study.text.split())
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from kitseg.report import RESEARCH_USE
 from kitseg.report.pictures import case_picture, learning_curve
 from kitseg.types import Geometry, Volume
 
@@ -100,6 +103,13 @@ def test_a_corner_ends_at_the_upper_left(tmp_path: Path, region: tuple[slice, ..
     panel = panels(pixels(path))[plane]
     grey = (panel.min(2) > 120) & (panel.max(2) - panel.min(2) < 5)
     assert centre_of(panel, grey) == pytest.approx((0.1, 0.1), abs=0.01)
+
+
+def test_a_picture_states_its_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("kitseg.report.pictures.save_picture", lambda figure, _: drawn.append(figure))
+    case_picture(tmp_path / "case.png", scan(air()), np.zeros(SHAPE, np.uint8))
+    assert RESEARCH_USE in [text.get_text() for text in drawn[0].findobj(Text)]
 
 
 def test_lengths_are_true(tmp_path: Path) -> None:

@@ -279,6 +279,7 @@ def _show_findings(results: Sequence[Measured]) -> None:
         show_doubts(result.case, result.remarks)
     if any(result.intervals for result in results):
         console.print_line("In brackets: 90 % intervals; ?: outside of the sizes and slices that were calibrated.")
+    console.print_line("For research use only: not a medical device.")
 
 
 def _cells(part: Kidney | Lesion, ends: Mapping[str, tuple[float, float] | None]) -> Iterator[str]:

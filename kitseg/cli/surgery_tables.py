@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 def show_followup(results: Sequence[Followed]) -> None:
     """Print each lesion at both dates, and its growth."""
     table = console.table(
-        "case", "lesion", "", "ml", "change ml", "least ml", "mean Ø mm", "3D mm", "mm/year", "doubling days"
+        "case", "lesion", "", "ml", "change ml", "least ml", "mean Ø mm", "3D mm", "mm/year (least)", "doubling days"
     )
     for result in results:
         for row in result.rows:
-            lesion = f"{row['side']} {row['kind']} {row['before'] or '–'} → {row['after'] or '–'}"
+            kind = row["before_kind"] or row["kind"]
+            later = "" if row["kind"] == kind else f"{row['kind']} "
+            lesion = f"{row['side']} {kind} {row['before'] or '–'} → {later}{row['after'] or '–'}"
             volumes = " → ".join(_number(row[f"{name}_volume_ml"]) for name in ("before", "after"))
-            growth = (_number(row[key], "+") for key in ("change_mean_mm", "change_diameter_mm", "mean_mm_a_year"))
+            growth = [_number(row[key], "+") for key in ("change_mean_mm", "change_diameter_mm", "mean_mm_a_year")]
+            growth[2] += "" if row["least_mm_a_year"] is None else f" ({row['least_mm_a_year']:.1f})"
             change = _number(row["change_volume_ml"], "+")
             change += "" if row["change_share"] is None else f" ({row['change_share']:+.0%})"
             doubling = _number(row["doubling_days"], digits=0)
@@ -36,7 +39,8 @@ def show_followup(results: Sequence[Followed]) -> None:
     console.out.print(table)
     console.print_line(
         "least ml: the smallest change of volume that exceeds the effect of the scans' grids; outlines of different "
-        "readers or networks differ more. mean Ø: diameter of a ball of the same volume. For research use only."
+        "readers or networks differ more. mean Ø: diameter of a ball of the same volume; in brackets, its least change "
+        "a year. For research use only."
     )
 
 
@@ -85,14 +89,17 @@ def show_function(results: Sequence[Measured]) -> None:
                 interval = f"{found.low:.0f} to {found.high:.0f}"
                 table.add_row(escape(result.case), name, after.side, *figures, interval, *cells)
             table.add_section()
+    if others := [result.case for result in results if not (result.after_surgery or result.error)]:
+        what = "No function after surgery, which takes a tumor in one of two labelled kidneys, an eGFR and an age"
+        console.print_line(escape(f"{what}: {shorten(others)}"))
     if not table.row_count:
-        console.print_line("No function after surgery: the formulas are for a tumor in one of two labelled kidneys.")
         return
     console.out.print(table)
     console.print_line(
         "eGFR after surgery in ml/min/1.73 m². volume: 1.24 × eGFR × the other kidney's share of parenchyma (radical), "
-        "0.89 × eGFR (partial); clinical: from eGFR, age, size and diabetes; both: their mean, with its 90 % interval. "
-        "margin: parenchyma within it, and its share of the eGFR. For research use only."
+        "0.89 × eGFR (partial); clinical: from eGFR, age, size and diabetes; both: their mean, with a 90 % interval "
+        "from its errors on 94 patients of KiTS19, whose outlines people drew. margin: parenchyma within it, and its "
+        "share of the eGFR. For research use only."
     )
     if both := [result.case for result in results if result.after_surgery and result.after_surgery.other_tumor]:
         what = "The other kidney has a tumor too, whose operation is not in these figures"

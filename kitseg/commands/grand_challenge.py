@@ -9,6 +9,7 @@ from pathlib import Path
 from kitseg.commands.measure import Measured, write_findings
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import Scheme
+from kitseg.measurement import quality
 from kitseg.models.builtin import open_builtin
 from kitseg.models.members import Ensemble, Prediction
 from kitseg.runtime.files import lies_in
@@ -17,7 +18,7 @@ from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
 from kitseg.volumes.names import BUNDLE, is_volume_name
 from kitseg.volumes.nifti import write_volume
-from kitseg.volumes.scan import read_scan
+from kitseg.volumes.scan import place_doubts, read_scan
 
 INPUTS, LABELS, FINDINGS = "inputs.json", "output.mha", "kidney-findings.json"
 
@@ -97,5 +98,6 @@ def predict_case(source: Path, to: Path, socket: str, model: Ensemble, scheme: S
     scan = read_scan(find_input(source))
     found = model.predict(scan, scheme=scheme)
     write_volume(labels, found.canonical, scan.native, found.scheme)
-    write_findings(findings, [Measured(scan.case_id, found.findings, labels=found.scheme.line)])
+    doubts = (*place_doubts(scan), *quality.doubts(found.canonical, scan.geometry, found.findings))
+    write_findings(findings, [Measured(scan.case_id, found.findings, labels=found.scheme.line, doubts=doubts)])
     return found

@@ -40,6 +40,7 @@ SCHEMA = 1
 DECIMALS = 3
 NO_RECORD = "no record states what made these labels: the intervals are of the calibrated network's errors"
 OTHER_SCAN = "the labels were made from another scan than this one, by the record beside them"
+NO_SLICES = "a DICOM segmentation ends with its labels: it takes the scan to know whether they are cut off there"
 #: The parts that a mesh can show, by their label ids.
 PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUMOR,), "cyst": (CYST,)}
 
@@ -74,9 +75,10 @@ class LabelTask(Task):
         return labels, scan
 
     def doubts(self, labels: Volume, scan: Volume | None) -> tuple[str, ...]:
-        """What its files leave open: whether the labels are of this scan, and their place in the patient."""
+        """What its files leave open: whether the labels are of this scan, their place in the patient, and their end."""
         is_other = scan is not None and self.scan is not None and is_of_another_scan(self.labels, self.scan, scan)
-        return (*([OTHER_SCAN] if is_other else []), *place_doubts(labels, scan))
+        ends = scan is None and not is_volume_name(self.labels)
+        return (*([OTHER_SCAN] if is_other else []), *([NO_SLICES] if ends else []), *place_doubts(labels, scan))
 
     def format_error(self, error: Exception) -> str:
         """An error's text for a file that others may read."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kitseg import __version__
 from kitseg.commands.case_record import (
+    describe_learning,
     file_ending,
     model_names,
     quality_facts,
@@ -25,6 +26,7 @@ from kitseg.measurement.confidence import Confidence, uncertainty
 from kitseg.models.members import Ensemble, Prediction
 from kitseg.models.memory import check_memory
 from kitseg.models.origin import learned_from, origin_path
+from kitseg.report import as_sentence
 from kitseg.runtime.device import versions
 from kitseg.runtime.locks import folder_lock
 from kitseg.runtime.outcomes import UNCHANGED, OnDone, Outcome, each
@@ -152,27 +154,28 @@ class CasePredictor:
                 more[ending] = partial(write_labels, labels=percent, native=scan.native)
             elif not _is_dicom(ending):
                 more[ending] = partial(write_volume, labels=found.canonical, native=scan.native, scheme=self.scheme)
+        hu_sha256, doubted = hu_digest(scan), [*doubts(source, scan), *self.lost]
+        learned = learned_from(self.model.models, made["scan_sha256"], hu_sha256)
         if any(map(_is_dicom, self.options.endings)):
-            more |= self._dicom_files(source, replace(found, quality=quality), scan)
-        hu_sha256 = hu_digest(scan)
+            remarks = [*filter(None, [describe_learning(learned)]), *doubted]
+            more |= self._dicom_files(source, replace(found, quality=quality), scan, remarks)
         facts: dict[str, Any] = {
             "scan": source.id if source.slices else source.image.name,
             "hu_sha256": hu_sha256,
             "seconds": round(time.perf_counter() - start, 2),
             "findings": asdict(found.findings),
-            "learned_from": learned_from(self.model.models, made["scan_sha256"], hu_sha256),
+            "learned_from": learned,
             **({"part": self.options.part} if self.options.part else {}),
             "quality": quality_facts(quality, found.agreement),
             "signs": found.signs,
             "models": self.model.origin(),  # now, because an engine may have left a network to PyTorch
             **self.facts,
         }
-        doubted = [*doubts(source, scan), *self.lost]
         written = write_case(self.to, found.canonical, found.proba, facts, made, doubted, more)
         return replace(written, quality=quality)
 
-    def _dicom_files(self, source: Case, found: Prediction, scan: Volume) -> dict[str, Write]:
-        """The writers of the DICOM files of a series, by their endings."""
+    def _dicom_files(self, source: Case, found: Prediction, scan: Volume, remarks: Sequence[str]) -> dict[str, Write]:
+        """The writers of the DICOM files of a series, by their endings; remarks: doubts beside the quality flags."""
         from kitseg.volumes.dicom.document import patient_line, write_document
         from kitseg.volumes.dicom.segmentation import Algorithm, SegmentedSeries, write_segmentation
         from kitseg.volumes.dicom.series import open_series, pseudonym
@@ -181,7 +184,10 @@ class CasePredictor:
         methods = " + ".join(sorted({one.method.name for one in self.model.models}))
         labels, findings = found.canonical, found.findings
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
-        made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, self.options.anonymous)
+        notes = [as_sentence(remark) for remark in remarks]
+        said = (*(f"{flag.level}: {flag.reason}" for flag in found.quality.flags), *notes)
+        hidden = self.options.anonymous
+        made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, hidden, said)
 
         def write_pages(path: Path) -> None:
             from kitseg.report.case_page import CaseContent
@@ -190,9 +196,7 @@ class CasePredictor:
 
             scene = Scene(labels, scan.geometry, scan.array, None, self.scheme)
             facts = {"Series": pseudonym("series", series.uid), "Made by": f"{algorithm.name} {algorithm.version}"}
-            content = CaseContent(
-                source.id, scene, findings, found.quality, {}, facts, [*doubts(source, scan), *self.lost]
-            )
+            content = CaseContent(source.id, scene, findings, found.quality, {}, facts, notes)
             write_document(path, made, case_pdf(content, patient_line(made)))
 
         writers: dict[str, Write] = {

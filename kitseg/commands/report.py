@@ -42,7 +42,7 @@ from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import pair, shorten
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.scan import check_grid, place_doubts, scan_digest, scans_of_labels
+from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _make_page(task: PageTask) -> CaseRow:
     scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference, task.scheme)
     findings = measure(scene.labels, scene.geometry, scene.hu)
     digest, scan_hash = file_digest(task.labels), scan_digest(task.scan) if task.scan else None
-    record, notes = _record(task, digest, scan_hash)
-    notes += [as_sentence(doubt) for doubt in place_doubts(labels, scan) if doubt not in record.note]
+    record, notes = _record(task, digest)
+    notes += [as_sentence(doubt) for doubt in task.doubts(labels, scan) if doubt not in record.note]
     quality = record.quality if record.is_of(digest) else None
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)
@@ -167,7 +167,7 @@ def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
     return truth.array if task.scheme.cyst else to_kits19(truth.array)
 
 
-def _record(task: PageTask, digest: str, scan: str | None) -> tuple[CaseRecord, list[str]]:
+def _record(task: PageTask, digest: str) -> tuple[CaseRecord, list[str]]:
     """The record beside a label map, an empty one where there is none, and notes for the page."""
     if not os.path.exists(task.record):  # also where the name is too long
         return CaseRecord(), ["The labels came without a file that states how they were made."]
@@ -175,24 +175,19 @@ def _record(task: PageTask, digest: str, scan: str | None) -> tuple[CaseRecord, 
         record = ANY_RECORD.read(task.record)
     except KitsegError:
         return CaseRecord(), [f"{task.record.name} beside the labels can't be used: it isn't known how they were made."]
-    return record, _notes(record, digest, scan)
-
-
-def _notes(record: CaseRecord, digest: str, scan: str | None) -> list[str]:
     notes = [as_sentence(record.note)] if record.note else []
     if not record.is_of(digest):
         notes.append("The labels were changed since they were predicted; the flags describe the changed labels.")
-    if scan and record.scan_sha256 not in (None, scan):
-        notes.append("The scan on this page is not the file that the labels were predicted from.")
-    return notes
+    return record, notes
 
 
 def _facts(task: PageTask, geometry: Geometry, record: CaseRecord, digest: str, scan: str | None) -> dict[str, str]:
-    """How the labels were made, by name."""
+    """How the labels were made, by name; scan: the hash of the one on the page."""
     facts = {}
-    if scan := scan or record.scan_sha256:
-        own = "" if task.scan is None else task.scan.id if task.scan.slices else task.scan.image.name
-        facts["Scan"] = f"{record.scan or own}\nsha256 {scan}"
+    if task.scan:
+        facts["Scan"] = f"{task.scan.id if task.scan.slices else task.scan.image.name}\nsha256 {scan}"
+    if record.scan_sha256 not in (None, scan):
+        facts["Scan of the labels"] = f"{record.scan or ''}\nsha256 {record.scan_sha256}"
     depth, height, width = geometry.shape
     down, along, across = geometry.spacing
     facts["Grid"] = f"{width} × {height} × {depth} voxels of {across:.3g} × {along:.3g} × {down:.3g} mm"

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.components import SPECK_ML, Components, bounding_box
+from kitseg.components import SPECK_ML, Components
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
 from kitseg.measurement.findings import KIDNEY_ML, Findings
 from kitseg.measurement.phase import aorta_hu, contrast_phase, kidney_hu
 from kitseg.measurement.sides import HOLD_ML
 from kitseg.postprocess.distance import distances_mm
-from kitseg.types import Geometry, ball_diameter, triple
+from kitseg.types import Geometry, ball_diameter
 
 LEVELS = ("green", "amber", "red")
 GREEN, AMBER, RED = LEVELS
@@ -32,8 +32,17 @@ AGREEMENT = {
 }  # Dice over all pairs; below: amber, red
 NEAR_HU, FAR_HU = 20.0, 60.0  # outside the range in training: amber, red
 SPACING_TOLERANCE = 0.1
-_CUT_OFF = "Kidney or tumor reaches the edge of the scan ({}) and may be cut off: sizes are lower bounds."
+_CUT_OFF = (
+    "Kidney or tumor reaches the edge of the scan ({}) and may be cut off: sizes are lower bounds, and what follows "
+    "from them (size class, scores, function after surgery) may be wrong."
+)
+_JOINED = (
+    "One part of {:.0f} ml reaches to both sides, a horseshoe kidney or two kidneys that touch: it is measured as a "
+    "right and a left kidney, cut where the parenchyma is thinnest."
+)
 _OVER_FAT = "The kidney outlines lie over fat or air ({:.0f} HU), not over kidney: the segmentation has failed."
+#: The flags about what is labelled that figures can't show: the others are about a figure beside them.
+_SHAPES = ("third-kidney", "joined-kidneys", "cut-off", "tumor-far")
 BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
 
 
@@ -135,7 +144,7 @@ class Parts:
 
 
 def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
-    """No kidney, a single kidney, or more than two components of a kidney's size."""
+    """No kidney, a single kidney, more than two components of a kidney's size, or one that was cut into both."""
     kidneys = findings.whole_kidneys
     large = parts.ml[(parts.ml >= KIDNEY_ML) & (parts.parenchyma_ml >= HOLD_ML)]
     if not kidneys:
@@ -148,7 +157,10 @@ def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
         yield Flag("single-kidney", AMBER, reason)
     if large.size > 2:
         volumes = ", ".join(f"{ml:.0f}" for ml in sorted(large, reverse=True))
-        yield Flag("third-kidney", RED, f"{large.size} separate parts are as large as a kidney ({volumes} ml).")
+        reason = f"{large.size} separate parts are as large as a kidney ({volumes} ml): a side's figures are of two."
+        yield Flag("third-kidney", RED, reason)
+    if len(kidneys) == 2 and large.size and large.max() > max(kidney.volume_ml for kidney in kidneys) + KIDNEY_ML / 2:
+        yield Flag("joined-kidneys", AMBER, _JOINED.format(large.max()))
 
 
 def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, findings: Findings) -> Iterator[Flag]:
@@ -178,15 +190,10 @@ def border_flags(parts: Parts) -> Iterator[Flag]:
 
 
 def doubts(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> tuple[str, ...]:
-    """What a label map (D, H, W) leaves open, beside its figures: the edge of the scan, tumors apart from kidneys."""
-    box = bounding_box(labels != BACKGROUND)
-    cut = box is not None and box.grown(1).clip(triple(labels.shape)) != box.grown(1)
-    apart = any(lesion.kind == "tumor" and not lesion.contact_mm2 for lesion in findings.lesions)
-    if not (cut or apart):
-        return ()
+    """What a label map (D, H, W) leaves open, beside its figures: see ``_SHAPES``."""
     parts = Parts.of(labels, geometry)
-    flags = [*border_flags(parts), *tumor_flags(labels, geometry, parts, findings)]
-    return tuple(flag.reason[:1].lower() + flag.reason[1:].rstrip(".") for flag in flags)
+    flags = [*kidney_flags(findings, parts), *border_flags(parts), *tumor_flags(labels, geometry, parts, findings)]
+    return tuple(flag.reason[:1].lower() + flag.reason[1:].rstrip(".") for flag in flags if flag.name in _SHAPES)
 
 
 def volume_flags(findings: Findings) -> Iterator[Flag]:

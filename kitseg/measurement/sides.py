@@ -134,8 +134,10 @@ def _cut(parenchyma: NDArray[np.bool_], box: Box, geometry: Geometry, midline: f
     if not parenchyma.any():
         return None
     low = min(float(x[plane].min()) for plane, x in zip(parenchyma, _x(box, geometry), strict=True) if plane.any())
-    areas = _areas(parenchyma, _x(box, geometry), low)
-    centres = low + (np.arange(areas.size) + 0.5) * _BIN_MM
+    step = float(np.abs(geometry.affine[0, :3]).max())
+    width = step * max(round(_BIN_MM / step), 1)  # the same number of voxels in each bin
+    areas = _areas(parenchyma, _x(box, geometry), low - step / 2, width)
+    centres = low - step / 2 + (np.arange(areas.size) + 0.5) * width
     below = np.cumsum(areas)[:-1]
     above = areas.sum() - below
     moments = np.cumsum(areas * centres)
@@ -152,9 +154,9 @@ def _cut(parenchyma: NDArray[np.bool_], box: Box, geometry: Geometry, midline: f
     return float(np.median(centres[between[areas[between] == areas[between].min()]]))
 
 
-def _areas(mask: NDArray[np.bool_], x: Iterable[NDArray[np.float64]], low: float) -> NDArray[np.float64]:
-    """The number of voxels of a mask in each bin along x, starting at ``low`` mm."""
-    slices = [np.bincount(((across[plane] - low) / _BIN_MM).astype(int)) for plane, across in zip(mask, x, strict=True)]
+def _areas(mask: NDArray[np.bool_], x: Iterable[NDArray[np.float64]], low: float, width: float) -> NDArray[np.float64]:
+    """The number of voxels of a mask in each bin of ``width`` mm along x, starting at ``low`` mm."""
+    slices = [np.bincount(((across[plane] - low) / width).astype(int)) for plane, across in zip(mask, x, strict=True)]
     areas = np.zeros(max(len(counts) for counts in slices))
     for counts in slices:
         areas[: len(counts)] += counts

@@ -105,7 +105,7 @@ def _outlines(scene: Scene) -> dict[str, str]:
 
 
 def middle_of(scene: Scene, findings: Findings) -> Triple:
-    """The centre of the largest lesion, or else of the labelled voxels."""
+    """The centre of the largest tumor, else of the largest cyst, else of the labelled voxels."""
     if findings.lesions:
         return findings.lesions[0].centre
     return centre([scene.labels] if scene.reference is None else [scene.labels, scene.reference], scene.labels.shape)

@@ -68,7 +68,7 @@ def _rows(found: Nephrometry, diameter: float) -> list[tuple[str, str, str, str]
     )
     location = f"{between} of the tumor, {above} above the midline"
     return [
-        ("Size", f"{number(diameter)} mm", str(renal.radius), str(padua.size)),
+        ("Size, 3D", f"{number(diameter)} mm", str(renal.radius), str(padua.size)),
         ("Outside the kidney's outline", f"{outside} of the tumor", str(renal.exophytic), str(padua.exophytic)),
         ("Renal sinus (estimated)", gap, str(renal.nearness), str(padua.sinus)),
         ("Collecting system (estimated from the sinus)", gap, "", str(padua.collecting)),

@@ -27,7 +27,7 @@ _A_PAGE = 4  # lesions with their pictures
 _LETTERS = 880  # of a line, times the size of the letters
 _DPI = 150  # of the pictures
 _WIDTHS = (0.3, *(0.14,) * 5)
-_HEAD = ("", "volume, ml", "axial, mm", "3D, mm", "size", "HU, mean ± SD")
+_HEAD = ("", "volume, ml", "axial, mm", "3D, mm", "size class", "HU, mean ± SD")
 
 
 def case_pdf(content: CaseContent, patient: str) -> bytes:
@@ -59,7 +59,7 @@ def _pages(content: CaseContent, patient: str) -> Iterator[Figure]:
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     if left := len(rows) - len(shown):
-        _write(page, 0.3, [f"{left} smaller lesions are not listed here."])
+        _write(page, 0.3, [f"{left} more lesions are not listed here."])
     for place, one in enumerate(scene.scheme.classes.values()):
         page.text(0.07 + 0.1 * place, 0.282, f"■ {one.name}", color=one.colour, fontsize=8, va="top", parse_math=False)
     _draw(page, 0.28, content, middle_of(scene, findings), Box((0, 0, 0), scene.geometry.shape), "")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from kitseg import __version__
 from kitseg.components import keep_kidneys
 from kitseg.labels import BACKGROUND, CLASSES, CYST, KITS19, TUMOR, Scheme
+from kitseg.report import RESEARCH_USE
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.overwrite import MARK
 from kitseg.types import Triple, Volume
@@ -137,7 +138,14 @@ def _canvas(ct: Volume, rows: int, title: str, scheme: Scheme) -> tuple[Figure, 
     if title:
         figure.suptitle(title, fontsize=12, parse_math=False)
     handles = [Patch(fc=to_rgba(one.colour, _FILL), ec=one.colour, label=one.name) for one in scheme.classes.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        title=RESEARCH_USE,
+        title_fontsize=8,
+    )
     return figure, grid
 
 

@@ -52,9 +52,9 @@ class CaseRow:
         return sum(kidney.volume_ml for kidney in self.findings.kidneys)
 
     @property
-    def largest(self) -> Lesion | None:
-        """The lesion with the largest volume."""
-        return max(self.findings.lesions, key=lambda lesion: lesion.volume_ml, default=None)
+    def tumors(self) -> list[Lesion]:
+        """The tumors, the largest volume first."""
+        return [lesion for lesion in self.findings.lesions if lesion.kind == "tumor"]
 
     @property
     def dice(self) -> dict[str, float]:
@@ -91,7 +91,7 @@ def write_study(
 
 
 def thumbnail(scene: Scene, findings: Findings) -> Cut:
-    """The axial slice through the centre of the largest lesion, or else of the labelled voxels."""
+    """The axial slice through the centre of the largest tumor, else cyst, else of the labelled voxels."""
     at = middle_of(scene, findings)[0]
     return cut(scene, 0, at, body_box(scene.hu, scene.geometry.shape), _THUMBNAIL_PIXELS)
 

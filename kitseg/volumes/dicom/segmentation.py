@@ -45,7 +45,8 @@ class SegmentedSeries:
     """The labels of a DICOM series, as DICOM files state them.
 
     labels: (D, H, W) in orientation (I, P, L) with kitseg's ids; findings: of these labels, with ``hu``; hu: the CT;
-    scheme: names and colours; anonymous: without patient and study, but for the UIDs that files refer to.
+    scheme: names and colours; anonymous: without patient and study, but for the UIDs that files refer to; remarks: what
+    makes the labels doubtful, of nobody.
     """
 
     series: Series
@@ -55,6 +56,7 @@ class SegmentedSeries:
     hu: NDArray[Any] | None = None
     scheme: Scheme = KITS23
     anonymous: bool = False
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def parts(self) -> tuple[NDArray[np.uint16], list[LabelPart]]:

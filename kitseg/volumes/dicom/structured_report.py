@@ -25,6 +25,7 @@ _codes: Any = codes
 _ML, _MM = Code("ml", "UCUM", "milliliter"), Code("mm", "UCUM", "millimeter")
 _HU = _codes.DCM.AttenuationCoefficient
 _COUNTED = {"method": _codes.DCM.SumOfSegmentedVoxelMethodForVolume}
+_CONTAINS = sr.RelationshipTypeValues.CONTAINS
 _LARGEST = {"derivation": _codes.SCT.Maximum}
 #: The concept and unit of each measurement by its name in findings, and how it was made: OHIF shows none without that.
 MEASUREMENTS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -41,7 +42,8 @@ NOTHING_FOUND = (_codes.DCM.SummaryOfDetections, _codes.DCM.AllAlgorithmsSucceed
 def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None:
     """Write the findings of a segmented series as a DICOM SR document, atomically.
 
-    Each segment has a group of measurements, and one with its longest line within a slice.
+    Each segment has a group of measurements, and one with its longest line within a slice. The document ends with a
+    comment for the notice and for each of the remarks.
 
     segmentation: the DICOM segmentation of the same labels, which the groups refer to.
 
@@ -74,6 +76,8 @@ def write_report(path: Path, found: SegmentedSeries, segmentation: Path) -> None
             title=_codes.DCM.ImagingMeasurementReport,
             referenced_images=images,
         )
+        for text in (NOTICE, *found.remarks):
+            report[0].ContentSequence.append(sr.TextContentItem(_codes.DCM.Comment, text, _CONTAINS))
         sr.ComprehensiveSR(
             evidence=[segments, *images],
             content=report[0],
