@@ -180,11 +180,14 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         save(tmp_path / f"{name}.nii.gz", *KIDNEYS)
     backwards = kitseg(tmp_path, "followup", "a.nii.gz", "b.nii.gz", "--dates", "2024-01-01", "2023-01-01")
     assert (backwards.code, "isn't before" in backwards.text) == (2, True)
+    page = tmp_path / "followup" / "a-b.html"
+    assert kitseg(tmp_path, "followup", "a.nii.gz", "b.nii.gz").code == 0
+    assert page.exists()
     (tmp_path / "b.nii.gz").write_bytes(b"no image")
     broken = kitseg(tmp_path, "followup", "a.nii.gz", "b.nii.gz")
     assert broken.code == 1
     assert "b.nii.gz" in broken.text
-    assert not (tmp_path / "followup").exists()
+    assert not page.exists(), "it would be that of an earlier call"
 
 
 @pytest.mark.parametrize("number", [3, 47])

@@ -123,6 +123,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert paged.code == 0, paged.text
     page = (tmp_path / "pages" / "case_00000.html").read_text()
     assert "Function after surgery on the right kidney" in page
+    assert "Labels without cysts: they count as kidney" in " ".join(one.text.split())
     assert "The other kidney has a tumor too" in page
     assert '<th scope="row">partial nephrectomy</th><td>67</td>' in page
     lost, cost = (found["after_surgery"][name][1] for name in ("lost_ml", "lost_gfr"))

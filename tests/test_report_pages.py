@@ -17,11 +17,14 @@ from browser import browser
 from conftest import kitseg
 from PIL import Image
 
-from kitseg.labels import CYST, KIDNEY, KITS23, find_scheme
+from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR, find_scheme
 from kitseg.measurement.measure import measure
+from kitseg.measurement.quality import Quality
 from kitseg.report.html import page_name
+from kitseg.report.scores import StudyScores
 from kitseg.report.slices import UNIT, Scene, around, cut, outlines, scroll
 from kitseg.report.strip import LEFT, RIGHT, Dot, strip
+from kitseg.report.study_page import CaseRow, write_study
 from kitseg.report.view3d import lesion_mask, view
 from kitseg.runtime.files import file_digest
 from kitseg.types import Geometry
@@ -119,6 +122,16 @@ def test_a_broken_case_stops_no_other(reported: Path) -> None:
     assert "broken.nii.gz: broken or not a NIfTI file" in study.text
 
 
+def test_a_case_that_fails_leaves_no_page_of_an_earlier_call(tmp_path: Path) -> None:
+    labels = Geometry((4, 5, 6), MM)
+    write_labels(tmp_path / "pred" / "a.nii.gz", np.zeros(labels.shape, np.uint8), labels)
+    assert kitseg(tmp_path, "report", "pred", "--jobs=1").code == 0
+    assert (tmp_path / "report" / "a.html").exists()
+    (tmp_path / "pred" / "a.nii.gz").write_bytes(b"no scan")
+    assert kitseg(tmp_path, "report", "pred", "--jobs=1").code == 1
+    assert not (tmp_path / "report" / "a.html").exists()
+
+
 @pytest.mark.parametrize("case", ["index", "case_00000", HOSTILE])
 def test_a_page_holds_all_it_needs_and_no_path(reported: Path, case: str) -> None:
     found = page(reported, case)
@@ -187,6 +200,17 @@ def test_scores_are_shown(reported: Path) -> None:
     assert f"{scores['mean']['tumor']['dice']:.3f}" in page(reported, "index").text
 
 
+def test_the_study_tells_tumors_from_larger_cysts(tmp_path: Path) -> None:
+    labels = np.full((12, 24, 24), KIDNEY, np.uint8)
+    labels[2:4, 2:6, 2:6] = TUMOR  # 0.096 ml
+    labels[6:10, 4:20, 4:20] = CYST
+    found = measure(labels, Geometry(labels.shape, MM))
+    row = CaseRow("a", "", Quality(()), found)
+    write_study(tmp_path / "index.html", "title", [row], StudyScores(), {}, KITS23)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", (tmp_path / "index.html").read_text().partition('id="cases"')[2])
+    assert cells[2:6] == ["1", "1", f"{found.lesions[0].axial_mm:.1f}", "0.1"]
+
+
 def test_the_scroll_shows_the_scan(reported: Path) -> None:
     """Every slice is there, its picture is the CT's, and outlines lie where the labels do."""
     data = json.loads(page(reported, "case_00000").scripts["slices"])
@@ -244,6 +268,7 @@ def test_prediction_and_reference_have_labels_of_their_own(tmp_path: Path) -> No
     assert done.code == 0, done.text
     found = page(tmp_path, "case").text
     assert "kidney=5,tumor=9 (5 kidney, 9 tumor)" in found
+    assert "These labels have no cysts: they count as kidney" in found
     refused = kitseg(tmp_path, *command, "--labels=kits19", "--overwrite")
     assert refused.code == 1
     assert "masks/case.nii.gz" in refused.text
@@ -255,6 +280,7 @@ def test_labels_alone_have_a_page(reported: Path) -> None:
     assert done.code == 0, done.text
     found = Page(reported / "alone" / "case_00000.html")
     assert "No scan is available." in found.text
+    assert "no cysts" not in found.text
     assert "Scores" not in found.text
 
 

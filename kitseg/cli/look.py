@@ -279,6 +279,8 @@ def _show_findings(results: Sequence[Measured]) -> None:
         show_doubts(result.case, result.remarks)
     if any(result.intervals for result in results):
         console.print_line("In brackets: 90 % intervals; ?: outside of the sizes and slices that were calibrated.")
+    if any(result.labels and "cyst=" not in result.labels for result in results):
+        console.print_line("Labels without cysts: they count as kidney, in the parenchyma too.")
     console.print_line("For research use only: not a medical device.")
 
 

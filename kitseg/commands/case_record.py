@@ -220,6 +220,12 @@ def file_ending(output: Path, count: int, endings: Sequence[str] = (".nii.gz",))
     return found
 
 
+def remove_stale(page: Path) -> None:
+    """Remove the page of an earlier call where the case now fails, so that it isn't taken for today's."""
+    with suppress(OSError):
+        page.unlink(missing_ok=True)
+
+
 def forget(path: Path, files: Sequence[Path]) -> None:
     """Remove a case's record before its files are written again, and those of its files that won't be."""
     with suppress(InputError):

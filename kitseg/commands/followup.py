@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kitseg.commands.case_record import scheme_beside
+from kitseg.commands.case_record import remove_stale, scheme_beside
 from kitseg.commands.measure import DECIMALS, LabelTask, plan_measures
 from kitseg.errors import UsageError
 from kitseg.labels import KITS19, Scheme
@@ -125,6 +125,7 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
         residuals = {side: round(found.residual_mm, DECIMALS) for side, found in found.alignments.items()}
         return Followed(task.case, "", rows, dates, residuals, tuple(doubts))
     except Exception as error:  # the other patients continue, whatever the error
+        remove_stale(task.page)
         return Followed(task.case, current.format_error(error))
 
 

@@ -20,6 +20,7 @@ from kitseg.commands.case_record import (
     correction_beside,
     of_other_models,
     record_of,
+    remove_stale,
     scheme_beside,
 )
 from kitseg.commands.measure import LabelTask
@@ -128,6 +129,7 @@ def make_page(task: PageTask) -> CaseRow:
     try:
         return _make_page(task)
     except Exception as error:  # the other cases continue, whatever the error
+        remove_stale(task.output)
         return CaseRow(task.case, error=task.format_error(error), scores=task.scores)
 
 
