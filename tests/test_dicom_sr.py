@@ -15,7 +15,7 @@ import pytest
 from conftest import kitseg
 from dicom_files import WHO, WORDS, hu, write_series
 from highdicom import sr
-from ohif import problems
+from ohif import MEASUREMENTS, problems
 from scipy import ndimage
 from test_dicom import only
 from test_dicom_seg import BY, SHAPE
@@ -203,7 +203,8 @@ def test_ohif_finds_what_it_needs(written: Path) -> None:
     assert "SR: the image library does not list the slices" in problems(images, seg, library, pdf)
     assert problems(images[1:], seg, sr_file, pdf)
     nowhere = deepcopy(sr_file)
-    for item in nowhere.ContentSequence[-1].ContentSequence:
+    (found,) = (one for one in nowhere.ContentSequence if one.ConceptNameCodeSequence[0].CodeValue == MEASUREMENTS)
+    for item in found.ContentSequence:
         item.ContentSequence = [one for one in item.ContentSequence if one.ValueType != "SCOORD"]
     assert problems(images, seg, nowhere, pdf) == ["SR: a finding without coordinates on a slice"]
 
