@@ -53,7 +53,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     write_labels(folder / f"{series.case_id}.nii.gz", labels, scan.native)
     findings = measure(labels, scan.geometry, scan.array)
     anonymous = request.param == "anonymous"
-    made = SegmentedSeries(series, labels, findings, BY, scan.array, anonymous=anonymous, remarks=("amber: look.",))
+    made = SegmentedSeries(series, labels, findings, BY, scan.array, anonymous=anonymous, remarks=("amber: größer.",))
     write_segmentation(folder / "seg.dcm", made)
     write_report(folder / "sr.dcm", made, folder / "seg.dcm")
     write_document(folder / "pdf.dcm", made, b"%PDF-1.4 odd")
@@ -92,7 +92,7 @@ def test_each_number_is_that_of_the_json_file(written: Path) -> None:
 def test_the_report_states_its_use_and_what_is_doubtful(written: Path) -> None:
     items = pydicom.dcmread(written / "sr.dcm").ContentSequence
     said = [item.TextValue for item in items if item.ConceptNameCodeSequence[0].CodeMeaning == "Comment"]
-    assert said == [NOTICE, "amber: look."]
+    assert said == [NOTICE, "amber: größer."]
 
 
 def test_a_segmentation_without_its_scan_states_what_that_leaves_open(written: Path) -> None:

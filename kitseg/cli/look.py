@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -17,10 +16,6 @@ from kitseg.cli.app import COLOURS, app, exit_if, gather, show_doubts, take_shar
 from kitseg.errors import UsageError
 from kitseg.runtime import console
 from kitseg.runtime.overwrite import refuse_overwrite
-
-if TYPE_CHECKING:
-    from kitseg.commands.measure import Measured
-    from kitseg.measurement.findings import Kidney, Lesion
 
 
 @app.command(epilog="Example: kitseg measure predictions --ct data --csv lesions.csv")
@@ -57,7 +52,7 @@ def measure(
     (docs/explanation/renal_function.md). With --nephrometry, scores of how difficult the largest tumor is to resect
     (docs/explanation/nephrometry.md).
     """
-    from kitseg.cli.surgery_tables import show_function, show_nephrometry, show_study
+    from kitseg.cli.surgery_tables import show_findings, show_function, show_nephrometry, show_study
     from kitseg.commands import measure as steps
     from kitseg.commands import renal_function
     from kitseg.commands.intervals import read_intervals
@@ -81,7 +76,7 @@ def measure(
         steps.write_lesion_table(table, results)
     if cache:
         cache.clear()
-    _show_findings(results)
+    show_findings(results)
     if nephrometry:
         show_nephrometry(results)
     if any(task.patient for task in tasks):
@@ -262,42 +257,3 @@ def report(
     count = sum(not row.error for row in rows)
     console.print_line(escape(f"{count} of {len(rows)} cases → {output / INDEX}"))
     exit_if(count < len(rows))
-
-
-def _show_findings(results: Sequence[Measured]) -> None:
-    table = console.table(
-        "case", "", "side", "ml", "axial mm", "3D mm", "size class", "outside", "contact cm²", "HU", "parenchyma ml"
-    )
-    for result in results:
-        if result.note:
-            table.add_row(escape(result.case), "failed" if result.error else escape(result.note))
-        for part, ends in result.parts:
-            table.add_row(escape(result.case), *_cells(part, ends))
-        table.add_section()
-    console.out.print(table)
-    for result in results:
-        show_doubts(result.case, result.remarks)
-    if any(result.intervals for result in results):
-        console.print_line("In brackets: 90 % intervals; ?: outside of the sizes and slices that were calibrated.")
-    if any(result.labels and "cyst=" not in result.labels for result in results):
-        console.print_line("Labels without cysts: they count as kidney, in the parenchyma too.")
-    console.print_line("For research use only: not a medical device.")
-
-
-def _cells(part: Kidney | Lesion, ends: Mapping[str, tuple[float, float] | None]) -> Iterator[str]:
-    from kitseg.measurement.findings import Kidney
-
-    def sized(name: str) -> str:
-        known = ends.get(name)
-        bracket = f" ({known[0]:.1f} to {known[1]:.1f})" if known else " (?)" if name in ends else ""
-        return f"{getattr(part, name):.1f}{bracket}"
-
-    if isinstance(part, Kidney):
-        yield from ("kidney", part.side, sized("volume_ml"), *[""] * 6, sized("parenchyma_ml"))
-        return
-    yield from (f"{part.kind} {part.number}", part.side, *map(sized, ("volume_ml", "axial_mm", "diameter_mm")))
-    yield part.size_class or "–"
-    yield "–" if part.exophytic is None else f"{part.exophytic:.0%}"
-    yield "–" if part.contact_mm2 is None else f"{part.contact_mm2 / 100:.1f}"
-    yield "–" if part.hu_mean is None else f"{part.hu_mean:.0f} ± {part.hu_sd:.0f}"
-    yield ""

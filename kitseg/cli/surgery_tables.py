@@ -1,20 +1,62 @@
-"""Tables for urologists: follow-up, nephrometry, function after surgery, and its formulas over patients."""
+"""Tables for urologists: findings, follow-up, nephrometry, function after surgery, and its formulas over patients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
+from kitseg.cli.app import show_doubts
 from kitseg.runtime import console
 from kitseg.volumes.names import shorten
 
 if TYPE_CHECKING:
     from kitseg.commands.followup import Followed
     from kitseg.commands.measure import Measured
+    from kitseg.measurement.findings import Kidney, Lesion
     from kitseg.measurement.gfr_study import Study
+
+
+def show_findings(results: Sequence[Measured]) -> None:
+    """Print each kidney and lesion, and the doubts about each case."""
+    table = console.table(
+        "case", "", "side", "ml", "axial mm", "3D mm", "size class", "outside", "contact cm²", "HU", "parenchyma ml"
+    )
+    for result in results:
+        if result.note:
+            table.add_row(escape(result.case), "failed" if result.error else escape(result.note))
+        for part, ends in result.parts:
+            table.add_row(escape(result.case), *_cells(part, ends))
+        table.add_section()
+    console.out.print(table)
+    for result in results:
+        show_doubts(result.case, result.remarks)
+    if any(result.intervals for result in results):
+        console.print_line("In brackets: 90 % intervals; ?: outside of the sizes and slices that were calibrated.")
+    if any(result.labels and "cyst=" not in result.labels for result in results):
+        console.print_line("Labels without cysts: they count as kidney, in the parenchyma too.")
+    console.print_line("For research use only: not a medical device.")
+
+
+def _cells(part: Kidney | Lesion, ends: Mapping[str, tuple[float, float] | None]) -> Iterator[str]:
+    from kitseg.measurement.findings import Kidney
+
+    def sized(name: str) -> str:
+        known = ends.get(name)
+        bracket = f" ({known[0]:.1f} to {known[1]:.1f})" if known else " (?)" if name in ends else ""
+        return f"{getattr(part, name):.1f}{bracket}"
+
+    if isinstance(part, Kidney):
+        yield from ("kidney", part.side, sized("volume_ml"), *[""] * 6, sized("parenchyma_ml"))
+        return
+    yield from (f"{part.kind} {part.number}", part.side, *map(sized, ("volume_ml", "axial_mm", "diameter_mm")))
+    yield part.size_class or "–"
+    yield "–" if part.exophytic is None else f"{part.exophytic:.0%}"
+    yield "–" if part.contact_mm2 is None else f"{part.contact_mm2 / 100:.1f}"
+    yield "–" if part.hu_mean is None else f"{part.hu_mean:.0f} ± {part.hu_sd:.0f}"
+    yield ""
 
 
 def show_followup(results: Sequence[Followed]) -> None:

@@ -185,9 +185,9 @@ class CasePredictor:
         labels, findings = found.canonical, found.findings
         series, algorithm = open_series(source.slices, source.id), Algorithm(f"kitseg {methods}", __version__)
         notes = [as_sentence(remark) for remark in remarks]
-        said = (*(f"{flag.level}: {flag.reason}" for flag in found.quality.flags), *notes)
+        texts = (*(f"{flag.level}: {flag.reason}" for flag in found.quality.flags), *notes)
         hidden = self.options.anonymous
-        made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, hidden, said)
+        made = SegmentedSeries(series, labels, findings, algorithm, scan.array, self.scheme, hidden, texts)
 
         def write_pages(path: Path) -> None:
             from kitseg.report.case_page import CaseContent

@@ -37,8 +37,7 @@ def write_document(path: Path, found: SegmentedSeries, pdf: bytes) -> None:
             **_UNKNOWN,
         )
         document.copy_patient_and_study_information(images[0])
-        if "SpecificCharacterSet" in images[0]:
-            document.SpecificCharacterSet = images[0].SpecificCharacterSet
+        document.SpecificCharacterSet = images[0].SpecificCharacterSet
         document.ConversionType, document.BurnedInAnnotation = "WSD", "NO" if found.anonymous else "YES"
         document.AcquisitionDateTime, document.ConceptNameCodeSequence = "", []
         document.DocumentTitle = "kitseg report, research use"

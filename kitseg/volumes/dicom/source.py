@@ -63,13 +63,13 @@ def _nobody() -> pydicom.Dataset:
     found = pydicom.Dataset()
     for name in WHO:
         setattr(found, name, "")
+    found.SpecificCharacterSet = "ISO_IR 192"  # of what kitseg writes, too, such as the names of classes
     return found
 
 
 def _who(header: Header) -> pydicom.Dataset:
     """The attributes of patient and study, in UTF-8 whatever the character set of the file."""
     source = _nobody()
-    source.SpecificCharacterSet = "ISO_IR 192"
     try:
         found = read_dataset(header.path)
         found.decode()
