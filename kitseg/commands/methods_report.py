@@ -168,8 +168,7 @@ def _data(facts: RunFacts) -> str:
     if not (facts.info and facts.info.cases):
         return UNKNOWN
     made = facts.configuration.get("data", {}).get("source") == "synthesis"
-    bodies = "" if made and not facts.info.phantom else facts.info.made_up
-    kind = f" {bodies or 'labelled CT scans'}"
+    kind = f" {('' if made and not facts.info.phantom else facts.info.made_up) or 'labelled CT scans'}"
     more = "; training patches show synthetic patients made from them" if made else ""
     more += f"; it also learned from {' and '.join(facts.info.also)}" if facts.info.also else ""
     seen = facts.info.experience
