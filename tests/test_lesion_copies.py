@@ -79,7 +79,7 @@ def test_a_lesion_of_another_case_lies_in_the_kidney(tmp_path: Path, number: int
 
 def test_a_lesion_of_few_voxels_keeps_its_hu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unchanged = {field.name: (0, 1, 1) for field in fields(Augmentation)}
-    monkeypatch.setattr("kitseg.patches.lesion_copies.CHANGE", Augmentation(**{**unchanged, "mirror": 0}))  # type: ignore[arg-type]
+    monkeypatch.setattr("kitseg.patches.lesion_copies.CHANGE", Augmentation(**{**unchanged, "mirror": 0}))
     onto, seen = cases(tmp_path, 1, 2, at=(slice(8, 10), slice(18, 20), slice(18, 20))), 0
     for seed in range(12):
         after = copied(onto, LesionCopies(p=1), seed)[1]

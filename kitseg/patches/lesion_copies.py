@@ -97,7 +97,8 @@ class LesionCopies:
 def _continued(array: NDArray[Any], box: Box) -> NDArray[Any]:
     """The values in ``box`` of ``array`` (D, H, W), which continues beyond its border as at it."""
     axes = zip(box.start, box.stop, array.shape, strict=True)
-    return array[np.ix_(*(np.arange(a, b).clip(0, n - 1) for a, b, n in axes))]
+    found: NDArray[Any] = array[np.ix_(*(np.arange(a, b).clip(0, n - 1) for a, b, n in axes))]
+    return found
 
 
 def _in_voxels(values: Tensor, mask: Tensor, spacing: Sequence[float], onto: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -198,7 +198,7 @@ def _augmentation(spec: StageSpec) -> list[Any]:
 
 def _spare_the_guide(part: Any) -> None:
     """Let TorchIO's changes of intensity, also of a ``Compose`` or ``OneOf``, change the scan alone."""
-    for inner in getattr(part, "transforms", None) or getattr(part, "transforms_dict", ()):
+    for inner in getattr(part, "transforms", None) or getattr(part, "transforms_dict", None) or ():
         _spare_the_guide(inner)
     if isinstance(part, tio.IntensityTransform) and part.include is None:
         part.include = ["image"]
