@@ -34,7 +34,7 @@ REACH = 0.7  # of the longest edge of a lesion's box: what a copy has room for o
 class LesionCopies:
     """Copies a lesion of any training case into a kidney of a patch: mirrored, turned, scaled, bent, of another HU.
 
-    Its centre is a voxel of kidney. It keeps its label and its own HU; what is around it is blended in over one voxel.
+    Its centre is a voxel of kidney. It keeps its label and its own HU, and its edge is blended over one voxel.
 
     Args:
         p: the probability that a patch with kidney gets a copy.
@@ -61,7 +61,7 @@ class LesionCopies:
         box = Box(triple(start), triple(np.add(start, mask.shape)))
         there = box.clip(triple(label.shape))
         here = there.moved(box.start).slices
-        share = functional.avg_pool3d(mask.float()[None, None], 3, 1, 1)[0, 0].masked_fill(mask, 1)[here]
+        share = functional.avg_pool3d(mask.float()[None, None], 3, 1, 1)[0, 0][here]
         hu[there.slices] += share * (copied[here] - hu[there.slices])
         label[there.slices][mask[here]] = number
         return patch
