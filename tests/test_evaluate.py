@@ -245,7 +245,7 @@ def test_predictions_of_different_models_are_named(tmp_path: Path) -> None:
         return notes
 
     (note,) = predicted_with("builtin.kitseg", "/runs/mine", "runs/mine")
-    assert note.startswith("the predictions are of different models: builtin.kitseg (1), mine (2)")
+    assert note.startswith("the predictions are of different models: builtin (1), mine (2)")
     assert predicted_with(*["runs/mine"] * 3) == []
 
 

@@ -138,14 +138,8 @@ def _canvas(ct: Volume, rows: int, title: str, scheme: Scheme) -> tuple[Figure, 
     if title:
         figure.suptitle(title, fontsize=12, parse_math=False)
     handles = [Patch(fc=to_rgba(one.colour, _FILL), ec=one.colour, label=one.name) for one in scheme.classes.values()]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=len(handles),
-        frameon=False,
-        title=RESEARCH_USE,
-        title_fontsize=8,
-    )
+    handles.append(Patch(fc="none", ec="none", label=RESEARCH_USE))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure, grid
 
 

@@ -30,7 +30,7 @@ _LESION = "number,volume_ml,axial_mm,diameter_mm,size_class,exophytic,contact_mm
 _CHANGE = (
     "kind,side,before,before_kind,before_volume_ml,before_diameter_mm,before_axial_mm,after,after_kind,after_volume_ml,"
     "after_diameter_mm,after_axial_mm,change_volume_ml,change_mean_mm,change_diameter_mm,change_axial_mm,change_share,"
-    "least_ml,least_mm,volume_ml_a_year,mean_mm_a_year,doubling_days,offset_mm"
+    "least_ml,least_mm,volume_ml_a_year,mean_mm_a_year,least_mm_a_year,doubling_days,offset_mm"
 )
 _SERIES = (
     "case,chosen,reason,study,modality,files,slice_mm,pixel_mm,rows,columns,coverage_mm,orientation,contrast,kernel,"
