@@ -18,6 +18,7 @@ from kitseg.augmentation.batched import Augmentation
 from kitseg.components import bounding_box, component_at
 from kitseg.labels import CYST, KIDNEY, TUMOR
 from kitseg.links.crop import crop
+from kitseg.patches.samplers import integer_below
 from kitseg.patches.subjects import CaseSubjects
 from kitseg.types import Box, Triple, triple
 
@@ -53,11 +54,11 @@ class LesionCopies:
         hu, label = patch.get_image("image").data[0], patch.get_image("label").data[0]
         if float(torch.rand(())) >= self.p or not len(kidney := (label == KIDNEY).nonzero()):
             return patch
-        lesion = self._lesion(cases[_any(len(cases.folders))], patch.spacing)
+        lesion = self._lesion(cases[integer_below(len(cases.folders))], patch.spacing)
         if lesion is None:
             return patch
         copied, mask, number = lesion
-        start = np.subtract(kidney[_any(len(kidney))].tolist(), [n // 2 for n in mask.shape])
+        start = np.subtract(kidney[integer_below(len(kidney))].tolist(), [n // 2 for n in mask.shape])
         box = Box(triple(start), triple(np.add(start, mask.shape)))
         there = box.clip(triple(label.shape))
         here = there.moved(box.start).slices
@@ -75,10 +76,10 @@ class LesionCopies:
         numbers = [number for number in (TUMOR, CYST) if (rows[:, 0] == number).any()]
         if not numbers:
             return None
-        number = numbers[_any(len(numbers))]
+        number = numbers[integer_below(len(numbers))]
         rows = rows[rows[:, 0] == number]
         hu, label = (case.get_image(name).data[0].numpy() for name in ("image", "label"))
-        voxel = triple(rows[_any(len(rows)), 1:])
+        voxel = triple(rows[integer_below(len(rows)), 1:])
         near = _around(voxel, self.largest, spacing).clip(triple(label.shape))
         mask = component_at(label[near.slices] == number, triple(np.subtract(voxel, near.start)))
         found = (bounding_box(mask) or near.moved(near.start)).placed(near.start)
@@ -123,7 +124,3 @@ def _middle(box: Box) -> Triple:
 
 def _batch(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(values)[None, None]
-
-
-def _any(below: int) -> int:
-    return int(torch.randint(below, ()))

@@ -80,7 +80,7 @@ class ForegroundSampler(PaddedSampler):
             if room <= 0:
                 start.append(low + room // 2)
             elif centre is None:
-                start.append(low + _integer(room + 1))
+                start.append(low + integer_below(room + 1))
             else:
                 start.append(min(max(centre[axis] - size // 2, low), high - size))
         return _box(start, self.patch_size.tolist())
@@ -91,8 +91,8 @@ class ForegroundSampler(PaddedSampler):
         labels = labels[torch.isin(labels, self.ids)]
         if not len(labels):
             return None
-        rows = rows[rows[:, 0] == labels[_integer(len(labels))]]
-        voxel: list[int] = rows[_integer(len(rows)), 1:].tolist()
+        rows = rows[rows[:, 0] == labels[integer_below(len(labels))]]
+        voxel: list[int] = rows[integer_below(len(rows)), 1:].tolist()
         return voxel
 
 
@@ -110,7 +110,7 @@ class RegionSampler(PaddedSampler):
     def draw(self, subject: tio.Subject, number: int) -> Box:
         """The shifted region."""
         region = region_of(subject)
-        start = [a + _integer(2 * j + 1) - j for a, j in zip(region.start, self.jitter, strict=True)]
+        start = [a + integer_below(2 * j + 1) - j for a, j in zip(region.start, self.jitter, strict=True)]
         return _box(start, region.size)
 
 
@@ -153,7 +153,7 @@ class SliceSampler(PaddedSampler):
         found = positive.nonzero()[:, 0]
         if number >= len(found):
             others = (~positive).nonzero()[:, 0]
-            found, number = others, _integer(len(others))
+            found, number = others, integer_below(len(others))
         z = max(0, region.start[0]) + int(found[number])
         return Box((z, *region.start[1:]), (z + 1, *region.stop[1:]))
 
@@ -190,7 +190,8 @@ def patch_of(subject: tio.Subject, box: Box, margin: float = 0.0) -> tio.Subject
     return tio.Subject(**images, location=location, statistics=subject["statistics"], case=subject["case"])
 
 
-def _integer(below: int) -> int:
+def integer_below(below: int) -> int:
+    """A random number of 0 or more, below ``below``, from PyTorch's generator."""
     return int(torch.randint(below, ()))
 
 

@@ -24,6 +24,7 @@ from kitseg.config import Method, StageSpec
 from kitseg.errors import GPU, LOADER, MEMORY, KitsegError, UsageError, fault, format_error
 from kitseg.inference.channels import spread
 from kitseg.links.crop import crop
+from kitseg.links.guides import Link
 from kitseg.models.run_folder import TRAINED_STATE, BestCheckpoint, StageFolder, TrainedState
 from kitseg.models.stage import TrainedStage, build_input_transform, open_stage
 from kitseg.patches.datamodule import Feed, StageData
@@ -165,10 +166,11 @@ def _title(folder: StageFolder) -> str:
 
 def make_feed(spec: StageSpec, seed: int, workers: int) -> Feed:
     """The data loading settings of a stage. Raises UsageError: a part can't be built."""
+    input_transform = build_input_transform(spec)
     return Feed(
         sampler=config.build(spec.parts["sampler"]),
-        augmentation=_augmentation(spec),
-        input_transform=build_input_transform(spec),
+        augmentation=_augmentation(spec, input_transform.link),
+        input_transform=input_transform,
         batch=spec.batch,
         micro_batch_size=spec.micro_batch_size,
         seed=seed,
@@ -176,7 +178,7 @@ def make_feed(spec: StageSpec, seed: int, workers: int) -> Feed:
     )
 
 
-def _augmentation(spec: StageSpec) -> list[Any]:
+def _augmentation(spec: StageSpec, link: Link | None) -> list[Any]:
     """The augmentation of a stage's patches. Raises UsageError: it doesn't fit the stage."""
     where = f"stages.{spec.name}.augmentation"
     found = [config.build(change) for change in spec.parts["augmentation"] or ()]
@@ -184,7 +186,6 @@ def _augmentation(spec: StageSpec) -> list[Any]:
         if not isinstance(part, tio.Transform | LesionCopies | Augmentation):
             raise UsageError(f"{where}: {type(part).__name__} must be a torchio.Transform (docs/how-to/own-method.md)")
         _spare_the_guide(part)
-        link = build_input_transform(spec).link
         if isinstance(part, LesionCopies) and link is not None and link.channels > 1:
             raise UsageError(f"{where}: LesionCopies changes the scan alone, not the further inputs of this stage")
         if isinstance(part, Augmentation):
