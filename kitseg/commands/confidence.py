@@ -34,8 +34,8 @@ def write_confidence(
     good: list[tuple[str, CaseRecord, float]] = []
     models: set[str] = set()
     for job, score in scored:
-        record = _usable_record(job, score)
-        if job.prediction and record and not correction_beside(job.prediction):
+        record = _record_or_reason(job, score)
+        if job.prediction and isinstance(record, CaseRecord):
             models.update(recorded_models(job.prediction))
             dice = score.classes["tumor"]["dice"]
             good.append((score.case, record, 1.0 if dice is None else dice))  # none where there is none
@@ -58,27 +58,26 @@ def left_out(scored: Sequence[tuple[Job, Score]]) -> list[str]:
     """Why ``write_confidence`` leaves scored cases out: a line for each reason, with the cases."""
     found: dict[str, list[str]] = {}
     for job, score in scored:
-        if job.prediction is None or score.error:
-            continue
-        if score.learned_from:
-            why = "their networks learned from these scans"
-        elif _usable_record(job, score) is None:
-            why = "without the signs that `kitseg predict` writes beside its labels"
-        else:
-            why = correction_beside(job.prediction)
-        if why:
-            found.setdefault(why, []).append(score.case)
+        reason = _record_or_reason(job, score)
+        if isinstance(reason, str):
+            found.setdefault(reason, []).append(score.case)
     return [
         f"left out of the expected Dice, {why}: {len(cases)} of {len(scored)} cases ({shorten(cases)})"
         for why, cases in found.items()
+        if why
     ]
 
 
-def _usable_record(job: Job, score: Score) -> CaseRecord | None:
-    """The record of a scored case that can be learned from."""
-    record = record_beside(job.prediction) if job.prediction else None
-    usable = "tumor" in score.classes and not (score.learned_from or score.error)
-    return record if record and record.signs and record.quality and usable else None
+def _record_or_reason(job: Job, score: Score) -> CaseRecord | str:
+    """The record of a scored case that can be learned from, or why it can't; "" where its scores already state that."""
+    if job.prediction is None or score.error:
+        return ""
+    if score.learned_from:
+        return "their networks learned from these scans"
+    record = record_beside(job.prediction)
+    if not (record and record.signs and record.quality and "tumor" in score.classes):
+        return "without the signs that `kitseg predict` writes beside its labels"
+    return correction_beside(job.prediction) or record
 
 
 def read_confidence(path: Path | None) -> Confidence | None:
