@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -193,6 +193,28 @@ def test_a_whole_chain() -> None:
     back = to_scan(found, {name: Source("segment", "main", name) for name in SOFTMAX}, scan)
     assert back.box == Box((0, 0, 0), (4, 48, 48))
     assert back.array[:, :, 0, 0].T.tolist() == [[1, 0, 0], [0.25, 0.25, 0.5]] * 2
+
+
+def test_a_later_stage_builds_on_the_last_head() -> None:
+    """Whichever heads of the earlier stage are outputs, too: the last one says foreground in slice 2 alone."""
+
+    class TwoHeads(Stub):
+        def predict(self, image: Tensor, head: str) -> Tensor:
+            yes = torch.zeros_like(image)
+            yes[:, {"z-early": 0, "late": 2}[head]] = 1
+            return torch.cat([1 - yes, yes])
+
+    hu = np.zeros((4, 48, 48), np.int16)
+    scan = Volume(hu, lattice(hu.shape), lattice(hu.shape), "case_00000")
+    heads = replace(spec_of("two-stage", "slices"), heads=("z-early", "late"))
+    for also in ([], ["z-early"], ["late", "z-early"]):
+        stages = {
+            "slices": TwoHeads(heads, tumor_everywhere, region=Square(96)),
+            "segment": Stub(spec_of("two-stage", "segment"), tumor_everywhere, SliceGate(), Square(96)),
+        }
+        found = run_chain(scan, stages, [*(("slices", head) for head in also), ("segment", "main")])
+        assert found["segment.main"].labels().any((1, 2)).tolist() == [False, False, True, False]
+        assert all(found[f"slices.{head}"].labels()[{"z-early": 0, "late": 2}[head]].all() for head in also)
 
 
 # --- back to the scan ------------------------------------------------------------------------------------------------

@@ -114,15 +114,22 @@ def run_on_grid(
 
 
 def run_chain(scan: Volume, stages: Mapping[str, TrainedStage], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:
-    """The outputs of the requested (stage, head) pairs, as ``stage.head``; earlier stages run if needed."""
+    """The outputs of the requested (stage, head) pairs, as ``stage.head``.
+
+    Earlier stages run if needed; a later one gets the output of their last head, as in training.
+    """
     found: dict[str, Output] = {}
     on_grid = cache(lambda grid: image_on_grid(scan, grid))
+    inputs = {name for stage in stages.values() for name in stage.spec.inputs}
     for name, stage in stages.items():
-        heads = [head for stage_name, head in wanted if stage_name == name] or [stage.spec.heads[-1]]
+        last = stage.spec.heads[-1]
+        heads = {head for stage_name, head in wanted if stage_name == name} | ({last} if name in inputs else set())
         view = view_of(stage, *on_grid(stage.spec.grid), found)
-        for head in heads:
+        for head in sorted(heads):
             values = stage.predict(view.image, head) if view.slices.any() else None
-            found[f"{name}.{head}"] = found[name] = view.place(stage, values)
+            found[f"{name}.{head}"] = view.place(stage, values)
+            if head == last:
+                found[name] = found[f"{name}.{head}"]
         del view  # frees its input before the next stage's
     return {f"{name}.{head}": found[f"{name}.{head}"] for name, head in wanted}
 
