@@ -5,17 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from method_runs import untrained
+from nifti_files import IPL, save
 from torch import nn
 
 from kitseg.errors import UsageError
 from kitseg.models.memory import PROGRAM, Need, activation_bytes, check_limit, estimate_need, parse_size, slab_within
 from kitseg.models.model import open_model
-from kitseg.types import Box, Geometry, Probabilities
+from kitseg.types import Box, Case, Geometry, Probabilities
+from kitseg.volumes.nifti import read_image
+from kitseg.volumes.scan import voxel_bytes
 
 
 def lattice(slices: int) -> Geometry:
@@ -68,6 +73,44 @@ def test_more_slices_need_more_and_so_do_more_members(tmp_path: Path) -> None:
     assert many.total - few.total == 100 * 96 * 96 * 6 + voxels * (2 + 4 + 5)
     two = replace(model, stages={0: model.stages[0], 1: model.stages[0]})
     assert estimate_need([two], lattice(100)).total - few.total == voxels * 12
+
+
+def test_a_mirrored_scan_and_a_mean_of_checkpoints_need_more(tmp_path: Path) -> None:
+    """Beside an output its mirrored one, which is also there flipped back, and the sum over the checkpoints."""
+    model = open_model(untrained(tmp_path), "cpu", engine="torch")
+    scan = Geometry((100, 64, 64), lattice(1).affine)  # so small that a network needs the most
+
+    def data(**changes: Any) -> int:
+        stages = {name: replace(stage, **changes) for name, stage in model.chain.items()}
+        parts = dict(estimate_need([replace(model, stages={0: stages})], scan).parts)
+        return next(size for name, size in parts.items() if name.endswith("data"))
+
+    several = (Path("a"), Path("b"))
+    one, output = data(), 4 * 100 * 96 * 96
+    assert [data(mirror=True), data(checkpoints=several), data(mirror=True, checkpoints=several)] == [
+        one + 2 * output,
+        one + output,
+        one + 3 * output,
+    ]
+
+
+@pytest.mark.parametrize(("kind", "size"), [(np.int16, 2), (np.uint8, 2), (np.uint16, 4), (np.float64, 4)])
+def test_a_scan_needs_the_bytes_of_its_voxels(tmp_path: Path, kind: type, size: int) -> None:
+    """Also one that is scaled; the memory while it is read is of that type, too."""
+    path = save(tmp_path / "scan.nii.gz", np.zeros((2, 3, 4), kind))
+    assert voxel_bytes(Case("scan", path)) == size
+    assert read_image(path, "scan").array.itemsize <= size
+    model = open_model(untrained(tmp_path), "cpu", engine="torch")
+    parts = dict(estimate_need([model], lattice(100), size).parts)
+    assert parts["the scan"] == size * 100 * 512 * 512
+
+
+def test_a_scaled_scan_needs_those_of_a_float(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.zeros((2, 3, 4), np.int16), IPL)
+    image.header.set_slope_inter(1, -1024)
+    nib.save(image, tmp_path / "scan.nii")
+    array = read_image(tmp_path / "scan.nii", "scan").array
+    assert array.itemsize == voxel_bytes(Case("scan", tmp_path / "scan.nii")) == 4
 
 
 def test_slabs_of_a_mean_within_a_limit() -> None:

@@ -134,7 +134,6 @@ def serve(
         from kitseg.service.refine import RefinePage
         from kitseg.service.spool import Spool
         from kitseg.service.work import Predictor
-        from kitseg.volumes.scan import scan_geometry
 
     limits = http.Limits(queue, parse_size(max_body, "--max-body") or 0)
     options = dicom and NodeOptions.parse((dicom, host), send_to or "", allow_aet, formats, anonymous, complete_after)
@@ -152,7 +151,7 @@ def serve(
             service,
             corrected,
             lambda scan: background_of(opened.predict_proba(scan)[0]),
-            lambda scan: check_memory(work.max_memory, opened.models, scan_geometry(scan), scan.id),
+            lambda scan: check_memory(work.max_memory, opened.models, scan),
         )
         service.pages.append(page.add_to)
         console.print_plain("clicks correct labels on its page /refine")

@@ -23,7 +23,7 @@ from kitseg.runtime.workers import Log
 from kitseg.types import Case, Probabilities
 from kitseg.volumes import blocks
 from kitseg.volumes.nifti import read_image
-from kitseg.volumes.scan import hu_digest, scan_geometry
+from kitseg.volumes.scan import hu_digest
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Inference:
             digest, result = file_digest(case.image), self.to / f"{case.id}.npy"
             if blocks.is_unchanged(self.to, case.id, digest):
                 return Outcome(case.id, note=UNCHANGED, result=result)
-            check_memory(self.max_memory, [model], scan_geometry(case), case.id)
+            check_memory(self.max_memory, [model], case)
             scan = read_image(case.image, case.id)
             probabilities, learned = model.predict_proba(scan), learned_from([model], digest, hu_digest(scan))
             engines = [computed_with(model)]  # now, because one may have left a network to PyTorch

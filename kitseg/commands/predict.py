@@ -39,7 +39,7 @@ from kitseg.types import Case, Volume
 from kitseg.volumes.check import looks_like_hu
 from kitseg.volumes.names import UNCERTAINTY, pair
 from kitseg.volumes.nifti import write_labels, write_volume
-from kitseg.volumes.scan import Scans, find_scans, hu_digest, read_scan, scan_digest, scan_geometry
+from kitseg.volumes.scan import Scans, find_scans, hu_digest, read_scan, scan_digest
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
@@ -138,7 +138,7 @@ class CasePredictor:
         if before := read_record(record, made):
             note, labels = "; ".join(filter(None, [before.note, UNCHANGED])), record.with_suffix(".nii.gz")
             return Outcome(source.id, "", note, labels, before.volumes_ml, before.quality)
-        check_memory(self.options.max_memory, self.model.models, scan_geometry(source), source.id)
+        check_memory(self.options.max_memory, self.model.models, source)
         scan = read_scan(source)
         found = self.model.predict(scan, scheme=self.scheme)
         from kitseg.report.pictures import case_picture

@@ -21,8 +21,9 @@ from kitseg.models.engines import Compiling, OpenVino, Torch, Winograd
 from kitseg.models.model import Model
 from kitseg.models.stage import TrainedStage
 from kitseg.stages.model import build_model
-from kitseg.types import Box, Geometry, Probabilities, Triple
+from kitseg.types import Box, Case, Geometry, Probabilities, Triple
 from kitseg.volumes.resample import grid_geometry
+from kitseg.volumes.scan import scan_geometry, voxel_bytes
 
 PROGRAM, WITH_OPENVINO = 700_000_000, 100_000_000  # Python with its libraries, and OpenVINO's
 SPARE = 1.15  # what convolutions keep beside their inputs and outputs, and the allocator's gaps
@@ -45,11 +46,12 @@ class Need:
         return f"{self.total / 1e9:.2f} GB ({rows})"
 
 
-def check_memory(limit: int | None, models: Sequence[Model], scan: Geometry, case: str) -> None:
+def check_memory(limit: int | None, models: Sequence[Model], case: Case) -> None:
     """Refuse a scan that may need more main memory than ``limit`` bytes. Raises UsageError: it may."""
     if limit is not None:
+        need = estimate_need(models, scan_geometry(case), voxel_bytes(case))
         remedy = "raise it, cut the scan, or take a smaller model (a network needs less with --precision bf16, too)"
-        check_limit(estimate_need(models, scan), limit, case, remedy)
+        check_limit(need, limit, case.id, remedy)
 
 
 def parse_size(text: str | None, option: str = "--max-memory") -> int | None:
@@ -70,10 +72,13 @@ def parse_size(text: str | None, option: str = "--max-memory") -> int | None:
     return size
 
 
-def estimate_need(models: Sequence[Model], scan: Geometry) -> Need:
-    """What a scan needs at most in main memory, where foreground is found all over; one model at a time in memory."""
+def estimate_need(models: Sequence[Model], scan: Geometry, voxel: int = 2) -> Need:
+    """What a scan needs at most in main memory, where foreground is found all over; one model at a time in memory.
+
+    voxel: bytes of a voxel of the scan.
+    """
     openvino = any(isinstance(stage.engine, OpenVino) for model in models for stage in model.chain.values())
-    program = [("the program", PROGRAM + openvino * WITH_OPENVINO), ("the scan", 2 * _voxels(scan.shape))]
+    program = [("the program", PROGRAM + openvino * WITH_OPENVINO), ("the scan", voxel * _voxels(scan.shape))]
     members = sum(len(model.folds) for model in models)
     needs = [Need((*program, *rows)) for model in models for rows in _rows(model, scan, members)]
     return max(needs, key=lambda need: need.total)
@@ -110,7 +115,7 @@ def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, in
         grid = grid_geometry(scan, stage.spec.grid)
         region = stage.region.shape(grid)
         output = 4 * len(stage.spec.channels) * _voxels(region)
-        copies = 2 if stage.mirror or len(stage.checkpoints) > 1 else 1
+        copies = 1 + 2 * stage.mirror + (len(stage.checkpoints) > 1)  # the mirrored one, also flipped back; the sum
         inputs = 4 * 2 * _channels(stage) * _voxels(region) + 2 * _voxels(grid.shape)
         weights = sum(weight.nbytes for weight in stage.model.parameters())
         network, data = _network(stage, weights, region), inputs + copies * output

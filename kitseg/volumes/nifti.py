@@ -83,7 +83,7 @@ def read_image(path: Path, case_id: str) -> Volume:
     Raises:
         InputError: see ``read_geometry``; also for truncated data and values that are not finite.
     """
-    native, stored, slope, offset = _stored(path)
+    native, stored, slope, offset = _stored(path, np.dtype(np.float32))
     array = as_ct(stored, slope, offset)
     if array.dtype.kind == "f" and not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise InputError(path, "it contains NaN or infinite values", "Export the scan again")
@@ -175,10 +175,10 @@ def axis_codes(geometry: Geometry) -> str:
     return "".join(_orientations.aff2axcodes(geometry.affine))
 
 
-def _stored(path: Path) -> tuple[Geometry, NDArray[Any], float, float]:
+def _stored(path: Path, floats: np.dtype[Any] | None = None) -> tuple[Geometry, NDArray[Any], float, float]:
     """The native geometry, the stored values with axes (I, P, L), and the slope and offset that convert them to HU.
 
-    Reads to the end of the file, where gzip's checksum is.
+    Reads to the end of the file, where gzip's checksum is. floats: the type that values with a fraction get.
     """
     if is_itk_name(path):
         from kitseg.volumes.itk import read_itk
@@ -187,10 +187,11 @@ def _stored(path: Path) -> tuple[Geometry, NDArray[Any], float, float]:
         return native, np.ascontiguousarray(turn_to_canonical(stored, native)), 1.0, 0.0
     header = read_header(path)
     native = file_geometry(path, header)
-    array = np.empty(canonical_geometry(native).shape, header.get_data_dtype())
+    kind = header.get_data_dtype()
+    array = np.empty(canonical_geometry(native).shape, floats if floats and kind.kind == "f" else kind)
     with open_errors(path), open_voxels(path) as stream:
         stream.seek(header.get_data_offset())
-        if not _fill(turn_to_native(array, native), stream):
+        if not _fill(turn_to_native(array, native), kind, stream):
             raise InputError(path, "the file is truncated: it ends before its last voxel", COPY_AGAIN)
         if len(stream.read(_CHUNK)) == _CHUNK:
             problem = "there are many bytes after the last voxel: header and voxels don't match"
@@ -199,14 +200,14 @@ def _stored(path: Path) -> tuple[Geometry, NDArray[Any], float, float]:
     return native, array, 1.0 if slope is None else slope, 0.0 if offset is None else offset
 
 
-def _fill(view: NDArray[Any], stream: IO[bytes]) -> bool:
-    """Fill a view on the native grid from a stream, some planes at a time; returns whether the stream was complete.
+def _fill(view: NDArray[Any], kind: np.dtype[Any], stream: IO[bytes]) -> bool:
+    """Fill a view on the native grid from a stream of values of a type, some planes at a time; whether it was complete.
 
     Each chunk is reoriented while it is in the processor's cache, without a second copy of the scan.
     """
     rows, columns, planes = view.shape
-    step = max(1, _CHUNK // (rows * columns * view.itemsize))
-    chunk = np.empty((rows, columns, step), view.dtype, order="F")
+    step = max(1, _CHUNK // (rows * columns * kind.itemsize))
+    chunk = np.empty((rows, columns, step), kind, order="F")
     for first in range(0, planes, step):
         part = chunk[..., : planes - first]
         space = memoryview(cast("Any", part.reshape(-1, order="F").view(np.uint8)))
@@ -215,7 +216,8 @@ def _fill(view: NDArray[Any], stream: IO[bytes]) -> bool:
             done += got
         if done < len(space):
             return False
-        view[..., first : first + step] = part
+        with np.errstate(over="ignore", invalid="ignore"):
+            view[..., first : first + step] = part
     return True
 
 

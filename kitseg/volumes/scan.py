@@ -16,8 +16,9 @@ from kitseg.errors import InputError, UsageError
 from kitseg.labels import Scheme
 from kitseg.runtime.files import file_digest
 from kitseg.types import Box, Case, Geometry, Volume, triple
+from kitseg.volumes.header import read_header
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
-from kitseg.volumes.names import pair
+from kitseg.volumes.names import is_itk_name, pair
 from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, read_labels
 
 if TYPE_CHECKING:
@@ -132,6 +133,15 @@ def scan_geometry(case: Case) -> Geometry:
     from kitseg.volumes.dicom.series import open_series, stack_of
 
     return canonical_geometry(stack_of(open_series(case.slices, case.id)).native)
+
+
+def voxel_bytes(case: Case) -> int:
+    """Bytes of a voxel of a case's CT in memory: 2 where its header states int16, else 4, those of a float32."""
+    if case.slices or is_itk_name(case.image):
+        return 2 if case.slices else 4
+    header = read_header(case.image)
+    plain = header.get_slope_inter() in ((1, 0), (None, None))
+    return 2 if plain and np.can_cast(header.get_data_dtype(), np.int16) else 4
 
 
 def scan_digest(case: Case) -> str:
