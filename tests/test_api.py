@@ -112,6 +112,9 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "array": lambda path: np.asarray(nib.load(path).dataobj),
     "floats": lambda path: nib.load(path).get_fdata(),
     "nibabel": nib.load,
+    "nibabel with a fourth axis": lambda path: nib.Nifti1Image(
+        np.asarray(nib.load(path).dataobj)[..., None], nib.load(path).affine
+    ),
     "SimpleITK": lambda path: SimpleITK.ReadImage(str(path)),
     "TorchIO image": tio.ScalarImage,
     "TorchIO subject": lambda path: tio.Subject(ct=tio.ScalarImage(path), mask=tio.LabelMap(path)),

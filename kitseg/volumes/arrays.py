@@ -72,7 +72,8 @@ def to_nibabel(array: NDArray[Any], native: Geometry) -> Any:
 
 def _native(image: Image, affine: ArrayLike | None, name: str) -> tuple[NDArray[Any], Geometry]:
     if isinstance(image, nibabel.Nifti1Image):
-        return np.asanyarray(image.dataobj), geometry_of(Path(name), image.header)
+        native = geometry_of(Path(name), image.header)
+        return np.asanyarray(image.dataobj).reshape(native.shape), native  # further axes of one value
     array, matrix = _parts(image, affine, name)
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "biuf":
         raise InputError(name, f"it has the shape {array.shape} and the type {array.dtype}", _CONVERT)
