@@ -144,7 +144,12 @@ def predict(
             "else builtin, the network that ships with kitseg."
         ),
     ] = [],  # noqa: B006
-    weights: Annotated[str | None, typer.Option(help="Weights of the models, such as 2,1. Default: equal.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of the models, such as 2,1. Default: equal. The members of an ensemble file share its weight."
+        ),
+    ] = None,
     mirror: opt.Mirror = False,
     split: opt.Split = None,
     fold: opt.NetworkFold = None,

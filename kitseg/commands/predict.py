@@ -108,9 +108,8 @@ class PredictScans:
         log(model.describe())
         if self.options.labels and self.options.labels.cyst is None and "cyst" in model.models[0].outputs:
             log(f"cysts are written as {self.options.labels.kidney.name}: the labels are {self.options.labels}")
-        here, fitted = model_names(map(origin_path, model.models)), self.options.confidence
-        if fitted and fitted.models and model_names(fitted.models) != here:
-            log(f"the expected Dice was fitted to {' and '.join(fitted.models)}, not to {' and '.join(here)}")
+        for line in fitted_to_others(model, self.options.confidence):
+            log(line)
         with folder_lock(self.to, "labels", share.part):
             write_choices(self.to, self.options.choices, self.options.identifiers)
             predictor = CasePredictor(model, self.to, self.options)
@@ -123,12 +122,13 @@ class CasePredictor:
     def __init__(self, model: Ensemble, to: Path, options: PredictOptions) -> None:
         self.model, self.to, self.options = model, to, options
         self.scheme = options.labels or model.models[0].method.labels
-        self.lost = [model.loses] if model.loses and self.scheme.cyst else []
+        self.shared_doubts = [model.loses] if model.loses and self.scheme.cyst else []
+        self.shared_doubts += fitted_to_others(model, options.confidence)
         self.facts: dict[str, Any] = {"postprocess": model.postprocess}
         self.facts |= {"labels": self.scheme.plain(), "versions": versions()}
         if options.confidence:
             sure = options.confidence
-            self.facts["confidence"] = asdict(sure.model) | {"temperature": sure.temperature}
+            self.facts["confidence"] = asdict(sure.model) | {"temperature": sure.temperature, "models": sure.models}
         self.recipe = recipe(models=model.origin(), **self.facts, outputs=(*options.endings, options.anonymous))
 
     def predict(self, source: Case) -> Outcome:
@@ -154,7 +154,7 @@ class CasePredictor:
                 more[ending] = partial(write_labels, labels=percent, native=scan.native)
             elif not _is_dicom(ending):
                 more[ending] = partial(write_volume, labels=found.canonical, native=scan.native, scheme=self.scheme)
-        hu_sha256, doubted = hu_digest(scan), [*doubts(source, scan), *self.lost]
+        hu_sha256, doubted = hu_digest(scan), [*doubts(source, scan), *self.shared_doubts]
         learned = learned_from(self.model.models, made["scan_sha256"], hu_sha256)
         if any(map(_is_dicom, self.options.endings)):
             remarks = [*filter(None, [describe_learning(learned)]), *doubted]
@@ -260,6 +260,14 @@ def write_choices(to: Path, choices: Sequence[SeriesChoice], identifiers: bool) 
 
 def _is_dicom(ending: str) -> bool:
     return ending.endswith(".dcm")
+
+
+def fitted_to_others(model: Ensemble, sure: Confidence | None) -> list[str]:
+    """A line where the expected Dice was fitted to other models than these, by their names."""
+    here = model_names(map(origin_path, model.models))
+    if sure is None or not sure.models or model_names(sure.models) == here:
+        return []
+    return [f"the expected Dice was fitted to {' and '.join(sure.models)}, not to {' and '.join(here)}"]
 
 
 def doubts(case: Case, scan: Volume) -> list[str]:

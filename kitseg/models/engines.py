@@ -64,7 +64,7 @@ class OpenVino:
 
         def predict(x: Tensor) -> Tensor:
             if self._at != (at := (weights.name, head, x.shape)):
-                self._at, self._compiled = (), None
+                self.release()
                 network = partial(weights.load().probabilities, head=head)
                 example = torch.zeros(*x.shape[:2], *(min(n, EXAMPLE) for n in x.shape[2:]))
                 with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
@@ -78,6 +78,10 @@ class OpenVino:
             return found
 
         return predict
+
+    def release(self) -> None:
+        """Free the compiled network."""
+        self._at, self._compiled = (), None
 
     def _compile(self, graph: Any, shape: torch.Size) -> Any:
         from openvino.frontend import FrontEndManager
@@ -126,12 +130,16 @@ class Winograd:
 
         def predict(x: Tensor) -> Tensor:
             if self._compiled is None or self._at != (weights.name, head):
-                self._compiled, self._at = None, (weights.name, head)
-                gc.collect()  # PyTorch's meta device leaves cycles that hold the last network
-                self._compiled = self._compile(weights, head, x)
+                self.release()
+                self._at, self._compiled = (weights.name, head), self._compile(weights, head, x)
             return self._compiled(x)
 
         return predict
+
+    def release(self) -> None:
+        """Free the compiled network."""
+        self._at, self._compiled = (), None
+        gc.collect()  # PyTorch's meta device leaves cycles that hold it
 
     def _compile(self, weights: Checkpoint, head: int, x: Tensor) -> Predict:
         from kitseg.native.compiled import compile_network  # torch.fx, which takes a moment to import

@@ -108,9 +108,9 @@ class Ensemble:
         return judge(labels, probabilities, scan, agreement, self.training_domain, scheme)
 
     def predict_proba(self, scan: Volume) -> tuple[Probabilities, dict[str, float] | None]:
-        """The weighted mean over the models and their folds, which share a model's weight; one at a time in memory.
+        """The weighted mean over the models and their folds, which share a model's weight; and how far they agree.
 
-        And how far they agree by class, None for a single member.
+        Several models are in main memory one at a time. The agreement is by class, None for a single member.
         """
         mean, votes = ensemble.Mean(), ensemble.EnsembleAgreement()
         channels = ensemble.common_channels([tuple(model.outputs) for model in self.models])
@@ -120,6 +120,8 @@ class Ensemble:
                 member = ensemble.convert(to_scan(run_chain(scan, stages, model.heads), model.outputs, scan), channels)
                 votes.add(member)
                 mean.add(member, weight * most / len(model.folds))
+            if len(self.models) > 1:
+                model.release()
         return mean.result(), votes.agreement()
 
     @cached_property
@@ -183,7 +185,8 @@ def open_ensemble(
 ) -> Ensemble:
     """Open runs, folds of runs, ensemble files and bundles; the post-processing is the first one's.
 
-    engine, precision: see ``open_model``; fold: of runs, use this one's networks only.
+    weights: of these models, whose members share them; engine, precision: see ``open_model``; fold: of runs, use this
+    one's networks only.
 
     Raises:
         UsageError: not a run, or weights that don't fit. InputError: a damaged file, or an unfinished run.
@@ -196,7 +199,8 @@ def open_ensemble(
     members, recipes = [], []
     for path, share in zip(paths, shares, strict=True):
         found, recipe = members_of(path)
-        members += [replace(m, weight=share * m.weight, mirror=mirror or m.mirror) for m in found]
+        total = sum(m.weight for m in found) if len(paths) > 1 else 1.0
+        members += [replace(m, weight=share * m.weight / total, mirror=mirror or m.mirror) for m in found]
         recipes.append(recipe)
     models = tuple(
         open_model(of_fold(member.run, fold), device, mirror=member.mirror, engine=engine, precision=precision)

@@ -51,6 +51,11 @@ class Model:
         """The stages and heads that the outputs come from."""
         return sorted({(source.stage, source.head) for source in self.outputs.values()})
 
+    def release(self) -> None:
+        """Free its networks in main memory; a later prediction loads them again."""
+        for stage in self.chain.values():
+            stage.release()
+
     def learned_from(self, hashes: Iterable[str]) -> list[int] | None:
         """The folds whose networks learned from a scan, by the hashes of its file and of its HU; None where unknown."""
         info = self.run.read_info()

@@ -15,7 +15,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.inference.windows import Slices, WholeRegion, Window
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.regions import Region
-from kitseg.models.engines import Engine, OpenVino, Torch, Winograd, has_kernels, has_openvino
+from kitseg.models.engines import Compiling, Engine, OpenVino, Torch, Winograd, has_kernels, has_openvino
 from kitseg.models.run_folder import StageFolder
 from kitseg.models.weights import Checkpoint, allocate
 from kitseg.native.library import lanes, release_memory
@@ -62,6 +62,13 @@ class TrainedStage:
         """
         paths = tuple(path for path, _ in folder.checkpoints())
         return replace(self, checkpoints=paths, threshold=folder.threshold())
+
+    def release(self) -> None:
+        """Free what its engine has compiled, and its network's weights where these are in main memory."""
+        if isinstance(self.engine, Compiling):
+            self.engine.release()
+        if self.model.device.type == "cpu":
+            self.model.drop_weights()
 
     @torch.inference_mode()
     def predict(self, image: Tensor, head: str) -> Tensor:

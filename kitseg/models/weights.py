@@ -54,8 +54,7 @@ class Checkpoint:
 
     def drop(self) -> None:
         """Keep the network's structure only."""
-        self.model.to("meta")
-        self.model.loaded = None
+        self.model.drop_weights()
 
 
 def allocate(model: StageModel, device: torch.device) -> None:

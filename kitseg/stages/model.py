@@ -46,6 +46,11 @@ class StageModel(nn.Module):
         """Where the weights are; the CPU for a network without any."""
         return next((weight.device for weight in self.parameters()), torch.device("cpu"))
 
+    def drop_weights(self) -> None:
+        """Keep the network's structure only, on the meta device."""
+        self.to("meta")
+        self.loaded = None
+
     def logits(self, x: Tensor) -> tuple[Tensor, ...]:
         """One tensor (N, K, D, H, W) per head for ``x`` (N, C, D, H, W)."""
         return heads_of(self.net(x))
