@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,33 @@ def test_a_broken_case_does_not_stop_a_plan(data: Path, monkeypatch: pytest.Monk
     assert "1 cases, median voxel" in shown
 
 
+@pytest.mark.parametrize("given", [("data",), ("--masks=masks",)])
+def test_test_cases_and_their_copies_are_not_planned_from(
+    data: Path, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The split calls a flat label map by its scan's name; a copy is a registered one of the test case."""
+    (data / "b").rename(data / "case_00001")
+    copy = data / "case_00001_to_a"
+    shutil.copytree(data / "case_00001", copy)
+    origin = {"schema": 1, "sources": ["case_00001"], "patients": ["case_00001"]}
+    (copy / "origin.json").write_text(json.dumps(origin))
+    (data.parent / "masks").mkdir()
+    for case, name in (("a", "a"), ("case_00001", "prediction_00001")):
+        shutil.copy(data / case / "segmentation.nii.gz", data.parent / "masks" / f"{name}.nii.gz")
+    folds = [{"train": ["a"], "val": ["c"], "inner": []}]
+    split = {"schema": 1, "labels": KITS19.plain(), "folds": folds, "test": ["case_00001"]}
+    (data.parent / "splits.json").write_text(json.dumps(split))
+    monkeypatch.setattr(planner, "estimate", lambda *_: {})
+    done = kitseg(data.parent, "plan", *given, "--cpu", "--size=tiny", "--jobs=1")
+    assert done.code == 0, done.text
+    assert read_plan(data.parent / "plan.yaml", "resenc", config.sizes("resenc"))["cases"]["cases"] == 1
+
+
+def test_a_training_does_not_plan_from_test_cases_that_it_chooses_later(data: Path) -> None:
+    refused = kitseg(data.parent, "train", "--method=resenc", *LITTLE, "--set=test_cases=1", "--dry-run")
+    assert (refused.code, "make it with `kitseg split`" in " ".join(refused.text.split())) == (2, True), refused.text
+
+
 def changed(path: Path, change: Any) -> None:
     content = yaml.safe_load(path.read_text())
     change(content["values"])
@@ -211,12 +240,14 @@ def test_without_a_size_training_plans(data: Path) -> None:
     [
         (lambda v: v["masses"].update(width=3), "values.masses has an unknown key width"),
         (lambda v: v.pop("hu"), "values lacks hu"),
+        (lambda v: v["hu"].update(low=304), "HU from 304 to 304 divided by 76.9"),
+        (lambda v: v["hu"].update(scale=0), "HU from -79 to 304 divided by 0"),
         (lambda v: v["optimizer"].update(_target_="os.system"), "not a part that kitseg builds from"),
         (lambda v: v.update(epochs="${oc.env:HOME}"), "not a plain value"),
     ],
 )
 def test_plans_that_can_not_be_used(tmp_path: Path, change: Any, words: str) -> None:
-    plan = {"method": "resenc", "size": "tiny", "budget": "CPU", "values": config.sizes("resenc")["tiny"]}
+    plan = {"method": "resenc", "size": "tiny", "values": config.sizes("resenc")["tiny"]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     changed(tmp_path / "plan.yaml", change)
     (tmp_path / "data").mkdir()

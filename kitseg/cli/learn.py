@@ -132,6 +132,8 @@ def train(
             labels=known,
             start=theirs,
             config_dir=config_dir,
+            overrides=overrides,
+            split=split,
         )
 
     configuration, size = composed(method, size, plan, overrides, config_dir, make, write=not dry_run)

@@ -63,7 +63,7 @@ def composed(
             if not path.exists():
                 write_plan(path, make(sizes))
         made = read_plan(path, method, sizes)
-    console.print_plain(f"planned: {path} (size {made['size']}, {made['budget']})")
+    console.print_plain(f"planned: {path} (size {made['size']}, {made.get('budget', 'no budget stated')})")
     return config.compose(method, made["size"], overrides, config_dir, made["values"]), path.stem
 
 
@@ -74,7 +74,11 @@ def make_plan(
 
     given: ``labels``, their scheme; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs;
     ``start``: the model folder of nnU-Net to start from; ``config_dir``: of the user's own methods; ``errors``: a list
-    that gets the error of each case that is left out.
+    that gets the error of each case that is left out; ``overrides``: of the configuration of a training whose ``split``
+    file, where it isn't there yet, is written after the plan.
+
+    Raises:
+        UsageError: no such size or model, or test cases would be chosen after they were planned from.
     """
     from kitseg import config
     from kitseg.labels import KITS19
@@ -89,7 +93,10 @@ def make_plan(
     if start is not None and (start := find_nnunet(start)) is None:
         raise UsageError(f"--init-from {given['start']}: it is no model folder of nnU-Net; others need no plan")
     where = given.get("config_dir")
-    cases, ema = find(), config.compose(method, size, (), where)["trainer"]["ema"] is not None
+    settings, split = config.compose(method, size, given.get("overrides", ()), where), given.get("split")
+    if settings["test_cases"] and split is not None and not split.exists():
+        raise UsageError(f"test cases are not planned from, and {split} isn't there yet: make it with `kitseg split`")
+    cases, ema = find(), settings["trainer"]["ema"] is not None
     with console.bar("plan", len(cases)) as step:
 
         def done(error: str) -> None:
@@ -121,13 +128,30 @@ def memory_here(device: str) -> float | None:
     return gpu_memory()
 
 
-def cases_to_plan(data: Sequence[Path], masks: Path | None, split: Path) -> list[Case]:
-    """The labelled cases of folders, without the test cases of a split that is there."""
-    from kitseg.splits import read_split
-    from kitseg.volumes.kits import labelled_cases
+def cases_to_plan(data: Sequence[Path] | None, masks: Path | None, split: Path) -> list[Case]:
+    """The labelled cases of folders, or without these the label maps alone; see ``_without_test``."""
+    from kitseg.types import Case
+    from kitseg.volumes.kits import find_labels, labelled_cases
 
-    test = read_split(split).test if split.exists() else ()
-    return [case for case in labelled_cases(data, masks) if case.id not in test]
+    if data is None and masks is not None:
+        return _without_test([Case(name, path, path) for name, path in find_labels(masks).items()], split)
+    return _without_test(labelled_cases(data or [Path("data")], masks), split)
+
+
+def _without_test(cases: list[Case], split: Path) -> list[Case]:
+    """The cases without the test cases of a split that is there, and without registered copies of these.
+
+    Raises:
+        UsageError: there are no others.
+    """
+    from kitseg.splits import read_split
+    from kitseg.volumes.names import pair
+
+    test = set(read_split(split).test) if split.exists() else set()
+    held = {*test, *pair(test, [case.id for case in cases]).values()}
+    if not (left := [case for case in cases if not held.intersection((case.id, *case.sources))]):
+        raise UsageError(f"{split} holds out all of these cases: there are none to plan from")
+    return left
 
 
 @app.command(epilog="Example: kitseg plan data --gpu-memory 24GB -o plan.yaml")
@@ -161,18 +185,11 @@ def plan(
     from kitseg import config
     from kitseg.models.memory import parse_size
     from kitseg.training.planner import write_plan
-    from kitseg.types import Case
-    from kitseg.volumes.kits import find_labels
 
     if gpu_memory and cpu:
         raise UsageError("--gpu-memory and --cpu exclude each other")
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists, and may have been edited. Choose another -o, or replace it with --overwrite")
-
-    def find() -> list[Case]:
-        if data is None and masks is not None:
-            return [Case(name, path, path) for name, path in find_labels(masks).items()]
-        return cases_to_plan(data or [Path("data")], masks, split)
 
     memory = None if cpu else memory_here("auto")
     if gpu_memory:
@@ -188,7 +205,7 @@ def plan(
         "start": init_from,
         "config_dir": config_dir,
     }
-    write_plan(out, make_plan(method, sizes, find, jobs, memory, **given))
+    write_plan(out, make_plan(method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory, **given))
     more = "".join(f" --data {quote(str(folder))}" for folder in data or ())
     stated = {"masks": masks, "labels": labels, "init-from": given["start"], "config-dir": config_dir}
     stated["split"] = split if split != Path("splits.json") else None

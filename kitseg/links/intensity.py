@@ -29,6 +29,11 @@ class ClipScale:
     scale: float
     shift: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not (self.low < self.high and self.scale > 0):
+            stated = f"HU from {self.low:g} to {self.high:g} divided by {self.scale:g}"
+            raise ValueError(f"{stated}: low must be less than high, and the divisor more than 0")
+
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """The scaled intensities; the scan's statistics are not used."""
         return hu.float().clamp(self.low, self.high).sub_(self.shift).div_(self.scale)

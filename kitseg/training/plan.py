@@ -110,13 +110,16 @@ class Start:
         """Check the configuration, the split's labels, the fold, the stage to train and the model to start from.
 
         Raises:
-            UsageError: an invalid value, other labels than the split's, or no such fold, stage or model. InputError:
-                the model's weights are damaged.
+            UsageError: an invalid value or part, other labels than the split's, or no such fold, stage or model.
+            InputError: the model's weights are damaged.
         """
         _ = self.settings
         if data_settings(self.config) is not None:
             check_method(self.method)
         _check_stage(self.method, stage)
+        for spec in self.method.stages.values():
+            for part in ("intensity", "region", "sampler"):
+                config.build(spec.parts[part])
         if self.split.exists():
             read_split_of(self.split, self.method.labels).fold(self.fold)
         elif self.fold >= self.config["folds"]:
