@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from conftest import kitseg
 from test_plan import data
 from test_residual_unet import REFERENCE
 
+from kitseg.config import compose, method_of
 from kitseg.errors import InputError, UsageError
 from kitseg.nets.residual_unet import ResidualUNet
 from kitseg.training.nnunet import find_nnunet
+from kitseg.types import Grid
 
 __all__ = ["data"]
 NETWORK = {"widths": [4, 4, 6], "blocks": [1, 2, 2]}
@@ -43,6 +46,7 @@ def model_folder(folder: Path, network: dict[str, Any], state: Any, **changes: A
              "n_conv_per_stage_decoder": [1] * (len(network["widths"]) - 1)}  # fmt: skip
     name = f"dynamic_network_architectures.architectures.unet.{changes.get('name', 'ResidualEncoderUNet')}"
     full = {"spacing": [2.0, 1.0, 1.0], "patch_size": [16, 32, 40], "batch_size": 1,
+            "normalization_schemes": [changes.get("scaling", "CTNormalization")],
             "architecture": {"network_class_name": name, "arch_kwargs": known}}  # fmt: skip
     hu = {"percentile_00_5": -50.0, "percentile_99_5": 250.0, "mean": 100.0, "std": 70.0, "median": 102.0}
     plans = {"transpose_forward": changes.get("axes", [0, 1, 2]), "configurations": {"3d_fullres": full},
@@ -95,6 +99,9 @@ def test_models_that_can_not_be_used(tmp_path: Path) -> None:
     coronal = model_folder(tmp_path / "coronal", NETWORK, {}, axes=[1, 0, 2])
     with pytest.raises(InputError, match="turned the axes of its files by"):
         find_nnunet(str(coronal))
+    other = model_folder(tmp_path / "other", NETWORK, {}, scaling="ZScoreNormalization")
+    with pytest.raises(InputError, match="scales intensities by ZScoreNormalization"):
+        find_nnunet(str(other))
 
     class Call:
         def __reduce__(self) -> Any:
@@ -108,6 +115,17 @@ def test_models_that_can_not_be_used(tmp_path: Path) -> None:
         model.weights(model.checkpoint(0), [])
     assert not (tmp_path / "was-run").exists()
     assert find_nnunet(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("change", [{}, {"shift": 60}, {"scale": 40}, {"low": -80}])
+def test_other_intensities_are_stated(change: dict[str, float], tmp_path: Path) -> None:
+    """Whatever of a stage's scaling differs, not its limits alone."""
+    model = find_nnunet(str(model_folder(tmp_path / "theirs", NETWORK, {})))
+    assert model is not None
+    stages = method_of(compose("resenc", "tiny")).stages
+    seen = {"low": -50.0, "high": 250.0, "shift": 100.0, "scale": 70.0, **change}
+    stage = replace(stages["masses"], grid=Grid(2.0, 1.0), parts={**stages["masses"].parts, "intensity": seen})
+    assert ("less 100 and divided by 70" in model.difference(stage)) == bool(change)
 
 
 def test_a_training_plans_with_the_model_that_it_starts_from(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from kitseg.runtime.files import read_errors
 
 PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
 ENCODER = "ResidualEncoderUNet"
+CT = "CTNormalization"
 NET = "kitseg.nets.residual_unet.ResidualUNet"
 #: nnU-Net's order of the axes of files; the second of those whose slices come first, such as the challenge's.
 PLAIN, TURNED = [0, 1, 2], [2, 0, 1]
@@ -77,14 +78,15 @@ class NnunetModel:
     def difference(self, stage: StageSpec) -> str:
         """A line on the grid and the intensities that it was trained on; empty where the stage has the same."""
         grid, seen = stage.grid, stage.parts["intensity"]
-        here = [grid.slices, grid.inplane, grid.inplane, *(seen.get(key) for key in ("low", "high"))]
-        there = [*self.spacing, self.hu["low"], self.hu["high"]]
+        here = [grid.slices, grid.inplane, grid.inplane, *(seen.get(key) for key in self.hu)]
+        there = [*self.spacing, *self.hu.values()]
         if all(a is not None and abs(a - b) <= 0.05 * abs(b) for a, b in zip(here, there, strict=True)):
             return ""
         spacing = " × ".join(f"{mm:.3g}" for mm in self.spacing)
         return (
-            f"{self.folder} learned from voxels of {spacing} mm and from {there[3]:g} to {there[4]:g} HU, unlike stage "
-            f"{stage.name}; `kitseg plan --init-from` plans a stage with the same"
+            f"{self.folder} learned from voxels of {spacing} mm and from {there[3]:g} to {there[4]:g} HU, less "
+            f"{there[5]:g} and divided by {there[6]:g}, unlike stage {stage.name}; `kitseg plan --init-from` plans a "
+            "stage with the same"
         )
 
     def adopt(self, block: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,6 +140,9 @@ def find_nnunet(model: str) -> NnunetModel | None:
         if network is None:
             found = _architecture(configuration).rpartition(".")[-1]
             problem = f"describes a network of another kind ({found}) than the 3D {ENCODER} of the ResEnc presets"
+            raise InputError(folder / PLANS, problem, _REMEDY)
+        if (scaling := configuration.get("normalization_schemes", [CT])[0]) != CT:
+            problem = f"scales intensities by {scaling}, not by {CT}, which clips HU as kitseg does"
             raise InputError(folder / PLANS, problem, _REMEDY)
         axes = plans.get("transpose_forward", PLAIN)
         if axes not in (PLAIN, TURNED):
