@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +31,7 @@ _FOLDER = Path(str(resources.files("kitseg.conf"))) / "labels"
 #: Other names of a class in nnU-Net's ``dataset.json``; in a region of several ids, ``mass`` is tumor and cyst.
 _SYNONYMS = {"kidneys": "kidney", "tumour": "tumor", "tumors": "tumor", "tumours": "tumor", "cysts": "cyst"}
 _SYNONYMS |= {"mass": "cyst", "masses": "cyst", "kidney_and_mass": "kidney", "kidney_and_masses": "kidney"}
+_DATA_SET = "dataset.json"
 _Class = Literal["kidney", "tumor", "cyst"]
 _Line = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]{1,60}\Z")]
 
@@ -105,6 +108,11 @@ class Scheme:
     def is_read_by(self, other: Scheme) -> bool:
         """Whether another scheme gives all of its ids the same classes."""
         return self.ids.items() <= other.ids.items()
+
+    def contradicts(self, other: Scheme) -> bool:
+        """Whether an id is one class here and another class there."""
+        here, there = {number: name for name, number in self.ids.items()}, other.ids
+        return any(here.get(number, name) != name for name, number in there.items())
 
     def plain(self) -> dict[str, Any]:
         """The scheme as plain values, which ``scheme_of`` takes."""
@@ -188,6 +196,29 @@ def find_scheme(text: str | Scheme) -> Scheme:
     except (OSError, ValueError) as error:
         problem = f"can't be used as a label scheme ({' '.join(str(error).split())})"
         raise InputError(path, problem, "See docs/how-to/labels.md.") from error
+
+
+def check_data_set(labels: Path, scheme: Scheme) -> None:
+    """Make sure that a label map of nnU-Net's is not read against the ``dataset.json`` of its folder or data set.
+
+    One that describes no label scheme says nothing.
+
+    Raises:
+        InputError: an id is another class there.
+    """
+    folder = labels.absolute().parent
+    for path in (folder / _DATA_SET, *([folder.parent / _DATA_SET] if folder.name in ("labelsTr", "labelsTs") else [])):
+        if path.is_file() and (stated := _stated(path, path.stat().st_mtime_ns)) and stated.contradicts(scheme):
+            problem = f"{path} states {stated.line} for it, and it would be read as {scheme.line}"
+            raise InputError(labels, problem, f"Give --labels {path}")
+
+
+@cache
+def _stated(path: Path, _changed: int) -> Scheme | None:
+    """The scheme of a ``dataset.json``; None where it describes none."""
+    with suppress(InputError):
+        return find_scheme(str(path))
+    return None
 
 
 def widest(schemes: Sequence[Scheme]) -> Scheme:

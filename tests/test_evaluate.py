@@ -13,7 +13,7 @@ from conftest import Result, kitseg
 from nifti_files import save
 
 import kitseg as kitseg_package
-from kitseg.labels import KITS19, KITS23, to_kits19
+from kitseg.labels import KITS19, KITS23, find_scheme, to_kits19
 from kitseg.scoring.case import score
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.scoring.protocols import PROTOCOLS
@@ -247,6 +247,45 @@ def test_predictions_of_different_models_are_named(tmp_path: Path) -> None:
     (note,) = predicted_with("builtin.kitseg", "/runs/mine", "runs/mine")
     assert note.startswith("the predictions are of different models: builtin (1), mine (2)")
     assert predicted_with(*["runs/mine"] * 3) == []
+
+
+def with_record(folder: Path, labels: dict[str, Any], *maps: np.ndarray) -> None:
+    """Predictions with a record that states their scheme."""
+    for path in write(folder, *maps).glob("*.nii.gz"):
+        record = {"schema": 4, "case": path.name[:10], "labels": labels}
+        (folder / f"{path.name[:10]}.json").write_text(json.dumps(record))
+
+
+def test_references_are_not_read_with_tumor_and_cyst_exchanged(tmp_path: Path) -> None:
+    """The records state ids by which the references, read as KiTS23's, would have cysts for tumors."""
+    own = find_scheme("kidney=1,tumor=3,cyst=2")
+    write(tmp_path / "ref", labels(tumor=3, cyst=2))
+    with_record(tmp_path / "pred", own.plain(), labels(tumor=3, cyst=2))
+    refused, _ = evaluate(tmp_path, "--protocol=kits23")
+    assert refused.code == 2
+    assert "--labels kidney=1,tumor=3,cyst=2, or --labels kidney=1,tumor=2,cyst=3" in " ".join(refused.text.split())
+    for stated, tumor in ((own.line, 1), (KITS23.line, 0)):
+        done, content = evaluate(tmp_path, "--protocol=kits23", f"--labels={stated}")
+        assert done.code == 0, done.text
+        assert content["cases"]["case_00000"]["tumor"]["dice"] == tumor
+
+
+def test_the_regions_of_a_split_are_scored_and_not_compared_with_others(tmp_path: Path) -> None:
+    """With the challenge's own ids, too; two schemes that call another union by one name don't meet."""
+    write(tmp_path / "ref", labels(tumor=2, cyst=3))
+    write(tmp_path / "pred", labels(tumor=2))
+    for number, region in enumerate((["tumor"], ["kidney", "tumor"], ["tumor", "kidney"])):
+        scheme = {**KITS23.plain(), "regions": {"solid": region}}
+        folds = [{"train": ["a"], "val": ["b"], "inner": []}]
+        split = {"schema": 1, "labels": scheme, "folds": folds, "test": ["case_00000"]}
+        (tmp_path / "splits.json").write_text(json.dumps(split))
+        done, content = evaluate(tmp_path, "--protocol=kits23", "--split=splits.json")
+        assert done.code == 0, done.text
+        assert (content["cases"]["case_00000"]["solid"]["dice"] == 1) == (number == 0)
+        (tmp_path / "scores.json").rename(tmp_path / f"{number}.json")
+    refused = kitseg(tmp_path, "compare", "0.json", "1.json")
+    assert (refused.code, "other classes in the region solid" in " ".join(refused.text.split())) == (2, True)
+    assert kitseg(tmp_path, "compare", "1.json", "2.json").code == 0
 
 
 def test_references_without_a_prediction_are_named(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import kitseg
+from nifti_files import save
 
 from kitseg import config, ensemble
 from kitseg.errors import InputError, UsageError
@@ -111,6 +113,25 @@ def test_files_have_the_ids_of_their_scheme(tmp_path: Path) -> None:
         read_labels(tmp_path / "own.nii.gz", "a", KITS23)
     loose = read_labels(tmp_path / "own.nii.gz", "a", find_scheme("kidney=5,tumor=9"), strict=False).array
     np.testing.assert_array_equal(np.sort(loose.ravel()), [0, KIDNEY, TUMOR, UNKNOWN])
+
+
+def test_a_data_set_of_nnunet_is_not_read_against_its_own_file(tmp_path: Path) -> None:
+    scan, labels = np.zeros((8, 8, 8), np.int16), np.zeros((8, 8, 8), np.uint8)
+    scan[:4], labels[4:], labels[6:] = -1000, 2, 1
+    scan[4:] = 40
+    for folder, name, array in (("imagesTr", "a_0000", scan), ("labelsTr", "a", labels)):
+        (tmp_path / "raw" / folder).mkdir(parents=True)
+        save(tmp_path / "raw" / folder / f"{name}.nii.gz", array, np.diag([-1.0, -1, 1, 1]))
+    stated = {"background": 0, "kidney": 2, "tumor": 1}
+    written(tmp_path / "raw/dataset.json", {"labels": stated, "channel_names": {"0": "CT"}})
+    refused = kitseg(tmp_path, "check", "raw", "--jobs=1")
+    shown = " ".join(refused.text.split())
+    assert refused.code == 1
+    assert "states kidney=2,tumor=1 for it, and it would be read as kidney=1,tumor=2" in shown
+    done = kitseg(tmp_path, "check", "raw", "--labels=raw/dataset.json", "--jobs=1", "--json=check.json")
+    assert done.code == 0, done.text
+    written(tmp_path / "raw/dataset.json", {"labels": {"background": 0, "liver": 1}})  # says nothing about kidneys
+    assert kitseg(tmp_path, "check", "raw", "--jobs=1").code == 0
 
 
 def test_without_a_class_of_their_own_cysts_are_written_as_kidney(tmp_path: Path) -> None:

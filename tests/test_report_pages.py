@@ -273,6 +273,11 @@ def test_prediction_and_reference_have_labels_of_their_own(tmp_path: Path) -> No
     assert refused.code == 1
     assert "masks/case.nii.gz" in refused.text
     assert "the label values 3" in refused.text
+    exchanged = {"schema": 4, "labels": find_scheme("kidney=2,tumor=1").plain()}
+    (tmp_path / "predictions" / "case.json").write_text(json.dumps(exchanged))
+    refused = kitseg(tmp_path, *command, "--overwrite")
+    assert refused.code == 2
+    assert "State those of the references with --labels" in " ".join(refused.text.split())
 
 
 def test_labels_alone_have_a_page(reported: Path) -> None:

@@ -98,6 +98,8 @@ def evaluate(
     rules = scoring.rules(protocol, scheme, split)
     patients = read_patients(references / PATIENTS) if intervals or confidence else {}
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
+    if scheme is None:
+        scoring.refuse_other_labels(found, rules.scheme)
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
     scores = gather("evaluate", found, cache or work, jobs, cluster, take_share(shard))

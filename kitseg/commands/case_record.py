@@ -162,6 +162,12 @@ def scheme_beside(labels: Path) -> Scheme | None:
     return None if is_volume_name(labels) else KITS23
 
 
+def contradicting_scheme(labels: Path, scheme: Scheme) -> Scheme | None:
+    """The scheme of the record beside a label map with ids where one is another class in ``scheme``; None otherwise."""
+    own = scheme_beside(labels) if is_volume_name(labels) else None
+    return own if own and own.contradicts(scheme) else None
+
+
 def describe_learning(models: Sequence[str] | None) -> str:
     """A note where networks learned from the scan that they predicted."""
     return f"its networks learned from this scan ({'; '.join(models)})" if models else ""

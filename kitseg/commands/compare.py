@@ -24,7 +24,8 @@ class Side:
     """One side of a comparison, from a file of ``kitseg evaluate --json``.
 
     labels: of the references; cases: Dice by case and class; strata: stratum by case and kind; background: cases
-    scored as if nothing was found; references: the hash of each case's reference, empty in files of earlier versions.
+    scored as if nothing was found; references: the hash of each case's reference; regions: the classes of each
+    region of the references' scheme; both empty in files of earlier versions.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Side:
     strata: dict[str, dict[str, str]]
     background: frozenset[str]
     references: dict[str, str] = field(default_factory=dict)
+    regions: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Comparison:
 def compare(a: Path, b: Path) -> Comparison:
     """Compare two score files, or the ones in two folders (``scores.json`` or ``validation/scores.json``).
 
-    Raises UsageError: both are the same file, or have different protocols or references or no case in common;
+    Raises UsageError: both are the same file, or have different protocols, references or regions, or no case in common;
     InputError: one is missing or damaged, or both give a case another stratum.
     """
     one, other = _read(a), _read(b)
@@ -67,6 +69,10 @@ def compare(a: Path, b: Path) -> Comparison:
     if (one.protocol, one.labels) != (other.protocol, other.labels):
         rules = (f"{side.path} was scored by {side.protocol} with the labels {side.labels}" for side in (one, other))
         raise UsageError(f"{' and '.join(rules)}. Evaluate both with the same --protocol and --labels")
+    common = one.regions.keys() & other.regions.keys()
+    if odd := sorted(name for name in common if set(one.regions[name]) != set(other.regions[name])):
+        files = f"{one.path} and {other.path} have other classes in the region {', '.join(odd)}"
+        raise UsageError(f"{files}. Evaluate both with the same --labels")
     known = one.references.keys() & other.references.keys() & one.cases.keys() & other.cases.keys()
     if changed := sorted(case for case in known if one.references[case] != other.references[case]):
         files = f"{one.path} and {other.path} were scored against different references of {shorten(changed)}"
@@ -120,8 +126,8 @@ def _read(path: Path) -> Side:
             cases.setdefault(case, {})[name] = dice
     background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
     labels = content.get("labels") or scheme_of(content.get("convention", "kits19")).line
-    references = content.get("references", {})
-    return Side(found, content["protocol"], labels, cases, content["strata"], background, references)
+    references, regions = content.get("references", {}), content.get("regions", {})
+    return Side(found, content["protocol"], labels, cases, content["strata"], background, references, regions)
 
 
 def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.case_record import recorded_learning, recorded_models, scheme_beside
+from kitseg.commands.case_record import contradicting_scheme, recorded_learning, recorded_models, scheme_beside
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
 from kitseg.runtime.files import file_digest
@@ -106,7 +106,8 @@ class Job(Task):
 def rules(protocol: str, scheme: Scheme | None, split: Path | None = None) -> Rules:
     """The rules of a protocol for references of a scheme.
 
-    Without a scheme it is the protocol's, or a split file's where the protocol's doesn't read its ids alike.
+    Without a scheme it is the protocol's, or a split file's where that has the same ids, and perhaps other regions, or
+    where the protocol's doesn't read its ids alike.
 
     Raises:
         UsageError: an unknown protocol. InputError: the split file can't be used.
@@ -114,9 +115,24 @@ def rules(protocol: str, scheme: Scheme | None, split: Path | None = None) -> Ru
     if protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol '{protocol}'. Choose from {', '.join(PROTOCOLS)}")
     usual = scheme_of(PROTOCOLS[protocol].labels)
-    if scheme is None and split and not (known := read_split(split).scheme).is_read_by(usual):
-        scheme = known
+    if scheme is None and split:
+        known = read_split(split).scheme
+        scheme = known if known.ids == usual.ids or not known.is_read_by(usual) else None
     return Rules(PROTOCOLS[protocol], scheme or usual)
+
+
+def refuse_other_labels(jobs: Sequence[Job], assumed: Scheme) -> None:
+    """Refuse references of a scheme that nobody has stated where a prediction's record contradicts it.
+
+    Raises:
+        UsageError: one does.
+    """
+    for job in jobs:
+        if job.prediction and (own := contradicting_scheme(job.prediction, assumed)):
+            raise UsageError(
+                f"{job.prediction} has the labels {own}, and {job.reference} would be read as {assumed}. State the "
+                f"labels of the references: --labels {own.line}, or --labels {assumed.line}"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from kitseg import __version__
 from kitseg.commands.case_record import (
     ANY_RECORD,
     CaseRecord,
+    contradicting_scheme,
     correction_beside,
     of_other_models,
     record_of,
@@ -89,7 +90,8 @@ def plan_pages(
     stated: the scheme of the references, and of predictions without a record; None: KiTS23's.
 
     Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one name, scans of none
-    of the cases, scores of other label maps, or files that kitseg did not write in the way.
+    of the cases, scores of other label maps, references whose scheme nobody has stated and the predictions contradict,
+    or files that kitseg did not write in the way.
     """
     labels = find_labels(predictions)
     refuse_scans(predictions, labels)
@@ -106,8 +108,11 @@ def plan_pages(
     tasks = []
     for case, path in sorted(labels.items()):
         figures, truth = scores.cases.get(scored.get(case, ""), {}), stated or KITS23
-        scheme = scheme_beside(path) or truth
-        tasks.append(PageTask(case, path.absolute(), scans.get(case), figures, to.absolute(), scheme, truth))
+        scheme, scan = scheme_beside(path) or truth, scans.get(case)
+        if stated is None and scan and scan.label and contradicting_scheme(path, truth):
+            problem = f"{path} has the labels {scheme}, and its reference {scan.label} would be read as {truth}"
+            raise UsageError(f"{problem}. State those of the references with --labels")
+        tasks.append(PageTask(case, path.absolute(), scan, figures, to.absolute(), scheme, truth))
     return tasks
 
 

@@ -37,6 +37,7 @@ class ScoreFile(TypedDict):
     groups: list[_Group]
     strata: dict[str, dict[str, str]]
     labels: NotRequired[str]
+    regions: NotRequired[dict[str, list[int]]]  # of the scheme, by kitseg's ids
     convention: NotRequired[str]  # of kitseg 0.1: kits19 or kits23
     median: NotRequired[_ByFigure[float | None]]
     ci95: NotRequired[_ByFigure[tuple[float, float] | None]]
@@ -81,6 +82,7 @@ def score_content(
     content["strata"] = {s.case: dict(s.strata) for s in scores if s.strata}
     content["folds"] = dict(folds)
     content["groups"] = [asdict(group) for group in groups(scores, folds)]
+    content["regions"] = {name: target.labels for name, target in rules.protocol.more_targets(rules.scheme).items()}
     content["references"] = {score.case: score.reference for score in scores if score.reference}
     content["predictions"] = {score.case: score.prediction for score in scores if score.prediction}
     content["missing"] = [score.case for score in scores if score.missing]
