@@ -198,19 +198,25 @@ def find_scheme(text: str | Scheme) -> Scheme:
         raise InputError(path, problem, "See docs/how-to/labels.md.") from error
 
 
-def check_data_set(labels: Path, scheme: Scheme) -> None:
-    """Make sure that a label map of nnU-Net's is not read against the ``dataset.json`` of its folder or data set.
+def data_set_scheme(labels: Path) -> tuple[Path, Scheme] | None:
+    """nnU-Net's ``dataset.json`` of a label map's folder or data set, and its scheme; None where none describes one."""
+    folder = labels.absolute().parent
+    for place in (folder, *([folder.parent] if folder.name in ("labelsTr", "labelsTs") else [])):
+        path = place / _DATA_SET
+        if path.is_file() and (stated := _stated(path, path.stat().st_mtime_ns)):
+            return path, stated
+    return None
 
-    One that describes no label scheme says nothing.
+
+def check_data_set(labels: Path, scheme: Scheme) -> None:
+    """Make sure that a label map of nnU-Net's is not read against its ``dataset.json``.
 
     Raises:
         InputError: an id is another class there.
     """
-    folder = labels.absolute().parent
-    for path in (folder / _DATA_SET, *([folder.parent / _DATA_SET] if folder.name in ("labelsTr", "labelsTs") else [])):
-        if path.is_file() and (stated := _stated(path, path.stat().st_mtime_ns)) and stated.contradicts(scheme):
-            problem = f"{path} states {stated.line} for it, and it would be read as {scheme.line}"
-            raise InputError(labels, problem, f"Give --labels {path}")
+    if (known := data_set_scheme(labels)) and known[1].contradicts(scheme):
+        problem = f"{known[0]} states {known[1].line} for it, and it would be read as {scheme.line}"
+        raise InputError(labels, problem, f"Give --labels {known[0]}")
 
 
 @cache

@@ -270,6 +270,18 @@ def test_references_are_not_read_with_tumor_and_cyst_exchanged(tmp_path: Path) -
         assert content["cases"]["case_00000"]["tumor"]["dice"] == tumor
 
 
+def test_predictions_of_nnunet_are_read_by_the_file_in_their_folder(tmp_path: Path) -> None:
+    """Beside references of KiTS23, where its 2 and 3 are the other way round."""
+    write(tmp_path / "ref", labels(tumor=2, cyst=3))
+    write(tmp_path / "pred", labels(tumor=3, cyst=2))
+    stated = {"background": 0, "kidney": 1, "tumor": 3, "cyst": 2}
+    (tmp_path / "pred" / "dataset.json").write_text(json.dumps({"labels": stated}))
+    assert evaluate(tmp_path, "--protocol=kits23")[0].code == 2
+    done, content = evaluate(tmp_path, "--protocol=kits23", "--labels=kits23")
+    assert done.code == 0, done.text
+    assert [figures["dice"] for figures in content["cases"]["case_00000"].values()] == [1] * 4
+
+
 def test_the_regions_of_a_split_are_scored_and_not_compared_with_others(tmp_path: Path) -> None:
     """With the challenge's own ids, too; two schemes that call another union by one name don't meet."""
     write(tmp_path / "ref", labels(tumor=2, cyst=3))

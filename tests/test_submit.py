@@ -95,6 +95,19 @@ def test_kits23_takes_cysts_and_the_ids_of_any_scheme(folder: Path) -> None:
             np.testing.assert_array_equal(np.asarray(image.dataobj), with_cyst)
 
 
+def test_predictions_of_nnunet_have_the_ids_of_its_file(folder: Path) -> None:
+    """Its file in the folder states 2 for kidney; one with the challenge's ids changes no byte."""
+    for stated, same in (({"kidney": 1, "tumor": 2}, True), ({"kidney": 2, "tumor": 1}, False)):
+        content = {"labels": {"background": 0, **stated}}
+        (folder / "predictions" / "dataset.json").write_text(json.dumps(content))
+        result = submit(folder)
+        assert result.code == 0, result.text
+        with zipfile.ZipFile(folder / "kits19.zip") as archive:
+            assert (archive.read("prediction_00210.nii.gz") == file_of(folder, 210).read_bytes()) == same
+        written = np.asarray(unpacked(folder, "prediction_00210.nii.gz").dataobj)
+        np.testing.assert_array_equal(written, np.array([0, stated["kidney"], stated["tumor"]])[labels(210)])
+
+
 def test_every_problem_is_named_in_one_call(folder: Path) -> None:
     save(file_of(folder, 210), np.zeros((3, 4, 6), np.uint8))
     file_of(folder, 211).unlink()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.labels import KITS23, Scheme
+from kitseg.labels import KITS23, Scheme, data_set_scheme
 from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
@@ -156,10 +156,14 @@ def correction_beside(labels: Path) -> str:
 
 
 def scheme_beside(labels: Path) -> Scheme | None:
-    """The scheme of a label map by the record beside it; of DICOM segmentations KiTS23's; None where there is none."""
+    """The scheme of a label map by the record beside it, or without one by nnU-Net's ``dataset.json``; None by neither.
+
+    Of DICOM segmentations KiTS23's.
+    """
     if record := record_beside(labels):
         return record.labels
-    return None if is_volume_name(labels) else KITS23
+    known = data_set_scheme(labels) if is_volume_name(labels) else (labels, KITS23)
+    return known[1] if known else None
 
 
 def contradicting_scheme(labels: Path, scheme: Scheme) -> Scheme | None:

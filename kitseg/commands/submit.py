@@ -148,7 +148,7 @@ def _entry(asked: Entry, scan: Path | None, predictions: Path, data: Path) -> En
     if labels and own is None:
         problems += _value_problems(path, labels.array, scheme)
     as_is = not problems and stored is not None and grid is not None and _is_right(path, stored, grid)
-    as_is = as_is and own in (None, scheme)
+    as_is = as_is and (own is None or own.ids == scheme.ids)
     empty = labels is not None and not labels.array.any()
     found = tuple(f"{case}: {one}" for one in problems)
     return Entry(number, scheme, own, path, grid, found, as_is, empty, digest or "")
