@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,14 @@ BY_HAND = {"NODE_RANK": "1", "MASTER_ADDR": "a1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_launcher() -> Iterator[None]:
     """An environment that no launcher made, restored afterwards."""
+    before = dict(os.environ)
     for key in {*os.environ} & {*TORCHRUN, *SRUN, *BY_HAND}:
-        monkeypatch.delenv(key)
-    monkeypatch.setattr(os, "environ", os.environ.copy())
+        del os.environ[key]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_alone() -> None:
