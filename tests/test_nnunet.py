@@ -86,6 +86,10 @@ def test_a_fold_that_is_asked_for_is_taken(tmp_path: Path) -> None:
         model = find_nnunet(str(folder / given))
         assert model is not None
         assert model.checkpoint(fold) == folder / f"fold_{taken}" / "checkpoint_final.pth"
+    (folder / "fold_3/checkpoint_best.pth").write_bytes(b"")
+    best = find_nnunet(str(folder / "fold_3/checkpoint_best.pth"))
+    assert best is not None
+    assert best.checkpoint(0) == folder / "fold_3/checkpoint_best.pth"
     missing = find_nnunet(str(folder / "fold_1"))
     assert missing is not None
     with pytest.raises(InputError, match="has no fold_1/checkpoint_final"):

@@ -36,7 +36,7 @@ class NnunetModel:
     network: ``widths``, ``blocks``, ``strides`` and ``kernels`` as ``ResidualUNet`` takes them; spacing: mm along
     slices, rows and columns; hu: low, high, shift and scale; classes: names of exclusive classes by id, empty for
     regions; turned: its rows are our columns; fold: the name of the folder of the fold that was asked for, empty where
-    none was.
+    none was; file: the name of the files of weights.
     """
 
     folder: Path
@@ -48,6 +48,7 @@ class NnunetModel:
     classes: Sequence[str]
     turned: bool
     fold: str = ""
+    file: str = CHECKPOINT
 
     def checkpoint(self, fold: int) -> Path:
         """The weights of the fold that was asked for, else of this one, else of the first that is there.
@@ -55,11 +56,11 @@ class NnunetModel:
         Raises:
             InputError: there is none.
         """
-        there = sorted(path.parent.name for path in self.folder.glob(f"fold_*/{CHECKPOINT}"))
+        there = sorted(path.parent.name for path in self.folder.glob(f"fold_*/{self.file}"))
         wanted = [self.fold] if self.fold else [f"fold_{fold}", *there]
         if not (found := [name for name in wanted if name in there]):
-            raise InputError(self.folder, f"has no {self.fold or 'fold_0'}/{CHECKPOINT}", _REMEDY)
-        return self.folder / found[0] / CHECKPOINT
+            raise InputError(self.folder, f"has no {self.fold or 'fold_0'}/{self.file}", _REMEDY)
+        return self.folder / found[0] / self.file
 
     def check(self, stage: StageSpec) -> None:
         """Make sure that a stage has this network.
@@ -123,13 +124,14 @@ class _Ignored:
 
 
 def find_nnunet(model: str) -> NnunetModel | None:
-    """A model folder of nnU-Net, or a folder ``fold_K`` of one or its checkpoint; None for anything else.
+    """A model folder of nnU-Net, or a folder ``fold_K`` of one or a checkpoint in that; None for anything else.
 
     Raises:
         InputError: its files are damaged, or describe another network.
     """
-    path = Path(model)
-    path = path.parent if path.name == CHECKPOINT else path
+    path, file = Path(model), CHECKPOINT
+    if path.suffix == Path(CHECKPOINT).suffix:
+        path, file = path.parent, path.name
     folder = next((one for one in (path, path.parent) if (one / PLANS).is_file() and (one / DATASET).is_file()), None)
     if folder is None:
         return None
@@ -158,7 +160,7 @@ def find_nnunet(model: str) -> NnunetModel | None:
         labels = dataset["labels"]
         classes = sorted(labels, key=labels.get) if all(isinstance(n, int) for n in labels.values()) else []
         fold, batch = "" if folder == path else path.name, int(configuration["batch_size"])
-        return NnunetModel(folder, network, spacing, patch, batch, hu, classes, turned, fold)
+        return NnunetModel(folder, network, spacing, patch, batch, hu, classes, turned, fold, file)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(folder / PLANS, f"can't be used ({type(error).__name__}: {error})", _REMEDY) from error
 
