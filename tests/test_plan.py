@@ -242,6 +242,8 @@ def test_without_a_size_training_plans(data: Path) -> None:
         (lambda v: v.pop("hu"), "values lacks hu"),
         (lambda v: v["hu"].update(low=304), "HU from 304 to 304 divided by 76.9"),
         (lambda v: v["hu"].update(scale=0), "HU from -79 to 304 divided by 0"),
+        (lambda v: v["masses"].update(patch=[48, 48, 52]), "values.masses.patch is [48, 48, 52], not multiples of"),
+        (lambda v: v["kidneys"].update(patch="48"), "values.kidneys: patch must be three numbers"),
         (lambda v: v["optimizer"].update(_target_="os.system"), "not a part that kitseg builds from"),
         (lambda v: v.update(epochs="${oc.env:HOME}"), "not a plain value"),
     ],

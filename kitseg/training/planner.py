@@ -247,8 +247,8 @@ def read_plan(path: Path, method: str, sizes: Mapping[str, Any]) -> Config:
     """The content of a plan's file for a method with these sizes; one of an earlier version is as it was made.
 
     Raises:
-        InputError: missing, not a plan of this method, with other keys than its sizes have, or with parts that kitseg
-            must not build.
+        InputError: missing, not a plan of this method, with other keys than its sizes have, with a patch that its
+            strides don't divide, or with parts that kitseg must not build.
     """
     remedy = "Fix the plan, or make it again with `kitseg plan`."
     try:
@@ -263,7 +263,7 @@ def read_plan(path: Path, method: str, sizes: Mapping[str, Any]) -> Config:
     size = sizes[plan["size"]]
     if isinstance(plan["values"], dict):
         plan["values"] = {**{key: value for key, value in ADDED.items() if key in size}, **plan["values"]}
-    if odd := _odd_keys(plan["values"], size, "values"):
+    if odd := _odd_keys(plan["values"], size, "values") or _odd_patch(plan["values"]):
         raise InputError(path, odd, remedy)
     return plan
 
@@ -278,3 +278,17 @@ def _odd_keys(found: Any, expected: Any, where: str) -> str:
         key = min(odd)
         return f"{where} has an unknown key {key}" if key in found else f"{where} lacks {key}"
     return next((text for key in expected if (text := _odd_keys(found[key], expected[key], f"{where}.{key}"))), "")
+
+
+def _odd_patch(values: Config) -> str:
+    """A line on the first patch that isn't whole multiples of its strides' product; empty where there is none."""
+    for name, block in values.items():
+        if isinstance(block, Mapping) and {"patch", "strides"} <= block.keys():
+            try:
+                whole = np.prod(block["strides"], axis=0, dtype=np.int64)
+                divides = not np.mod(block["patch"], whole).any()
+            except (TypeError, ValueError):
+                return f"values.{name}: patch must be three numbers, strides three of each level"
+            if not divides:
+                return f"values.{name}.patch is {block['patch']}, not multiples of its strides: {whole.tolist()}"
+    return ""
