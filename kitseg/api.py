@@ -163,7 +163,7 @@ def measure(
         labels: a ``Prediction``, a NIfTI file, an array or an image.
         affine: (4, 4), of arrays.
         ct: the scan on the same grid: a file, an array or an image.
-        scheme: of the label map, see ``labels.find_scheme``; None: that of the record beside a file, else kits23.
+        scheme: of the label map, see ``labels.find_scheme``; None: of a file see ``scheme_beside``, else kits23.
 
     Raises:
         InputError: a file or an array can't be used, or they lie on different grids.

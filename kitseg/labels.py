@@ -124,6 +124,7 @@ class _Dataset:
     """nnU-Net's ``dataset.json``."""
 
     labels: dict[str, int | list[int]] = field(default_factory=dict)
+    regions_class_order: list[int] = field(default_factory=list)
 
 
 def scheme_of(plain: Any) -> Scheme:
@@ -199,13 +200,30 @@ def find_scheme(text: str | Scheme) -> Scheme:
 
 
 def data_set_scheme(labels: Path) -> tuple[Path, Scheme] | None:
-    """nnU-Net's ``dataset.json`` of a label map's folder or data set, and its scheme; None where none describes one."""
+    """nnU-Net's ``dataset.json`` of a label map's folder or data set, and its scheme; None where none describes one.
+
+    Raises:
+        InputError: it lies beside predictions, whose ids it states otherwise.
+    """
     folder = labels.absolute().parent
     for place in (folder, *([folder.parent] if folder.name in ("labelsTr", "labelsTs") else [])):
         path = place / _DATA_SET
         if path.is_file() and (stated := _stated(path, path.stat().st_mtime_ns)):
+            if place == folder:
+                _check_order(path, stated)
             return path, stated
     return None
+
+
+def _check_order(path: Path, scheme: Scheme) -> None:
+    """Refuse predictions of regions that ``regions_class_order`` gives other ids than label maps have."""
+    stated = read_json(path, _Dataset)
+    names = [name.lower() for name, value in stated.labels.items() if value != BACKGROUND]
+    written = dict(zip((_SYNONYMS.get(name, name) for name in names), stated.regions_class_order, strict=False))
+    if written and written != scheme.ids:
+        ids = ",".join(f"{name}={number}" for name, number in written.items())
+        problem = f"its regions_class_order writes predictions with {ids}, while label maps have {scheme.line}"
+        raise InputError(path, problem, f"Move it elsewhere, and give --labels {ids} for these predictions alone")
 
 
 def check_data_set(labels: Path, scheme: Scheme) -> None:

@@ -280,6 +280,25 @@ def test_predictions_of_nnunet_are_read_by_the_file_in_their_folder(tmp_path: Pa
     done, content = evaluate(tmp_path, "--protocol=kits23", "--labels=kits23")
     assert done.code == 0, done.text
     assert [figures["dice"] for figures in content["cases"]["case_00000"].values()] == [1] * 4
+    (tmp_path / "pred" / "case_00000.json").write_text(json.dumps({"Modality": "CT"}))  # of another tool
+    assert evaluate(tmp_path, "--protocol=kits23", "--labels=kits23")[1]["cases"] == content["cases"]
+    save(tmp_path / "pred" / "case_00000.nii.gz", labels(tumor=2, cyst=3))  # by kitseg, in a folder of nnU-Net's
+    record = {"schema": 4, "case": "case_00000", "labels": KITS23.plain()}
+    (tmp_path / "pred" / "case_00000.json").write_text(json.dumps(record))
+    done, content = evaluate(tmp_path, "--protocol=kits23")
+    assert [figures["dice"] for figures in content["cases"]["case_00000"].values()] == [1] * 4, done.text
+
+
+def test_predictions_of_regions_with_other_ids_are_refused(tmp_path: Path) -> None:
+    """nnU-Net writes a region's id by ``regions_class_order``, which label maps need not have."""
+    write(tmp_path / "ref", labels(tumor=2, cyst=3))
+    write(tmp_path / "pred", labels(tumor=2, cyst=3))
+    stated = {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumor": 2}
+    for order, code in (([1, 3, 2], 0), ([1, 2, 3], 1)):
+        content = {"labels": stated, "regions_class_order": order}
+        (tmp_path / "pred" / "dataset.json").write_text(json.dumps(content))
+        done, _ = evaluate(tmp_path, "--protocol=kits23", "--labels=kits23")
+        assert (done.code, "kidney=1,cyst=2,tumor=3" in " ".join(done.text.split())) == (code, code == 1), done.text
 
 
 def test_the_regions_of_a_split_are_scored_and_not_compared_with_others(tmp_path: Path) -> None:

@@ -96,7 +96,6 @@ def test_a_mirrored_scan_and_a_mean_of_checkpoints_need_more(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("kind", "size"), [(np.int16, 2), (np.uint8, 2), (np.uint16, 4), (np.float64, 4)])
 def test_a_scan_needs_the_bytes_of_its_voxels(tmp_path: Path, kind: type, size: int) -> None:
-    """Also one that is scaled; the memory while it is read is of that type, too."""
     path = save(tmp_path / "scan.nii.gz", np.zeros((2, 3, 4), kind))
     assert voxel_bytes(Case("scan", path)) == size
     assert read_image(path, "scan").array.itemsize <= size

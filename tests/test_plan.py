@@ -172,6 +172,9 @@ def test_test_cases_and_their_copies_are_not_planned_from(
     (data.parent / "masks").mkdir()
     for case, name in (("a", "a"), ("case_00001", "prediction_00001")):
         shutil.copy(data / case / "segmentation.nii.gz", data.parent / "masks" / f"{name}.nii.gz")
+    (there := data.parent / "masks" / copy.name).mkdir()
+    for name in ("segmentation.nii.gz", "origin.json"):
+        shutil.copy(copy / name, there / name)
     folds = [{"train": ["a"], "val": ["c"], "inner": []}]
     split = {"schema": 1, "labels": KITS19.plain(), "folds": folds, "test": ["case_00001"]}
     (data.parent / "splits.json").write_text(json.dumps(split))
@@ -243,7 +246,9 @@ def test_without_a_size_training_plans(data: Path) -> None:
         (lambda v: v["hu"].update(low=304), "HU from 304 to 304 divided by 76.9"),
         (lambda v: v["hu"].update(scale=0), "HU from -79 to 304 divided by 0"),
         (lambda v: v["masses"].update(patch=[48, 48, 52]), "values.masses.patch is [48, 48, 52], not multiples of"),
-        (lambda v: v["kidneys"].update(patch="48"), "values.kidneys: patch must be three numbers"),
+        (lambda v: v["kidneys"].update(patch="48"), "values.kidneys: patch must be three whole numbers"),
+        (lambda v: v["kidneys"].update(patch=48), "values.kidneys: patch must be three whole numbers"),
+        (lambda v: v["kidneys"]["strides"][1].pop(), "values.kidneys: patch must be three whole numbers"),
         (lambda v: v["optimizer"].update(_target_="os.system"), "not a part that kitseg builds from"),
         (lambda v: v.update(epochs="${oc.env:HOME}"), "not a plain value"),
     ],

@@ -166,7 +166,8 @@ def _scheme_option(text: str, parser: Callable[[str], Scheme] | None = read_sche
 
 
 Labels = Annotated[
-    Any, _scheme_option(f"Labels of the files: {_KINDS}. Default: what kitseg recorded beside them, else kits19.")
+    Any,
+    _scheme_option(f"Labels of the files: {_KINDS}. Default: what kitseg or nnU-Net states beside them, else kits19."),
 ]
 DataLabels = Annotated[Any, _scheme_option(f"Labels of the files: {_KINDS}. Default: kits19.")]
 MaskLabels = Annotated[Any, _scheme_option(f"Labels of the masks and of --lesions: {_KINDS}. Default: kits23.")]
@@ -178,7 +179,7 @@ ReferenceLabels = Annotated[
     Any,
     _scheme_option(
         f"Labels of the references: {_KINDS}. Default: the protocol's, or those of --split if they are others (report: "
-        "kits23). A prediction is read by the JSON file beside it, and by this without one."
+        "kits23). A prediction is read by its JSON file or nnU-Net's dataset.json beside it, else by this."
     ),
 ]
 LabelsToWrite = Annotated[

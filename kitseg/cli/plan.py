@@ -131,10 +131,12 @@ def memory_here(device: str) -> float | None:
 def cases_to_plan(data: Sequence[Path] | None, masks: Path | None, split: Path) -> list[Case]:
     """The labelled cases of folders, or without these the label maps alone; see ``_without_test``."""
     from kitseg.types import Case
-    from kitseg.volumes.kits import find_labels, labelled_cases
+    from kitseg.volumes.kits import find_labels, labelled_cases, with_origin
 
     if data is None and masks is not None:
-        return _without_test([Case(name, path, path) for name, path in find_labels(masks).items()], split)
+        return _without_test(
+            [with_origin(Case(name, path, path), {}) for name, path in find_labels(masks).items()], split
+        )
     return _without_test(labelled_cases(data or [Path("data")], masks), split)
 
 

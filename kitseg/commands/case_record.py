@@ -160,14 +160,14 @@ def scheme_beside(labels: Path) -> Scheme | None:
 
     Of DICOM segmentations KiTS23's.
     """
-    if record := record_beside(labels):
+    if (record := record_beside(labels)) and record.labels:
         return record.labels
     known = data_set_scheme(labels) if is_volume_name(labels) else (labels, KITS23)
     return known[1] if known else None
 
 
 def contradicting_scheme(labels: Path, scheme: Scheme) -> Scheme | None:
-    """The scheme of the record beside a label map with ids where one is another class in ``scheme``; None otherwise."""
+    """What ``scheme_beside`` finds, where an id is one class in it and another in ``scheme``; None otherwise."""
     own = scheme_beside(labels) if is_volume_name(labels) else None
     return own if own and own.contradicts(scheme) else None
 

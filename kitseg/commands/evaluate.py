@@ -26,8 +26,9 @@ from kitseg.types import Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.download import KITS23, SOURCES, parse_cases
 from kitseg.volumes.kits import find_labels
-from kitseg.volumes.names import case_name, pair, shorten
+from kitseg.volumes.names import case_name, is_volume_name, pair, shorten
 from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import check_grid
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
@@ -36,8 +37,8 @@ from kitseg.volumes.tables import CLINICAL, read_clinical
 class Rules:
     """The scoring rules.
 
-    scheme: of the references, and of predictions without a record; distances: whether to compute surface distances and
-    detection, which takes seconds, or only Dice.
+    scheme: of the references, and of predictions where ``scheme_beside`` finds none; distances: whether to compute
+    surface distances and detection, which takes seconds, or only Dice.
     """
 
     protocol: Protocol
@@ -122,13 +123,14 @@ def rules(protocol: str, scheme: Scheme | None, split: Path | None = None) -> Ru
 
 
 def refuse_other_labels(jobs: Sequence[Job], assumed: Scheme) -> None:
-    """Refuse references of a scheme that nobody has stated where a prediction's record contradicts it.
+    """Refuse references of a scheme that nobody has stated where a prediction's own file contradicts it.
 
     Raises:
         UsageError: one does.
     """
     for job in jobs:
-        if job.prediction and (own := contradicting_scheme(job.prediction, assumed)):
+        stated = is_volume_name(job.reference)  # else the file states it itself
+        if stated and job.prediction and (own := contradicting_scheme(job.prediction, assumed)):
             raise UsageError(
                 f"{job.prediction} has the labels {own}, and {job.reference} would be read as {assumed}. State the "
                 f"labels of the references: --labels {own.line}, or --labels {assumed.line}"
@@ -166,7 +168,7 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
 def score_case(job: Job, rules: Rules) -> Score:
     """Score one case; a prediction that is missing or can't be used counts as background. Never raises."""
     try:
-        truth = read_labels(job.reference, job.case, rules.scheme)
+        truth = read_reference(job.reference, job.case, rules.scheme)
         found, problem = np.zeros_like(truth.array), ""
         try:
             if job.prediction is not None:

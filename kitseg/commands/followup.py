@@ -94,7 +94,7 @@ def plan_followups(
 def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
     """Compare a patient's dates and write the page; never raises for a file that can't be used.
 
-    scheme: of both label maps; None: that of the record beside each, else KiTS19's.
+    scheme: of both label maps; None: see ``scheme_beside``, else KiTS19's.
     """
     visits, schemes, doubts, current = list[Visit](), list[Scheme](), dict[str, None](), task.before
     try:

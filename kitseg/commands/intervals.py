@@ -21,6 +21,7 @@ from kitseg.measurement.measure import measure
 from kitseg.models.run_folder import find_run
 from kitseg.runtime.provenance import FileFormat
 from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import check_grid
 
 INTERVALS = "intervals.json"
@@ -47,7 +48,7 @@ def case_errors(job: Job, rules: Rules) -> CaseErrors:
             return CaseErrors(job.case, error=f"{job.case}: left out of the intervals: {describe_learning(learned)}")
         if changed := correction_beside(job.prediction):
             return CaseErrors(job.case, error=f"{job.case}: left out of the intervals: {changed}")
-        truth = read_labels(job.reference, job.case, rules.scheme)
+        truth = read_reference(job.reference, job.case, rules.scheme)
         found = read_labels(job.prediction, job.case, scheme_beside(job.prediction) or rules.scheme, strict=False)
         check_grid(job.prediction, found.geometry, truth.geometry, str(job.reference))
         adopt = partial(rules.protocol.adopt, scheme=rules.scheme)

@@ -151,7 +151,7 @@ def measure_case(
 ) -> Measured:
     """Measure a case, with nephrometry ``scores`` and intervals; never raises for a file that can't be used.
 
-    scheme: of the label map; None: that of the record beside it, else KiTS19's.
+    scheme: of the label map; None: see ``scheme_beside``, else KiTS19's.
     """
     try:
         own = scheme or scheme_beside(task.labels) or KITS19

@@ -42,8 +42,8 @@ from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.types import Geometry, Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
-from kitseg.volumes.names import pair, shorten
-from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.names import is_volume_name, pair, shorten
+from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
 
@@ -87,7 +87,7 @@ def plan_pages(
 ) -> list[PageTask]:
     """The cases that there are label maps of, each with its scan; masks: the folder of the references.
 
-    stated: the scheme of the references, and of predictions without a record; None: KiTS23's.
+    stated: the scheme of the references, and of predictions where ``scheme_beside`` finds none; None: KiTS23's.
 
     Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one name, scans of none
     of the cases, scores of other label maps, references whose scheme nobody has stated and the predictions contradict,
@@ -109,8 +109,9 @@ def plan_pages(
     for case, path in sorted(labels.items()):
         figures, truth = scores.cases.get(scored.get(case, ""), {}), stated or KITS23
         scheme, scan = scheme_beside(path) or truth, scans.get(case)
-        if stated is None and scan and scan.label and contradicting_scheme(path, truth):
-            problem = f"{path} has the labels {scheme}, and its reference {scan.label} would be read as {truth}"
+        label = scan.label if scan and scan.label and is_volume_name(scan.label) else None
+        if stated is None and label and contradicting_scheme(path, truth):
+            problem = f"{path} has the labels {scheme}, and its reference {label} would be read as {truth}"
             raise UsageError(f"{problem}. State those of the references with --labels")
         tasks.append(PageTask(case, path.absolute(), scan, figures, to.absolute(), scheme, truth))
     return tasks
@@ -169,7 +170,7 @@ def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
     path = task.scan.label if task.scan else None
     if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
         return None
-    truth = read_labels(path, task.case, task.truth)
+    truth = read_reference(path, task.case, task.truth)
     check_grid(path, truth.geometry, labels.geometry)
     return truth.array if task.scheme.cyst else to_kits19(truth.array)
 

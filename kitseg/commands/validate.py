@@ -33,7 +33,8 @@ from kitseg.types import Case
 from kitseg.volumes import blocks
 from kitseg.volumes.kits import labelled_cases
 from kitseg.volumes.names import shorten
-from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.nifti import read_image
+from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import hu_digest, label_of
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
@@ -176,7 +177,7 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
         errors.append(case_errors(job, rules))
         jobs.append(job)
         if there and not scores[-1].error:
-            truth = read_labels(job.reference, name, scheme).array
+            truth = read_reference(job.reference, name, scheme).array
             samples += sample(blocks.read_block(validation.probabilities(fold), name), truth)
         on_done()
     write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds, Unscored()))

@@ -113,6 +113,12 @@ def run_on_grid(
     return view.place(stage, stage.predict(view.image, head) if view.slices.any() else None)
 
 
+def needed_heads(name: str, stages: Mapping[str, TrainedStage], wanted: Sequence[tuple[str, str]]) -> list[str]:
+    """The requested heads of a stage, and the last one where a later stage builds on it."""
+    last = {stages[name].spec.heads[-1]} if any(name in stage.spec.inputs for stage in stages.values()) else set()
+    return sorted({head for stage, head in wanted if stage == name} | last)
+
+
 def run_chain(scan: Volume, stages: Mapping[str, TrainedStage], wanted: Sequence[tuple[str, str]]) -> dict[str, Output]:
     """The outputs of the requested (stage, head) pairs, as ``stage.head``.
 
@@ -120,15 +126,12 @@ def run_chain(scan: Volume, stages: Mapping[str, TrainedStage], wanted: Sequence
     """
     found: dict[str, Output] = {}
     on_grid = cache(lambda grid: image_on_grid(scan, grid))
-    inputs = {name for stage in stages.values() for name in stage.spec.inputs}
     for name, stage in stages.items():
-        last = stage.spec.heads[-1]
-        heads = {head for stage_name, head in wanted if stage_name == name} | ({last} if name in inputs else set())
         view = view_of(stage, *on_grid(stage.spec.grid), found)
-        for head in sorted(heads):
+        for head in needed_heads(name, stages, wanted):
             values = stage.predict(view.image, head) if view.slices.any() else None
             found[f"{name}.{head}"] = view.place(stage, values)
-            if head == last:
+            if head == stage.spec.heads[-1]:
                 found[name] = found[f"{name}.{head}"]
         del view  # frees its input before the next stage's
     return {f"{name}.{head}": found[f"{name}.{head}"] for name, head in wanted}

@@ -26,7 +26,7 @@ from kitseg.synthesis.bodies import Facts, RealBody, describe, kidney_distance
 from kitseg.synthesis.lesions import Shape, Shapes, shapes_of
 from kitseg.types import Case, Volume
 from kitseg.volumes.kits import find_labels
-from kitseg.volumes.nifti import read_labels
+from kitseg.volumes.references import read_reference
 from kitseg.volumes.resample import to_grid
 from kitseg.volumes.scan import read_labelled
 from kitseg.volumes.store import open_case
@@ -217,7 +217,7 @@ def _prepare_body(case: Case, stores: Sequence[Path], scheme: Scheme) -> None:
 
 
 def _shapes(path: Path, name: str, scheme: Scheme) -> tuple[list[tuple[str, Shape]], list[Anatomy]]:
-    label = read_labels(path, name, scheme)
+    label = read_reference(path, name, scheme)
     ids, spacing = {"tumor": TUMOR, "cyst": CYST}, label.geometry.spacing
     shapes = [(kind, shape) for kind, value in ids.items() for shape in shapes_of(label.array == value, spacing, name)]
     return shapes, anatomies_of(label.array, spacing, name)

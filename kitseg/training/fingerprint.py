@@ -15,7 +15,8 @@ from kitseg.errors import InputError
 from kitseg.labels import TUMOR, Scheme
 from kitseg.runtime.outcomes import in_parallel, result_or_error
 from kitseg.types import Case, ball_diameter
-from kitseg.volumes.nifti import read_image, read_labels
+from kitseg.volumes.nifti import read_image
+from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import check_grid, label_of
 
 Millimetres = tuple[float, float, float]
@@ -88,7 +89,7 @@ def fingerprint(
 def _look(case: Case, scheme: Scheme, scans: bool) -> _Seen | None:
     """One case; None where nothing is labelled."""
     label = label_of(case)
-    labels = read_labels(label, case.id, scheme)
+    labels = read_reference(label, case.id, scheme)
     spacing, inside = np.array(labels.geometry.spacing), labels.array > 0
     box, hu = bounding_box(inside), None
     if box is None:

@@ -161,7 +161,7 @@ def find_nnunet(model: str) -> NnunetModel | None:
         classes = sorted(labels, key=labels.get) if all(isinstance(n, int) for n in labels.values()) else []
         fold, batch = "" if folder == path else path.name, int(configuration["batch_size"])
         return NnunetModel(folder, network, spacing, patch, batch, hu, classes, turned, fold, file)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(folder / PLANS, f"can't be used ({type(error).__name__}: {error})", _REMEDY) from error
 
 

@@ -284,11 +284,10 @@ def _odd_patch(values: Config) -> str:
     """A line on the first patch that isn't whole multiples of its strides' product; empty where there is none."""
     for name, block in values.items():
         if isinstance(block, Mapping) and {"patch", "strides"} <= block.keys():
-            try:
-                whole = np.prod(block["strides"], axis=0, dtype=np.int64)
-                divides = not np.mod(block["patch"], whole).any()
-            except (TypeError, ValueError):
-                return f"values.{name}: patch must be three numbers, strides three of each level"
-            if not divides:
+            rows = [block["patch"], *(block["strides"] if isinstance(block["strides"], list) else [None])]
+            numbers = [n for row in rows if isinstance(row, list) and len(row) == 3 for n in row]
+            if len(numbers) < 3 * len(rows) or not all(isinstance(n, int) and n > 0 for n in numbers):
+                return f"values.{name}: patch must be three whole numbers above 0, strides three of each level"
+            if np.mod(rows[0], whole := np.prod(rows[1:], axis=0)).any():
                 return f"values.{name}.patch is {block['patch']}, not multiples of its strides: {whole.tolist()}"
     return ""

@@ -18,7 +18,8 @@ from kitseg.runtime.outcomes import in_parallel, result_or_error
 from kitseg.scoring.strata import THICKNESSES, thickness_class
 from kitseg.splits import Split, make_split, read_split, same_patient, write_split
 from kitseg.types import Case, Traits
-from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, read_labels
+from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image
+from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import check_grid, label_of
 
 Reader = Callable[..., Traits]  # of a case and its scheme
@@ -30,7 +31,7 @@ def read_traits(case: Case, scheme: Scheme) -> Traits:
     Raises:
         InputError: no label, or one that can't be read.
     """
-    label = read_labels(label_of(case), case.id, scheme)
+    label = read_reference(label_of(case), case.id, scheme)
     tumor_ml = int((label.array == TUMOR).sum()) * label.geometry.voxel_ml
     patient = case.patients[0] if case.patients else case.id
     return Traits(case.id, patient, tumor_ml, label.geometry.spacing[0])

@@ -14,6 +14,7 @@ from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.labels import KITS19, TUMOR, Scheme
 from kitseg.types import Case, Geometry, Triple, Volume
 from kitseg.volumes import nifti
+from kitseg.volumes.references import read_reference
 
 LOWEST_HU, HIGHEST_HU = -4096, 32767
 AIR_HU, SOFT_TISSUE_HU = -200, 30  # above a CT's 1st percentile, below its 99th
@@ -117,7 +118,7 @@ def _check(case: Case, scheme: Scheme) -> CaseReport:
     problems += _lattice_problems(image.geometry) + _hu_problems(image.array, low, high)
     kidney_ml, tumor_ml = None, None
     if case.label is not None:
-        labels, unreadable = _read(partial(nifti.read_labels, scheme=scheme), case.label)
+        labels, unreadable = _read(partial(read_reference, scheme=scheme), case.label)
         problems += unreadable
         if labels is not None:
             foreground, tumor = np.count_nonzero(labels.array), np.count_nonzero(labels.array == TUMOR)

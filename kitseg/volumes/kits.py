@@ -84,14 +84,14 @@ def list_cases(data: Path) -> list[Case]:
     _check_folder(data)
     data = data.absolute()  # worker processes may stand in another folder
     if _found(data, IMAGE):
-        return [_with_origin(case_of(data), {})]
+        return [with_origin(case_of(data), {})]
     folders = [f for f in folders_in(data) if f.name.startswith("case_") or _found(f, IMAGE)]
     cases = distinct([*map(case_of, folders), *(Case(scan_id(f), f) for f in scans(images_in(data)))])
     if not cases:
         raise InputError(data, *_no_scans(data))
     patients = read_patients(data / PATIENTS)
     cases = with_labels(cases, data / LABELS if (data / LABELS).is_dir() else None)
-    return [_with_origin(case, patients) for case in cases]
+    return [with_origin(case, patients) for case in cases]
 
 
 def with_labels(cases: Sequence[Case], masks: Path | None) -> list[Case]:
@@ -144,7 +144,7 @@ def labelled_cases(folders: Sequence[Path], masks: Path | None = None) -> list[C
         if strange := sorted(table.keys() - names):
             problem = f"names {', '.join(strange)}, which no data folder holds"
             raise InputError(folder / PATIENTS, problem, "Fix the names, or give the folder of these cases, too.")
-    cases = [_with_origin(case, patients) for case in found if case.label is not None]
+    cases = [with_origin(case, patients) for case in found if case.label is not None]
     if not cases:
         remedy = f"Add case_00000/{LABEL} and so on, or name the folder of the label maps with --masks."
         raise InputError(folders[0], "holds no case with a segmentation", remedy)
@@ -218,10 +218,10 @@ def find_labels(folder: Path) -> dict[str, Path]:
     return {case.id: case.image for case in distinct(Case(_label_id(f), f) for f in files)}
 
 
-def _with_origin(case: Case, patients: Mapping[str, str]) -> Case:
+def with_origin(case: Case, patients: Mapping[str, str]) -> Case:
     """The case with the patients that it shows: its own, or those that a registered copy was made from."""
     path = case.image.with_name(ORIGIN)
-    if case.image.name not in _forms(IMAGE) or not os.path.lexists(path):
+    if case.image.name not in (*_forms(IMAGE), *_forms(LABEL)) or not os.path.lexists(path):
         return replace(case, patients=(patients[case.id],)) if case.id in patients else case
     origin = COPY_ORIGIN.read(path)
     return replace(case, patients=origin.patients, sources=origin.sources)

@@ -16,7 +16,7 @@ from isal import igzip
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
-from kitseg.labels import CYST, KITS19, UNKNOWN, Scheme, check_data_set, to_kits19
+from kitseg.labels import CYST, KITS19, UNKNOWN, Scheme, to_kits19
 from kitseg.runtime.files import atomic_write
 from kitseg.runtime.overwrite import MARK
 from kitseg.types import Geometry, Volume, triple
@@ -97,8 +97,8 @@ def read_labels(path: Path, case_id: str, scheme: Scheme | None = KITS19, strict
     segmentation states itself what its segments are.
 
     Raises:
-        InputError: see ``read_image`` and ``check_data_set``; also for values outside the scheme, which become
-            ``UNKNOWN`` if ``strict`` is False.
+        InputError: see ``read_image``; also for values outside the scheme, which become ``UNKNOWN`` if ``strict`` is
+            False.
     """
     if not is_volume_name(path):
         from kitseg.volumes.dicom.labels import is_segmentation, read_segmentation
@@ -106,8 +106,6 @@ def read_labels(path: Path, case_id: str, scheme: Scheme | None = KITS19, strict
         if is_segmentation(path):
             found = read_segmentation(path, case_id)
             return replace(found, array=to_kits19(found.array)) if scheme and not scheme.cyst else found
-    if scheme:
-        check_data_set(path, scheme)
     native, stored, slope, offset = _stored(path)
     ids = scheme.from_file if scheme else np.arange(256, dtype=np.uint8)
     known = np.flatnonzero(ids != UNKNOWN) if scheme else ids

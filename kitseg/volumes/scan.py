@@ -19,7 +19,8 @@ from kitseg.types import Box, Case, Geometry, Volume, triple
 from kitseg.volumes.header import read_header
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
 from kitseg.volumes.names import is_itk_name, pair
-from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image, read_labels
+from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image
+from kitseg.volumes.references import read_reference
 
 if TYPE_CHECKING:
     from kitseg.volumes.dicom.choice import SeriesChoice
@@ -108,7 +109,7 @@ def read_labelled(case: Case, scheme: Scheme) -> tuple[Volume, Volume]:
         InputError: there is no label map, one of both can't be used, or they lie on different grids.
     """
     label = label_of(case)
-    scan, labels = read_image(case.image, case.id), read_labels(label, case.id, scheme)
+    scan, labels = read_image(case.image, case.id), read_reference(label, case.id, scheme)
     check_grid(label, labels.geometry, scan.geometry)
     return scan, labels
 
@@ -136,7 +137,7 @@ def scan_geometry(case: Case) -> Geometry:
 
 
 def voxel_bytes(case: Case) -> int:
-    """Bytes of a voxel of a case's CT in memory: 2 where its header states int16, else 4, those of a float32."""
+    """Bytes of a voxel of a case's CT in memory: 2 of DICOM and of unscaled int16 in NIfTI, else 4, those of a float32."""
     if case.slices or is_itk_name(case.image):
         return 2 if case.slices else 4
     header = read_header(case.image)

@@ -23,6 +23,7 @@ from kitseg.runtime.files import atomic_write
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.types import Case, Geometry, Grid, Triple, Volume, ball_diameter
 from kitseg.volumes import nifti
+from kitseg.volumes.references import read_reference
 from kitseg.volumes.resample import grid_geometry, image_on_grid, nearest
 from kitseg.volumes.scan import check_grid, hu_digest
 
@@ -89,7 +90,7 @@ class CaseFiles:
         """The label map with kitseg's ids, on the scan's lattice."""
         if self.case.label is None:
             return None
-        label = nifti.read_labels(self.case.label, self.case.id, self.scheme)
+        label = read_reference(self.case.label, self.case.id, self.scheme)
         check_grid(self.case.label, label.geometry, self.scan.geometry)
         return label.array
 

@@ -19,6 +19,7 @@ from kitseg.inference.channels import label_ids
 from kitseg.inference.windows import SlidingWindow
 from kitseg.models.bundles.bundle import bundle_of
 from kitseg.models.bundles.export import CODE_LICENSE, KITS19_LICENSE
+from kitseg.models.chain import needed_heads
 from kitseg.models.members import members_of
 from kitseg.models.model import Model, open_model
 from kitseg.models.stage import TrainedStage
@@ -139,7 +140,7 @@ def _facts(model: Model) -> dict[str, Any]:
 def _networks(model: Model, to: Path, prefix: str) -> Iterator[Network]:
     for fold, stages in model.stages.items():
         for name, stage in stages.items():
-            heads = [head for one, head in model.heads if one == name] or [stage.spec.heads[-1]]
+            heads = needed_heads(name, stages, model.heads)
             for number, path in enumerate(stage.checkpoints):
                 file = f"{prefix}fold_{fold}/{name}/{number}.onnx"
                 refuse_overwrite(to / file, "ONNX")
