@@ -137,7 +137,7 @@ def scan_geometry(case: Case) -> Geometry:
 
 
 def voxel_bytes(case: Case) -> int:
-    """Bytes of a voxel of a case's CT in memory: 2 of DICOM and of unscaled int16 in NIfTI, else 4, those of a float32."""
+    """Bytes of a voxel of a case's CT in memory: 2 of DICOM and unscaled int16 in NIfTI, else 4, those of a float32."""
     if case.slices or is_itk_name(case.image):
         return 2 if case.slices else 4
     header = read_header(case.image)
