@@ -199,31 +199,20 @@ def find_scheme(text: str | Scheme) -> Scheme:
         raise InputError(path, problem, "See docs/how-to/labels.md.") from error
 
 
-def data_set_scheme(labels: Path) -> tuple[Path, Scheme] | None:
-    """nnU-Net's ``dataset.json`` of a label map's folder or data set, and its scheme; None where none describes one.
+def predictions_scheme(labels: Path) -> Scheme | None:
+    """The scheme of nnU-Net's predictions, by the ``dataset.json`` in their folder; None where none describes one.
 
     Raises:
-        InputError: it lies beside predictions, whose ids it states otherwise.
+        InputError: its ``regions_class_order`` gives predictions other ids than label maps have.
     """
-    folder = labels.absolute().parent
-    for place in (folder, *([folder.parent] if folder.name in ("labelsTr", "labelsTs") else [])):
-        path = place / _DATA_SET
-        if path.is_file() and (stated := _stated(path, path.stat().st_mtime_ns)):
-            if place == folder:
-                _check_order(path, stated)
-            return path, stated
-    return None
-
-
-def _check_order(path: Path, scheme: Scheme) -> None:
-    """Refuse predictions of regions that ``regions_class_order`` gives other ids than label maps have."""
-    stated = read_json(path, _Dataset)
-    names = [name.lower() for name, value in stated.labels.items() if value != BACKGROUND]
-    written = dict(zip((_SYNONYMS.get(name, name) for name in names), stated.regions_class_order, strict=False))
-    if written and written != scheme.ids:
+    if (known := _data_set(labels)) is None:
+        return None
+    path, scheme, written = known
+    if path.parent == labels.absolute().parent and written and written != scheme.ids:
         ids = ",".join(f"{name}={number}" for name, number in written.items())
         problem = f"its regions_class_order writes predictions with {ids}, while label maps have {scheme.line}"
         raise InputError(path, problem, f"Move it elsewhere, and give --labels {ids} for these predictions alone")
+    return scheme
 
 
 def check_data_set(labels: Path, scheme: Scheme) -> None:
@@ -232,16 +221,29 @@ def check_data_set(labels: Path, scheme: Scheme) -> None:
     Raises:
         InputError: an id is another class there.
     """
-    if (known := data_set_scheme(labels)) and known[1].contradicts(scheme):
+    if (known := _data_set(labels)) and known[1].contradicts(scheme):
         problem = f"{known[0]} states {known[1].line} for it, and it would be read as {scheme.line}"
         raise InputError(labels, problem, f"Give --labels {known[0]}")
 
 
+def _data_set(labels: Path) -> tuple[Path, Scheme, dict[str, int]] | None:
+    """nnU-Net's ``dataset.json`` of a label map's folder or data set, and what ``_stated`` finds in it."""
+    folder = labels.absolute().parent
+    for place in (folder, *([folder.parent] if folder.name in ("labelsTr", "labelsTs") else [])):
+        path = place / _DATA_SET
+        if path.is_file() and (stated := _stated(path, path.stat().st_mtime_ns)):
+            return path, *stated
+    return None
+
+
 @cache
-def _stated(path: Path, _changed: int) -> Scheme | None:
-    """The scheme of a ``dataset.json``; None where it describes none."""
+def _stated(path: Path, _changed: int) -> tuple[Scheme, dict[str, int]] | None:
+    """The scheme of a ``dataset.json``, and the ids that predictions of regions get; None where it describes none."""
     with suppress(InputError):
-        return find_scheme(str(path))
+        scheme, content = find_scheme(str(path)), read_json(path, _Dataset)
+        names = [name.lower() for name, value in content.labels.items() if value != BACKGROUND]
+        roles = (_SYNONYMS.get(name, name) for name in names)
+        return scheme, dict(zip(roles, content.regions_class_order, strict=False))
     return None
 
 

@@ -294,6 +294,8 @@ def test_predictions_of_regions_with_other_ids_are_refused(tmp_path: Path) -> No
     write(tmp_path / "ref", labels(tumor=2, cyst=3))
     write(tmp_path / "pred", labels(tumor=2, cyst=3))
     stated = {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumor": 2}
+    other = {"labels": stated, "regions_class_order": [1, 2, 3]}  # says nothing about references
+    (tmp_path / "ref" / "dataset.json").write_text(json.dumps(other))
     for order, code in (([1, 3, 2], 0), ([1, 2, 3], 1)):
         content = {"labels": stated, "regions_class_order": order}
         (tmp_path / "pred" / "dataset.json").write_text(json.dumps(content))

@@ -85,6 +85,7 @@ def evaluate(
     Exit code 1: a case is missing, could not be scored, or has no reference; the others are scored and written.
     """
     from kitseg.commands import evaluate as scoring
+    from kitseg.commands.case_record import refuse_other_labels
     from kitseg.commands.confidence import left_out, write_confidence
     from kitseg.commands.intervals import case_errors, write_intervals
     from kitseg.commands.score_files import score_content, write_score_table, write_scores
@@ -99,7 +100,9 @@ def evaluate(
     patients = read_patients(references / PATIENTS) if intervals or confidence else {}
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
     if scheme is None:
-        scoring.refuse_other_labels(found, rules.scheme)
+        for job in found:
+            if job.prediction:
+                refuse_other_labels(job.prediction, job.reference, rules.scheme)
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
     scores = gather("evaluate", found, cache or work, jobs, cluster, take_share(shard))

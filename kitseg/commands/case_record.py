@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.labels import KITS23, Scheme, data_set_scheme
+from kitseg.labels import KITS23, Scheme, predictions_scheme
 from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
@@ -162,14 +162,23 @@ def scheme_beside(labels: Path) -> Scheme | None:
     """
     if (record := record_beside(labels)) and record.labels:
         return record.labels
-    known = data_set_scheme(labels) if is_volume_name(labels) else (labels, KITS23)
-    return known[1] if known else None
+    return predictions_scheme(labels) if is_volume_name(labels) else KITS23
 
 
-def contradicting_scheme(labels: Path, scheme: Scheme) -> Scheme | None:
-    """What ``scheme_beside`` finds, where an id is one class in it and another in ``scheme``; None otherwise."""
-    own = scheme_beside(labels) if is_volume_name(labels) else None
-    return own if own and own.contradicts(scheme) else None
+def refuse_other_labels(prediction: Path, reference: Path, assumed: Scheme) -> None:
+    """Refuse a reference of a scheme that nobody has stated where an id is another class by ``scheme_beside``.
+
+    A DICOM segmentation states its classes itself.
+
+    Raises:
+        UsageError: it is.
+    """
+    own = scheme_beside(prediction) if is_volume_name(prediction) and is_volume_name(reference) else None
+    if own and own.contradicts(assumed):
+        raise UsageError(
+            f"{prediction} has the labels {own}, and its reference {reference} would be read as {assumed}. State those "
+            f"of the references with --labels {own.line}, or --labels {assumed.line}"
+        )
 
 
 def describe_learning(models: Sequence[str] | None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.case_record import contradicting_scheme, recorded_learning, recorded_models, scheme_beside
+from kitseg.commands.case_record import recorded_learning, recorded_models, scheme_beside
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
 from kitseg.runtime.files import file_digest
@@ -26,7 +26,7 @@ from kitseg.types import Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.download import KITS23, SOURCES, parse_cases
 from kitseg.volumes.kits import find_labels
-from kitseg.volumes.names import case_name, is_volume_name, pair, shorten
+from kitseg.volumes.names import case_name, pair, shorten
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import check_grid
@@ -120,21 +120,6 @@ def rules(protocol: str, scheme: Scheme | None, split: Path | None = None) -> Ru
         known = read_split(split).scheme
         scheme = known if known.ids == usual.ids or not known.is_read_by(usual) else None
     return Rules(PROTOCOLS[protocol], scheme or usual)
-
-
-def refuse_other_labels(jobs: Sequence[Job], assumed: Scheme) -> None:
-    """Refuse references of a scheme that nobody has stated where a prediction's own file contradicts it.
-
-    Raises:
-        UsageError: one does.
-    """
-    for job in jobs:
-        stated = is_volume_name(job.reference)  # else the file states it itself
-        if stated and job.prediction and (own := contradicting_scheme(job.prediction, assumed)):
-            raise UsageError(
-                f"{job.prediction} has the labels {own}, and {job.reference} would be read as {assumed}. State the "
-                f"labels of the references: --labels {own.line}, or --labels {assumed.line}"
-            )
 
 
 @dataclass(frozen=True)

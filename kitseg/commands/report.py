@@ -17,10 +17,10 @@ from kitseg import __version__
 from kitseg.commands.case_record import (
     ANY_RECORD,
     CaseRecord,
-    contradicting_scheme,
     correction_beside,
     of_other_models,
     record_of,
+    refuse_other_labels,
     remove_stale,
     scheme_beside,
 )
@@ -42,7 +42,7 @@ from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.types import Geometry, Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
-from kitseg.volumes.names import is_volume_name, pair, shorten
+from kitseg.volumes.names import pair, shorten
 from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
@@ -109,10 +109,8 @@ def plan_pages(
     for case, path in sorted(labels.items()):
         figures, truth = scores.cases.get(scored.get(case, ""), {}), stated or KITS23
         scheme, scan = scheme_beside(path) or truth, scans.get(case)
-        label = scan.label if scan and scan.label and is_volume_name(scan.label) else None
-        if stated is None and label and contradicting_scheme(path, truth):
-            problem = f"{path} has the labels {scheme}, and its reference {label} would be read as {truth}"
-            raise UsageError(f"{problem}. State those of the references with --labels")
+        if stated is None and scan and scan.label:
+            refuse_other_labels(path, scan.label, truth)
         tasks.append(PageTask(case, path.absolute(), scan, figures, to.absolute(), scheme, truth))
     return tasks
 
