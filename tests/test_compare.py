@@ -47,15 +47,34 @@ def test_six_wins_by_hand() -> None:
         [0.0, 0.0, 0.0, 0.0, 0.0, 0.5],
         [-0.2, 0.2, -0.2, 0.2, -0.2, 0.2],
         [0.0, 0.1, 0.1, -0.1, 0.3, 0.3, 0.3, -0.2, 0.0, 0.5],
+        [0.0] * 96 + [0.3, 0.2, 0.5, 0.4],
+        np.round(np.random.default_rng(1).normal(0.02, 0.05, 16), 2),
+        [0.0] * 8,
     ],
 )
 def test_p_counts_all_choices_of_signs(differences: list[float]) -> None:
     assert of_differences(differences).p == pytest.approx(by_all_signs(np.array(differences)))
 
 
-def test_p_of_many_cases_is_near_the_exact_one() -> None:
-    differences = np.round(np.random.default_rng(1).normal(0.02, 0.05, 16), 2)
-    assert of_differences(differences).p == pytest.approx(by_all_signs(differences), abs=0.02)
+@pytest.mark.parametrize("zeros", [0, 60])
+def test_p_beyond_the_exact_one_hardly_differs(zeros: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    unequal = np.random.default_rng(1).normal(0.02, 0.08, 51).round(2)
+    differences = np.concatenate([np.zeros(zeros), np.where(unequal == 0, 0.01, unequal)])
+    approximate = of_differences(differences).p
+    monkeypatch.setattr("kitseg.scoring.compare._EXACT", 51)
+    exact = of_differences(differences).p
+    assert 0.005 < exact < 0.5
+    assert exact != approximate == pytest.approx(exact, abs=0.002)
+
+
+def test_a_method_is_not_better_by_a_few_of_many_cases() -> None:
+    """As where most cases have no cyst: 4 of 4 that differ are all better or all worse by chance in 1 of 8 trials."""
+    none = {f"{i}": {"cyst": 1.0} for i in range(96)}
+    a = none | {f"{i}": {"cyst": 0.3} for i in range(96, 100)}
+    b = none | {f"{i}": {"cyst": i / 200} for i in range(96, 100)}
+    (group,) = compare_cases(a, b, {})
+    assert group.p == pytest.approx(1 / 8)
+    assert group.verdict == "mixed"
 
 
 def test_scores_that_differ_by_rounding_are_ties() -> None:

@@ -17,6 +17,7 @@ FEWEST = 6  # cases: with fewer, no two-sided signed-rank test can reach p < 0.0
 LEVEL = 0.05
 RESAMPLES = 9999
 _DECIMALS = 12  # differences are rounded, so that 0.8 - 0.7 and 0.9 - 0.8 are equal
+_EXACT = 50  # differences other than 0, up to which p is exact
 
 Scores = Mapping[str, Mapping[str, float]]
 Verdict = Literal["A", "B", "mixed", "none", "too few"]
@@ -104,7 +105,7 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
 
     The interval of the mean difference is a BCa bootstrap (Efron 1987; percentiles if BCa is undefined) with a fixed
     seed. The test is Wilcoxon's signed-rank test with Pratt's (1959) treatment of zeros, because two methods often have
-    equal scores on a case; p is 1 if all cases are equal.
+    equal scores on a case.
 
     Raises:
         ValueError: no scores, different numbers of scores, or one that isn't finite.
@@ -118,9 +119,8 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
     paired = Paired(float(first.mean()), float(second.mean()), differences)
     if paired.n < FEWEST:
         return paired
-    low, high = mean_interval(differences)
-    p = float(stats.wilcoxon(differences, zero_method="pratt").pvalue) if differences.any() else 1.0
-    return replace(paired, low=low, high=high, p=p)
+    low, high = np.round(mean_interval(differences), _DECIMALS).tolist()
+    return replace(paired, low=low, high=high, p=_signed_rank(differences))
 
 
 def compare_cases(a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[PairedGroup]:
@@ -160,6 +160,22 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(tested) - rank)))
         corrected[index] = largest
     return corrected
+
+
+def _signed_rank(differences: NDArray[np.float64]) -> float:
+    """The two-sided p of (n,) differences: exact if few of them are not 0, else by the normal approximation.
+
+    Exact, because the approximation errs where nearly all cases are equal, whatever their number.
+    """
+    unequal = differences != 0
+    if np.count_nonzero(unequal) > _EXACT:
+        return float(stats.wilcoxon(differences, zero_method="pratt", method="asymptotic").pvalue)
+    doubled = (2 * stats.rankdata(np.abs(differences))).astype(int)  # whole numbers, also for ties
+    chances = np.ones(1)  # of each sum of the doubled ranks of positive differences
+    for rank in doubled[unequal]:
+        chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2
+    from_middle = np.abs(2 * np.arange(len(chances)) - (len(chances) - 1))
+    return float(chances[from_middle >= from_middle[doubled[differences > 0].sum()]].sum())
 
 
 def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[PairedGroup]:
