@@ -13,6 +13,7 @@ from conftest import Result, kitseg
 from PIL import Image
 from scipy import stats
 
+from kitseg.report.comparison import format_p, signed
 from kitseg.scoring.compare import compare, compare_cases, holm
 
 
@@ -217,6 +218,31 @@ def test_the_command(tmp_path: Path) -> None:
         pixels = np.array(image.convert("RGB"), int)
     blue = pixels[..., 2] > pixels[..., 0] + 60
     assert blue[:, pixels.shape[1] // 2 :].sum() > 5 * blue[:, : pixels.shape[1] // 2].sum()  # B's wins: tumor's panel
+
+
+def test_rounding_hides_neither_a_difference_nor_its_significance(tmp_path: Path) -> None:
+    """0.974 and 0.9744 are both 0.974, and an interval that begins at 0.0004 doesn't begin at 0."""
+    b = {case: {"kidney": 0.9001 + i / 25_000} for i, case in enumerate(CASES)}
+    scores(tmp_path / "a.json", {case: {"kidney": 0.9} for case in CASES})
+    scores(tmp_path / "b.json", b)
+    result = comparing(tmp_path)
+    assert result.code == 0, result.text
+    assert "kidney: B is better by 0.0005 (95 % CI 0.0004 to 0.0006, p < 0.001, 20 of 20 cases)" in result.text
+    assert "+0.0004 to +0.0006" in result.text
+    assert (signed(-4e-4), signed(0.0123), signed(-0.0), signed(3e-7)) == ("−0.0004", "+0.012", "0.000", "+0.0000003")
+    assert [format_p(p) for p in (0.0496, 0.0504, 0.0123, 0.05)] == ["= 0.0496", "= 0.05", "= 0.012", "= 0.05"]
+
+
+def test_what_the_scores_of_a_side_are_worth_is_repeated(tmp_path: Path) -> None:
+    """A side that learned from the cases isn't compared in silence."""
+    note = "the networks learned from the scans of 20 of 20 cases: these scores are no measure for new scans"
+    scores(tmp_path / "a.json", A, notes=[note])
+    scores(tmp_path / "b.json", B)
+    result = comparing(tmp_path)
+    assert result.code == 0, result.text
+    assert f"A: {note}" in result.text
+    content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert (content["notes_a"], content["notes_b"]) == ([note], [])
 
 
 def test_what_evaluate_writes_is_compared_in_its_own_protocol(phantoms: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from kitseg.commands.score_files import read_scores
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import scheme_of
-from kitseg.report.comparison import format_interval, format_p, signed
+from kitseg.report.comparison import format_interval, format_p, signed, unsigned
 from kitseg.runtime.files import write_json
 from kitseg.scoring.compare import FEWEST, PairedGroup, compare_cases
 from kitseg.volumes.names import shorten
@@ -25,7 +25,7 @@ class Side:
 
     labels: of the references; cases: Dice by case and class; strata: stratum by case and kind; background: cases
     scored as if nothing was found; references: the hash of each case's reference; regions: the classes of each
-    region of the references' scheme; both empty in files of earlier versions.
+    region of the references' scheme; both empty in files of earlier versions; notes: those of the file.
     """
 
     path: Path
@@ -36,6 +36,7 @@ class Side:
     background: frozenset[str]
     references: dict[str, str] = field(default_factory=dict)
     regions: dict[str, list[int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Comparison:
     groups: list[PairedGroup]
 
     def notes(self) -> list[str]:
-        """Notes on cases that are left out, and on cases scored as background."""
+        """Notes on cases that are left out and on cases scored as background, and those of both files."""
         lines = []
         for name, one, other in (("A", self.a, self.b), ("B", self.b, self.a)):
             if alone := sorted(one.cases.keys() - other.cases.keys()):
                 lines.append(f"only {name} has {shorten(alone, 10)}: left out")
             if nothing := sorted(one.background & one.cases.keys() & other.cases.keys()):
                 lines.append(f"in {name}, missing or failed and so scored as background: {shorten(nothing, 10)}")
+            lines += [f"{name}: {note}" for note in one.notes]
         return lines
 
 
@@ -90,6 +92,7 @@ def write_figures(path: Path, comparison: Comparison) -> None:
     content["only_a"] = sorted(a.cases.keys() - b.cases.keys())
     content["only_b"] = sorted(b.cases.keys() - a.cases.keys())
     content["background_a"], content["background_b"] = sorted(a.background), sorted(b.background)
+    content["notes_a"], content["notes_b"] = a.notes, b.notes
     content["groups"] = [_figures(group) for group in comparison.groups]
     write_json(path, SCHEMA, content)
 
@@ -101,10 +104,10 @@ def sentence(group: PairedGroup) -> str:
     if paired.low is None or paired.high is None:
         return f"{name}: too few cases to judge ({paired.n}; it takes {FEWEST}); the mean of B − A is {mean}"
     if verdict in ("A", "B"):
-        sign, count = (1, paired.wins) if verdict == "B" else (-1, paired.losses)
-        low, high = sorted((sign * paired.low, sign * paired.high))
-        facts = f"95 % CI {low:.3f} to {high:.3f}, p {format_p(group.p)}, {count} of {paired.n} cases"
-        return f"{name}: {verdict} is better by {abs(paired.mean):.3f} ({facts})"
+        count = paired.wins if verdict == "B" else paired.losses
+        low, high = map(unsigned, sorted((abs(paired.low), abs(paired.high))))
+        facts = f"95 % CI {low} to {high}, p {format_p(group.p)}, {count} of {paired.n} cases"
+        return f"{name}: {verdict} is better by {unsigned(abs(paired.mean))} ({facts})"
     tally = f"B better in {paired.wins}, A in {paired.losses} of {paired.n} cases"
     facts = f"95 % CI {format_interval(paired)}, p {format_p(group.p)}, {tally}"
     if verdict == "none":
@@ -127,7 +130,8 @@ def _read(path: Path) -> Side:
     background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
     labels = content.get("labels") or scheme_of(content.get("convention", "kits19")).line
     references, regions = content.get("references", {}), content.get("regions", {})
-    return Side(found, content["protocol"], labels, cases, content["strata"], background, references, regions)
+    notes = tuple(content.get("notes", []))
+    return Side(found, content["protocol"], labels, cases, content["strata"], background, references, regions, notes)
 
 
 def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kitseg.report.pictures import save_picture
-from kitseg.scoring.compare import Paired, PairedGroup
+from kitseg.scoring.compare import LEVEL, Paired, PairedGroup
 
 _BETTER_A, _SAME, _BETTER_B = "#c8641e", "#8a8a8a", "#1f6fb4"
 _GOLDEN = 0.6180339887  # multiples modulo 1 fill the interval evenly
@@ -120,8 +120,15 @@ def _cells(group: PairedGroup) -> tuple[str, str, str, str]:
 
 
 def signed(value: float) -> str:
-    """A difference, such as ``+0.012`` or ``−0.003``."""
-    return f"{value:+.3f}".replace("-", "−") if round(value, 3) else "0.000"
+    """A difference, such as ``+0.012`` or ``−0.003``; with more decimals where it would look like none."""
+    return ("+" if value > 0 else "−" if value < 0 else "") + unsigned(abs(value))
+
+
+def unsigned(value: float) -> str:
+    """A number, 0 or larger, with three decimals, or with as many as its first digit takes."""
+    if 0 < value < 0.001:
+        return np.format_float_positional(value, precision=1, fractional=False, trim="-")
+    return f"{value:.3f}"
 
 
 def format_interval(paired: Paired) -> str:
@@ -130,10 +137,14 @@ def format_interval(paired: Paired) -> str:
 
 
 def format_p(p: float | None) -> str:
-    """A p value with its sign, such as ``= 0.012`` or ``< 0.001``; a dash where nothing was tested."""
+    """A p value with its sign, such as ``= 0.012`` or ``< 0.001``; a dash where nothing was tested.
+
+    With as many digits as it takes to see on which side of 0.05 it is.
+    """
     if p is None:
         return "–"
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+    rounded = (f"{p:.{digits}g}" for digits in range(2, 18))
+    return "< 0.001" if p < 0.001 else f"= {next(text for text in rounded if (float(text) < LEVEL) == (p < LEVEL))}"
 
 
 def _label_rows(axes: Axes, places: dict[_Row, float]) -> None:

@@ -46,7 +46,7 @@ class Paired:
     @property
     def mean(self) -> float:
         """Mean difference, B - A."""
-        return float(self.differences.mean())
+        return round(float(self.differences.mean()), _DECIMALS)
 
     @property
     def wins(self) -> int:
