@@ -235,6 +235,7 @@ def test_labels_of_another_series_than_the_rule_would_choose(
     assert measured.code == 0, measured.text
     expected = json.loads((tmp_path / "b" / f"{other}.json").read_text())["findings"]["lesions"]
     found = json.loads((tmp_path / "m.json").read_text())["cases"][other]["lesions"]
+    assert expected
     assert [lesion["hu_mean"] for lesion in found] == pytest.approx(
         [lesion["hu_mean"] for lesion in expected], abs=1e-3
     )

@@ -110,11 +110,18 @@ def record_beside(labels: Path) -> CaseRecord | None:
 
 
 def is_of_another_scan(labels: Path, case: Case, scan: Volume) -> bool:
-    """Whether the record of a label map states another scan than this one, whatever the format of its file."""
+    """Whether the record of a label map, or else a DICOM segmentation itself, states another scan than this one.
+
+    Of the record it may be the same in another format.
+    """
     record = record_beside(labels)
-    if record is None or record.scan_sha256 in (None, scan_digest(case)) or not record.is_of(file_digest(labels)):
+    if record and record.scan_sha256 and record.is_of(file_digest(labels)):
+        return record.scan_sha256 != scan_digest(case) and record.hu_sha256 != hu_digest(scan)
+    if is_volume_name(labels) or not case.slices:
         return False
-    return record.hu_sha256 != hu_digest(scan)
+    from kitseg.volumes.dicom.labels import is_of_another_series
+
+    return is_of_another_series(labels, case.slices[0])
 
 
 def recorded_learning(labels: Path) -> tuple[str, ...]:

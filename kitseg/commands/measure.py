@@ -34,12 +34,12 @@ from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import is_volume_name
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.scan import check_grid, find_scans, place_doubts, place_on, read_scan, scans_of_labels
+from kitseg.volumes.scan import check_grid, place_doubts, place_on, read_scan, scans_of_labels
 
 SCHEMA = 1
 DECIMALS = 3
 NO_RECORD = "no record states what made these labels: the intervals are of the calibrated network's errors"
-OTHER_SCAN = "the labels were made from another scan than this one, by the record beside them"
+OTHER_SCAN = "the labels were made from another scan than this one, by the record beside them or their own header"
 NO_SLICES = "a DICOM segmentation ends with its labels: it takes the scan to know whether they are cut off there"
 #: The parts that a mesh can show, by their label ids.
 PARTS = {"kidney": (KIDNEY, TUMOR, CYST), "parenchyma": (KIDNEY,), "tumor": (TUMOR,), "cyst": (CYST,)}
@@ -133,14 +133,13 @@ class Measured:
 def plan_measures(labels: Path, ct: Path | None) -> list[MeasureTask]:
     """A label map, or those in a folder, each with the scan of the same name.
 
-    With a file for the label map and one scan, names don't matter. Raises InputError: a path is missing or holds
-    nothing of the kind; UsageError: two files of one name, or no scan of a case.
+    With a file for the label map and one scan, which may be the CT of a DICOM study, names don't matter unless a series
+    has the label map's. Raises InputError: a path is missing or holds nothing of the kind; UsageError: two files of one
+    name, or no scan of a case.
     """
     maps = find_labels(labels)
     refuse_scans(labels, maps)
-    found = find_scans([ct]).cases if ct and labels.is_file() else ()
-    alone = dict(zip(maps, found, strict=False)) if len(found) == 1 else None
-    scans = alone or scans_of_labels(maps, [ct] if ct else [])
+    scans = scans_of_labels(maps, [ct] if ct else [], alone=labels.is_file())
     if ct and (missing := sorted(maps.keys() - scans.keys())):
         raise UsageError(f"{ct} has no scan of {', '.join(missing[:5])}. Add it, or measure without --ct")
     return [MeasureTask(case, path.absolute(), scans.get(case)) for case, path in maps.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -58,10 +58,13 @@ def find_scans(paths: Sequence[Path], series: Sequence[str] = ()) -> Scans:
     return Scans(tuple(distinct(cases)), tuple(choices))
 
 
-def scans_of_labels(labels: Iterable[str], paths: Sequence[Path], masks: Path | None = None) -> dict[str, Case]:
+def scans_of_labels(
+    labels: Collection[str], paths: Sequence[Path], masks: Path | None = None, alone: bool = False
+) -> dict[str, Case]:
     """The scans in files and folders by the names of their label maps, as ``kits.pair`` finds them.
 
-    Includes every DICOM series that forms a volume. masks: the folder of reference label maps, see ``with_labels``.
+    Includes every DICOM series that forms a volume. masks: the folder of reference label maps, see ``with_labels``;
+    alone: where no scan has their name, they are of the only scan to segment.
 
     Raises:
         InputError: a path is missing or a folder contains no scan. UsageError: two scans with the same id.
@@ -69,7 +72,8 @@ def scans_of_labels(labels: Iterable[str], paths: Sequence[Path], masks: Path | 
     scans = find_scans(paths) if paths else Scans(())
     others = [_case(choice) for choice in scans.choices if choice.series.stack and not choice.chosen]
     cases = {case.id: case for case in with_labels(distinct((*scans.cases, *others)), masks)}
-    return {name: cases[scan] for name, scan in pair(labels, cases).items()}
+    found = {name: cases[scan] for name, scan in pair(labels, cases).items()}
+    return dict.fromkeys(labels, scans.cases[0]) if alone and not found and len(scans.cases) == 1 else found
 
 
 def check_grid(path: Path, labels: Geometry, scan: Geometry, of: str = "its scan") -> None:

@@ -56,6 +56,14 @@ def case_of_segmentation(path: Path) -> str:
     return pseudonym("series", path.name)
 
 
+def is_of_another_series(path: Path, image: Path) -> bool:
+    """Whether a segmentation states the series that it was made from, and it is not that of this image."""
+    header, stated = read_dicom_header(image), set[str]()
+    with quiet(), suppress(Exception):  # as above
+        stated = {str(item.SeriesInstanceUID) for item in read_dataset(path).ReferencedSeriesSequence}
+    return bool(header and header.series and stated) and header.series not in stated
+
+
 def read_segmentation(path: Path, case_id: str) -> Volume:
     """Read a DICOM segmentation as (D, H, W) uint8 in orientation (I, P, L) with kitseg's ids, on its own grid.
 
