@@ -307,6 +307,24 @@ def test_two_passes_in_one_series_are_separated(tmp_path: Path, tags: dict[str, 
     assert first.note == second.note == "slices of its series that form other stacks, left out: 12"
 
 
+@pytest.mark.parametrize("shift", [1.25, 0.5])
+def test_two_passes_with_slices_between_each_others_are_separated(tmp_path: Path, shift: float) -> None:
+    for n in (1, 2):
+        there = AXIAL.copy()
+        there[2, 3] += shift * n
+        uids = {"each_SOPInstanceUID": _uids(n)}
+        write_series(tmp_path, hu(seed=n), there, n, series="both", AcquisitionNumber=n, **uids)
+    found = find_series(tmp_path)
+    assert {hu(seed=n).tobytes() for n in (1, 2)} == {read_series(s).array[::-1].tobytes() for s in found}
+    assert {series.note for series in found} == {"slices of its series that form other stacks, left out: 12"}
+
+
+@pytest.mark.parametrize("numbers", [[1] * 6 + [2] * 6, [k // 3 for k in range(12)], [1] * 5 + [2, 1] + [2] * 5])
+def test_one_pass_in_several_acquisitions_is_one_stack(tmp_path: Path, numbers: list[int]) -> None:
+    write_series(tmp_path, hu(), each_AcquisitionNumber=numbers)
+    assert np.array_equal(read_series(only(tmp_path)).array[::-1], hu())
+
+
 def test_passes_whose_instances_share_one_uid_are_both_kept(tmp_path: Path) -> None:
     for n in (1, 2):
         write_series(tmp_path, hu(seed=n), seed=n, series="both", SOPInstanceUID="1.2.3", AcquisitionNumber=n)

@@ -165,16 +165,16 @@ def _by_pass(group: list[Header]) -> list[list[Header]]:
     """Parts with one slice at each position, if an attribute distinguishes the passes; else the group unchanged.
 
     Where none of ``PASSES`` does, and the slices aren't copies, any other element that has as many values as there are
-    passes may.
+    passes may. Passes that have no position in common may have slices between each other's.
     """
     most = max(_places(group).values())
-    if not group[0].position or most == 1:
+    if not group[0].position:
         return [group]
     for n, name in enumerate(PASSES):
         values = [header.passes[n] for header in group]
         if name in TIMES:
             values = _by_gaps(values, most)
-        if parts := _split(group, values):
+        if (parts := _split(group, values)) and (most > 1 or _interleave(parts)):
             return parts
     if not repeats(without_copies(group)):
         return [group]
@@ -184,8 +184,28 @@ def _by_pass(group: list[Header]) -> list[list[Header]]:
 
 def _split(group: list[Header], values: list[str]) -> list[list[Header]]:
     """Parts of the same value, if each is one slice at each position and enough for a volume; else none."""
-    parts = [[h for h, v in zip(group, values, strict=True) if v == value] for value in dict.fromkeys(values)]
+    by_value: dict[str, list[Header]] = {}
+    for header, value in zip(group, values, strict=True):
+        by_value.setdefault(value, []).append(header)
+    parts = list(by_value.values())
     return parts if len(parts) > 1 and min(map(len, parts)) >= FEWEST and not any(map(repeats, parts)) else []
+
+
+def _interleave(parts: list[list[Header]]) -> bool:
+    """Whether slices of some parts lie between those of others, again and again, and each part is a volume."""
+    first = parts[0][0]
+    if not first.row_axis:
+        return False
+    normal = np.cross(first.row_axis, first.column_axis)
+    places = sorted((float(normal @ header.position), n) for n, part in enumerate(parts) for header in part)
+    changes = sum(one != other for (_, one), (_, other) in pairwise(places))
+    return changes >= 2 * len(parts) and all(map(_is_volume, parts))
+
+
+def _is_volume(part: list[Header]) -> bool:
+    with suppress(Unstackable):
+        return bool(stack(part))
+    return False
 
 
 def _by_gaps(texts: list[str], count: int) -> list[str]:
