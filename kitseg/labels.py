@@ -226,11 +226,16 @@ def check_data_set(labels: Path, scheme: Scheme) -> None:
         raise InputError(labels, problem, f"Give --labels {known[0]}")
 
 
+def data_set_places(labels: Path) -> list[Path]:
+    """Where nnU-Net's ``dataset.json`` of a label map may be: in its folder, or that of its data set."""
+    folder = labels.absolute().parent
+    data_set = [folder.parent] if folder.name in ("labelsTr", "labelsTs") else []
+    return [place / _DATA_SET for place in (folder, *data_set)]
+
+
 def _data_set(labels: Path) -> tuple[Path, Scheme, dict[str, int]] | None:
     """nnU-Net's ``dataset.json`` of a label map's folder or data set, and what ``_stated`` finds in it."""
-    folder = labels.absolute().parent
-    for place in (folder, *([folder.parent] if folder.name in ("labelsTr", "labelsTs") else [])):
-        path = place / _DATA_SET
+    for path in data_set_places(labels):
         if path.is_file() and (stated := _stated(path, path.stat().st_mtime_ns)):
             return path, *stated
     return None

@@ -35,7 +35,8 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
         "ci95": {"kidney": {"dice": [0.8, 0.95]}, "tumor": {"dice": None}},
         "groups": [{"kind": "slices", "name": "over 3 mm", "cases": 1, "dice": {"tumor": 0.4}}],
         "strata": {},
-        "missing": ["case_00001"],
+        "missing": ["case_00000"],
+        "failed": {"case_00000": "another grid", "case_00001": "its reference can't be read"},
         "undefined": {"kidney": {"hd95_mm": 0}, "tumor": {"hd95_mm": 1}},
         "detection": {
             "sizes": {"all": {"reference": 2, "found": 1, "predicted": 1, "true": 1, "recall": 0.5, "dice": 0.4}}
@@ -52,7 +53,9 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
     assert "after/methods.html" in done.text
     found = items(tmp_path / "after" / "methods.html")
     assert "kidney 0.900 (0.800 to 0.950), tumor 0.400" in found[35]
-    assert found[33].startswith("1 cases scored out of fold, 1 without a prediction, 0 failed")
+    assert found[33].startswith("1 cases scored out of fold, 1 of them as background")
+    assert "1 not scored" in found[33]
+    assert "background: 1 cases" in found[13]
     assert "below 0.5 in 1 of 1 cases; lowest: case_00000 0.400" in found[37]
     assert "slices over 3 mm (1): tumor 0.400" in found[30]
     choices = (tmp_path / "after" / "methods.html").read_text().partition("<h2>Metrics Reloaded</h2>")[2]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from browser import browser
 from conftest import kitseg
+from nifti_files import save
 from PIL import Image
 
 from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR, find_scheme
@@ -198,6 +199,26 @@ def test_scores_are_shown(reported: Path) -> None:
         for values in scores["cases"]["case_00000"].values():
             assert f"{values['dice']:.3f}" in page(reported, case).text
     assert f"{scores['mean']['tumor']['dice']:.3f}" in page(reported, "index").text
+
+
+def test_scores_by_group_and_what_they_leave_out_whatever_the_names(tmp_path: Path) -> None:
+    """Predictions named as the server wants them; one lies on another grid, of one the reference can't be read."""
+    for folder in ("pred", "ref"):
+        (tmp_path / folder).mkdir()
+    for number, tumor in enumerate((0, 2, 2, 2)):
+        labels = np.zeros((6, 12, 14), np.uint8)
+        labels[1:5, 2:9, 2:10], labels[2:4, 3:6, 3:6] = 1, tumor
+        save(tmp_path / "ref" / f"case_{number:05d}.nii.gz", labels if number < 3 else np.full_like(labels, 7))
+        save(tmp_path / "pred" / f"prediction_{number:05d}.nii.gz", labels[1:] if number == 2 else labels)
+    assert kitseg(tmp_path, "evaluate", "pred", "ref", "--json=scores.json", "--jobs=1").code == 1
+    done = kitseg(tmp_path, "report", "pred", "--scores=scores.json", "--jobs=1")
+    assert done.code == 0, done.text
+    study = page(tmp_path, "index").text
+    assert "Dice of tumor by tumor size" in study
+    assert "no tumor (1)" in study
+    assert "up to 4 cm (2)" in study
+    assert "can't be used, scored as background: case_00002." in study
+    assert "Could not be scored, and left out of all figures: case_00003." in study
 
 
 def test_the_study_tells_tumors_from_larger_cysts(tmp_path: Path) -> None:

@@ -136,6 +136,26 @@ def test_other_rules_are_other_work(maps: Path) -> None:
     assert len(set(made)) == 3 * CASES
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "case_00000.json"])
+def test_label_maps_are_read_again_where_their_ids_are_stated_since(maps: Path, name: str) -> None:
+    """After an interruption, what was cached before is of the other ids."""
+    ids = {"background": 0, "kidney": 2, "tumor": 1}
+    record = {"schema": 4, "case": "case_00000", "labels": {"name": "own", "kidney": _part(2), "tumor": _part(1)}}
+    cache, (job, *_) = scores(maps, "kits19"), find_jobs(maps / "pred", maps / "ref")[0]
+    measures = ResultCache(maps / "measured", Measured, partial(measure_case, scheme=None))
+    task = plan_measures(maps / "pred", None)[0]
+    first, measured = cache.do(job), measures.do(task)
+    assert first.dice["tumor"] > 0.4
+    stated = {"labels": ids, "channel_names": {"0": "CT"}} if name == "dataset.json" else record
+    (maps / "pred" / name).write_text(json.dumps(stated))
+    assert cache.do(job).dice["tumor"] < 0.1
+    assert measures.do(task).labels != measured.labels
+
+
+def _part(number: int) -> dict[str, object]:
+    return {"id": number, "name": f"part {number}", "colour": "#ffffff"}
+
+
 def test_a_page_is_made_again_where_it_is_lost(maps: Path) -> None:
     command = ("report", "pred", "--jobs=1")
     for shard in ("1/2", "2/2"):

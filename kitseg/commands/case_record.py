@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from kitseg.errors import InputError, KitsegError, UsageError
-from kitseg.labels import KITS23, Scheme, predictions_scheme
+from kitseg.labels import KITS23, Scheme, data_set_places, predictions_scheme
 from kitseg.measurement.quality import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
@@ -170,6 +170,11 @@ def scheme_beside(labels: Path) -> Scheme | None:
     if (record := record_beside(labels)) and record.labels:
         return record.labels
     return predictions_scheme(labels) if is_volume_name(labels) else KITS23
+
+
+def stated_beside(labels: Path) -> list[Path]:
+    """The files that ``scheme_beside`` reads, where they are there."""
+    return [record_of(labels), *data_set_places(labels)]
 
 
 def refuse_other_labels(prediction: Path, reference: Path, assumed: Scheme) -> None:

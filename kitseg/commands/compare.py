@@ -10,6 +10,7 @@ from kitseg.commands.score_files import read_scores
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import scheme_of
 from kitseg.report.comparison import format_interval, format_p, signed, unsigned
+from kitseg.report.scores import as_background
 from kitseg.runtime.files import write_json
 from kitseg.scoring.compare import FEWEST, PairedGroup, compare_cases
 from kitseg.volumes.names import shorten
@@ -53,7 +54,7 @@ class Comparison:
         for name, one, other in (("A", self.a, self.b), ("B", self.b, self.a)):
             if alone := sorted(one.cases.keys() - other.cases.keys()):
                 lines.append(f"only {name} has {shorten(alone, 10)}: left out")
-            if nothing := sorted(one.background & one.cases.keys() & other.cases.keys()):
+            if nothing := sorted(one.background & other.cases.keys()):
                 lines.append(f"in {name}, missing or failed and so scored as background: {shorten(nothing, 10)}")
             lines += [f"{name}: {note}" for note in one.notes]
         return lines
@@ -127,7 +128,7 @@ def _read(path: Path) -> Side:
             if (dice := figures.get("dice")) is None or not 0 <= dice <= 1:
                 raise InputError(found, f"{case} has a Dice of {dice} for {name}", "Make it with `kitseg evaluate`.")
             cases.setdefault(case, {})[name] = dice
-    background = frozenset(content.get("missing", [])) | frozenset(content.get("failed", {}))
+    background = frozenset(as_background(content))
     labels = content.get("labels") or scheme_of(content.get("convention", "kits19")).line
     references, regions = content.get("references", {}), content.get("regions", {})
     notes = tuple(content.get("notes", []))

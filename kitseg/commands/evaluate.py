@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.case_record import recorded_learning, recorded_models, scheme_beside
+from kitseg.commands.case_record import recorded_learning, recorded_models, scheme_beside, stated_beside
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
 from kitseg.runtime.files import file_digest
@@ -100,8 +100,8 @@ class Job(Task):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Prediction and reference."""
-        return (self.reference, *([self.prediction] if self.prediction else []))
+        """The reference, and the prediction with what states how it is read."""
+        return (self.reference, *([self.prediction, *stated_beside(self.prediction)] if self.prediction else []))
 
 
 def rules(protocol: str, scheme: Scheme | None, split: Path | None = None) -> Rules:
@@ -154,15 +154,16 @@ def score_case(job: Job, rules: Rules) -> Score:
     """Score one case; a prediction that is missing or can't be used counts as background. Never raises."""
     try:
         truth = read_reference(job.reference, job.case, rules.scheme)
-        found, problem = np.zeros_like(truth.array), ""
+        found, problem, digest = np.zeros_like(truth.array), "", ""
         try:
             if job.prediction is not None:
+                digest = file_digest(job.prediction)
                 own_scheme = scheme_beside(job.prediction) or rules.scheme
                 prediction = read_labels(job.prediction, job.case, own_scheme, strict=False)
                 check_grid(job.prediction, prediction.geometry, truth.geometry, str(job.reference))
                 found = prediction.array
         except KitsegError as error:
-            problem = f"{error} It counts as background."
+            problem = f"{str(error).removesuffix('.')}. It counts as background."
         if rules.distances:
             scored = score(found, truth.array, truth.geometry.spacing, rules.protocol, rules.scheme)
         else:
@@ -183,7 +184,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             truth.native.doubts,
             hashlib.sha256(truth.array.tobytes()).hexdigest(),
             recorded_models(job.prediction) if job.prediction else (),
-            file_digest(job.prediction) if job.prediction else "",
+            digest,
         )
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))

@@ -15,6 +15,7 @@ from kitseg.commands.case_record import (
     of_other_models,
     record_beside,
     scheme_beside,
+    stated_beside,
 )
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import CYST, KIDNEY, KITS19, TUMOR, Scheme
@@ -59,8 +60,8 @@ class LabelTask(Task):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Label map and CT."""
-        return (self.labels, *(self.scan.files if self.scan else ()))
+        """Label map, what states how it is read and what made it, and CT."""
+        return (self.labels, *stated_beside(self.labels), *(self.scan.files if self.scan else ()))
 
     def read(self, scheme: Scheme) -> tuple[Volume, Volume | None]:
         """The label map, and the CT on the same grid.

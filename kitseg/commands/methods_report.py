@@ -15,6 +15,7 @@ from kitseg.commands.score_files import ScoreFile, read_scores
 from kitseg.errors import InputError, UsageError
 from kitseg.models.run_folder import TRAINED_STATE, Run, RunInfo
 from kitseg.report.html import write_page
+from kitseg.report.scores import as_background, not_scored
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.scoring.protocols import METRICS
 from kitseg.splits import Split, read_split
@@ -202,7 +203,7 @@ def _preprocessing(facts: RunFacts) -> str:
 
 
 def _missing(scores: ScoreFile) -> str:
-    return f"A case without a prediction is scored as background: {len(scores.get('missing', []))} cases."
+    return f"A case without a usable prediction is scored as background: {len(as_background(scores))} cases."
 
 
 def _software(facts: RunFacts) -> str:
@@ -247,15 +248,14 @@ def _metrics(scores: ScoreFile) -> str:
 
 
 def _strata(facts: RunFacts) -> str:
-    groups = facts.scores["groups"] if facts.scores else []
-    rows = [group for group in groups if group["kind"] not in ("all", "fold")]
+    rows = [row for row in (facts.scores["groups"] if facts.scores else []) if row["kind"] not in ("all", "fold")]
     shown = [f"{row['kind']} {row['name']} ({row['cases']}): {_named(row['dice'])}" for row in rows]
     return f"Mean Dice by group: {'; '.join(shown)}." if shown else UNKNOWN
 
 
 def _flow(scores: ScoreFile) -> str:
-    failed, missing = len(scores.get("failed", {})), len(scores.get("missing", []))
-    return f"{len(scores['cases'])} cases scored out of fold, {missing} without a prediction, {failed} failed."
+    empty, failed = len(as_background(scores)), len(not_scored(scores))
+    return f"{len(scores['cases'])} cases scored out of fold, {empty} of them as background; {failed} not scored."
 
 
 def _performance(scores: ScoreFile) -> str:

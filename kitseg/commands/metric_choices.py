@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from kitseg.commands.score_files import ScoreFile
+from kitseg.report.scores import as_background
 from kitseg.scoring.detection import ALL, MIN_IOU, TOLERANCE_MM
 from kitseg.scoring.protocols import METRICS, PROTOCOLS, Target
 
@@ -67,10 +68,9 @@ def _undefined(scores: ScoreFile) -> str:
 
 
 def _aggregation(scores: ScoreFile) -> str:
-    missing = len(scores.get("missing", []))
     return (
         f"Each figure per case, then the mean and the median over {len(scores['cases'])} cases, each class apart; a "
-        f"case without a prediction counts as background ({missing})."
+        f"case without a usable prediction counts as background ({len(as_background(scores))})."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,6 @@ class PageTask(LabelTask):
         return record_of(self.labels)
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """Label map, its record and scan."""
-        return (*super().files, self.record)
-
-    @property
     def output(self) -> Path:
         """The page."""
         return self.to / page_name(self.case)
@@ -125,6 +120,8 @@ def _is_changed(labels: Path, scored: str | None) -> bool:
 def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores, scheme: Scheme) -> None:
     """Write the study's page, ``index.html``; a row a case; scheme: names and colours."""
     facts = {"Cases": str(len(rows)), **_page_facts()}
+    scored = pair([row.case for row in rows], scores.strata)
+    scores = replace(scores, strata={case: scores.strata[other] for case, other in scored.items()})
     write_study(to / INDEX, "Kidneys and kidney tumors", rows, scores, facts, scheme)
 
 

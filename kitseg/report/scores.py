@@ -55,6 +55,16 @@ def score_tables(content: Mapping[str, Any]) -> tuple[Table, ...]:
     return tuple(table for table in tables if table.rows)
 
 
+def as_background(content: Mapping[str, Any]) -> list[str]:
+    """The cases that were scored as background: without a prediction, or with one that can't be used."""
+    return sorted({*content.get("missing", []), *content.get("failed", {})} & content["cases"].keys())
+
+
+def not_scored(content: Mapping[str, Any]) -> list[str]:
+    """The cases that could not be scored, such as those whose reference can't be read."""
+    return sorted(content.get("failed", {}).keys() - content["cases"].keys())
+
+
 def display_name(name: str) -> str:
     """The display name of a class or metric: ``kidney_and_mass`` is ``kidney and mass``."""
     return METRICS.get(name, name.replace("_", " "))
@@ -96,8 +106,8 @@ def _detection(detection: Mapping[str, Any], title: str) -> Table:
 
 def _notes(content: Mapping[str, Any]) -> tuple[str, ...]:
     notes = [f"Scored with the protocol of {content['protocol']}.", *content.get("notes", [])]
-    if content.get("missing"):
-        notes.append(f"Missing predictions, scored as background: {', '.join(content['missing'])}.")
-    if content.get("failed"):
-        notes.append(f"Could not be scored: {', '.join(content['failed'])}.")
+    if cases := as_background(content):
+        notes.append(f"Predictions that are missing or can't be used, scored as background: {', '.join(cases)}.")
+    if cases := not_scored(content):
+        notes.append(f"Could not be scored, and left out of all figures: {', '.join(cases)}.")
     return tuple(notes)
