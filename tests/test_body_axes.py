@@ -66,5 +66,13 @@ def test_a_single_kidney_and_one_too_round() -> None:
     assert (axes() == np.eye(3)).all()
 
 
+def test_a_kidney_that_lies_across_does_not_count() -> None:
+    """A right kidney of the same volume whose upper pole leans back by 80°; tilted patients turn with the scan."""
+    for tilt in ((0, 0, 0), (15, 0, 0), (0, 15, 0)):
+        scan = Rotation.from_euler("xyz", tilt, degrees=True).as_matrix()
+        found = axes((60, 80, 12), (-60, LEAN, 12), tilt=tilt) @ scan.T
+        assert np.rad2deg(np.arccos(found[2, 2])) < 3
+
+
 def test_what_lies_across_the_scan_is_not_the_patients_axis() -> None:
     assert (axes((0, 0, 0), radii=(70, 22, 25)) == np.eye(3)).all()

@@ -18,7 +18,7 @@ _LEANING = np.deg2rad(24)  # of kidneys' long axes, backwards from the patient's
 _ROUND = 1.15  # ratio of the two longest axes, below which the longest is no long axis
 _FEWEST_ML = 5.0  # of a kidney with its lesions
 _STEP = 2.0  # mm between the voxels that are looked at
-_MOST_OBLIQUE = 0.5  # cosine to the scan's axis, below which the long axis is not the patient's
+_MOST_OBLIQUE = 0.5  # cosine to the scan's axis, below which a long axis does not follow the patient's
 
 Array = NDArray[np.float64]
 
@@ -28,8 +28,8 @@ def body_axes(labels: NDArray[np.uint8], sides: NDArray[np.uint8], geometry: Geo
 
     The head is along the longest principal axis of both kidneys with their lesions, each about its own centre and of
     the same weight, turned forward by the angle at which kidneys lean back. Right is from the left kidney's centre to
-    the right one's. A single kidney is completed by its mirror image. Where nothing is long, or the long axis lies
-    across the scan, these are the scan's.
+    the right one's. A kidney that lies across the scan does not count, and one that is left is completed by its mirror
+    image. Where nothing is long, or all of it lies across the scan, these are the scan's.
 
     Args:
         labels: (D, H, W).
@@ -43,13 +43,15 @@ def body_axes(labels: NDArray[np.uint8], sides: NDArray[np.uint8], geometry: Geo
     kidney = labels[thinned] != BACKGROUND
     places = {code: np.argwhere(kidney & (sides[thinned] == code)) @ step.T for code in NAMES}
     found = {code: points for code, points in places.items() if len(points) >= fewest}
-    spreads = [spread / np.trace(spread) for spread in (np.cov(points.T) for points in found.values())]
     right = np.array([1.0, 0.0, 0.0])
-    if len(spreads) == 1:
-        mirror = np.diag([-1.0, 1.0, 1.0])
-        spreads.append(mirror @ spreads[0] @ mirror)
-    elif spreads:
+    if len(found) == 2:
         right = places[CODES["right"]].mean(axis=0) - places[CODES["left"]].mean(axis=0)
+        right /= np.linalg.norm(right)
+    spreads = [spread / np.trace(spread) for spread in (np.cov(points.T) for points in found.values())]
+    spreads = [spread for spread in spreads if abs(np.linalg.eigh(spread)[1][2, 2]) >= _MOST_OBLIQUE]
+    if len(spreads) == 1:
+        mirror = np.eye(3) - 2 * np.outer(right, right)
+        spreads.append(mirror @ spreads[0] @ mirror)
     sizes, axes = np.linalg.eigh(np.sum(spreads, axis=0)) if spreads else (np.ones(3), np.eye(3))
     if sizes[2] < _ROUND**2 * sizes[1] or abs(axes[2, 2]) < _MOST_OBLIQUE:
         return np.eye(3)
