@@ -143,6 +143,7 @@ def test_missing_broken_and_shifted_cases_leave_the_others_alone(tmp_path: Path)
     done, content = evaluate(tmp_path, "--protocol=kits23", "--cases=0-3", "--csv=scores.csv")
     assert done.code == 1
     assert content["missing"] == ["case_00003"]
+    assert "scored as background: case_00001, case_00002, case_00003." in done.text
     assert set(content["failed"]) == {"case_00001", "case_00002"}
     assert "another grid" in content["failed"]["case_00001"]
     assert [content["cases"][f"case_0000{n}"]["tumor"]["dice"] for n in range(4)] == [1, 0, 0, 0]

@@ -217,6 +217,16 @@ def test_by_default_all_ninety_cases_must_be_there(folder: Path) -> None:
     assert [line.split()[1] for line in complaints(result)] == [f"{case_name(n)}:" for n in range(214, 300)]
 
 
+def test_a_submission_of_no_case_is_refused(tmp_path: Path) -> None:
+    for name in ("data", "predictions"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "patient.nii.gz", labels(210))
+    result = kitseg(tmp_path, "submit", "--protocol=kits23")
+    assert result.code == 2
+    assert "data (patient) have no names of the challenge" in " ".join(result.text.split())
+    assert not (tmp_path / "kits23.zip").exists()
+
+
 def test_a_prediction_that_changes_meanwhile_is_refused(folder: Path) -> None:
     submission = check_submission(folder / "predictions", folder / "data", NUMBERS)
     save(file_of(folder, 212), labels(211))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def show_scores(scores: Sequence[Score], content: Mapping[str, Any], rules: Rules) -> None:
     """Print the challenge's metrics of each case, then what a file of the scores holds over all cases."""
-    from kitseg.report.scores import score_tables
+    from kitseg.report.scores import score_notes, score_tables
     from kitseg.scoring.protocols import METRICS
 
     shown = [
@@ -40,7 +40,7 @@ def show_scores(scores: Sequence[Score], content: Mapping[str, Any], rules: Rule
         show_table(over_all)
     for metric, value in content["score"].items():
         console.print_line(f"{rules.protocol.name}, mean {METRICS[metric]} over the classes: {value:.4f}")
-    for note in content["notes"]:
+    for note in score_notes(content):
         console.print_line(f"[yellow]{escape(note)}[/]")
 
 

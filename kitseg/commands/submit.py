@@ -20,7 +20,7 @@ from kitseg.runtime.overwrite import MARK, refuse_overwrite
 from kitseg.types import Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.kits import IMAGE, find_cases, find_labels
-from kitseg.volumes.names import case_name, case_number, pair
+from kitseg.volumes.names import case_name, case_number, pair, shorten
 
 T = TypeVar("T")
 
@@ -85,8 +85,11 @@ def check_output(output: Path) -> None:
 
 
 def numbers_in(data: Path) -> list[int]:
-    """The KiTS numbers of the scans in a folder."""
-    return sorted(number for case in find_cases(data) if (number := case_number(case.id)) is not None)
+    """The KiTS numbers of the scans in a folder. Raises UsageError: there are none."""
+    names = [case.id for case in find_cases(data)]
+    if numbers := sorted(number for name in names if (number := case_number(name)) is not None):
+        return numbers
+    raise UsageError(f"the scans of {data} ({shorten(names, 3)}) have no names of the challenge, such as case_00400")
 
 
 def check_submission(

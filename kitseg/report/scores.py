@@ -44,7 +44,8 @@ def study_scores(content: Mapping[str, Any]) -> StudyScores:
     """What to show of a file of ``kitseg evaluate --json``, as ``score_files.read_scores`` reads it."""
     kinds = dict.fromkeys(group["kind"] for group in content["groups"])
     order = {kind: tuple(group["name"] for group in content["groups"] if group["kind"] == kind) for kind in kinds}
-    shown = content["cases"], score_tables(content), content["strata"], order, _notes(content)
+    notes = f"Scored with the protocol of {content['protocol']}.", *score_notes(content)
+    shown = content["cases"], score_tables(content), content["strata"], order, notes
     return StudyScores(*shown, content.get("predictions", {}))
 
 
@@ -104,10 +105,11 @@ def _detection(detection: Mapping[str, Any], title: str) -> Table:
     return Table(title, ("", *map(display_name, columns)), rows)
 
 
-def _notes(content: Mapping[str, Any]) -> tuple[str, ...]:
-    notes = [f"Scored with the protocol of {content['protocol']}.", *content.get("notes", [])]
+def score_notes(content: Mapping[str, Any]) -> list[str]:
+    """What is to be known of the scores, with the cases that count as background or are left out."""
+    notes = [*content.get("notes", [])]
     if cases := as_background(content):
         notes.append(f"Predictions that are missing or can't be used, scored as background: {', '.join(cases)}.")
     if cases := not_scored(content):
         notes.append(f"Could not be scored, and left out of all figures: {', '.join(cases)}.")
-    return tuple(notes)
+    return notes
