@@ -479,6 +479,17 @@ def test_scores_of_other_label_maps(reported: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
+def test_scores_of_another_reference(reported: Path, tmp_path: Path) -> None:
+    """The page would show figures of one reference and the outline of another."""
+    scores = json.loads((reported / "scores.json").read_text())
+    (tmp_path / "s.json").write_text(json.dumps({**scores, "references": {"case_00000": "0" * 64}}))
+    arguments = str(reported / "predictions" / "case_00000.nii.gz"), str(reported / "data"), "--scores=s.json"
+    done = kitseg(tmp_path, "report", *arguments)
+    assert done.code == 1
+    assert "segmentation.nii.gz: the scores are of another reference" in done.text
+    assert not (tmp_path / "report" / "case_00000.html").exists()
+
+
 def test_scores_of_another_study(reported: Path, tmp_path: Path) -> None:
     scores = json.loads((reported / "scores.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps({**scores, "cases": {"case_77777": scores["cases"]["case_00000"]}}))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import kitseg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_runs import untrained
 
 from kitseg.errors import InputError, KitsegError
 from kitseg.labels import KITS19, KITS23
@@ -209,3 +212,14 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, content: Any, words: str) ->
     assert words in text
     assert str(tmp_path / "mine.json") in text
     assert "\n" not in text
+
+
+def test_a_case_that_two_folds_validate_is_not_validated_twice_at_once(tmp_path: Path) -> None:
+    """As with repeated hold-outs: both folds would write one label map, and only the last would be scored."""
+    run = untrained(tmp_path / "runs" / "own")
+    shutil.copytree(run / "fold_0", run / "fold_1")
+    split = json.loads((run / "splits.json").read_text())
+    (run / "splits.json").write_text(json.dumps({**split, "folds": split["folds"] * 2}))
+    done = kitseg(tmp_path, "validate", "runs/own")
+    assert done.code == 2
+    assert "else of runs/own/splits.json is validated in several folds" in " ".join(done.text.split())

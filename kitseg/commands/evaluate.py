@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from kitseg.volumes.download import KITS23, SOURCES, parse_cases
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import case_name, pair, shorten
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.references import read_reference
+from kitseg.volumes.references import labels_digest, read_reference
 from kitseg.volumes.scan import check_grid
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
@@ -182,7 +181,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             job.prediction is not None and not problem and filecmp.cmp(job.prediction, job.reference, shallow=False),
             recorded_learning(job.prediction) if job.prediction else (),
             truth.native.doubts,
-            hashlib.sha256(truth.array.tobytes()).hexdigest(),
+            labels_digest(truth),
             recorded_models(job.prediction) if job.prediction else (),
             digest,
         )

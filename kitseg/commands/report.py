@@ -43,7 +43,7 @@ from kitseg.types import Geometry, Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import pair, shorten
-from kitseg.volumes.references import read_reference
+from kitseg.volumes.references import labels_digest, read_reference
 from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 
 
@@ -51,13 +51,15 @@ from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
 class PageTask(LabelTask):
     """A case for a page, with its scores; to: the folder; scheme: of the label map.
 
-    truth: the scheme of the reference; intervals: of the figures; patient: what predicts the function after surgery.
+    truth: the scheme of the reference; scored_with: the hash of the reference that the scores are of, if known;
+    intervals: of the figures; patient: what predicts the function after surgery.
     """
 
     scores: ScoreTable
     to: Path
     scheme: Scheme
     truth: Scheme = KITS23
+    scored_with: str | None = None
     intervals: Calibration | None = None
     patient: Patient | None = None
 
@@ -102,11 +104,12 @@ def plan_pages(
         refuse_overwrite(to / name, "html")
     tasks = []
     for case, path in sorted(labels.items()):
-        figures, truth = scores.cases.get(scored.get(case, ""), {}), stated or KITS23
+        other, truth = scored.get(case, ""), stated or KITS23
+        figures, scored_with = scores.cases.get(other, {}), scores.references.get(other)
         scheme, scan = scheme_beside(path) or truth, scans.get(case)
         if stated is None and scan and scan.label:
             refuse_other_labels(path, scan.label, truth)
-        tasks.append(PageTask(case, path.absolute(), scan, figures, to.absolute(), scheme, truth))
+        tasks.append(PageTask(case, path.absolute(), scan, figures, to.absolute(), scheme, truth, scored_with))
     return tasks
 
 
@@ -161,12 +164,18 @@ def _make_page(task: PageTask) -> CaseRow:
 
 
 def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
-    """The case's reference label map, unless it is the same file as the labels; without cysts, if these have none."""
+    """The case's reference label map, unless it is the same file as the labels; without cysts, if these have none.
+
+    Raises InputError: it can't be used, or is another one than that of the scores.
+    """
     path = task.scan.label if task.scan else None
     if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
         return None
     truth = read_reference(path, task.case, task.truth)
     check_grid(path, truth.geometry, labels.geometry)
+    if task.scored_with not in (None, labels_digest(truth)):
+        remedy = "Make them again with `kitseg evaluate`, or state the same --labels here."
+        raise InputError(path, "the scores are of another reference, or of other labels in it", remedy)
     return truth.array if task.scheme.cyst else to_kits19(truth.array)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -97,8 +98,8 @@ class Validation:
 def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path | None = None) -> Validation:
     """The finished folds of a run, or one fold of it, and their validation cases.
 
-    Raises UsageError: not a run, no finished fold, a missing validation case, or one that a network was trained on;
-    KitsegError: a patient on two sides; InputError: a damaged file.
+    Raises UsageError: not a run, no finished fold, a case that several folds validate, a missing validation case, or
+    one that a network was trained on; KitsegError: a patient on two sides; InputError: a damaged file.
     """
     run, fold = find_run(path)
     split, last = read_split(run.split), list(config.method_of(config.read(run.config)).stages)[-1]
@@ -106,6 +107,10 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path 
     asked = [number for number in finished if fold in (None, number)]
     if not asked:
         raise UsageError(f"{path} has no finished fold; `kitseg train --fold all` trains them all")
+    counts = Counter(case for number in asked for case in split.folds[number].val)
+    if twice := sorted(case for case, count in counts.items() if count > 1):
+        problem = f"{shorten(twice)} of {run.split} is validated in several folds, and has one label map"
+        raise UsageError(f"{problem}. Validate the folds one by one, such as {run.fold(asked[0])}")
     by_id = {case.id: case for case in labelled_cases(data, masks)}
     shown = {case.id: case.patients for case in by_id.values() if case.patients}
     if problem := same_patient(split, {**split.patients, **shown}):

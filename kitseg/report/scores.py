@@ -29,7 +29,8 @@ class StudyScores:
     """The scores on a study's page: of each case (metrics by class), and tables over all cases.
 
     strata: of each case, by kind; order: the strata of each kind in their natural order; notes: paragraphs, for example
-    on missing cases; predictions: the hash of each file that was scored, empty in files of earlier versions.
+    on missing cases; predictions, references: the hash of each file that was scored, and of each reference's labels,
+    empty in files of earlier versions.
     """
 
     cases: Mapping[str, ScoreTable] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class StudyScores:
     order: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     predictions: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, str] = field(default_factory=dict)
 
 
 def study_scores(content: Mapping[str, Any]) -> StudyScores:
@@ -46,7 +48,7 @@ def study_scores(content: Mapping[str, Any]) -> StudyScores:
     order = {kind: tuple(group["name"] for group in content["groups"] if group["kind"] == kind) for kind in kinds}
     notes = f"Scored with the protocol of {content['protocol']}.", *score_notes(content)
     shown = content["cases"], score_tables(content), content["strata"], order, notes
-    return StudyScores(*shown, content.get("predictions", {}))
+    return StudyScores(*shown, content.get("predictions", {}), content.get("references", {}))
 
 
 def score_tables(content: Mapping[str, Any]) -> tuple[Table, ...]:
