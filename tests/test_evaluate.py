@@ -14,6 +14,7 @@ from nifti_files import save
 
 import kitseg as kitseg_package
 from kitseg.labels import KITS19, KITS23, find_scheme, to_kits19
+from kitseg.runtime.console import cell
 from kitseg.scoring.case import score
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.scoring.protocols import PROTOCOLS
@@ -343,3 +344,7 @@ def test_references_without_a_prediction_are_named(tmp_path: Path) -> None:
     (note,) = content["notes"]
     assert "1 references without a prediction are not scored (case_00001)" in note
     assert note in " ".join(done.text.split())
+
+
+def test_a_table_has_no_negative_zero() -> None:
+    assert [cell(value) for value in (-1e-9, -0.25, [-1e-9, 0.5])] == ["0.0000", "-0.2500", "0.0000 0.5000"]

@@ -262,11 +262,11 @@ def _performance(scores: ScoreFile) -> str:
     parts = []
     for name, figures in scores["mean"].items():
         interval = scores.get("ci95", {}).get(name, {}).get("dice")
-        mean = figures["dice"]
-        text = "undefined" if mean is None else f"{mean:.3f}"
+        text = "undefined" if (mean := figures["dice"]) is None else f"{mean:.3f}"
         parts.append(f"{name} {text}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""))
+    cases = f"{len(scores['cases'])} cases ({len(as_background(scores))} of them as background, for want of labels)"
     selected = "These cases selected the checkpoints, which makes the figures optimistic."
-    return f"Mean Dice of out-of-fold predictions of {len(scores['cases'])} cases: {', '.join(parts)}. {selected}"
+    return f"Mean Dice of out-of-fold predictions of {cases}: {', '.join(parts)}. {selected}"
 
 
 def _failures(scores: ScoreFile) -> str:

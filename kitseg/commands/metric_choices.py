@@ -35,6 +35,11 @@ def _tolerance(name: str, target: Target) -> str:
     return f"{name} {target.tolerance_mm:.2f} mm"
 
 
+def _of_instances(text: str) -> Callable[[ScoreFile], str]:
+    """What scores with figures of each tumor are computed by; others weren't."""
+    return lambda scores: text if scores.get("detection") else f"{_NONE}."
+
+
 def _instances(scores: ScoreFile) -> str:
     found = scores.get("detection", {}).get("sizes", {}).get(ALL)
     if found is None:
@@ -83,10 +88,12 @@ _QUESTIONS: Mapping[str, Callable[[ScoreFile], str]] = {
     "Problem category": _categories,
     "Overlap metric": lambda _: "Dice.",
     "Boundary metrics, since Dice doesn't see the outline of large structures": _boundary,
-    "Localization criterion": lambda _: (
+    "Localization criterion": _of_instances(
         f"Intersection over union of {MIN_IOU:g} or more between 26-connected components."
     ),
-    "Assignment": lambda _: "One to one: as many pairs as possible, then the largest overlap; a second piece is false.",
+    "Assignment": _of_instances(
+        "One to one: as many pairs as possible, then the largest overlap; a second piece is false."
+    ),
     "Metrics per instance": _instances,
     "Empty masks and missing values": _undefined,
     "Aggregation": _aggregation,

@@ -122,5 +122,5 @@ def cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(cell(part) for part in value)
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) <= 1 else f"{value:.4g}"
+        return f"{value:z.4f}" if abs(value) <= 1 else f"{value:.4g}"
     return str(value)
