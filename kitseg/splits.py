@@ -68,6 +68,10 @@ class Split:
         """Every case of the split."""
         return {case for fold in self.folds for case in (*fold.train, *fold.val)} | set(self.test)
 
+    def shown(self, cases: Iterable[str]) -> set[str]:
+        """The patients that cases show."""
+        return {patient for case in cases for patient in self.patients.get(case) or (case,)}
+
     def fold(self, number: int) -> Fold:
         """An outer fold. Raises UsageError: there is no such fold."""
         if not 0 <= number < len(self.folds):
@@ -183,10 +187,7 @@ def same_patient(split: Split, patients: Patients) -> str | None:
 
     patients: the patients that a case shows, unless it is a patient of its own.
     """
-
-    def shown(cases: Iterable[str]) -> set[str]:
-        return {whom for case in cases for whom in patients.get(case) or (case,)}
-
+    shown = replace(split, patients=patients).shown
     for i, fold in enumerate(split.folds):
         sides = {f"fold {i}": (fold.train, fold.val), "the test set": ((*fold.train, *fold.val), split.test)}
         sides |= {f"nested fold {j} of fold {i}": (part.train, part.val) for j, part in enumerate(fold.inner)}

@@ -78,12 +78,13 @@ class BestCheckpoint:
 class TrainedState:
     """``done.json``: the best checkpoints, best first, and the probability from which foreground counts, if chosen.
 
-    epochs: of the training; None in a run of an earlier version.
+    epochs: of the training; None in a run of an earlier version. stopped: whether it ended early.
     """
 
     checkpoints: tuple[BestCheckpoint, ...]
     threshold: float | None
     epochs: int | None = None
+    stopped: bool = False
 
     def __post_init__(self) -> None:
         if not self.checkpoints:

@@ -81,6 +81,10 @@ class LastCheckpoint(Checkpoint):
         self.folder, self.best, self.every = folder, best, every
         self.whole = start in (None, folder.last)  # else last.ckpt is damaged, and must not become previous.ckpt
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Train no further epoch where training had stopped early before it was ended, as Lightning would."""
+        trainer.should_stop = any(rule.stopped_epoch for rule in trainer.early_stopping_callbacks)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From now on, a signal takes effect at the end of a step."""
         self.saved, self.counted = time.monotonic(), self.best.names()

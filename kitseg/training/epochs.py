@@ -7,7 +7,7 @@ from typing import Any
 
 from kitseg import __version__, config
 from kitseg.config import Config, StageSpec
-from kitseg.models.run_folder import SCHEMA, TRAINED_STATE, Run, StageFolder
+from kitseg.models.run_folder import SCHEMA, TRAINED_STATE, Run, StageFolder, TrainedState
 from kitseg.runtime.provenance import FileFormat
 
 
@@ -38,15 +38,16 @@ def record_raise(run: Run, old: Config, new: Config) -> None:
 
 
 def missing_epochs(run: Run, spec: StageSpec, folder: StageFolder) -> int:
-    """How many of its epochs a finished training lacks since they were raised.
+    """How many of its epochs a finished training lacks since they were raised; none where it stopped early.
 
     A training that an earlier version of kitseg finished had as many as the run's first configuration states.
     """
     rows = _raises(run)
     if spec.rounds is not None or not rows:
         return 0
-    done: int | None = TRAINED_STATE.read(folder.done).epochs
-    return max(0, spec.epochs - (rows[0]["from"][spec.name] if done is None else done))
+    state: TrainedState = TRAINED_STATE.read(folder.done)
+    done = rows[0]["from"][spec.name] if state.epochs is None else state.epochs
+    return 0 if state.stopped else max(0, spec.epochs - done)
 
 
 def _raises(run: Run) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def fit(training: Training, machine: Machine) -> None:
     with in_settings(folder.path), naming_own_parts(training.spec.parts, folder.path):
         trainer.fit(stage, data, ckpt_path=start, weights_only=True)
         if trainer.is_global_zero:
-            _finish(training, best, torch_device(machine.device), data)
+            _finish(training, best, torch_device(machine.device), data, trainer.should_stop)
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def _spare_the_guide(part: Any) -> None:
         part.include = ["image"]
 
 
-def _finish(training: Training, best: BestCheckpoints, device: torch.device, data: StageData) -> None:
+def _finish(training: Training, best: BestCheckpoints, device: torch.device, data: StageData, stopped: bool) -> None:
     """Keep only the best checkpoints, choose a threshold if the stage has one, and write ``done.json``."""
     folder = training.folder
     if not best.best_k_models:
@@ -220,7 +220,7 @@ def _finish(training: Training, best: BestCheckpoints, device: torch.device, dat
     )
     predictor = replace(open_stage(training.spec, device), checkpoints=tuple(kept))
     threshold = predictor.model.threshold(_validation(predictor, data))
-    TRAINED_STATE.write(folder.done, TrainedState(rows, threshold, training.spec.epochs))
+    TRAINED_STATE.write(folder.done, TrainedState(rows, threshold, training.spec.epochs, stopped))
     folder.previous.unlink(missing_ok=True)
 
 

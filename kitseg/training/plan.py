@@ -20,9 +20,10 @@ from kitseg.training import data_source
 from kitseg.training.data_source import check_method, data_settings
 from kitseg.training.epochs import only_more_epochs, record_raise
 from kitseg.training.initial import find_initial
-from kitseg.training.split import claim_split, new_split, read_split_of, unseen_traits
+from kitseg.training.split import check_counts, claim_split, new_split, read_split_of, unseen_traits
 from kitseg.training.trainer import DEFAULT, Settings, settings_of
 from kitseg.types import Case
+from kitseg.volumes.names import shorten
 from kitseg.volumes.store import StoredCase, open_case
 
 MOMENT = 30.0  # seconds to wait for another fold to write the run's files
@@ -107,10 +108,10 @@ class Start:
         return settings_of(self.config)
 
     def check(self, stage: str | None = None) -> None:
-        """Check the configuration, the split's labels, the fold, the stage to train and the model to start from.
+        """Check the configuration, the split's labels and folds, the stage to train and the model to start from.
 
         Raises:
-            UsageError: an invalid value or part, other labels than the split's, or no such fold, stage or model.
+            UsageError: an invalid value or part, a split of other labels or folds, or no such fold, stage or model.
             InputError: the model's weights are damaged.
         """
         _ = self.settings
@@ -121,7 +122,11 @@ class Start:
             for part in ("intensity", "region", "sampler"):
                 config.build(spec.parts[part])
         if self.split.exists():
-            read_split_of(self.split, self.method.labels).fold(self.fold)
+            split = read_split_of(self.split, self.method.labels)
+            part = split.fold(self.fold)
+            begun = config.read(self.run.config) if self.run.config.exists() else {}
+            check_counts(self.split, split, part, self.config, begun)
+            check_nested(self.method, part, self.run.fold(self.fold), stage)
         elif self.fold >= self.config["folds"]:
             raise UsageError(f"there is no fold {self.fold}: the split will have folds 0 to {self.config['folds'] - 1}")
         if self.initial:
@@ -219,6 +224,26 @@ def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
         if any(name in later.inputs and later.guide == "out_of_fold" for later in method.stages.values()):
             found += [Unit(name, i) for i in range(len(part.inner))]
     return [unit for unit in found if stage in (None, unit.stage)]
+
+
+def check_nested(method: Method, part: Fold, folder: Path, stage: str | None) -> None:
+    """Make sure that nested folds hold out each training case, where a stage learns from predictions of these.
+
+    folder: of the outer fold, in which stages that have begun are left alone; stage: to train, with the one that builds
+    on it; None: all.
+
+    Raises:
+        UsageError: some cases are in none, so that the stage would learn from their labels.
+    """
+    left = [case for case in part.train if all(case in nested.train for nested in part.inner)]
+    for spec in method.stages.values():
+        asked = stage in (None, spec.name, *spec.inputs) and not StageFolder(folder / spec.name).places.exists()
+        if left and asked and spec.inputs and spec.guide == "out_of_fold":
+            problem = f"stage {spec.name} learns from predictions of nested folds, but none holds out {shorten(left)}"
+            remedy = (
+                f"Add them to `inner` of the split's fold, or use the labels: --set stages.{spec.name}.guide=labels"
+            )
+            raise UsageError(f"{problem}. {remedy}")
 
 
 def open_stored(plan: Plan, spec: StageSpec, case: str) -> StoredCase:

@@ -16,13 +16,15 @@ from kitseg.labels import TUMOR, Scheme, scheme_of
 from kitseg.runtime.console import bar
 from kitseg.runtime.outcomes import in_parallel, result_or_error
 from kitseg.scoring.strata import THICKNESSES, thickness_class
-from kitseg.splits import Split, make_split, read_split, same_patient, write_split
+from kitseg.splits import Fold, Split, make_split, read_split, same_patient, write_split
 from kitseg.types import Case, Traits
 from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image
 from kitseg.volumes.references import read_reference
 from kitseg.volumes.scan import check_grid, label_of
 
 Reader = Callable[..., Traits]  # of a case and its scheme
+#: What a configuration states of a split file that is to be written, unless a user changes it.
+USUAL = {"folds": 5, "nested_folds": 3, "test_cases": 0}
 
 
 def read_traits(case: Case, scheme: Scheme) -> Traits:
@@ -75,6 +77,24 @@ def read_split_of(path: Path, scheme: Scheme) -> Split:
     if split.scheme.ids != scheme.ids:
         raise UsageError(f"{path} has the labels {split.scheme}, the training {scheme}. Give the same --labels")
     return split
+
+
+def check_counts(path: Path, split: Split, fold: Fold, configuration: Config, begun: Config) -> None:
+    """Make sure that a split file which is there has the folds and test cases that a user states.
+
+    begun: the configuration of the run, where there is one; what it states, too, is left alone.
+
+    Raises:
+        UsageError: it has others, which would be used in silence.
+    """
+    test, train, both = (len(split.shown(cases)) for cases in (split.test, fold.train, (*fold.train, *fold.val)))
+    there = {"folds": len(split.folds), "nested_folds": len(fold.inner), "test_cases": test}
+    most = {"folds": both, "nested_folds": train if train > 1 else 0, "test_cases": configuration["test_cases"]}
+    for key, usual in USUAL.items():
+        stated = configuration[key]
+        if stated not in (usual, begun.get(key)) and min(stated, most[key]) != there[key]:
+            problem = f"{path} has {key}={there[key]}, not {stated}: it was written before"
+            raise UsageError(f"{problem}. Leave the setting out, or give another --split, which is written with it")
 
 
 def claim_split(path: Path, cases: Sequence[Case], configuration: Config, jobs: int) -> Split:

@@ -14,7 +14,7 @@ from kitseg.training import rounds, synthesis
 from kitseg.training.epochs import missing_epochs
 from kitseg.training.fit import Training
 from kitseg.training.initial import find_initial
-from kitseg.training.plan import Plan, Unit, units
+from kitseg.training.plan import Plan, Unit, check_nested, units
 from kitseg.training.stage_inputs import check_cases, prepare
 from kitseg.types import Case
 
@@ -29,8 +29,10 @@ def trainings_of_fold(
     cases: those that synthetic patients of validation are made from, ``jobs`` at a time.
 
     Raises:
-        UsageError: an unknown stage, one whose earlier stage isn't trained yet, or other cases, see ``check_cases``.
+        UsageError: an unknown stage, one whose earlier stage isn't trained yet, a split without the nested folds that
+            it needs, or other cases, see ``check_cases``.
     """
+    check_nested(plan.method, plan.part, plan.run.fold(plan.fold), stage)
     synthesis.prepare(plan, cases, jobs)
     wanted = units(plan.method, plan.part, stage)
     check_cases(plan, wanted)
