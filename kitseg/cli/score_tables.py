@@ -46,7 +46,7 @@ def show_scores(scores: Sequence[Score], content: Mapping[str, Any], rules: Rule
 
 def show_table(table: Table) -> None:
     """Print a table of a report."""
-    shown = console.table(*table.columns)
+    shown = console.table(*map(escape, table.columns))
     for name, *values in table.rows:
         shown.add_row(escape(str(name)), *map(console.cell, values))
     console.out.print(table.title, shown)

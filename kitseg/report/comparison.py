@@ -21,6 +21,7 @@ _BULK = 95  # percent of the cases that the axis covers; the others are drawn at
 
 _COLUMNS = (0.0, 0.2, 0.66, 0.9)  # x positions of the numbers next to a panel
 _TOP = -0.9  # of the panels, in row heights
+_NARROWEST = 10.6  # inches, which the legend takes
 
 _LEGEND = (
     "dot: a case; triangle: a case beyond the axis; diamond and bar: mean and its 95 % bootstrap interval; "
@@ -39,7 +40,7 @@ def comparison_picture(path: Path, groups: Sequence[PairedGroup], a: str, b: str
     names = list(dict.fromkeys(group.name for group in groups))
     places = _places(list(dict.fromkeys((group.kind, group.stratum) for group in groups)))
     bottom = max(places.values()) + 0.6
-    width = 8.2 * len(names) + 1.2
+    width = max(8.2 * len(names) + 1.2, _NARROWEST)
     figure = Figure(figsize=(width, 0.52 * bottom + 2.0), dpi=100, layout="constrained")
     grid = figure.subplots(1, 2 * len(names), squeeze=False, sharey=True, width_ratios=[1.0, 0.6] * len(names))[0]
     for panel, table, name in zip(grid[::2], grid[1::2], names, strict=True):
