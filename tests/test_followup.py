@@ -175,6 +175,20 @@ def test_a_tumor_that_was_called_a_cyst_keeps_both_names(tmp_path: Path) -> None
     assert "<strong>Cyst 1 → tumor 1</strong>" in page
 
 
+def test_another_patients_kidney_is_doubted(tmp_path: Path) -> None:
+    """Kidneys of the same place, a third shorter and wider at the second date; a tumor that grows alone is no doubt."""
+    before = save(tmp_path / "a.nii.gz", *KIDNEYS, ball((80, 0, 20), 12))
+    other = Ellipsoid((60, 0, 0), (38, 29, 38), KIDNEY)
+    after = save(tmp_path / "b.nii.gz", other, *KIDNEYS[1:], ball((80, 0, 20), 15))
+    found = kitseg(tmp_path, "followup", before.name, after.name, "--json", "f.json")
+    assert found.code == 0
+    assert "the right kidney's surfaces are" in " ".join(found.text.split())
+    (case,) = json.loads((tmp_path / "f.json").read_text())["followup"].values()
+    assert case["residual_mm"]["right"] > 2 > case["residual_mm"]["left"]
+    assert [doubt[:31] for doubt in case["doubts"]] == ["the right kidney's surfaces are"]
+    assert "surfaces are" in (tmp_path / "followup" / "a-b.html").read_text()
+
+
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save(tmp_path / f"{name}.nii.gz", *KIDNEYS)
