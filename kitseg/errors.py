@@ -28,6 +28,8 @@ _SYSTEM = {
     errno.EEXIST: ("a file is in the place of a folder", "Choose another name"),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one"),
 }
+#: Of these, what is not the disk's or the network's fault, but that of a file or a name.
+_OF_FILES = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENAMETOOLONG)
 MEMORY = (
     "out of memory",
     f"Free some memory, or {_FEWER}, --precision bf16, a smaller model, --max-memory (refuses scans that need more)",
@@ -100,6 +102,15 @@ def fault(error: BaseException) -> tuple[str, str] | None:
             return GPU
     nothing_left = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return MEMORY if nothing_left or isinstance(error, MemoryError) else None
+
+
+def is_of_disk(error: BaseException | None) -> bool:
+    """Whether the disk or the network caused an error, so that the same may succeed later."""
+    while error:
+        if isinstance(error, OSError) and error.errno in _SYSTEM.keys() - _OF_FILES:
+            return True
+        error = error.__cause__
+    return False
 
 
 def format_error(name: Path | str, error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -25,7 +26,7 @@ from kitseg.service import node as node_module
 from kitseg.service.node import Address, Node, NodeOptions
 from kitseg.service.receiver import LARGEST
 from kitseg.service.spool import Spool
-from kitseg.service.work import NoScan
+from kitseg.service.work import DiskFailure, NoScan
 from kitseg.volumes.dicom.headers import read_dicom_header
 
 Start = Callable[..., AbstractContextManager[Spool]]
@@ -56,8 +57,9 @@ def start(tmp_path: Path, work: Work, ports: tuple[int, int], monkeypatch: pytes
     own, to = Address("KITSEG", "127.0.0.1", ports[0]), Address("PACS", "127.0.0.1", ports[1])
 
     @contextmanager
-    def started(quiet: float = 0.1, **limits: int) -> Iterator[Spool]:
-        spool, options = Spool(tmp_path / "spool", **limits), NodeOptions(own, to, ("PACS", "CT1"), quiet=quiet)
+    def started(quiet: float = 0.1, anonymous: bool = False, **limits: int) -> Iterator[Spool]:
+        spool = Spool(tmp_path / "spool", **limits)
+        options = NodeOptions(own, to, ("PACS", "CT1"), anonymous=anonymous, quiet=quiet)
         with ThreadPoolExecutor(1) as thread:
             node = Node(options, spool, work, thread)
             with node:
@@ -232,6 +234,17 @@ def test_a_restart_loses_nothing(start: Start, work: Work, ports: tuple[int, int
     assert len(work.images) == 1
 
 
+def test_a_restart_with_anonymous_delivers_no_results_with_names(
+    start: Start, work: Work, ports: tuple[int, int], study: list[Path]
+) -> None:
+    with start() as spool:
+        send(ports[0], study)
+        wait_until(lambda: any(map(spool.results, spool.studies())))
+    with start(anonymous=True) as spool, receiver(ports[1]) as got:
+        wait_until(lambda: len(got) == 3 and not spool.studies())
+    assert len(work.images) == 2
+
+
 def test_a_receiver_that_refuses(
     start: Start, ports: tuple[int, int], study: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,7 +290,7 @@ def test_an_image_that_is_refused_during_the_prediction(
     work.wait = lambda: None if refused else refuse()
     with start() as spool, receiver(ports[1]) as got:
         send(ports[0], study[:3])
-        wait_until(lambda: any(spool.folder.glob("*/results-3")))
+        wait_until(lambda: any(spool.folder.glob("*/results-3*")))
         threading.Event().wait(0.4)
         assert (refused, got, len(spool.studies())) == ([0xA700], [], 1)
         assert send(ports[0], study[3:]) == [0]
@@ -303,6 +316,20 @@ def test_predictions_that_fail(
     told = capsys.readouterr().out
     for words in ("removed, holds 0 scans", "try 1 of 3: no memory", "internal error: ValueError in "):
         assert words in told
+    assert "PID-4711" not in told
+
+
+def test_a_full_disk_costs_no_study_its_tries(
+    start: Start, work: Work, ports: tuple[int, int], study: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/tmp/PID-4711")
+    work.fails += [full, DiskFailure("the disk is full"), full, full]
+    with start() as spool, receiver(ports[1]) as got:
+        send(ports[0], study)
+        wait_until(lambda: len(got) == 3 and not spool.studies())
+    assert len(work.images) == 5
+    told = capsys.readouterr().out
+    assert told.count("try 1 of 3: the disk is full") == 4
     assert "PID-4711" not in told
 
 

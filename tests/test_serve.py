@@ -185,7 +185,9 @@ def test_a_full_queue_and_a_client_that_leaves(work: Work, folder: Path, free_po
     assert list(folder.iterdir()) == []
 
 
-def test_a_scan_in_and_labels_json_and_page_out(tmp_path: Path, free_port: int) -> None:
+def test_a_scan_in_and_labels_json_and_page_out(
+    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = open_ensemble([untrained(tmp_path / "run")], "cpu")
     outside = tmp_path / "outside.nii.gz"
     hu = np.random.default_rng(0).integers(-200, 300, (8, 20, 24)).astype(np.int16)
@@ -220,6 +222,16 @@ def test_a_scan_in_and_labels_json_and_page_out(tmp_path: Path, free_port: int) 
             assert (refused.status, problem in refused.detail) == (422, True), refused
             assert str(folder) not in refused.detail
         assert list(folder.iterdir()) == []
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "x"))
+
+        for place in ("commands.postprocess.write_labels", "commands.report.write_case_page", "volumes.zipped._write"):
+            with monkeypatch.context() as disk:
+                disk.setattr(f"kitseg.{place}", full)
+                answer = request(free_port, zipped(a__nii__gz=scan))
+            assert (answer.status, "the disk is full" in answer.detail) == (503, True), (place, answer)
+            assert str(folder) not in answer.detail
 
 
 def test_addresses_of_ipv6_are_accepted(work: Work, free_port: int) -> None:

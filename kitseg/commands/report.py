@@ -131,13 +131,14 @@ def write_index(to: Path, rows: Sequence[CaseRow], scores: StudyScores, scheme: 
 def make_page(task: PageTask) -> CaseRow:
     """Write a case's page; its row of the study."""
     try:
-        return _make_page(task)
+        return write_page(task)
     except Exception as error:  # the other cases continue, whatever the error
         remove_stale(task.output)
         return CaseRow(task.case, error=task.format_error(error), scores=task.scores)
 
 
-def _make_page(task: PageTask) -> CaseRow:
+def write_page(task: PageTask) -> CaseRow:
+    """Write a case's page; its row of the study. Raises KitsegError: a file can't be used or written."""
     labels, scan = task.read(task.scheme)
     reference = _reference(task, labels)
     scene = Scene(labels.array, labels.geometry, scan.array if scan else None, reference, task.scheme)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kitseg.errors import InputError, KitsegError, fault, format_error
+from kitseg.errors import InputError, KitsegError, fault, format_error, is_of_disk
 from kitseg.runtime.dask import cluster_results, connected
 from kitseg.runtime.signals import raise_again
 from kitseg.types import Case
@@ -24,7 +24,7 @@ UNCHANGED = "unchanged"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a case: its result, or the ``error`` that there was."""
+    """The outcome of a case: its result, or the ``error`` that there was; of_disk: see ``errors.is_of_disk``."""
 
     case: str
     error: str = ""
@@ -33,6 +33,7 @@ class Outcome:
     volumes_ml: Mapping[str, float] | None = None
     quality: Quality | None = None
     seconds: float = 0.0
+    of_disk: bool = False
 
 
 def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> list[Outcome]:
@@ -45,7 +46,7 @@ def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> l
         except Exception as error:  # the other cases continue, whatever the error
             raise_again()
             name = case.id if isinstance(case, Case) else case
-            outcome = Outcome(name, error=format_error(name, error))
+            outcome = Outcome(name, error=format_error(name, error), of_disk=is_of_disk(error))
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes

@@ -21,12 +21,12 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from kitseg.commands.predict import output_endings
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import KitsegError, UsageError, is_of_disk
 from kitseg.runtime.console import print_plain
 from kitseg.runtime.locks import folder_lock
 from kitseg.service.receiver import SECONDS, Receiver
 from kitseg.service.spool import MOST_TRIES, Spool
-from kitseg.service.work import NoScan, internal_error, scratch
+from kitseg.service.work import DiskFailure, NoScan, internal_error, scratch
 
 EXPLICIT = "1.2.840.10008.1.2.1"  # the transfer syntax of kitseg's files
 FIRST_WAIT, LONGEST_WAIT = 5.0, 600.0  # seconds before another try, each twice the one before
@@ -60,6 +60,11 @@ class NodeOptions:
     endings: Sequence[str] = (".dcm", ".sr.dcm", ".pdf.dcm")
     anonymous: bool = False
     quiet: float = 30.0
+
+    @property
+    def kind(self) -> str:
+        """Of the results, as the spool distinguishes them."""
+        return f"{'-anonymous' if self.anonymous else ''}{''.join(self.endings)}"
 
     @classmethod
     def parse(
@@ -97,6 +102,7 @@ class Node:
         self.receiver = Receiver(options.own.title, options.callers, spool)
         self._stop, self._stack = threading.Event(), ExitStack()
         spool.open()
+        spool.kind = options.kind
         pynetdicom._config.STORE_SEND_CHUNKED_DATASET = True
 
     def __enter__(self) -> Node:
@@ -170,8 +176,11 @@ class Node:
         except NoScan as error:
             self._tell(study, f"removed, {error}")
             return self.spool.finish(study, images)
-        except KitsegError as error:
-            self._tell(study, f"try {self.spool.tries(study)} of {MOST_TRIES}: {error}")
+        except Exception as error:
+            text = str(error) if isinstance(error, KitsegError) else internal_error(error)
+            self._tell(study, f"try {self.spool.tries(study)} of {MOST_TRIES}: {text}")
+            if isinstance(error, DiskFailure) or is_of_disk(error):
+                self.spool.forgive(study)
             return False
         self._tell(study, f"{images} images predicted in {time.perf_counter() - begun:.1f} s")
         return True

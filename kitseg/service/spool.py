@@ -1,9 +1,9 @@
 """The spool: a folder of the studies that a DICOM node received and has not delivered yet.
 
-A study's folder is named by a hash of patient and study, and has ``images``, the results of N images in ``results-N``,
-and marks: ``awaited`` (a folder with the hash of each image that was refused, or whose association was not released),
-``complete`` (an association with it was released, and none is awaited), ``known`` (its sender has kitseg's results) and
-``tries`` (a byte for each prediction that was begun). What it states survives a restart.
+A study's folder is named by a hash of patient and study, and has ``images``, the results of N images in ``results-N`` with
+their kind behind it, and marks: ``awaited`` (a folder with the hash of each image that was refused, or whose association
+was not released), ``complete`` (an association with it was released, and none is awaited), ``known`` (its sender has
+kitseg's results) and ``tries`` (a byte for each prediction that was begun). What it states survives a restart.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ _MOST_EMPTY = 10  # times the number of studies: those without images, of which 
 
 @dataclass
 class Spool:
-    """The studies in a folder; limits: the number of studies, and the bytes of each one's images."""
+    """The studies in a folder; limits: the number of studies, and the bytes of each one's images.
+
+    kind: of the results, set by the node; those of another kind, which an earlier process left, are not delivered.
+    """
 
     folder: Path
     most_studies: int = 100
     most_bytes: int = 2 << 30
+    kind: str = ""
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _bytes: dict[Path, int] = field(default_factory=dict)
 
@@ -136,6 +140,10 @@ class Spool:
             stream.write(b".")
         return self.images(study)
 
+    def forgive(self, study: Path) -> None:
+        """Don't count the last prediction that was begun: it failed for another reason than the study."""
+        os.truncate(study / "tries", max(0, self.tries(study) - 1))
+
     def images(self, study: Path) -> int:
         """The number of a study's images."""
         with suppress(FileNotFoundError):
@@ -147,17 +155,21 @@ class Spool:
         return int(total_bytes([study / "tries"]))
 
     def keep(self, study: Path, files: Sequence[Path], images: int) -> None:
-        """Move the results of so many images here."""
-        with atomic_write(study / f"results-{images}") as partial:
+        """Move the results of so many images here; later predictions have all their tries."""
+        with atomic_write(self._results(study, images)) as partial:
             partial.mkdir()
             for file in files:
                 shutil.move(file, partial)
+        (study / "tries").unlink(missing_ok=True)
 
     def results(self, study: Path) -> list[Path] | None:
         """The results that are not delivered yet; None: an image is awaited, or they are not of the images here."""
         with suppress(FileNotFoundError):
-            return None if _awaits(study) else sorted((study / f"results-{self.images(study)}").iterdir())
+            return None if _awaits(study) else sorted(self._results(study, self.images(study)).iterdir())
         return None
+
+    def _results(self, study: Path, images: int) -> Path:
+        return study / f"results-{images}{self.kind}"
 
     def finish(self, study: Path, images: int) -> bool:
         """Remove a study, unless it has other images by now than these, or awaits one."""
