@@ -314,6 +314,14 @@ def test_identifiers_that_dicom_does_not_allow(tmp_path: Path) -> None:
     assert (found.StudyDate, found.PatientBirthDate, found.StudyTime, found.PatientID) == ("", "", "", "P" * 80)
 
 
+def test_backslashes_in_identifiers_stay_as_they_are(tmp_path: Path) -> None:
+    """DICOM allows them in none of these; a PACS files by what is there."""
+    who = {"StudyDescription": "CT ABD\\PELVIS", "PatientID": "P\\1", "AccessionNumber": "A\\2"}
+    found = written(tmp_path, random_labels(SHAPE), **who)
+    assert {name: "\\".join(found[name].value) for name in who} == who
+    assert written(tmp_path, random_labels(SHAPE), PatientName="A^B\\C").PatientName == "A^B C"
+
+
 def test_what_is_no_uid_is_replaced_without_a_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -1,9 +1,10 @@
 """The spool: a folder of the studies that a DICOM node received and has not delivered yet.
 
-A study's folder is named by a hash of patient and study, and has ``images``, the results of N images in ``results-N`` with
-their kind behind it, and marks: ``awaited`` (a folder with the hash of each image that was refused, or whose association
-was not released), ``complete`` (an association with it was released, and none is awaited), ``known`` (its sender has
-kitseg's results) and ``tries`` (a byte for each prediction that was begun). What it states survives a restart.
+A study's folder is named by a hash of patient and study, and has ``images``, the results of N images in ``results-N``
+with their kind behind it, and marks: ``awaited`` (a folder with the hash of each image that was refused, or whose
+association was not released), ``complete`` (an association with it was released, and none is awaited), ``known`` (its
+sender has kitseg's results) and ``tries`` (a byte for each prediction that was begun). What it states survives a
+restart.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from highdicom.base import SOPClass
 from pydicom.uid import EncapsulatedPDFStorage, ExplicitVRLittleEndian
 
 from kitseg.runtime.files import atomic_write
-from kitseg.volumes.dicom.headers import quiet
+from kitseg.volumes.dicom.headers import element_text, quiet
 from kitseg.volumes.dicom.segmentation import SegmentedSeries, equipment
 from kitseg.volumes.dicom.source import series_number, source_images
 
@@ -51,9 +51,9 @@ def write_document(path: Path, found: SegmentedSeries, pdf: bytes) -> None:
 def patient_line(found: SegmentedSeries) -> str:
     """Whose a series is, for a reader: name, ID, date of birth and date of the study; empty if anonymous."""
     source = source_images(found.series, found.anonymous)[0]
-    name = str(source.PatientName).split("=")[0].replace("^", " ").strip()
+    name = element_text(source, "PatientName").split("=")[0].replace("^", " ").strip()
     dates = [f"{word} {day[:4]}-{day[4:6]}-{day[6:]}" for word, key in _DATES if (day := str(source[key].value))]
-    return ", ".join(filter(None, [name, str(source.PatientID), *dates]))
+    return ", ".join(filter(None, [name, element_text(source, "PatientID"), *dates]))
 
 
 def _reference(image: pydicom.Dataset) -> pydicom.Dataset:

@@ -96,7 +96,7 @@ def is_dicom(path: Path) -> bool:
             with path.open("rb") as stream:
                 start = stream.read(132)
             plain = start[128:] != b"DICM" and _NO_PREAMBLE.match(start)
-            return bool(_text(read_dataset(path), "SOPClassUID")) if plain else start[128:] == b"DICM"
+            return bool(element_text(read_dataset(path), "SOPClassUID")) if plain else start[128:] == b"DICM"
     return False
 
 
@@ -126,7 +126,7 @@ def read_dicom_header(path: Path) -> Header | None:
         warnings.simplefilter("ignore")  # pydicom warns about values that kitseg checks itself or doesn't use
         try:
             found = read_dataset(path)
-            sop_class = _text(found, "SOPClassUID") or str(found.file_meta.get("MediaStorageSOPClassUID", ""))
+            sop_class = element_text(found, "SOPClassUID") or str(found.file_meta.get("MediaStorageSOPClassUID", ""))
             if sop_class == MediaStorageDirectoryStorage:
                 return None
             header = _header(path, found, sop_class)
@@ -163,26 +163,26 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
     axes = _numbers(found, "ImageOrientationPatient", 6)
     return Header(
         path=path,
-        instance=_text(found, "SOPInstanceUID") or str(found.file_meta.get("MediaStorageSOPInstanceUID", "")),
-        series=_text(found, "SeriesInstanceUID"),
-        study=_text(found, "StudyInstanceUID"),
-        frame_of_reference=_text(found, "FrameOfReferenceUID"),
+        instance=element_text(found, "SOPInstanceUID") or str(found.file_meta.get("MediaStorageSOPInstanceUID", "")),
+        series=element_text(found, "SeriesInstanceUID"),
+        study=element_text(found, "StudyInstanceUID"),
+        frame_of_reference=element_text(found, "FrameOfReferenceUID"),
         sop_class=sop_class,
-        patient=_text(found, "PatientID"),
-        manufacturer=_text(found, "Manufacturer"),
-        description=_text(found, "SeriesDescription"),
-        modality=_text(found, "Modality"),
-        image_type=tuple(_text(found, "ImageType").upper().split("\\")),
-        body_part=_text(found, "BodyPartExamined").upper(),
-        contrast=_text(found, "ContrastBolusAgent").upper() not in ("", "NONE", "NO"),
-        kernel=_text(found, "ConvolutionKernel").split("\\")[0],
+        patient=element_text(found, "PatientID"),
+        manufacturer=element_text(found, "Manufacturer"),
+        description=element_text(found, "SeriesDescription"),
+        modality=element_text(found, "Modality"),
+        image_type=tuple(element_text(found, "ImageType").upper().split("\\")),
+        body_part=element_text(found, "BodyPartExamined").upper(),
+        contrast=element_text(found, "ContrastBolusAgent").upper() not in ("", "NONE", "NO"),
+        kernel=element_text(found, "ConvolutionKernel").split("\\")[0],
         thickness=next(iter(_numbers(found, "SliceThickness", 1)), None),
         between=next(iter(_numbers(found, "SpacingBetweenSlices", 1)), None),
-        passes=tuple(_text(found, name) for name in PASSES),
-        unit=_text(found, "RescaleType").upper(),
+        passes=tuple(element_text(found, name) for name in PASSES),
+        unit=element_text(found, "RescaleType").upper(),
         frames=int(next(iter(_numbers(found, "NumberOfFrames", 1)), 1)),
-        samples=int(_text(found, "SamplesPerPixel") or 1),
-        size=(int(_text(found, "Rows") or 0), int(_text(found, "Columns") or 0)),
+        samples=int(element_text(found, "SamplesPerPixel") or 1),
+        size=(int(element_text(found, "Rows") or 0), int(element_text(found, "Columns") or 0)),
         spacing=_numbers(found, "PixelSpacing", 2),
         position=_numbers(found, "ImagePositionPatient", 3),
         row_axis=axes[:3],
@@ -192,10 +192,11 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
 
 def decimal_text(found: pydicom.Dataset, name: str) -> str:
     """A number or several as text, with decimal points where the file has decimal commas."""
-    return _text(found, name).replace(",", ".")
+    return element_text(found, name).replace(",", ".")
 
 
-def _text(found: pydicom.Dataset, name: str) -> str:
+def element_text(found: pydicom.Dataset, name: str) -> str:
+    """An element's value as text, several with backslashes between as in the file; empty where it is missing."""
     value: Any = found.get(name)
     if value is None:
         return ""

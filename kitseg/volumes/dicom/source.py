@@ -9,7 +9,7 @@ from pydicom.uid import UID, CTImageStorage
 from pydicom.valuerep import DA, TM, DSfloat
 
 from kitseg.errors import InputError
-from kitseg.volumes.dicom.headers import PASSES, Header, made_up_uid, read_dataset
+from kitseg.volumes.dicom.headers import PASSES, Header, element_text, made_up_uid, read_dataset
 from kitseg.volumes.dicom.series import Series, stack_of
 
 #: What a PACS files by, and nothing else; always present, empty where it isn't known.
@@ -74,9 +74,9 @@ def _who(header: Header) -> pydicom.Dataset:
         found = read_dataset(header.path)
         found.decode()
         for name in WHO:
-            setattr(source, name, _written(name, str(found.get(name) or "")))
+            setattr(source, name, _written(name, element_text(found, name)))
         for name in IF_KNOWN:
-            if text := str(found.get(name) or ""):
+            if text := element_text(found, name):
                 setattr(source, name, text[:64])
     except Exception as error:
         problem = f"its header can't be read ({type(error).__name__})"
@@ -87,7 +87,9 @@ def _who(header: Header) -> pydicom.Dataset:
 
 
 def _written(name: str, text: str) -> str:
-    """A text unchanged; an empty one for a date or a time that DICOM doesn't allow, which can't be written."""
+    """A text unchanged, but for what can't be written: backslashes in names, and dates and times of no valid form."""
+    if name.endswith("Name"):
+        return text.replace("\\", " ")
     with suppress(ValueError):
         kind = {"Date": DA, "Time": TM}.get(name[-4:], str)
         return text if kind(text) is not None else ""
