@@ -435,6 +435,20 @@ def test_a_header_that_cannot_be_read_is_listed(tmp_path: Path) -> None:
     assert len({series.case_id for series in find_series(tmp_path)}) == 3
 
 
+@pytest.mark.parametrize("syntax", ["deflated", "implicit"])
+def test_files_that_take_more_memory_than_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: str) -> None:
+    """A deflated file unpacks in memory to any size; another one may have a header of any size."""
+    monkeypatch.setattr("kitseg.volumes.dicom.headers.LARGEST", 1 << 20)
+    paths = write_series(tmp_path, hu(), syntax=syntax)
+    large = pydicom.dcmread(paths[3])
+    large.add_new(0x00091010, "OB", bytes(1 << 20))
+    large.save_as(paths[3])
+    assert (paths[3].stat().st_size < 1 << 16) == (syntax == "deflated")
+    series = next(series for series in find_series(tmp_path) if series.stack)
+    assert series.stack.missing == (3,)
+    assert "unreadable files beside it: 1" in series.note
+
+
 def test_importing_the_scans_imports_no_dicom() -> None:
     code = "import sys, kitseg.volumes.kits, kitseg.cli; sys.exit(bool({'pydicom', 'highdicom'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ PASSES = (
     "AcquisitionDateTime", "AcquisitionTime", "ContentTime", "SeriesTime",
 )  # fmt: skip
 TIMES = frozenset(PASSES[-4:])
+LARGEST = 1 << 29  # bytes of a file that are read, its header alone or the slice too: a thousand times a slice's
+_CHUNK = 1 << 20
 _SUFFIXES = (".dcm", ".ima")
 #: The first element of a file without preamble: group 2 or 8, and a type in two letters or a length below 65536 bytes.
 _NO_PREAMBLE = re.compile(rb"[\x02\x08]\x00.\x00([A-Z]{2}|..\x00\x00)", re.DOTALL)
@@ -101,12 +105,41 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_dataset(path: Path, stop_before_pixels: bool = True) -> pydicom.Dataset:
-    """Read a DICOM file with or without preamble; raises whatever pydicom raises."""
-    found = pydicom.dcmread(path, stop_before_pixels=stop_before_pixels, force=True)
+    """Read a DICOM file with or without preamble.
+
+    Raises whatever pydicom raises, and ValueError where it takes more than ``LARGEST`` bytes of memory.
+    """
+    with _Bounded(path.open("rb", buffering=0)) as file:
+        found = pydicom.dcmread(file, stop_before_pixels=stop_before_pixels, force=True)
     if "TransferSyntaxUID" not in found.file_meta:
         implicit, _ = found.original_encoding
         found.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
     return found
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which a limited number of bytes are read, also when unpacked; pydicom reads all that is deflated."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self.left = LARGEST
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size >= 0:
+            self._take(size)
+            return super().read(size)
+        self._take(os.fstat(self.fileno()).st_size)
+        unpacker, content = zlib.decompressobj(-zlib.MAX_WBITS), super().read()
+        packed = content
+        while packed:
+            self._take(len(unpacker.decompress(packed, _CHUNK)))
+            packed = unpacker.unconsumed_tail
+        return content
+
+    def _take(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise ValueError(f"more than {LARGEST} bytes")
 
 
 @contextmanager
