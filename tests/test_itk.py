@@ -174,10 +174,19 @@ def test_a_broken_or_hostile_file(tmp_path: Path, name: str, content: bytes, pro
 
 
 def test_without_an_orientation(tmp_path: Path) -> None:
-    for name, content in (("a.mha", meta()), ("b.nrrd", nrrd(more="spacings: 1 1 1\n"))):
+    in_space = "space: {}\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\n"
+    for name, content in (
+        ("a.mha", meta()),
+        ("b.nrrd", nrrd(more="spacings: 1 1 1\n")),
+        ("c.nrrd", nrrd(more=in_space.format("scanner-xyz"))),
+        ("d.nrrd", nrrd(more=in_space.format("3D-right-handed"))),
+    ):
         (tmp_path / name).write_bytes(content + bytes(240))
         (case,) = collect_scans([tmp_path / name])
         assert read_scan(case).native.doubts == (NO_ORIENTATION,)
+    for space in ("LPS", "right-anterior-superior", "Left-Anterior-Superior"):
+        (tmp_path / "e.nrrd").write_bytes(nrrd(more=in_space.format(space)) + bytes(240))
+        assert read_image(tmp_path / "e.nrrd", "e").native.doubts == ()
 
 
 def test_a_zip_of_a_study(scan: Path, tmp_path: Path) -> None:

@@ -25,13 +25,20 @@ class Node:
     def GetName(self) -> str:
         return "CT"
 
+    def GetTransformNodeID(self) -> str:
+        return "of a tilted gantry"
+
 
 class Segmentation:
     def __init__(self, path: str) -> None:
         self.content, self.name, self.grid = slicerio.read_segmentation(path), "", None
+        self.transform: str | None = None
 
     def SetName(self, name: str) -> None:
         self.name = name
+
+    def SetAndObserveTransformNodeID(self, transform: str) -> None:
+        self.transform = transform
 
     def SetReferenceImageGeometryParameterFromVolumeNode(self, volume: Node) -> None:
         self.grid = volume
@@ -71,7 +78,7 @@ def command(tmp_path: Path) -> str:
 def test_a_volume_becomes_a_segmentation(logic: Any, command: str, tmp_path: Path) -> None:
     volume = Node()
     found = logic.predict(volume, command, str(untrained(tmp_path / "run")))
-    assert (found.name, found.grid) == ("CT kitseg", volume)
+    assert (found.name, found.grid, found.transform) == ("CT kitseg", volume, volume.GetTransformNodeID())
     assert [segment["name"] for segment in found.content["segments"]] == ["kidney", "tumor"]
     assert all(len(segment["color"]) == 3 for segment in found.content["segments"])
 

@@ -85,5 +85,6 @@ class KitsegLogic(ScriptedLoadableModuleLogic):
                 raise RuntimeError(done.stdout)
             segmentation = slicer.util.loadSegmentation(str(folder / "out" / "scan.seg.nrrd"))
         segmentation.SetName(f"{volume.GetName()} kitseg")
+        segmentation.SetAndObserveTransformNodeID(volume.GetTransformNodeID())  # which the file doesn't have
         segmentation.SetReferenceImageGeometryParameterFromVolumeNode(volume)
         return segmentation

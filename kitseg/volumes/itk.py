@@ -31,7 +31,11 @@ _DATA = {
     "MetaImageIO": rb"(?im)(^[ \t]*)?ElementDataFile(?:[ \t]*=[ \t]*(.*?)\s*$)?",
     "NrrdImageIO": rb"(?i)data ?file\s*:",
 }
-_PLACE = {"MetaImageIO": rb"(?im)^\s*(TransformMatrix|Orientation|Rotation)\s*=", "NrrdImageIO": rb"(?im)^\s*space\s*:"}
+#: NRRD has spaces that are not the patient's too, such as the scanner's; SimpleITK takes them for LPS.
+_PLACE = {
+    "MetaImageIO": rb"(?im)^\s*(TransformMatrix|Orientation|Rotation)\s*=",
+    "NrrdImageIO": rb"(?im)^\s*space\s*:\s*((right|left)-(anterior|posterior)-superior|[RL][AP]S)\b",
+}
 
 
 def read_itk_geometry(path: Path) -> Geometry:
