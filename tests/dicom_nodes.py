@@ -86,7 +86,13 @@ def association(port: int, calling: str = "PACS", called: str = "KITSEG") -> Ite
     """An association with kitseg's node; released at the end unless it is closed by then."""
     client = AE(calling)
     client.connection_timeout = client.acse_timeout = client.dimse_timeout = 20
-    for uid in ("1.2.840.10008.1.1", "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", *SOP_CLASSES.values()):
+    for uid in (
+        "1.2.840.10008.1.1",
+        "1.2.840.10008.5.1.4.1.1.2",
+        "1.2.840.10008.5.1.4.1.1.4",
+        "1.2.840.10008.5.1.4.1.1.2.1",
+        *SOP_CLASSES.values(),
+    ):
         client.add_requested_context(uid, ExplicitVRLittleEndian)
     made = client.associate("127.0.0.1", port, ae_title=called)
     try:

@@ -19,7 +19,7 @@ pytest.importorskip("pynetdicom")
 from conftest import kitseg
 from dicom_files import edit, hu, write_series
 from dicom_nodes import SOP_CLASSES, Work, association, receiver, result, send, wait_until
-from pydicom.uid import SegmentationStorage
+from pydicom.uid import EnhancedCTImageStorage, SegmentationStorage
 
 from kitseg.errors import KitsegError
 from kitseg.service import node as node_module
@@ -108,6 +108,18 @@ def test_a_second_node_on_the_same_spool_takes_nothing_away(
             pass
         assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_an_enhanced_ct_is_not_dropped_in_silence(
+    start: Start, ports: tuple[int, int], study: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = pydicom.dcmread(study[0])
+    other.SOPClassUID = other.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    with start() as spool:
+        with association(ports[0]) as made:
+            assert made.send_c_store(other).Status == 0
+        assert spool.studies() == []
+    assert ": an enhanced multi-frame CT, which can't be predicted, is dropped" in capsys.readouterr().out
 
 
 def test_who_may_call(start: Start, ports: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kitseg.commands.measure import Measured, write_findings
+from kitseg.commands.predict import doubts as scan_doubts
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import Scheme
 from kitseg.measurement import quality
@@ -18,7 +19,7 @@ from kitseg.runtime.provenance import FileFormat
 from kitseg.types import Case
 from kitseg.volumes.names import BUNDLE, is_volume_name
 from kitseg.volumes.nifti import write_volume
-from kitseg.volumes.scan import place_doubts, read_scan
+from kitseg.volumes.scan import read_scan
 
 INPUTS, LABELS, FINDINGS = "inputs.json", "output.mha", "kidney-findings.json"
 
@@ -95,9 +96,10 @@ def predict_case(source: Path, to: Path, socket: str, model: Ensemble, scheme: S
     labels, findings = to / socket / LABELS, to / FINDINGS
     refuse_overwrite(labels, "mha")
     refuse_overwrite(findings, "findings")
-    scan = read_scan(find_input(source))
+    case = find_input(source)
+    scan = read_scan(case)
     found = model.predict(scan, scheme=scheme)
     write_volume(labels, found.canonical, scan.native, found.scheme)
-    doubts = (*place_doubts(scan), *quality.doubts(found.canonical, scan.geometry, found.findings))
+    doubts = (*scan_doubts(case, scan), *quality.doubts(found.canonical, scan.geometry, found.findings))
     write_findings(findings, [Measured(scan.case_id, found.findings, labels=found.scheme.line, doubts=doubts)])
     return found

@@ -14,8 +14,14 @@ from typing import Any
 
 import pynetdicom
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
-from pynetdicom.sop_class import CTImageStorage, Verification  # type: ignore[attr-defined]
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    Verification,
+)
 
+from kitseg.runtime.console import print_plain
 from kitseg.service.spool import Spool
 from kitseg.volumes.dicom.headers import Header, read_dicom_header
 
@@ -132,6 +138,8 @@ class Receiver:
             if is_too_large or not self.spool.add(study, header.instance, path):
                 return NO_ROOM
             session.studies.setdefault(study, set()).add(header.instance)
+        elif header.sop_class in (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
+            print_plain(f"study {study.name[:8]}: an enhanced multi-frame CT, which can't be predicted, is dropped")
         return SUCCESS
 
     def _released(self, event: evt.Event) -> None:

@@ -61,7 +61,7 @@ def is_of_another_series(path: Path, image: Path) -> bool:
     header, stated = read_dicom_header(image), set[str]()
     with quiet(), suppress(Exception):  # as above
         stated = {str(item.SeriesInstanceUID) for item in read_dataset(path).ReferencedSeriesSequence}
-    return bool(header and header.series and stated) and header.series not in stated
+    return header is not None and bool(header.series and stated) and header.series not in stated
 
 
 def read_segmentation(path: Path, case_id: str) -> Volume:
