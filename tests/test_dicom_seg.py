@@ -154,6 +154,16 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SegmentedSe
     return folder, write(folder / "out.dcm", labels, only(folder / "in"))
 
 
+@pytest.mark.parametrize(("name", "expected"), [("axial", "3 2 0"), ("downwards", "0 2 3"), ("coronal", "")])
+def test_the_numbers_of_the_images_from_the_head_downwards(tmp_path: Path, name: str, expected: str) -> None:
+    for number, path in enumerate(write_series(tmp_path, hu((4, 8, 10)), ANY[name])):
+        edit(path, InstanceNumber=number if number != 1 else None)
+    labels = np.zeros((4, 8, 10), np.uint8)
+    found = SegmentedSeries(only(tmp_path), labels, Findings((), ()), BY).image_numbers
+    assert " ".join(filter(None, found)) == expected
+    assert len(found) == (4 if expected else 0)
+
+
 def test_a_segment_is_a_kidney_or_a_lesion(phantom: tuple[Path, SegmentedSeries]) -> None:
     folder, made = phantom
     found = highdicom.seg.segread(folder / "out.dcm")

@@ -41,3 +41,14 @@ def test_pages(lesions: int, listed: int, left: int, pages: int, monkeypatch: py
     assert (f"{left} more lesions" in text) == (left > 0)
     assert ("not listed" in text) == (left > 0)
     assert len(found.pages) == pages
+
+
+@pytest.mark.parametrize("images", [[], ["9", "8", "7", "6"]])
+def test_the_slice_of_a_lesion(images: list[str]) -> None:
+    grid = Geometry((4, 60, 120), GRID.affine)
+    labels = np.ones(grid.shape, np.uint8)
+    labels[2, 10:20, 10:20] = TUMOR
+    scene = Scene(labels, grid, np.zeros(grid.shape, np.int16))
+    content = CaseContent("case", scene, measure(labels, grid), Quality(()), {}, {}, [])
+    found = pypdf.PdfReader(io.BytesIO(case_pdf(content, "", images)))
+    assert f"slice 3 from the head{', image 7' if images else ''}" in found.pages[1].extract_text()

@@ -197,7 +197,7 @@ class CasePredictor:
             scene = Scene(labels, scan.geometry, scan.array, None, self.scheme)
             facts = {"Series": pseudonym("series", series.uid), "Made by": f"{algorithm.name} {algorithm.version}"}
             content = CaseContent(source.id, scene, findings, found.quality, {}, facts, notes)
-            write_document(path, made, case_pdf(content, patient_line(made)))
+            write_document(path, made, case_pdf(content, patient_line(made), made.image_numbers))
 
         writers: dict[str, Write] = {
             ".dcm": partial(write_segmentation, found=made),

@@ -30,9 +30,12 @@ _WIDTHS = (0.3, *(0.14,) * 5)
 _HEAD = ("", "volume, ml", "axial, mm", "3D, mm", "size class", "HU, mean ± SD")
 
 
-def case_pdf(content: CaseContent, patient: str) -> bytes:
-    """The PDF file of a case with a CT; patient: a line that states whose it is, may be empty."""
-    written, found = io.BytesIO(), list(_pages(content, patient))
+def case_pdf(content: CaseContent, patient: str, images: Sequence[str] = ()) -> bytes:
+    """The PDF file of a case with a CT.
+
+    patient: a line that states whose it is, may be empty; images: the number of each slice in a viewer, where known.
+    """
+    written, found = io.BytesIO(), list(_pages(content, patient, images))
     facts = {"Title": "kitseg: kidneys and kidney tumors", "Creator": f"kitseg {__version__}", "CreationDate": None}
     with (
         warnings.catch_warnings(action="ignore"),
@@ -44,7 +47,7 @@ def case_pdf(content: CaseContent, patient: str) -> bytes:
     return written.getvalue()
 
 
-def _pages(content: CaseContent, patient: str) -> Iterator[Figure]:
+def _pages(content: CaseContent, patient: str, images: Sequence[str]) -> Iterator[Figure]:
     scene, findings, quality = content.scene, content.findings, content.quality
     page = Figure(figsize=_A4)
     at = _write(page, 0.96, ["Kidneys and kidney tumors in CT, found by kitseg"], size=14)
@@ -69,7 +72,8 @@ def _pages(content: CaseContent, patient: str) -> Iterator[Figure]:
         page = Figure(figsize=_A4)
         _write(page, 0.99, [patient])
         for place, lesion in enumerate(lesions[first : first + _A_PAGE]):
-            name = f"{title(lesion, scene.scheme).capitalize()}, slice {lesion.centre[0] + 1}"
+            at, name = lesion.centre[0], title(lesion, scene.scheme).capitalize()
+            name += f", slice {at + 1} from the head" + (f", image {images[at]}" if images and images[at] else "")
             _draw(page, 0.96 - 0.23 * place, content, lesion.centre, lesion_box(lesion, scene.geometry), name)
         yield page
 

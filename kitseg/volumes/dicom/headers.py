@@ -42,7 +42,8 @@ class Header:
 
     position: mm in DICOM's LPS; row_axis, column_axis: unit vectors along a row and along a column; spacing: mm between
     rows and between columns; between: mm that it states between slices; passes: the values of ``PASSES``, which
-    distinguish several passes in one series; unit: of the values, empty if not given; broken: the header can't be read.
+    distinguish several passes in one series; number: InstanceNumber, by which viewers count; unit: of the values, empty
+    if not given; broken: the header can't be read.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Header:
     thickness: float | None = None
     between: float | None = None
     passes: tuple[str, ...] = ()
+    number: str = ""
     frames: int = 1
     unit: str = ""
     samples: int = 1
@@ -212,6 +214,7 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
         thickness=next(iter(_numbers(found, "SliceThickness", 1)), None),
         between=next(iter(_numbers(found, "SpacingBetweenSlices", 1)), None),
         passes=tuple(element_text(found, name) for name in PASSES),
+        number=element_text(found, "InstanceNumber"),
         unit=element_text(found, "RescaleType").upper(),
         frames=int(next(iter(_numbers(found, "NumberOfFrames", 1)), 1)),
         samples=int(element_text(found, "SamplesPerPixel") or 1),

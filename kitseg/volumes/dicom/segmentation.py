@@ -22,7 +22,7 @@ from kitseg.runtime.files import atomic_write
 from kitseg.volumes.dicom.headers import made_up_uid, quiet
 from kitseg.volumes.dicom.series import Series, pseudonym, stack_of
 from kitseg.volumes.dicom.source import series_number, source_images
-from kitseg.volumes.nifti import canonical_geometry, turn_to_native
+from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical, turn_to_native
 
 #: Written into every DICOM file of kitseg; at most 64 characters.
 NOTICE = "For research use only. kitseg is not a medical device."
@@ -70,6 +70,15 @@ class SegmentedSeries:
         stack, (numbers, parts) = stack_of(self.series), self.parts
         planes = turn_to_native(numbers, stack.native).transpose(2, 1, 0)
         return np.ascontiguousarray(planes[list(stack.slots)], np.min_scalar_type(len(parts)))
+
+    @property
+    def image_numbers(self) -> tuple[str, ...]:
+        """The InstanceNumber of each slice from the head downwards, empty where there is none; of axial slices only."""
+        stack = stack_of(self.series)
+        slots = np.broadcast_to(np.arange(stack.native.shape[2]), stack.native.shape)
+        slots = turn_to_canonical(slots, stack.native)[:, 0, 0]
+        numbers = {slot: header.number for slot, header in zip(stack.slots, stack.headers, strict=True)}
+        return tuple(numbers.get(int(slot), "") for slot in slots) if slots[0] != slots[-1] else ()
 
     def name(self, part: LabelPart) -> str:
         """The name of a segment, such as ``Tumor 1, right kidney``."""
