@@ -80,3 +80,6 @@ def test_a_segmentation_with_the_scan_of_another_series_is_doubted(study: Path, 
     for seed, value in HU.items():
         found = measured(tmp_path, "1.dcm", f"study/{seed}")
         assert (found[0], OTHER_SCAN in found[1]) == (value, seed != 1)
+        done = kitseg(tmp_path, "refine", "1.dcm", f"--ct=study/{seed}", "--click=-80,-52,1025=tumor", f"-o=to{seed}")
+        refused = "made from another scan" in " ".join(done.text.split())
+        assert (done.code, refused) == ((0, False) if seed == 1 else (2, True)), done.text

@@ -17,6 +17,7 @@ from kitseg.commands.case_record import (
     CaseRecord,
     file_ending,
     forget,
+    is_of_another_scan,
     record_beside,
     record_of,
     refuse_case_overwrite,
@@ -143,9 +144,11 @@ class Refinement:
         own = scheme or scheme_beside(task.labels) or KITS19
         labels, scan = task.read(own)
         assert scan is not None
-        if before.scan_sha256 not in (None, digest) and before.hu_sha256 != hu_digest(scan):
+        by_record = before.scan_sha256 not in (None, digest) and before.hu_sha256 != hu_digest(scan)
+        if by_record or is_of_another_scan(task.labels, task.scan, scan):
             made = f"the labels were made from another scan than {task.scan.image}"
-            raise UsageError(f"{task.labels}: {made}, by the record beside them. Give that one ({before.scan})")
+            source = f"the record beside them. Give that one ({before.scan})" if by_record else "their header"
+            raise UsageError(f"{task.labels}: {made}, by {source}")
         return cls(task, own, before, labels.array, scan, digest, target, there)
 
     def apply(self, clicks: Sequence[Click], after: Sequence[Click] = ()) -> NDArray[np.uint8]:
