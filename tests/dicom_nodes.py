@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +60,10 @@ def result(sop_class: str, study: str) -> FileDataset:
 
 
 @contextmanager
-def receiver(port: int, *statuses: int, title: str = "PACS") -> Iterator[list[pydicom.Dataset]]:
-    """A node that keeps what it gets; statuses: of its first answers, then 0000."""
+def receiver(
+    port: int, *statuses: int, title: str = "PACS", classes: Iterable[str] = SOP_CLASSES.values()
+) -> Iterator[list[pydicom.Dataset]]:
+    """A node that keeps what it gets; statuses: of its first answers, then 0000; classes: of the objects it takes."""
     got, answers = list[pydicom.Dataset](), list(statuses)
 
     def store(event: evt.Event) -> int:
@@ -72,7 +74,7 @@ def receiver(port: int, *statuses: int, title: str = "PACS") -> Iterator[list[py
 
     node = AE(title)
     node.require_called_aet = True
-    for sop_class in SOP_CLASSES.values():
+    for sop_class in classes:
         node.add_supported_context(sop_class)
     server = node.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
     try:

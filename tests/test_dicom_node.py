@@ -275,6 +275,21 @@ def test_a_receiver_that_refuses(
     assert "PID-4711" not in told
 
 
+def test_a_receiver_that_takes_no_segmentations_gets_the_rest(
+    start: Start, ports: tuple[int, int], study: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = list(SOP_CLASSES.values())[1:]
+    with start() as spool:
+        with receiver(ports[1], classes=others) as got:
+            send(ports[0], study)
+            wait_until(lambda: len(got) == 2)
+            wait_until(lambda: "does not accept such objects" in capsys.readouterr().out)
+        assert [one.SOPClassUID for one in got] == others[::-1]
+        with receiver(ports[1]) as got:
+            wait_until(lambda: not spool.studies())
+        assert [one.SOPClassUID for one in got] == [SegmentationStorage]
+
+
 def test_an_image_that_comes_late(start: Start, work: Work, ports: tuple[int, int], study: list[Path]) -> None:
     """What was predicted without it isn't delivered."""
     with start() as spool:

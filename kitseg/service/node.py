@@ -206,7 +206,10 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def send(files: Sequence[Path], to: Address, title: str) -> str:
-    """Send results with this calling AE title, and remove what was accepted; the problem, empty if there was none."""
+    """Send results with this calling AE title, and remove what was accepted; the problem, empty if there was none.
+
+    What is refused doesn't hold up the others: a PACS may take reports, but no segmentations.
+    """
     ae = AE(title)
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = SECONDS
     for uid in (SegmentationStorage, ComprehensiveSRStorage, EncapsulatedPDFStorage):
@@ -214,14 +217,22 @@ def send(files: Sequence[Path], to: Address, title: str) -> str:
     association = ae.associate(to.host, to.port, ae_title=to.title)
     if not association.is_established:
         return "rejects the association" if association.is_rejected else "does not answer"
+    problem = ""
     try:
         for file in files:
-            status = association.send_c_store(file).get("Status")
-            if status is None or (status and status & 0xF000 != 0xB000):  # 0xBnnn: accepted, with a warning
-                return "does not answer" if status is None else f"refuses an object (status {status:04X})"
+            try:
+                status = association.send_c_store(file).get("Status")
+            except ValueError:
+                problem = "does not accept such objects"
+                continue
+            if status is None:
+                return "does not answer"
+            if status and status & 0xF000 != 0xB000:  # 0xBnnn: accepted, with a warning
+                problem = f"refuses an object (status {status:04X})"
+                continue
             file.unlink()
-    except (ValueError, RuntimeError):
-        return "does not accept such objects"
+    except RuntimeError:
+        return "ended the association"
     finally:
         association.release()
-    return ""
+    return problem
