@@ -46,11 +46,12 @@ class Rounds:
 class StageSpec:
     """One stage of a method.
 
-    inputs: earlier stages that this one builds on; guide: what it is trained with of their output, the true ``labels``
-    or ``out_of_fold`` predictions; grid: the lattice it works on; heads, channels: what it predicts; batch: patches a
-    step, over all ranks; micro_batch_size: patches a rank computes at a time, whose gradients accumulate to the batch;
-    nested_epochs: of the trainings on nested folds, at most ``epochs``; stop_after: validations without improvement
-    that end the training; rounds: trainings after the first; parts: the specifications for ``kitseg.config.build``.
+    inputs: the earlier stage that this one builds on, if any; guide: what it is trained with of that one's output, the
+    true ``labels`` or ``out_of_fold`` predictions; grid: the lattice it works on; heads, channels: what it predicts;
+    batch: patches a step, over all ranks; micro_batch_size: patches a rank computes at a time, whose gradients
+    accumulate to the batch; nested_epochs: of the trainings on nested folds, at most ``epochs``; stop_after:
+    validations without improvement that end the training; rounds: trainings after the first; parts: the specifications
+    for ``kitseg.config.build``.
     """
 
     name: str

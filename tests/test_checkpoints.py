@@ -22,6 +22,7 @@ from kitseg.runtime import signals
 from kitseg.runtime.device import Machine
 from kitseg.runtime.locks import folder_lock
 from kitseg.splits import Fold, Split, write_split
+from kitseg.training import checkpoints
 from kitseg.training.callbacks import EpochSoFar
 from kitseg.training.checkpoints import BestCheckpoints, LastCheckpoint, start_of
 from kitseg.training.plan import Start, claim_run
@@ -84,6 +85,25 @@ def test_a_signal_after_the_last_epoch_ends_the_training(folder: StageFolder) ->
         with pytest.raises(SystemExit) as end:
             last.on_train_end(trainer(), pl.LightningModule())
         assert end.value.code == 128 + signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("others", "ends"),
+    [([signal.SIGUSR1, None], signal.SIGUSR1), ([signal.SIGTERM, signal.SIGUSR1], signal.SIGUSR1), ([None], None),
+     ([None, signal.SIGTERM], signal.SIGTERM)],
+)  # fmt: skip
+def test_a_rank_that_no_signal_has_reached_ends_by_that_of_the_others(
+    folder: StageFolder, others: list[int | None], ends: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank asks SLURM to queue the job again if it ends by SIGUSR1, which may reach the others before."""
+    monkeypatch.setattr(checkpoints, "of_all_ranks", lambda mine: [mine, *others])
+    last = LastCheckpoint(folder, BestCheckpoints(folder.best), 60, None)
+    code = None
+    try:
+        last.on_train_end(trainer(), pl.LightningModule())
+    except signals.Stopped as end:
+        code = end.code
+    assert code == (ends and 128 + ends)
 
 
 @pytest.mark.parametrize(("ranks", "patches", "warned"), [(2, 3, True), (1, 3, False), (2, 0, False)])

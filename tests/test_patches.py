@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -92,13 +93,26 @@ def test_seed_epoch_and_index_each_change_the_patch(folders: list[Path]) -> None
     assert len({str(item) for item in drawn(0, 0)}) > 6
 
 
-def test_drawing_leaves_torchs_generator_alone(folders: list[Path]) -> None:
+def test_an_augmentation_with_any_generator_is_that_of_the_patch(folders: list[Path]) -> None:
+    """One of a user's own may draw from NumPy's or Python's; all of them are left alone."""
+
+    def drawn(_: Any = None) -> list[float]:
+        return [float(torch.rand(())), float(np.random.rand()), random.random()]
+
+    def seed() -> None:
+        torch.manual_seed(1)
+        np.random.seed(1)
+        random.seed(1)
+
     patches = queue(folders, ForegroundSampler((4, 4, 4), 0.5, 3))
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    _ = patches[(0, 0)]
-    assert torch.equal(torch.rand(3), expected)
+    patches.transform = drawn  # type: ignore[assignment]
+    seed()
+    expected = drawn()
+    seed()
+    one, again, other = (patches[address] for address in ((0, 0), (0, 0), (0, 1)))
+    assert drawn() == expected
+    assert one == again
+    assert not set(one) & set(other)
 
 
 def test_foreground_patches_hold_foreground_and_half_of_them_tumor(folders: list[Path]) -> None:

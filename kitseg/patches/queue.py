@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torchio as tio
 from torch.utils.data import Sampler
@@ -59,10 +61,17 @@ class PatchQueue(tio.Queue):
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Seed PyTorch's global generator, which TorchIO uses, by ``numbers``, and restore it after the block."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(*numbers))  # without the GPU's generator
-        yield
+    """Seed the global generators of PyTorch, which TorchIO uses, NumPy and Python, and restore them after the block."""
+    seed, before = seed_of(*numbers), (np.random.get_state(), random.getstate())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # without the GPU's generator
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(before[0])
+        random.setstate(before[1])
 
 
 def seed_of(*numbers: int) -> int:

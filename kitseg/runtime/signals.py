@@ -43,6 +43,11 @@ def interrupted() -> bool:
     return _Request.number is not None
 
 
+def received() -> int | None:
+    """The number of the signal that has asked this process to end, if one has."""
+    return _Request.number
+
+
 def defer(on: bool) -> None:
     """From now on SIGTERM and SIGUSR1 are only remembered, until ``end_training``; or no longer."""
     _Request.deferred = on
@@ -54,9 +59,9 @@ def raise_again() -> None:
         raise Stopped(128 + _Request.number)
 
 
-def end_training() -> NoReturn:
-    """End after the state is saved; the signal may have reached another rank only."""
-    raise Stopped(128 + (_Request.number or signal.SIGTERM))
+def end_training(number: int) -> NoReturn:
+    """End after the state is saved, by a signal that may have reached another rank only."""
+    raise Stopped(128 + number)
 
 
 @contextmanager

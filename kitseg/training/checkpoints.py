@@ -9,6 +9,7 @@ last one can't be read. Both give the same weights as an uninterrupted training,
 from __future__ import annotations
 
 import os
+import signal
 import time
 import warnings
 import zipfile
@@ -25,8 +26,10 @@ from kitseg.errors import InputError, KitsegError, fault
 from kitseg.models.run_folder import StageFolder
 from kitseg.runtime import console, launcher, signals
 from kitseg.runtime.files import atomic_write
+from kitseg.stages.base import of_all_ranks
 from kitseg.training.callbacks import NOT_FINITE
 
+REQUEUE = getattr(signal, "SIGUSR1", 0)  # see ``signals.requeued``
 _AGAIN = "Begin this stage again with --restart --stage"
 
 
@@ -108,7 +111,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop saving; a signal that arrived after the last epoch ends the training."""
         signals.defer(False)
-        self._end_if_asked(trainer)
+        self._end_if_asked()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop saving."""
@@ -125,12 +128,12 @@ class LastCheckpoint(Checkpoint):
                 if path.name not in self.counted | self.best.names():
                     path.unlink()
         self.counted = self.best.names()
-        self._end_if_asked(trainer)
+        self._end_if_asked()
 
-    def _end_if_asked(self, trainer: pl.Trainer) -> None:
-        """End all ranks if one of them received a signal."""
-        if trainer.strategy.reduce_boolean_decision(signals.interrupted(), all=False):
-            signals.end_training()
+    def _end_if_asked(self) -> None:
+        """End all ranks if one of them received a signal, all by that one; SIGUSR1 makes SLURM queue the job again."""
+        if asked := [number for number in of_all_ranks(signals.received()) if number]:
+            signals.end_training(REQUEUE if REQUEUE in asked else asked[0])
 
 
 def start_of(folder: StageFolder) -> Path | None:

@@ -121,6 +121,8 @@ class Start:
         for spec in self.method.stages.values():
             for part in ("intensity", "region", "sampler"):
                 config.build(spec.parts[part])
+            if len(spec.inputs) > 1:
+                raise UsageError(f"stages.{spec.name}.inputs names several stages, but a stage builds on one")
         if self.split.exists():
             split = read_split_of(self.split, self.method.labels)
             part = split.fold(self.fold)
@@ -218,11 +220,12 @@ def _check_stage(method: Method, stage: str | None) -> None:
 def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
     """The trainings of a fold in order, or those of one stage. Raises UsageError: an unknown stage."""
     _check_stage(method, stage)
-    found = []
-    for name in method.stages:
-        found.append(Unit(name))
-        if any(name in later.inputs and later.guide == "out_of_fold" for later in method.stages.values()):
-            found += [Unit(name, i) for i in range(len(part.inner))]
+    nested = set[str]()  # those whose nested folds predict what another one learns from, or one before such a one
+    for later in reversed([*method.stages.values()]):
+        if later.guide == "out_of_fold" or later.name in nested:
+            nested.update(later.inputs)
+    inner = {name: range(len(part.inner)) if name in nested else () for name in method.stages}
+    found = [Unit(name, number) for name in method.stages for number in (None, *inner[name])]
     return [unit for unit in found if stage in (None, unit.stage)]
 
 

@@ -14,6 +14,7 @@ from kitseg import __version__, config
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.links.regions import RegionContext
+from kitseg.method import needed
 from kitseg.models.chain import Output, run_on_grid
 from kitseg.models.run_folder import (
     RUN_INFO,
@@ -69,9 +70,9 @@ def prepare(plan: Plan, unit: Unit) -> None:
     if not (folder.places.exists() and plan.run.info.exists()):
         _record_facts(plan, spec)
     if not folder.places.exists():
-        earlier = plan.method.stages[spec.inputs[0]] if spec.inputs else None
-        stage = None if earlier is None else open_stage(earlier, torch_device(plan.machine.device))
-        inputs = _Inputs(plan, unit, stage)
+        *before, _ = needed(plan.method.stages, unit.stage)
+        device = torch_device(plan.machine.device)
+        inputs = _Inputs(plan, unit, [open_stage(plan.method.stages[name], device) for name in before])
         found = inputs.find(part.train, "train"), inputs.find(validation_cases(plan, part.val), "val")
         write_places(folder, *found, synthesis_row(plan, spec))
 
@@ -139,9 +140,9 @@ def unseen_by(inner: Sequence[FoldPart], cases: Iterable[str]) -> dict[str, int]
 
 
 class _Inputs:
-    """Finds the inputs of a stage's cases, with the stage before it where there is one."""
+    """Finds the inputs of a stage's cases, with the stages that it builds on, in order, where there are any."""
 
-    def __init__(self, plan: Plan, unit: Unit, earlier: TrainedStage | None) -> None:
+    def __init__(self, plan: Plan, unit: Unit, earlier: Sequence[TrainedStage]) -> None:
         self.plan, self.unit, self.earlier = plan, unit, earlier
         self.spec = plan.method.stages[unit.stage]
         self.region = config.build(self.spec.parts["region"])
@@ -150,13 +151,13 @@ class _Inputs:
     def find(self, cases: Sequence[str], side: str) -> dict[str, StageInput]:
         """The region and guide of each case.
 
-        For validation from the earlier stage's own predictions; for training from predictions of its nested folds, or
-        from the labels, which also stand in where the earlier stage found nothing. A training case without any
-        foreground has no region to learn from and is left out.
+        For validation from the earlier stage's predictions, by networks that weren't trained on the case; for training
+        from such predictions of its nested folds, or from the labels, which also stand in where the earlier stage found
+        nothing. A training case without any foreground has no region to learn from and is left out.
         """
         predictors = self._predictors(cases, side) if side == "val" or self.spec.guide == "out_of_fold" else {}
         found: dict[str, StageInput] = {}
-        with bar(f"{self.spec.name}: regions ({side})", len(cases), shown=self.earlier is not None) as step:
+        with bar(f"{self.spec.name}: regions ({side})", len(cases), shown=bool(self.earlier)) as step:
             for case in cases:
                 scan = open_stored(self.plan, self.spec, case)
                 output = self._output(case, predictors[case]) if case in predictors else None
@@ -165,20 +166,28 @@ class _Inputs:
                 step()
         return found
 
-    def _predictors(self, cases: Iterable[str], side: str) -> dict[str, TrainedStage]:
-        """The trained earlier stage that wasn't trained on each case."""
-        if self.earlier is None:
+    def _predictors(self, cases: Iterable[str], side: str) -> dict[str, list[TrainedStage]]:
+        """The trained earlier stages that weren't trained on each case."""
+        if not self.earlier:
             return {}
-        outer = self.plan.run.stage(self.plan.fold, self.earlier.spec.name)
         if side == "val":
-            return dict.fromkeys(cases, self.earlier.trained_in(outer))
-        judges = [self.earlier.trained_in(outer.inner(number)) for number in range(len(self.plan.part.inner))]
+            return dict.fromkeys(cases, self._trained(self.unit.inner))
+        judges = [self._trained(number) for number in range(len(self.plan.part.inner))]
         return {case: judges[number] for case, number in unseen_by(self.plan.part.inner, cases).items()}
 
-    def _output(self, case: str, predictor: TrainedStage) -> Output:
-        """The earlier stage's prediction of a case."""
-        seen = open_stored(self.plan, predictor.spec, case)
-        return run_on_grid(seen.image, seen.grid, predictor, predictor.spec.heads[-1], {})
+    def _trained(self, inner: int | None) -> list[TrainedStage]:
+        """The earlier stages as trained on the outer fold, or on a nested one."""
+        folders = [self.plan.run.stage(self.plan.fold, stage.spec.name) for stage in self.earlier]
+        own = [folder if inner is None else folder.inner(inner) for folder in folders]
+        return [stage.trained_in(folder) for stage, folder in zip(self.earlier, own, strict=True)]
+
+    def _output(self, case: str, predictors: Sequence[TrainedStage]) -> Output:
+        """The prediction of a case by the stage that this one builds on."""
+        found: dict[str, Output] = {}
+        for stage in predictors:
+            seen, name = open_stored(self.plan, stage.spec, case), stage.spec.name
+            found[name] = run_on_grid(seen.image, seen.grid, stage, stage.spec.heads[-1], found)
+        return found[self.spec.inputs[0]]
 
     def _box(self, scan: StoredCase, output: Output | None, side: str) -> Box | None:
         context = RegionContext(scan.grid, hu=scan.image)
