@@ -55,6 +55,22 @@ def test_a_spool_that_cannot_be_made(tmp_path: Path) -> None:
         Spool(tmp_path / "file" / "spool").open()
 
 
+def test_a_spool_is_closed_to_other_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also a folder that an administrator has made; where that isn't allowed, a line says so."""
+    for name in ("new", "there"):
+        if name == "there":
+            (tmp_path / name).mkdir()
+            (tmp_path / name).chmod(0o755)
+        Spool(tmp_path / name).open()
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o700
+    assert capsys.readouterr().out == ""
+    with pytest.MonkeyPatch.context() as owner:
+        (tmp_path / "new").chmod(0o755)
+        owner.setattr(Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
+        Spool(tmp_path / "new").open()
+    assert "other users of this machine may read it" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_refused_image_that_is_sent_again_completes_its_study(kept: Spool, disk: SimpleNamespace) -> None:
     study = kept.study("P", "1")
     assert receive(kept, study, "a") == [True]

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kitseg.errors import UsageError
+from kitseg.runtime.console import print_plain
 from kitseg.runtime.files import A_DAY, atomic_write, total_bytes
 
 MOST_TRIES = 3  # of a prediction that fails, or that the process doesn't survive
@@ -46,9 +47,13 @@ class Spool:
     _bytes: dict[Path, int] = field(default_factory=dict)
 
     def open(self) -> None:
-        """Create the folder, for this user only. Raises UsageError: it can't be used."""
+        """Create the folder, and close it to other users. Raises UsageError: it can't be used."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(PermissionError):
+                self.folder.chmod(0o700)
+            if os.name == "posix" and self.folder.stat().st_mode & 0o077:
+                print_plain(f"--spool {self.folder}: other users of this machine may read it, which can't be changed")
         except OSError as error:
             raise UsageError(f"--spool {self.folder}: can't be used ({error.strerror})") from error
 
