@@ -307,6 +307,18 @@ def test_two_passes_in_one_series_are_separated(tmp_path: Path, tags: dict[str, 
     assert first.note == second.note == "slices of its series that form other stacks, left out: 12"
 
 
+@pytest.mark.parametrize("tag", ["AcquisitionNumber", "ProtocolName"])
+def test_the_names_of_passes_do_not_depend_on_those_of_files(tmp_path: Path, tag: str) -> None:
+    found = []
+    for order in ((1, 2), (2, 1)):
+        for place, n in enumerate(order):
+            folder = tmp_path / str(order) / str(place)
+            write_series(folder, hu(seed=n), seed=n, series="both", each_SOPInstanceUID=_uids(n), **{tag: str(n)})
+        found.append({series.case_id: read_series(series).array.tobytes() for series in find_series(folder.parent)})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == 2
+
+
 @pytest.mark.parametrize("shift", [1.25, 0.5])
 def test_two_passes_with_slices_between_each_others_are_separated(tmp_path: Path, shift: float) -> None:
     for n in (1, 2):

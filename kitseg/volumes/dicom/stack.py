@@ -55,7 +55,8 @@ class Unstackable(Exception):
 def split_stacks(headers: Sequence[Header]) -> list[list[Header]]:
     """Group slices by orientation, size and pixel spacing, the largest group first; scouts are separate.
 
-    A group with several slices at one position is split further by any attribute that distinguishes them.
+    A group with several slices at one position is split further by any attribute that distinguishes them. Groups of one
+    size are in the order of their passes, whatever the files' names.
     """
     groups: list[list[Header]] = []
     for header in headers:
@@ -64,7 +65,7 @@ def split_stacks(headers: Sequence[Header]) -> list[list[Header]]:
             groups.append(like := [])
         like.append(header)
     parts = [part for group in groups for part in _by_pass(group)]
-    return sorted(parts, key=len, reverse=True)  # a stable sort
+    return sorted(parts, key=lambda part: (-len(part), min((h.passes, h.instance, h.position) for h in part)))
 
 
 def stack(headers: Sequence[Header]) -> Stack:
