@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from conftest import kitseg
+from conftest import SMALLEST, kitseg
 
 from kitseg import config, trust
 from kitseg.training.split import USUAL
+from kitseg.types import Geometry
+from kitseg.volumes.nifti import write_image, write_labels
 
 TRAIN, INNER = ["a", "a2", "b"], [{"train": ["b"], "val": ["a", "a2"]}, {"train": ["a", "a2"], "val": ["b"]}]
 
@@ -78,3 +81,22 @@ def test_predictions_of_nested_folds_that_are_not_there(folder: Path) -> None:
     begun.parent.mkdir(parents=True)
     begun.touch()
     assert refused(folder, *train) == "", "a training that has begun goes on"
+
+
+def test_copies_that_the_split_does_not_have_are_named(tmp_path: Path) -> None:
+    """`train --data data --data augmented` without the split that `augment` wrote learned from none of them."""
+    native = Geometry((4, 16, 16), np.diag([-3.0, -3, -3, 1])[[2, 1, 0, 3]])
+    label = np.zeros(native.shape, np.uint8)
+    label[1:3, 4:12, 4:12] = 1
+    for name in ("data/a", "data/b", "data/new", "augmented/a_from_b"):
+        write_image(tmp_path / name / "imaging.nii.gz", 100 * label.astype(np.int16), native)
+        write_labels(tmp_path / name / "segmentation.nii.gz", label, native)
+    origin = {"schema": 1, "patients": ["a", "b"], "sources": ["a", "b"]}
+    (tmp_path / "augmented/a_from_b/origin.json").write_text(json.dumps(origin))
+    write(tmp_path, {"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]})
+    both = ("--data=data", "--data=augmented", "--stage=coarse")
+    done = kitseg(tmp_path, "train", "--dry-run", *SMALLEST, *both)
+    text = " ".join(done.text.split())
+    assert done.code == 0, text
+    assert "1 labelled cases are not in splits.json: new; train with a new --split" in text
+    assert "1 registered copies are not in splits.json: a_from_b; `kitseg augment` wrote a split with them" in text

@@ -25,7 +25,7 @@ from kitseg.training import cost
 from kitseg.training.callbacks import MeanOfWeights
 from kitseg.training.epochs import only_more_epochs
 from kitseg.training.plan import Start
-from kitseg.training.trainer import settings_of
+from kitseg.training.trainer import precision_on, settings_of
 from kitseg.volumes.kits import labelled_cases
 
 slow = pytest.mark.slow
@@ -276,6 +276,12 @@ def test_settings_that_can_not_be_used(block: dict[str, Any], words: str) -> Non
     assert words in str(refused.value)
 
 
+@pytest.mark.parametrize("stated", ["32-true", "64-true", "bf16-true"])
+def test_a_precision_that_is_not_mixed_is_the_same_on_every_device(stated: str) -> None:
+    assert {precision_on(accelerator, stated) for accelerator in ("cpu", "mps", "cuda")} == {stated}
+    assert {precision_on("cpu", mixed) for mixed in ("bf16-mixed", "16-mixed")} <= {"bf16-mixed", "32-true"}
+
+
 # --- a dry run -------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +291,8 @@ def test_settings_that_can_not_be_used(block: dict[str, Any], words: str) -> Non
         ("stages.fine.module.optimizer.lr=-1", "stage fine: one training step"),
         ("stages.coarse.module.net.classes=2", "stage coarse: one training step"),
         ("stages.fine.module.loss._target_=kitseg.losses.cross_entropy.CrossEntropi", "CrossEntropi"),
+        ("stages.fine.precision='32'", "stages.fine.precision is '32'; it must be one of 32-true, bf16-mixed"),
+        ("stages.fine.inputs=[coarse,coarse]", "stages.fine.inputs names several stages, but a stage builds on one"),
     ],
 )
 def test_a_dry_run_finds_what_would_fail_later(phantoms: Path, tmp_path: Path, change: str, words: str) -> None:

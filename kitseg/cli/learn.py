@@ -21,6 +21,7 @@ from kitseg.runtime import console
 if TYPE_CHECKING:
     from kitseg.training.fit import Training
     from kitseg.training.plan import Plan, Start
+    from kitseg.types import Case
 
 EVERY_FOLD = "all"
 
@@ -193,6 +194,7 @@ def _rehearse(begin: Start, wanted: TrainRequest) -> None:
 
     cases = labelled_cases(wanted.data, wanted.masks)
     plan = begin.rehearse(cases)
+    _show_unused(plan, cases, begin.split)
     _show_plan(plan, cases, wanted.stage)
     for name, spec in plan.method.stages.items():
         if wanted.stage in (None, name):
@@ -205,7 +207,6 @@ def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator
     """Preprocess the cases, then yield the trainings of the fold or folds; failed cases are added to ``failed``."""
     from kitseg.training.train import trainings_of_fold
     from kitseg.volumes.kits import labelled_cases
-    from kitseg.volumes.names import shorten
 
     cases = labelled_cases(wanted.data, wanted.masks)
     show_left_out(wanted.data, cases, wanted.masks)
@@ -216,15 +217,26 @@ def _trainings(begin: Start, wanted: TrainRequest, failed: set[str]) -> Iterator
     if not good:
         raise KitsegError(f"{wanted.data[0]}: no case could be preprocessed. See the errors above")
     plan = begin.claim(good, wanted.jobs)
-    if unused := sorted({case.id for case in good if not case.sources} - plan.split.cases):
-        count, remedy = f"{len(unused)} labelled cases", "train with a new --split and --name to use them"
-        console.print_plain(f"{count} are not in {begin.split}: {shorten(unused)}; {remedy}")
+    _show_unused(plan, good, begin.split)
     _show_plan(plan, good, wanted.stage)
     folds = range(len(plan.split.folds)) if wanted.every_fold else [plan.fold]
     for fold in folds:
         if len(folds) > 1:
             console.print_line(f"[bold]fold {fold} of {len(folds)}[/]")
         yield from trainings_of_fold(replace(plan, fold=fold), good, wanted.jobs, console.print_plain, wanted.stage)
+
+
+def _show_unused(plan: Plan, cases: Sequence[Case], split: Path) -> None:
+    """Print which cases, and which registered copies of cases, the split leaves out."""
+    from kitseg.volumes.names import shorten
+
+    kinds = {
+        False: ("labelled cases", "train with a new --split and --name to use them"),
+        True: ("registered copies", "`kitseg augment` wrote a split with them beside them: give it as --split"),
+    }
+    for copied, (kind, remedy) in kinds.items():
+        if unused := sorted({case.id for case in cases if bool(case.sources) is copied} - plan.split.cases):
+            console.print_plain(f"{len(unused)} {kind} are not in {split}: {shorten(unused)}; {remedy}")
 
 
 def _show_plan(plan: Plan, cases: Sequence[Any], stage: str | None) -> None:

@@ -124,7 +124,7 @@ def stage_cost(spec: StageSpec, region: Triple, device: str, ema: bool) -> Cost:
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"stage {spec.name}: its network can't take a patch of {patch} voxels ({error})") from error
     parameters = sum(p.numel() for p in module.parameters())
-    live = activations * (1 if precision_on(device, spec.precision) == "32-true" else MIXED)
+    live = activations * (MIXED if precision_on(device, spec.precision).endswith("-mixed") else 1)
     weights = parameters * bytes_a_parameter(spec.parts["module"].get("optimizer"), ema)
     memory = memory_of(weights, live, device) + (EARLIER if spec.inputs and device == "cpu" else 0)
     return Cost(patch, sampler.expected(region), parameters, counter.get_total_flops(), memory / 1e9)

@@ -21,7 +21,7 @@ from kitseg.training.data_source import check_method, data_settings
 from kitseg.training.epochs import only_more_epochs, record_raise
 from kitseg.training.initial import find_initial
 from kitseg.training.split import check_counts, claim_split, new_split, read_split_of, unseen_traits
-from kitseg.training.trainer import DEFAULT, Settings, settings_of
+from kitseg.training.trainer import DEFAULT, PRECISIONS, Settings, settings_of
 from kitseg.types import Case
 from kitseg.volumes.names import shorten
 from kitseg.volumes.store import StoredCase, open_case
@@ -121,6 +121,9 @@ class Start:
         for spec in self.method.stages.values():
             for part in ("intensity", "region", "sampler"):
                 config.build(spec.parts[part])
+            if spec.precision not in PRECISIONS:
+                stated = f"stages.{spec.name}.precision is {spec.precision!r}"
+                raise UsageError(f"{stated}; it must be one of {', '.join(PRECISIONS)}")
             if len(spec.inputs) > 1:
                 raise UsageError(f"stages.{spec.name}.inputs names several stages, but a stage builds on one")
         if self.split.exists():

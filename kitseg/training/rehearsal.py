@@ -83,7 +83,7 @@ def seconds_a_step(spec: StageSpec, patch: Triple, device: str) -> float:
 
     def step() -> None:
         kind = torch.float16 if mixed == "16-mixed" else torch.bfloat16
-        with torch.autocast(device, kind, enabled=mixed != "32-true"):
+        with torch.autocast(device, kind, enabled=mixed.endswith("-mixed")):
             loss = stage.training_step({"image": {"data": image}, "label": {"data": label}}, 0)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -26,6 +26,8 @@ from kitseg.training.checkpoints import WholeFiles
 Settings = Mapping[str, Any]
 #: The ``trainer`` block of a configuration; runs of kitseg 0.1 have none.
 DEFAULT: Settings = {"logger": "tensorboard", "gradient_clip": None, "ema": None, "callbacks": []}
+#: What a stage's ``precision`` may be.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "16-true")
 LOGGERS: Mapping[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda folder: TensorBoardLogger(folder, name="tensorboard", version=""),
     "csv": lambda folder: CSVLogger(folder, name="csv"),
@@ -108,7 +110,7 @@ def make_trainer(
 
 def precision_on(accelerator: str, stated: str) -> str:
     """A stage's precision; on a CPU mixed precision is bfloat16 where its instructions have it, else float32."""
-    if accelerator == "cuda" or stated == "32-true":
+    if accelerator == "cuda" or not stated.endswith("-mixed"):
         return stated
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32-true"
