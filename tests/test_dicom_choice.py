@@ -46,6 +46,11 @@ BETTER_FIRST = {
         {"SeriesDescription": "nativ", "ContrastBolusAgent": "X"},
         "has contrast",
     ),
+    "not native, although thicker": (
+        {"SeriesDescription": "Abd 5.0"},
+        {"SeriesDescription": "Abd nativ 1.0", "ContrastBolusAgent": "X", "slices": 32, "mm": 5.0},
+        "is not stated to be without contrast",
+    ),
 }
 
 

@@ -159,9 +159,12 @@ def _earliness(series: Series) -> int:
     return -1 if phase is None else -phase  # unknown phases are mostly venous
 
 
-def _contrast(series: Series) -> bool:
+def _contrast(series: Series) -> str:
+    """Whether it has contrast: yes, no or unknown."""
     first = series.headers[0]
-    return (first.contrast or _phase(series) is not None) and not _UNENHANCED.search(first.description)
+    if _UNENHANCED.search(first.description):
+        return "no"
+    return "yes" if first.contrast or _phase(series) is not None else "unknown"
 
 
 def _sharp(series: Series) -> bool:
@@ -181,7 +184,8 @@ PREFERENCES: tuple[tuple[Callable[[Series], float], str], ...] = (
     (lambda s: not _is_elsewhere(s), "does not show another part of the body"),
     (lambda s: "ORIGINAL" in s.headers[0].image_type, "is original, not derived"),
     (lambda s: coverage(s) >= WHOLE_KIDNEYS, f"covers {WHOLE_KIDNEYS:.0f} mm or more"),
-    (_contrast, "has contrast according to its headers"),
+    (lambda s: _contrast(s) == "yes", "has contrast according to its headers"),
+    (lambda s: _contrast(s) != "no", "is not stated to be without contrast"),
     (_earliness, "is of an earlier contrast phase"),
     (lambda s: not _sharp(s), "has a soft-tissue kernel"),
     (lambda s: -round(max(_spacing(s), FINE_ENOUGH), 2), "has thinner slices"),
@@ -192,7 +196,7 @@ PREFERENCES: tuple[tuple[Callable[[Series], float], str], ...] = (
 def _what(series: Series) -> str:
     if series.stack is None:
         return f"{len(series.headers)} files"
-    contrast = "with contrast" if _contrast(series) else "contrast unknown"
+    contrast = {"yes": "with contrast", "no": "without contrast", "unknown": "contrast unknown"}[_contrast(series)]
     sharp = ", sharp kernel" if _sharp(series) else ""
     return f"{len(series.headers)} slices {_spacing(series):.3g} mm apart, {contrast}{sharp}"
 
@@ -213,7 +217,7 @@ def _facts(choice: SeriesChoice) -> dict[str, object]:
         "columns": first.size[1],
         "coverage_mm": f"{coverage(series):.0f}" if made else "",
         "orientation": orientation(first),
-        "contrast": "yes" if _contrast(series) else "unknown",
+        "contrast": _contrast(series),
         "kernel": first.kernel if _KERNEL.fullmatch(first.kernel) else "",
         "original": "yes" if "ORIGINAL" in first.image_type else "no",
     }
