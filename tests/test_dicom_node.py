@@ -246,6 +246,24 @@ def test_a_restart_loses_nothing(start: Start, work: Work, ports: tuple[int, int
     assert len(work.images) == 1
 
 
+def test_a_restart_during_a_prediction_costs_no_try(
+    start: Start, work: Work, ports: tuple[int, int], study: list[Path]
+) -> None:
+    spools, tries = list[Spool](), list[int]()
+
+    def wait() -> None:
+        tries.append(max(map(spools[0].tries, spools[0].studies())))
+        wait_until(lambda: not any(map(spools[0].tries, spools[0].studies())), 10)
+        tries.append(0)
+
+    work.wait = wait
+    with start() as spool:
+        spools.append(spool)
+        send(ports[0], study)
+        wait_until(lambda: tries)
+    assert tries == [1, 0], "the second at the end of the node, before that of the prediction"
+
+
 def test_a_restart_with_anonymous_delivers_no_results_with_names(
     start: Start, work: Work, ports: tuple[int, int], study: list[Path]
 ) -> None:

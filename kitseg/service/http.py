@@ -236,9 +236,9 @@ def config(service: Service, host: str, port: int, hosts: Sequence[str]) -> uvic
 
 
 def serve(service: Service, host: str, port: int, hosts: Sequence[str], node: Node | None = None) -> None:
-    """Answer requests until a signal comes; a prediction that runs is finished and delivered first.
+    """Answer requests until a signal comes; those that are under way are answered first.
 
-    node: a DICOM node that runs as long, with the same queue.
+    node: a DICOM node that runs as long, with the same queue; its prediction that runs then begins again after a restart.
     """
     with node or scratch():
         uvicorn.Server(config(service, host, port, hosts)).run()

@@ -101,6 +101,7 @@ class Node:
         self.options, self.spool, self.predict, self.thread = options, spool, predict, thread
         self.receiver = Receiver(options.own.title, options.callers, spool)
         self._stop, self._stack = threading.Event(), ExitStack()
+        self._predicted: Path | None = None
         spool.open()
         spool.kind = options.kind
         pynetdicom._config.STORE_SEND_CHUNKED_DATASET = True
@@ -127,6 +128,8 @@ class Node:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if study := self._predicted:  # the process may end before its prediction does
+            self.spool.forgive(study)
         self._stack.close()
 
     def _repeat(self, step: Callable[[Path], bool]) -> None:
@@ -168,6 +171,7 @@ class Node:
             self._tell(study, "its sender has kitseg's results already")
             return self.spool.finish(study, self.spool.images(study))
         images, begun = self.spool.begin(study), time.perf_counter()
+        self._predicted = study
         try:
             with tempfile.TemporaryDirectory() as folder:
                 to, options = Path(folder) / "out", self.options
@@ -182,6 +186,8 @@ class Node:
             if isinstance(error, DiskFailure) or is_of_disk(error):
                 self.spool.forgive(study)
             return False
+        finally:
+            self._predicted = None
         self._tell(study, f"{images} images predicted in {time.perf_counter() - begun:.1f} s")
         return True
 

@@ -148,7 +148,8 @@ class Spool:
 
     def forgive(self, study: Path) -> None:
         """Don't count the last prediction that was begun: it failed for another reason than the study."""
-        os.truncate(study / "tries", max(0, self.tries(study) - 1))
+        with suppress(FileNotFoundError):
+            os.truncate(study / "tries", max(0, self.tries(study) - 1))
 
     def images(self, study: Path) -> int:
         """The number of a study's images."""
