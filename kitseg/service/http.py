@@ -238,7 +238,7 @@ def config(service: Service, host: str, port: int, hosts: Sequence[str]) -> uvic
 def serve(service: Service, host: str, port: int, hosts: Sequence[str], node: Node | None = None) -> None:
     """Answer requests until a signal comes; those that are under way are answered first.
 
-    node: a DICOM node that runs as long, with the same queue; its prediction that runs then begins again after a restart.
+    node: a DICOM node that runs as long, with the same queue; what it predicts then is predicted again after a restart.
     """
     with node or scratch():
         uvicorn.Server(config(service, host, port, hosts)).run()
