@@ -21,6 +21,7 @@ from test_nifti import rotation
 from kitseg.errors import InputError, UsageError
 from kitseg.types import Case, Geometry
 from kitseg.volumes import nifti
+from kitseg.volumes.dicom.headers import Header, differing_values
 from kitseg.volumes.dicom.series import AIR, Series, find_series, holds_dicom, open_series, read_series
 from kitseg.volumes.scan import find_scans, read_scan
 from kitseg.volumes.zipped import unopened
@@ -375,9 +376,11 @@ def test_what_cannot_be_read_beside_a_stack_is_reported(tmp_path: Path) -> None:
 
 
 def test_slices_turned_by_less_than_half_a_pixel_are_one_stack(tmp_path: Path) -> None:
-    turned = [[1, 0.0015 * (k % 2), 0, -0.0015 * (k % 2), 1, 0] for k in range(12)]
-    write_series(tmp_path, hu(), each_ImageOrientationPatient=turned)
-    assert len(only(tmp_path).stack.headers) == 12
+    angles = [0.0015 * (1, 0, -1)[k % 3] for k in range(12)]
+    paths = write_series(tmp_path, hu(), each_ImageOrientationPatient=[[1, a, 0, -a, 1, 0] for a in angles])
+    paths[1].rename(tmp_path / "0")  # the first that is read, to which the others are compared
+    series = only(tmp_path)
+    assert len(series.stack.headers) == len(open_series(series.files, "a").stack.headers) == 12
 
 
 def test_two_passes_that_look_the_same_are_refused(tmp_path: Path) -> None:
@@ -394,6 +397,25 @@ def test_other_orientations_and_sizes_in_a_series_are_stacks_of_their_own(tmp_pa
     assert np.array_equal(read_series(whole).array[::-1], hu())
     assert [len(small.files), len(scout.files)] == [3, 2]
     refused(scout, "2 slices, fewer than the 3")
+
+
+def test_a_series_of_very_many_frames_takes_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("kitseg.volumes.dicom.stack.MOST_GROUPS", 4)
+    paths = write_series(tmp_path, hu(), each_PixelSpacing=[[0.7, f"0.{k + 10}"] for k in range(12)])
+    assert [len(series.files) for series in find_series(tmp_path)].count(1) == 4
+    (others,) = (series for series in find_series(tmp_path) if len(series.files) == 8)
+    refused(others, "its slices differ in orientation, size or pixels")
+    refused(open_series(paths, "a"), "its slices differ in orientation, size or pixels")
+
+
+def test_elements_of_few_files_distinguish_no_passes(tmp_path: Path) -> None:
+    paths = write_series(tmp_path, hu((20, 4, 4)))
+    for path in paths[:2]:
+        edit(path, AdmissionID="x")
+    edit(paths[0], RouteOfAdmissions="y")
+    found = list(differing_values([Header(path) for path in paths]))
+    assert ["x"] * 2 + [""] * 18 in found
+    assert ["y"] + [""] * 19 not in found
 
 
 def test_a_tilted_gantry_is_refused(tmp_path: Path) -> None:

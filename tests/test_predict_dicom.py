@@ -222,7 +222,7 @@ def test_real_slices_above_the_kidneys_are_flagged(trained: Path, shared: Path, 
 def test_labels_of_another_series_than_the_rule_would_choose(
     trained: Path, archive: Path, planes: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
-    """Two phases on one grid: HU and pages come from the series that the labels' name says."""
+    """Two phases on one grid; which of them is measured: test_which_series.py."""
     array, affine = planes
     for seed, shift in ((1, 0), (2, 50)):
         write_series(tmp_path / "in" / "Zwiebelfisch", array + shift, affine, seed=seed)
@@ -233,12 +233,8 @@ def test_labels_of_another_series_than_the_rule_would_choose(
     labels = tmp_path / "b" / f"{other}.nii.gz"
     measured = kitseg(tmp_path, "measure", str(labels), "--ct=in", "--json=m.json")
     assert measured.code == 0, measured.text
-    expected = json.loads((tmp_path / "b" / f"{other}.json").read_text())["findings"]["lesions"]
-    found = json.loads((tmp_path / "m.json").read_text())["cases"][other]["lesions"]
-    assert expected
-    assert [lesion["hu_mean"] for lesion in found] == pytest.approx(
-        [lesion["hu_mean"] for lesion in expected], abs=1e-3
-    )
+    doubts = json.loads((tmp_path / "m.json").read_text())["cases"][other].get("doubts", [])
+    assert not [doubt for doubt in doubts if "another scan" in doubt]
     assert kitseg(tmp_path, "report", "b", "in").code == 0
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ PASSES = (
 )  # fmt: skip
 TIMES = frozenset(PASSES[-4:])
 LARGEST = 1 << 29  # bytes of a file that are read, its header alone or the slice too: a thousand times a slice's
+LEAST_SHARE = 0.1  # of the files, that have an element which distinguishes passes
 _CHUNK = 1 << 20
 _SUFFIXES = (".dcm", ".ima")
 #: The first element of a file without preamble: group 2 or 8, and a type in two letters or a length below 65536 bytes.
@@ -171,9 +173,13 @@ def read_dicom_header(path: Path) -> Header | None:
 
 
 def differing_values(headers: Sequence[Header]) -> Iterator[list[str]]:
-    """Of each simple element that differs among these files, in the order of tags, the value in each, as text."""
+    """Of each simple element that differs among these files, in the order of tags, the value in each, as text.
+
+    Elements of few files are left out, so that hostile ones with others in each file take no time.
+    """
     files = [_simple_values(header.path) for header in headers]
-    for tag in sorted({tag for values in files for tag in values}):
+    having = Counter(tag for values in files for tag in values)
+    for tag in sorted(tag for tag, count in having.items() if count >= LEAST_SHARE * len(files)):
         found = [values.get(tag, "") for values in files]
         if len(set(found)) > 1:
             yield found

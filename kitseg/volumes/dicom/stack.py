@@ -20,6 +20,7 @@ from kitseg.volumes.dicom.headers import PASSES, TIMES, Header, differing_values
 from kitseg.volumes.header import MAX_SPACING, MIN_SPACING
 
 FEWEST = 3  # slices
+MOST_GROUPS = 100  # of one series; a hostile one has as many as files, each compared with all
 SAME_PLACE = 0.01  # mm
 UNEVEN = 0.1  # of the spacing, tolerated deviation of a slice's position
 ROUNDED = 0.1  # mm, always tolerated, because many files round positions to it
@@ -56,15 +57,16 @@ def split_stacks(headers: Sequence[Header]) -> list[list[Header]]:
     """Group slices by orientation, size and pixel spacing, the largest group first; scouts are separate.
 
     A group with several slices at one position is split further by any attribute that distinguishes them. Groups of one
-    size are in the order of their passes, whatever the files' names.
+    size are in the order of their passes, whatever the files' names. What is left after ``MOST_GROUPS`` is one group,
+    which forms no volume.
     """
-    groups: list[list[Header]] = []
+    groups, others = list[list[Header]](), list[Header]()
     for header in headers:
         like = next((group for group in groups if _same_frame(group[0], header)), None)
-        if like is None:
+        if like is None and len(groups) < MOST_GROUPS:
             groups.append(like := [])
-        like.append(header)
-    parts = [part for group in groups for part in _by_pass(group)]
+        (others if like is None else like).append(header)
+    parts = [*(part for group in groups for part in _by_pass(group)), *([others] if others else [])]
     return sorted(parts, key=lambda part: (-len(part), min((h.passes, h.instance, h.position) for h in part)))
 
 
@@ -83,6 +85,8 @@ def stack(headers: Sequence[Header]) -> Stack:
         raise Unstackable("its slices have no position in the patient")
     if not all(MIN_SPACING <= mm <= MAX_SPACING for mm in first.spacing):
         raise Unstackable(f"its pixels are not {MIN_SPACING:g} to {MAX_SPACING:g} mm wide")
+    if not all(_same_frame(first, header, 2) for header in headers):  # each is like the first that was read
+        raise Unstackable("its slices differ in orientation, size or pixels")
     if len(headers) < FEWEST:
         raise Unstackable(f"it has {len(headers)} slices, fewer than the {FEWEST} of a volume")
     row, column = np.array(first.row_axis), np.array(first.column_axis)
@@ -154,12 +158,13 @@ def _check_upright(headers: tuple[Header, ...], normal: NDArray[np.float64]) -> 
         )
 
 
-def _same_frame(one: Header, other: Header) -> bool:
+def _same_frame(one: Header, other: Header, times: float = 1) -> bool:
+    """Whether orientation, size and pixel spacing agree, within ``times`` the tolerance."""
     if one.size != other.size or is_scout(one) != is_scout(other) or bool(one.position) != bool(other.position):
         return False
     mine, its = ((*h.row_axis, *h.column_axis, *h.spacing) for h in (one, other))
     tolerance = [SAME_AXES] * (len(mine) - len(one.spacing)) + [SAME_SPACING] * len(one.spacing)
-    return len(mine) == len(its) and bool((np.abs(np.subtract(mine, its)) <= tolerance).all())
+    return len(mine) == len(its) and bool((np.abs(np.subtract(mine, its)) <= np.multiply(times, tolerance)).all())
 
 
 def _by_pass(group: list[Header]) -> list[list[Header]]:
