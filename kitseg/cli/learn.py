@@ -156,14 +156,15 @@ def train(
         Training.plain,
         partial(Training.of, method=begin.method, settings=begin.settings),
     )
-    with requeued(), coordinator, closing(mine) as trainings:
-        for training in trainings:
-            fit(training, machine)
-    if launch.index:
-        return
-    console.print_plain(f"trained: {begin.run.path}")
-    if wanted.every_fold and stage is None:
-        cross_validate(begin.run.path, data, device, mirror=False, masks=masks)
+    with requeued():
+        with coordinator, closing(mine) as trainings:
+            for training in trainings:
+                fit(training, machine)
+        if launch.index:
+            return
+        console.print_plain(f"trained: {begin.run.path}")
+        if wanted.every_fold and stage is None:
+            cross_validate(begin.run.path, data, device, mirror=False, masks=masks)
     exit_if(bool(failed))
 
 

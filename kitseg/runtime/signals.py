@@ -32,10 +32,11 @@ class Stopped(SystemExit):
 
 
 class _Request:
-    """The signal that came, and whether its answer waits for the end of a training step."""
+    """The signal that came, whether its answer waits for the end of a training step, and whether SLURM is asked."""
 
     number: int | None = None
     deferred = False
+    requeues = False
 
 
 def interrupted() -> bool:
@@ -98,12 +99,14 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def requeued() -> Iterator[None]:
     """The SLURM job that this process is, if it is one, is queued again when SIGUSR1 ends it inside."""
+    _Request.requeues = True
     try:
         yield
     except Stopped as stopped:
-        if stopped.code == 128 + getattr(signal, "SIGUSR1", 0) and launcher.rank() == 0:
-            _requeue()
+        _requeue_after(stopped.code)
         raise
+    finally:
+        _Request.requeues = False
 
 
 def handle(number: int, frame: FrameType | None) -> None:
@@ -140,6 +143,7 @@ def _watch(receiver: socket.socket, over: threading.Event) -> None:
         ours = number in SIGNALS and signal.getsignal(number) in (handle, signal.SIG_IGN)
         deferred = _Request.deferred and number != signal.SIGINT
         if ours and not deferred and not over.wait(PATIENCE):
+            _requeue_after(128 + number)
             end_now(128 + number)
     receiver.close()
 
@@ -149,6 +153,13 @@ def _report(code: int, reason: str | None = None) -> None:
     if launcher.local_rank() == 0:
         name = signal.Signals(code - 128).name if reason is None else ""
         print_error(reason or f"stopped by {name}: written files are whole; run the same command again to resume")
+
+
+def _requeue_after(code: int) -> None:
+    """Queue the job again, once, where that is asked for and SIGUSR1 has ended this process, the first one."""
+    if _Request.requeues and code == 128 + getattr(signal, "SIGUSR1", 0) and launcher.rank() == 0:
+        _Request.requeues = False
+        _requeue()
 
 
 def _requeue() -> None:
