@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
+from conftest import kitseg
 from dicom_files import AXIAL, PACKED, WHO, WORDS, edit, hu, uid, write_series
 from highdicom.color import CIELabColor
 from highdicom.seg import SegmentDescription
 from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
 from scipy import ndimage
 from test_dicom import ANY, only
 
@@ -249,6 +252,30 @@ def test_a_segmentation_of_others(tmp_path: Path, kind: str) -> None:
     planes = on_slices(found.array, series)
     assert all(np.array_equal(planes[str(one.SOPInstanceUID)], expected[k]) for k, one in enumerate(sources))
     assert case_of_segmentation(tmp_path / "IM01") == series.case_id
+
+
+@pytest.mark.parametrize("mass", [codes.SCT.Mass, Code("M-03000", "SRT", "Mass")])
+def test_masses_and_what_else_is_in_a_kidney(tmp_path: Path, mass: Code) -> None:
+    """A mass is a tumor; a segment in a kidney that is something else is left out, but not in silence."""
+    write_series(tmp_path / "in", hu())
+    sources, sct = [pydicom.dcmread(path) for path in only(tmp_path / "in").files], codes.SCT
+    kinds = [(sct.Kidney, None), (mass, [sct.Kidney]), (sct.Necrosis, [sct.Kidney]), (sct.Necrosis, [sct.Liver])]
+    masks = np.zeros((12, 8, 10, 4), np.uint8)
+    for n in range(4):
+        masks[2 * n : 2 * n + 2, ..., n] = 1
+    segments = [
+        SegmentDescription(n, "a", sct.MorphologicallyAbnormalStructure, code, "MANUAL", None, anatomic_regions=region)
+        for n, (code, region) in enumerate(kinds, 1)
+    ]
+    highdicom.seg.Segmentation(
+        sources, masks, "BINARY", segments, highdicom.UID(), 5, highdicom.UID(), 1, "maker", "model", "1", "0"
+    ).save_as(tmp_path / "seg.dcm")
+    done = kitseg(tmp_path, "measure", "seg.dcm", "--ct=in", "--json=m.json")
+    assert done.code == 0, done.text
+    (case,) = json.loads((tmp_path / "m.json").read_text())["cases"].values()
+    assert [lesion["kind"] for lesion in case["lesions"]] == ["tumor"]
+    assert case["lesions"][0]["volume_ml"] == pytest.approx(2 * 8 * 10 * 0.8 * 0.7 * 2.5 / 1000, abs=1e-3)
+    assert [doubt for doubt in case["doubts"] if doubt.startswith("1 of its segments in a kidney")]
 
 
 @pytest.mark.parametrize("damage", ["cut", "codes", "positions", "far"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +96,8 @@ def place_on(labels: Volume, scan: Volume) -> Volume:
         return labels
     whole = np.zeros(scan.geometry.shape, labels.array.dtype)
     whole[box.slices] = labels.array
-    return Volume(whole, scan.geometry, scan.native, labels.case_id)
+    native = replace(scan.native, doubts=(*scan.native.doubts, *labels.native.doubts))
+    return Volume(whole, scan.geometry, native, labels.case_id)
 
 
 def label_of(case: Case) -> Path:

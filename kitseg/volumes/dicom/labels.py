@@ -24,6 +24,7 @@ from kitseg.volumes.header import MAX_VOXELS, check_affine
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
 
 _REMEDY = "Export the segmentation again, or convert it to NIfTI"
+_UNREAD = "{} of its segments in a kidney are coded as something else than kidney, neoplasm, mass or cyst, and left out"
 _LABEL_MAPS = "1.2.840.10008.5.1.4.1.1.66.7"  # Label Map Segmentation Storage
 _OWN_NAME = re.compile(r"series_[0-9a-f]{10}(_\d+)?")
 _sct: Any = codes.SCT
@@ -32,7 +33,7 @@ _TYPES = {
     KIDNEY: (_sct.Kidney, Code("9846003", "SCT", "Right kidney"), Code("18639004", "SCT", "Left kidney"),
              Code("7203", "FMA", "Kidney"), Code("7204", "FMA", "Right kidney"), Code("7205", "FMA", "Left kidney")),
     CYST: (_sct.Cyst,),
-    TUMOR: (_sct.Neoplasm, _sct.NeoplasmPrimary, _sct.MalignantNeoplasmPrimary, _sct.RenalCellCarcinoma),
+    TUMOR: (_sct.Neoplasm, _sct.NeoplasmPrimary, _sct.MalignantNeoplasmPrimary, _sct.RenalCellCarcinoma, _sct.Mass),
 }  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def is_of_another_series(path: Path, image: Path) -> bool:
 def read_segmentation(path: Path, case_id: str) -> Volume:
     """Read a DICOM segmentation as (D, H, W) uint8 in orientation (I, P, L) with kitseg's ids, on its own grid.
 
-    Where segments overlap, tumor counts before cyst and cyst before kidney. The grid holds the slices from the first to
-    the last with a frame.
+    Segments in a kidney that are something else are a doubt. Where segments overlap, tumor counts before cyst and cyst
+    before kidney. The grid holds the slices from the first to the last with a frame.
 
     Raises:
         InputError: it can't be read, its frames form no volume, or no segment is coded as kidney, neoplasm or cyst.
@@ -94,17 +95,23 @@ def read_segmentation(path: Path, case_id: str) -> Volume:
         raise InputError(path, "no segment of it is coded as kidney, neoplasm or cyst", "Give another segmentation")
     affine = np.diag([-1.0, -1, 1, 1]) @ np.asarray(grid.affine, np.float64)  # from LPS to RAS+
     check_affine(path, affine)
-    native = Geometry(triple(grid.spatial_shape), affine)
+    unread = sum(_is_of_kidney(one) and meanings[int(one.SegmentNumber)] is None for one in found.SegmentSequence)
+    native = Geometry(triple(grid.spatial_shape), affine, doubts=(_UNREAD.format(unread),) if unread else ())
     return Volume(np.ascontiguousarray(turn_to_canonical(labels, native)), canonical_geometry(native), native, case_id)
 
 
 def _meaning(segment: Any) -> int | None:
     """The class of a segment by its codes; None: of something else, such as a tumor of another organ."""
-    region = [_code(item) for item in segment.get("AnatomicRegionSequence", [])]
     kind = _code(segment.SegmentedPropertyTypeCodeSequence[0])
-    if region and not any(one == organ for one in region for organ in _TYPES[KIDNEY]):
+    if segment.get("AnatomicRegionSequence") and not _is_of_kidney(segment):
         return None
     return next((label for label, kinds in _TYPES.items() if any(kind == one for one in kinds)), None)
+
+
+def _is_of_kidney(segment: Any) -> bool:
+    """Whether a segment states a kidney as its region."""
+    region = [_code(item) for item in segment.get("AnatomicRegionSequence", [])]
+    return any(one == organ for one in region for organ in _TYPES[KIDNEY])
 
 
 def _code(item: Any) -> Code:
