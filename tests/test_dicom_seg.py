@@ -14,6 +14,7 @@ from conftest import kitseg
 from dicom_files import AXIAL, PACKED, WHO, WORDS, edit, hu, uid, write_series
 from highdicom.color import CIELabColor
 from highdicom.seg import SegmentDescription
+from pydicom.dataelem import DataElement
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from scipy import ndimage
@@ -160,7 +161,12 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SegmentedSe
 @pytest.mark.parametrize(("name", "expected"), [("axial", "3 2 0"), ("downwards", "0 2 3"), ("coronal", "")])
 def test_the_numbers_of_the_images_from_the_head_downwards(tmp_path: Path, name: str, expected: str) -> None:
     for number, path in enumerate(write_series(tmp_path, hu((4, 8, 10)), ANY[name])):
-        edit(path, InstanceNumber=number if number != 1 else None)
+        if number == 1:
+            found = pydicom.dcmread(path)
+            found["InstanceNumber"] = DataElement("InstanceNumber", "IS", "Zwiebelfisch", already_converted=True)
+            found.save_as(path)
+        else:
+            edit(path, InstanceNumber=number)
     labels = np.zeros((4, 8, 10), np.uint8)
     found = SegmentedSeries(only(tmp_path), labels, Findings((), ()), BY).image_numbers
     assert " ".join(filter(None, found)) == expected

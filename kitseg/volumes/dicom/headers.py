@@ -220,7 +220,7 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
         thickness=next(iter(_numbers(found, "SliceThickness", 1)), None),
         between=next(iter(_numbers(found, "SpacingBetweenSlices", 1)), None),
         passes=tuple(element_text(found, name) for name in PASSES),
-        number=element_text(found, "InstanceNumber"),
+        number=_image_number(found),
         unit=element_text(found, "RescaleType").upper(),
         frames=int(next(iter(_numbers(found, "NumberOfFrames", 1)), 1)),
         samples=int(element_text(found, "SamplesPerPixel") or 1),
@@ -230,6 +230,13 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
         row_axis=axes[:3],
         column_axis=axes[3:],
     )
+
+
+def _image_number(found: pydicom.Dataset) -> str:
+    """The InstanceNumber; empty where it is no number, which doesn't hinder the rest."""
+    with suppress(Exception):
+        return str(int(found.InstanceNumber))
+    return ""
 
 
 def decimal_text(found: pydicom.Dataset, name: str) -> str:
