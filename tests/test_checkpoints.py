@@ -87,6 +87,23 @@ def test_a_signal_after_the_last_epoch_ends_the_training(folder: StageFolder) ->
         assert end.value.code == 128 + signal.SIGUSR1
 
 
+def test_a_validation_is_broken_off_only_if_it_goes_on_for_long(
+    folder: StageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = LastCheckpoint(folder, BestCheckpoints(folder.best), 60, None)
+    with signals.interruptible():
+        signals.defer(True)
+        monkeypatch.setattr(checkpoints, "LONGEST", 0.0)
+        last.on_validation_batch_end(trainer(), pl.LightningModule())
+        os.kill(os.getpid(), signal.SIGUSR1)
+        monkeypatch.setattr(checkpoints, "LONGEST", 100.0)
+        last.on_validation_batch_end(trainer(), pl.LightningModule())
+        monkeypatch.setattr(checkpoints, "LONGEST", 0.0)
+        with pytest.raises(signals.Stopped) as end:
+            last.on_validation_batch_end(trainer(), pl.LightningModule())
+        assert end.value.code == 128 + signal.SIGUSR1
+
+
 @pytest.mark.parametrize(
     ("others", "ends"),
     [([signal.SIGUSR1, None], signal.SIGUSR1), ([signal.SIGTERM, signal.SIGUSR1], signal.SIGUSR1), ([None], None),

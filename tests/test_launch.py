@@ -118,7 +118,7 @@ import os, signal, sys, time
 import torch, torch.distributed as dist
 from kitseg.errors import KitsegError
 from kitseg.runtime.launcher import Launch
-from kitseg.runtime.signals import interruptible
+from kitseg.runtime.signals import defer, interruptible
 from kitseg.training.ddp import RankCoordinator
 
 end = sys.argv[1]
@@ -141,6 +141,12 @@ try:
                     os.kill(os.getpid(), signal.SIGTERM)
                 if end == "hangs":
                     signal.pause()
+            if number == 2 and end == "validates":
+                if coordinator.launch.index == 2:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                defer(True)
+                while True:
+                    signal.pause()
             if number == 2 and coordinator.launch.index == 2 and end == "hangs":
                 raise KitsegError("the loss became NaN")
 except KitsegError as error:
@@ -156,6 +162,7 @@ except KitsegError as error:
         ("disk", [1, 1, 1], ["the disk is full", "rank 0: the disk is full", "rank 0: the disk is full"]),
         ("killed", [1, -signal.SIGKILL, 1], ["another process", "", "another process"]),
         ("SIGTERM", [143, 143, 143], ["SIGTERM", "SIGTERM", "SIGTERM"]),
+        ("validates", [138, 138, 138], ["SIGUSR1", "SIGUSR1", "SIGUSR1"]),
         ("hangs", [1, 1, 1], ["rank 2: the loss became NaN", "rank 2: the loss became NaN", "the loss became NaN"]),
     ],
 )

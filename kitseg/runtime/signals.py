@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -32,9 +33,10 @@ class Stopped(SystemExit):
 
 
 class _Request:
-    """The signal that came, whether its answer waits for the end of a training step, and whether SLURM is asked."""
+    """The signal that came, and when; whether it waits for the end of a training step, and whether SLURM is asked."""
 
     number: int | None = None
+    since = 0.0
     deferred = False
     requeues = False
 
@@ -47,6 +49,11 @@ def interrupted() -> bool:
 def received() -> int | None:
     """The number of the signal that has asked this process to end, if one has."""
     return _Request.number
+
+
+def waiting() -> float:
+    """Seconds since a signal asked this process to end; 0 where none has."""
+    return 0.0 if _Request.number is None else time.monotonic() - _Request.since
 
 
 def defer(on: bool) -> None:
@@ -111,6 +118,8 @@ def requeued() -> Iterator[None]:
 
 def handle(number: int, frame: FrameType | None) -> None:
     """Handle a signal: raise ``Stopped``, once, or remember it for the end of a training step."""
+    if _Request.number is None:
+        _Request.since = time.monotonic()
     _Request.number = number
     if _Request.deferred and number != signal.SIGINT:
         return
@@ -128,7 +137,8 @@ def ask_to_end(number: int = signal.SIGTERM) -> None:
 
 
 def end_now(code: int, reason: str | None = None) -> NoReturn:
-    """End this process and those that it started with multiprocessing, without any cleaning up."""
+    """End this process and those that it started with multiprocessing, without any cleaning up; see ``requeued``."""
+    _requeue_after(code)
     for child in active_children():
         child.kill()
     _report(code, reason)
@@ -143,7 +153,6 @@ def _watch(receiver: socket.socket, over: threading.Event) -> None:
         ours = number in SIGNALS and signal.getsignal(number) in (handle, signal.SIG_IGN)
         deferred = _Request.deferred and number != signal.SIGINT
         if ours and not deferred and not over.wait(PATIENCE):
-            _requeue_after(128 + number)
             end_now(128 + number)
     receiver.close()
 

@@ -29,6 +29,7 @@ from kitseg.runtime.files import atomic_write
 from kitseg.stages.base import of_all_ranks
 from kitseg.training.callbacks import NOT_FINITE
 
+LONGEST = 120.0  # seconds that a validation may go on after a signal
 REQUEUE = getattr(signal, "SIGUSR1", 0)  # see ``signals.requeued``
 _AGAIN = "Begin this stage again with --restart --stage"
 
@@ -103,6 +104,11 @@ class LastCheckpoint(Checkpoint):
         due = signals.interrupted() or time.monotonic() - self.saved >= self.every
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._save(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Break a validation off that lasts so long after a signal that the process would be killed in it."""
+        if (number := signals.received()) and signals.waiting() > LONGEST:
+            signals.end_training(number)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save."""

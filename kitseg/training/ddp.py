@@ -165,9 +165,9 @@ class RankCoordinator:
             self.problem, self.number = content["problem"], content["signal"]
             self.failed.set()
             if self.number and not self.over.wait(MOMENT):  # after a training step, all ranks end by themselves
-                return ask_to_end(self.number)
-            if not self.over.wait(PATIENCE):
-                end_now(1, str(self._failure()))
+                ask_to_end(self.number)
+            if not self.over.wait(PATIENCE):  # it may wait for the other one
+                end_now(128 + self.number if self.number else 1, None if self.number else str(self._failure()))
             return
 
     def _look(self, store: Store) -> dict[str, Any] | None:
