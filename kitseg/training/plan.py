@@ -128,10 +128,10 @@ class Start:
                 raise UsageError(f"stages.{spec.name}.inputs names several stages, but a stage builds on one")
         if self.split.exists():
             split = read_split_of(self.split, self.method.labels)
-            part = split.fold(self.fold)
+            fold = split.fold(self.fold)
             begun = config.read(self.run.config) if self.run.config.exists() else {}
-            check_counts(self.split, split, part, self.config, begun)
-            check_nested(self.method, part, self.run.fold(self.fold), stage)
+            check_counts(self.split, split, fold, self.config, begun)
+            check_nested(self.method, fold, self.run.fold(self.fold), stage)
         elif self.fold >= self.config["folds"]:
             raise UsageError(f"there is no fold {self.fold}: the split will have folds 0 to {self.config['folds'] - 1}")
         if self.initial:
