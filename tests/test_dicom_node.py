@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -120,6 +121,18 @@ def test_an_enhanced_ct_is_not_dropped_in_silence(
             assert made.send_c_store(other).Status == 0
         assert spool.studies() == []
     assert ": an enhanced multi-frame CT, which can't be predicted, is dropped" in capsys.readouterr().out
+
+
+def test_threads_that_read_at_once_show_no_warnings(start: Start, recwarn: pytest.WarningsRecorder) -> None:
+    """They may quote patient data. Each thread ignores them for a while, and puts back what was there before it."""
+    one, other = warnings.catch_warnings(action="ignore"), warnings.catch_warnings(action="ignore")
+    with start():
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        warnings.warn("PID-4711", stacklevel=1)
+        other.__exit__(None, None, None)
+    assert not recwarn.list
 
 
 def test_who_may_call(start: Start, ports: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Receiver:
     def __init__(self, title: str, callers: Sequence[str], spool: Spool) -> None:
         self.spool = spool
         logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)  # its lines may quote patient data
+        warnings.simplefilter("ignore")  # so may pydicom's; a filter of one thread ends with that of any other
         pynetdicom._config.STORE_RECV_CHUNKED_DATASET = True  # straight to a temporary file
         self._ae = AE(title)
         self._ae.require_called_aet = True
