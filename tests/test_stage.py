@@ -74,6 +74,27 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_patches(data: StageData, tmp_
     assert {"val/dice_kidney", "val/dice_tumor"} <= set(fit.callback_metrics)
 
 
+def test_a_network_that_finds_a_rare_class_is_chosen_over_one_that_never_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four cases one shows a cyst; one network finds half of it, and a false one in another case."""
+    model = StageModel(nn.Conv3d(1, 4, 1), [*CHANNELS, "cyst"])
+    stage = Stage(**{**PLAIN, "model": model})
+    truth = np.ones((4, 1, 2, 4), np.uint8)
+    truth[0, 0, 0] = 3
+
+    def logged(labels: np.ndarray) -> dict[str, float]:
+        found: dict[str, float] = {}
+        monkeypatch.setattr(stage, "log", found.__setitem__)
+        stage.validated = {str(n): model.scores(*pair) for n, pair in enumerate(zip(labels, truth, strict=True))}
+        stage.on_validation_epoch_end()
+        return found
+
+    never, finds = np.ones_like(truth), np.ones_like(truth)
+    finds[0, 0, 0, :2] = finds[1, 0, 0, 0] = 3
+    assert logged(never) == {"val/dice_kidney": 1, "val/dice_tumor": 1, "val/dice_cyst": 0, "val/score": 2 / 3}
+    dice = pytest.approx((2 * 2 / (4 + 2) + 0) / 2)
+    assert logged(finds) == {**logged(never), "val/dice_cyst": dice, "val/score": pytest.approx((2 + 1 / 3) / 3)}
+
+
 class Fewer(nn.Module):
     """A loss of one's own, which nothing in kitseg knows."""
 

@@ -21,7 +21,6 @@ from kitseg.inference.windows import Window
 from kitseg.links.crop import paste
 from kitseg.losses.deep_supervision import DeepSupervision
 from kitseg.patches.datamodule import WholeCase
-from kitseg.scoring.kits19 import mean_scores
 from kitseg.stages.bfloat16 import small_convolutions_in_float32
 from kitseg.stages.model import StageModel, module_parts
 
@@ -155,9 +154,15 @@ class Stage(pl.LightningModule):
         self.validated[case.id] = self.model.scores(labels, case.label)
 
     def on_validation_epoch_end(self) -> None:
-        """Means over the cases of all ranks, as ``val/dice_kidney`` and the like; their mean is ``val/score``."""
+        """Means over the cases of all ranks, as ``val/dice_kidney`` and the like; their mean is ``val/score``.
+
+        A score that is NaN in a case, which says nothing about it, is left out; one that is NaN in all cases is 1.
+        """
         scores = {case: score for part in of_all_ranks(self.validated) for case, score in part.items()}
-        mean = mean_scores({case: scores[case] for case in sorted(scores)})
+        mean: dict[str, float] = {}
+        for name in next(iter(scores.values())):
+            known = [scores[case][name] for case in sorted(scores) if not math.isnan(scores[case][name])]
+            mean[name] = float(np.mean(known)) if known else 1.0
         self.validated = {}
         for name, value in mean.items():
             self.log(f"val/{name}", value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any, Self
@@ -16,7 +17,7 @@ from kitseg import config, trust
 from kitseg.config import StageSpec
 from kitseg.errors import UsageError
 from kitseg.inference.windows import Window
-from kitseg.labels import CYST, to_kits19
+from kitseg.labels import CLASSES, CYST, to_kits19
 from kitseg.parts import TRAINING
 from kitseg.scoring.kits19 import dice, kits19_scores
 
@@ -80,9 +81,15 @@ class StageModel(nn.Module):
         return loss(self.logits(x), target)
 
     def scores(self, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
-        """Dice of a label map against the true one, both (D, H, W), for the classes that the stage predicts."""
+        """Dice of a label map against the true one, both (D, H, W), for the classes that the stage predicts.
+
+        NaN for a class that neither shows: counted as 1, it would favour a network that never finds a rare class.
+        """
         scored = kits19_scores(to_kits19(labels), to_kits19(truth)) | {"cyst": dice(labels == CYST, truth == CYST)}
-        return {f"dice_{name}": scored[name] for name in scored if SCORED[name] & set(self.channels)}
+        shown = {
+            name: _shows(labels, name) or _shows(truth, name) for name in scored if SCORED[name] & {*self.channels}
+        }
+        return {f"dice_{name}": scored[name] if shown[name] else math.nan for name in shown}
 
     def threshold(self, cases: Iterable[tuple[Tensor, NDArray[np.uint8]]]) -> float | None:
         """The probability from which foreground counts, chosen on validation cases; None for the most probable channel.
@@ -126,6 +133,10 @@ def build_window(spec: StageSpec) -> Window:
     """How a stage's network passes over a region."""
     window: Window = config.build(module_parts(spec)[1])
     return window
+
+
+def _shows(labels: NDArray[np.uint8], name: str) -> bool:
+    return bool(labels.any() if name == "kidney" else (labels == CLASSES[name]).any())
 
 
 def _channels_last(net: nn.Module) -> nn.Module:
