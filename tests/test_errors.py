@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ import torch
 import typer
 
 from kitseg.cli import app
-from kitseg.errors import InputError, UsageError, fault, format_error, printable
+from kitseg.errors import InputError, KitsegError, UsageError, fault, format_error, printable
 from kitseg.runtime import console
+from kitseg.runtime.outcomes import Outcome, each
+from kitseg.types import Case
 
 OPTION = re.compile(r"--[a-z][a-z-]*")
 
@@ -78,3 +81,24 @@ def test_details_are_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> N
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     console.print_error(str(error))
     assert capsys.readouterr().err.rstrip("\n").split("\n") == [f"✗ {expected[0]}", *expected[1:]]
+
+
+@pytest.mark.parametrize(
+    ("error", "of_dicom", "of_disk"),
+    [
+        (ValueError("Hannelore"), "a: ValueError", False),
+        (KitsegError("can't be used"), "can't be used", False),
+        (OSError(errno.ENOSPC, "full"), None, True),
+        (OSError(errno.EACCES, "closed"), None, False),
+    ],
+)
+def test_the_error_of_a_case(error: Exception, of_dicom: str | None, of_disk: bool) -> None:
+    """What was not expected may quote the patient of a DICOM series; a full disk is no fault of the case."""
+
+    def work(_: Case) -> Outcome:
+        raise error
+
+    plain, dicom = each([Case("a", Path("a.nii")), Case("a", Path("a"), slices=(Path("x"),))], work, lambda _: None)
+    assert plain.error == format_error("a", error)
+    assert dicom.error == (of_dicom or plain.error)
+    assert plain.of_disk == dicom.of_disk == of_disk

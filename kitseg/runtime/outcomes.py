@@ -46,7 +46,10 @@ def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> l
         except Exception as error:  # the other cases continue, whatever the error
             raise_again()
             name = case.id if isinstance(case, Case) else case
-            outcome = Outcome(name, error=format_error(name, error), of_disk=is_of_disk(error))
+            text = format_error(name, error)
+            if isinstance(case, Case) and case.slices and not isinstance(error, KitsegError) and not fault(error):
+                text = f"{name}: {type(error).__name__}"  # what was not expected may quote the patient in a DICOM file
+            outcome = Outcome(name, error=text, of_disk=is_of_disk(error))
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes
