@@ -60,6 +60,7 @@ def test_a_run_that_began_with_a_setting_that_had_no_effect_resumes(folder: Path
     run.parent.mkdir(parents=True)
     run.write_text(trust.dump(config.compose("two-phase", "tiny", ["test_cases=2"])))
     assert refused(folder, "--size=tiny", "--set=test_cases=2") == ""
+    assert "has test_cases=1, not 2" in refused(folder, "--size=tiny", "--set=test_cases=2", "--restart")
     assert "has test_cases=1, not 3" in refused(folder, "--size=tiny", "--set=test_cases=3")
 
 
@@ -81,6 +82,8 @@ def test_predictions_of_nested_folds_that_are_not_there(folder: Path) -> None:
     begun.parent.mkdir(parents=True)
     begun.touch()
     assert refused(folder, *train) == "", "a training that has begun goes on"
+    assert "none holds out b." in refused(folder, *train, "--restart")
+    assert begun.exists()
 
 
 def test_copies_that_the_split_does_not_have_are_named(tmp_path: Path) -> None:

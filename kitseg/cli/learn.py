@@ -144,7 +144,7 @@ def train(
     machine = Machine(device, ranks, nodes, workers, save_every)
     run = Run(runs / (name or f"{configuration['name']}-{size}"))
     begin = Start(configuration, run, first, split, store, machine, init_from)
-    begin.check(stage)
+    begin.check(stage, restart)
     wanted, failed = TrainRequest(data, masks, jobs, stage, fold == EVERY_FOLD, restart), set[str]()
     if dry_run:
         return _rehearse(begin, wanted)

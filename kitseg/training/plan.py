@@ -107,8 +107,10 @@ class Start:
         """The configuration's ``trainer``."""
         return settings_of(self.config)
 
-    def check(self, stage: str | None = None) -> None:
+    def check(self, stage: str | None = None, anew: bool = False) -> None:
         """Check the configuration, the split's labels and folds, the stage to train and the model to start from.
+
+        anew: whether what there is of the run will be renamed before.
 
         Raises:
             UsageError: an invalid value or part, a split of other labels or folds, or no such fold, stage or model.
@@ -129,9 +131,9 @@ class Start:
         if self.split.exists():
             split = read_split_of(self.split, self.method.labels)
             fold = split.fold(self.fold)
-            begun = config.read(self.run.config) if self.run.config.exists() else {}
+            begun = config.read(self.run.config) if self.run.config.exists() and not anew else {}
             check_counts(self.split, split, fold, self.config, begun)
-            check_nested(self.method, fold, self.run.fold(self.fold), stage)
+            check_nested(self.method, fold, None if anew else self.run.fold(self.fold), stage)
         elif self.fold >= self.config["folds"]:
             raise UsageError(f"there is no fold {self.fold}: the split will have folds 0 to {self.config['folds'] - 1}")
         if self.initial:
@@ -232,18 +234,19 @@ def units(method: Method, part: Fold, stage: str | None = None) -> list[Unit]:
     return [unit for unit in found if stage in (None, unit.stage)]
 
 
-def check_nested(method: Method, part: Fold, folder: Path, stage: str | None) -> None:
+def check_nested(method: Method, part: Fold, folder: Path | None, stage: str | None) -> None:
     """Make sure that nested folds hold out each training case, where a stage learns from predictions of these.
 
-    folder: of the outer fold, in which stages that have begun are left alone; stage: to train, with the one that builds
-    on it; None: all.
+    folder: of the outer fold, in which stages that have begun are left alone, None: none has; stage: to train, with
+    those that build on it; None: all.
 
     Raises:
         UsageError: some cases are in none, so that the stage would learn from their labels.
     """
     left = [case for case in part.train if all(case in nested.train for nested in part.inner)]
     for spec in method.stages.values():
-        asked = stage in (None, spec.name, *spec.inputs) and not StageFolder(folder / spec.name).places.exists()
+        begun = folder is not None and StageFolder(folder / spec.name).places.exists()
+        asked = stage in (None, spec.name, *spec.inputs) and not begun
         if left and asked and spec.inputs and spec.guide == "out_of_fold":
             problem = f"stage {spec.name} learns from predictions of nested folds, but none holds out {shorten(left)}"
             remedy = (

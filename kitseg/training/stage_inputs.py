@@ -70,7 +70,7 @@ def prepare(plan: Plan, unit: Unit) -> None:
     if not (folder.places.exists() and plan.run.info.exists()):
         _record_facts(plan, spec)
     if not folder.places.exists():
-        *before, _ = needed(plan.method.stages, unit.stage)
+        before = [name for name in needed(plan.method.stages, unit.stage) if name != unit.stage]
         device = torch_device(plan.machine.device)
         inputs = _Inputs(plan, unit, [open_stage(plan.method.stages[name], device) for name in before])
         found = inputs.find(part.train, "train"), inputs.find(validation_cases(plan, part.val), "val")
