@@ -68,9 +68,12 @@ def test_one_file_is_measured_in_the_series_of_its_name(
         assert measured(tmp_path, "from a PACS.dcm", "study")[0] == value
     else:
         write_labels(tmp_path / f"{other.case_id}.nii.gz", labels(), read_series(other).native)
-        assert measured(tmp_path, f"{other.case_id}.nii.gz", "study")[0] == value
+        found, doubts = measured(tmp_path, f"{other.case_id}.nii.gz", "study")
+        assert (found, [doubt for doubt in doubts if "series" in doubt]) == (value, [])
         (tmp_path / f"{other.case_id}.nii.gz").rename(tmp_path / "mine.nii.gz")
-        assert measured(tmp_path, "mine.nii.gz", "study")[0] == sum(HU.values()) - value, "of the chosen one"
+        found, doubts = measured(tmp_path, "mine.nii.gz", "study")
+        assert found == sum(HU.values()) - value, "of the chosen one"
+        assert "no name states its series: of 2, the one to segment was taken" in doubts
 
 
 def test_a_segmentation_with_the_scan_of_another_series_is_doubted(study: Path, tmp_path: Path) -> None:

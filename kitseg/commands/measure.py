@@ -76,10 +76,11 @@ class LabelTask(Task):
         return labels, scan
 
     def doubts(self, labels: Volume, scan: Volume | None) -> tuple[str, ...]:
-        """What its files leave open: whether the labels are of this scan, their place in the patient, and their end."""
+        """What its files leave open: whether the labels are of this scan, how it was built, their place and end."""
         is_other = scan is not None and self.scan is not None and is_of_another_scan(self.labels, self.scan, scan)
         ends = scan is None and not is_volume_name(self.labels)
-        return (*([OTHER_SCAN] if is_other else []), *([NO_SLICES] if ends else []), *place_doubts(labels, scan))
+        known = [OTHER_SCAN if is_other else "", NO_SLICES if ends else "", self.scan.note if self.scan else ""]
+        return (*filter(None, known), *place_doubts(labels, scan))
 
     def format_error(self, error: Exception) -> str:
         """An error's text for a file that others may read."""

@@ -64,7 +64,7 @@ def scans_of_labels(
     """The scans in files and folders by the names of their label maps, as ``kits.pair`` finds them.
 
     Includes every DICOM series that forms a volume. masks: the folder of reference label maps, see ``with_labels``;
-    alone: where no scan has their name, they are of the only scan to segment.
+    alone: where no scan has their name, they are of the only scan to segment; its note states what it was chosen from.
 
     Raises:
         InputError: a path is missing or a folder contains no scan. UsageError: two scans with the same id.
@@ -73,7 +73,11 @@ def scans_of_labels(
     others = [_case(choice) for choice in scans.choices if choice.series.stack and not choice.chosen]
     cases = {case.id: case for case in with_labels(distinct((*scans.cases, *others)), masks)}
     found = {name: cases[scan] for name, scan in pair(labels, cases).items()}
-    return dict.fromkeys(labels, scans.cases[0]) if alone and not found and len(scans.cases) == 1 else found
+    if not alone or found or len(scans.cases) != 1:
+        return found
+    series = [one.series for one in scans.choices if one.series.stack and one.series.headers[0].modality == "CT"]
+    notes = [f"no name states its series: of {len(series)}, the one to segment was taken"] if len(series) > 1 else []
+    return dict.fromkeys(labels, replace(scans.cases[0], note="; ".join(filter(None, [*notes, scans.cases[0].note]))))
 
 
 def check_grid(path: Path, labels: Geometry, scan: Geometry, of: str = "its scan") -> None:
