@@ -17,7 +17,7 @@ from kitseg.inference.windows import SlidingWindow
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.models.weights import Checkpoint
-from kitseg.patches.datamodule import Feed, StageCases, StageData
+from kitseg.patches.datamodule import Feed, StageCases, StageData, WholeCase
 from kitseg.patches.samplers import ForegroundSampler
 from kitseg.patches.subjects import StageInput
 from kitseg.stages.base import Stage
@@ -84,15 +84,24 @@ def test_a_network_that_finds_a_rare_class_is_chosen_over_one_that_never_does(mo
     def logged(labels: np.ndarray) -> dict[str, float]:
         found: dict[str, float] = {}
         monkeypatch.setattr(stage, "log", found.__setitem__)
-        stage.validated = {str(n): model.scores(*pair) for n, pair in enumerate(zip(labels, truth, strict=True))}
+        for number, (own, true) in enumerate(zip(labels, truth, strict=True)):
+            image, region = torch.from_numpy(own)[None], Box((0, 0, 0), true.shape)
+            stage.validation_step(WholeCase(str(number), image, np.ones(len(true), np.bool_), region, true), number)
         stage.on_validation_epoch_end()
         return found
+
+    def told(_: Any, image: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot(image[0].long(), 4).movedim(-1, 0).float()
+
+    stage.window = told  # type: ignore[assignment]
 
     never, finds = np.ones_like(truth), np.ones_like(truth)
     finds[0, 0, 0, :2] = finds[1, 0, 0, 0] = 3
     assert logged(never) == {"val/dice_kidney": 1, "val/dice_tumor": 1, "val/dice_cyst": 0, "val/score": 2 / 3}
     dice = pytest.approx((2 * 2 / (4 + 2) + 0) / 2)
     assert logged(finds) == {**logged(never), "val/dice_cyst": dice, "val/score": pytest.approx((2 + 1 / 3) / 3)}
+    truth[:] = 1  # where no case shows a class, a voxel of it must not decide
+    assert logged(finds)["val/dice_cyst"] == logged(never)["val/dice_cyst"] == 1
 
 
 class Fewer(nn.Module):

@@ -69,7 +69,7 @@ class Stage(pl.LightningModule):
         self.make_optimizer: MakeOptimizer = built["optimizer"]
         self.make_scheduler: MakeScheduler | None = built["scheduler"]
         self.epoch_loss: tuple[float, int] = 0.0, 0  # the sum over the epoch's patches so far, and how many these are
-        self.validated: dict[str, dict[str, float]] = {}
+        self.validated: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
 
     @classmethod
     def of(cls, spec: StageSpec) -> Stage:
@@ -146,23 +146,24 @@ class Stage(pl.LightningModule):
                     buffer /= dist.get_world_size()
 
     def validation_step(self, case: WholeCase, batch_idx: int) -> None:
-        """The scores of one whole case on the stage's grid."""
+        """The scores of one whole case on the stage's grid, and those of its true labels, which are NaN or 1."""
         labels = np.zeros_like(case.label)
         if case.image is not None and case.region is not None:
             values = spread(self.window(self.model.probabilities, case.image), case.seen, self.model.channels)
             paste(label_ids(values, self.model.channels), case.region, labels)
-        self.validated[case.id] = self.model.scores(labels, case.label)
+        self.validated[case.id] = self.model.scores(labels, case.label), self.model.scores(case.label, case.label)
 
     def on_validation_epoch_end(self) -> None:
         """Means over the cases of all ranks, as ``val/dice_kidney`` and the like; their mean is ``val/score``.
 
-        A score that is NaN in a case, which says nothing about it, is left out; one that is NaN in all cases is 1.
+        A score that is NaN in a case is left out, as it says nothing; one that is NaN for all true labels is 1.
         """
-        scores = {case: score for part in of_all_ranks(self.validated) for case, score in part.items()}
-        mean: dict[str, float] = {}
-        for name in next(iter(scores.values())):
-            known = [scores[case][name] for case in sorted(scores) if not math.isnan(scores[case][name])]
-            mean[name] = float(np.mean(known)) if known else 1.0
+        scores = {case: pair for part in of_all_ranks(self.validated) for case, pair in part.items()}
+        pairs, mean = [scores[case] for case in sorted(scores)], dict[str, float]()
+        for name in pairs[0][0]:
+            known = [found[name] for found, _ in pairs if not math.isnan(found[name])]
+            shown = any(not math.isnan(true[name]) for _, true in pairs)
+            mean[name] = float(np.mean(known)) if shown else 1.0
         self.validated = {}
         for name, value in mean.items():
             self.log(f"val/{name}", value)
