@@ -273,6 +273,12 @@ def test_larger_gaps_are_refused(tmp_path: Path, slices: int, mm: float, gone: t
     refused(only(tmp_path), fact)
 
 
+def test_every_second_slice_missing_is_noted(tmp_path: Path) -> None:
+    for path in write_series(tmp_path, hu())[::2]:
+        path.unlink()
+    assert only(tmp_path).note == "its slices are 3 mm thick and 5 mm apart: some may be missing"
+
+
 def test_uneven_slices_are_refused(tmp_path: Path) -> None:
     heights = [0, 2, 4, 6, 8, 10, 15, 20, 25, 30, 35, 38]
     write_series(tmp_path, hu(), each_ImagePositionPatient=[[0, 0, z] for z in heights])

@@ -20,7 +20,8 @@ CORONAL = AXIAL[:, [1, 0, 2, 3]]
 
 def add(folder: Path, seed: int, slices: int = 16, mm: float = 10.0, **tags: object) -> list[Path]:
     """A small series of a study with that many slices so far apart."""
-    return write_series(folder / f"{seed}", hu((slices, 2, 2)), AXIAL @ np.diag([mm / 2.5, 1, 1, 1]), seed, **tags)
+    there = AXIAL @ np.diag([mm / 2.5, 1, 1, 1])
+    return write_series(folder / f"{seed}", hu((slices, 2, 2)), there, seed, SliceThickness=str(mm), **tags)
 
 
 def choose(folder: Path, *wanted: str) -> dict[int, SeriesChoice]:

@@ -38,6 +38,7 @@ from kitseg.volumes.names import is_volume_name
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
 
 AIR = -1024  # HU outside the reconstructed circle; air is never lower
+APART = 1.5  # times the thickness of slices, beyond which their distance is doubtful
 TISSUE = (-500, 1500)  # HU; a padding value in this range can't be distinguished from the patient
 _REMEDY = "Export the series again, or choose another one with --series"
 _INT16 = np.iinfo(np.int16)
@@ -82,10 +83,13 @@ class Series:
     @property
     def note(self) -> str:
         """Remarks for the user on how the volume was built; may be empty."""
-        notes, stated = list(self.remarks), self.headers[0].between
-        if self.stack and stated and abs(abs(stated) - self.stack.native.spacing[2]) > 0.1:
-            spacing = f"{self.stack.native.spacing[2]:.4g} mm (used)"
-            notes.append(f"its headers state {abs(stated):.4g} mm between slices, its positions {spacing}")
+        notes, first = list(self.remarks), self.headers[0]
+        apart = self.stack.native.spacing[2] if self.stack else 0.0
+        if apart and first.between and abs(abs(first.between) - apart) > 0.1:
+            stated = f"{abs(first.between):.4g} mm between slices"
+            notes.append(f"its headers state {stated}, its positions {apart:.4g} mm (used)")
+        elif not first.between and first.thickness and apart > APART * first.thickness:
+            notes.append(f"its slices are {first.thickness:.4g} mm thick and {apart:.4g} mm apart: some may be missing")
         if missing := self.stack.missing if self.stack else ():
             words = "1 slice is missing" if len(missing) == 1 else f"{len(missing)} slices are missing"
             places = ", ".join(str(slot + 1) for slot in missing)
