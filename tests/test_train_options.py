@@ -282,6 +282,25 @@ def test_a_precision_that_is_not_mixed_is_the_same_on_every_device(stated: str) 
     assert {precision_on("cpu", mixed) for mixed in ("bf16-mixed", "16-mixed")} <= {"bf16-mixed", "32-true"}
 
 
+@pytest.mark.parametrize(
+    ("capability", "size", "noted"), [((7, 5), "paper", True), ((8, 0), "paper", False), ((7, 5), "small", False)]
+)
+def test_a_gpu_without_bfloat16_is_named(
+    capability: tuple[int, int], size: str, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = config.method_of(config.compose("two-phase", size))
+    assert cost.slow_precision(method, Machine("cpu")) == []
+    for name, value in {
+        "is_available": True,
+        "get_device_capability": capability,
+        "get_device_name": "Tesla T4",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    notes = cost.slow_precision(method, Machine("cuda"))
+    assert bool(notes) is noted
+    assert all("Tesla T4 is slow in bfloat16 (coarse, fine): train with --set" in note for note in notes)
+
+
 # --- a dry run -------------------------------------------------------------------------------------------------------
 
 

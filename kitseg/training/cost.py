@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kitseg import config
-from kitseg.config import StageSpec
+from kitseg.config import Method, StageSpec
 from kitseg.errors import UsageError
 from kitseg.models.memory import LiveBytes
 from kitseg.models.stage import build_input_transform
@@ -33,6 +33,7 @@ ADAM = 2  # numbers that an optimizer keeps for a parameter where that isn't kno
 MIXED = 0.64  # of the bytes of all activations in float32: sums and losses stay in it
 PROGRAM, GPU_PROGRAM = 725_000_000, 500_000_000  # Python with its libraries; what CUDA takes of a GPU's memory
 EARLIER = 100_000_000  # what the predictions of an earlier stage leave in a process on a CPU
+AMPERE = (8, 0)  # compute capability
 CPU_COPIES = 1.5  # times the activations: reordered inputs of convolutions, and the allocator's gaps
 
 
@@ -59,6 +60,7 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
     if plan.machine.kind == "cuda" and plan.machine.ranks > here:
         planned = f"planned for {plan.machine.ranks} GPU(s), but this machine has {here}"
         notes.append(f"{planned}: the times are for this machine")
+    notes += slow_precision(plan.method, plan.machine)
     speed = _flops_per_second(plan.machine)
     ema = plan.settings["ema"] is not None
     costs = {spec.name: _cost(spec, example, plan.machine, ema) for spec in plan.method.stages.values()}
@@ -93,6 +95,17 @@ def estimates(plan: Plan, example: Case, stage: str | None) -> tuple[list[tuple[
         size, memory = f"{cost.parameters / 1e6:.2f} M", f"{cost.gigabytes:.1f} GB"
         rows.append((str(unit), str(spec.grid), cases, str(batch), patch, trained, size, memory, _duration(hours)))
     return rows, notes
+
+
+def slow_precision(method: Method, machine: Machine) -> list[str]:
+    """A note on stages in bfloat16 where the GPU computes it without units of its own, as all before Ampere do."""
+    stages = [spec.name for spec in method.stages.values() if spec.precision.startswith("bf16")]
+    if not stages or machine.kind != "cuda" or not torch.cuda.is_available():
+        return []
+    if torch.cuda.get_device_capability() >= AMPERE:
+        return []
+    remedy = "train with --set 'stages.*.precision=16-mixed'"
+    return [f"{torch.cuda.get_device_name()} is slow in bfloat16 ({', '.join(stages)}): {remedy}"]
 
 
 def _cost(spec: StageSpec, example: Case, machine: Machine, ema: bool) -> Cost:
