@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,3 +112,5 @@ def test_images_copy_files_that_exist() -> None:
     ignored = (FOLDER / "Dockerfile.dockerignore").read_text().split()
     assert sorted(listed) == sorted(name[1:] for name in ignored if name.startswith("!"))
     assert all((ROOT / name).exists() for name in listed)
+    licenses = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license-files"]
+    assert {pattern.partition("/")[0] for pattern in licenses} <= set(listed), "those of the weights go with them"
