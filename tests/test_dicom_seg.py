@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import highdicom
@@ -23,6 +24,7 @@ from test_dicom import ANY, only
 from kitseg.errors import InputError
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.measure import measure
+from kitseg.volumes.dicom.document import patient_line
 from kitseg.volumes.dicom.labels import case_of_segmentation, read_segmentation
 from kitseg.volumes.dicom.segmentation import NOTICE, Algorithm, SegmentedSeries, write_segmentation
 from kitseg.volumes.dicom.series import Series, find_series, read_series, stack_of
@@ -363,6 +365,13 @@ def test_backslashes_in_identifiers_stay_as_they_are(tmp_path: Path) -> None:
     found = written(tmp_path, random_labels(SHAPE), **who)
     assert {name: "\\".join(found[name].value) for name in who} == who
     assert written(tmp_path, random_labels(SHAPE), PatientName="A^B\\C").PatientName == "A^B C"
+
+
+def test_the_line_that_states_whose_a_document_is(tmp_path: Path) -> None:
+    write_series(tmp_path, hu(), StudyDate="2019.08.23", PatientID="P\\1")
+    found = SegmentedSeries(only(tmp_path), random_labels(SHAPE), Findings((), ()), BY)
+    assert patient_line(found) == "Zwiebelfisch Hannelore, P\\1, born 1931-04-17, study of 2019-08-23"
+    assert patient_line(replace(found, anonymous=True)) == ""
 
 
 def test_what_is_no_uid_is_replaced_without_a_warning(

@@ -52,7 +52,8 @@ def patient_line(found: SegmentedSeries) -> str:
     """Whose a series is, for a reader: name, ID, date of birth and date of the study; empty if anonymous."""
     source = source_images(found.series, found.anonymous)[0]
     name = element_text(source, "PatientName").split("=")[0].replace("^", " ").strip()
-    dates = [f"{word} {day[:4]}-{day[4:6]}-{day[6:]}" for word, key in _DATES if (day := str(source[key].value))]
+    days = {word: element_text(source, key).replace(".", "") for word, key in _DATES}  # old files have dots
+    dates = [f"{word} {day[:4]}-{day[4:6]}-{day[6:]}" for word, day in days.items() if day]
     return ", ".join(filter(None, [name, element_text(source, "PatientID"), *dates]))
 
 
