@@ -184,6 +184,9 @@ def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
 
 
 def _check_guide(stage: StageSpec, stages: Mapping[str, StageSpec]) -> None:
+    before = [*stages][: [*stages].index(stage.name)]
+    if odd := [name for name in stage.inputs if name not in before]:
+        raise UsageError(f"stages.{stage.name}.inputs names {odd[0]}, which is not before it in chain")
     if stage.parts["link"] and not stage.inputs:
         raise UsageError(f"stages.{stage.name}.link needs an earlier stage in stages.{stage.name}.inputs")
     if stage.parts["link"] and str(stage.grid) != str(stages[stage.inputs[0]].grid):

@@ -161,6 +161,13 @@ def test_a_value_of_the_wrong_form_is_named(override: str) -> None:
     assert key.removesuffix(".slices").removesuffix(".inplane") in problem(override)
 
 
+@pytest.mark.parametrize(("stage", "before"), [("coarse", "fine"), ("fine", "fine"), ("fine", "nowhere")])
+def test_a_stage_builds_on_an_earlier_one(stage: str, before: str) -> None:
+    made = config.compose("two-phase", "tiny", [f"stages.{stage}.inputs=[{before}]"])
+    with pytest.raises(UsageError, match=rf"stages.{stage}.inputs names {before}, which is not before it in chain"):
+        config.method_of(made)
+
+
 def test_an_unknown_method_or_size() -> None:
     with pytest.raises(UsageError, match=r"unknown method 'two-fase'. Choose from .*two-phase"):
         config.compose("two-fase", "paper")
