@@ -162,6 +162,16 @@ def nrrd(sizes: str = "6 5 4", more: str = "") -> bytes:
         ("a.mha", meta(more="ElementNumberOfChannels = 3\n") + bytes(720), "three axes"),
         ("a.mha", meta(more="TransformMatrix = 1 0 0 1 0 0 0 0 1\n") + bytes(240), "broken"),
         ("a.nrrd", b"NRRD0004\n" + bytes(200), "broken"),
+        ("a.nrrd", nrrd(more="kinds: " + "x" * 5000 + "\n") + bytes(240), "longer than 500"),
+        ("a.nrrd", nrrd(more="kinds: x:=" + "x" * 5000 + "\n") + bytes(240), "longer than 500"),
+        ("a.nrrd", nrrd(more="x" * 5000 + "\n") + bytes(240), "longer than 500"),
+        ("a.mha", meta().replace(b"NDims = 3", b"NDims = 333333333") + bytes(240), "not three axes"),
+        ("a.nrrd", nrrd(" ".join("2" * 16)) + bytes(1 << 17), "not three axes"),
+        ("a.nrrd", nrrd(more="Dimension: 16\n") + bytes(240), "not three axes"),
+        ("a.mha", meta().replace(b"NDims = 3", b"NDims : 11") + bytes(240), "not three axes"),
+        ("a.mha", meta(data="x" + " " * 900_000 + "y"), "another file"),
+        ("a.mha", meta(more="\n" * 900_000) + bytes(100), "broken"),
+        ("a.nrrd", nrrd(more=" \n" * 400_000) + bytes(100), "broken"),
     ],
 )
 def test_a_broken_or_hostile_file(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
@@ -171,6 +181,12 @@ def test_a_broken_or_hostile_file(tmp_path: Path, name: str, content: bytes, pro
     (tmp_path / "in" / name).write_bytes(content)
     with pytest.raises(InputError, match=problem):
         read_image(tmp_path / "in" / name, "a")
+
+
+def test_long_lines_that_are_taken_as_they_are(tmp_path: Path) -> None:
+    text = "".join(f"{start}{'x' * 5000}\n" for start in ("# ", "content: ", "Segment0_Tags:="))
+    (tmp_path / "a.nrrd").write_bytes(nrrd(more=text) + bytes(240))
+    assert read_image(tmp_path / "a.nrrd", "a").array.shape == (4, 5, 6)
 
 
 def test_without_an_orientation(tmp_path: Path) -> None:

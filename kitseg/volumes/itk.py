@@ -22,19 +22,21 @@ from kitseg.types import Geometry, triple
 from kitseg.volumes.header import COPY_AGAIN, DEFLATE_RATIO, MAX_VOXELS, NO_ORIENTATION, check_affine
 
 _HEADER = 1 << 20  # bytes in which a header must end
+_LINE = 500  # bytes of a line in NRRD that SimpleITK survives where it can't parse it
+_FREE = rb"(?i)#|content:|[^:]*:="  # how the lines begin that it takes as they are
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # from ITK's LPS+
 _CONVERT = "Convert it to a 3D NIfTI file (.nii.gz)"
 _ONE_FILE = "Save it as one file (.mha, or .nrrd with an attached header)"
 #: How a header states the name of another file with the voxels, and where the patient's axes lie. SimpleITK takes more
 #: for such a statement than the formats allow: a colon for the equals sign, or a single carriage return for a new line.
 _DATA = {
-    "MetaImageIO": rb"(?im)(^[ \t]*)?ElementDataFile(?:[ \t]*=[ \t]*(.*?)\s*$)?",
+    "MetaImageIO": rb"(?im)(^[ \t]*)?ElementDataFile(?:[ \t]*=(.*)$)?",
     "NrrdImageIO": rb"(?i)data ?file\s*:",
 }
 #: NRRD has spaces that are not the patient's too, such as the scanner's; SimpleITK takes them for LPS.
 _PLACE = {
-    "MetaImageIO": rb"(?im)^\s*(TransformMatrix|Orientation|Rotation)\s*=",
-    "NrrdImageIO": rb"(?im)^\s*space\s*:\s*((right|left)-(anterior|posterior)-superior|[RL][AP]S)\b",
+    "MetaImageIO": rb"(?im)^[ \t]*(TransformMatrix|Orientation|Rotation)[ \t]*=",
+    "NrrdImageIO": rb"(?im)^[ \t]*space[ \t]*:[ \t]*((right|left)-(anterior|posterior)-superior|[RL][AP]S)\b",
 }
 
 
@@ -165,10 +167,20 @@ def _text(path: Path) -> tuple[str, bytes]:
         header, end, _ = text.partition(b"\n\n")[0].partition(b"\r\n\r\n")
         if len(header) == _HEADER and not end:
             raise InputError(path, f"the header has no end in the first {_HEADER} bytes", _ONE_FILE)
+        if any(len(line) > _LINE and not re.match(_FREE, line) for line in re.split(rb"[\r\n]", header)):
+            raise InputError(path, f"a line of its header is longer than {_LINE} bytes", _CONVERT)
+        _check_axes(path, rb"(?i)(?:^|[\r\n])[ \t]*dimension[ \t]*:\s*(\S*)", header)
         return "NrrdImageIO", header
     if match := re.search(_DATA["MetaImageIO"], text):
+        _check_axes(path, rb"(?i)(?<!\S)NDims[\s=:]*(\S*)", text)
         return "MetaImageIO", text[: match.end()]
     raise InputError(path, "neither MetaImage nor NRRD", COPY_AGAIN)
+
+
+def _check_axes(path: Path, stated: bytes, text: bytes) -> None:
+    """Refuse a number of axes that SimpleITK doesn't survive; every statement counts, whichever it takes."""
+    if any(count not in (b"1", b"2", b"3", b"4") for count in re.findall(stated, text)):
+        raise InputError(path, "it has not three axes", _CONVERT)
 
 
 def _data_file(path: Path, name: str, text: bytes) -> Path:
@@ -179,7 +191,7 @@ def _data_file(path: Path, name: str, text: bytes) -> Path:
     if stated[0].lstrip().startswith(b"ElementDataFile") and stated[1] is not None and stated[2] is not None:
         own = {path.with_suffix(ending).name: path.with_suffix(ending) for ending in (".raw", ".zraw")}
         own |= dict.fromkeys(("LOCAL", "Local", "local"), path)
-        if wanted := own.get(stated[2].decode("utf-8", "replace")):
+        if wanted := own.get(stated[2].strip().decode("utf-8", "replace")):
             return wanted
     raise InputError(path, "its voxels are in another file than the .raw or .zraw file of its name", _ONE_FILE)
 
