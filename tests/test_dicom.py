@@ -22,7 +22,8 @@ from kitseg.errors import InputError, UsageError
 from kitseg.types import Case, Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.dicom.headers import Header, differing_values
-from kitseg.volumes.dicom.series import AIR, Series, find_series, holds_dicom, open_series, read_series
+from kitseg.volumes.dicom.pixels import AIR
+from kitseg.volumes.dicom.series import Series, find_series, holds_dicom, open_series, read_series
 from kitseg.volumes.scan import find_scans, read_scan
 from kitseg.volumes.zipped import unopened
 
@@ -464,6 +465,17 @@ def test_a_compressed_slice_that_is_cut_short(tmp_path: Path, syntax: str) -> No
     broken = write_series(tmp_path, hu((3, 64, 64)), syntax=syntax)[1]
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     refused(only(tmp_path), f"^{broken}: the pixels can't be read")
+
+
+def test_a_file_that_crashes_its_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GDCM ends its process, which is not this one; the message names the file."""
+    for path in write_series(tmp_path / "crashes", hu((3, 32, 32)), syntax="jpeg-ls"):
+        edit(path, Rows=65535)
+    write_series(tmp_path / "reads", hu((3, 32, 32)), syntax="jpeg-ls")
+    (tmp_path / "json.py").write_text("raise SystemExit('a module of the current folder was imported')")
+    monkeypatch.chdir(tmp_path)
+    refused(only(tmp_path / "crashes"), r"the pixels can't be read \(the decoder crashed\)")
+    assert np.array_equal(read_series(only(tmp_path / "reads")).array[::-1], hu((3, 32, 32)))
 
 
 def test_a_header_that_cannot_be_read_is_listed(tmp_path: Path) -> None:

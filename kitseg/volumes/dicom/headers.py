@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
 
 from kitseg.errors import InputError
 from kitseg.runtime.files import PARTIAL
@@ -33,6 +40,7 @@ TIMES = frozenset(PASSES[-4:])
 LARGEST = 1 << 29  # bytes of a file that are read, its header alone or the slice too: a thousand times a slice's
 LEAST_SHARE = 0.1  # of the files, that have an element which distinguishes passes
 _CHUNK = 1 << 20
+_PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 _SUFFIXES = (".dcm", ".ima")
 #: The first element of a file without preamble: group 2 or 8, and a type in two letters or a length below 65536 bytes.
 _NO_PREAMBLE = re.compile(rb"[\x02\x08]\x00.\x00([A-Z]{2}|..\x00\x00)", re.DOTALL)
@@ -44,8 +52,8 @@ class Header:
 
     position: mm in DICOM's LPS; row_axis, column_axis: unit vectors along a row and along a column; spacing: mm between
     rows and between columns; between: mm that it states between slices; passes: the values of ``PASSES``, which
-    distinguish several passes in one series; number: InstanceNumber, by which viewers count; unit: of the values, empty
-    if not given; broken: the header can't be read.
+    distinguish several passes in one series; number: InstanceNumber, by which viewers count; is_packed: its pixels are
+    compressed; unit: of the values, empty if not given; broken: the header can't be read.
     """
 
     path: Path
@@ -66,6 +74,7 @@ class Header:
     between: float | None = None
     passes: tuple[str, ...] = ()
     number: str = ""
+    is_packed: bool = False
     frames: int = 1
     unit: str = ""
     samples: int = 1
@@ -221,6 +230,7 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
         between=next(iter(_numbers(found, "SpacingBetweenSlices", 1)), None),
         passes=tuple(element_text(found, name) for name in PASSES),
         number=_image_number(found),
+        is_packed=found.file_meta.TransferSyntaxUID not in _PLAIN,
         unit=element_text(found, "RescaleType").upper(),
         frames=int(next(iter(_numbers(found, "NumberOfFrames", 1)), 1)),
         samples=int(element_text(found, "SamplesPerPixel") or 1),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,31 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
-from numpy.typing import NDArray
 
 from kitseg.errors import InputError
 from kitseg.runtime.files import file_digest
 from kitseg.types import Volume
-from kitseg.volumes.dicom.headers import (
-    Header,
-    decimal_text,
-    is_dicom,
-    made_up_uid,
-    read_dataset,
-    read_dicom_header,
-    walk,
-)
+from kitseg.volumes.dicom.headers import Header, is_dicom, made_up_uid, read_dicom_header, walk
+from kitseg.volumes.dicom.pixels import read_planes
 from kitseg.volumes.dicom.stack import Stack, Unstackable, is_scout, repeats, split_stacks, stack, without_copies
 from kitseg.volumes.header import MAX_VOXELS
 from kitseg.volumes.names import is_volume_name
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
 
-AIR = -1024  # HU outside the reconstructed circle; air is never lower
 APART = 1.5  # times the thickness of slices, beyond which their distance is doubtful
-TISSUE = (-500, 1500)  # HU; a padding value in this range can't be distinguished from the patient
 _REMEDY = "Export the series again, or choose another one with --series"
-_INT16 = np.iinfo(np.int16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +134,8 @@ def read_series(series: Series) -> Volume:
         raise InputError(series.folder, f"{series.case_id}: {problem}", _REMEDY)
     native = made.native
     planes = np.empty(native.shape[::-1], np.int16)
-    for header, slot in zip(made.headers, made.slots, strict=True):
-        planes[slot] = _read_slice(header)
+    for plane, slot in zip(read_planes(made.headers), made.slots, strict=True):
+        planes[slot] = plane
     for slot in made.missing:
         planes[slot] = np.rint((planes[slot - 1].astype(np.float32) + planes[slot + 1]) / 2)
     array = np.ascontiguousarray(turn_to_canonical(planes.transpose(2, 1, 0), native))
@@ -215,45 +202,3 @@ def _series(headers: Sequence[Header], case_id: str) -> Series:
     except Unstackable as reason:
         return Series(case_id, tuple(headers), None, str(reason))
     return Series(case_id, made.headers, made)
-
-
-def _read_slice(header: Header) -> NDArray[np.int16]:
-    """One slice (rows, columns) in HU."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            found = read_dataset(header.path, stop_before_pixels=False)
-            stored = found.pixel_array
-            hu = _hounsfield(found, stored)
-        except Exception as error:  # decoders raise many types
-            reason = type(error).__name__  # the message may quote patient data
-            raise InputError(header.path, f"the pixels can't be read ({reason})", "Export the series again") from error
-    if hu.shape != header.size:
-        raise InputError(header.path, f"the slice is {hu.shape}, but its header has {header.size}", "Export it again")
-    return hu
-
-
-_RESCALE = (("Slope", 1), ("Intercept", 0))
-
-
-def _hounsfield(found: pydicom.Dataset, stored: NDArray[Any]) -> NDArray[np.int16]:
-    slope, intercept = (float(decimal_text(found, f"Rescale{name}") or default) for name, default in _RESCALE)
-    if slope == 0 or not math.isfinite(slope + intercept):
-        raise ValueError("rescale slope is 0, or slope or intercept is not finite")
-    hu = np.rint(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept))
-    if (padding := _padding(found)) is not None:
-        low, high = padding
-        value = low * slope + intercept
-        if not TISSUE[0] <= value <= TISSUE[1]:
-            hu[(stored >= low) & (stored <= high)] = AIR
-    clipped: NDArray[np.int16] = hu.clip(AIR, _INT16.max).astype(np.int16)
-    return clipped
-
-
-def _padding(found: pydicom.Dataset) -> tuple[int, int] | None:
-    """The lowest and highest stored padding value, converted to the sign of the pixels."""
-    values = [found.get("PixelPaddingValue"), found.get("PixelPaddingRangeLimit")]
-    bits, signed = int(found.BitsAllocated), bool(found.PixelRepresentation)
-    plain = [int(v) % 2**bits for v in values if v is not None and v != ""]
-    turned = [v - 2**bits if signed and v >= 2 ** (bits - 1) else v for v in plain]
-    return (min(turned), max(turned)) if turned and values[0] is not None else None
