@@ -142,6 +142,13 @@ def test_thick_slices_move_the_lines_little() -> None:
     assert (thin.lower, thin.upper) == pytest.approx((thick.lower, thick.upper), abs=2.5)
 
 
+@pytest.mark.parametrize(("x", "z", "radius"), [(66, -42, 13), (75, -35, 20)])
+def test_thick_slices_leave_a_tumors_share_outside(x: float, z: float, radius: float) -> None:
+    """Between a slice of kidney and one of tumor either has its half, even where the kidney is thin."""
+    thin, thick = (scores(ball((x, 0, z), radius), slices=slices).outside for slices in (1.0, 5.0))
+    assert thick == pytest.approx(thin, abs=0.015)
+
+
 def test_a_tumor_in_place_of_the_sinus() -> None:
     found = scores(ball((36, 0, 0), 25))
     assert found.renal.nearness == 3

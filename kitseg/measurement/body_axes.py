@@ -28,8 +28,9 @@ def body_axes(labels: NDArray[np.uint8], sides: NDArray[np.uint8], geometry: Geo
 
     The head is along the longest principal axis of both kidneys with their lesions, each about its own centre and of
     the same weight, turned forward by the angle at which kidneys lean back. Right is from the left kidney's centre to
-    the right one's. A kidney that lies across the scan does not count, and one that is left is completed by its mirror
-    image. Where nothing is long, or all of it lies across the scan, these are the scan's.
+    the right one's. Where the kidneys disagree, one that lies across the scan does not count. A single kidney, or one
+    that is left, is completed by its mirror image. Where nothing is long, or all of it lies across the scan, these are
+    the scan's.
 
     Args:
         labels: (D, H, W).
@@ -43,20 +44,36 @@ def body_axes(labels: NDArray[np.uint8], sides: NDArray[np.uint8], geometry: Geo
     kidney = labels[thinned] != BACKGROUND
     places = {code: np.argwhere(kidney & (sides[thinned] == code)) @ step.T for code in NAMES}
     found = {code: points for code, points in places.items() if len(points) >= fewest}
+    spreads = [spread / np.trace(spread) for spread in (np.cov(points.T) for points in found.values())]
     right = np.array([1.0, 0.0, 0.0])
-    if len(found) == 2:
+    if len(spreads) == 2:
         right = places[CODES["right"]].mean(axis=0) - places[CODES["left"]].mean(axis=0)
         right /= np.linalg.norm(right)
-    spreads = [spread / np.trace(spread) for spread in (np.cov(points.T) for points in found.values())]
-    spreads = [spread for spread in spreads if abs(np.linalg.eigh(spread)[1][2, 2]) >= _MOST_OBLIQUE]
+        one, other = (_longest(spread) for spread in spreads)
+        if abs(one @ _mirror(_across(right, _longest(sum(spreads)))) @ other) < _MOST_OBLIQUE:
+            spreads = [spread for spread in spreads if abs(_longest(spread)[2]) >= _MOST_OBLIQUE]
     if len(spreads) == 1:
-        mirror = np.eye(3) - 2 * np.outer(right, right)
-        spreads.append(mirror @ spreads[0] @ mirror)
+        spreads.append(_mirror(right) @ spreads[0] @ _mirror(right))
     sizes, axes = np.linalg.eigh(np.sum(spreads, axis=0)) if spreads else (np.ones(3), np.eye(3))
-    if sizes[2] < _ROUND**2 * sizes[1] or abs(axes[2, 2]) < _MOST_OBLIQUE:
+    if sizes[2] < _ROUND**2 * sizes[1]:
         return np.eye(3)
     long = axes[:, 2] * np.sign(axes[2, 2])
-    right = right - (right @ long) * long
-    right = right / np.linalg.norm(right)
+    right = _across(right, long)
     up = Rotation.from_rotvec(-_LEANING * right).apply(long)
-    return np.array([right, np.cross(up, right), up])
+    return np.array([right, np.cross(up, right), up]) if up[2] >= _MOST_OBLIQUE else np.eye(3)
+
+
+def _longest(spread: Array) -> Array:
+    """The unit vector (3,) of the longest principal axis of a covariance (3, 3)."""
+    return np.asarray(np.linalg.eigh(spread)[1][:, 2])
+
+
+def _across(direction: Array, long: Array) -> Array:
+    """The unit vector (3,) of a direction's part perpendicular to the unit vector ``long``."""
+    part = direction - (direction @ long) * long
+    return np.asarray(part / np.linalg.norm(part))
+
+
+def _mirror(normal: Array) -> Array:
+    """The reflection (3, 3) at the plane of a unit normal (3,)."""
+    return np.asarray(np.eye(3) - 2 * np.outer(normal, normal))

@@ -121,8 +121,9 @@ def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, bo
     """
     if labels.size * geometry.voxel_ml > _LARGEST_ML or not (labels == KIDNEY).any():
         return None
-    tumor, any_label = (_fine(mask, geometry.spacing) for mask in (lesion, labels > 0))
-    parenchyma = _fine(labels == KIDNEY, geometry.spacing) & ~tumor
+    kidney, lesions = (_field(mask, geometry.spacing) for mask in (labels == KIDNEY, labels > KIDNEY))
+    tumor, any_label = (_field(mask, geometry.spacing) > 0 for mask in (lesion, labels > 0))
+    parenchyma = any_label & (kidney > lesions)
     pieces = Components.of(parenchyma)
     if not pieces.sizes.any() or not tumor.any():
         return None
@@ -204,8 +205,11 @@ class _Outline:
         return near[tuple(slice(n) for n in shape)]
 
 
-def _fine(mask: Mask, spacing: tuple[float, float, float]) -> Mask:
-    """A mask on the grid of 1 mm: the nearest voxel, and between thick slices where the signed distance is positive."""
+def _field(mask: Mask, spacing: tuple[float, float, float]) -> NDArray[np.float32]:
+    """A field on the grid of 1 mm, positive in a mask: 1 at the nearest voxel, with thick slices the signed distance.
+
+    Of two masks with a common surface, what lies between two slices belongs to the one with the larger field.
+    """
     counts = [max(int(n * mm / _STEP), 1) for n, mm in zip(mask.shape, spacing, strict=True)]
     places = [(np.arange(n) + 0.5) * _STEP / mm - 0.5 for n, mm in zip(counts, spacing, strict=True)]
     thick = [mm > _THICK for mm in spacing]
@@ -213,13 +217,13 @@ def _fine(mask: Mask, spacing: tuple[float, float, float]) -> Mask:
         if not thick[axis]:
             mask = mask.take(np.clip(np.rint(at).astype(int), 0, mask.shape[axis] - 1), axis)
     if not any(thick):
-        return np.ascontiguousarray(mask)
+        return np.ascontiguousarray(mask, np.float32)
     steps = tuple(mm if slow else _STEP for mm, slow in zip(spacing, thick, strict=True))
     field = edt.sdf(np.pad(mask, 1), anisotropy=steps, parallel=1)
     for axis, at in enumerate(places):
         inner = at + 1 if thick[axis] else np.arange(mask.shape[axis]) + 1
         field = _between(field, np.asarray(inner, np.float64), axis)
-    return np.ascontiguousarray(field > 0)
+    return field
 
 
 def _between(field: NDArray[np.float32], places: Array, axis: int) -> NDArray[np.float32]:
