@@ -156,7 +156,7 @@ class Stage(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Means over the cases of all ranks, as ``val/dice_kidney`` and the like; their mean is ``val/score``.
 
-        A score that is NaN in a case is left out, as it says nothing; one that is NaN for all true labels is 1.
+        A score that is NaN in a case is left out, since it states nothing; one that is NaN for all true labels is 1.
         """
         scores = {case: pair for part in of_all_ranks(self.validated) for case, pair in part.items()}
         pairs, mean = [scores[case] for case in sorted(scores)], dict[str, float]()

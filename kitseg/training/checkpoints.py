@@ -29,7 +29,7 @@ from kitseg.runtime.files import atomic_write
 from kitseg.stages.base import of_all_ranks
 from kitseg.training.callbacks import NOT_FINITE
 
-LONGEST = 120.0  # seconds that a validation may go on after a signal
+LONGEST = 120.0  # seconds that a validation may last after a signal
 REQUEUE = getattr(signal, "SIGUSR1", 0)  # see ``signals.requeued``
 _AGAIN = "Begin this stage again with --restart --stage"
 

@@ -243,7 +243,7 @@ def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
 
 
 def _image_number(found: pydicom.Dataset) -> str:
-    """The InstanceNumber; empty where it is no number, which doesn't hinder the rest."""
+    """The InstanceNumber; empty where it isn't a number, and the rest is read anyway."""
     with suppress(Exception):
         return str(int(found.InstanceNumber))
     return ""
