@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,11 @@ from pydicom.filewriter import write_dataset
 from test_nifti import rotation
 
 from kitseg.errors import InputError, UsageError
+from kitseg.runtime.signals import SIGNALS
 from kitseg.types import Case, Geometry
 from kitseg.volumes import nifti
 from kitseg.volumes.dicom.headers import Header, differing_values
-from kitseg.volumes.dicom.pixels import AIR
+from kitseg.volumes.dicom.pixels import AIR, read_planes
 from kitseg.volumes.dicom.series import Series, find_series, holds_dicom, open_series, read_series
 from kitseg.volumes.scan import find_scans, read_scan
 from kitseg.volumes.zipped import unopened
@@ -476,6 +478,25 @@ def test_a_file_that_crashes_its_decoder(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     refused(only(tmp_path / "crashes"), r"the pixels can't be read \(the decoder crashed\)")
     assert np.array_equal(read_series(only(tmp_path / "reads")).array[::-1], hu((3, 32, 32)))
+
+
+def test_a_decoder_outlives_signals_but_not_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal or a cluster signals all processes: what is being read is finished, or ended by kitseg itself."""
+    write_series(tmp_path, hu((3, 32, 32)), syntax="jpeg-ls")
+    series, started, popen = only(tmp_path), list[subprocess.Popen[bytes]](), subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(popen(*args, **more)) or started[-1])
+    for ends in (False, True):
+        planes = read_planes(series.headers)
+        found = [next(planes)]
+        for number in (signal.SIGKILL,) if ends else SIGNALS:
+            started[-1].send_signal(number)
+        if ends:
+            started[-1].wait()
+            with pytest.raises(InputError, match="the decoder crashed"):
+                next(planes)
+        else:
+            assert np.array_equal([*found, *planes], hu((3, 32, 32)))
+    assert all(process.poll() == -signal.SIGKILL for process in started), "none is left"
 
 
 def test_a_header_that_cannot_be_read_is_listed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from kitseg.cli.plan import memory_here
 from kitseg.errors import UsageError
 from kitseg.runtime.device import Machine, torch_device
 from kitseg.runtime.files import HOST, atomic_write, is_alive
-from kitseg.runtime.workers import _without_interrupts
+from kitseg.runtime.signals import blocked
 from kitseg.service.work import scratch
 from kitseg.training.cost import _measured_on
 
@@ -65,7 +65,7 @@ with interruptible(), requeued():
 
 @pytest.mark.usefixtures("windows")
 def test_what_is_absent_is_not_asked_for(tmp_path: Path) -> None:
-    with _without_interrupts():
+    with blocked(signal.SIGINT):
         pass
     (tmp_path / "kitseg-serve-1-x").mkdir()
     with scratch(tmp_path) as folder:

@@ -116,6 +116,19 @@ def requeued() -> Iterator[None]:
         _Request.requeues = False
 
 
+@contextmanager
+def blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Inside, processes start that ignore these signals, which a terminal or a cluster sends to all; not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def handle(number: int, frame: FrameType | None) -> None:
     """Handle a signal: raise ``Stopped``, once, or remember it for the end of a training step."""
     if _Request.number is None:

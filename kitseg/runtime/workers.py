@@ -24,7 +24,7 @@ from kitseg.runtime.console import accept_any_encoding
 from kitseg.runtime.files import total_bytes
 from kitseg.runtime.outcomes import OnDone, Outcome
 from kitseg.runtime.sharding import Share
-from kitseg.runtime.signals import handle, raise_again
+from kitseg.runtime.signals import blocked, handle, raise_again
 from kitseg.types import Case
 
 Log = Callable[[str], None]
@@ -114,7 +114,7 @@ def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
             mine = deal(cases, Share(number, len(shares)))
             arguments = (work, mine, share, (number, len(shares)), sender)
             process = context.Process(target=_run, args=arguments, daemon=True)
-            with _without_interrupts():
+            with blocked(signal.SIGINT):  # on Windows `_run` ignores it
                 process.start()
             sender.close()
             ranks.append(_Rank(process, receiver, mine))
@@ -127,17 +127,6 @@ def _started(work: Verb, cases: Sequence[Case], shares: Sequence[Share]) -> Iter
             rank.process.join(max(0, end - time.monotonic()))
             rank.process.kill()
             rank.process.join()
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Inside, processes start that ignore Ctrl-C, which a terminal sends to all; on Windows `_run` ignores it."""
-    mask = getattr(signal, "pthread_sigmask", lambda *_: None)
-    mask(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
-    try:
-        yield
-    finally:
-        mask(getattr(signal, "SIG_UNBLOCK", 0), {signal.SIGINT})
 
 
 def _run(work: Verb, cases: Sequence[Case], share: Share, rank: tuple[int, int], sender: Connection) -> None:

@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
 from kitseg.errors import InputError
-from kitseg.volumes.dicom.headers import Header, decimal_text, read_dataset, read_dicom_header
+from kitseg.volumes.dicom.headers import Header, decimal_text, read_dataset
 
 AIR = -1024  # HU outside the reconstructed circle; air is never lower
 TISSUE = (-500, 1500)  # HU; a padding value in this range can't be distinguished from the patient
@@ -39,12 +39,9 @@ def read_planes(headers: Sequence[Header]) -> Iterator[NDArray[np.int16]]:
     if not any(header.is_packed for header in headers):
         yield from map(read_slice, headers)
         return
-    with _decoder() as (questions, answers):
+    with _decoder() as decoder:
         for header in headers:
-            with suppress(BrokenPipeError):  # then there is no answer
-                questions.write(json.dumps(str(header.path)).encode() + b"\n")
-                questions.flush()
-            yield _answer(header, answers)
+            yield _decoded(decoder, header)
 
 
 def read_slice(header: Header) -> NDArray[np.int16]:
@@ -62,41 +59,48 @@ def read_slice(header: Header) -> NDArray[np.int16]:
 
 
 def serve() -> None:
-    """Decode the files that standard input names, a line each, for ``read_planes``: a line of JSON, then the pixels."""
+    """Decode the slices that standard input names, for ``read_planes``: of each a line of JSON, then its pixels."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # decoders may write there
     for line in sys.stdin.buffer:
-        path, hu = Path(json.loads(line)), np.zeros((0, 0), np.int16)
-        fact: dict[str, Any] = {}
+        path, size = json.loads(line)
+        fact: dict[str, str] = {}
+        content = b""
         try:
-            hu = read_slice(read_dicom_header(path) or Header(path, broken=True))
-            fact = {"shape": hu.shape}
+            content = read_slice(Header(Path(path), size=tuple(size))).tobytes()
         except InputError as error:
             fact = {"problem": error.problem, "remedy": error.remedy}
-        answers.write(json.dumps(fact).encode() + b"\n" + hu.tobytes())
+        answers.write(json.dumps(fact).encode() + b"\n" + content)
         answers.flush()
 
 
 @contextmanager
-def _decoder() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """A process that decodes: where it takes its questions, and where it gives its answers."""
+def _decoder() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that decodes, see ``serve``; signals are for this one, which ends it."""
+    from kitseg.runtime.signals import SIGNALS, blocked  # imported here: the decoder starts sooner without
+
     here = [str(Path(__file__).parents[3]), *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(here)}
     pipe, silent = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(_DECODER, stdin=pipe, stdout=pipe, stderr=silent, env=environment) as it:
-        assert it.stdin
-        assert it.stdout
+    with blocked(*SIGNALS):
+        process = subprocess.Popen(_DECODER, stdin=pipe, stdout=pipe, stderr=silent, env=environment)
+    with process:
         try:
-            yield it.stdin, it.stdout
+            yield process
         finally:
-            it.kill()
+            process.kill()
 
 
-def _answer(header: Header, answers: IO[bytes]) -> NDArray[np.int16]:
-    fact = json.loads(answers.readline() or "{}")
-    if "problem" in fact:
-        raise InputError(header.path, fact["problem"], fact["remedy"])
-    content = answers.read(2 * math.prod(header.size)) if fact.get("shape") == [*header.size] else b""
+def _decoded(decoder: subprocess.Popen[bytes], header: Header) -> NDArray[np.int16]:
+    assert decoder.stdin
+    assert decoder.stdout
+    question = json.dumps([str(header.path), header.size]).encode() + b"\n"
+    with suppress(BrokenPipeError):  # then there is no answer
+        os.write(decoder.stdin.fileno(), question)  # no buffer, which would be written again at the end
+    fact = json.loads(decoder.stdout.readline() or "{}")
+    if fact:
+        raise InputError(header.path, **fact)
+    content = decoder.stdout.read(2 * math.prod(header.size))
     if len(content) != 2 * math.prod(header.size):
         raise _unreadable(header, "the decoder crashed")
     return np.frombuffer(content, np.int16).reshape(header.size)
