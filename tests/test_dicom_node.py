@@ -387,7 +387,7 @@ def test_a_full_disk_costs_no_study_its_tries(
         wait_until(lambda: len(got) == 3 and not spool.studies())
     assert len(work.images) == 5
     told = capsys.readouterr().out
-    assert told.count("try 1 of 3: the disk is full") == 4
+    assert told.count("not predicted, tried again later: the disk is full") == 4
     assert "PID-4711" not in told
 
 

@@ -56,7 +56,7 @@ def test_a_spool_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_spool_is_closed_to_other_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also a folder that an administrator has made; where that isn't allowed, a line says so."""
+    """Also a folder that an administrator has made; where that isn't allowed, or others use it, a line says so."""
     for name in ("new", "there"):
         if name == "there":
             (tmp_path / name).mkdir()
@@ -68,6 +68,11 @@ def test_a_spool_is_closed_to_other_users(tmp_path: Path, capsys: pytest.Capture
         (tmp_path / "new").chmod(0o755)
         owner.setattr(Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
         Spool(tmp_path / "new").open()
+    assert "other users of this machine may read it" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "there").chmod(0o755)
+    (tmp_path / "there" / "of somebody").touch()
+    Spool(tmp_path / "there").open()
+    assert (tmp_path / "there").stat().st_mode & 0o777 == 0o755
     assert "other users of this machine may read it" in " ".join(capsys.readouterr().out.split())
 
 

@@ -182,9 +182,11 @@ class Node:
             return self.spool.finish(study, images)
         except Exception as error:
             text = str(error) if isinstance(error, KitsegError) else internal_error(error)
-            self._tell(study, f"try {self.spool.tries(study)} of {MOST_TRIES}: {text}")
             if isinstance(error, DiskFailure) or is_of_disk(error):
                 self.spool.forgive(study)
+                self._tell(study, f"not predicted, tried again later: {text}")
+            else:
+                self._tell(study, f"try {self.spool.tries(study)} of {MOST_TRIES}: {text}")
             return False
         finally:
             self._predicted = None

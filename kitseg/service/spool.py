@@ -28,6 +28,8 @@ MOST_TRIES = 3  # of a prediction that fails, or that the process doesn't surviv
 FREE = 1 << 30  # bytes that stay free on the disk
 _LEAST = 1 << 16  # bytes that any image counts for, so that their number is limited too
 _REMOVED = "removed-"
+_STUDY = re.compile(r"[\da-f]{40}")
+_OWN = re.compile(rf"({_REMOVED})?{_STUDY.pattern}|\.kitseg.*|kitseg-serve-.*|lost\+found")  # what a spool holds
 _MOST_AWAITED = 10_000  # refused images that are noted one by one
 _MOST_EMPTY = 10  # times the number of studies: those without images, of which one was refused
 
@@ -47,13 +49,15 @@ class Spool:
     _bytes: dict[Path, int] = field(default_factory=dict)
 
     def open(self) -> None:
-        """Create the folder, and close it to other users. Raises UsageError: it can't be used."""
+        """Create the folder, closed to other users unless it holds other files. Raises UsageError: it can't be used."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with suppress(PermissionError):
-                self.folder.chmod(0o700)
+            if all(_OWN.fullmatch(name) for name in os.listdir(self.folder)):
+                with suppress(PermissionError):
+                    self.folder.chmod(0o700)
             if os.name == "posix" and self.folder.stat().st_mode & 0o077:
-                print_plain(f"--spool {self.folder}: other users of this machine may read it, which can't be changed")
+                open_to = "other users of this machine may read it"
+                print_plain(f"--spool {self.folder}: {open_to}. Give a folder of its own that belongs to this user")
         except OSError as error:
             raise UsageError(f"--spool {self.folder}: can't be used ({error.strerror})") from error
 
@@ -64,7 +68,7 @@ class Spool:
 
     def studies(self) -> list[Path]:
         """The studies, the oldest first."""
-        found = [path for path in self.folder.iterdir() if re.fullmatch(r"[\da-f]{40}", path.name)]
+        found = [path for path in self.folder.iterdir() if _STUDY.fullmatch(path.name)]
         return sorted(found, key=_changed)
 
     def study(self, patient: str, uid: str) -> Path:
