@@ -18,6 +18,8 @@ PARTS = ("intensity", "region", "sampler", "module", "link", "augmentation")
 # Keys of a stage that may be null.
 OPTIONAL = ("inputs", "guide", "link", "augmentation", "micro_batch_size", "nested_epochs", "stop_after", "rounds")
 MOST_STAGES = 8
+#: Lightning's short names of precisions, and the full ones.
+_PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -157,7 +159,7 @@ class _Blocks(TypedDict):
 
 def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
     config = {**dict.fromkeys(OPTIONAL), **stated, "name": name}
-    if missing := [key for key in ("batch", "grid", "heads", "channels", *PARTS) if key not in config]:
+    if missing := [key for key in ("batch", "grid", "heads", "channels", "precision", *PARTS) if key not in config]:
         raise UsageError(f"stages.{name} lacks {', '.join(missing)}")
     filled = {
         "batch": config["batch"],  # checked before what it fills in
@@ -165,6 +167,7 @@ def _stage(name: str, stated: Mapping[str, Any]) -> StageSpec:
         "inputs": config["inputs"] or (),
         "guide": config["guide"] or "labels",
         "micro_batch_size": config["batch"] if config["micro_batch_size"] is None else config["micro_batch_size"],
+        "precision": _PRECISIONS.get(str(config["precision"]), config["precision"]),
         "heads": tuple(map(trust.name, config["heads"])),
         "channels": tuple(map(trust.name, config["channels"])),
         "parts": {key: config[key] for key in PARTS},

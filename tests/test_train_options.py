@@ -282,6 +282,12 @@ def test_a_precision_that_is_not_mixed_is_the_same_on_every_device(stated: str) 
     assert {precision_on("cpu", mixed) for mixed in ("bf16-mixed", "16-mixed")} <= {"bf16-mixed", "32-true"}
 
 
+@pytest.mark.parametrize(("short", "full"), [("32", "32-true"), ("16", "16-mixed"), ("bf16", "bf16-mixed")])
+def test_short_names_of_precisions_mean_the_full_ones(short: str, full: str) -> None:
+    made = config.compose("two-phase", "tiny", [f"stages.fine.precision={short}"])
+    assert config.method_of(made).stages["fine"].precision == full
+
+
 @pytest.mark.parametrize(
     ("capability", "size", "noted"), [((7, 5), "paper", True), ((8, 0), "paper", False), ((7, 5), "small", False)]
 )
@@ -310,7 +316,7 @@ def test_a_gpu_without_bfloat16_is_named(
         ("stages.fine.module.optimizer.lr=-1", "stage fine: one training step"),
         ("stages.coarse.module.net.classes=2", "stage coarse: one training step"),
         ("stages.fine.module.loss._target_=kitseg.losses.cross_entropy.CrossEntropi", "CrossEntropi"),
-        ("stages.fine.precision='32'", "stages.fine.precision is '32'; it must be one of 32-true, bf16-mixed"),
+        ("stages.fine.precision=fp16", "stages.fine.precision is 'fp16'; it must be one of 32-true, bf16-mixed"),
         ("stages.fine.inputs=[coarse,coarse]", "stages.fine.inputs names several stages, but a stage builds on one"),
     ],
 )
