@@ -86,6 +86,14 @@ def test_predictions_of_nested_folds_that_are_not_there(folder: Path) -> None:
     assert begun.exists()
 
 
+def test_with_all_folds_the_nested_ones_of_each_are_looked_at_before_the_first_is_trained(folder: Path) -> None:
+    train = ("--method=two-phase", "--size=paper", "--fold=all")
+    assert "none holds out c." in refused(folder, *train)
+    inner = [{"train": ["c"], "val": ["e"]}, {"train": ["e"], "val": ["c"]}]
+    write(folder, {"train": TRAIN, "val": ["c"], "inner": INNER}, {"train": ["c", "e"], "val": TRAIN, "inner": inner})
+    assert refused(folder, *train) == ""
+
+
 def test_copies_that_the_split_does_not_have_are_named(tmp_path: Path) -> None:
     """`train --data data --data augmented` without the split that `augment` wrote learned from none of them."""
     native = Geometry((4, 16, 16), np.diag([-3.0, -3, -3, 1])[[2, 1, 0, 3]])

@@ -144,7 +144,7 @@ def train(
     machine = Machine(device, ranks, nodes, workers, save_every)
     run = Run(runs / (name or f"{configuration['name']}-{size}"))
     begin = Start(configuration, run, first, split, store, machine, init_from)
-    begin.check(stage, restart)
+    begin.check(stage, restart, fold == EVERY_FOLD)
     wanted, failed = TrainRequest(data, masks, jobs, stage, fold == EVERY_FOLD, restart), set[str]()
     if dry_run:
         return _rehearse(begin, wanted)
@@ -233,7 +233,7 @@ def _show_unused(plan: Plan, cases: Sequence[Case], split: Path) -> None:
 
     kinds = {
         False: ("labelled cases", "train with a new --split and --name to use them"),
-        True: ("registered copies", "`kitseg augment` wrote a split with them beside them: give it as --split"),
+        True: ("registered copies", "`kitseg augment` wrote a split with them into their folder: give it as --split"),
     }
     for copied, (kind, remedy) in kinds.items():
         if unused := sorted({case.id for case in cases if bool(case.sources) is copied} - plan.split.cases):

@@ -107,10 +107,11 @@ class Start:
         """The configuration's ``trainer``."""
         return settings_of(self.config)
 
-    def check(self, stage: str | None = None, anew: bool = False) -> None:
+    def check(self, stage: str | None = None, anew: bool = False, every_fold: bool = False) -> None:
         """Check the configuration, the split's labels and folds, the stage to train and the model to start from.
 
-        anew: whether what there is of the run will be renamed before.
+        anew: whether what there is of the run will be renamed before; every_fold: whether the split's other folds are
+        trained, too.
 
         Raises:
             UsageError: an invalid value or part, a split of other labels or folds, or no such fold, stage or model.
@@ -130,10 +131,11 @@ class Start:
                 raise UsageError(f"stages.{spec.name}.inputs names several stages, but a stage builds on one")
         if self.split.exists():
             split = read_split_of(self.split, self.method.labels)
-            fold = split.fold(self.fold)
             begun = config.read(self.run.config) if self.run.config.exists() and not anew else {}
-            check_counts(self.split, split, fold, self.config, begun)
-            check_nested(self.method, fold, None if anew else self.run.fold(self.fold), stage)
+            for number in range(len(split.folds)) if every_fold else [self.fold]:
+                fold = split.fold(number)
+                check_counts(self.split, split, fold, self.config, begun)
+                check_nested(self.method, fold, None if anew else self.run.fold(number), stage)
         elif self.fold >= self.config["folds"]:
             raise UsageError(f"there is no fold {self.fold}: the split will have folds 0 to {self.config['folds'] - 1}")
         if self.initial:
@@ -243,7 +245,8 @@ def check_nested(method: Method, part: Fold, folder: Path | None, stage: str | N
     Raises:
         UsageError: some cases are in none, so that the stage would learn from their labels.
     """
-    left = [case for case in part.train if all(case in nested.train for nested in part.inner)]
+    learned = [frozenset(nested.train) for nested in part.inner]
+    left = [case for case in part.train if all(case in cases for cases in learned)]
     for spec in method.stages.values():
         begun = folder is not None and StageFolder(folder / spec.name).places.exists()
         asked = stage in (None, spec.name, *spec.inputs) and not begun
