@@ -158,14 +158,16 @@ def test_missing_broken_and_shifted_cases_leave_the_others_alone(tmp_path: Path)
 
 def test_a_prediction_whose_file_cannot_be_opened_is_background_too(tmp_path: Path) -> None:
     """A link to nothing, or a folder of that name: left out of the mean, it would raise it."""
-    write(tmp_path / "ref", *[labels(tumor=2)] * 3)
+    write(tmp_path / "ref", *[labels(tumor=2)] * 4)
     write(tmp_path / "pred", labels(tumor=2))
+    (tmp_path / "pred" / "case_00003.mhd").symlink_to(tmp_path / "nothing.mhd")
+    (tmp_path / "pred" / "case_00003.raw").touch()
     (tmp_path / "pred" / "case_00001.nii.gz").symlink_to(tmp_path / "nothing.nii.gz")
     (tmp_path / "pred" / "case_00002.nii.gz").mkdir()
     done, content = evaluate(tmp_path)
     assert done.code == 1
-    assert [content["cases"][f"case_0000{n}"]["tumor"]["dice"] for n in range(3)] == [1, 0, 0]
-    assert set(content["failed"]) == {"case_00001", "case_00002"}
+    assert [content["cases"][f"case_0000{n}"]["tumor"]["dice"] for n in range(4)] == [1, 0, 0, 0]
+    assert set(content["failed"]) == {"case_00001", "case_00002", "case_00003"}
     assert content["failed"]["case_00001"].endswith("Check the path. It counts as background.")
 
 

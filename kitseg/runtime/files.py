@@ -110,13 +110,13 @@ def lies_in(path: Path, *folders: Path) -> bool:
 def file_digest(path: Path) -> str:
     """The sha256 of the file's bytes, in hex, of a .mhd file also of its voxels; InputError if they can't be read."""
     data = [path.with_suffix(ending) for ending in (".raw", ".zraw")] if path.suffix.lower() == ".mhd" else []
-    if own := [file for file in data if file.is_file()]:
-        parts = [*map(file_digest, own), hashlib.sha256(path.read_bytes()).hexdigest()]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
     with read_errors(path):
         check_regular(path)
         with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if own := [file for file in data if file.is_file()]:
+        return hashlib.sha256("".join([*map(file_digest, own), digest]).encode()).hexdigest()
+    return digest
 
 
 def total_bytes(paths: Iterable[Path]) -> int:
