@@ -53,7 +53,7 @@ def test_a_run_states_its_methods(trained: Path, tmp_path: Path) -> None:
     assert "after/methods.html" in done.text
     found = items(tmp_path / "after" / "methods.html")
     assert "kidney 0.900 (0.800 to 0.950), tumor 0.400" in found[35]
-    assert "of 1 cases (1 of them as background" in found[35]
+    assert "of 1 cases (1 as background, without a usable prediction)" in found[35]
     assert found[33].startswith("1 cases scored out of fold, 1 of them as background")
     assert "1 not scored" in found[33]
     assert "background: 1 cases" in found[13]

@@ -222,4 +222,4 @@ def test_a_case_that_two_folds_validate_is_not_validated_twice_at_once(tmp_path:
     (run / "splits.json").write_text(json.dumps({**split, "folds": split["folds"] * 2}))
     done = kitseg(tmp_path, "validate", "runs/own")
     assert done.code == 2
-    assert "else of runs/own/splits.json is validated in several folds" in " ".join(done.text.split())
+    assert "several folds of runs/own/splits.json validate else, but a case has one" in " ".join(done.text.split())

@@ -112,7 +112,7 @@ def record_beside(labels: Path) -> CaseRecord | None:
 def is_of_another_scan(labels: Path, case: Case, scan: Volume) -> bool:
     """Whether the record of a label map, or else a DICOM segmentation itself, states another scan than this one.
 
-    Of the record it may be the same in another format.
+    The record's scan in another file format is the same scan.
     """
     record = record_beside(labels)
     if record and record.scan_sha256 and record.is_of(file_digest(labels)):

@@ -264,7 +264,7 @@ def _performance(scores: ScoreFile) -> str:
         interval = scores.get("ci95", {}).get(name, {}).get("dice")
         text = "undefined" if (mean := figures["dice"]) is None else f"{mean:.3f}"
         parts.append(f"{name} {text}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""))
-    cases = f"{len(scores['cases'])} cases ({len(as_background(scores))} of them as background, for want of labels)"
+    cases = f"{len(scores['cases'])} cases ({len(as_background(scores))} as background, without a usable prediction)"
     selected = "These cases selected the checkpoints, which makes the figures optimistic."
     return f"Mean Dice of out-of-fold predictions of {cases}: {', '.join(parts)}. {selected}"
 

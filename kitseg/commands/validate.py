@@ -109,7 +109,7 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path 
         raise UsageError(f"{path} has no finished fold; `kitseg train --fold all` trains them all")
     counts = Counter(case for number in asked for case in split.folds[number].val)
     if twice := sorted(case for case, count in counts.items() if count > 1):
-        what = f"{shorten(twice)} of {run.split} is validated in several folds, and has one label map"
+        what = f"several folds of {run.split} validate {shorten(twice)}, but a case has one label map"
         raise UsageError(f"{what}. Validate the folds one by one, such as {run.fold(asked[0])}")
     by_id = {case.id: case for case in labelled_cases(data, masks)}
     shown = {case.id: case.patients for case in by_id.values() if case.patients}

@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM and SIGUSR1 end a command within seconds, whatever it is doing; a training saves its state first.
 
-A cluster sends SIGTERM, or SIGUSR1 some time before a job's limit (``#SBATCH --signal=USR1@120``).
+A cluster sends SIGTERM, or SIGUSR1 some time before a job's limit (``#SBATCH --signal=USR1@300``).
 """
 
 from __future__ import annotations

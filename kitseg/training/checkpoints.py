@@ -86,7 +86,7 @@ class LastCheckpoint(Checkpoint):
         self.whole = start in (None, folder.last)  # else last.ckpt is damaged, and must not become previous.ckpt
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Train no further epoch where training had stopped early before it was ended, as Lightning would."""
+        """Train no further epoch, as Lightning would, where early stopping had ended the training before."""
         trainer.should_stop = any(rule.stopped_epoch for rule in trainer.early_stopping_callbacks)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

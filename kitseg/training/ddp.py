@@ -166,7 +166,7 @@ class RankCoordinator:
             self.failed.set()
             if self.number and not self.over.wait(MOMENT):  # after a training step, all ranks end by themselves
                 ask_to_end(self.number)
-            if not self.over.wait(PATIENCE):  # it may wait for the other one
+            if not self.over.wait(PATIENCE):  # an operation of all ranks waits for the one that is gone
                 end_now(128 + self.number if self.number else 1, None if self.number else str(self._failure()))
             return
 
