@@ -52,6 +52,10 @@ BETTER_FIRST = {
         {"SeriesDescription": "Abd nativ 1.0", "ContrastBolusAgent": "X", "slices": 32, "mm": 5.0},
         "is not stated to be without contrast",
     ),
+    **{
+        f"named {words}": ({"SeriesDescription": f"ABD {words} 5.0", "ContrastBolusAgent": "X"}, {}, "has contrast")
+        for words in ("W WO CONTRAST", "w/wo", "with and without", "w & w/o", "mit und ohne KM")
+    },
 }
 
 

@@ -25,7 +25,7 @@ from kitseg.errors import InputError
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.measure import measure
 from kitseg.volumes.dicom.document import patient_line
-from kitseg.volumes.dicom.labels import case_of_segmentation, read_segmentation
+from kitseg.volumes.dicom.labels import case_of_segmentation, is_of_another_series, read_segmentation
 from kitseg.volumes.dicom.segmentation import NOTICE, Algorithm, SegmentedSeries, write_segmentation
 from kitseg.volumes.dicom.series import Series, find_series, read_series, stack_of
 from kitseg.volumes.dicom.source import WHO as FILED_BY
@@ -384,6 +384,7 @@ def test_what_is_no_uid_is_replaced_without_a_warning(
             edit(path, **names, StudyInstanceUID="PID-4711-XYZ", SeriesInstanceUID="ALIAS-99")
     recwarn.clear()
     write(tmp_path / "out.dcm", random_labels(SHAPE), only(tmp_path / "in"), anonymous=True)
+    assert not is_of_another_series(tmp_path / "out.dcm", paths[0])
     assert not recwarn.list
     assert capfd.readouterr() == ("", "")
     content = (tmp_path / "out.dcm").read_bytes()

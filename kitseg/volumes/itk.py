@@ -180,7 +180,7 @@ def _text(path: Path) -> tuple[str, bytes]:
 def _check_axes(path: Path, stated: bytes, text: bytes) -> None:
     """Refuse a number of axes that SimpleITK doesn't survive; every statement counts, whichever it takes."""
     if any(count not in (b"1", b"2", b"3", b"4") for count in re.findall(stated, text)):
-        raise InputError(path, "it has not three axes", _CONVERT)
+        raise InputError(path, "its voxels are not on three axes", _CONVERT)
 
 
 def _data_file(path: Path, name: str, text: bytes) -> Path:

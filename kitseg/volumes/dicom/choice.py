@@ -35,6 +35,10 @@ _SHARP = re.compile(r"LUNG|BONE|EDGE|DETAIL|SHARP|^Y[A-D]$|^FC(3|5|8)\d|^[DEL]$"
 _UNENHANCED = re.compile(
     r"\bnativ|\bnat\b|non.?con|\bno con|without|ohne|\bsans|unenh|plain|\bw/?o\b|\bNC\b|\bNCCT", re.IGNORECASE
 )
+#: Of a study whose series all have its name, which states nothing of one of them.
+_WITH_AND_WITHOUT = re.compile(
+    r"\bw(ith)?\b\W*(and)?\W*w(ithout|/?o)\b|\bmit\W*(u|und)?\W*ohne\b|\bavec\W*(et)?\W*sans\b", re.IGNORECASE
+)
 _PHASES = (  # the challenge's scans are late arterial, so earlier phases are preferred
     re.compile(r"\bart(er|\b)|cortico", re.IGNORECASE),
     re.compile(r"nephrog|\bpv\b|portal|\bven(\b|ou?s|ö)", re.IGNORECASE),
@@ -162,7 +166,7 @@ def _earliness(series: Series) -> int:
 def _contrast(series: Series) -> str:
     """Whether it has contrast: yes, no or unknown."""
     first = series.headers[0]
-    if _UNENHANCED.search(first.description):
+    if _UNENHANCED.search(_WITH_AND_WITHOUT.sub("", first.description)):
         return "no"
     return "yes" if first.contrast or _phase(series) is not None else "unknown"
 

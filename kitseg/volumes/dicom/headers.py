@@ -209,6 +209,11 @@ def made_up_uid(*words: str) -> str:
     return str(UID(f"2.25.{number}"))
 
 
+def valid_uid(kind: str, uid: str) -> str:
+    """A valid UID unchanged; a derived UID for an invalid value, which could contain anything."""
+    return uid if UID(uid).is_valid else made_up_uid(kind, uid)
+
+
 def _header(path: Path, found: pydicom.Dataset, sop_class: str) -> Header:
     axes = _numbers(found, "ImageOrientationPatient", 6)
     return Header(

@@ -1,4 +1,4 @@
-"""DICOM segmentations as label maps: kitseg's own, and others' whose segments are coded as kidney, neoplasm or cyst."""
+"""DICOM segmentations as label maps: kitseg's own, and others' whose segments have codes of kidney and lesions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydicom.uid import SegmentationStorage
 from kitseg.errors import InputError
 from kitseg.labels import CLASSES, CYST, KIDNEY, TUMOR
 from kitseg.types import Geometry, Volume, triple
-from kitseg.volumes.dicom.headers import quiet, read_dataset, read_dicom_header, walk
+from kitseg.volumes.dicom.headers import quiet, read_dataset, read_dicom_header, valid_uid, walk
 from kitseg.volumes.dicom.series import pseudonym
 from kitseg.volumes.header import MAX_VOXELS, check_affine
 from kitseg.volumes.nifti import canonical_geometry, turn_to_canonical
@@ -62,7 +62,10 @@ def is_of_another_series(path: Path, image: Path) -> bool:
     header, stated = read_dicom_header(image), set[str]()
     with quiet(), suppress(Exception):  # as above
         stated = {str(item.SeriesInstanceUID) for item in read_dataset(path).ReferencedSeriesSequence}
-    return header is not None and bool(header.series and stated) and header.series not in stated
+    if header is None or not header.series or not stated:
+        return False
+    with quiet():
+        return stated.isdisjoint({header.series, valid_uid("series", header.series)})  # kitseg writes no invalid one
 
 
 def read_segmentation(path: Path, case_id: str) -> Volume:
@@ -72,7 +75,7 @@ def read_segmentation(path: Path, case_id: str) -> Volume:
     before kidney. The grid holds the slices from the first to the last with a frame.
 
     Raises:
-        InputError: it can't be read, its frames form no volume, or no segment is coded as kidney, neoplasm or cyst.
+        InputError: it can't be read, its frames form no volume, or no segment has such a code.
     """
     from highdicom.seg import segread  # imported here: to list files is quick without it
 
@@ -92,7 +95,7 @@ def read_segmentation(path: Path, case_id: str) -> Volume:
     except Exception as error:  # pydicom and highdicom raise many types, and their messages may quote patient data
         raise InputError(path, f"not a readable DICOM segmentation ({type(error).__name__})", _REMEDY) from error
     if not set(meanings.values()) & set(CLASSES.values()):
-        raise InputError(path, "no segment of it is coded as kidney, neoplasm or cyst", "Give another segmentation")
+        raise InputError(path, "no segment is coded as kidney, neoplasm, mass or cyst", "Give another segmentation")
     affine = np.diag([-1.0, -1, 1, 1]) @ np.asarray(grid.affine, np.float64)  # from LPS to RAS+
     check_affine(path, affine)
     unread = sum(_is_of_kidney(one) and meanings[int(one.SegmentNumber)] is None for one in found.SegmentSequence)

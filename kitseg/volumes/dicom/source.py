@@ -9,7 +9,7 @@ from pydicom.uid import UID, CTImageStorage
 from pydicom.valuerep import DA, TM, DSfloat
 
 from kitseg.errors import InputError
-from kitseg.volumes.dicom.headers import PASSES, Header, element_text, made_up_uid, read_dataset
+from kitseg.volumes.dicom.headers import PASSES, Header, element_text, read_dataset, valid_uid
 from kitseg.volumes.dicom.series import Series, stack_of
 
 #: What a PACS files by, and nothing else; always present, empty where it isn't known.
@@ -41,10 +41,11 @@ def series_number(series: Series, kind: int) -> int:
 def _source(header: Header, series: Series, between: float, who: pydicom.Dataset) -> pydicom.Dataset:
     first, source = series.headers[0], pydicom.Dataset()
     source.update(who)
-    source.StudyInstanceUID, source.SeriesInstanceUID = _valid("study", series.study), _valid("series", series.uid)
-    source.SOPInstanceUID = _valid("instance", header.instance or str(header.path))
+    source.StudyInstanceUID = valid_uid("study", series.study)
+    source.SeriesInstanceUID = valid_uid("series", series.uid)
+    source.SOPInstanceUID = valid_uid("instance", header.instance or str(header.path))
     source.SOPClassUID = header.sop_class if UID(header.sop_class).is_valid else CTImageStorage
-    source.FrameOfReferenceUID = _valid("frame of reference", first.frame_of_reference or series.uid)
+    source.FrameOfReferenceUID = valid_uid("frame of reference", first.frame_of_reference or series.uid)
     source.Modality, source.Rows, source.Columns = "CT", *first.size
     source.PixelSpacing = _decimals(*first.spacing)
     source.SpacingBetweenSlices = _decimals(between)[0]
@@ -52,11 +53,6 @@ def _source(header: Header, series: Series, between: float, who: pydicom.Dataset
     source.ImageOrientationPatient = _decimals(*first.row_axis, *first.column_axis)
     source.ImagePositionPatient = _decimals(*header.position)
     return source
-
-
-def _valid(kind: str, uid: str) -> str:
-    """A valid UID unchanged; a derived UID for an invalid value, which could contain anything."""
-    return uid if UID(uid).is_valid else made_up_uid(kind, uid)
 
 
 def _nobody() -> pydicom.Dataset:
