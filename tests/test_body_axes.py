@@ -76,3 +76,12 @@ def test_a_kidney_that_lies_across_does_not_count() -> None:
 
 def test_what_lies_across_the_scan_is_not_the_patients_axis() -> None:
     assert (axes((0, 0, 0), radii=(70, 22, 25)) == np.eye(3)).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_both_kidneys_across_the_scan() -> None:
+    labels, affine = np.zeros((30, 40, 200), np.uint8), np.eye(4)[[2, 1, 0, 3]]
+    for start in (10, 110):
+        labels[5:25, 5:35, start : start + 80] = 1
+    geometry = Geometry(labels.shape, affine)
+    assert (body_axes(labels, side_map(labels, geometry, 100.0), geometry) == np.eye(3)).all()

@@ -50,7 +50,7 @@ def body_axes(labels: NDArray[np.uint8], sides: NDArray[np.uint8], geometry: Geo
         right = places[CODES["right"]].mean(axis=0) - places[CODES["left"]].mean(axis=0)
         right /= np.linalg.norm(right)
         one, other = (_longest(spread) for spread in spreads)
-        if abs(one @ _mirror(_across(right, _longest(sum(spreads)))) @ other) < _MOST_OBLIQUE:
+        if abs(one @ _mirror(across(right, _longest(sum(spreads)))) @ other) < _MOST_OBLIQUE:
             spreads = [spread for spread in spreads if abs(_longest(spread)[2]) >= _MOST_OBLIQUE]
     if len(spreads) == 1:
         spreads.append(_mirror(right) @ spreads[0] @ _mirror(right))
@@ -58,7 +58,7 @@ def body_axes(labels: NDArray[np.uint8], sides: NDArray[np.uint8], geometry: Geo
     if sizes[2] < _ROUND**2 * sizes[1]:
         return np.eye(3)
     long = axes[:, 2] * np.sign(axes[2, 2])
-    right = _across(right, long)
+    right = across(right, long)
     up = Rotation.from_rotvec(-_LEANING * right).apply(long)
     return np.array([right, np.cross(up, right), up]) if up[2] >= _MOST_OBLIQUE else np.eye(3)
 
@@ -68,10 +68,10 @@ def _longest(spread: Array) -> Array:
     return np.asarray(np.linalg.eigh(spread)[1][:, 2])
 
 
-def _across(direction: Array, long: Array) -> Array:
-    """The unit vector (3,) of a direction's part perpendicular to the unit vector ``long``."""
-    part = direction - (direction @ long) * long
-    return np.asarray(part / np.linalg.norm(part))
+def across(direction: Array, axis: Array) -> Array:
+    """The unit vector (3,) of a direction's part perpendicular to a unit vector; 0 where there is none."""
+    part = direction - (direction @ axis) * axis
+    return np.asarray(part / max(float(np.linalg.norm(part)), 1e-9))
 
 
 def _mirror(normal: Array) -> Array:

@@ -19,6 +19,7 @@ from scipy.spatial import ConvexHull, cKDTree
 
 from kitseg.components import Components, bounding_box
 from kitseg.labels import KIDNEY
+from kitseg.measurement.body_axes import across
 from kitseg.measurement.diameters import line_ends
 from kitseg.types import Geometry, triple
 
@@ -141,7 +142,7 @@ def kidney_frame(labels: NDArray[np.uint8], geometry: Geometry, lesion: Mask, bo
     found = np.argwhere(sinus) - centre
     long = _long_axis(solid - centre, up)
     usual = np.cos(_TURNED) * inward + np.sin(_TURNED) * forward
-    hilum = _across(found.sum(axis=0) * _STEP**4 / 1000 + _USUAL_ML * _USUAL_MM * usual, long)
+    hilum = across(found.sum(axis=0) * _STEP**4 / 1000 + _USUAL_ML * _USUAL_MM * usual, long)
     front = np.cross(long, hilum)
     front *= np.sign(front @ forward)
     points = np.argwhere(tumor)
@@ -251,12 +252,6 @@ def _long_axis(offsets: Array, up: Array) -> Array:
     return np.asarray(axes[:, 2] * np.sign(axes[:, 2] @ up), np.float64)
 
 
-def _across(direction: Array, axis: Array) -> Array:
-    """The unit vector along a direction that is perpendicular to an axis."""
-    part = direction - (direction @ axis) * axis
-    return np.asarray(part / max(float(np.linalg.norm(part)), 1e-9), np.float64)
-
-
 def _sinus(depth: NDArray[np.float32], centre: Array, inward: Array) -> Mask:
     """The largest gap deep inside the outline, medial where there is one there, and gaps further in but for specks.
 
@@ -285,7 +280,7 @@ def _open_levels(depth: NDArray[np.float32], sinus: Mask, centre: Array, up: Arr
     There the medial lip of parenchyma is interrupted, which defines the polar lines (Kutikov and Uzzo 2009). Levels are
     planes across ``up``; without an open one, those of all of the sinus.
     """
-    side = _across(np.eye(3)[int(np.argmin(np.abs(up)))], up)
+    side = across(np.eye(3)[int(np.argmin(np.abs(up)))], up)
     frame = np.stack([up, side, np.cross(up, side)])
     points = np.argwhere(depth >= 0)
     turned = np.rint((points - centre) @ frame.T / _STEP).astype(int)
