@@ -174,7 +174,7 @@ def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
         return None
     truth = read_reference(path, task.case, task.truth)
     check_grid(path, truth.geometry, labels.geometry)
-    if task.scored_with not in (None, labels_digest(truth)):
+    if task.scored_with and task.scored_with != labels_digest(truth):
         remedy = "Make them again with `kitseg evaluate`, or state the same --labels here."
         raise InputError(path, "the scores are of another reference, or of other labels in it", remedy)
     return truth.array if task.scheme.cyst else to_kits19(truth.array)
