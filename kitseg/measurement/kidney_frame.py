@@ -220,7 +220,7 @@ def _field(mask: Mask, spacing: tuple[float, float, float]) -> NDArray[np.float3
     if not any(thick):
         return np.ascontiguousarray(mask, np.float32)
     steps = tuple(mm if slow else _STEP for mm, slow in zip(spacing, thick, strict=True))
-    field = edt.sdf(np.pad(mask, 1), anisotropy=steps, parallel=1)
+    field: NDArray[np.float32] = edt.sdf(np.pad(mask, 1), anisotropy=steps, parallel=1)
     for axis, at in enumerate(places):
         inner = at + 1 if thick[axis] else np.arange(mask.shape[axis]) + 1
         field = _between(field, np.asarray(inner, np.float64), axis)
