@@ -345,7 +345,7 @@ def test_a_split_by_command_holds_patients_together(validated: Path, tmp_path: P
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "splits.json").read_bytes()
     apart = {"schema": 1, "convention": "kits19", "folds": [{"train": ["case_00000"], "val": ["case_00003"]}]}
     (tmp_path / "apart.json").write_text(json.dumps(apart))
-    refused = kitseg(tmp_path, "train", *quick("progressive"), "--split=apart.json")
+    refused = kitseg(tmp_path, "train", *quick("progressive"), "--split=apart.json", "--set=folds=5")
     assert refused.code == 1
     assert "patient Ann on two sides: case_00000, case_00003" in refused.text
     (tmp_path / "data/patients.csv").write_text("case,patient\ncase_00000,Ann\ncase_00000,Bea\n")
