@@ -27,7 +27,7 @@ from kitseg.patches.bodies import shape_cases
 from kitseg.patches.queue import AddressSampler
 from kitseg.patches.synthetic import SyntheticQueue
 from kitseg.synthesis import habitus, lesions, neighbours, phases, scanners
-from kitseg.synthesis.anatomies import SCALES, anatomies_of, any_transplants
+from kitseg.synthesis.anatomies import SCALES, anatomies_of, any_transplants, graft
 from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
 from kitseg.synthesis.fields import smooth_noise
 from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
@@ -110,11 +110,32 @@ def test_hu_levels_of_the_phases(body: RealBody) -> None:
         assert torch.allclose(hu[:, 8, 40], torch.tensor(-100.0)), "fat keeps its HU in every phase"
         if name not in (phases.CORTICAL, phases.EXCRETORY):
             assert levels[name] == pytest.approx(phase.parenchyma, abs=6)
-    assert 20 < levels[phases.PLAIN] < 50
+    exact, deep = replace(body.facts, noise=0.0), torch.from_numpy(np.asarray(body.distance) < -14)
+    for seed in range(6):
+        hu, phase = phases.show(phases.PLAIN, phases.Tissues(*fields, np.array(MM)), exact, np.random.default_rng(seed))
+        assert float(hu[deep].mean()) == pytest.approx(phase.parenchyma, abs=0.5), "lesions are relative to it"
     assert 90 < levels[phases.NEPHROGRAPHIC] < 220
     shell = (np.asarray(body.distance) < -2) & (np.asarray(body.distance) > -5)
     hu, _ = phases.show(phases.CORTICAL, phases.Tissues(*fields, np.array(MM)), body.facts, np.random.default_rng(0))
     assert float(hu[torch.from_numpy(shell)].mean()) > levels[phases.CORTICAL] + 20, "the cortex is brighter"
+
+
+@pytest.mark.parametrize("name", [phases.PLAIN, phases.EXCRETORY])
+def test_a_phase_with_less_contrast_leaves_no_bright_edge(body: RealBody, name: str) -> None:
+    blurred = torch.from_numpy(ndimage.gaussian_filter(body.hu.astype(np.float32), 0.7))
+    distance = torch.from_numpy(np.asarray(body.distance, np.float32))
+    on = phases.Tissues(blurred, distance, torch.zeros_like(distance), np.array(MM))
+    for seed in range(6):
+        hu, phase = phases.show(name, on, replace(body.facts, noise=0.0), np.random.default_rng(seed))
+        assert float(hu[(distance > -4) & (distance < 2)].max()) < phase.parenchyma + 8
+
+
+def test_organs_of_a_bright_scan_lose_their_contrast_too() -> None:
+    hu = torch.tensor([-100.0, 40.0, 150.0, 190.0, 340.0])
+    shown = phases._without_contrast(hu, torch.zeros(5), 205.0, 1.0).tolist()
+    assert shown[:2] == [-100, 40]
+    assert 60 < shown[2] < shown[3] < 95, "liver and spleen beside kidneys of 205 HU"
+    assert shown[4] == 340, "bone"
 
 
 def test_neighbours_of_a_kidney_are_from_another_body(body: RealBody) -> None:
@@ -281,8 +302,7 @@ def test_kidneys_of_a_label_map() -> None:
     assert found[0, 1:] == pytest.approx([tumor, 0], rel=0.2)
     assert found[1, 1:] == pytest.approx([0, cyst], rel=0.2), "smoothed on voxels of 3 mm"
     whole = 4 / 3 * np.pi * 24**3 / 1000
-    shell = 4 / 3 * np.pi * (15**3 - 13**3) / 1000
-    assert found[1, 0] == pytest.approx(whole - shell, rel=0.13), "under the cyst there is parenchyma"
+    assert (left.fields[0][left.fields[2] < 0] < 0).all(), "under the cyst there is parenchyma, without a gap of fat"
     assert left.parenchyma_ml == pytest.approx(whole - cyst, rel=0.13)
     cut = kidney_map()[18:]
     assert [one.right for one in anatomies_of(cut, MM, "b")] == [], "of cut kidneys the shape is not known"
@@ -304,6 +324,15 @@ def test_a_transplant_replaces_the_kidneys(body: RealBody) -> None:
     old = (np.asarray(body.distance) < -2) & ~ndimage.binary_dilation(label > 0)
     assert old.any()
     assert np.median(hu[old]) < -70, "fat where the body's own were larger"
+
+
+def test_the_old_sinus_is_not_in_a_transplant(body: RealBody) -> None:
+    one = any_transplants(body.facts.kidneys, anatomies_of(kidney_map(), MM, "a"), np.random.default_rng(0))[0]
+    points = habitus.Frame(np.eye(3), np.array([66.0, 96.0, 66.0])).grid((30, 30, 30), MM)
+    fields = (torch.full((30, 30, 30), -100.0), torch.full((30, 30, 30), 10.0), torch.full((30, 30, 30), -1.0))
+    assert graft(one, fields, points, 150, np.random.default_rng(0)) is not None
+    assert bool((fields[1] < -3).any())
+    assert float(fields[2][fields[1] < -3].min()) == 0, "where it would be filled with urine or fluid"
 
 
 def test_fluid_replaces_fat_near_kidneys_and_no_label(body: RealBody) -> None:
@@ -328,6 +357,16 @@ def test_no_label_out_of_view() -> None:
     cut = [one for one in views if (one.label > 0).sum() < 0.98 * kidneys.sum()]
     assert cut
     assert all(one.hu[ndimage.binary_erosion(one.label.numpy() > 0)].min() > -500 for one in cut)
+
+
+def test_no_label_in_air_where_a_scan_ends() -> None:
+    hu, kidneys = (array[:24] for array in scan())
+    arrays, facts = describe(hu, kidney_distance(kidneys, MM), MM)
+    body = RealBody(name="a", hu=hu, **arrays, spacing=MM, facts=facts)
+    parts = SynthesisParts(**{**asdict(NONE), "scanners": True})
+    for number in range(20):
+        one = patient(body, parts, 3, number)
+        assert float(one.hu[one.label > 0].min()) > -260, "slices may be averaged with air"
 
 
 def test_moves_and_pushes(body: RealBody) -> None:

@@ -73,7 +73,7 @@ class _ShapesFile:
     ids: dict[str, int] = field(default_factory=lambda: KITS23.ids)
 
 
-_BODY, _SHAPES = FileFormat(_BodyFile, 1, _AGAIN), FileFormat(_ShapesFile, 2, _AGAIN)
+_BODY, _SHAPES = FileFormat(_BodyFile, 1, _AGAIN), FileFormat(_ShapesFile, 3, _AGAIN)
 
 
 def scheme_of_masks(labels: Scheme) -> Scheme:

@@ -26,8 +26,8 @@ from kitseg.synthesis.habitus import FAT, remove
 MM, MARGIN, FAR, PER_MM = 2.0, 10.0, 31.0, 4.0  # grid and margin of a kidney, largest distance (mm); units per mm
 SHARE = 0.35  # of the patients
 SCALES, ANGLES = (0.75, 1.3), (12.0, 12.0, 12.0)  # of a kidney, so that it has about the size of the body's own
-UNDER = 2.0  # mm below a lesion's surface, from where parenchyma is drawn under it
-BONE, GAS = 190.0, -250.0  # HU, where no kidney is put
+UNDER = 2.0  # mm below the surface of kidney and lesions, from where parenchyma is drawn under lesions
+BONE, GAS = 190.0, -250.0  # HU, above and below which no kidney is put
 Fields = tuple[Tensor, Tensor, Tensor]
 
 
@@ -91,7 +91,7 @@ def anatomies_of(labels: NDArray[np.uint8], spacing: Sequence[float], case: str)
         margin = [(int(np.ceil(MARGIN / mm)),) * 2 for mm in spacing]
         kept = np.pad(np.where(one, labels, 0)[box.slices], margin)
         masses = [_on_grid(kept == value, spacing) for value in (TUMOR, CYST)]
-        kidney = np.minimum(_on_grid(kept == KIDNEY, spacing), np.minimum(*masses) + UNDER)
+        kidney = np.minimum(_on_grid(kept == KIDNEY, spacing), _on_grid(kept > 0, spacing) + UNDER)
         sinus = sinus_of(kidney < 0, kidney, (MM,) * 3)
         rows = [np.rint(d.clip(-FAR, FAR) * PER_MM).astype(np.int8) for d in (kidney, *masses)]
         right = (box.start[2] + box.stop[2]) / 2 < labels.shape[2] / 2
@@ -133,7 +133,7 @@ def graft(one: Transplant, fields: Fields, points: Tensor, parenchyma: float, rn
     kidney = torch.where(((around > BONE) & (kidney > -12)) | (around < GAS), kidney.clamp(min=1.0), kidney)
     hu.copy_(_painted(removed[0], around, kidney, sinus, parenchyma, rng))
     distance.copy_(torch.minimum(removed[1], kidney))
-    tissue.copy_(torch.where(sinus > 0.5, SINUS * sinus, removed[2]))
+    tissue.copy_(torch.where(sinus > 0.5, SINUS * sinus, removed[2].clamp(min=0)))
     return Graft(near, {"tumor": tumor, "cyst": cyst}, one.anatomy.case)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kitseg.labels import BACKGROUND, KIDNEY
 from kitseg.synthesis import fluid, habitus, lesions, neighbours, phases, scanners
-from kitseg.synthesis.anatomies import SHARE, Graft, Transplant, any_transplants, graft
+from kitseg.synthesis.anatomies import GAS, SHARE, Graft, Transplant, any_transplants, graft
 from kitseg.synthesis.bodies import KidneyBox, RealBody
 from kitseg.synthesis.fields import Vector
 from kitseg.synthesis.habitus import Frame
@@ -253,12 +253,12 @@ def _any_place(places: NDArray[np.float32], rng: Generator) -> Vector:
 
 
 def _scanned(scene: Surroundings, points: Tensor, body: RealBody, rng: Generator) -> Tensor:
-    """HU from another scanner, on another table; labels out of its view are removed."""
+    """HU from another scanner, on another table; what is out of its view, or has become air, loses its label."""
     size, hu = np.array(body.hu.shape) * body.spacing, scene.hu
     if rng.random() < 0.08:
-        outside = scanners.out_of_view(points, float(size[1:].max()), rng)
-        hu = hu.masked_fill(outside, habitus.AIR)
-        scene.label[outside] = BACKGROUND
+        hu = hu.masked_fill(scanners.out_of_view(points, float(size[1:].max()), rng), habitus.AIR)
     if rng.random() < 0.3 and float(points[1].max()) > body.facts.back:
         hu = scanners.table(hu, points, body.facts.back, float(size[2]), rng)
-    return scanners.scan(hu, scene.spacing, rng)
+    hu = scanners.scan(hu, scene.spacing, rng)
+    scene.label[hu < GAS] = BACKGROUND
+    return hu

@@ -19,6 +19,7 @@ SHARES = {SCANNED: 0.38, PLAIN: 0.2, CORTICAL: 0.17, NEPHROGRAPHIC: 0.15, EXCRET
 CORTEX = (5.0, 8.0)  # mm, its thickness
 GRAIN = (0.35, 0.85)  # of a scan's fine noise: interpolation has smoothed what is around
 BLOOD, TISSUE = 42.0, 45.0  # HU without contrast
+BLUR = 2.0  # mm around the kidneys
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,19 @@ def show(name: str, on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, 
         return _plain(on, facts, rng)
     hu, mean = on.hu, facts.parenchyma
     noise = smooth_noise(rng, hu.shape, 1.2) * facts.noise * rng.uniform(*GRAIN)
-    left = (hu - mean).clamp(-90, 90) * rng.uniform(0.15, 0.5)  # of the structure that was scanned
+    left = _structure(hu, mean) * rng.uniform(0.15, 0.5)
     if name == CORTICAL:
         cortex, medulla = rng.uniform(140, 240), rng.uniform(60, 120)
         depth = -on.distance + smooth_noise(rng, hu.shape, 9 / on.spacing) * 2
         pattern = medulla + (cortex - medulla) * step(rng.uniform(*CORTEX) - depth, 0.9)
+        hu = _no_brighter_edge(hu, on, cortex)
         flat = pattern + 0.7 * left + noise
         return hu + on.inside * (flat - hu), Phase(name, 0.6 * cortex + 0.4 * medulla, cortex)
     level = rng.uniform(95, 210)
     if name == EXCRETORY:
         level = rng.uniform(80, 150)
-        hu = _without_contrast(hu, on.tissue, rng.uniform(0.3, 0.7))
+        hu = _without_contrast(hu, on.tissue, mean, rng.uniform(0.3, 0.7))
+    hu = _no_brighter_edge(hu, on, level)
     hu = hu + on.inside * (level + left + noise - hu)
     if name == EXCRETORY:
         hu = _urine(hu, on, rng)
@@ -97,27 +100,40 @@ def _scanned(on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, Phase]:
 
 def _plain(on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, Phase]:
     """No contrast: soft tissue and vessels lose theirs, parenchyma becomes homogeneous."""
-    level, mean = rng.uniform(24, 42), torch.tensor(facts.parenchyma)
-    hu = _without_contrast(on.hu, on.tissue, 1.0)
-    structure = on.hu.clamp(-60, 200) - _dulled(mean)
+    level, mean = rng.uniform(24, 42), facts.parenchyma
+    hu = _no_brighter_edge(_without_contrast(on.hu, on.tissue, mean, 1.0), on, level)
     noise = smooth_noise(rng, hu.shape, 1.2) * facts.noise * rng.uniform(*GRAIN)
-    flat = level + structure * rng.uniform(0.1, 0.25) + noise
+    flat = level + _structure(on.hu, mean) * rng.uniform(0.1, 0.25) + noise
     return hu + on.inside * (flat - hu), Phase(PLAIN, level, level)
 
 
-def _without_contrast(hu: Tensor, tissue: Tensor, share: float) -> Tensor:
-    """Soft tissue and vessels with a share of their contrast agent taken away; fat and bone stay."""
-    dull = _dulled(hu)
+def _structure(hu: Tensor, mean: float) -> Tensor:
+    """What was scanned in the parenchyma, around 0 HU."""
+    return (hu - mean).clamp(-90, 90)
+
+
+def _no_brighter_edge(hu: Tensor, on: Tissues, level: float) -> Tensor:
+    """HU of at most ``level`` around the kidneys' surface, where the scan shows their contrast blurred."""
+    return hu + step(BLUR - on.distance, 0.4) * (level - hu).clamp(max=0)
+
+
+def _without_contrast(hu: Tensor, tissue: Tensor, mean: float, share: float) -> Tensor:
+    """Soft tissue and vessels with a share of their contrast agent taken away; fat and bone stay.
+
+    mean: HU of the parenchyma, which tells how bright other organs may be.
+    """
+    dull = _dulled(hu, min(max(120.0, mean), 210.0))
     blood = BLOOD + 0.15 * (hu - 150)
     dull = dull + (2 * tissue.abs()).clamp(max=1) * (blood - dull).clamp(max=0)  # vessels, in the sinus too
     return hu + share * (dull - hu)
 
 
-def _dulled(hu: Tensor) -> Tensor:
-    """Contrast-enhanced HU of soft tissue as without contrast; continuous, and unchanged from 250 HU (bone)."""
-    low = TISSUE + (hu - TISSUE) * 0.3
-    high = TISSUE + 75 * 0.3 + (hu - 120) * (250 - TISSUE - 75 * 0.3) / 130
-    return torch.where(hu < TISSUE, hu, torch.where(hu < 120, low, torch.where(hu < 250, high, hu)))
+def _dulled(hu: Tensor, organs: float) -> Tensor:
+    """Contrast-enhanced HU of soft tissue, up to ``organs``, as without contrast; continuous, and bone stays."""
+    low, bone = TISSUE + (hu - TISSUE) * 0.3, organs + 130
+    top = TISSUE + (organs - TISSUE) * 0.3
+    high = top + (hu - organs) * (bone - top) / 130
+    return torch.where(hu < TISSUE, hu, torch.where(hu < organs, low, torch.where(hu < bone, high, hu)))
 
 
 def _urine(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
