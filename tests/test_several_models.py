@@ -48,6 +48,25 @@ def test_the_members_of_an_ensemble_share_its_weight(
     assert [model["weight"] for model in record["models"]] == expected
 
 
+def test_a_model_of_weight_0_is_left_out(work: Path) -> None:
+    """It is not run, and no flag is about its disagreement with the others."""
+    write_ensemble(work / "one.yaml", [Member(work / "a", 0.0), Member(work / "b", 1.0)], {}, {})
+    for named in (("--model=a", "--model=b", "--weights=0,2"), ("--model=one.yaml",)):
+        done = kitseg(work, "predict", "scan.nii.gz", *named, "--device=cpu", "--engine=torch", "-o", "out")
+        assert done.code == 0, done.text
+        record = json.loads((work / "out" / "scan.json").read_text())
+        assert [Path(model["path"]).name for model in record["models"]] == ["b"]
+        assert record["quality"]["agreement"] is None
+    for name in ("a", "b"):
+        infer = ("infer", f"--model={name}", "--data=scan.nii.gz", "--device=cpu", "--engine=torch", "-o", f"p{name}")
+        assert kitseg(work, *infer).code == 0
+    done = kitseg(work, "ensemble", "pa", "pb", "--weights=0,2", "-o", "mean")
+    assert done.code == 0, done.text
+    members = json.loads((work / "mean" / "manifest.json").read_text())["members"]
+    assert [(member["folder"], member["weight"]) for member in members] == [("pb", 2.0)]
+    assert np.array_equal(np.load(work / "mean" / "scan.npy"), np.load(work / "pb" / "scan.npy"))
+
+
 @pytest.mark.parametrize(
     "engine",
     ["torch", pytest.param("winograd", marks=pytest.mark.skipif(not has_kernels(), reason="no compiled kernels"))],

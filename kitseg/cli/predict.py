@@ -89,15 +89,14 @@ def ensemble(
     overwrite: opt.Overwrite = False,
 ) -> None:
     """Average folders of probabilities. The post-processing of the first folder is kept."""
-    from kitseg.commands.infer import average, what_is_lost
+    from kitseg.commands.infer import average, plan_average
     from kitseg.models.memory import parse_size
-    from kitseg.volumes.blocks import block_cases
 
-    shares, most = _numbers(weights) or [1.0] * len(folders), parse_size(max_memory)
-    count = len(block_cases(folders[0]))
-    if lost := what_is_lost(folders):
+    most = parse_size(max_memory)
+    plan = plan_average(folders, _numbers(weights) or [1.0] * len(folders), output)
+    if lost := plan.manifest.get("lost"):
         console.print_plain(lost)
-    work("ensemble", count, lambda done: average(folders, shares, output, done, most))
+    work("ensemble", len(plan.cases), lambda done: average(plan, output, done, most))
 
 
 @app.command(epilog="Example: kitseg postprocess ensemble -o predictions")
@@ -147,7 +146,8 @@ def predict(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Weights of the models, such as 2,1. Default: equal. The members of an ensemble file share its weight."
+            help="Weights of the models, such as 2,1. Default: equal. The members of an ensemble file share its "
+            "weight; a model of weight 0 is left out."
         ),
     ] = None,
     mirror: opt.Mirror = False,

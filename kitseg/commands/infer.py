@@ -81,10 +81,18 @@ def _shared_cases(folders: Sequence[Path]) -> list[str]:
     return cases
 
 
-def average(
-    folders: Sequence[Path], weights: Sequence[float], to: Path, on_done: OnDone, max_memory: int | None = None
-) -> list[Outcome]:
-    """The weighted mean of folders of probabilities, case by case, in slabs that keep within ``max_memory`` bytes.
+@dataclass(frozen=True)
+class Average:
+    """A weighted mean of folders of probabilities: those with a weight, their cases, and the mean's manifest."""
+
+    folders: Sequence[Path]
+    weights: Sequence[float]
+    cases: Sequence[str]
+    manifest: Mapping[str, Any]
+
+
+def plan_average(folders: Sequence[Path], weights: Sequence[float], to: Path) -> Average:
+    """The mean of folders of probabilities, those of weight 0 left out.
 
     Raises UsageError: the folders hold different cases or channels, the weights don't fit, or a file of another origin
     is in the way.
@@ -93,6 +101,7 @@ def average(
         raise UsageError(f"{len(folders)} folders need the same number of non-negative weights, not {list(weights)}")
     if to.resolve() in [folder.resolve() for folder in folders]:
         raise UsageError(f"{to} is one of the folders to average. Choose another output folder")
+    folders, weights = zip(*((f, weight) for f, weight in zip(folders, weights, strict=True) if weight), strict=True)
     cases = _shared_cases(folders)
     blocks.refuse_case_overwrite(to, cases)
     manifests = [blocks.read_manifest(folder) for folder in folders]
@@ -106,8 +115,18 @@ def average(
         for member in _members(folder, weight, made)
     ]
     manifest = {**manifests[0], "channels": list(channels), "members": members}
-    if lost := what_is_lost(folders):
+    lost = ensemble.lost_classes([(f.name, made["channels"]) for f, made in zip(folders, manifests, strict=True)])
+    if lost := lost or next((made["lost"] for made in manifests if "lost" in made), ""):
         manifest["lost"] = lost
+    return Average(folders, weights, cases, manifest)
+
+
+def average(plan: Average, to: Path, on_done: OnDone, max_memory: int | None = None) -> list[Outcome]:
+    """Write the mean case by case, in slabs that keep within ``max_memory`` bytes.
+
+    Raises UsageError: the folder holds something else; KitsegError: another process writes there.
+    """
+    folders, weights, channels = plan.folders, plan.weights, tuple(plan.manifest["channels"])
 
     def work(case: str) -> Outcome:
         (scan, digest), result = blocks.scan_of(folders[0], case), to / f"{case}.npy"
@@ -129,15 +148,8 @@ def average(
         return Outcome(case, note=describe_learning(learned), result=result)
 
     with folder_lock(to, "probabilities"):
-        blocks.claim_manifest(to, manifest)
-        return each(cases, work, on_done)
-
-
-def what_is_lost(folders: Sequence[Path]) -> str:
-    """What the mean of these folders, or one of them, can't show, as a line; see ``ensemble.lost_classes``."""
-    manifests = [blocks.read_manifest(folder) for folder in folders]
-    lost = ensemble.lost_classes([(f.name, made["channels"]) for f, made in zip(folders, manifests, strict=True)])
-    return lost or next((made["lost"] for made in manifests if "lost" in made), "")
+        blocks.claim_manifest(to, plan.manifest)
+        return each(plan.cases, work, on_done)
 
 
 def _members(folder: Path, weight: float, made: Mapping[str, Any]) -> list[dict[str, Any]]:

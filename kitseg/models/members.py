@@ -185,8 +185,8 @@ def open_ensemble(
 ) -> Ensemble:
     """Open runs, folds of runs, ensemble files and bundles; the post-processing is the first one's.
 
-    weights: of these models, whose members share them; engine, precision: see ``open_model``; fold: of runs, use this
-    one's networks only.
+    weights: of these models, whose members share them; what has a weight of 0 is left out; engine, precision: see
+    ``open_model``; fold: of runs, use this one's networks only.
 
     Raises:
         UsageError: not a run, or weights that don't fit. InputError: a damaged file, or an unfinished run.
@@ -198,9 +198,11 @@ def open_ensemble(
         )
     members, recipes = [], []
     for path, share in zip(paths, shares, strict=True):
+        if not share:
+            continue
         found, recipe = members_of(path)
         total = sum(m.weight for m in found) if len(paths) > 1 else 1.0
-        members += [replace(m, weight=share * m.weight / total, mirror=mirror or m.mirror) for m in found]
+        members += [replace(m, weight=share * m.weight / total, mirror=mirror or m.mirror) for m in found if m.weight]
         recipes.append(recipe)
     models = tuple(
         open_model(of_fold(member.run, fold), device, mirror=member.mirror, engine=engine, precision=precision)
