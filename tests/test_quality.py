@@ -86,6 +86,25 @@ def test_a_third_kidney_has_20_ml(slices: int, third: bool) -> None:
         assert "150, 150, 20 ml" in found["third-kidney"].reason
 
 
+def test_two_kidneys_on_one_side_are_not_measured_as_one_in_silence() -> None:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[5:35, 20:40, 10:20] = labels[5:35, 20:40, 26:36] = 1  # 40 mm apart, both right of the midline
+    findings = measure(labels, LYING)
+    assert [(kidney.side, round(kidney.volume_ml)) for kidney in findings.kidneys] == [(RIGHT, 300)]
+    found = flags(labels, findings)
+    assert "2 separate parts are as large as a kidney (150, 150 ml)" in found["third-kidney"].reason
+    assert doubts(labels, LYING, findings)[0].startswith("2 separate parts are as large as a kidney")
+
+
+def test_a_third_kidney_beside_a_horseshoe_kidney() -> None:
+    labels = two_kidneys()
+    labels[20:22, 38:40, 20:60] = 1
+    labels[28:36, 45:55, 5:15] = 1
+    findings = measure(labels, LYING)
+    assert [round(kidney.volume_ml) for kidney in findings.kidneys] == [172, 152]
+    assert list(flags(labels, findings)) == ["third-kidney", "joined-kidneys"]
+
+
 def test_a_part_that_was_cut_into_both_kidneys_is_amber() -> None:
     labels = two_kidneys()
     labels[20:22, 38:40, 20:60] = 1  # 4 ml between them

@@ -144,9 +144,11 @@ class Parts:
 
 
 def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
-    """No kidney, a single kidney, more than two components of a kidney's size, or one that was cut into both."""
+    """No kidney, a single kidney, more components of a kidney's size than kidneys, or one that was cut into both."""
     kidneys = findings.whole_kidneys
     large = parts.ml[(parts.ml >= KIDNEY_ML) & (parts.parenchyma_ml >= HOLD_ML)]
+    sides = max((kidney.volume_ml for kidney in kidneys), default=0.0)
+    joined = len(kidneys) == 2 and large.max(initial=0.0) > sides + KIDNEY_ML / 2
     if not kidneys:
         most = max((kidney.volume_ml for kidney in findings.kidneys), default=0.0)
         found = f"the largest candidate has {most:.1f} ml" if most else "no voxel is labelled kidney"
@@ -155,11 +157,11 @@ def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
         only = kidneys[0]
         reason = f"Only a {only.side} kidney was found ({only.volume_ml:.0f} ml): a single kidney, or one was missed."
         yield Flag("single-kidney", AMBER, reason)
-    if large.size > 2:
+    if kidneys and large.size + joined > len(kidneys):
         volumes = ", ".join(f"{ml:.0f}" for ml in sorted(large, reverse=True))
         reason = f"{large.size} separate parts are as large as a kidney ({volumes} ml): a side's figures are of two."
         yield Flag("third-kidney", RED, reason)
-    if len(kidneys) == 2 and large.size and large.max() > max(kidney.volume_ml for kidney in kidneys) + KIDNEY_ML / 2:
+    if joined:
         yield Flag("joined-kidneys", AMBER, _JOINED.format(large.max()))
 
 
