@@ -19,6 +19,7 @@ from kitseg.errors import UsageError
 from kitseg.measurement import quality
 from kitseg.measurement.measure import measure
 from kitseg.models.builtin import open_builtin
+from kitseg.volumes.check import NOT_HU
 from kitseg.volumes.nifti import read_labels
 
 SOCKET = "images/kidney-tumor-segmentation"
@@ -71,7 +72,7 @@ def test_labels_on_the_grid_of_the_input(
     assert list(found["cases"]) == ["output"]
     volume = read_labels(tmp_path / "output" / SOCKET / "output.mha", "output")
     expected = quality.doubts(volume.array, volume.geometry, measure(volume.array, volume.geometry))
-    assert found["cases"]["output"]["doubts"] == ["its values don't look like Hounsfield units", *expected]
+    assert found["cases"]["output"]["doubts"] == [NOT_HU, *expected]
     assert expected, "the labels of noise reach the scan's edge"
     assert before == {path: path.stat().st_mtime_ns for path in source.rglob("*")}
     written = [path.name for path in (tmp_path / "output").rglob("*") if path.is_file()]

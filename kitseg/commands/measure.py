@@ -31,7 +31,7 @@ from kitseg.runtime.outcomes import without_paths
 from kitseg.runtime.overwrite import refuse_overwrite
 from kitseg.runtime.resume import Task
 from kitseg.types import Case, Volume
-from kitseg.volumes.check import refuse_scans
+from kitseg.volumes.check import NOT_HU, looks_like_hu, refuse_scans
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import is_volume_name
 from kitseg.volumes.nifti import read_labels
@@ -76,10 +76,11 @@ class LabelTask(Task):
         return labels, scan
 
     def doubts(self, labels: Volume, scan: Volume | None) -> tuple[str, ...]:
-        """What its files leave open: whether the labels are of this scan, how it was built, their place and end."""
+        """What its files leave open: whether the labels are of this scan, its HU, how it was built, place and end."""
         is_other = scan is not None and self.scan is not None and is_of_another_scan(self.labels, self.scan, scan)
         ends = scan is None and not is_volume_name(self.labels)
-        known = [OTHER_SCAN if is_other else "", NO_SLICES if ends else "", self.scan.note if self.scan else ""]
+        unlike = scan is not None and not looks_like_hu(scan.array)
+        known = [OTHER_SCAN * is_other, NO_SLICES * ends, NOT_HU * unlike, self.scan.note if self.scan else ""]
         return (*filter(None, known), *place_doubts(labels, scan))
 
     def format_error(self, error: Exception) -> str:

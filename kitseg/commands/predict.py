@@ -36,7 +36,7 @@ from kitseg.runtime.sharding import Share
 from kitseg.runtime.workers import Log
 from kitseg.splits import held_out
 from kitseg.types import Case, Volume
-from kitseg.volumes.check import looks_like_hu
+from kitseg.volumes.check import NOT_HU, looks_like_hu
 from kitseg.volumes.names import UNCERTAINTY, pair
 from kitseg.volumes.nifti import write_labels, write_volume
 from kitseg.volumes.scan import Scans, find_scans, hu_digest, read_scan, scan_digest
@@ -272,5 +272,5 @@ def fitted_to_others(model: Ensemble, sure: Confidence | None) -> list[str]:
 
 def doubts(case: Case, scan: Volume) -> list[str]:
     """What makes a scan's labels doubtful: values unlike HU, an orientation that the file doesn't state."""
-    unlike = [] if looks_like_hu(scan.array) else ["its values don't look like Hounsfield units"]
+    unlike = [] if looks_like_hu(scan.array) else [NOT_HU]
     return [*filter(None, [case.note]), *scan.native.doubts, *unlike]

@@ -18,6 +18,7 @@ from kitseg.volumes.references import read_reference
 
 LOWEST_HU, HIGHEST_HU = -4096, 32767
 AIR_HU, SOFT_TISSUE_HU = -200, 30  # above a CT's 1st percentile, below its 99th
+NOT_HU = "the scan's values don't look like Hounsfield units"
 SLICE_MM, PIXEL_MM = (0.3, 10.0), (0.2, 8.0)
 SAMPLES = 1_000_000
 MOST_LABELS = 256
