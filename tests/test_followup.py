@@ -19,6 +19,7 @@ from kitseg.labels import BACKGROUND, CYST, KIDNEY, find_scheme, scheme_of
 from kitseg.measurement.followup import Visit, followup
 from kitseg.measurement.measure import measure
 from kitseg.types import Geometry
+from kitseg.volumes.check import NOT_HU
 from kitseg.volumes.nifti import read_labels
 
 KIDNEYS = (
@@ -144,8 +145,8 @@ def test_the_dates_come_from_dicom_and_folders_go_by_names(tmp_path: Path) -> No
     assert "the scans state other dates than --dates: 2023-09-01 and 2023-03-01" in " ".join(stated.text.split())
     same = rows(tmp_path, *files, "--ct", "ct/20230301", "ct/20230301", "--overwrite")
     assert same["larger"]["mean_mm_a_year"] is same["larger"]["doubling_days"] is None
-    (doubt,) = json.loads((tmp_path / "f.json").read_text())["followup"]["patient"]["doubts"]
-    assert doubt == "both scans state the date 2023-03-01: there is no change a year"
+    doubts = json.loads((tmp_path / "f.json").read_text())["followup"]["patient"]["doubts"]
+    assert doubts == ["both scans state the date 2023-03-01: there is no change a year", NOT_HU]
     both = kitseg(tmp_path, "followup", "20230301", "20230901", "-o", "pages", "--json", "all.json")
     assert both.code == 0, both.text
     assert "left out, without the other date: other" in both.text
@@ -155,11 +156,12 @@ def test_the_dates_come_from_dicom_and_folders_go_by_names(tmp_path: Path) -> No
 def test_cysts_at_one_date_only_may_be_the_labels(tmp_path: Path) -> None:
     for name, scheme in (("a", "kits19"), ("b", "kits23")):
         save(tmp_path / f"{name}.nii.gz", *KIDNEYS, *([OTHER_CYST] if name == "b" else []))
-        record = {"case": name, "labels": scheme_of(scheme).plain()}
+        record = {"case": name, "labels": scheme_of(scheme).plain(), "models": [{"path": f"runs/{scheme}"}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     done = kitseg(tmp_path, "followup", "a.nii.gz", "b.nii.gz")
     assert done.code == 0, done.text
     assert "the label maps of one date have no cysts, which are kidney there" in " ".join(done.text.split())
+    assert "the labels are of kits19 at the first date, of kits23 at the second" in " ".join(done.text.split())
     back = kitseg(tmp_path, "followup", "b.nii.gz", "a.nii.gz")
     assert back.code == 0, back.text
     assert '<th scope="row">cyst 1 → –</th>' in (tmp_path / "followup" / "b-a.html").read_text()
@@ -173,6 +175,19 @@ def test_a_tumor_that_was_called_a_cyst_keeps_both_names(tmp_path: Path) -> None
     page = (tmp_path / "followup" / "a-b.html").read_text()
     assert '<th scope="row">cyst 1 → tumor 1</th>' in page
     assert "<strong>Cyst 1 → tumor 1</strong>" in page
+
+
+def test_lesions_that_grow_together_have_not_vanished(tmp_path: Path) -> None:
+    apart = save(tmp_path / "a.nii.gz", *KIDNEYS, ball((75, 0, 5), 8), ball((75, 0, 27), 6))
+    joined = save(tmp_path / "b.nii.gz", *KIDNEYS, ball((75, 0, 5), 13), ball((75, 0, 27), 10))
+    for first, second, verdicts in (
+        (apart, joined, {"larger": 1, "merged": 2}),
+        (joined, apart, {"smaller": 1, "split off": 2}),
+    ):
+        found = rows(tmp_path, first.name, second.name, "--overwrite")
+        assert {verdict: row["before"] or row["after"] for verdict, row in found.items()} == verdicts
+        (case,) = json.loads((tmp_path / "f.json").read_text())["followup"].values()
+        assert [doubt[:42] for doubt in case["doubts"]] == ["lesions that are apart at one date are one"]
 
 
 def test_another_patients_kidney_is_doubted(tmp_path: Path) -> None:

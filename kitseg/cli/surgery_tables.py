@@ -72,10 +72,10 @@ def show_followup(results: Sequence[Followed]) -> None:
             volumes = " → ".join(_number(row[f"{name}_volume_ml"]) for name in ("before", "after"))
             growth = [_number(row[key], "+") for key in ("change_mean_mm", "change_diameter_mm", "mean_mm_a_year")]
             growth[2] += "" if row["least_mm_a_year"] is None else f" ({row['least_mm_a_year']:.1f})"
-            change = _number(row["change_volume_ml"], "+")
+            change = _number(row["change_volume_ml"], "+", 2)
             change += "" if row["change_share"] is None else f" ({row['change_share']:+.0%})"
             doubling = _number(row["doubling_days"], digits=0)
-            cells = (lesion, row["verdict"], volumes, change, _number(row["least_ml"]), *growth, doubling)
+            cells = (lesion, row["verdict"], volumes, change, _number(row["least_ml"], digits=2), *growth, doubling)
             table.add_row(escape(result.case), *cells)
         table.add_section()
     console.out.print(table)
@@ -87,7 +87,7 @@ def show_followup(results: Sequence[Followed]) -> None:
 
 
 def _number(value: float | None, sign: str = "", digits: int = 1) -> str:
-    return "–" if value is None else f"{value:{sign}.{digits}f}"
+    return "–" if value is None else f"{value:{sign}z.{digits}f}"
 
 
 def show_nephrometry(results: Sequence[Measured]) -> None:

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from kitseg.commands.case_record import remove_stale, scheme_beside
+from kitseg.commands.case_record import correction_beside, recorded_models, remove_stale, scheme_beside
 from kitseg.commands.measure import DECIMALS, LabelTask, plan_measures
 from kitseg.errors import UsageError
 from kitseg.labels import KITS19, Scheme
@@ -33,6 +33,8 @@ OTHER_PATIENT = "the scans state different patient IDs: they may be of two patie
 OTHER_DATES = "the scans state other dates than --dates: {} and {}"
 FAR_APART = "the {} kidney's surfaces are {:.1f} mm apart after alignment: another patient, outline, or a poor fit"
 FAR_APART_MM = 2.0  # 46 of 47 kidneys of KiTS19, turned and resampled: up to 1.7; nine of ten of other patients: more
+OTHER_MAKERS = "the labels are of {} at the first date, of {} at the second: outlines may differ without growth"
+JOINED = "lesions that are apart at one date are one lesion at the other, whose change is that of all of them"
 SAME_DATE = "both scans state the date {}: there is no change a year"
 Dates = tuple[date, date]
 
@@ -52,7 +54,8 @@ class Followed:
     """A patient's lesions, a row each (``row_of``), or the ``error``.
 
     residual_mm: of the alignment of each kidney; doubts: about the place in the patient, on which the sides depend,
-    about whether both are of one patient, about the alignment, about cysts, and about what the scans don't show.
+    about whether both are of one patient, about the alignment, about cysts and lesions that merged, about what made
+    the labels, and about what the scans don't show.
     """
 
     case: str
@@ -115,6 +118,8 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
             visits.append(Visit(labels.array, labels.geometry, findings, hu))
         if len({own.cyst is None for own in schemes}) > 1:
             doubts[ONE_WITHOUT_CYSTS] = None
+        makers = [_maker(part.labels) for part in (task.before, task.after)]
+        doubts |= dict.fromkeys([OTHER_MAKERS.format(*makers)] if makers[0] != makers[1] else [])
         days = (dates[1] - dates[0]).days if dates else None
         found = followup(*visits)
         rows = tuple(row_of(change, days) for change in found.changes)
@@ -122,6 +127,7 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
         far = {side: mm for side, mm in residuals.items() if mm > FAR_APART_MM}
         doubts |= dict.fromkeys(FAR_APART.format(side, mm) for side, mm in far.items())
         doubts |= dict.fromkeys(ONE_WITHOUT_KIDNEY.format(side) for side in found.not_aligned)
+        doubts |= dict.fromkeys([JOINED] if found.joined else [])
         names = tuple(map(str, dates)) if dates else ("First date", "Second date")
         shown = max(schemes, key=lambda own: own.cyst is not None)
         notes = [as_sentence(doubt) for doubt in doubts]
@@ -185,6 +191,11 @@ def _with_scan(task: LabelTask) -> LabelTask:
     beside = case_of(task.labels.parent)
     known = task.scan or task.labels.name not in (LABEL, LABEL.removesuffix(".gz")) or not beside.image.exists()
     return task if known else LabelTask(task.case, task.labels, Case(beside.id, beside.image))
+
+
+def _maker(labels: Path) -> str:
+    """What made a label map, by its record, and whether it was changed since."""
+    return (" + ".join(recorded_models(labels)) or "unknown origin") + (", changed" * bool(correction_beside(labels)))
 
 
 def _dates(task: FollowupTask) -> tuple[Dates | None, list[str]]:

@@ -12,14 +12,15 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from kitseg.components import bounding_box
-from kitseg.labels import BACKGROUND
+from kitseg.labels import BACKGROUND, CLASSES
 from kitseg.measurement.alignment import Alignment, Surface, align, kidney_surfaces
 from kitseg.measurement.findings import Findings, Lesion
 from kitseg.measurement.sides import find_midline
-from kitseg.types import Box, Geometry, ball_diameter
+from kitseg.types import Box, Geometry, Triple, ball_diameter
 
 DAYS_A_YEAR = 365.25
 NOT_SCANNED, NO_KIDNEY = "not scanned", "no kidney"
+MERGED, SPLIT = "merged", "split off"
 _REACH_MM = 5.0  # beyond the radius of the larger lesion, within which the other's centre must lie
 _OTHER_KIND = 0.5  # of the closeness of a lesion of the same kind
 #: The least change of volume: a layer on the ball's surface, relative to the voxels' mean size, that more than 95 % of
@@ -40,6 +41,11 @@ class Visit:
         """A lesion's centre in mm (RAS+)."""
         return np.asarray(self.geometry.affine[:3, :3] @ lesion.centre + self.geometry.affine[:3, 3], np.float64)
 
+    def holds(self, voxel: Triple, kind: str) -> bool:
+        """Whether a voxel of the grid lies in a lesion of this kind."""
+        there = any(lesion.kind == kind and lesion.box.holds(voxel) for lesion in self.findings.lesions)
+        return there and bool(self.labels[voxel] == CLASSES[kind])
+
     def surfaces(self) -> dict[str, Surface]:
         """The kidneys by side."""
         box = bounding_box(self.labels != BACKGROUND)
@@ -56,7 +62,8 @@ class Change:
     largest diameter in 3D, and of that within a slice, which depends on how the patient lies; least_ml, least_mm: the
     least changes of volume and ball that exceed the effect of the grids; offset_mm: from the centre at the first date,
     aligned, to that at the second. None for a lesion with one date. unseen: why it can be neither new nor vanished:
-    ``not scanned`` where the other scan ends before its place, ``no kidney`` where the other date shows none around it.
+    ``not scanned`` where the other scan ends before its place, ``no kidney`` where the other date shows none around it,
+    ``merged`` or ``split off`` where its place lies in another lesion of its kind at the second or first date.
     """
 
     before: Lesion | None
@@ -109,6 +116,11 @@ class Followup:
     alignments: Mapping[str, Alignment]
 
     @property
+    def joined(self) -> bool:
+        """Whether lesions that are apart at one date are one lesion at the other."""
+        return any(change.unseen in (MERGED, SPLIT) for change in self.changes)
+
+    @property
     def not_aligned(self) -> list[str]:
         """The kidneys with lesions that could not be looked for at the other date."""
         sides = dict.fromkeys(lesion.side for change in self.changes for lesion in change.both)
@@ -121,7 +133,8 @@ def followup(before: Visit, after: Visit) -> Followup:
     Each kidney's surface is aligned rigidly (``alignment.align``). A lesion may be another one's if its aligned centre
     lies within the larger lesion's radius (of a ball of its volume) and 5 mm of the other's centre; the closest pairs
     are chosen together, pairs of one kind first. A lesion whose aligned centre lies outside the other scan is not
-    scanned there; one of a kidney that the other date doesn't show is not looked for.
+    scanned there, in a lesion that is another one's merged with that or split off it; one of a kidney that the other
+    date doesn't show is not looked for.
     """
     here, there = before.surfaces(), after.surfaces()
     alignments = {side: align(here[side], there[side]) for side in here if side in there}
@@ -134,9 +147,10 @@ def followup(before: Visit, after: Visit) -> Followup:
         align, place = alignments.get(lesion.side), visit.place(lesion)[None]
         if align is None:
             return NO_KIDNEY
-        there = (align(place) if visit is before else align.back(place))[0]
-        shown = Box((0, 0, 0), other.geometry.shape).holds(other.geometry.voxel(there))
-        return "" if shown else NOT_SCANNED
+        voxel = other.geometry.voxel((align(place) if visit is before else align.back(place))[0])
+        if not Box((0, 0, 0), other.geometry.shape).holds(voxel):
+            return NOT_SCANNED
+        return (MERGED if visit is before else SPLIT) if other.holds(voxel, lesion.kind) else ""
 
     changes = [
         _change(lesion, new[pairs[n]], before, after, float(offsets[n][pairs[n]]))
