@@ -12,7 +12,7 @@ from conftest import kitseg
 from shapes import Ellipsoid, ball, lattice, paint
 
 import kitseg as library
-from kitseg.commands.renal_function import eligible, new_baseline
+from kitseg.commands.renal_function import eligible, new_baseline, patients_of
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.measurement.gfr_study import auc, conformal, study
 from kitseg.measurement.renal_function import PARTIAL, RADICAL, Patient, from_clinic, from_volume
@@ -80,6 +80,12 @@ def test_rules_of_inclusion() -> None:
     assert new_baseline(record(first_postop_egfr=first, last_postop_egfr=last)) == 50  # 70 days from day 180, not 80
     assert new_baseline(record(first_postop_egfr=Egfr(40.0, 29), last_postop_egfr=Egfr(50.0, 731))) is None
     assert new_baseline(record(first_postop_egfr=Egfr(">=90", 30))) == 90
+
+
+def test_predictions_by_the_challenges_name_are_of_their_patients(tmp_path: Path) -> None:
+    row = {"case_id": "case_00007", "age_at_nephrectomy": 50, "last_preop_egfr": {"value": 70.0}}
+    (tmp_path / "kits.json").write_text(json.dumps([row]))
+    assert patients_of(["other", "prediction_00007"], [tmp_path], None) == {"prediction_00007": Patient(70, 50)}
 
 
 def test_statistics_by_hand() -> None:

@@ -473,10 +473,27 @@ def test_scores_of_other_label_maps(reported: Path, tmp_path: Path) -> None:
     """As after another prediction into the same folder."""
     scores = json.loads((reported / "scores.json").read_text())
     assert scores["predictions"]["case_00000"] == file_digest(reported / "predictions" / "case_00000.nii.gz")
-    (tmp_path / "s.json").write_text(json.dumps({**scores, "predictions": {"case_00000": "0" * 64}}))
+    old = {name: value for name, value in scores.items() if name != "shown"}  # by an earlier version
+    (tmp_path / "s.json").write_text(json.dumps({**old, "predictions": {"case_00000": "0" * 64}}))
     done = kitseg(tmp_path, "report", str(reported / "predictions"), "--scores=s.json")
     assert (done.code, "scores are of other label maps of case_00000" in " ".join(done.text.split())) == (2, True)
     assert not (tmp_path / "report").exists()
+
+
+def test_a_label_map_in_another_file_is_the_one_that_was_scored(reported: Path, tmp_path: Path) -> None:
+    """Packed again it shows the same; a voxel or a place that differs does not."""
+    image = nib.load(reported / "predictions" / "case_00000.nii.gz")
+    other, moved = np.asarray(image.dataobj).copy(), image.affine.copy()
+    other[0, 0, 0] = 1
+    moved[0, 3] += 1
+    case, scored = tmp_path / "case_00000.nii", f"--scores={reported / 'scores.json'}"
+    for changed in (nib.Nifti1Image(other, image.affine), nib.Nifti1Image(np.asarray(image.dataobj), moved)):
+        nib.save(changed, case)
+        done = kitseg(tmp_path, "report", case.name, scored)
+        assert (done.code, "scores are of other label maps of case_00000" in " ".join(done.text.split())) == (2, True)
+    nib.save(image, case)
+    done = kitseg(tmp_path, "report", case.name, scored)
+    assert done.code == 0, done.text
 
 
 def test_scores_of_another_reference(reported: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from kitseg.volumes.download import KITS23, SOURCES, parse_cases
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import case_name, pair, shorten
 from kitseg.volumes.nifti import read_labels
-from kitseg.volumes.references import labels_digest, read_reference
+from kitseg.volumes.references import Shown, labels_digest, read_reference
 from kitseg.volumes.scan import check_grid
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
@@ -54,7 +54,7 @@ class Score:
     labels; itself: whether prediction and reference are one file, or hold the same bytes; learned_from: the models of
     the prediction that learned from the scan, by its record; doubts: about the reference's place in the patient;
     reference: the hash of its labels, the same whatever the format of its file; models: those of the prediction, by its
-    record; prediction: the hash of its file.
+    record; prediction: the hash of its file; shown: what that shows.
     """
 
     case: str
@@ -72,6 +72,7 @@ class Score:
     reference: str = ""
     models: tuple[str, ...] = ()
     prediction: str = ""
+    shown: Shown | None = None
 
     @property
     def dice(self) -> dict[str, float]:
@@ -144,8 +145,11 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
         remedy = "Give the folder that holds them, or select the cases to score with --cases"
         raise UsageError(f"{references} has no reference for {shorten(lacking)}. {remedy}")
     cases, clinical = sorted(known.values()), read_clinical(references / CLINICAL)
-    predicted = pair(cases, found)
-    jobs = [Job(case, found.get(predicted.get(case, "")), truth[case], clinical.get(case, {})) for case in cases]
+    predicted, named = (pair(cases, others) for others in (found, clinical))
+    jobs = [
+        Job(case, found.get(predicted.get(case, "")), truth[case], clinical.get(named.get(case, ""), {}))
+        for case in cases
+    ]
     return jobs, Unscored(() if required else tuple(sorted(truth.keys() - set(cases))), tuple(lacking))
 
 
@@ -153,14 +157,14 @@ def score_case(job: Job, rules: Rules) -> Score:
     """Score one case; a prediction that is missing or can't be used counts as background. Never raises."""
     try:
         truth = read_reference(job.reference, job.case, rules.scheme)
-        found, problem, digest = np.zeros_like(truth.array), "", ""
+        found, problem, digest, shown = np.zeros_like(truth.array), "", "", None
         try:
             if job.prediction is not None:
                 digest = file_digest(job.prediction)
                 own_scheme = scheme_beside(job.prediction) or rules.scheme
                 prediction = read_labels(job.prediction, job.case, own_scheme, strict=False)
                 check_grid(job.prediction, prediction.geometry, truth.geometry, str(job.reference))
-                found = prediction.array
+                found, shown = prediction.array, Shown.of(prediction)
         except KitsegError as error:
             problem = f"{str(error).removesuffix('.')}. It counts as background."
         if rules.distances:
@@ -184,6 +188,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             labels_digest(truth),
             recorded_models(job.prediction) if job.prediction else (),
             digest,
+            shown,
         )
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))

@@ -11,6 +11,7 @@ from kitseg.commands.measure import Measured
 from kitseg.errors import UsageError
 from kitseg.measurement.gfr_study import Study, study
 from kitseg.measurement.renal_function import CEILING, PARTIAL, RADICAL, Patient
+from kitseg.volumes.names import pair
 from kitseg.volumes.tables import CLINICAL, Clinical, Egfr, read_records
 
 _OPERATIONS = {"radical_nephrectomy": RADICAL, "partial_nephrectomy": PARTIAL}
@@ -31,7 +32,7 @@ def patient_of(egfr: float | None, age: float | None, diabetes: bool) -> Patient
 
 
 def patients_of(cases: Sequence[str], folders: Sequence[Path], patient: Patient | None) -> dict[str, Patient]:
-    """The patients of cases, as far as known: the one given, else those of ``kits.json`` in the folders.
+    """The patients of cases, as far as known: the one given, else those of ``kits.json`` in the folders, by number.
 
     Raises UsageError: one patient for several cases; InputError: ``kits.json`` can't be read.
     """
@@ -40,7 +41,7 @@ def patients_of(cases: Sequence[str], folders: Sequence[Path], patient: Patient 
     if patient:
         return dict.fromkeys(cases, patient)
     records = {case: record for folder in folders for case, record in clinical_records(folder).items()}
-    known = {case: eligible(records[case]) for case in cases if case in records}
+    known = {case: eligible(records[other]) for case, other in pair(cases, records).items()}
     return {case: found for case, found in known.items() if found}
 
 
@@ -74,9 +75,9 @@ def new_baseline(record: Clinical) -> float | None:
 
 def compare_formulas(results: Sequence[Measured], records: Mapping[str, Clinical]) -> Study | None:
     """The formulas against the patients' new baselines; None with fewer than ten patients of an operation."""
-    rows = []
+    rows, names = [], pair((result.case for result in results), records)
     for result in sorted(results, key=lambda result: result.case):
-        record, found = records.get(result.case), result.after_surgery
+        record, found = records.get(names.get(result.case, "")), result.after_surgery
         operation = _OPERATIONS.get((record and record.surgical_procedure) or "")
         measured = new_baseline(record) if record else None
         if found and operation and measured is not None:

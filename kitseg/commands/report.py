@@ -43,8 +43,9 @@ from kitseg.types import Geometry, Volume
 from kitseg.volumes.check import refuse_scans
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.names import pair, shorten
+from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.references import labels_digest, read_reference
-from kitseg.volumes.scan import check_grid, scan_digest, scans_of_labels
+from kitseg.volumes.scan import TOLERANCE, check_grid, scan_digest, scans_of_labels
 
 
 @dataclass(frozen=True)
@@ -97,26 +98,34 @@ def plan_pages(
         raise UsageError(f"{', '.join(map(str, data))} holds no scan of {', '.join(sorted(labels)[:3])}")
     if scores.cases and not scored:
         raise UsageError(f"the scores are of other cases ({', '.join(sorted(scores.cases)[:3])}) than {predictions}")
-    if changed := [case for case, other in scored.items() if _is_changed(labels[case], scores.predictions.get(other))]:
+    usual = stated or KITS23
+    if changed := [case for case, other in scored.items() if _is_changed(labels[case], other, scores, usual)]:
         problem = f"the scores are of other label maps of {shorten(changed)} than those in {predictions}"
         raise UsageError(f"{problem}. Make them again with `kitseg evaluate`")
     for name in (INDEX, *map(page_name, labels)):
         refuse_overwrite(to / name, "html")
     tasks = []
     for case, path in sorted(labels.items()):
-        other, truth = scored.get(case, ""), stated or KITS23
+        other = scored.get(case, "")
         figures, scored_with = scores.cases.get(other, {}), scores.references.get(other)
-        scheme, scan = scheme_beside(path) or truth, scans.get(case)
+        scheme, scan = scheme_beside(path) or usual, scans.get(case)
         if stated is None and scan and scan.label:
-            refuse_other_labels(path, scan.label, truth)
-        tasks.append(PageTask(case, path.absolute(), scan, figures, to.absolute(), scheme, truth, scored_with))
+            refuse_other_labels(path, scan.label, usual)
+        tasks.append(PageTask(case, path.absolute(), scan, figures, to.absolute(), scheme, usual, scored_with))
     return tasks
 
 
-def _is_changed(labels: Path, scored: str | None) -> bool:
-    """Whether a label map is another one than that with this hash; one that can't be read is reported later."""
+def _is_changed(labels: Path, case: str, scores: StudyScores, usual: Scheme) -> bool:
+    """Whether a label map is another one than that which was scored; one that can't be read is reported later.
+
+    It may be in another file that shows the same.
+    """
+    scored, shown = scores.predictions.get(case), scores.shown.get(case)
     with suppress(InputError):
-        return scored is not None and file_digest(labels) != scored
+        if scored is None or file_digest(labels) == scored:
+            return False
+        found = read_labels(labels, case, scheme_beside(labels) or usual, strict=False)
+        return shown is None or not shown.is_of(found, TOLERANCE)
     return False
 
 

@@ -12,6 +12,7 @@ from kitseg.runtime import files
 from kitseg.runtime.provenance import FileFormat
 from kitseg.scoring.detection import Detection, tally
 from kitseg.scoring.summary import Summary, summarize
+from kitseg.volumes.references import Shown
 
 Value = TypeVar("Value")
 _ByFigure = dict[str, dict[str, Value]]  # of each class
@@ -46,6 +47,7 @@ class ScoreFile(TypedDict):
     cyst_detection: NotRequired[_DetectionBySize]
     references: NotRequired[dict[str, str]]
     predictions: NotRequired[dict[str, str]]
+    shown: NotRequired[dict[str, Shown]]
     missing: NotRequired[list[str]]
     failed: NotRequired[dict[str, str]]
     notes: NotRequired[list[str]]
@@ -85,6 +87,7 @@ def score_content(
     content["regions"] = {name: target.labels for name, target in rules.protocol.more_targets(rules.scheme).items()}
     content["references"] = {score.case: score.reference for score in scores if score.reference}
     content["predictions"] = {score.case: score.prediction for score in scores if score.prediction}
+    content["shown"] = {score.case: asdict(score.shown) for score in scores if score.shown}
     content["missing"] = [score.case for score in scores if score.missing]
     content["without_reference"] = list(unscored.predictions)
     content["failed"] = {score.case: score.error for score in scores if score.error}

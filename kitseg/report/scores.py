@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kitseg.scoring.protocols import METRICS
+from kitseg.volumes.references import Shown
 
 _LESIONS = {"": "Tumor", "cyst_": "Cyst"}  # by the start of the key
 ScoreTable = Mapping[str, Mapping[str, float | None]]
@@ -29,8 +30,8 @@ class StudyScores:
     """The scores on a study's page: of each case (metrics by class), and tables over all cases.
 
     strata: of each case, by kind; order: the strata of each kind in their natural order; notes: paragraphs, for example
-    on missing cases; predictions, references: the hash of each file that was scored, and of each reference's labels,
-    empty in files of earlier versions.
+    on missing cases; predictions, shown, references: the hash of each file that was scored, what it shows, and the hash
+    of each reference's labels, empty in files of earlier versions.
     """
 
     cases: Mapping[str, ScoreTable] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class StudyScores:
     notes: tuple[str, ...] = ()
     predictions: Mapping[str, str] = field(default_factory=dict)
     references: Mapping[str, str] = field(default_factory=dict)
+    shown: Mapping[str, Shown] = field(default_factory=dict)
 
 
 def study_scores(content: Mapping[str, Any]) -> StudyScores:
@@ -48,7 +50,7 @@ def study_scores(content: Mapping[str, Any]) -> StudyScores:
     order = {kind: tuple(group["name"] for group in content["groups"] if group["kind"] == kind) for kind in kinds}
     notes = f"Scored with the protocol of {content['protocol']}.", *score_notes(content)
     shown = content["cases"], score_tables(content), content["strata"], order, notes
-    return StudyScores(*shown, content.get("predictions", {}), content.get("references", {}))
+    return StudyScores(*shown, *(content.get(name, {}) for name in ("predictions", "references", "shown")))
 
 
 def score_tables(content: Mapping[str, Any]) -> tuple[Table, ...]:
