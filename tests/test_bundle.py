@@ -20,6 +20,7 @@ from conftest import kitseg, serving
 from huggingface_hub import constants
 from method_runs import labels_of, read
 
+from kitseg import config
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import KITS19
 from kitseg.models.bundles.archive import MANIFEST
@@ -33,6 +34,8 @@ from kitseg.models.origin import describe_model
 from kitseg.models.run_folder import Run
 from kitseg.models.weights import Checkpoint, read_weights
 from kitseg.runtime.files import file_digest
+from kitseg.splits import read_split
+from kitseg.training.plan import claim_run
 from kitseg.types import Geometry
 from kitseg.volumes.nifti import write_image
 
@@ -150,12 +153,17 @@ def test_a_run_is_of_no_bundle(run: Path) -> None:
 
 
 def test_an_ensemble_file_knows_its_networks(run: Path, tmp_path: Path) -> None:
-    """A run that was trained again since is refused, by every command that opens the file."""
+    """A run that was trained again since is refused by every command that opens the file; raised epochs don't count."""
     mine = shutil.copytree(run, tmp_path / "runs" / "a")
     write_ensemble(tmp_path / "chosen.yaml", [Member(mine, sha256=digests(mine))], {}, {})
     ((member,), _) = members_of(tmp_path / "chosen.yaml")
     assert member.sha256.keys() == {0}
     assert members_of(shutil.copytree(tmp_path, tmp_path.with_name("moved")) / "chosen.yaml")[0][0].sha256
+    settings = config.read(Run(mine).config)
+    more = {name: {**stage, "epochs": stage["epochs"] + 5} for name, stage in settings["stages"].items()}
+    claim_run(Run(mine), {**settings, "stages": more}, read_split(Run(mine).split))
+    assert config.read(Run(mine).config)["stages"] == more
+    assert members_of(tmp_path / "chosen.yaml")[0] == [member]
     done = Run(mine).stage(0, "kidneys").done
     rows = json.loads(done.read_text())
     rows["checkpoints"][0]["sha256"] = "0" * 64

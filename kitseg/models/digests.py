@@ -11,12 +11,13 @@ from kitseg.models.run_folder import Run, find_run
 
 
 def run_digest(run: Run, folds: Iterable[int], stages: Iterable[str]) -> str:
-    """A hash of a run's configuration and of the checkpoints of these folds and stages.
+    """A hash of a run's configuration, whatever its epochs were raised to, and of these folds' and stages' checkpoints.
 
     Raises:
         InputError: a stage's training is not finished.
     """
-    state, names = hashlib.sha256(run.config.read_bytes()), list(stages)
+    settings = run.first if run.first.exists() else run.config
+    state, names = hashlib.sha256(settings.read_bytes()), list(stages)
     for fold in folds:
         for name in names:
             for _, digest in run.stage(fold, name).checkpoints():

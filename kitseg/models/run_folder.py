@@ -202,14 +202,13 @@ class StageFolder:
 class Run:
     """A run: one configuration, its folds.
 
-    config: the resolved configuration; info: the facts of its training; split: what it was trained with; initial: the
-    model whose weights it began with.
+    config: the resolved configuration; first: that before epochs were raised; info: the facts of its training; split:
+    what it was trained with; initial: the model whose weights it began with.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.config, self.info, self.split, self.initial = (
-            path, path / "config.yaml", path / "run.json", path / "splits.json", path / "initial.json",
-        )  # fmt: skip
+        self.path, self.config, self.first = path, path / "config.yaml", path / "config.first.yaml"
+        self.info, self.split, self.initial = path / "run.json", path / "splits.json", path / "initial.json"
 
     def read_info(self) -> RunInfo:
         """The facts of its training. Raises InputError: missing or damaged."""
