@@ -104,10 +104,11 @@ def fault(error: BaseException) -> tuple[str, str] | None:
     return MEMORY if nothing_left or isinstance(error, MemoryError) else None
 
 
-def is_of_disk(error: BaseException | None) -> bool:
-    """Whether the disk or the network caused an error, so that the same may succeed later."""
+def is_of_machine(error: BaseException | None) -> bool:
+    """Whether the disk, the network or a want of memory caused an error, so that the same may succeed later."""
     while error:
-        if isinstance(error, OSError) and error.errno in _SYSTEM.keys() - _OF_FILES:
+        is_of_disk = isinstance(error, OSError) and error.errno in _SYSTEM.keys() - _OF_FILES
+        if is_of_disk or fault(error) in (MEMORY, GPU):
             return True
         error = error.__cause__
     return False

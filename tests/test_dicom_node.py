@@ -27,7 +27,7 @@ from kitseg.service import node as node_module
 from kitseg.service.node import Address, Node, NodeOptions
 from kitseg.service.receiver import LARGEST
 from kitseg.service.spool import Spool
-from kitseg.service.work import DiskFailure, NoScan
+from kitseg.service.work import MachineFailure, NoScan
 from kitseg.volumes.dicom.headers import read_dicom_header
 
 Start = Callable[..., AbstractContextManager[Spool]]
@@ -377,16 +377,17 @@ def test_predictions_that_fail(
     assert "PID-4711" not in told
 
 
-def test_a_full_disk_costs_no_study_its_tries(
+def test_a_full_disk_or_memory_costs_no_study_its_tries(
     start: Start, work: Work, ports: tuple[int, int], study: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/tmp/PID-4711")
-    work.fails += [full, DiskFailure("the disk is full"), full, full]
+    work.fails += [full, MachineFailure("the disk is full"), full, MemoryError(), full]
     with start() as spool, receiver(ports[1]) as got:
         send(ports[0], study)
         wait_until(lambda: len(got) == 3 and not spool.studies())
-    assert len(work.images) == 5
+    assert len(work.images) == 6
     told = capsys.readouterr().out
+    assert "not predicted, tried again later: out of memory" in told
     assert told.count("not predicted, tried again later: the disk is full") == 4
     assert "PID-4711" not in told
 

@@ -84,16 +84,17 @@ def test_details_are_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "of_dicom", "of_disk"),
+    ("error", "of_dicom", "of_machine"),
     [
         (ValueError("Hannelore"), "a: ValueError", False),
         (KitsegError("can't be used"), "can't be used", False),
         (OSError(errno.ENOSPC, "full"), None, True),
         (OSError(errno.EACCES, "closed"), None, False),
+        (MemoryError(), None, True),
     ],
 )
-def test_the_error_of_a_case(error: Exception, of_dicom: str | None, of_disk: bool) -> None:
-    """What was not expected may quote the patient of a DICOM series; a full disk is no fault of the case."""
+def test_the_error_of_a_case(error: Exception, of_dicom: str | None, of_machine: bool) -> None:
+    """What was not expected may quote the patient of a DICOM series; a full disk or memory is no fault of the case."""
 
     def work(_: Case) -> Outcome:
         raise error
@@ -101,4 +102,4 @@ def test_the_error_of_a_case(error: Exception, of_dicom: str | None, of_disk: bo
     plain, dicom = each([Case("a", Path("a.nii")), Case("a", Path("a"), slices=(Path("x"),))], work, lambda _: None)
     assert plain.error == format_error("a", error)
     assert dicom.error == (of_dicom or plain.error)
-    assert plain.of_disk == dicom.of_disk == of_disk
+    assert plain.of_machine == dicom.of_machine == of_machine

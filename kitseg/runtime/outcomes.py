@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kitseg.errors import InputError, KitsegError, fault, format_error, is_of_disk
+from kitseg.errors import InputError, KitsegError, fault, format_error, is_of_machine
 from kitseg.runtime.dask import cluster_results, connected
 from kitseg.runtime.signals import raise_again
 from kitseg.types import Case
@@ -24,7 +24,7 @@ UNCHANGED = "unchanged"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a case: its result, or the ``error`` that there was; of_disk: see ``errors.is_of_disk``."""
+    """The outcome of a case: its result, or the ``error`` that there was; of_machine: see ``errors.is_of_machine``."""
 
     case: str
     error: str = ""
@@ -33,7 +33,7 @@ class Outcome:
     volumes_ml: Mapping[str, float] | None = None
     quality: Quality | None = None
     seconds: float = 0.0
-    of_disk: bool = False
+    of_machine: bool = False
 
 
 def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> list[Outcome]:
@@ -49,7 +49,7 @@ def each(cases: Sequence[C], work: Callable[[C], Outcome], on_done: OnDone) -> l
             text = format_error(name, error)
             if isinstance(case, Case) and case.slices and not isinstance(error, KitsegError) and not fault(error):
                 text = f"{name}: {type(error).__name__}"  # what was not expected may quote the patient in a DICOM file
-            outcome = Outcome(name, error=text, of_disk=is_of_disk(error))
+            outcome = Outcome(name, error=text, of_machine=is_of_machine(error))
         outcomes.append(replace(outcome, seconds=time.perf_counter() - begun))
         on_done(outcomes[-1])
     return outcomes

@@ -25,7 +25,7 @@ from kitseg import __version__
 from kitseg.commands.predict import output_endings
 from kitseg.errors import KitsegError, UsageError, fault
 from kitseg.runtime.console import print_plain
-from kitseg.service.work import DiskFailure, internal_error, place_below, scratch
+from kitseg.service.work import MachineFailure, internal_error, place_below, scratch
 
 if TYPE_CHECKING:
     from kitseg.service.node import Node
@@ -165,7 +165,7 @@ def errors_as_answers() -> Iterator[None]:
         raise
     except UsageError as error:
         raise HTTPException(400, str(error)) from error
-    except DiskFailure as error:
+    except MachineFailure as error:
         raise HTTPException(503, str(error)) from error
     except KitsegError as error:
         raise HTTPException(422, str(error)) from error

@@ -21,12 +21,12 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from kitseg.commands.predict import output_endings
-from kitseg.errors import KitsegError, UsageError, is_of_disk
+from kitseg.errors import KitsegError, UsageError, is_of_machine
 from kitseg.runtime.console import print_plain
 from kitseg.runtime.locks import folder_lock
 from kitseg.service.receiver import SECONDS, Receiver
 from kitseg.service.spool import MOST_TRIES, Spool
-from kitseg.service.work import DiskFailure, NoScan, internal_error, scratch
+from kitseg.service.work import MachineFailure, NoScan, internal_error, scratch
 
 EXPLICIT = "1.2.840.10008.1.2.1"  # the transfer syntax of kitseg's files
 FIRST_WAIT, LONGEST_WAIT = 5.0, 600.0  # seconds before another try, each twice the one before
@@ -182,7 +182,7 @@ class Node:
             return self.spool.finish(study, images)
         except Exception as error:
             text = str(error) if isinstance(error, KitsegError) else internal_error(error)
-            if isinstance(error, DiskFailure) or is_of_disk(error):
+            if isinstance(error, MachineFailure) or is_of_machine(error):
                 self.spool.forgive(study)
                 self._tell(study, f"not predicted, tried again later: {text}")
             else:

@@ -16,7 +16,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 from kitseg.commands.case_record import record_of
 from kitseg.commands.predict import PredictOptions, PredictScans
 from kitseg.commands.report import PageTask, write_page
-from kitseg.errors import InputError, KitsegError, fault, is_of_disk
+from kitseg.errors import InputError, KitsegError, fault, is_of_machine
 from kitseg.labels import Scheme
 from kitseg.models.members import Ensemble
 from kitseg.runtime.files import is_alive, lies_in
@@ -33,8 +33,8 @@ class NoScan(KitsegError):
     """Not exactly one scan that can be predicted."""
 
 
-class DiskFailure(KitsegError):
-    """The disk or the network failed, and not because of the scan: the same may succeed later."""
+class MachineFailure(KitsegError):
+    """The disk, the network or memory failed, perhaps not because of the scan: the same may succeed later."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Predictor:
         page: those of each scan too, with the page.
 
         Raises:
-            NoScan: not exactly one scan. DiskFailure. KitsegError: a scan that can't be used. The text names no folder.
+            NoScan: not exactly one scan. MachineFailure. KitsegError: a scan that can't be used. Texts name no folder.
         """
         try:
             with unpacked([source]) as paths:
@@ -74,8 +74,8 @@ class Predictor:
         except KitsegError as error:
             folders = [to / "x", source, *([error.path] if isinstance(error, InputError) else [])]
             text = without_paths(CASE, error, folders, isinstance(error, InputError))
-            kind = DiskFailure if is_of_disk(error) else type(error)
-            raise (kind if kind in (NoScan, DiskFailure) else KitsegError)(text) from error
+            kind = MachineFailure if is_of_machine(error) else type(error)
+            raise (kind if kind in (NoScan, MachineFailure) else KitsegError)(text) from error
 
     def _predict(
         self, paths: Sequence[Path], to: Path, endings: Sequence[str], anonymous: bool, page: bool
@@ -90,7 +90,7 @@ class Predictor:
         options = PredictOptions(endings, anonymous, max_memory=self.max_memory, labels=self.scheme)
         (done,) = PredictScans(lambda: self.model, to, options)([case], Share(), lambda _: None, lambda _: None)
         if done.error:
-            kind = DiskFailure if done.of_disk else KitsegError
+            kind = MachineFailure if done.of_machine else KitsegError
             raise kind(without_paths(CASE, KitsegError(done.error), case.files, bool(case.slices)))
         files = [to / f"{CASE}{ending}" for ending in endings]
         if not page:
