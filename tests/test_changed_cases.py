@@ -161,7 +161,7 @@ def test_a_file_of_an_earlier_validation_does_not_outlive_it(tmp_path: Path) -> 
     for name in ("intervals", "confidence"):
         (tmp_path / f"{name}.json").touch()
     assert write_intervals(tmp_path / "intervals.json", [CaseErrors("a", error="no prediction")], {}) is None
-    assert write_confidence(tmp_path / "confidence.json", [], {}) is None
+    assert write_confidence(tmp_path / "confidence.json", [], {}) == (None, [])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -256,6 +256,9 @@ def test_another_scan_on_the_same_grid_is_refused(folder: Path, scan: tuple[np.n
     code, text = refine(folder, "corrected/a.nii.gz", "0,0,30=background")
     assert (code, "made from another scan than" in " ".join(text.split())) == (2, True)
     assert (folder / "corrected" / "a.json").read_bytes() == before
+    write_labels(folder / "corrected" / "a.nii.gz", np.zeros(scan[0].shape, np.uint8), NATIVE)  # changed since
+    assert kitseg(folder, "measure", "corrected", "--ct=data", "--json=m.json", "--jobs=1").code == 0
+    assert OTHER_SCAN in json.loads((folder / "m.json").read_text())["cases"]["a"]["doubts"]
 
 
 def test_the_same_scan_in_another_format(folder: Path, scan: tuple[np.ndarray, np.ndarray]) -> None:

@@ -86,7 +86,7 @@ def evaluate(
     """
     from kitseg.commands import evaluate as scoring
     from kitseg.commands.case_record import refuse_other_labels
-    from kitseg.commands.confidence import left_out, write_confidence
+    from kitseg.commands.confidence import write_confidence
     from kitseg.commands.intervals import case_errors, write_intervals
     from kitseg.commands.score_files import score_content, write_score_table, write_scores
     from kitseg.runtime.resume import ResultCache
@@ -118,8 +118,8 @@ def evaluate(
         errors = gather("intervals", found, partial(case_errors, rules=rules), jobs)
         show_intervals(write_intervals(intervals, errors, patients), intervals)
     if confidence:
-        pairs = list(zip(found, scores, strict=True))
-        show_confidence(write_confidence(confidence, pairs, patients), confidence, left_out(pairs))
+        sure, left_out = write_confidence(confidence, list(zip(found, scores, strict=True)), patients)
+        show_confidence(sure, confidence, left_out)
     exit_if(bool(unscored.predictions) or any(score.missing or score.error for score in scores))
 
 

@@ -112,10 +112,10 @@ def record_beside(labels: Path) -> CaseRecord | None:
 def is_of_another_scan(labels: Path, case: Case, scan: Volume) -> bool:
     """Whether the record of a label map, or else a DICOM segmentation itself, states another scan than this one.
 
-    The record's scan in another file format is the same scan.
+    The record's scan in another file format is the same scan; the record counts, too, where the labels were changed.
     """
     record = record_beside(labels)
-    if record and record.scan_sha256 and record.is_of(file_digest(labels)):
+    if record and record.scan_sha256:
         return record.scan_sha256 != scan_digest(case) and record.hu_sha256 != hu_digest(scan)
     if is_volume_name(labels) or not case.slices:
         return False

@@ -24,23 +24,33 @@ _FORMAT = FileFormat(
 
 def write_confidence(
     path: Path, scored: Sequence[tuple[Job, Score]], patients: Mapping[str, str], temperature: float | None = None
-) -> Confidence | None:
+) -> tuple[Confidence | None, list[str]]:
     """Learn from scored cases whose records hold signs; None, and no file any more, with too few of them.
 
     patients: whose case it is, where it isn't the patient's only one. Cases that a network learned from are left out,
     and label maps that were changed since they were predicted.
+
+    Returns:
+        What was learned, and why cases were left out: a line for each reason, with the cases.
     """
     path.unlink(missing_ok=True)
     good: list[tuple[str, CaseRecord, float]] = []
-    models: set[str] = set()
+    models, others = set[str](), dict[str, list[str]]()
     for job, score in scored:
         record = _record_or_reason(job, score)
-        if job.prediction and isinstance(record, CaseRecord):
+        if isinstance(record, str):
+            others.setdefault(record, []).append(score.case)
+        elif job.prediction:
             models.update(recorded_models(job.prediction))
             dice = score.classes["tumor"]["dice"]
             good.append((score.case, record, 1.0 if dice is None else dice))  # none where there is none
+    left_out = [
+        f"left out of the expected Dice, {why}: {len(cases)} of {len(scored)} cases ({shorten(cases)})"
+        for why, cases in others.items()
+        if why
+    ]
     if len(good) < LEAST:
-        return None
+        return None, left_out
     found = learn(
         [record.signs for _, record, _ in good],
         np.array([dice for _, _, dice in good]),
@@ -51,21 +61,7 @@ def write_confidence(
     if found:
         found = replace(found, models=tuple(sorted(models)))
         _FORMAT.write(path, found)
-    return found
-
-
-def left_out(scored: Sequence[tuple[Job, Score]]) -> list[str]:
-    """Why ``write_confidence`` leaves scored cases out: a line for each reason, with the cases."""
-    found: dict[str, list[str]] = {}
-    for job, score in scored:
-        reason = _record_or_reason(job, score)
-        if isinstance(reason, str):
-            found.setdefault(reason, []).append(score.case)
-    return [
-        f"left out of the expected Dice, {why}: {len(cases)} of {len(scored)} cases ({shorten(cases)})"
-        for why, cases in found.items()
-        if why
-    ]
+    return found, left_out
 
 
 def _record_or_reason(job: Job, score: Score) -> CaseRecord | str:

@@ -144,10 +144,10 @@ class Refinement:
         own = scheme or scheme_beside(task.labels) or KITS19
         labels, scan = task.read(own)
         assert scan is not None
-        by_record = before.scan_sha256 not in (None, digest) and before.hu_sha256 != hu_digest(scan)
-        if by_record or is_of_another_scan(task.labels, task.scan, scan):
+        if is_of_another_scan(task.labels, task.scan, scan):
             made = f"the labels were made from another scan than {task.scan.image}"
-            source = f"the record beside them. Give that one ({before.scan})" if by_record else "their header"
+            by_record = f"the record beside them. Give that one ({before.scan})"
+            source = by_record if before.scan_sha256 else "their header"
             raise UsageError(f"{task.labels}: {made}, by {source}")
         return cls(task, own, before, labels.array, scan, digest, target, there)
 
