@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import kitseg
+from method_runs import untrained
 
 from kitseg import config, trust
 from kitseg.config import Config
@@ -55,6 +56,20 @@ def call(plan: Plan, model: str | None, stage: str = "", fold: int = 0) -> str:
     except UsageError as error:
         return str(error)
     return ""
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(phantoms: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(phantoms / "data")
+    for name in ("runs/dual-unet-tiny", "other"):
+        (tmp_path / name).mkdir(parents=True)
+        untrained(tmp_path / name)
+    asked = ("train", "--method=dual-unet", "--size=tiny", "--set=size.width=4", "--device=cpu", "--dry-run")
+    for option, words in (
+        ("--seed=7", "was made with another configuration"),
+        ("--init-from=other", "began with random weights, not with other"),
+    ):
+        refused = kitseg(tmp_path, *asked, option)
+        assert (refused.code, words in " ".join(refused.text.split())) == (2, True), refused.text
 
 
 def begin(folder: StageFolder, model: str | None) -> None:

@@ -181,7 +181,11 @@ def test_test_cases_and_their_copies_are_not_planned_from(
     monkeypatch.setattr(planner, "estimate", lambda *_: {})
     done = kitseg(data.parent, "plan", *given, "--cpu", "--size=tiny", "--jobs=1")
     assert done.code == 0, done.text
-    assert read_plan(data.parent / "plan.yaml", "resenc", config.sizes("resenc"))["cases"]["cases"] == 1
+    made = read_plan(data.parent / "plan.yaml", "resenc", config.sizes("resenc"))
+    assert (made["cases"]["cases"], made["labels"]) == (1, KITS19.line)
+    named = ("data", "--method=resenc", "--labels=kits23", "--plan=plan.yaml", "--set=seed=-1")
+    other = " ".join(kitseg(data.parent, "preprocess", *named).text.split())
+    assert "was made from the labels kidney=1,tumor=2, these are kidney=1,tumor=2,cyst=3" in other
 
 
 def test_a_training_does_not_plan_from_test_cases_that_it_chooses_later(data: Path) -> None:

@@ -124,7 +124,7 @@ def train(
 
     def make(sizes: dict[str, Any]) -> dict[str, Any]:
         known, theirs = config.stated_scheme(overrides), init_from if init_from and find_nnunet(init_from) else None
-        return make_plan(
+        made, _ = make_plan(
             method,
             sizes,
             lambda: cases_to_plan(data, masks, split),
@@ -136,6 +136,7 @@ def train(
             overrides=overrides,
             split=split,
         )
+        return made
 
     configuration, size = composed(method, size, plan, overrides, config_dir, make, write=not dry_run)
     if deterministic:
@@ -190,11 +191,17 @@ def _fold(text: str) -> int:
 
 def _rehearse(begin: Start, wanted: TrainRequest) -> None:
     """Show what `kitseg train` would do, and try one step of each stage."""
+    from kitseg.training.initial import find_initial
+    from kitseg.training.plan import units
     from kitseg.training.rehearsal import try_step
+    from kitseg.training.train import check_initial
     from kitseg.volumes.kits import labelled_cases
 
     cases = labelled_cases(wanted.data, wanted.masks)
-    plan = begin.rehearse(cases)
+    plan = begin.rehearse(cases, wanted.restart)
+    if plan.run.begun and not wanted.restart:
+        initial = find_initial(plan.initial, plan.method, plan.fold).stages if plan.initial else {}
+        check_initial(plan, units(plan.method, plan.part, wanted.stage), initial)
     _show_unused(plan, cases, begin.split)
     _show_plan(plan, cases, wanted.stage)
     for name, spec in plan.method.stages.items():

@@ -64,18 +64,20 @@ def composed(
                 write_plan(path, make(sizes))
         made = read_plan(path, method, sizes)
     console.print_plain(f"planned: {path} (size {made['size']}, {made.get('budget', 'no budget stated')})")
+    labels = config.stated_scheme(overrides).line
+    if made.get("labels", labels) != labels:
+        console.print_plain(f"{path} was made from the labels {made['labels']}, these are {labels}")
     return config.compose(method, made["size"], overrides, config_dir, made["values"]), path.stem
 
 
 def make_plan(
     method: str, sizes: dict[str, Any], find: Callable[[], list[Case]], jobs: int, memory: float | None, **given: Any
-) -> dict[str, Any]:
-    """Find and read the cases, fit a size to them, and print the plan.
+) -> tuple[dict[str, Any], list[str]]:
+    """Find and read the cases, fit a size to them, and print the plan; with the error of each case that is left out.
 
     given: ``labels``, their scheme; ``size`` to fit, None chooses by the memory; ``scans``: also read the CTs;
-    ``start``: the model folder of nnU-Net to start from; ``config_dir``: of the user's own methods; ``errors``: a list
-    that gets the error of each case that is left out; ``overrides``: of the configuration of a training whose ``split``
-    file, where it isn't there yet, is written after the plan.
+    ``start``: the model folder of nnU-Net to start from; ``config_dir``: of the user's own methods; ``overrides``: of
+    the configuration of a training whose ``split`` file, where it isn't there yet, is written after the plan.
 
     Raises:
         UsageError: no such size or model, or test cases would be chosen after they were planned from.
@@ -96,25 +98,26 @@ def make_plan(
     settings, split = config.compose(method, size, given.get("overrides", ()), where), given.get("split")
     if settings["test_cases"] and split is not None and not split.exists():
         raise UsageError(f"test cases are not planned from, and {split} isn't there yet: make it with `kitseg split`")
-    cases, ema = find(), settings["trainer"]["ema"] is not None
+    cases, ema, errors = find(), settings["trainer"]["ema"] is not None, list[str]()
+    labels = given.get("labels", KITS19)
     with console.bar("plan", len(cases)) as step:
 
         def done(error: str) -> None:
             step()
             if error:
                 console.print_error(f"{error} The case is left out.")
-                given.get("errors", []).append(error)
+                errors.append(error)
 
-        seen = fingerprint(cases, given.get("labels", KITS19), jobs, done, given.get("scans", True))
+        seen = fingerprint(cases, labels, jobs, done, given.get("scans", True))
     values = planner.fit_size(seen, sizes[size], memory, start, ema)
-    plan = planner.make_plan(method, size, seen, values, memory, where)
+    plan = {"labels": labels.line, **planner.make_plan(method, size, seen, values, memory, where)}
     _show(plan)
     larger = [name for name, row in plan["estimate"].items() if memory is not None and row["memory_gb"] > memory]
     if larger:
         console.print_line(
             f"more than the {memory:g} GB by the estimate: {', '.join(larger)}; take smaller patches there"
         )
-    return plan
+    return plan, errors
 
 
 def memory_here(device: str) -> float | None:
@@ -198,16 +201,15 @@ def plan(
         memory = (parse_size(gpu_memory, "--gpu-memory") or 0) / 1e9
     scans = data is not None or masks is None
     sizes = config.sizes(method, config_dir)
-    errors: list[str] = []
     given = {
-        "errors": errors,
         "size": size,
         "labels": opt.stated_or_split(labels, split),
         "scans": scans,
         "start": init_from,
         "config_dir": config_dir,
     }
-    write_plan(out, make_plan(method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory, **given))
+    made, errors = make_plan(method, sizes, lambda: cases_to_plan(data, masks, split), jobs, memory, **given)
+    write_plan(out, made)
     more = "".join(f" --data {quote(str(folder))}" for folder in data or ())
     stated = {"masks": masks, "labels": labels, "init-from": given["start"], "config-dir": config_dir}
     stated["split"] = split if split != Path("splits.json") else None

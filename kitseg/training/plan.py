@@ -148,10 +148,15 @@ class Start:
             console.print_plain(problem)
         return self._plan(read_split(self.run.split))
 
-    def rehearse(self, cases: Sequence[Case]) -> Plan:
-        """The plan without writing anything, and without reading label maps."""
-        there = self.split.exists()
-        return self._plan(read_split(self.split) if there else new_split(unseen_traits(cases), self.config))
+    def rehearse(self, cases: Sequence[Case], anew: bool = False) -> Plan:
+        """The plan without writing anything, and without reading label maps.
+
+        anew: whether what there is of the run would be renamed. Raises UsageError: see ``check_run``.
+        """
+        split = read_split(self.split) if self.split.exists() else None
+        if self.run.config.exists() and not anew:
+            check_run(self.run, self.config, split)
+        return self._plan(split or new_split(unseen_traits(cases), self.config))
 
     def restart(self, stage: str | None, every_fold: bool = False) -> list[Path]:
         """Rename the old run: all of it if its configuration or split differs, or if every fold is restarted.
@@ -206,17 +211,29 @@ def claim_run(run: Run, configuration: Config, split: Split) -> None:
         if not run.config.exists():
             write_split(split, run.split)
             return write_text(run.config, trust.dump(configuration))
-        old = {"trainer": DEFAULT, "data": data_source.DEFAULT, **config.read(run.config)}
-        changed = config.differences(old, configuration)
-        raised = bool(changed) and only_more_epochs(old, configuration)
-        if changed and not raised:
-            remedy = "Use --restart to rename the old run, or --name for a new run."
-            raise UsageError(f"{run.path} was made with another configuration. {remedy}", details=changed)
-        if read_split(run.split) != split:
-            raise UsageError(f"{run.path} was trained with another split: {run.split}. Use that one, or --restart.")
-        if raised:
+        if old := check_run(run, configuration, split):
+            if not run.first.exists():
+                write_text(run.first, run.config.read_text(encoding="utf-8"))
             record_raise(run, old, configuration)
             write_text(run.config, trust.dump(configuration))
+
+
+def check_run(run: Run, configuration: Config, split: Split | None) -> Config | None:
+    """The configuration of a run that is there, where this one raises its epochs; None where both are the same.
+
+    split: None where it isn't there yet.
+
+    Raises:
+        UsageError: they differ in something else, or the run has another split.
+    """
+    old = {"trainer": DEFAULT, "data": data_source.DEFAULT, **config.read(run.config)}
+    changed = config.differences(old, configuration)
+    if changed and not only_more_epochs(old, configuration):
+        remedy = "Use --restart to rename the old run, or --name for a new run."
+        raise UsageError(f"{run.path} was made with another configuration. {remedy}", details=changed)
+    if split and read_split(run.split) != split:
+        raise UsageError(f"{run.path} was trained with another split: {run.split}. Use that one, or --restart.")
+    return old if changed else None
 
 
 def _check_stage(method: Method, stage: str | None) -> None:
