@@ -28,11 +28,12 @@ def test_pages(lesions: int, listed: int, left: int, pages: int, monkeypatch: py
     for number in range(lesions):
         labels[3:5, 6 + 5 * (number % 10) :, 8 + 5 * (number // 10) :][:, :4, :4] = TUMOR
     scene = Scene(labels, GRID, np.zeros(GRID.shape, np.int16))
-    quality = Quality((Flag("a", "amber", "Look at this."), Flag("b", "red", "And at that.")))
+    quality = Quality((Flag("a", "amber", "Look at this."), Flag("b", "red", "And at that.")), "unenhanced")
     content = CaseContent("case", scene, measure(labels, GRID), quality, {}, {"Made by": "a method"}, ["A note."])
     found = pypdf.PdfReader(io.BytesIO(case_pdf(content, "Müller, $x_1$ \x07 山田")))
     assert all("Müller, $x_1$" in page.extract_text() for page in found.pages)
-    text = " ".join(page.extract_text() for page in found.pages)
+    text = " ".join(" ".join(page.extract_text() for page in found.pages).split())
+    assert "Contrast phase: unenhanced." in text
     for words in ("For research use only", "red: And at that.", "A note.", "Made by: a method"):
         assert words in text
     assert text.index("red: And") < text.index("amber: Look")

@@ -26,8 +26,8 @@ _ROW = 9.6 / 72 / _A4[1]  # height of one, as a share of the page
 _A_PAGE = 4  # lesions with their pictures
 _LETTERS = 880  # of a line, times the size of the letters
 _DPI = 150  # of the pictures
-_WIDTHS = (0.3, *(0.14,) * 5)
-_HEAD = ("", "volume, ml", "axial, mm", "3D, mm", "size class", "HU, mean ± SD")
+_WIDTHS = (0.27, 0.13, 0.13, 0.13, 0.18, 0.16)
+_HEAD = ("", "volume, ml", "axial, mm", "3D, mm", "size class (axial)", "HU, mean ± SD")
 
 
 def case_pdf(content: CaseContent, patient: str, images: Sequence[str] = ()) -> bytes:
@@ -53,7 +53,9 @@ def _pages(content: CaseContent, patient: str, images: Sequence[str]) -> Iterato
     at = _write(page, 0.96, ["Kidneys and kidney tumors in CT, found by kitseg"], size=14)
     at = _write(page, at, [patient, *(f"{name}: {fact}" for name, fact in content.facts.items())])
     flags = [f"{flag.level}: {flag.reason}" for flag in sorted(quality.flags, key=lambda flag: flag.level == "amber")]
-    at = _write(page, at - 0.01, [f"{quality.level.upper()}. {LEVEL_TEXTS[quality.level]}", *flags, *content.notes])
+    level = f"{quality.level.upper()}. {LEVEL_TEXTS[quality.level]}"
+    level += f" Contrast phase: {quality.phase}." if quality.phase else ""
+    at = _write(page, at - 0.01, [level, *flags, *content.notes])
     rows = _rows(content) or [["nothing found", *[""] * (len(_HEAD) - 1)]]
     axes = page.add_axes((0.07, 0.3, 0.86, max(at - 0.32, 0.1)))
     axes.axis("off")
