@@ -71,7 +71,7 @@ def test_labels_on_the_grid_of_the_input(
     found = json.loads((tmp_path / "output" / "kidney-findings.json").read_text())
     assert list(found["cases"]) == ["output"]
     volume = read_labels(tmp_path / "output" / SOCKET / "output.mha", "output")
-    expected = quality.doubts(volume.array, volume.geometry, measure(volume.array, volume.geometry))
+    expected = quality.doubts(volume.array, volume.geometry, measure(volume.array, volume.geometry), True)
     assert found["cases"]["output"]["doubts"] == [NOT_HU, *expected]
     assert expected, "the labels of noise reach the scan's edge"
     assert before == {path: path.stat().st_mtime_ns for path in source.rglob("*")}

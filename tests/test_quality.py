@@ -72,6 +72,11 @@ def test_a_single_kidney_is_amber_with_its_side() -> None:
     assert found["single-kidney"].level == "amber"
     assert "right kidney" in found["single-kidney"].reason
     assert "150 ml" in found["single-kidney"].reason
+    findings = measure(labels, LYING)
+    (doubt,) = doubts(labels, LYING, findings, False)
+    assert doubt.startswith("only a right kidney was found (150 ml)")
+    assert "the only kidney's side is by the middle of the frame" in doubt
+    assert doubts(labels, LYING, findings, True) == ()
 
 
 @pytest.mark.parametrize(("slices", "third"), [(8, True), (7, False)])
@@ -93,7 +98,7 @@ def test_two_kidneys_on_one_side_are_not_measured_as_one_in_silence() -> None:
     assert [(kidney.side, round(kidney.volume_ml)) for kidney in findings.kidneys] == [(RIGHT, 300)]
     found = flags(labels, findings)
     assert "2 separate parts are as large as a kidney (150, 150 ml)" in found["third-kidney"].reason
-    assert doubts(labels, LYING, findings)[0].startswith("2 separate parts are as large as a kidney")
+    assert doubts(labels, LYING, findings, True)[0].startswith("2 separate parts are as large as a kidney")
 
 
 def test_a_third_kidney_beside_a_horseshoe_kidney() -> None:
@@ -114,14 +119,14 @@ def test_a_part_that_was_cut_into_both_kidneys_is_amber() -> None:
     found = flags(labels, findings)
     assert (list(found), found["joined-kidneys"].level) == (["joined-kidneys"], "amber")
     assert "One part of 314 ml reaches to both sides" in found["joined-kidneys"].reason
-    assert doubts(labels, LYING, findings)[0].startswith("one part of 314 ml reaches to both sides")
-    assert doubts(two_kidneys(), LYING, measure(two_kidneys(), LYING)) == ()
+    assert doubts(labels, LYING, findings, True)[0].startswith("one part of 314 ml reaches to both sides")
+    assert doubts(two_kidneys(), LYING, measure(two_kidneys(), LYING), False) == ()
 
 
 def test_a_third_kidney_is_a_doubt_of_measurements() -> None:
     labels = two_kidneys()
     labels[10:20, 25:35, 35:45] = 1
-    (doubt,) = doubts(labels, LYING, measure(labels, LYING))
+    (doubt,) = doubts(labels, LYING, measure(labels, LYING), True)
     assert doubt == "3 separate parts are as large as a kidney (150, 150, 25 ml): a side's figures are of two"
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR, find_scheme
 from kitseg.measurement.measure import measure
-from kitseg.measurement.quality import Quality
+from kitseg.measurement.quality import BY_FRAME, Quality
 from kitseg.report.html import page_name
 from kitseg.report.scores import StudyScores
 from kitseg.report.slices import UNIT, Scene, around, cut, outlines, scroll
@@ -308,6 +308,15 @@ def test_labels_alone_have_a_page(reported: Path) -> None:
     assert "No scan is available." in found.text
     assert "no cysts" not in found.text
     assert "Scores" not in found.text
+
+
+def test_a_single_kidneys_side_without_its_scan_is_doubted(tmp_path: Path) -> None:
+    labels = np.zeros((30, 40, 60), np.uint8)
+    labels[5:25, 5:35, 5:20] = KIDNEY
+    save(tmp_path / "a.nii.gz", labels, MM)
+    (tmp_path / "a.json").write_text(json.dumps({"quality": {"flags": [], "phase": None}}))
+    assert kitseg(tmp_path, "report", "a.nii.gz", "--jobs=1").code == 0
+    assert BY_FRAME in Page(tmp_path / "report" / "a.html").text
 
 
 def test_changed_labels_lose_their_flags(reported: Path, tmp_path: Path) -> None:

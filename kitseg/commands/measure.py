@@ -168,7 +168,8 @@ def measure_case(
         unknown = [NO_RECORD] if intervals and record_beside(task.labels) is None else []
         if calibration and intervals and (other := of_other_models(task.labels, calibration.models)):
             unknown.append(other)
-        doubts = (*task.doubts(labels, scan), *quality.doubts(labels.array, labels.geometry, findings), *unknown)
+        shapes = quality.doubts(labels.array, labels.geometry, findings, scan is not None)
+        doubts = (*task.doubts(labels, scan), *shapes, *unknown)
         return Measured(task.case, findings, "", after, own.line, found, intervals, origin, doubts)
     except Exception as error:  # the other cases continue, whatever the error
         return Measured(task.case, error=task.format_error(error))

@@ -29,7 +29,7 @@ from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import KITS23, Scheme, to_kits19
 from kitseg.measurement.intervals import Calibration
 from kitseg.measurement.measure import measure
-from kitseg.measurement.quality import assess
+from kitseg.measurement.quality import BY_FRAME, assess
 from kitseg.measurement.renal_function import Patient, after_surgery
 from kitseg.report import as_sentence
 from kitseg.report.case_page import CaseContent, write_case_page
@@ -156,6 +156,8 @@ def write_page(task: PageTask) -> CaseRow:
     record, notes = _record(task, digest)
     notes += [as_sentence(doubt) for doubt in task.doubts(labels, scan) if doubt not in record.note]
     quality = record.quality if record.is_of(digest) else None
+    if quality and scan is None and len(findings.whole_kidneys) == 1:  # the record's flags are of a scan
+        notes.append(BY_FRAME)
     quality = quality or assess(scene.labels, scene.hu, scene.geometry, findings, None, None)
     facts = _facts(task, scene.geometry, record, digest, scan_hash)
     changed = correction_beside(task.labels)

@@ -40,6 +40,7 @@ _JOINED = (
     "One part of {:.0f} ml reaches to both sides, a horseshoe kidney or two kidneys that touch: it is measured as a "
     "right and a left kidney, cut where the parenchyma is thinnest."
 )
+BY_FRAME = "Without the scan, the only kidney's side is by the middle of the frame, which a cropped label map moves."
 _OVER_FAT = "The kidney outlines lie over fat or air ({:.0f} HU), not over kidney: the segmentation has failed."
 #: The flags about what is labelled that figures can't show: the others are about a figure beside them.
 _SHAPES = ("third-kidney", "joined-kidneys", "cut-off", "tumor-far")
@@ -114,7 +115,7 @@ def assess(
     failed = kidney is not None and kidney < FAILED_HU
     phase = None if failed else contrast_phase(kidney, aorta)
     flags = [
-        *kidney_flags(findings, parts),
+        *kidney_flags(findings, parts, hu is not None),
         *([Flag("kidney-hu", RED, _OVER_FAT.format(kidney))] if failed else []),
         *tumor_flags(labels, geometry, parts, findings),
         *border_flags(parts),
@@ -143,8 +144,11 @@ class Parts:
         return cls(found, found.sizes * geometry.voxel_ml, found.total(labels == KIDNEY) * geometry.voxel_ml)
 
 
-def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
-    """No kidney, a single kidney, more components of a kidney's size than kidneys, or one that was cut into both."""
+def kidney_flags(findings: Findings, parts: Parts, has_ct: bool) -> Iterator[Flag]:
+    """No kidney, a single kidney, more components of a kidney's size than kidneys, or one that was cut into both.
+
+    has_ct: whether a CT decided the side of a single kidney.
+    """
     kidneys = findings.whole_kidneys
     large = parts.ml[(parts.ml >= KIDNEY_ML) & (parts.parenchyma_ml >= HOLD_ML)]
     sides = max((kidney.volume_ml for kidney in kidneys), default=0.0)
@@ -156,7 +160,7 @@ def kidney_flags(findings: Findings, parts: Parts) -> Iterator[Flag]:
     elif len(kidneys) == 1:
         only = kidneys[0]
         reason = f"Only a {only.side} kidney was found ({only.volume_ml:.0f} ml): a single kidney, or one was missed."
-        yield Flag("single-kidney", AMBER, reason)
+        yield Flag("single-kidney", AMBER, reason if has_ct else f"{reason} {BY_FRAME}")
     if kidneys and large.size + joined > len(kidneys):
         volumes = ", ".join(f"{ml:.0f}" for ml in sorted(large, reverse=True))
         reason = f"{large.size} separate parts are as large as a kidney ({volumes} ml): a side's figures are of two."
@@ -191,11 +195,12 @@ def border_flags(parts: Parts) -> Iterator[Flag]:
         yield Flag("cut-off", AMBER, _CUT_OFF.format(", ".join(cut)))
 
 
-def doubts(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings) -> tuple[str, ...]:
-    """What a label map (D, H, W) leaves open, beside its figures: see ``_SHAPES``."""
-    parts = Parts.of(labels, geometry)
-    flags = [*kidney_flags(findings, parts), *border_flags(parts), *tumor_flags(labels, geometry, parts, findings)]
-    return tuple(flag.reason[:1].lower() + flag.reason[1:].rstrip(".") for flag in flags if flag.name in _SHAPES)
+def doubts(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings, has_ct: bool) -> tuple[str, ...]:
+    """What a label map (D, H, W) leaves open, beside its figures: see ``_SHAPES``; without a CT a single one's side."""
+    parts, names = Parts.of(labels, geometry), _SHAPES if has_ct else (*_SHAPES, "single-kidney")
+    shapes = [*kidney_flags(findings, parts, has_ct), *border_flags(parts)]
+    flags = [*shapes, *tumor_flags(labels, geometry, parts, findings)]
+    return tuple(flag.reason[:1].lower() + flag.reason[1:].rstrip(".") for flag in flags if flag.name in names)
 
 
 def volume_flags(findings: Findings) -> Iterator[Flag]:
