@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from kitseg.components import bounding_box
 from kitseg.labels import BACKGROUND, KIDNEY
+from kitseg.measurement.findings import KIDNEY_ML
 from kitseg.measurement.sides import NAMES, side_map
 from kitseg.types import Geometry
 
@@ -67,7 +68,10 @@ class Surface:
 
 
 def kidney_surfaces(labels: NDArray[np.uint8], geometry: Geometry, midline: float) -> dict[str, Surface]:
-    """The kidneys of a label map (D, H, W) that have parenchyma, by side; midline: see ``sides.side_map``."""
+    """The kidneys of a label map (D, H, W) of a plausible size, by side; midline: see ``sides.side_map``.
+
+    What is smaller, such as a speck where a kidney was removed, is none.
+    """
     box = bounding_box(labels != BACKGROUND)
     if box is None:
         return {}
@@ -75,7 +79,7 @@ def kidney_surfaces(labels: NDArray[np.uint8], geometry: Geometry, midline: floa
     sides, found = side_map(inside, grid, midline), {}
     for code, name in NAMES.items():
         near = bounding_box(sides == code)
-        if near is None:
+        if near is None or np.count_nonzero(sides == code) * grid.voxel_ml < KIDNEY_ML:
             continue
         pad = [(int(_MARGIN_MM / mm) + 1,) * 2 for mm in grid.spacing]
         own = np.pad(np.where(sides == code, inside, np.uint8(BACKGROUND))[near.slices], pad)

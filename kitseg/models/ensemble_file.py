@@ -80,7 +80,7 @@ def read_ensemble(path: Path) -> tuple[list[Member], Mapping[str, Any]]:
 
 
 def checked_members(rows: Sequence[Member], folder: Path, steps: Any) -> list[Member]:
-    """The members, whose runs lie below or beside a folder, with post-processing that is quickly built.
+    """The members with a weight, whose runs lie below or beside a folder, with post-processing that is quickly built.
 
     Raises:
         ValueError: weights that can't be used, or too many members. UsageError: see ``parts.check_steps``.
@@ -89,4 +89,4 @@ def checked_members(rows: Sequence[Member], folder: Path, steps: Any) -> list[Me
         raise ValueError(f"it needs members, at most {MOST}, with weights that aren't negative")
     trust.check(steps)
     check_steps(steps)
-    return [replace(row, run=folder / row.run) for row in rows]
+    return [replace(row, run=folder / row.run) for row in rows if row.weight]

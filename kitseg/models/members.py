@@ -202,7 +202,7 @@ def open_ensemble(
             continue
         found, recipe = members_of(path)
         total = sum(m.weight for m in found) if len(paths) > 1 else 1.0
-        members += [replace(m, weight=share * m.weight / total, mirror=mirror or m.mirror) for m in found if m.weight]
+        members += [replace(m, weight=share * m.weight / total, mirror=mirror or m.mirror) for m in found]
         recipes.append(recipe)
     models = tuple(
         open_model(of_fold(member.run, fold), device, mirror=member.mirror, engine=engine, precision=precision)
