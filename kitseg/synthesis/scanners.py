@@ -18,7 +18,7 @@ THICKEST = 5.0  # mm
 
 def scan(hu: Tensor, spacing: Vector, rng: Generator) -> Tensor:
     """HU (D, H, W) as another scanner would show them; each of the changes at random."""
-    hu = hu * float(rng.uniform(0.95, 1.05)) + float(rng.uniform(-8, 8))
+    hu = hu * float(rng.uniform(0.97, 1.03)) + float(rng.uniform(-5, 5))
     draw = rng.random()
     if draw < 0.3:
         hu = blur(hu, rng.uniform(0.4, 1.3) / spacing)
