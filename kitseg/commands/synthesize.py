@@ -27,8 +27,9 @@ from kitseg.volumes.tables import PATIENTS, read_patients
 
 RECORD = "synthesis.json"
 NOTE = (
-    "Real: the anatomy of the body and, where shape_from names a label map, the shape of a lesion. Synthetic: HU and "
-    "texture of lesions, the contrast phase unless it is 'as scanned', rotation, scale and displacement, the scanner."
+    "Real: the anatomy of the body and, where shape_from names a label map, the shape of a lesion; where kidneys_from "
+    "names label maps, the shape of the kidneys, too. Synthetic: HU and texture of lesions and of such kidneys, the "
+    "contrast phase unless it is 'as scanned', rotation, scale and displacement, the scanner."
 )
 
 
