@@ -69,6 +69,17 @@ def test_what_a_bundle_states(content: Files, run: Path) -> None:
     assert {Path(name).suffix for name in content} == {".json", ".yaml", ".safetensors"}
 
 
+def test_a_bundle_holds_no_path(run: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(run, tmp_path / "mine")
+    text = (mine / "config.yaml").read_text()
+    assert text.count("lesions: null") == 1
+    (mine / "config.yaml").write_text(text.replace("lesions: null", "lesions: /home/somebody/kits19"))
+    export(mine, tmp_path / "mine.kitseg")
+    assert b"somebody" not in (tmp_path / "mine.kitseg").read_bytes()
+    config = Run(only_member(tmp_path / "mine.kitseg")[0].run).config
+    assert config.read_text() == text.replace("lesions: null", "lesions: kits19")
+
+
 def test_weights_that_began_with_those_of_a_model_keep_its_license(run: Path, tmp_path: Path) -> None:
     own = "CC0-1.0"
     licenses = {"code": "Apache-2.0", "weights": own, "labels": own}

@@ -142,7 +142,7 @@ def _card(path: Path) -> bytes:
 
 
 def _files(part: ExportedMember, half: bool) -> Files:
-    yield f"{part.name}/config.yaml", part.run.config.read_bytes()
+    yield f"{part.name}/config.yaml", _config(part.run)
     info = part.run.read_info()
     kept = ((sha256, tuple(n for n in folds if n in part.folds)) for sha256, folds in info.learned.items())
     learned = {sha256: folds for sha256, folds in kept if folds}
@@ -150,6 +150,15 @@ def _files(part: ExportedMember, half: bool) -> Files:
     for fold in part.folds:
         for stage in part.method.stages:
             yield from _stage_files(part.run.stage(fold, stage), f"{part.name}/fold_{fold}/{stage}", half)
+
+
+def _config(run: Run) -> bytes:
+    """The configuration, with the name of the folder of label maps in place of its path."""
+    content = config.read(run.config)
+    data = content.get("data") or {}
+    if not data.get("lesions"):
+        return run.config.read_bytes()
+    return trust.dump({**content, "data": {**data, "lesions": Path(data["lesions"]).name}}).encode()
 
 
 def _stage_files(folder: StageFolder, name: str, half: bool) -> Files:
