@@ -41,6 +41,7 @@ def test_pages(lesions: int, listed: int, left: int, pages: int, monkeypatch: py
     assert sum(f"tumor {number}, r" in text for number in range(1, 41)) == listed
     assert (f"{left} more lesions" in text) == (left > 0)
     assert ("not listed" in text) == (left > 0)
+    assert ("Pictures of the first 3 of 40 lesions." in text) == (lesions == 40)
     assert len(found.pages) == pages
 
 

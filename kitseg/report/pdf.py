@@ -59,20 +59,21 @@ def _pages(content: CaseContent, patient: str, images: Sequence[str]) -> Iterato
     rows = _rows(content) or [["nothing found", *[""] * (len(_HEAD) - 1)]]
     axes = page.add_axes((0.07, 0.3, 0.86, max(at - 0.32, 0.1)))
     axes.axis("off")
-    shown = rows[: max(1, min(_MOST_ROWS, int((at - 0.34) / _ROW)))]
-    table = axes.table(shown, colLabels=_HEAD, colWidths=_WIDTHS, loc="upper left", cellLoc="left", edges="horizontal")
+    listed = rows[: max(1, min(_MOST_ROWS, int((at - 0.34) / _ROW)))]
+    table = axes.table(listed, colLabels=_HEAD, colWidths=_WIDTHS, loc="upper left", cellLoc="left", edges="horizontal")
     table.auto_set_font_size(False)
     table.set_fontsize(8)
-    if left := len(rows) - len(shown):
+    if left := len(rows) - len(listed):
         _write(page, 0.3, [f"{left} more lesions are not listed here."])
     for place, one in enumerate(scene.scheme.classes.values()):
         page.text(0.07 + 0.1 * place, 0.282, f"■ {one.name}", color=one.colour, fontsize=8, va="top", parse_math=False)
     _draw(page, 0.28, content, middle_of(scene, findings), Box((0, 0, 0), scene.geometry.shape), "")
     yield page
-    lesions = findings.lesions[:MOST_LESIONS]
+    lesions, count = findings.lesions[:MOST_LESIONS], len(findings.lesions)
+    shown = f"Pictures of the first {len(lesions)} of {count} lesions." if count > len(lesions) else ""
     for first in range(0, len(lesions), _A_PAGE):
         page = Figure(figsize=_A4)
-        _write(page, 0.99, [patient])
+        _write(page, 0.99, [patient, shown])
         for place, lesion in enumerate(lesions[first : first + _A_PAGE]):
             at, name = lesion.centre[0], title(lesion, scene.scheme).capitalize()
             name += f", slice {at + 1} from the head" + (f", image {images[at]}" if images and images[at] else "")
