@@ -15,6 +15,8 @@ from dicom_files import AXIAL, write_series
 from scipy.spatial.transform import Rotation
 from shapes import Ellipsoid, ball, lattice, paint
 
+from kitseg.commands.followup import OTHER_PATIENT, FollowupTask, _other_patient
+from kitseg.commands.measure import LabelTask
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, find_scheme, scheme_of
 from kitseg.measurement.followup import Visit, followup
 from kitseg.measurement.measure import measure
@@ -132,7 +134,10 @@ def test_the_dates_come_from_dicom_and_folders_go_by_names(tmp_path: Path) -> No
     files = [f"{date}/patient.nii.gz" for date in ("20230301", "20230901")]
     found = rows(tmp_path, *files, "--ct", "ct/20230301", "ct/20230901")
     assert found["larger"]["doubling_days"] == pytest.approx(184 * np.log(2) / np.log(8**3 / 6**3), abs=0.1)
-    doubt = "the scans state different patient IDs"
+    alone = (LabelTask(date, next((tmp_path / "ct" / date).glob("*")), None) for date in ("20230301", "20230901"))
+    task = FollowupTask("a", *alone, None, tmp_path)
+    assert _other_patient(task) == [OTHER_PATIENT], "as of segmentations without scans"
+    doubt = "the DICOM files state different patient IDs"
     assert doubt in json.loads((tmp_path / "f.json").read_text())["followup"]["patient"]["doubts"][0]
     assert doubt[1:] in (tmp_path / "followup" / "patient.html").read_text()
     swapped = ("followup", *reversed(files), "--ct", "ct/20230901", "ct/20230301", "-o", "swapped")

@@ -24,12 +24,12 @@ from kitseg.runtime.resume import Task
 from kitseg.types import Case
 from kitseg.volumes.kits import LABEL, case_of
 from kitseg.volumes.names import pair
-from kitseg.volumes.scan import scan_date, scan_patient
+from kitseg.volumes.scan import patient_of, scan_date
 
 SCHEMA = 1
 ONE_WITHOUT_CYSTS = "the label maps of one date have no cysts, which are kidney there: cysts may be new or vanished"
 ONE_WITHOUT_KIDNEY = "one date shows no {} kidney: its lesions were not looked for there"
-OTHER_PATIENT = "the scans state different patient IDs: they may be of two patients"
+OTHER_PATIENT = "the DICOM files state different patient IDs: they may be of two patients"
 OTHER_DATES = "the scans state other dates than --dates: {} and {}"
 FAR_APART = "the {} kidney's surfaces are {:.1f} mm apart after alignment: another patient, outline, or a poor fit"
 FAR_APART_MM = 2.0  # 46 of 47 kidneys of KiTS19, turned and resampled: up to 1.7; nine of ten of other patients: more
@@ -216,6 +216,10 @@ def _dates(task: FollowupTask) -> tuple[Dates | None, list[str]]:
 
 
 def _other_patient(task: FollowupTask) -> list[str]:
-    """A doubt where the DICOM scans state different patients."""
-    stated = {patient for part in (task.before, task.after) if part.scan and (patient := scan_patient(part.scan))}
-    return [OTHER_PATIENT] if len(stated) > 1 else []
+    """A doubt where the DICOM scans or segmentations state different patients."""
+    files = [
+        file
+        for part in (task.before, task.after)
+        for file in (part.labels, *(part.scan.files[:1] if part.scan else ()))
+    ]
+    return [OTHER_PATIENT] if len({patient for file in files if (patient := patient_of(file))}) > 1 else []

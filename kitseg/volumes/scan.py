@@ -18,7 +18,7 @@ from kitseg.runtime.files import file_digest
 from kitseg.types import Box, Case, Geometry, Volume, triple
 from kitseg.volumes.header import read_header
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
-from kitseg.volumes.names import is_itk_name, pair
+from kitseg.volumes.names import is_itk_name, is_volume_name, pair
 from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image
 from kitseg.volumes.references import read_reference
 
@@ -183,13 +183,13 @@ def scan_date(case: Case) -> date | None:
     return None
 
 
-def scan_patient(case: Case) -> str:
-    """The patient's ID in a DICOM series; empty for other files, and where it isn't given."""
-    if not case.slices:
+def patient_of(file: Path) -> str:
+    """The patient's ID in a DICOM file; empty for other files, and where it isn't given."""
+    if is_volume_name(file):
         return ""
     from kitseg.volumes.dicom.headers import read_dicom_header
 
-    found = read_dicom_header(case.slices[0])
+    found = read_dicom_header(file)
     return found.patient if found else ""
 
 
