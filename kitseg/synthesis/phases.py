@@ -120,7 +120,7 @@ def _no_brighter_edge(hu: Tensor, on: Tissues, level: float) -> Tensor:
 def _without_contrast(hu: Tensor, tissue: Tensor, mean: float, share: float) -> Tensor:
     """Soft tissue and vessels with a share of their contrast agent taken away; fat and bone stay.
 
-    mean: HU of the parenchyma, which tells how bright other organs may be.
+    mean: HU of the parenchyma, which limits how bright other organs may be.
     """
     dull = _dulled(hu, min(max(120.0, mean), 210.0))
     blood = BLOOD + 0.15 * (hu - 150)
