@@ -128,6 +128,9 @@ def test_a_phase_with_less_contrast_leaves_no_bright_edge(body: RealBody, name: 
     for seed in range(6):
         hu, phase = phases.show(name, on, replace(body.facts, noise=0.0), np.random.default_rng(seed))
         assert float(hu[(distance > -4) & (distance < 2)].max()) < phase.parenchyma + 8
+    touching = phases.Tissues(torch.where(distance > 0, 160.0, blurred), distance, on.tissue, on.spacing)
+    hu, phase = phases.show(phases.PLAIN, touching, replace(body.facts, noise=0.0), np.random.default_rng(0))
+    assert float(hu[(distance > 1) & (distance < 4)].min()) > phase.parenchyma + 15, "an organ that touches it stays"
 
 
 def test_organs_of_a_bright_scan_lose_their_contrast_too() -> None:

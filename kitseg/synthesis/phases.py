@@ -113,8 +113,11 @@ def _structure(hu: Tensor, mean: float) -> Tensor:
 
 
 def _no_brighter_edge(hu: Tensor, on: Tissues, level: float) -> Tensor:
-    """HU of at most ``level`` around the kidneys' surface, where the scan shows their contrast blurred."""
-    return hu + step(BLUR - on.distance, 0.4) * (level - hu).clamp(max=0)
+    """HU around the kidneys' surface, where the scan shows their contrast blurred: of ``level`` or what lies beside."""
+    voxels = 2 * max(1, round(2 * BLUR / float(on.spacing.mean()))) + 1
+    beside = step(on.distance - BLUR, 0.4)
+    around = box_mean(hu * beside, voxels) / box_mean(beside, voxels).clamp(min=0.02)
+    return hu + (1 - beside) * (around.clamp(min=level) - hu).clamp(max=0)
 
 
 def _without_contrast(hu: Tensor, tissue: Tensor, mean: float, share: float) -> Tensor:
