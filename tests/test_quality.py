@@ -18,6 +18,7 @@ from kitseg.volumes.nifti import read_labels
 SHAPE, SPACING = (40, 60, 80), (4.0, 2.5, 2.5)
 GEOMETRY = Geometry(SHAPE, np.diag([*SPACING, 1.0]))  # a voxel has 0.025 ml
 LYING = Geometry(SHAPE, np.array([[0, 0, -2.5, 100], [0, -2.5, 0, 0], [-4, 0, 0, 0], [0, 0, 0, 1]]))
+TISSUE = np.full(SHAPE, 40, np.int16)
 BOTH = Findings((Kidney(RIGHT, 150.0, 150.0), Kidney(LEFT, 150.0, 150.0)), ())
 TRAINED = TrainingDomain(slice_mm=(1.0, 5.0), pixel_mm=(0.6, 2.5), kidney_hu=(120.0, 200.0), aorta_hu=(180.0, 320.0))
 
@@ -73,10 +74,12 @@ def test_a_single_kidney_is_amber_with_its_side() -> None:
     assert "right kidney" in found["single-kidney"].reason
     assert "150 ml" in found["single-kidney"].reason
     findings = measure(labels, LYING)
-    (doubt,) = doubts(labels, LYING, findings, False)
+    (doubt,) = doubts(labels, LYING, findings, None)
     assert doubt.startswith("only a right kidney was found (150 ml)")
     assert "the only kidney's side is by the middle of the frame" in doubt
-    assert doubts(labels, LYING, findings, True) == ()
+    assert doubts(labels, LYING, findings, TISSUE) == ()
+    (other,) = doubts(labels, LYING, findings, TISSUE - 140)  # as in the scan of another patient
+    assert other.startswith("the kidney outlines lie over fat or air (-100 HU)")
 
 
 @pytest.mark.parametrize(("slices", "third"), [(8, True), (7, False)])
@@ -98,7 +101,7 @@ def test_two_kidneys_on_one_side_are_not_measured_as_one_in_silence() -> None:
     assert [(kidney.side, round(kidney.volume_ml)) for kidney in findings.kidneys] == [(RIGHT, 300)]
     found = flags(labels, findings)
     assert "2 separate parts are as large as a kidney (150, 150 ml)" in found["third-kidney"].reason
-    assert doubts(labels, LYING, findings, True)[0].startswith("2 separate parts are as large as a kidney")
+    assert doubts(labels, LYING, findings, TISSUE)[0].startswith("2 separate parts are as large as a kidney")
 
 
 def test_a_third_kidney_beside_a_horseshoe_kidney() -> None:
@@ -119,14 +122,14 @@ def test_a_part_that_was_cut_into_both_kidneys_is_amber() -> None:
     found = flags(labels, findings)
     assert (list(found), found["joined-kidneys"].level) == (["joined-kidneys"], "amber")
     assert "One part of 314 ml reaches to both sides" in found["joined-kidneys"].reason
-    assert doubts(labels, LYING, findings, True)[0].startswith("one part of 314 ml reaches to both sides")
-    assert doubts(two_kidneys(), LYING, measure(two_kidneys(), LYING), False) == ()
+    assert doubts(labels, LYING, findings, TISSUE)[0].startswith("one part of 314 ml reaches to both sides")
+    assert doubts(two_kidneys(), LYING, measure(two_kidneys(), LYING), None) == ()
 
 
 def test_a_third_kidney_is_a_doubt_of_measurements() -> None:
     labels = two_kidneys()
     labels[10:20, 25:35, 35:45] = 1
-    (doubt,) = doubts(labels, LYING, measure(labels, LYING), True)
+    (doubt,) = doubts(labels, LYING, measure(labels, LYING), TISSUE)
     assert doubt == "3 separate parts are as large as a kidney (150, 150, 25 ml): a side's figures are of two"
 
 

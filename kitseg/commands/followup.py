@@ -113,7 +113,7 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
             hu = scan.array if scan else None
             findings = measure(labels.array, labels.geometry, hu)
             name = "second" if visits else "first"
-            more = quality.doubts(labels.array, labels.geometry, findings, scan is not None)
+            more = quality.doubts(labels.array, labels.geometry, findings, hu)
             doubts |= dict.fromkeys(f"{name} date: {doubt}" for doubt in more)
             visits.append(Visit(labels.array, labels.geometry, findings, hu))
         if len({own.cyst is None for own in schemes}) > 1:

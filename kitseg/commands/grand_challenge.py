@@ -100,6 +100,6 @@ def predict_case(source: Path, to: Path, socket: str, model: Ensemble, scheme: S
     scan = read_scan(case)
     found = model.predict(scan, scheme=scheme)
     write_volume(labels, found.canonical, scan.native, found.scheme)
-    doubts = (*scan_doubts(case, scan), *quality.doubts(found.canonical, scan.geometry, found.findings, True))
+    doubts = (*scan_doubts(case, scan), *quality.doubts(found.canonical, scan.geometry, found.findings, scan.array))
     write_findings(findings, [Measured(scan.case_id, found.findings, labels=found.scheme.line, doubts=doubts)])
     return found

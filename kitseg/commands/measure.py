@@ -168,7 +168,7 @@ def measure_case(
         unknown = [NO_RECORD] if intervals and record_beside(task.labels) is None else []
         if calibration and intervals and (other := of_other_models(task.labels, calibration.models)):
             unknown.append(other)
-        shapes = quality.doubts(labels.array, labels.geometry, findings, scan is not None)
+        shapes = quality.doubts(labels.array, labels.geometry, findings, hu)
         doubts = (*task.doubts(labels, scan), *shapes, *unknown)
         return Measured(task.case, findings, "", after, own.line, found, intervals, origin, doubts)
     except Exception as error:  # the other cases continue, whatever the error

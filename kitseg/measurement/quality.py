@@ -41,9 +41,9 @@ _JOINED = (
     "right and a left kidney, cut where the parenchyma is thinnest."
 )
 BY_FRAME = "Without the scan, the only kidney's side is by the middle of the frame, which a cropped label map moves."
-_OVER_FAT = "The kidney outlines lie over fat or air ({:.0f} HU), not over kidney: the segmentation has failed."
+_OVER_FAT = "The kidney outlines lie over fat or air ({:.0f} HU): the segmentation has failed, or is of another scan."
 #: The flags about what is labelled that figures can't show: the others are about a figure beside them.
-_SHAPES = ("third-kidney", "joined-kidneys", "cut-off", "tumor-far")
+_SHAPES = ("third-kidney", "joined-kidneys", "cut-off", "tumor-far", "kidney-hu")
 BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
 
 
@@ -116,7 +116,7 @@ def assess(
     phase = None if failed else contrast_phase(kidney, aorta)
     flags = [
         *kidney_flags(findings, parts, hu is not None),
-        *([Flag("kidney-hu", RED, _OVER_FAT.format(kidney))] if failed else []),
+        *hu_flags(kidney),
         *tumor_flags(labels, geometry, parts, findings),
         *border_flags(parts),
         *volume_flags(findings),
@@ -169,6 +169,12 @@ def kidney_flags(findings: Findings, parts: Parts, has_ct: bool) -> Iterator[Fla
         yield Flag("joined-kidneys", AMBER, _JOINED.format(large.max()))
 
 
+def hu_flags(kidney: float | None) -> Iterator[Flag]:
+    """Outlines that are not on kidneys, by the HU of their parenchyma; None: unknown."""
+    if kidney is not None and kidney < FAILED_HU:
+        yield Flag("kidney-hu", RED, _OVER_FAT.format(kidney))
+
+
 def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, findings: Findings) -> Iterator[Flag]:
     """Tumors that don't touch a kidney; without a kidney, ``no-kidney`` covers them."""
     holds = parts.parenchyma_ml >= HOLD_ML
@@ -195,11 +201,14 @@ def border_flags(parts: Parts) -> Iterator[Flag]:
         yield Flag("cut-off", AMBER, _CUT_OFF.format(", ".join(cut)))
 
 
-def doubts(labels: NDArray[np.uint8], geometry: Geometry, findings: Findings, has_ct: bool) -> tuple[str, ...]:
+def doubts(
+    labels: NDArray[np.uint8], geometry: Geometry, findings: Findings, hu: NDArray[Any] | None
+) -> tuple[str, ...]:
     """What a label map (D, H, W) leaves open, beside its figures: see ``_SHAPES``; without a CT a single one's side."""
-    parts, names = Parts.of(labels, geometry), _SHAPES if has_ct else (*_SHAPES, "single-kidney")
-    shapes = [*kidney_flags(findings, parts, has_ct), *border_flags(parts)]
-    flags = [*shapes, *tumor_flags(labels, geometry, parts, findings)]
+    parts, names = Parts.of(labels, geometry), (*_SHAPES, *(["single-kidney"] if hu is None else []))
+    flags = [*kidney_flags(findings, parts, hu is not None), *border_flags(parts)]
+    flags += tumor_flags(labels, geometry, parts, findings)
+    flags += [] if hu is None else hu_flags(kidney_hu(hu, labels))
     return tuple(flag.reason[:1].lower() + flag.reason[1:].rstrip(".") for flag in flags if flag.name in names)
 
 
