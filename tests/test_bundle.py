@@ -19,6 +19,7 @@ from bundles import WEIGHTS, Files, pack
 from conftest import kitseg, serving
 from huggingface_hub import constants
 from method_runs import labels_of, read
+from safetensors.torch import load, save_file
 
 from kitseg import config
 from kitseg.errors import InputError, KitsegError, UsageError
@@ -32,7 +33,7 @@ from kitseg.models.members import locate, members_of, only_member, open_ensemble
 from kitseg.models.model import open_model
 from kitseg.models.origin import describe_model
 from kitseg.models.run_folder import Run
-from kitseg.models.weights import Checkpoint, read_weights
+from kitseg.models.weights import Checkpoint, as_safetensors, read_weights
 from kitseg.runtime.files import file_digest
 from kitseg.splits import read_split
 from kitseg.training.plan import claim_run
@@ -121,6 +122,13 @@ def test_half_precision_a_name_and_a_card(run: Path, tmp_path: Path) -> None:
             assert torch.equal(value, before[key].half().float() if value.is_floating_point() else before[key])
     with pytest.raises(UsageError, match=r"nothing\.md: can't be read"):
         export(run, tmp_path / "none.kitseg", ExportOptions(card=tmp_path / "nothing.md"))
+
+
+def test_a_weight_too_large_for_half_precision_is_not_infinite(tmp_path: Path) -> None:
+    save_file({"norm.running_var": torch.tensor([1.0, 70_000.0])}, tmp_path / "0.safetensors")
+    assert load(as_safetensors(tmp_path / "0.safetensors"))["norm.running_var"].tolist() == [1, 70_000]
+    with pytest.raises(InputError, match=r"norm\.running_var .* without --half"):
+        as_safetensors(tmp_path / "0.safetensors", half=True)
 
 
 def test_a_home_that_can_not_hold_the_cache(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,11 +128,14 @@ def as_safetensors(path: Path, half: bool = False) -> bytes:
     """A checkpoint's weights as a safetensors file, the same bytes for the same weights; ``half``: as float16.
 
     Raises:
-        InputError: see ``read_weights``.
+        InputError: see ``read_weights``; or a value is too large for float16.
     """
     state = read_weights(path, torch.device("cpu"))
     kinds = {torch.float32: torch.float16} if half else {}
-    return save({name: value.to(kinds.get(value.dtype, value.dtype)).contiguous() for name, value in state.items()})
+    kept = {name: value.to(kinds.get(value.dtype, value.dtype)).contiguous() for name, value in state.items()}
+    if odd := [name for name, value in kept.items() if not torch.equal(value.isfinite(), state[name].isfinite())]:
+        raise InputError(path, f"{odd[0]} holds values that half precision can't", "Export it without --half.")
+    return save(kept)
 
 
 def check_fit(model: StageModel, path: Path) -> None:
