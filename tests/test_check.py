@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from conftest import kitseg
 
+from kitseg.errors import InputError
 from kitseg.labels import KITS19, KITS23, Scheme
 from kitseg.types import Case, Geometry
 from kitseg.volumes import nifti
-from kitseg.volumes.check import CaseReport, check_case, looks_like_hu, second_series
+from kitseg.volumes.check import CaseReport, check_case, looks_like_hu, refuse_labels, second_series
 
 AFFINE = np.array([[0, 0, -5.0, 0], [0, -5.0, 0, 0], [-4.0, 0, 0, 0], [0, 0, 0, 1]])
 SHAPE = (24, 64, 64)
@@ -150,6 +151,43 @@ def test_values_that_are_no_hounsfield_units(tmp_path: Path, scan: np.ndarray) -
 def test_unit_interval_is_no_hounsfield_units() -> None:
     assert looks_like_hu(body())
     assert not looks_like_hu(((body() + 1024) / 2048).astype(np.float32))
+
+
+@pytest.mark.parametrize("labels", [organs(), organs().astype(np.float32), np.where(organs(), 200, 0)])
+def test_a_label_map_is_no_ct(labels: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"^a: it seems to be a label map, not a CT: its [23] different values"):
+        refuse_labels("a", labels)
+
+
+@pytest.mark.parametrize(
+    "scan",
+    [
+        body(),
+        ((body().clip(-160, 240) + 160) / 400 * 255).astype(np.int16),  # a picture
+        organs() - np.int16(1),
+        organs() + np.int16(1),
+        organs() / 2,
+        np.where(organs(), 256, np.int16(0)),
+        np.zeros(SHAPE, np.int16),
+    ],
+)
+def test_what_is_no_label_map_may_be_a_ct(scan: np.ndarray) -> None:
+    refuse_labels("a", scan)
+
+
+def test_commands_refuse_label_maps_in_place_of_scans(tmp_path: Path) -> None:
+    write_case(tmp_path / "scans" / "case_00000", organs().astype(np.int16), organs())
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    shutil.copy(tmp_path / "scans" / "case_00000" / "segmentation.nii.gz", maps / "case_00000.nii.gz")
+    for command in (
+        ("measure", "maps", "--ct", "maps", "--json", "found.json"),
+        ("preprocess", "scans", "--size", "tiny", "--jobs", "1"),
+        ("predict", "maps", "-o", "labels"),
+    ):
+        done = kitseg(tmp_path, *command)
+        assert (done.code, "a label map, not a CT" in " ".join(done.text.split())) == (1, True), done.text
+    assert list(tmp_path.glob("labels/case*")) == []
 
 
 def test_padding_far_below_air_is_common() -> None:

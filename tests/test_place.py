@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grid = lattice("LPS", spacing=(6, 3, 3))
     labels = paint(grid, RIGHT_KIDNEY, LEFT_KIDNEY, ball((60, 0, -4), 13))
     turned = np.diag([-1.0, -1, 1, 1]) @ grid.affine
-    for kind, array in (("labels", labels), ("scans", labels.astype(np.int16) * 50)):
+    for kind, array in (("labels", labels), ("scans", labels.astype(np.int16) * 50 - 20)):
         (folder / kind).mkdir()
         for name, qform, code in (("turned", turned, 1), ("nowhere", grid.affine, 0), ("clear", grid.affine, 1)):
             image = nibabel.Nifti1Image(array, grid.affine)

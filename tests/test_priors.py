@@ -52,7 +52,7 @@ def truth(tmp_path: Path) -> Path:
     for case, labels in maps.items():
         (tmp_path / "data" / case).mkdir(parents=True)
         save(tmp_path / "data" / case / "segmentation.nii.gz", labels, IPL)
-    save(tmp_path / "data/case_00000/imaging.nii.gz", np.where(maps["case_00000"] == 2, 0, 90).astype(np.int16), IPL)
+    save(tmp_path / "data/case_00000/imaging.nii.gz", np.where(maps["case_00000"] == 2, 5, 90).astype(np.int16), IPL)
     return tmp_path
 
 

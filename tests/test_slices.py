@@ -304,13 +304,13 @@ def test_a_case_without_label_has_no_slices(tmp_path: Path) -> None:
 def test_a_cases_files_serve_all_its_grids(tmp_path: Path) -> None:
     """The second grid is made of what the first one read: the files aren't there any more."""
     native = lattice((2, 4, 4))
-    hu = np.arange(32, dtype=np.int16).reshape(native.shape)
+    hu = np.arange(100, 132, dtype=np.int16).reshape(native.shape)
     files = CaseFiles(case_files(tmp_path, hu, np.ones(native.shape, np.uint8), native), KITS19)
     assert store_case(files, tmp_path / "own", Grid())
     files.case.label.write_bytes(b"")
     assert store_case(files, tmp_path / "square", Grid(pixels=2))
     assert np.array_equal(open_case(tmp_path / "own").image, hu)
-    assert open_case(tmp_path / "square").image[0].tolist() == [[2, 4], [10, 12]]  # 2.5, 4.5, 10.5 and 12.5, rounded
+    assert open_case(tmp_path / "square").image[0].tolist() == [[102, 104], [110, 112]]  # 102.5 and so on, rounded
     assert open_case(tmp_path / "square").label.tolist() == np.ones((2, 2, 2)).tolist()
 
 

@@ -100,7 +100,7 @@ def test_copies_that_the_split_does_not_have_are_named(tmp_path: Path) -> None:
     label = np.zeros(native.shape, np.uint8)
     label[1:3, 4:12, 4:12] = 1
     for name in ("data/a", "data/b", "data/new", "augmented/a_from_b"):
-        write_image(tmp_path / name / "imaging.nii.gz", 100 * label.astype(np.int16), native)
+        write_image(tmp_path / name / "imaging.nii.gz", 100 * label.astype(np.int16) - 20, native)
         write_labels(tmp_path / name / "segmentation.nii.gz", label, native)
     origin = {"schema": 1, "patients": ["a", "b"], "sources": ["a", "b"]}
     (tmp_path / "augmented/a_from_b/origin.json").write_text(json.dumps(origin))

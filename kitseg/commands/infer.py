@@ -22,8 +22,7 @@ from kitseg.runtime.sharding import Share
 from kitseg.runtime.workers import Log
 from kitseg.types import Case, Probabilities
 from kitseg.volumes import blocks
-from kitseg.volumes.nifti import read_image
-from kitseg.volumes.scan import hu_digest
+from kitseg.volumes.scan import hu_digest, read_scan
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Inference:
             if blocks.is_unchanged(self.to, case.id, digest):
                 return Outcome(case.id, note=UNCHANGED, result=result)
             check_memory(self.max_memory, [model], case)
-            scan = read_image(case.image, case.id)
+            scan = read_scan(case)
             probabilities, learned = model.predict_proba(scan), learned_from([model], digest, hu_digest(scan))
             engines = [computed_with(model)]  # now, because one may have left a network to PyTorch
             blocks.write_block(self.to, probabilities, case.image, digest, (), learned, engines)

@@ -15,9 +15,8 @@ from kitseg.errors import InputError
 from kitseg.labels import TUMOR, Scheme
 from kitseg.runtime.outcomes import in_parallel, result_or_error
 from kitseg.types import Case, ball_diameter
-from kitseg.volumes.nifti import read_image
 from kitseg.volumes.references import read_reference
-from kitseg.volumes.scan import check_grid, label_of
+from kitseg.volumes.scan import check_grid, label_of, read_scan
 
 Millimetres = tuple[float, float, float]
 LOWEST, HIGHEST = -1024, 3071  # HU that are counted separately
@@ -95,7 +94,7 @@ def _look(case: Case, scheme: Scheme, scans: bool) -> _Seen | None:
     if box is None:
         return None
     if scans:
-        scan = read_image(case.image, case.id)
+        scan = read_scan(case)
         check_grid(label, labels.geometry, scan.geometry)
         values = np.clip(np.rint(scan.array[box.slices][inside[box.slices]]), LOWEST, HIGHEST).astype(np.int64)
         hu = np.bincount(values - LOWEST, minlength=HIGHEST - LOWEST + 1) / values.size

@@ -18,9 +18,9 @@ from kitseg.runtime.outcomes import in_parallel, result_or_error
 from kitseg.scoring.strata import THICKNESSES, thickness_class
 from kitseg.splits import Fold, Split, make_split, read_split, same_patient, write_split
 from kitseg.types import Case, Traits
-from kitseg.volumes.nifti import canonical_geometry, read_geometry, read_image
+from kitseg.volumes.nifti import canonical_geometry, read_geometry
 from kitseg.volumes.references import read_reference
-from kitseg.volumes.scan import check_grid, label_of
+from kitseg.volumes.scan import check_grid, label_of, read_scan
 
 Reader = Callable[..., Traits]  # of a case and its scheme
 #: What a configuration states of a split file that is to be written, unless a user changes it.
@@ -41,7 +41,7 @@ def read_traits(case: Case, scheme: Scheme) -> Traits:
 
 def read_whole(case: Case, scheme: Scheme) -> Traits:
     """The same, after a check of the CT: it is read, and an InputError is raised unless it lies on the labels' grid."""
-    geometry = read_image(case.image, case.id).geometry
+    geometry = read_scan(case).geometry
     traits = read_traits(case, scheme)
     check_grid(label_of(case), canonical_geometry(read_geometry(label_of(case))), geometry)
     return traits

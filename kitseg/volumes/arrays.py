@@ -15,6 +15,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.labels import UNKNOWN, Scheme
 from kitseg.types import Geometry, Volume, triple
 from kitseg.volumes._nibabel import nibabel
+from kitseg.volumes.check import refuse_labels
 from kitseg.volumes.header import check_affine, geometry_of
 from kitseg.volumes.itk import affine_of
 from kitseg.volumes.nifti import as_ct, canonical_geometry, make_header, read_labels, turn_to_canonical
@@ -35,7 +36,8 @@ def scan_from(image: Image, affine: ArrayLike | None = None, name: str = "scan")
         name: stands for a file's name in errors.
 
     Raises:
-        InputError: not a 3D image of finite numbers on a regular grid. UsageError: a folder with several scans.
+        InputError: not a 3D image of finite numbers on a regular grid, or a label map. UsageError: a folder with
+            several scans.
     """
     if isinstance(image, Path | str):
         cases = find_scans([Path(image)]).cases
@@ -46,6 +48,7 @@ def scan_from(image: Image, affine: ArrayLike | None = None, name: str = "scan")
     hu = as_ct(np.array(turn_to_canonical(array, native)), 1.0, 0.0)
     if hu.dtype.kind == "f" and not np.isfinite(hu).all():
         raise InputError(name, "it holds values that are not finite (NaN or infinity)", "Replace them")
+    refuse_labels(name, hu)
     return Volume(hu, canonical_geometry(native), native, name)
 
 

@@ -22,6 +22,7 @@ NOT_HU = "the scan's values don't look like Hounsfield units"
 SLICE_MM, PIXEL_MM = (0.3, 10.0), (0.2, 8.0)
 SAMPLES = 1_000_000
 MOST_LABELS = 256
+FEW_VALUES = 64  # of a label map; a CT has hundreds
 
 SERIES_SLICES = 8  # on each side of the jump to a second series
 SERIES_JUMP = 2.5  # times the largest change nearby and the median change
@@ -81,6 +82,23 @@ def refuse_scans(folder: Path, labels: Mapping[str, Path]) -> None:
     if low <= AIR_HU or np.unique(values.ravel()[:: max(1, values.size // SAMPLES)]).size > MOST_LABELS:
         problem = f"{folder} holds images, not label maps: {name} has values from {low:g} to {high:g}"
         raise UsageError(f"{problem}. Give the folder of the label maps")
+
+
+def refuse_labels(name: Path | str, array: NDArray[np.generic]) -> None:
+    """Refuse a label map where a CT is expected, by its values; ``name`` stands in the error.
+
+    array: (D, H, W).
+
+    Raises:
+        InputError: it holds a few different whole numbers from 0 to 255 with 0, the background, and no others.
+    """
+    if array.min() != 0:
+        return
+    step = max(1, round((array.size / SAMPLES) ** (1 / 3)))
+    values = np.unique(array[::step, ::step, ::step])
+    if 1 < len(values) <= FEW_VALUES and values[-1] < MOST_LABELS and np.array_equal(values, np.rint(values)):
+        shown = f"its {len(values)} different values are whole numbers from 0 to {values[-1]:g}"
+        raise InputError(name, f"it seems to be a label map, not a CT: {shown}", "Give the scan, in Hounsfield units")
 
 
 def second_series(array: NDArray[np.generic]) -> int | None:

@@ -235,6 +235,8 @@ def as_ct(stored: NDArray[Any], slope: float, offset: float) -> NDArray[Any]:
 
 def _strange_labels(strange: set[float], scheme: Scheme) -> tuple[str, str]:
     found = ", ".join(f"{value:g}" for value in sorted(strange)[:5])
+    if min(strange) <= LOWEST_LABEL:
+        return f"it seems to be a CT, not a label map: it contains the values {found}", "Give the label map"
     remedy = f"The labels are {scheme}"
     if scheme.cyst is None and strange == {CYST}:
         remedy += "; for label maps with cysts, give --labels kits23"

@@ -16,6 +16,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.labels import Scheme
 from kitseg.runtime.files import file_digest
 from kitseg.types import Box, Case, Geometry, Volume, triple
+from kitseg.volumes.check import refuse_labels
 from kitseg.volumes.header import read_header
 from kitseg.volumes.kits import collect_scans, distinct, holds_scans, with_labels
 from kitseg.volumes.names import is_itk_name, is_volume_name, pair
@@ -118,7 +119,7 @@ def read_labelled(case: Case, scheme: Scheme) -> tuple[Volume, Volume]:
         InputError: there is no label map, one of both can't be used, or they lie on different grids.
     """
     label = label_of(case)
-    scan, labels = read_image(case.image, case.id), read_reference(label, case.id, scheme)
+    scan, labels = read_scan(case), read_reference(label, case.id, scheme)
     check_grid(label, labels.geometry, scan.geometry)
     return scan, labels
 
@@ -127,10 +128,12 @@ def read_scan(case: Case) -> Volume:
     """Read a case's CT as (D, H, W) HU in orientation (I, P, L).
 
     Raises:
-        InputError: it can't be used; see ``nifti.read_image`` and ``dicom.series.read_series``.
+        InputError: it can't be used, see ``nifti.read_image`` and ``dicom.series.read_series``; or it is a label map.
     """
     if not case.slices:
-        return read_image(case.image, case.id)
+        scan = read_image(case.image, case.id)
+        refuse_labels(case.image, scan.array)
+        return scan
     from kitseg.volumes.dicom.series import open_series, read_series
 
     return read_series(open_series(case.slices, case.id))

@@ -25,7 +25,7 @@ from kitseg.types import Case, Geometry, Grid, Triple, Volume, ball_diameter
 from kitseg.volumes import nifti
 from kitseg.volumes.references import read_reference
 from kitseg.volumes.resample import grid_geometry, image_on_grid, nearest
-from kitseg.volumes.scan import check_grid, hu_digest
+from kitseg.volumes.scan import check_grid, hu_digest, read_scan
 
 FOREGROUND_PER_LABEL = 10_000
 _META, _AGAIN = "meta.json", "Run `kitseg preprocess` again."
@@ -83,7 +83,7 @@ class CaseFiles:
     @cached_property
     def scan(self) -> Volume:
         """The CT."""
-        return nifti.read_image(self.case.image, self.case.id)
+        return read_scan(self.case)
 
     @cached_property
     def labels(self) -> NDArray[np.uint8] | None:
