@@ -291,6 +291,7 @@ def test_engines_that_are_not_there(name: str, device: str, precision: str, prob
 
 def test_missing_openvino_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kitseg.models.stage.has_openvino", lambda: False)
+    monkeypatch.setattr("kitseg.errors.find_spec", lambda name: None)
     monkeypatch.setattr("kitseg.models.stage.lanes", lambda: 0)
     spec = spec_of("dual-unet", "kidneys")
     with pytest.raises(UsageError, match="pip install"):

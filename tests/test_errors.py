@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 import typer
+from conftest import kitseg
 
 from kitseg.cli import app
 from kitseg.errors import InputError, KitsegError, UsageError, fault, format_error, printable
 from kitseg.runtime import console
 from kitseg.runtime.outcomes import Outcome, each
-from kitseg.types import Case
+from kitseg.types import Case, Geometry
+from kitseg.volumes.nifti import write_image
 
 OPTION = re.compile(r"--[a-z][a-z-]*")
 
@@ -66,6 +68,27 @@ def test_remedies_name_only_options_that_commands_have(error: Exception) -> None
 def test_unexpected_errors_show_their_type(error: Exception) -> None:
     assert fault(error) is None
     assert format_error("a", error).startswith(f"a: {type(error).__name__}: ")
+
+
+@pytest.mark.parametrize(
+    ("extra", "command"),
+    [
+        ("service", ("serve",)),
+        ("onnx", ("export", "builtin", "-o", "onnx", "--format=onnx")),
+        ("cluster", ("preprocess", "data", "--size=tiny", "--cluster=dask://localhost:1")),
+        ("openvino", ("predict", "data", "--engine=openvino")),
+        ("wandb", ("train", "--size=tiny", "--set=trainer.logger=wandb", "--dry-run")),
+    ],
+)
+def test_a_missing_extra_is_named_with_its_remedy_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "data").mkdir()
+    write_image(tmp_path / "data" / "a.nii.gz", np.zeros((4, 4, 4), np.int16), Geometry((4, 4, 4), np.eye(4)))
+    monkeypatch.setattr("kitseg.errors.find_spec", lambda name: None)
+    done = kitseg(tmp_path, *command)
+    assert (done.code, f'pip install "kitseg[{extra}]" adds it' in done.text) == (2, True), done.text
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_control_characters_are_escaped() -> None:

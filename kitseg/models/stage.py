@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kitseg import config
 from kitseg.config import StageSpec
-from kitseg.errors import InputError, UsageError
+from kitseg.errors import InputError, UsageError, require_extra
 from kitseg.inference.windows import Slices, WholeRegion, Window
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.regions import Region
@@ -131,8 +131,8 @@ def choose_engine(name: str, device: torch.device, precision: str, spec: StageSp
     kind = _training_precision(device, spec) if precision == "auto" else PRECISIONS[precision]
     if name in ("openvino", "winograd") and device.type != "cpu":
         raise UsageError(f"--engine {name} computes on the CPU; add --device cpu")
-    if name == "openvino" and not has_openvino():
-        raise UsageError("OpenVINO isn't installed; pip install openvino adds it")
+    if name == "openvino":
+        require_extra(name, name)
     if name == "winograd":
         return _winograd(precision)
     net = spec.parts["module"].get("net") or {}

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from kitseg.errors import KitsegError, UsageError
+from kitseg.errors import KitsegError, UsageError, require_extra
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -102,11 +102,9 @@ def _result(future: Future[Any]) -> Any:
 def _connect(address: str) -> Client:
     if not re.fullmatch(r"dask://[^/\s]+:\d+", address):
         raise UsageError(f"--cluster {address}: it takes the address of a dask scheduler, dask://host:port")
-    try:
-        from distributed import Client
-    except ImportError as error:
-        remedy = "Install kitseg with it: pip install -c constraints.txt '.[cluster]'"
-        raise KitsegError(f"--cluster {address}: dask is not installed. {remedy}") from error
+    require_extra("cluster", "distributed")
+    from distributed import Client
+
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported in one line
     try:

@@ -18,7 +18,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from kitseg import config
 from kitseg.config import Config, StageSpec
-from kitseg.errors import UsageError
+from kitseg.errors import UsageError, require_extra
 from kitseg.patches.datamodule import batch_per_rank, steps_per_batch
 from kitseg.runtime.device import Machine
 from kitseg.training.checkpoints import WholeFiles
@@ -38,6 +38,7 @@ LOGGERS: Mapping[str, Callable[[Path], Logger]] = {
         "kitseg", str(folder), os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.absolute()}/mlflow.db")
     ),
 }
+OPTIONAL = ("wandb", "mlflow")  # packages of their own
 
 
 class _Started(LightningEnvironment):
@@ -62,11 +63,14 @@ def settings_of(configuration: Config) -> Settings:
     """The ``trainer`` block of a configuration.
 
     Raises:
-        UsageError: an unknown logger, a gradient clip or a decay out of range, or callbacks that can't be built.
+        UsageError: a logger that is unknown or isn't installed, a gradient clip or a decay out of range, or callbacks
+            that can't be built.
     """
     settings = {**DEFAULT, **(configuration.get("trainer") or {})}
     if settings["logger"] not in LOGGERS:
         raise UsageError(f"trainer.logger is {settings['logger']!r}; it must be one of {', '.join(LOGGERS)}")
+    if settings["logger"] in OPTIONAL:
+        require_extra(settings["logger"], settings["logger"])
     clip = settings["gradient_clip"]
     if clip is not None and not (isinstance(clip, int | float) and clip > 0):
         raise UsageError(f"trainer.gradient_clip is {clip!r}; it must be a number above 0, or null")
@@ -80,7 +84,7 @@ def settings_of(configuration: Config) -> Settings:
 def make_trainer(
     spec: StageSpec, folder: Path, machine: Machine, settings: Settings, callbacks: Sequence[pl.Callback]
 ) -> pl.Trainer:
-    """The trainer of a stage; the configured callbacks come last. Raises UsageError: the logger isn't installed."""
+    """The trainer of a stage; the configured callbacks come last."""
     accelerator = machine.accelerator
     made = pl.Trainer(
         accelerator=accelerator,
@@ -117,12 +121,9 @@ def precision_on(accelerator: str, stated: str) -> str:
 
 
 def _logger(name: str, folder: Path) -> Logger:
-    try:
-        if name == "wandb":
-            import_module(name).finish()  # the run of the training before, which wandb would continue
-        return LOGGERS[name](folder)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"trainer.logger={name}: {error}; pip install kitseg[{name}] adds it") from error
+    if name == "wandb":
+        import_module(name).finish()  # the run of the training before, which wandb would continue
+    return LOGGERS[name](folder)
 
 
 def _callbacks(settings: Settings) -> list[pl.Callback]:
