@@ -266,6 +266,22 @@ def test_predictions_of_different_models_are_named(tmp_path: Path) -> None:
     assert predicted_with(*["runs/mine"] * 3) == []
 
 
+def test_predictions_in_the_place_of_references_are_named(tmp_path: Path) -> None:
+    """Volume errors and precision would be the other way round; corrected labels are references as any other."""
+    write(tmp_path / "pred", labels(tumor=2))
+    write(tmp_path / "ref", labels())
+
+    def noted(folder: str, **more: Any) -> bool:
+        record = {"schema": 4, "case": "case_00000", "models": [{"path": "runs/mine"}], **more}
+        (tmp_path / folder / "case_00000.json").write_text(json.dumps(record))
+        return any("give the folder of the predictions first" in note for note in evaluate(tmp_path)[1]["notes"])
+
+    assert noted("ref")
+    assert not noted("ref", corrected=[{"x": 0, "y": 0, "z": 0, "label": "tumor"}])
+    assert noted("ref")
+    assert not noted("pred"), "both are predicted"
+
+
 def with_record(folder: Path, labels: dict[str, Any], *maps: np.ndarray) -> None:
     """Predictions with a record that states their scheme."""
     for path in write(folder, *maps).glob("*.nii.gz"):

@@ -136,6 +136,12 @@ def recorded_models(labels: Path) -> tuple[str, ...]:
     return model_names(str(model.get("path", "")) for model in record.models) if record else ()
 
 
+def is_predicted(labels: Path) -> bool:
+    """Whether networks made a label map and no person corrected it, by the record beside it."""
+    record = record_beside(labels)
+    return bool(record and record.models and not record.corrected)
+
+
 def model_names(paths: Iterable[str]) -> tuple[str, ...]:
     """The names of runs and bundles, sorted; a bundle that has its run's name is that run."""
     return tuple(sorted({Path(path).name.removesuffix(BUNDLE) for path in paths}))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kitseg.commands.case_record import recorded_learning, recorded_models, scheme_beside, stated_beside
+from kitseg.commands.case_record import is_predicted, recorded_learning, recorded_models, scheme_beside, stated_beside
 from kitseg.errors import KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
 from kitseg.runtime.files import file_digest
@@ -54,7 +54,8 @@ class Score:
     labels; itself: whether prediction and reference are one file, or hold the same bytes; learned_from: the models of
     the prediction that learned from the scan, by its record; doubts: about the reference's place in the patient;
     reference: the hash of its labels, the same whatever the format of its file; models: those of the prediction, by its
-    record; prediction: the hash of its file; shown: what that shows.
+    record; prediction: the hash of its file; shown: what that shows; swapped: whether networks made the reference, and
+    not the prediction.
     """
 
     case: str
@@ -73,6 +74,7 @@ class Score:
     models: tuple[str, ...] = ()
     prediction: str = ""
     shown: Shown | None = None
+    swapped: bool = False
 
     @property
     def dice(self) -> dict[str, float]:
@@ -189,6 +191,7 @@ def score_case(job: Job, rules: Rules) -> Score:
             recorded_models(job.prediction) if job.prediction else (),
             digest,
             shown,
+            job.prediction is not None and is_predicted(job.reference) and not is_predicted(job.prediction),
         )
     except Exception as error:  # the other cases continue, whatever the error
         return Score(job.case, {}, error=format_error(job.case, error))
@@ -226,6 +229,9 @@ def notes(scores: Sequence[Score], rules: Rules, unscored: Unscored) -> list[str
             f"{len(same)} of {len(scores)} predictions are the reference file itself or a copy of it ({shorten(same)})"
         )
         lines.append(f"{what}: these scores measure nothing; give the folder of the predictions")
+    if swapped := [score.case for score in scored if score.swapped]:
+        what = f"{len(swapped)} references are predictions of kitseg, whose predictions are not ({shorten(swapped)})"
+        lines.append(f"{what}: give the folder of the predictions first, then that of the references")
     if learned := [score.case for score in scored if score.learned_from]:
         what = f"the networks learned from the scans of {len(learned)} of {len(scores)} cases ({shorten(learned)})"
         lines.append(f"{what}: these scores are no measure for new scans")
