@@ -1,7 +1,6 @@
 """kitseg as a library: arrays or paths in, arrays and figures out; nothing is printed, and failures are exceptions.
 
-Every function does what the command of its name does. Label ids: 0 background, 1 kidney, 2 tumor (3 cyst, in the
-scheme kits23). Affines map voxel indices to millimetres in RAS+, as nibabel's.
+Label ids: 0 background, 1 kidney, 2 tumor, in kits23 3 cyst. Affines map voxel indices to mm in RAS+, as nibabel's.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from kitseg import config
 from kitseg.commands.case_record import scheme_beside
 from kitseg.commands.preprocess import Stored
 from kitseg.config import Method
-from kitseg.errors import KitsegError
+from kitseg.errors import KitsegError, UsageError
 from kitseg.labels import Scheme, find_scheme
 from kitseg.measurement.findings import Findings
 from kitseg.measurement.nephrometry import Nephrometry
@@ -96,8 +95,7 @@ def predict(
 
     Args:
         scans: one or several: files, folders of them or of DICOM series, or images (see ``Ensemble.predict``).
-        model: a loaded one, or what ``load_model`` takes; where it is None, the only finished run in ``runs/`` that
-            was trained on patients, else the built-in network.
+        model: a loaded one, or what ``load_model`` takes; None: that of `kitseg predict` without --model.
         output: the folder for ``<id>.nii.gz``, ``<id>.json`` and ``<id>.png``; for scans in files only.
         device: auto, cpu, cuda or mps; a loaded model has its own.
 
@@ -105,15 +103,17 @@ def predict(
         A prediction for each scan; with ``output`` an outcome, which holds the label file, volumes in ml and flags.
 
     Raises:
-        KitsegError: a scan can't be used; with ``output``, after the others are done.
+        KitsegError: a scan can't be used; with ``output``, after the others are done. UsageError: not files there.
     """
+    if output is not None and not all(isinstance(scan, Path | str) for scan in _several(scans)):
+        raise UsageError("with output, scans are files or folders; without it, images, too: save prediction.image")
     if not isinstance(model, Ensemble):
         model = load_model(model or choose_model(Path("runs")), device)
     if output is None:
         return [model.predict(scan) for image in _several(scans) for scan in _scans(image)]
     from kitseg.commands.predict import PredictOptions, PredictScans
 
-    found = find_scans([Path(str(path)) for path in _several(scans)])
+    found = find_scans([Path(path) for path in _several(scans)])
     work = PredictScans(lambda: model, Path(output), PredictOptions(choices=found.choices))
     outcomes = work(found.cases, Share(), lambda _: None, lambda _: None)
     _raise_if([outcome.error for outcome in outcomes])
@@ -150,7 +150,7 @@ def evaluate(
         affine = _labels(reference, None, by.scheme).native.affine
     found = _labels(prediction, affine, None, by.scheme)
     truth = _labels(reference, found.native.affine if affine is None else affine, by.scheme)
-    check_grid(Path(found.case_id), found.geometry, truth.geometry)
+    check_grid(Path(found.case_id), found.geometry, truth.geometry, "the reference")
     return score(found.array, truth.array, truth.geometry.spacing, by.protocol, by.scheme)
 
 

@@ -222,6 +222,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert broken.code == 1
     assert "b.nii.gz" in broken.text
     assert not page.exists(), "it would be that of an earlier call"
+    assert "→" not in broken.text, "there is no page to open"
 
 
 @pytest.mark.parametrize("number", [3, 47])

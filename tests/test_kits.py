@@ -299,6 +299,13 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
             kits.list_cases(tmp_path / folder)
 
 
+def test_the_subfolders_that_hold_scans_are_named(tmp_path: Path) -> None:
+    for file in ("scans/case_00000/imaging.nii.gz", "flat/a.nii.gz", "runs/a/config.yaml"):
+        touch(tmp_path / file)
+    with pytest.raises(InputError, match="Give its subfolder flat or scans; "):
+        kits.find_cases(tmp_path)
+
+
 def test_broken_links_pipes_and_folders_are_scans_that_reading_refuses(tmp_path: Path) -> None:
     (tmp_path / "a.nii.gz").symlink_to("nowhere")
     (tmp_path / "b.nii.gz").symlink_to("b.nii.gz")

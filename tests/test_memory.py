@@ -57,6 +57,11 @@ def test_sizes_that_are_none(text: str) -> None:
         parse_size(text)
 
 
+def test_a_size_of_a_few_bytes_lacks_its_unit() -> None:
+    with pytest.raises(UsageError, match=r"^--gpu-memory 24 means 24 bytes.*24GB"):
+        parse_size("24", "--gpu-memory")
+
+
 def test_a_need_beyond_the_limit_is_refused() -> None:
     need = Need((("the program", 700_000_000), ("fine's network", 5_400_000_000)))
     check_limit(need, 6_100_000_000, "case_00000", "raise it")

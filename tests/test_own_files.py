@@ -143,6 +143,7 @@ def test_label_maps_of_other_names_than_the_scans_are_an_error(tmp_path: Path) -
 def test_labels_never_get_the_name_of_a_scan_in_its_folder(tmp_path: Path, scan: str) -> None:
     file = tmp_path / "d" / scan
     file.parent.mkdir(parents=True)
+    (tmp_path / "run").mkdir()
     sitk.WriteImage(sitk.GetImageFromArray(ct()), file)
     for given in ("d", f"d/{scan}"):
         for output in ("d", "d/p1.nii.gz", "d/p1.mha"):

@@ -132,7 +132,8 @@ def followup(
     if alone:
         console.print_line(escape(f"left out, without the other date: {', '.join(alone)}"))
     done = [task for task, result in zip(tasks, results, strict=True) if not result.error]
-    console.print_line(escape(f"→ {done[0].page if len(done) == 1 else output}"))
+    if done:
+        console.print_line(escape(f"→ {done[0].page if len(done) == 1 else output}"))
     exit_if(any(result.error for result in results))
 
 

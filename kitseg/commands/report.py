@@ -184,7 +184,7 @@ def _reference(task: PageTask, labels: Volume) -> NDArray[np.uint8] | None:
     if path is None or os.path.realpath(path) == os.path.realpath(task.labels):
         return None
     truth = read_reference(path, task.case, task.truth)
-    check_grid(path, truth.geometry, labels.geometry)
+    check_grid(path, truth.geometry, labels.geometry, "the prediction")
     if task.scored_with and task.scored_with != labels_digest(truth):
         remedy = "Make them again with `kitseg evaluate`, or state the same --labels here."
         raise InputError(path, "the scores are of another reference, or of other labels in it", remedy)

@@ -218,14 +218,19 @@ def locate(model: Path | str) -> Path:
     ``builtin`` is the network that ships with kitseg.
 
     Raises:
-        UsageError: no such address. KitsegError: it can't be fetched. InputError: a damaged bundle.
+        UsageError: no such file, folder or address. KitsegError: it can't be fetched. InputError: a damaged bundle.
     """
     if model == BUILTIN:
         return open_builtin().path
     if isinstance(model, str) and model.startswith(SCHEME):
         return fetch_bundle(model).path
     path = Path(model)
-    return open_bundle(path).path if path.suffix == BUNDLE and not path.is_dir() else path
+    if path.suffix == BUNDLE and not path.is_dir():
+        return open_bundle(path).path
+    if not path.exists():
+        kinds = f"a run, a fold of one, an ensemble file, a bundle ({BUNDLE}), {SCHEME}owner/name@revision or {BUILTIN}"
+        raise UsageError(f"{path}: there is no such model. Give {kinds}")
+    return path
 
 
 def members_of(model: Path | str) -> tuple[list[Member], Mapping[str, Any] | None]:

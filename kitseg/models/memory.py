@@ -69,6 +69,8 @@ def parse_size(text: str | None, option: str = "--max-memory") -> int | None:
         size = 0
     if size <= 0:
         raise UsageError(f"{option} {text} is not a size; give one such as 6GB, 5.5GiB or 6000000000")
+    if match and not match[2] and size < UNITS["KB"]:
+        raise UsageError(f"{option} {text} means {size} bytes; give a size with its unit, such as {text.strip()}GB")
     return size
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from kitseg import __version__, config, trust
 from kitseg.config import Method
 from kitseg.errors import UsageError
+from kitseg.models.builtin import BUILTIN, FILE
 from kitseg.models.bundles.archive import CARD, SAFE, write_archive
 from kitseg.models.ensemble_file import Member
 from kitseg.models.members import members_of
@@ -70,6 +71,7 @@ def export(model: Path, to: Path, options: ExportOptions = ExportOptions()) -> d
     if to.suffix != BUNDLE:
         raise UsageError(f"{to}: the name of a bundle must end in {BUNDLE}")
     refuse_overwrite(to, "bundle")
+    model = FILE if str(model) == BUILTIN else model
     if model.suffix == BUNDLE and model.is_file():
         raise UsageError(f"{model} is a bundle already; copy the file to share it")
     members, steps = members_of(model)
