@@ -24,7 +24,11 @@ UNCHANGED = "unchanged"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a case: its result, or the ``error`` that there was; of_machine: see ``errors.is_of_machine``."""
+    """The outcome of a case: its ``result``, such as the label map, or the ``error`` that there was, else empty.
+
+    note: what is odd about it; volumes_ml: by class; quality: its flags; seconds: that it took; of_machine:
+    see ``errors.is_of_machine``.
+    """
 
     case: str
     error: str = ""
