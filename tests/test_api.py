@@ -208,6 +208,15 @@ def test_training_in_silence(phantoms: Path, tmp_path: Path, capfd: pytest.Captu
         kitseg.train("two-phase", phantoms / "data", tmp_path, "tiny", [*sizes, "seed=7"], device="cpu")
 
 
+def test_arrays_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    labels = np.ones((4, 4, 4), np.uint8)
+    with pytest.raises(UsageError, match="with output, scans are files or folders"):
+        kitseg.predict([labels], output=tmp_path / "out")
+    with pytest.raises(InputError, match="another grid than the reference"):
+        kitseg.evaluate(labels, labels[1:], np.eye(4))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_method_by_its_name() -> None:
     method = kitseg.load_method("two-phase", "tiny", ["stages.coarse.epochs=3"])
     assert method.stages["coarse"].epochs == 3
