@@ -362,6 +362,15 @@ def test_no_label_out_of_view() -> None:
     assert all(one.hu[ndimage.binary_erosion(one.label.numpy() > 0)].min() > -500 for one in cut)
 
 
+def test_a_field_of_view_is_around_the_middle_of_a_body_that_is_not_square() -> None:
+    points = habitus.Frame(np.eye(3), np.array([0.0, 100.0, 200.0])).grid((1, 100, 100), (4.0, 4.0, 4.0))
+    rng, middles = np.random.default_rng(0), []
+    for _ in range(30):
+        seen = points[:, ~scanners.out_of_view(points, np.array([90.0, 200.0, 400.0]), rng)]
+        middles.append(seen.mean(1).tolist()[1:])
+    assert np.mean(middles, 0) == pytest.approx([100, 200], abs=8)
+
+
 def test_no_label_in_air_where_a_scan_ends() -> None:
     hu, kidneys = (array[:24] for array in scan())
     arrays, facts = describe(hu, kidney_distance(kidneys, MM), MM)

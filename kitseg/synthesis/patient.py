@@ -256,7 +256,7 @@ def _scanned(scene: Surroundings, points: Tensor, body: RealBody, rng: Generator
     """HU from another scanner, on another table; what is out of its view, or has become air, loses its label."""
     size, hu = np.array(body.hu.shape) * body.spacing, scene.hu
     if rng.random() < 0.08:
-        hu = hu.masked_fill(scanners.out_of_view(points, float(size[1:].max()), rng), habitus.AIR)
+        hu = hu.masked_fill(scanners.out_of_view(points, size, rng), habitus.AIR)
     if rng.random() < 0.3 and float(points[1].max()) > body.facts.back:
         hu = scanners.table(hu, points, body.facts.back, float(size[2]), rng)
     hu = scanners.scan(hu, scene.spacing, rng)

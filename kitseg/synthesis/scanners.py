@@ -73,13 +73,13 @@ def gamma(hu: Tensor, rng: Generator) -> Tensor:
     return intensity.gamma(hu[None, None], hu.new_tensor([np.exp(rng.uniform(-0.2, 0.2))]))[0, 0]
 
 
-def out_of_view(points: Tensor, width: float, rng: Generator) -> Tensor:
+def out_of_view(points: Tensor, size: Vector, rng: Generator) -> Tensor:
     """Where a smaller field of view shows air, outside a circle in the plane of the slices.
 
-    points: (3, D, H, W) mm in a body of this width in mm.
+    points: (3, D, H, W) mm in a body of this size in mm.
     """
-    centre = width / 2 + rng.normal(0, 12, 2)
-    radius = float(rng.uniform(0.36, 0.52) * width)
+    centre = size[1:] / 2 + rng.normal(0, 12, 2)
+    radius = float(rng.uniform(0.36, 0.52) * size[1:].max())
     r2 = (points[1] - centre[0]) ** 2 + (points[2] - centre[1]) ** 2
     outside: Tensor = r2 > radius**2
     return outside
