@@ -71,6 +71,20 @@ def test_a_strangers_file_stays(maps: Path, command: tuple[str, ...], output: st
     assert again.code == 0, again.text
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "pred", "ref", "--json=new.json", "--intervals=./new.json"),
+        ("measure", "pred", "--json=new.json", "--csv=new.json"),
+        ("followup", "pred", "ref", "--json=new.json", "--csv=new.json"),
+    ],
+)
+def test_two_outputs_of_one_name_are_refused(maps: Path, command: tuple[str, ...]) -> None:
+    done = kitseg(maps, *command, "--jobs=1")
+    assert (done.code, "new.json is the name of two outputs" in " ".join(done.text.split())) == (2, True), done.text
+    assert not (maps / "new.json").exists()
+
+
 def test_tables_bundles_and_ensembles_are_known_by_more_than_their_beginning(tmp_path: Path) -> None:
     path = tmp_path / "x"
     strange = {

@@ -15,7 +15,7 @@ from kitseg.cli import options as opt
 from kitseg.cli.app import COLOURS, app, exit_if, gather, show_doubts, take_share
 from kitseg.errors import UsageError
 from kitseg.runtime import console
-from kitseg.runtime.overwrite import refuse_overwrite
+from kitseg.runtime.overwrite import check_outputs
 
 
 @app.command(epilog="Example: kitseg measure predictions --ct data --csv lesions.csv")
@@ -58,9 +58,7 @@ def measure(
     from kitseg.commands.intervals import read_intervals
     from kitseg.runtime.resume import ResultCache
 
-    refuse_overwrite(report, "findings")
-    refuse_overwrite(table, "lesion table")
-    refuse_overwrite(calibration, "png")
+    check_outputs({"findings": report, "lesion table": table, "png": calibration})
     tasks, patient = steps.plan_measures(labels, ct), renal_function.patient_of(egfr, age, diabetes)
     patients = renal_function.patients_of([task.case for task in tasks], [labels], patient)
     tasks = [replace(task, patient=patients.get(task.case)) for task in tasks]
@@ -117,8 +115,7 @@ def followup(
     from kitseg.cli.surgery_tables import show_followup
     from kitseg.commands import followup as steps
 
-    refuse_overwrite(report, "followup")
-    refuse_overwrite(table, "followup table")
+    check_outputs({"followup": report, "followup table": table})
     days = (dates[0].date(), dates[1].date()) if dates else None
     tasks, alone = steps.plan_followups(before, after, ct, days, output)
     results: list[steps.Followed] = gather("followup", tasks, partial(steps.follow, scheme=scheme), jobs)

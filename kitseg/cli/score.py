@@ -15,7 +15,7 @@ from kitseg.cli.app import app, cross_validate, exit_if, gather, take_share
 from kitseg.cli.score_tables import show_comparison, show_confidence, show_fit, show_intervals, show_scores
 from kitseg.errors import UsageError
 from kitseg.runtime import console
-from kitseg.runtime.overwrite import refuse_overwrite
+from kitseg.runtime.overwrite import check_outputs, refuse_overwrite
 
 SHOWN = 15  # combinations in the table of `choose`
 
@@ -92,10 +92,7 @@ def evaluate(
     from kitseg.runtime.resume import ResultCache
     from kitseg.volumes.tables import PATIENTS, read_patients
 
-    refuse_overwrite(report, "scores")
-    refuse_overwrite(table, "score table")
-    refuse_overwrite(intervals, "intervals")
-    refuse_overwrite(confidence, "confidence")
+    check_outputs({"scores": report, "score table": table, "intervals": intervals, "confidence": confidence})
     rules = scoring.rules(protocol, scheme, split)
     patients = read_patients(references / PATIENTS) if intervals or confidence else {}
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))

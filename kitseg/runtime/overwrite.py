@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -86,6 +86,15 @@ def refuse_overwrite(path: Path | None, kind: str) -> None:
     if path.is_dir() or not is_own(path, kind):
         problem = f"exists, and is not a {kind} file that kitseg wrote"
         raise UsageError(f"{path} {problem}. Choose another output, or replace it with --overwrite")
+
+
+def check_outputs(outputs: Mapping[str, Path | None]) -> None:
+    """Refuse (UsageError) a command's output files, by their kinds: two of one name, or what may not be replaced."""
+    given = [path.absolute() for path in outputs.values() if path]
+    if twice := next((path for path in given if given.count(path) > 1), None):
+        raise UsageError(f"{twice} is the name of two outputs. Give each a name of its own")
+    for kind, path in outputs.items():
+        refuse_overwrite(path, kind)
 
 
 def is_own(path: Path, kind: str) -> bool:
