@@ -151,7 +151,8 @@ def test_the_dates_come_from_dicom_and_folders_go_by_names(tmp_path: Path) -> No
     same = rows(tmp_path, *files, "--ct", "ct/20230301", "ct/20230301", "--overwrite")
     assert same["larger"]["mean_mm_a_year"] is same["larger"]["doubling_days"] is None
     doubts = json.loads((tmp_path / "f.json").read_text())["followup"]["patient"]["doubts"]
-    assert doubts == ["both scans state the date 2023-03-01: there is no change a year", NOT_HU]
+    unlike = [f"{date} date: {NOT_HU}" for date in ("first", "second")]
+    assert doubts == ["both scans state the date 2023-03-01: there is no change a year", *unlike]
     both = kitseg(tmp_path, "followup", "20230301", "20230901", "-o", "pages", "--json", "all.json")
     assert both.code == 0, both.text
     assert "left out, without the other date: other" in both.text

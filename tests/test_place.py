@@ -77,6 +77,9 @@ def test_followup(folder: Path, tmp_path: Path) -> None:
     dates = [str(folder / "labels" / f"{name}.nii.gz") for name in ("nowhere", "turned")]
     done = kitseg(tmp_path, "followup", *dates, JOBS, "--json=f.json", "--csv=f.csv")
     assert (done.code, said(done.text)) == (0, (True, True)), done.text
+    (case,) = json.loads((tmp_path / "f.json").read_text())["followup"].values()
+    dated = {doubt[: doubt.index(" date: ")]: said(doubt) for doubt in case["doubts"] if " date: " in doubt}
+    assert dated == {"first": (False, True), "second": (True, False)}
     assert said((tmp_path / "f.json").read_text()) == said((tmp_path / "f.csv").read_text()) == (True, True)
 
 

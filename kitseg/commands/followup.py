@@ -109,12 +109,11 @@ def follow(task: FollowupTask, scheme: Scheme | None) -> Followed:
         for current in (task.before, task.after):
             schemes.append(scheme or scheme_beside(current.labels) or KITS19)
             labels, scan = current.read(schemes[-1])
-            doubts |= dict.fromkeys(current.doubts(labels, scan))
             hu = scan.array if scan else None
             findings = measure(labels.array, labels.geometry, hu)
             name = "second" if visits else "first"
-            more = quality.doubts(labels.array, labels.geometry, findings, hu)
-            doubts |= dict.fromkeys(f"{name} date: {doubt}" for doubt in more)
+            shapes = quality.doubts(labels.array, labels.geometry, findings, hu)
+            doubts |= dict.fromkeys(f"{name} date: {doubt}" for doubt in (*current.doubts(labels, scan), *shapes))
             visits.append(Visit(labels.array, labels.geometry, findings, hu))
         if len({own.cyst is None for own in schemes}) > 1:
             doubts[ONE_WITHOUT_CYSTS] = None
