@@ -15,6 +15,7 @@ from nifti_files import save
 import kitseg as kitseg_package
 from kitseg.labels import KITS19, KITS23, find_scheme, to_kits19
 from kitseg.runtime.console import cell
+from kitseg.runtime.files import file_digest
 from kitseg.scoring.case import score
 from kitseg.scoring.kits19 import kits19_scores
 from kitseg.scoring.protocols import PROTOCOLS
@@ -278,7 +279,8 @@ def test_predictions_in_the_place_of_references_are_named(tmp_path: Path) -> Non
 
     assert noted("ref")
     assert not noted("ref", corrected=[{"x": 0, "y": 0, "z": 0, "label": "tumor"}])
-    assert noted("ref")
+    assert not noted("ref", labels_sha256="0" * 64), "corrected with another program"
+    assert noted("ref", labels_sha256=file_digest(tmp_path / "ref" / "case_00000.nii.gz"))
     assert not noted("pred"), "both are predicted"
 
 

@@ -137,9 +137,9 @@ def recorded_models(labels: Path) -> tuple[str, ...]:
 
 
 def is_predicted(labels: Path) -> bool:
-    """Whether networks made a label map and no person corrected it, by the record beside it."""
+    """Whether networks made a label map and nobody changed it since, by the record beside it."""
     record = record_beside(labels)
-    return bool(record and record.models and not record.corrected)
+    return bool(record and record.models and not record.corrected and record.is_of(file_digest(labels)))
 
 
 def model_names(paths: Iterable[str]) -> tuple[str, ...]:
