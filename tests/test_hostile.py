@@ -241,6 +241,10 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "many members": ({"members": [{"run": "runs/0"}] * 10_000}, "at most 16"),
     "more members": ({"members": [{"run": "runs/0"}] * 60_000}, "bundle.json is too large"),
     "a member twice": ({"members": [{"run": "runs/0"}] * 2}, "a run occurs twice"),
+    "a member twice, once without weight": (
+        {"members": [{"run": "runs/0"}, {"run": "runs/0", "weight": 0}]},
+        "a run occurs twice",
+    ),
     "a name of 10 MB": ({"name": "x" * 10_000_000}, "bundle.json is too large"),
     "a name of 10 kB": ({"name": "x" * 10_000}, "name or license"),
     "a prior": ({"postprocess": {"x": {"_target_": "os.mkdir", "name": "canary"}}}, "os.mkdir"),

@@ -131,9 +131,8 @@ def _check_manifest(manifest: Manifest, folder: Path) -> None:
         raise ValueError(f"{odd[0]!r:.80} is not a name or license of one line")
     if odd := [text for row in manifest.members if not re.fullmatch(r"runs/\d{1,3}", text := row.run.as_posix())]:
         raise ValueError(f"{odd[0]!r:.80} is not a run in it")
-    if len(checked_members(manifest.members, folder, manifest.postprocess)) > len(
-        {row.run for row in manifest.members}
-    ):
+    checked_members(manifest.members, folder, manifest.postprocess)
+    if len(manifest.members) > len({row.run for row in manifest.members}):
         raise ValueError("a run occurs twice in it")
     build_steps(manifest.postprocess)
 
