@@ -34,9 +34,8 @@ from kitseg.types import Case
 from kitseg.volumes import blocks
 from kitseg.volumes.kits import labelled_cases
 from kitseg.volumes.names import shorten
-from kitseg.volumes.nifti import read_image
 from kitseg.volumes.references import read_reference
-from kitseg.volumes.scan import hu_digest, label_of
+from kitseg.volumes.scan import hu_digest, label_of, read_scan
 from kitseg.volumes.tables import CLINICAL, read_clinical
 
 LABELS = "predictions"
@@ -238,7 +237,7 @@ def _predict_fold(validation: Validation, fold: int, model: Model, on_done: OnDo
     def work(case: Case) -> Outcome:
         if validation.is_done(fold, case):
             return Outcome(case.id, note=UNCHANGED, result=validation.label(case))
-        scan = read_image(case.image, case.id)
+        scan = read_scan(case)
         found = model.predict_proba(scan)
         validation.record(case).unlink(missing_ok=True)
         digest, hu_sha256 = validation.hash_of(case), hu_digest(scan)
