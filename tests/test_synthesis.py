@@ -131,6 +131,11 @@ def test_a_phase_with_less_contrast_leaves_no_bright_edge(body: RealBody, name: 
     touching = phases.Tissues(torch.where(distance > 0, 160.0, blurred), distance, on.tissue, on.spacing)
     hu, phase = phases.show(phases.PLAIN, touching, replace(body.facts, noise=0.0), np.random.default_rng(0))
     assert float(hu[(distance > 1) & (distance < 4)].min()) > phase.parenchyma + 15, "an organ that touches it stays"
+    rib = (distance > 1) & (distance < 4) & (torch.arange(distance.shape[2]) < 15)
+    assert int(rib.sum()) > 30
+    ribs = phases.Tissues(torch.where(rib, 500.0, blurred), distance, on.tissue, on.spacing)
+    hu, _ = phases.show(name, ribs, replace(body.facts, noise=0.0), np.random.default_rng(0))
+    assert float(hu[rib].min()) > 350, "a rib stays, but where the kidney covers its edge"
 
 
 def test_organs_of_a_bright_scan_lose_their_contrast_too() -> None:

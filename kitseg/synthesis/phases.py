@@ -20,6 +20,7 @@ CORTEX = (5.0, 8.0)  # mm, its thickness
 GRAIN = (0.35, 0.85)  # of a scan's fine noise: interpolation has smoothed what is around
 BLOOD, TISSUE = 42.0, 45.0  # HU without contrast
 BLUR = 2.0  # mm around the kidneys
+ORGANS, BONE = (120.0, 210.0), 130.0  # HU up to which organs may have contrast; HU more, from which it is bone
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,14 @@ def show(name: str, on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, 
         cortex, medulla = rng.uniform(140, 240), rng.uniform(60, 120)
         depth = -on.distance + smooth_noise(rng, hu.shape, 9 / on.spacing) * 2
         pattern = medulla + (cortex - medulla) * step(rng.uniform(*CORTEX) - depth, 0.9)
-        hu = _no_brighter_edge(hu, on, cortex)
+        hu = _no_brighter_edge(hu, on, mean, cortex)
         flat = pattern + 0.7 * left + noise
         return hu + on.inside * (flat - hu), Phase(name, 0.6 * cortex + 0.4 * medulla, cortex)
     level = rng.uniform(95, 210)
     if name == EXCRETORY:
         level = rng.uniform(80, 150)
         hu = _without_contrast(hu, on.tissue, mean, rng.uniform(0.3, 0.7))
-    hu = _no_brighter_edge(hu, on, level)
+    hu = _no_brighter_edge(hu, on, mean, level)
     hu = hu + on.inside * (level + left + noise - hu)
     if name == EXCRETORY:
         hu = _urine(hu, on, rng)
@@ -101,7 +102,7 @@ def _scanned(on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, Phase]:
 def _plain(on: Tissues, facts: Facts, rng: Generator) -> tuple[Tensor, Phase]:
     """No contrast: soft tissue and vessels lose theirs, parenchyma becomes homogeneous."""
     level, mean = rng.uniform(24, 42), facts.parenchyma
-    hu = _no_brighter_edge(_without_contrast(on.hu, on.tissue, mean, 1.0), on, level)
+    hu = _no_brighter_edge(_without_contrast(on.hu, on.tissue, mean, 1.0), on, mean, level)
     noise = smooth_noise(rng, hu.shape, 1.2) * facts.noise * rng.uniform(*GRAIN)
     flat = level + _structure(on.hu, mean) * rng.uniform(0.1, 0.25) + noise
     return hu + on.inside * (flat - hu), Phase(PLAIN, level, level)
@@ -112,12 +113,16 @@ def _structure(hu: Tensor, mean: float) -> Tensor:
     return (hu - mean).clamp(-90, 90)
 
 
-def _no_brighter_edge(hu: Tensor, on: Tissues, level: float) -> Tensor:
-    """HU around the kidneys' surface, where the scan shows their contrast blurred: of ``level`` or what lies beside."""
+def _no_brighter_edge(hu: Tensor, on: Tissues, mean: float, level: float) -> Tensor:
+    """HU around the kidneys' surface, where the scan shows their contrast blurred: of ``level`` or what lies beside.
+
+    mean: HU of the parenchyma in the scan; what is far brighter, such as a rib, stays.
+    """
     voxels = 2 * max(1, round(2 * BLUR / float(on.spacing.mean()))) + 1
     beside = step(on.distance - BLUR, 0.4)
     around = box_mean(hu * beside, voxels) / box_mean(beside, voxels).clamp(min=0.02)
-    return hu + (1 - beside) * (around.clamp(min=level) - hu).clamp(max=0)
+    blurred = (1 - beside) * step(_organs(mean) + BONE - hu, 10)
+    return hu + blurred * (around.clamp(min=level) - hu).clamp(max=0)
 
 
 def _without_contrast(hu: Tensor, tissue: Tensor, mean: float, share: float) -> Tensor:
@@ -125,17 +130,22 @@ def _without_contrast(hu: Tensor, tissue: Tensor, mean: float, share: float) -> 
 
     mean: HU of the parenchyma, which limits how bright other organs may be.
     """
-    dull = _dulled(hu, min(max(120.0, mean), 210.0))
+    dull = _dulled(hu, _organs(mean))
     blood = BLOOD + 0.15 * (hu - 150)
     dull = dull + (2 * tissue.abs()).clamp(max=1) * (blood - dull).clamp(max=0)  # vessels, in the sinus too
     return hu + share * (dull - hu)
 
 
+def _organs(mean: float) -> float:
+    """HU up to which organs may have contrast beside parenchyma of ``mean`` HU."""
+    return min(max(ORGANS[0], mean), ORGANS[1])
+
+
 def _dulled(hu: Tensor, organs: float) -> Tensor:
     """Contrast-enhanced HU of soft tissue, up to ``organs``, as without contrast; continuous, and bone stays."""
-    low, bone = TISSUE + (hu - TISSUE) * 0.3, organs + 130
+    low, bone = TISSUE + (hu - TISSUE) * 0.3, organs + BONE
     top = TISSUE + (organs - TISSUE) * 0.3
-    high = top + (hu - organs) * (bone - top) / 130
+    high = top + (hu - organs) * (bone - top) / BONE
     return torch.where(hu < TISSUE, hu, torch.where(hu < organs, low, torch.where(hu < bone, high, hu)))
 
 
