@@ -221,6 +221,7 @@ def test_the_steps_of_predict_clean_with_the_chosen_post_processing_too(run: Pat
         (["RUN", "-o", "x.zip"], ".kitseg"),
         (["nowhere", "-o", "x.kitseg"], "there is no such model"),
         (["builtin", "-o", "x.kitseg"], "builtin.kitseg is a bundle already"),
+        (["hf://a/b@v1", "-o", "x.kitseg"], "hf://a/b@v1 is a bundle already"),
         (["RUN", "-o", "x.kitseg", "--labels-license=a\nb"], "license"),
     ],
 )

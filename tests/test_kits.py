@@ -302,7 +302,11 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
 def test_the_subfolders_that_hold_scans_are_named(tmp_path: Path) -> None:
     for file in ("scans/case_00000/imaging.nii.gz", "flat/a.nii.gz", "runs/a/config.yaml"):
         touch(tmp_path / file)
-    with pytest.raises(InputError, match="Give its subfolder flat or scans; "):
+    with pytest.raises(InputError, match=r"Give a subfolder \(flat, scans\); "):
+        kits.find_cases(tmp_path)
+    for number in range(6):
+        touch(tmp_path / f"patient{number}" / "ct.nii.gz")
+    with pytest.raises(InputError, match=r"\(flat, patient0, patient1, patient2, patient3 and 3 more\)"):
         kits.find_cases(tmp_path)
 
 

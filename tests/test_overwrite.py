@@ -75,7 +75,7 @@ def test_a_strangers_file_stays(maps: Path, command: tuple[str, ...], output: st
     "command",
     [
         ("evaluate", "pred", "ref", "--json=new.json", "--intervals=./new.json"),
-        ("measure", "pred", "--json=new.json", "--csv=new.json"),
+        ("measure", "pred", "--json=new.json", "--csv=pred/../new.json"),
         ("followup", "pred", "ref", "--json=new.json", "--csv=new.json"),
     ],
 )

@@ -58,7 +58,7 @@ def export(
     from kitseg.models.bundles.export import export as write_bundle
     from kitseg.runtime.files import file_digest
 
-    licenses = write_bundle(Path(model), output, ExportOptions(weights_license, labels_license, half, name, card))
+    licenses = write_bundle(model, output, ExportOptions(weights_license, labels_license, half, name, card))
     stated = ", ".join(f"{kind} {license}" for kind, license in licenses.items())
     console.print_line(escape(f"{output}: {output.stat().st_size / 1e6:.1f} MB, licensed {stated}"))
     console.print_line(f"sha256 {file_digest(output)}")

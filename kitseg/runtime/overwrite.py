@@ -90,7 +90,7 @@ def refuse_overwrite(path: Path | None, kind: str) -> None:
 
 def check_outputs(outputs: Mapping[str, Path | None]) -> None:
     """Refuse (UsageError) a command's output files, by their kinds: two of one name, or what may not be replaced."""
-    given = [path.absolute() for path in outputs.values() if path]
+    given = [os.path.realpath(path) for path in outputs.values() if path]
     if twice := next((path for path in given if given.count(path) > 1), None):
         raise UsageError(f"{twice} is the name of two outputs. Give each a name of its own")
     for kind, path in outputs.items():

@@ -265,7 +265,7 @@ def _no_scans(folder: Path) -> tuple[str, str]:
     from kitseg.volumes.dicom.series import holds_dicom
 
     if inside := sorted(found.name for found in folders_in(folder) if holds_scans(found)):
-        remedy = f"Give its subfolder {' or '.join(inside)}; one of label maps goes to --masks, where a command has it"
+        remedy = f"Give a subfolder ({shorten(inside)}); one of label maps goes to --masks, where a command has it"
         return "the folder holds no scans", remedy
     if archive := next((path.name for path in visible(folder) if path.suffix.lower() in _ARCHIVES), ""):
         return f"the folder holds no scans, but the archive {printable(archive)}", "Unpack it, and give that folder"

@@ -14,6 +14,7 @@ from kitseg import __version__, config, trust
 from kitseg.config import Method
 from kitseg.errors import UsageError
 from kitseg.models.builtin import BUILTIN, FILE
+from kitseg.models.bundles.address import SCHEME
 from kitseg.models.bundles.archive import CARD, SAFE, write_archive
 from kitseg.models.ensemble_file import Member
 from kitseg.models.members import members_of
@@ -57,7 +58,7 @@ class ExportOptions:
     card: Path | None = None
 
 
-def export(model: Path, to: Path, options: ExportOptions = ExportOptions()) -> dict[str, str]:
+def export(model: Path | str, to: Path, options: ExportOptions = ExportOptions()) -> dict[str, str]:
     """Write a bundle; the same model gives the same bytes. Returns the licenses that it states.
 
     Args:
@@ -72,8 +73,8 @@ def export(model: Path, to: Path, options: ExportOptions = ExportOptions()) -> d
         raise UsageError(f"{to}: the name of a bundle must end in {BUNDLE}")
     refuse_overwrite(to, "bundle")
     model = FILE if str(model) == BUILTIN else model
-    if model.suffix == BUNDLE and model.is_file():
-        raise UsageError(f"{model} is a bundle already; copy the file to share it")
+    if str(model).startswith(SCHEME) or (Path(model).suffix == BUNDLE and Path(model).is_file()):
+        raise UsageError(f"{model} is a bundle already; share it as it is")
     members, steps = members_of(model)
     parts = [_exported_member(member, f"runs/{number}") for number, member in enumerate(members)]
     learned = [part.run.read_info() for part in parts]
