@@ -211,7 +211,7 @@ def test_training_in_silence(phantoms: Path, tmp_path: Path, capfd: pytest.Captu
 def test_arrays_that_do_not_fit_are_named(tmp_path: Path) -> None:
     labels = np.ones((4, 4, 4), np.uint8)
     labels[0] = 0
-    with pytest.raises(InputError, match="^scan: it seems to be a label map, not a CT"):
+    with pytest.raises(InputError, match=r"^scan: it seems to be a label map, not a CT"):
         kitseg.measure(labels, np.eye(4), ct=labels)
     with pytest.raises(UsageError, match="with output, scans are files or folders"):
         kitseg.predict([labels], output=tmp_path / "out")

@@ -13,6 +13,7 @@ from nifti_files import save
 import kitseg
 from kitseg.commands.evaluate import Job, rules
 from kitseg.commands.intervals import case_errors
+from kitseg.errors import InputError
 from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR, find_scheme
 from kitseg.patches.bodies import open_shapes, prepare_shapes, scheme_of_masks, shape_cases
 from kitseg.scoring.case import dice_scores
@@ -79,6 +80,12 @@ def test_lesions_give_shapes_by_their_own_labels(tmp_path: Path) -> None:
         prepare_shapes(tmp_path / "a.nii.gz", tmp_path / "shapes", scheme, 1)
         found = open_shapes(tmp_path / "shapes", shape_cases(tmp_path / "shapes"))
         assert (len(found.tumor), len(found.cyst)) == kinds
+    listed = tmp_path / "shapes" / "shapes.json"
+    listed.write_text(listed.read_text().replace('"schema": 3', '"schema": 2'))
+    with pytest.raises(InputError, match=r"schema 2, .* Run the command again"):
+        shape_cases(listed.parent)
+    prepare_shapes(tmp_path / "a.nii.gz", listed.parent, own, 1)
+    assert shape_cases(listed.parent) == ["a"], "shapes of an earlier version are made anew"
     assert scheme_of_masks(find_scheme("kits19")) is KITS23
     assert scheme_of_masks(own) is own
 
