@@ -139,7 +139,7 @@ def _canvas(ct: Volume, rows: int, title: str, scheme: Scheme) -> tuple[Figure, 
         figure.suptitle(title, fontsize=12, parse_math=False)
     handles = [Patch(fc=to_rgba(one.colour, _FILL), ec=one.colour, label=one.name) for one in scheme.classes.values()]
     handles.append(Patch(fc="none", ec="none", label=RESEARCH_USE))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     return figure, grid
 
 
