@@ -155,6 +155,6 @@ def test_torchrun_gives_the_same_files(trained: Path, alone: dict[str, bytes], t
 )
 def test_options_that_contradict_each_other(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
     (tmp_path / "scan.nii.gz").touch()
-    refused = kitseg(tmp_path, "predict", "scan.nii.gz", "--model=run", *options)
+    refused = kitseg(tmp_path, "predict", "scan.nii.gz", "--model=builtin", *options)
     assert refused.code == 2
     assert words in refused.text

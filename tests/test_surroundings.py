@@ -64,17 +64,17 @@ def test_a_share_that_cannot_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_names_that_are_hard_to_write(tmp_path: Path) -> None:
     """Long, not UTF-8, a formula, and with a character that reverses the text: each has its scores and its page."""
     names = ["a", "x" * 251, "=1+1", os.fsdecode(b"\xff\xfe"), "left\u202eright"]
-    for folder in ("pred", "ref"):
+    for folder, array in (("pred", LABELS), ("ref", LABELS), ("scans", np.where(LABELS > 0, 120, -100))):
         (tmp_path / folder).mkdir()
         for name in names:
-            save(tmp_path / folder / (f"{name}.nii" if len(name) > 200 else f"{name}.nii.gz"), LABELS)
+            save(tmp_path / folder / (f"{name}.nii" if len(name) > 200 else f"{name}.nii.gz"), array.astype(np.int16))
     outputs = ("--json=s.json", "--csv=s.csv")
     for shard in ("1/2", "2/2"):
         done = kitseg(tmp_path, "evaluate", "pred", "ref", *outputs, "--jobs=1", f"--shard={shard}")
         assert done.code == 0, done.text
     assert sorted(json.loads((tmp_path / "s.json").read_text())["cases"]) == sorted(map(printable, names))
     assert "\n'=1+1," in (tmp_path / "s.csv").read_text()
-    assert kitseg(tmp_path, "report", "pred", "ref", "--scores=s.json", "--jobs=1").code == 0
+    assert kitseg(tmp_path, "report", "pred", "scans", "--scores=s.json", "--jobs=1").code == 0
     pages = [path for path in (tmp_path / "report").iterdir() if path.suffix == ".html"]
     assert len(pages) == 1 + len(names)
     index = (tmp_path / "report" / "index.html").read_text()

@@ -17,6 +17,7 @@ from conftest import SMALLEST, Result, kitseg, once
 from kitseg import config, trust
 from kitseg.cli.app import choose_ranks
 from kitseg.errors import UsageError
+from kitseg.models.run_folder import Run
 from kitseg.nets.vnet import VNet
 from kitseg.runtime.device import Machine
 from kitseg.splits import read_split
@@ -343,7 +344,7 @@ def test_a_dry_run_plans_for_gpus_that_are_elsewhere(phantoms: Path, tmp_path: P
 @slow
 def test_loading_that_takes_longer_than_computing_is_stated(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = config.compose("two-phase", "tiny", [option.removeprefix("--set=") for option in SMALLEST[2:]])
-    start = Start(made, None, 0, work / "splits.json", work / "preprocessed", Machine("cpu"))  # type: ignore[arg-type]
+    start = Start(made, Run(work / "none"), 0, work / "splits.json", work / "preprocessed", Machine("cpu"))
     cases = labelled_cases([work / "data"])
     plan = start.rehearse(cases)
     assert cost.seconds_to_load(plan.method.stages["coarse"], next((work / "preprocessed/6mm-6.25mm").glob("case_*")))
