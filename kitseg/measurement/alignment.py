@@ -78,11 +78,12 @@ def kidney_surfaces(labels: NDArray[np.uint8], geometry: Geometry, midline: floa
     inside, grid = labels[box.slices], geometry.crop(box)
     sides, found = side_map(inside, grid, midline), {}
     for code, name in NAMES.items():
-        near = bounding_box(sides == code)
-        if near is None or np.count_nonzero(sides == code) * grid.voxel_ml < KIDNEY_ML:
+        mask = sides == code
+        near = bounding_box(mask)
+        if near is None or np.count_nonzero(mask) * grid.voxel_ml < KIDNEY_ML:
             continue
         pad = [(int(_MARGIN_MM / mm) + 1,) * 2 for mm in grid.spacing]
-        own = np.pad(np.where(sides == code, inside, np.uint8(BACKGROUND))[near.slices], pad)
+        own = np.pad(np.where(mask, inside, np.uint8(BACKGROUND))[near.slices], pad)
         start = np.subtract(near.start, [before for before, _ in pad])
         affine = grid.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ start
