@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_a_method_is_not_better_by_a_few_of_many_cases() -> None:
     none = {f"{i}": {"cyst": 1.0} for i in range(96)}
     a = none | {f"{i}": {"cyst": 0.3} for i in range(96, 100)}
     b = none | {f"{i}": {"cyst": i / 200} for i in range(96, 100)}
-    (group,) = compare_cases(a, b, {})
+    (group,) = compare_cases(a, b, {}, {})
     assert group.p == pytest.approx(1 / 8)
     assert group.verdict == "mixed"
 
@@ -148,14 +149,26 @@ def test_groups_hold_their_cases_and_their_corrected_p() -> None:
     a = {case: {"kidney": 0.5} for case in cases}
     b = {case: {"kidney": 0.6 + i / 100} for i, case in enumerate(cases)}
     strata = {case: {"tumor size": "over 7 cm" if i < 6 else "up to 4 cm"} for i, case in enumerate(cases)}
-    whole, small, large = compare_cases(a, b, strata)
+    whole, small, large = compare_cases(a, b, strata, {})
     assert (whole.kind, small.stratum, large.stratum) == ("", "up to 4 cm", "over 7 cm")
-    assert small.cases == tuple(cases[6:])
-    assert large.cases == tuple(cases[:6])
+    assert small.units == tuple(cases[6:])
+    assert large.units == tuple(cases[:6])
     assert whole.p == pytest.approx(2**-13)
     assert small.p == pytest.approx(2 * 2**-7)  # the smaller of two
     assert large.p == pytest.approx(2**-5)
     assert whole.verdict == "B"
+
+
+def test_the_cases_of_a_patient_count_once_in_each_group() -> None:
+    a = {name: {"tumor": 0.5} for name in "pqrstuvw"}
+    b = {name: {"tumor": {"p": 0.6, "q": 0.8}.get(name, 0.7)} for name in a}
+    strata = {name: {"slices": "thin" if name in "pq" else "thick"} for name in "pqrstuvw"}
+    whole, thick, thin = compare_cases(a, b, strata, {"p": "Ann", "q": "Ann", "r": "Ann"})
+    assert (whole.units, whole.cases, whole.counted) == (("Ann", *"stuvw"), 8, "patients")
+    assert whole.paired.differences == pytest.approx([0.2] * 6)
+    assert whole.p == pytest.approx(2**-5)  # not 2^-7: six patients, not eight cases
+    assert (thick.units, thick.counted) == (("Ann", *"stuvw"), "cases")
+    assert (thin.units, thin.cases, thin.paired.mean) == (("Ann",), 2, pytest.approx(0.2))
 
 
 def test_a_verdict_needs_interval_test_and_count() -> None:
@@ -164,6 +177,7 @@ def test_a_verdict_needs_interval_test_and_count() -> None:
     (group,) = compare_cases(
         {f"{i}": {"tumor": 0.4} for i in range(60)},
         {f"{i}": {"tumor": 0.4 + d} for i, d in enumerate(differences)},
+        {},
         {},
     )
     assert group.paired.low > 0
@@ -243,6 +257,27 @@ def test_what_the_scores_of_a_side_are_worth_is_repeated(tmp_path: Path) -> None
     assert f"A: {note}" in result.text
     content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert (content["notes_a"], content["notes_b"]) == ([note], [])
+
+
+def test_scans_of_one_patient_are_no_more_patients(tmp_path: Path) -> None:
+    patients = {case: f"patient {i % 10}" for i, case in enumerate(CASES)}
+    scores(tmp_path / "a.json", A, patients=patients)
+    scores(tmp_path / "b.json", B, patients=patients)
+    result = comparing(tmp_path)
+    assert result.code == 0, result.text
+    assert "20 cases show 10 patients: each counts once, by the mean of its cases" in result.text
+    assert "10 of 10 patients)" in result.text
+    content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    tumor = content["groups"][1]
+    assert (tumor["class"], tumor["n"], tumor["cases"], tumor["p"]) == ("tumor", 10, 20, pytest.approx(2**-9))
+    assert tumor["differences"]["patient 0"] == pytest.approx((0.1 + 0.1 + 10 / 80 - 10 / 100) / 2)
+
+
+def test_evaluate_states_the_patients_of_its_cases(phantoms: Path, tmp_path: Path) -> None:
+    shutil.copytree(phantoms / "test", tmp_path / "test")
+    (tmp_path / "test" / "patients.csv").write_text("case,patient\ncase_00000,Ann\nanother,Ann\n")
+    assert kitseg(tmp_path, "evaluate", "test", "test", "--json=s.json").code == 0
+    assert json.loads((tmp_path / "s.json").read_text())["patients"] == {"case_00000": "Ann"}
 
 
 def test_what_evaluate_writes_is_compared_in_its_own_protocol(phantoms: Path, tmp_path: Path) -> None:

@@ -227,14 +227,24 @@ def test_the_margin_around_the_foreground_changes_nothing() -> None:
 
 def test_mean_median_and_interval_leave_out_what_is_undefined() -> None:
     values = [0.0, 1.0, None, 2.0, 3.0, 4.0, 20.0]
-    found = summarize([{"tumor": {"hd95_mm": value}} for value in values])["tumor"]["hd95_mm"]
+    found = summarize([{"tumor": {"hd95_mm": value}} for value in values], list("abcdefg"))["tumor"]["hd95_mm"]
     assert (found.cases, found.undefined, found.mean, found.median) == (6, 1, 5, 2.5)
     assert found.low is not None
     assert found.high is not None
     assert 0 < found.low < 5 < found.high < 20
-    few = summarize([{"tumor": {"hd95_mm": value}} for value in values[:5]])["tumor"]["hd95_mm"]
+    few = summarize([{"tumor": {"hd95_mm": value}} for value in values[:5]], list("abcde"))["tumor"]["hd95_mm"]
     assert (few.mean, few.low) == (1.5, None)
-    assert summarize([]) == {}
+    assert summarize([], []) == {}
+
+
+def test_scans_of_a_patient_narrow_no_interval() -> None:
+    once = [{"tumor": {"dice": value}} for value in np.random.default_rng(1).random(12).tolist()]
+    single = summarize(once, list("abcdefghijkl"))["tumor"]["dice"]
+    thrice = summarize(once * 3, list("abcdefghijkl") * 3)["tumor"]["dice"]
+    assert (thrice.cases, thrice.mean) == (36, pytest.approx(single.mean))
+    assert (thrice.low, thrice.high) == (pytest.approx(single.low, abs=1e-3), pytest.approx(single.high, abs=1e-3))
+    of_five = summarize(once[:6], list("abcdee"))["tumor"]["dice"]
+    assert (of_five.cases, of_five.low) == (6, None)
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(np.int16, -1), (np.int16, 300), (np.float32, 0.5), (np.uint8, 200)])

@@ -94,7 +94,7 @@ def evaluate(
 
     check_outputs({"scores": report, "score table": table, "intervals": intervals, "confidence": confidence})
     rules = scoring.rules(protocol, scheme, split)
-    patients = read_patients(references / PATIENTS) if intervals or confidence else {}
+    patients = read_patients(references / PATIENTS)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
     if scheme is None:
         for job in found:
@@ -103,7 +103,7 @@ def evaluate(
     output, work = report or table, partial(scoring.score_case, rules=rules)
     cache = ResultCache.beside(output, scoring.Score, work) if output else None
     scores = gather("evaluate", found, cache or work, jobs, cluster, take_share(shard))
-    content = score_content(scores, rules, {}, unscored)
+    content = score_content(scores, rules, {}, unscored, patients)
     if report:
         write_scores(report, content)
     if table:

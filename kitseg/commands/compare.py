@@ -26,7 +26,8 @@ class Side:
 
     labels: of the references; cases: Dice by case and class; strata: stratum by case and kind; background: cases
     scored as if nothing was found; references: the hash of each case's reference; regions: the classes of each
-    region of the references' scheme; both empty in files of earlier versions; notes: those of the file.
+    region of the references' scheme; patients: of the cases that ``patients.csv`` named; all empty in files of earlier
+    versions; notes: those of the file.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Side:
     background: frozenset[str]
     references: dict[str, str] = field(default_factory=dict)
     regions: dict[str, list[int]] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -51,6 +53,9 @@ class Comparison:
     def notes(self) -> list[str]:
         """Notes on cases that are left out and on cases scored as background, and those of both files."""
         lines = []
+        if group := next((group for group in self.groups if group.counted == "patients"), None):
+            shown = f"{group.cases} cases show {len(group.units)} patients"
+            lines.append(f"{shown}: each counts once, by the mean of its cases")
         for name, one, other in (("A", self.a, self.b), ("B", self.b, self.a)):
             if alone := sorted(one.cases.keys() - other.cases.keys()):
                 lines.append(f"only {name} has {shorten(alone, 10)}: left out")
@@ -80,7 +85,7 @@ def compare(a: Path, b: Path) -> Comparison:
     if changed := sorted(case for case in known if one.references[case] != other.references[case]):
         files = f"{one.path} and {other.path} were scored against different references of {shorten(changed)}"
         raise UsageError(f"{files}. Evaluate both against the same ones")
-    groups = compare_cases(one.cases, other.cases, _strata(one, other))
+    groups = compare_cases(one.cases, other.cases, _strata(one, other), one.patients | other.patients)
     if not groups:
         raise UsageError(f"{one.path} and {other.path} have no case in common. Evaluate both on the same cases")
     return Comparison(one, other, groups)
@@ -103,13 +108,13 @@ def sentence(group: PairedGroup) -> str:
     name, paired, verdict = f"{group.name} {group.stratum}".strip(), group.paired, group.verdict
     mean = signed(paired.mean)
     if paired.low is None or paired.high is None:
-        return f"{name}: too few cases to judge ({paired.n}; it takes {FEWEST}); the mean of B − A is {mean}"
+        return f"{name}: too few {group.counted} to judge ({paired.n}; it takes {FEWEST}); the mean of B − A is {mean}"
     if verdict in ("A", "B"):
         count = paired.wins if verdict == "B" else paired.losses
         low, high = map(unsigned, sorted((abs(paired.low), abs(paired.high))))
-        facts = f"95 % CI {low} to {high}, p {format_p(group.p)}, {count} of {paired.n} cases"
+        facts = f"95 % CI {low} to {high}, p {format_p(group.p)}, {count} of {paired.n} {group.counted}"
         return f"{name}: {verdict} is better by {unsigned(abs(paired.mean))} ({facts})"
-    tally = f"B better in {paired.wins}, A in {paired.losses} of {paired.n} cases"
+    tally = f"B better in {paired.wins}, A in {paired.losses} of {paired.n} {group.counted}"
     facts = f"95 % CI {format_interval(paired)}, p {format_p(group.p)}, {tally}"
     if verdict == "none":
         return f"{name}: no significant difference: the mean of B − A is {mean} ({facts})"
@@ -131,8 +136,9 @@ def _read(path: Path) -> Side:
     background = frozenset(as_background(content))
     labels = content.get("labels") or scheme_of(content.get("convention", "kits19")).line
     references, regions = content.get("references", {}), content.get("regions", {})
-    notes = tuple(content.get("notes", []))
-    return Side(found, content["protocol"], labels, cases, content["strata"], background, references, regions, notes)
+    patients, notes = content.get("patients", {}), tuple(content.get("notes", []))
+    strata = content["strata"]
+    return Side(found, content["protocol"], labels, cases, strata, background, references, regions, patients, notes)
 
 
 def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:
@@ -156,6 +162,7 @@ def _figures(group: PairedGroup) -> dict[str, Any]:
         "kind": group.kind or None,
         "stratum": group.stratum or None,
         "n": paired.n,
+        "cases": group.cases,
         "mean_a": paired.mean_a,
         "mean_b": paired.mean_b,
         "difference": paired.mean,
@@ -166,5 +173,5 @@ def _figures(group: PairedGroup) -> dict[str, Any]:
         "same": paired.ties,
         "worse": paired.losses,
         "verdict": group.verdict,
-        "differences": dict(zip(group.cases, paired.differences.tolist(), strict=True)),
+        "differences": dict(zip(group.units, paired.differences.tolist(), strict=True)),
     }

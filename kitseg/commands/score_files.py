@@ -48,6 +48,7 @@ class ScoreFile(TypedDict):
     references: NotRequired[dict[str, str]]
     predictions: NotRequired[dict[str, str]]
     shown: NotRequired[dict[str, Shown]]
+    patients: NotRequired[dict[str, str]]
     missing: NotRequired[list[str]]
     failed: NotRequired[dict[str, str]]
     notes: NotRequired[list[str]]
@@ -68,12 +69,20 @@ def _challenge_score(summaries: Mapping[str, Mapping[str, Summary]], rules: Rule
 
 
 def score_content(
-    scores: Sequence[Score], rules: Rules, folds: Mapping[str, int], unscored: Unscored
+    scores: Sequence[Score],
+    rules: Rules,
+    folds: Mapping[str, int],
+    unscored: Unscored,
+    patients: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The scores as plain values; ``folds``: in which fold each case was validated; ``unscored``: see ``find_jobs``."""
-    summaries = summarize([score.classes for score in scores if score.classes])
+    """The scores as plain values.
+
+    folds: in which fold each case was validated; unscored: see ``find_jobs``; patients: of cases that aren't their own.
+    """
+    scored = [score for score in scores if score.classes]
+    summaries = summarize([s.classes for s in scored], [patients.get(s.case, s.case) for s in scored])
     content: dict[str, Any] = {"protocol": rules.protocol.name, "labels": rules.scheme.line}
-    content["cases"] = {score.case: score.classes for score in scores if score.classes}
+    content["cases"] = {score.case: score.classes for score in scored}
     content["mean"] = _each(summaries, lambda s: s.mean)
     content["median"] = _each(summaries, lambda s: s.median)
     content["ci95"] = _each(summaries, lambda s: None if s.low is None else [s.low, s.high])
@@ -88,6 +97,7 @@ def score_content(
     content["references"] = {score.case: score.reference for score in scores if score.reference}
     content["predictions"] = {score.case: score.prediction for score in scores if score.prediction}
     content["shown"] = {score.case: asdict(score.shown) for score in scores if score.shown}
+    content["patients"] = {score.case: patients[score.case] for score in scores if score.case in patients}
     content["missing"] = [score.case for score in scores if score.missing]
     content["without_reference"] = list(unscored.predictions)
     content["failed"] = {score.case: score.error for score in scores if score.error}

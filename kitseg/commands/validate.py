@@ -184,9 +184,9 @@ def score_folds(validation: Validation, folds: Mapping[str, int], on_done: Calla
             truth = read_reference(job.reference, name, scheme).array
             samples += sample(blocks.read_block(validation.probabilities(fold), name), truth)
         on_done()
-    write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds, Unscored()))
     to = validation.run.validation(validation.mirror)
     patients = {case: whose[0] for case, whose in validation.split.patients.items() if whose}
+    write_scores(validation.run.scores(validation.mirror), score_content(scores, rules, folds, Unscored(), patients))
     write_intervals(to / INTERVALS, errors, patients)
     write_confidence(to / CONFIDENCE, list(zip(jobs, scores, strict=True)), patients, fit_temperature(samples))
     return scores

@@ -24,7 +24,7 @@ _TOP = -0.9  # of the panels, in row heights
 _NARROWEST = 10.6  # inches, which the legend takes
 
 _LEGEND = (
-    "dot: a case; triangle: a case beyond the axis; diamond and bar: mean and its 95 % bootstrap interval; "
+    "dot: a case or patient; triangle: one beyond the axis; diamond and bar: mean and its 95 % bootstrap interval; "
     "p: signed-rank test, for groups Holm-corrected"
 )
 

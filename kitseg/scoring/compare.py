@@ -68,15 +68,22 @@ class Paired:
 class PairedGroup:
     """A class over all cases (``kind`` and ``stratum`` are empty), or over those of one stratum of a kind.
 
-    cases: in the order of ``paired.differences``; holm: the p value of a stratum, corrected for all strata's tests.
+    units: cases, or the patients that several of them show, in the order of ``paired.differences``; cases: how many;
+    holm: the p value of a stratum, corrected for all strata's tests.
     """
 
     name: str
     kind: str
     stratum: str
-    cases: tuple[str, ...]
+    units: tuple[str, ...]
+    cases: int
     paired: Paired
     holm: float | None = None
+
+    @property
+    def counted(self) -> str:
+        """What each difference is of."""
+        return "cases" if self.cases == len(self.units) else "patients"
 
     @property
     def p(self) -> float | None:
@@ -123,29 +130,44 @@ def compare(a: Sequence[float], b: Sequence[float]) -> Paired:
     return replace(paired, low=low, high=high, p=_signed_rank(differences))
 
 
-def compare_cases(a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[PairedGroup]:
+def compare_cases(
+    a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]], patients: Mapping[str, str]
+) -> list[PairedGroup]:
     """Compare each class over the common cases, and in each stratum of each kind.
 
-    a, b: scores by case and class; strata: stratum by case and kind. The p values of all strata, over all classes and
-    kinds, are corrected together by Holm's method. Empty if A and B have no class of a case in common.
+    a, b: scores by case and class; strata: stratum by case and kind; patients: of the cases, each its own by default.
+    Interval and test need independent differences, so the cases of a group that show one patient are averaged first.
+    The p values of all strata, over all classes and kinds, are corrected together by Holm's method. Empty if A and B
+    have no class of a case in common.
     """
     names = dict.fromkeys(name for case in sorted(a.keys() & b.keys()) for name in a[case] if name in b[case])
-    groups = [group for name in names for group in _groups(name, a, b, strata)]
+    groups = [group for name in names for group in _groups(name, a, b, strata, patients)]
     corrected = iter(holm([group.paired.p for group in groups if group.kind]))
     return [replace(group, holm=next(corrected)) if group.kind else group for group in groups]
 
 
-def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of (n,) values: BCa (Efron 1987), or percentiles if BCa is undefined."""
+def mean_interval(values: NDArray[np.float64], units: Sequence[str] | None = None) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of (n,) values: BCa (Efron 1987), or percentiles if BCa is undefined.
+
+    units: (n,) patients, whose values are resampled together; each value is one of its own by default.
+    """
+    of = np.arange(len(values)) if units is None else np.unique(units, return_inverse=True)[1]
+    sums, counts = np.bincount(of, values), np.bincount(of)
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            data, rng = (sums, counts), np.random.default_rng(0)
             found = stats.bootstrap(
-                (values,), np.mean, n_resamples=RESAMPLES, method=method, random_state=np.random.default_rng(0)
+                data, _mean, paired=True, n_resamples=RESAMPLES, method=method, random_state=rng
             ).confidence_interval
         if np.isfinite(found).all():
             break
     return float(found.low), float(found.high)
+
+
+def _mean(sums: NDArray[np.float64], counts: NDArray[np.int_], axis: int = -1) -> NDArray[np.float64]:
+    mean: NDArray[np.float64] = sums.sum(axis) / counts.sum(axis)
+    return mean
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -178,7 +200,9 @@ def _signed_rank(differences: NDArray[np.float64]) -> float:
     return float(chances[from_middle >= from_middle[doubled[differences > 0].sum()]].sum())
 
 
-def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]]) -> list[PairedGroup]:
+def _groups(
+    name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, str]], patients: Mapping[str, str]
+) -> list[PairedGroup]:
     cases = [case for case in sorted(a.keys() & b.keys()) if name in a[case] and name in b[case]]
     members: dict[tuple[str, str], list[str]] = {("", ""): cases}
     for kind in dict.fromkeys(kind for case in cases for kind in strata.get(case, {})):
@@ -187,7 +211,11 @@ def _groups(name: str, a: Scores, b: Scores, strata: Mapping[str, Mapping[str, s
             part = [case for case in there if strata[case][kind] == stratum]
             if len(part) < len(cases):
                 members[kind, stratum] = part
-    return [
-        PairedGroup(name, kind, stratum, tuple(m), compare([a[c][name] for c in m], [b[c][name] for c in m]))
-        for (kind, stratum), m in members.items()
-    ]
+    groups = []
+    for (kind, stratum), part in members.items():
+        shown: dict[str, list[str]] = {}
+        for case in part:
+            shown.setdefault(patients.get(case, case), []).append(case)
+        first, second = ([float(np.mean([of[c][name] for c in own])) for own in shown.values()] for of in (a, b))
+        groups.append(PairedGroup(name, kind, stratum, tuple(shown), len(part), compare(first, second)))
+    return groups

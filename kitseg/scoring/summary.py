@@ -15,7 +15,7 @@ class Summary:
     """The summary of a metric over the cases where it is defined.
 
     cases: their number; undefined: number of the other cases; low, high: 95 % confidence interval of the mean, None for
-    fewer than ``FEWEST`` cases.
+    fewer than ``FEWEST`` patients.
     """
 
     cases: int
@@ -26,21 +26,27 @@ class Summary:
     high: float | None = None
 
 
-def summarize(cases: Sequence[Mapping[str, Mapping[str, float | None]]]) -> dict[str, dict[str, Summary]]:
-    """Summarize the metrics of each class over the cases, which all have the same classes and metrics."""
+def summarize(
+    cases: Sequence[Mapping[str, Mapping[str, float | None]]], patients: Sequence[str]
+) -> dict[str, dict[str, Summary]]:
+    """Summarize the metrics of each class over the cases, which all have the same classes and metrics.
+
+    patients: of the cases; those of one are resampled together.
+    """
     if not cases:
         return {}
     return {
-        name: {metric: _summary([case[name][metric] for case in cases]) for metric in metrics}
+        name: {metric: _summary([case[name][metric] for case in cases], patients) for metric in metrics}
         for name, metrics in cases[0].items()
     }
 
 
-def _summary(scores: Sequence[float | None]) -> Summary:
+def _summary(scores: Sequence[float | None], patients: Sequence[str]) -> Summary:
     """Summarize one metric; the interval is the BCa bootstrap of ``kitseg.scoring.compare``, with its fixed seed."""
-    values = np.array([score for score in scores if score is not None], np.float64)
+    known = [(score, patient) for score, patient in zip(scores, patients, strict=True) if score is not None]
+    values, units = np.array([score for score, _ in known], np.float64), [patient for _, patient in known]
     undefined = len(scores) - values.size
     if not values.size:
         return Summary(0, undefined)
-    low, high = mean_interval(values) if values.size >= FEWEST else (None, None)
+    low, high = mean_interval(values, units) if len(set(units)) >= FEWEST else (None, None)
     return Summary(values.size, undefined, float(values.mean()), float(np.median(values)), low, high)
