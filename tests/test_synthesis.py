@@ -26,7 +26,7 @@ from kitseg.models.training_domain import training_facts
 from kitseg.patches.bodies import shape_cases
 from kitseg.patches.queue import AddressSampler
 from kitseg.patches.synthetic import SyntheticQueue
-from kitseg.synthesis import habitus, lesions, neighbours, phases, scanners
+from kitseg.synthesis import habitus, lesions, neighbours, phases, scanners, textures
 from kitseg.synthesis.anatomies import SCALES, anatomies_of, any_transplants, graft
 from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
 from kitseg.synthesis.fields import smooth_noise
@@ -118,6 +118,22 @@ def test_hu_levels_of_the_phases(body: RealBody) -> None:
     shell = (np.asarray(body.distance) < -2) & (np.asarray(body.distance) > -5)
     hu, _ = phases.show(phases.CORTICAL, phases.Tissues(*fields, np.array(MM)), body.facts, np.random.default_rng(0))
     assert float(hu[torch.from_numpy(shell)].mean()) > levels[phases.CORTICAL] + 20, "the cortex is brighter"
+
+
+def test_tumors_without_contrast_lie_on_both_sides_of_the_parenchyma() -> None:
+    phase = phases.Phase(phases.PLAIN, 30, 30)
+    site = textures.Site(torch.zeros(3, 3, 3), 10.0, np.array(MM), phase)
+    levels = [textures._levels("papillary", site, np.random.default_rng(seed))[0] for seed in range(200)]
+    assert min(abs(level - 30) for level in levels) >= textures.NATIVE_CONTRAST
+    assert 80 < sum(level > 30 for level in levels) < 160, "most have 30 to 48 HU, as solid tumors do"
+
+
+def test_cysts_of_every_size_are_learned() -> None:
+    shapes, rng = Shapes(cyst=[drawn_shape(np.random.default_rng(0), 5, True)]), np.random.default_rng(1)
+    drawn = [lesions.choose("cyst", shapes, rng, (2.5, 50)) for _ in range(300)]
+    radii = np.array([shape.radius * scale for shape, scale in drawn])
+    assert 0.1 < (radii > 10).mean() < 0.3
+    assert radii.max() > 25
 
 
 @pytest.mark.parametrize("name", [phases.PLAIN, phases.EXCRETORY])

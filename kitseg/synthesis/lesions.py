@@ -147,7 +147,7 @@ def choose(kind: str, shapes: Shapes, rng: Generator, radii: tuple[float, float]
         return drawn_shape(rng, radius, kind == "cyst"), 1.0
     shape = pool[int(rng.integers(len(pool)))]
     radius = shape.radius * rng.uniform(0.75, 1.3)
-    if not low < radius < high or (kind != "cyst" and rng.random() < 0.5):
+    if not low < radius < high or rng.random() < (0.3 if kind == "cyst" else 0.5):
         radius = float(np.exp(rng.uniform(np.log(low), np.log(high))))
     return shape, radius / shape.radius
 

@@ -21,7 +21,7 @@ from kitseg.synthesis.habitus import Frame
 from kitseg.synthesis.lesions import PlannedLesion, Shapes, Surroundings
 
 LESIONS = (0.38, 0.41, 0.15, 0.06)  # probability of 0, 1, 2, 3 lesions
-TUMORS, SEVERAL, STONES, LOOKALIKES = 0.7, 0.12, 0.08, 0.18  # of the lesions; of the patients
+TUMORS, SEVERAL, STONES, LOOKALIKES = 0.6, 0.12, 0.08, 0.18  # of the lesions; of the patients
 ROOM = 9.0  # mm: the radius from which a lesion may push
 NEAR = 50.0  # mm around the kidneys, from which patches of a kidney stage are taken
 JITTER, FEWEST = 0.22, 50  # of a patch's extent; places in view, below which no further lesion is put there

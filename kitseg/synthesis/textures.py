@@ -117,7 +117,8 @@ def _levels(kind: str, site: Site, rng: Generator) -> tuple[float, float]:
             "bright",
         )  # it takes up contrast as early as the cortex
         level = max(30.0, (phase.cortex if strong else phase.parenchyma) * rng.uniform(*look.level))
-    level = _apart(level, site, brighter=kind == "bright")
+    above = phase.native and level > phase.parenchyma
+    level = _apart(level, site, brighter=kind == "bright" or above)
     return level, min(rng.uniform(8, 32), level - 5)
 
 
