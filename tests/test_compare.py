@@ -278,6 +278,18 @@ def test_evaluate_states_the_patients_of_its_cases(phantoms: Path, tmp_path: Pat
     (tmp_path / "test" / "patients.csv").write_text("case,patient\ncase_00000,Ann\nanother,Ann\n")
     assert kitseg(tmp_path, "evaluate", "test", "test", "--json=s.json").code == 0
     assert json.loads((tmp_path / "s.json").read_text())["patients"] == {"case_00000": "Ann"}
+    (tmp_path / "test" / "patients.csv").write_text("case,patient\nanother,Ann\n")
+    refused = kitseg(tmp_path, "evaluate", "test", "test", "--json=s.json", "--overwrite")
+    assert refused.code == 1
+    assert "patients.csv: names none of the references" in refused.text
+
+
+def test_a_case_of_two_patients_is_refused(tmp_path: Path) -> None:
+    scores(tmp_path / "a.json", A, patients={CASES[0]: "Ann", CASES[1]: "Ann"})
+    scores(tmp_path / "b.json", B, patients={CASES[0]: "Bea"})
+    result = comparing(tmp_path)
+    assert result.code == 1
+    assert "case_00000 is of the patient Bea, in a.json of Ann" in " ".join(result.text.split())
 
 
 def test_what_evaluate_writes_is_compared_in_its_own_protocol(phantoms: Path, tmp_path: Path) -> None:

@@ -90,6 +90,15 @@ def test_scores_are_those_of_the_label_maps_together_by_fold_and_by_stratum(vali
     assert groups["slices", "over 3 mm"]["cases"] == CASES
 
 
+def test_patients_by_a_table_that_is_newer_than_the_split(validated: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(validated / "data", data)
+    (data / "patients.csv").write_text("case,patient\ncase_00003,Ann\n")
+    done = kitseg(validated, "validate", RUNS[0], f"--data={data}")
+    assert done.code == 0, done.text
+    assert scores(validated, RUNS[0])["patients"] == {"case_00003": "Ann"}
+
+
 def test_histology_and_surgery_where_the_challenges_list_is_there(validated: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(validated / "data", data)

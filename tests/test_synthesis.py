@@ -132,7 +132,7 @@ def test_cysts_of_every_size_are_learned() -> None:
     shapes, rng = Shapes(cyst=[drawn_shape(np.random.default_rng(0), 5, True)]), np.random.default_rng(1)
     drawn = [lesions.choose("cyst", shapes, rng, (2.5, 50)) for _ in range(300)]
     radii = np.array([shape.radius * scale for shape, scale in drawn])
-    assert 0.1 < (radii > 10).mean() < 0.3
+    assert 0.08 < (radii > 10).mean() < 0.2, "a third are drawn of all sizes, by the logarithm"
     assert radii.max() > 25
 
 

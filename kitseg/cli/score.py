@@ -90,12 +90,11 @@ def evaluate(
     from kitseg.commands.intervals import case_errors, write_intervals
     from kitseg.commands.score_files import score_content, write_score_table, write_scores
     from kitseg.runtime.resume import ResultCache
-    from kitseg.volumes.tables import PATIENTS, read_patients
 
     check_outputs({"scores": report, "score table": table, "intervals": intervals, "confidence": confidence})
     rules = scoring.rules(protocol, scheme, split)
-    patients = read_patients(references / PATIENTS)
     found, unscored = scoring.find_jobs(predictions, references, scoring.required_cases(cases, split, fold, protocol))
+    patients = scoring.patients_of(found, references)
     if scheme is None:
         for job in found:
             if job.prediction:

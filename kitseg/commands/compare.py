@@ -69,7 +69,7 @@ def compare(a: Path, b: Path) -> Comparison:
     """Compare two score files, or the ones in two folders (``scores.json`` or ``validation/scores.json``).
 
     Raises UsageError: both are the same file, or have different protocols, references or regions, or no case in common;
-    InputError: one is missing or damaged, or both give a case another stratum.
+    InputError: one is missing or damaged, or both give a case another stratum or patient.
     """
     one, other = _read(a), _read(b)
     if one.path.resolve() == other.path.resolve():
@@ -85,7 +85,7 @@ def compare(a: Path, b: Path) -> Comparison:
     if changed := sorted(case for case in known if one.references[case] != other.references[case]):
         files = f"{one.path} and {other.path} were scored against different references of {shorten(changed)}"
         raise UsageError(f"{files}. Evaluate both against the same ones")
-    groups = compare_cases(one.cases, other.cases, _strata(one, other), one.patients | other.patients)
+    groups = compare_cases(one.cases, other.cases, _strata(one, other), _patients(one, other))
     if not groups:
         raise UsageError(f"{one.path} and {other.path} have no case in common. Evaluate both on the same cases")
     return Comparison(one, other, groups)
@@ -152,6 +152,15 @@ def _strata(a: Side, b: Side) -> dict[str, dict[str, str]]:
                 raise InputError(b.path, problem, "Evaluate both against the same references.")
         both[case] = {**one, **other}
     return both
+
+
+def _patients(a: Side, b: Side) -> dict[str, str]:
+    """The patients that either side knows."""
+    for case in sorted(a.patients.keys() & b.patients.keys()):
+        if a.patients[case] != b.patients[case]:
+            problem = f"{case} is of the patient {b.patients[case]}, in {a.path} of {a.patients[case]}"
+            raise InputError(b.path, problem, "Evaluate both with the same patients.csv.")
+    return {**a.patients, **b.patients}
 
 
 def _figures(group: PairedGroup) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kitseg.commands.case_record import is_predicted, recorded_learning, recorded_models, scheme_beside, stated_beside
-from kitseg.errors import KitsegError, UsageError, format_error
+from kitseg.errors import InputError, KitsegError, UsageError, format_error
 from kitseg.labels import CYST, TUMOR, UNKNOWN, Scheme, scheme_of
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.resume import Task
@@ -29,7 +29,7 @@ from kitseg.volumes.names import case_name, pair, shorten
 from kitseg.volumes.nifti import read_labels
 from kitseg.volumes.references import Shown, labels_digest, read_reference
 from kitseg.volumes.scan import check_grid
-from kitseg.volumes.tables import CLINICAL, read_clinical
+from kitseg.volumes.tables import CLINICAL, PATIENTS, read_clinical, read_patients
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,14 @@ def find_jobs(predictions: Path, references: Path, required: Sequence[str] = ())
         for case in cases
     ]
     return jobs, Unscored(() if required else tuple(sorted(truth.keys() - set(cases))), tuple(lacking))
+
+
+def patients_of(jobs: Sequence[Job], references: Path) -> dict[str, str]:
+    """The patients of cases by ``patients.csv`` beside the references. Raises InputError: it names no reference."""
+    table = read_patients(references / PATIENTS)
+    if table and not pair(find_labels(references), table):
+        raise InputError(references / PATIENTS, "names none of the references", "Fix the names, or move the file away.")
+    return {case: table[name] for case, name in pair([job.case for job in jobs], table).items()}
 
 
 def score_case(job: Job, rules: Rules) -> Score:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path 
         raise UsageError(f"{what}. Validate the folds one by one, such as {run.fold(asked[0])}")
     by_id = {case.id: case for case in labelled_cases(data, masks)}
     shown = {case.id: case.patients for case in by_id.values() if case.patients}
-    if problem := same_patient(split, {**split.patients, **shown}):
+    patients = {**split.patients, **shown}
+    if problem := same_patient(split, patients):
         raise KitsegError(f"{run.split}: {problem}. Correct patients.csv, or train again with another split")
     for number in asked:
         _check_unseen(run, number, split)
@@ -124,7 +125,7 @@ def plan_validation(path: Path, data: Sequence[Path], mirror: bool, masks: Path 
             f"references of {shorten(odd)} are other label maps than in training; --masks names the folder of those"
         )
     clinical = {case: row for folder in data for case, row in read_clinical(folder / CLINICAL).items()}
-    return Validation(run, split, cases, asked, mirror, clinical)
+    return Validation(run, replace(split, patients=patients), cases, asked, mirror, clinical)
 
 
 def other_references(stage: StageFolder, cases: Sequence[Case]) -> list[str]:

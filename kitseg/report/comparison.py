@@ -35,7 +35,7 @@ def comparison_picture(path: Path, groups: Sequence[PairedGroup], a: str, b: str
     """Draws B - A of each case, one panel per class and one row per group, and writes a PNG file.
 
     Each row's cases are drawn below their mean difference (diamond) and its 95 % interval (bar). Cases beyond the axis
-    are triangles at its edge. Next to the row: mean, interval, p (Holm-corrected for strata), number of cases.
+    are triangles at its edge. Next to the row: mean, interval, p (Holm-corrected for strata), number.
     """
     names = list(dict.fromkeys(group.name for group in groups))
     places = _places(list(dict.fromkeys((group.kind, group.stratum) for group in groups)))

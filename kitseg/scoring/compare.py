@@ -13,7 +13,7 @@ from scipy import stats
 
 from kitseg.scoring.strata import in_order
 
-FEWEST = 6  # cases: with fewer, no two-sided signed-rank test can reach p < 0.05
+FEWEST = 6  # cases or patients: with fewer, no two-sided signed-rank test can reach p < 0.05
 LEVEL = 0.05
 RESAMPLES = 9999
 _DECIMALS = 12  # differences are rounded, so that 0.8 - 0.7 and 0.9 - 0.8 are equal
@@ -28,7 +28,7 @@ class Paired:
     """The comparison of the scores of B and A on the same cases.
 
     differences: (n,) B - A; low, high: 95 % confidence interval of their mean; p: two-sided. The last three are None
-    for fewer than ``FEWEST`` cases.
+    for fewer than ``FEWEST`` differences.
     """
 
     mean_a: float
@@ -40,7 +40,7 @@ class Paired:
 
     @property
     def n(self) -> int:
-        """Cases."""
+        """Differences."""
         return len(self.differences)
 
     @property
