@@ -13,6 +13,8 @@ from conftest import Result, kitseg
 from nifti_files import save
 
 import kitseg as kitseg_package
+from kitseg.commands.evaluate import Score, Unscored, rules
+from kitseg.commands.score_files import score_content
 from kitseg.labels import KITS19, KITS23, find_scheme, to_kits19
 from kitseg.runtime.console import cell
 from kitseg.runtime.files import file_digest
@@ -243,8 +245,10 @@ def test_scans_of_a_patient_narrow_no_interval() -> None:
     thrice = summarize(once * 3, list("abcdefghijkl") * 3)["tumor"]["dice"]
     assert (thrice.cases, thrice.mean) == (36, pytest.approx(single.mean))
     assert (thrice.low, thrice.high) == (pytest.approx(single.low, abs=1e-3), pytest.approx(single.high, abs=1e-3))
-    of_five = summarize(once[:6], list("abcdee"))["tumor"]["dice"]
-    assert (of_five.cases, of_five.low) == (6, None)
+    cases = [Score(name, row) for name, row in zip("abcdef", once[:6], strict=True)]
+    for patients, known in (({}, True), ({"e": "Ann", "f": "Ann"}, False)):
+        content = score_content(cases, rules("kits19", None), {}, Unscored(), patients)
+        assert (content["ci95"]["tumor"]["dice"] is not None) is known, "of five patients there is none"
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(np.int16, -1), (np.int16, 300), (np.float32, 0.5), (np.uint8, 200)])
