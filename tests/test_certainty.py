@@ -44,13 +44,17 @@ def test_at_the_border_of_the_array() -> None:
         (KeepCertainTumors(min_ml=1.5), 8),
         (KeepCertainTumors(min_probability=0.5), 8),
         (KeepCertainTumors(min_contact=0.4), 8),
+        (KeepCertainTumors(outer_contact=0.4, outer_probability=0.5), 8),
+        (KeepCertainTumors(outer_contact=0.3, outer_probability=0.5), 9),
+        (KeepCertainTumors(min_probability=0.95, outer_contact=0.4, outer_probability=0.3), 1),
         (KeepCertainTumors(min_ml=9), 0),
     ],
 )
 def test_what_is_kept(masks: Masks, step: KeepCertainTumors, kept: int) -> None:
     found = step(masks, np.zeros(masks.tumor.shape), SPACING)
     assert found.tumor.sum() == kept
-    assert found.foreground.sum() == 729 + (kept == 9)  # a tumor inside becomes kidney, one at the surface background
+    # a tumor inside becomes kidney, one at the surface background
+    assert found.foreground.sum() == 729 + found.tumor[10, 5, 5]
     assert (found.tumor <= masks.tumor).all()
 
 

@@ -28,12 +28,16 @@ class KeepCertainTumors:
         min_ml: smallest volume in millilitres.
         min_probability: smallest mean probability of tumor; not applied to masks without probabilities.
         min_contact: smallest share of the voxels around a component (within a corner of it) that are other foreground.
+        outer_contact, outer_probability: below this contact, where a component may be another organ beside the kidney,
+            the smallest mean probability is this one.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
     min_ml: float = 0.0
     min_probability: float = 0.0
     min_contact: float = 0.0
+    outer_contact: float = 0.0
+    outer_probability: float = 0.0
     min_cyst_ml: float = 0.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
@@ -46,8 +50,8 @@ class KeepCertainTumors:
         kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact)
         known = masks.probabilities
         if "tumor" in known:
-            sums = tumors.total(known["tumor"].astype(np.float32))
-            kept &= sums >= self.min_probability * tumors.sizes
+            least = np.where(contact < self.outer_contact, self.outer_probability, self.min_probability)
+            kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)
