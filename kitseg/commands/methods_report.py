@@ -25,7 +25,7 @@ T = TypeVar("T")
 PAGE, UNKNOWN = "methods.html", "not recorded"
 _WORST = 5
 _ENSEMBLING = "Probabilities are averaged over a fold's checkpoints and, for new scans, over the folds."
-_UNCERTAINTY = "95 % confidence intervals of means: BCa bootstrap over patients (9999 resamples), from six patients on."
+_UNCERTAINTY = "95 % confidence intervals of means: BCa bootstrap (9999 resamples) over patients, from six on."
 #: What a training loop of a stage is, from its configuration: words and keys.
 _TRAINING = (("batch of {}", "batch"), ("{} epochs", "epochs"), ("precision {}", "precision"))
 

@@ -77,7 +77,7 @@ def score_content(
 ) -> dict[str, Any]:
     """The scores as plain values.
 
-    folds: in which fold each case was validated; unscored: see ``find_jobs``; patients: of cases that aren't their own.
+    folds: in which fold each case was validated; unscored: see ``find_jobs``; patients: of cases, as known.
     """
     scored = [score for score in scores if score.classes]
     summaries = summarize([s.classes for s in scored], [patients.get(s.case, s.case) for s in scored])

@@ -28,8 +28,8 @@ class KeepCertainTumors:
         min_ml: smallest volume in millilitres.
         min_probability: smallest mean probability of tumor; not applied to masks without probabilities.
         min_contact: smallest share of the voxels around a component (within a corner of it) that are other foreground.
-        outer_contact, outer_probability: below this contact, where a component may be another organ beside the kidney,
-            the smallest mean probability is this one.
+        outer_contact: a component with a smaller share than this may be another organ beside the kidney.
+        outer_probability: smallest mean probability of such a component, if larger than ``min_probability``.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
@@ -50,7 +50,8 @@ class KeepCertainTumors:
         kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact)
         known = masks.probabilities
         if "tumor" in known:
-            least = np.where(contact < self.outer_contact, self.outer_probability, self.min_probability)
+            outer = max(self.outer_probability, self.min_probability)
+            least = np.where(contact < self.outer_contact, outer, self.min_probability)
             kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():

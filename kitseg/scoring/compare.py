@@ -213,9 +213,10 @@ def _groups(
                 members[kind, stratum] = part
     groups = []
     for (kind, stratum), part in members.items():
-        shown: dict[str, list[str]] = {}
+        shown: dict[tuple[bool, str], list[str]] = {}
         for case in part:
-            shown.setdefault(patients.get(case, case), []).append(case)
+            shown.setdefault((case in patients, patients.get(case, case)), []).append(case)
+        units = tuple(own[0] if len(own) == 1 else patient for (_, patient), own in shown.items())
         first, second = ([float(np.mean([of[c][name] for c in own])) for own in shown.values()] for of in (a, b))
-        groups.append(PairedGroup(name, kind, stratum, tuple(shown), len(part), compare(first, second)))
+        groups.append(PairedGroup(name, kind, stratum, units, len(part), compare(first, second)))
     return groups
