@@ -14,6 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from kitseg import __version__
@@ -176,6 +177,10 @@ def _curve(axes: Axes, history: Sequence[Mapping[str, float]], key: str, name: s
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
+    FigureCanvasAgg(figure)  # becomes the figure's canvas, without pyplot's global state
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:  # a layout differs in its last digits from one process to the next
+        axes.set_position(Bbox(np.round(axes.get_position().get_points(), 5)))
     with atomic_write(path) as partial:
-        FigureCanvasAgg(figure)  # becomes the figure's canvas, without pyplot's global state
         figure.savefig(partial, format="png", metadata={"Software": f"{MARK} {__version__}"})
