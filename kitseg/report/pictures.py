@@ -178,8 +178,9 @@ def _curve(axes: Axes, history: Sequence[Mapping[str, float]], key: str, name: s
 def save_picture(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     FigureCanvasAgg(figure)  # becomes the figure's canvas, without pyplot's global state
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    if layout := figure.get_layout_engine():
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     for axes in figure.axes:  # a layout differs in its last digits from one process to the next
         axes.set_position(Bbox(np.round(axes.get_position().get_points(), 5)))
     with atomic_write(path) as partial:
