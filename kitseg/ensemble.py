@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.components import SPECK_ML
-from kitseg.types import Box, Masks, Probabilities
+from kitseg.types import EARLIER_TUMOR, Box, Masks, Probabilities
 
 CHANNELS = ("background", "kidney", "tumor", "cyst", "foreground")
 SLAB = 16  # slices at a time
@@ -134,8 +134,12 @@ def can_weigh(weights: Sequence[float]) -> bool:
 def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """The channels in which members are averaged: their own if equal, else background, kidney and tumor.
 
-    Raises ValueError: channels that can't be averaged with each other.
+    ``earlier_tumor`` is averaged only where each has it. Raises ValueError: channels that can't be averaged with each
+    other.
     """
+    if len(set(kinds)) == 1:
+        return kinds[0]
+    kinds = [kind[:-1] if kind[-1:] == (EARLIER_TUMOR,) else kind for kind in kinds]
     if len(set(kinds)) == 1:
         return kinds[0]
     if strange := set(kinds) - {EXCLUSIVE, NESTED, WITH_CYST}:
@@ -145,10 +149,14 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 def lost_classes(members: Sequence[tuple[str, Sequence[str]]]) -> str:
     """What the mean of members (name, channels) can't show, as a line; empty where nothing is lost."""
-    blind = [name for name, channels in members if "cyst" not in channels]
-    if not blind or len(blind) == len(members):
-        return ""
-    return f"cysts are labelled kidney in this mean: no class for them in {', '.join(blind)}"
+    lines = {
+        "cyst": "cysts are labelled kidney in this mean: no class for them in",
+        EARLIER_TUMOR: "tumors are not confirmed by an earlier network in this mean: no probabilities of one in",
+    }
+    blind = {key: [name for name, channels in members if key not in channels] for key in lines}
+    return "; ".join(
+        f"{lines[key]} {', '.join(names)}" for key, names in blind.items() if 0 < len(names) < len(members)
+    )
 
 
 def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
@@ -156,6 +164,9 @@ def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabil
 
     From independent foreground F and tumor T: tumor min(T, F), kidney F − tumor, background 1 − F. Cysts become kidney.
     """
+    if probabilities.channels == channels:
+        return probabilities
+    probabilities = probabilities.of_classes
     if probabilities.channels == channels:
         return probabilities
     if probabilities.channels == WITH_CYST:
@@ -174,7 +185,7 @@ def to_masks(probabilities: Probabilities) -> Masks:
     "foreground" if there is one, else "kidney" ∪ "tumor" ∪ "cyst", and empty without "kidney". Raises ValueError: an
     unknown channel.
     """
-    names, array = probabilities.channels, probabilities.array
+    names, array = probabilities.of_classes.channels, probabilities.of_classes.array
     if strange := sorted(set(names) - set(CHANNELS)):
         raise ValueError(f"unknown channels {', '.join(strange)}; masks need {', '.join(CHANNELS)}")
     masks = [np.zeros(probabilities.box.size, np.bool_) for _ in range(3 if "cyst" in names else 2)]
@@ -183,7 +194,7 @@ def to_masks(probabilities: Probabilities) -> Masks:
         for mask, values in zip(masks, _masks(names, np.asarray(array[:, part])), strict=False):
             mask[part] = values
     cyst = masks[2] if "cyst" in names else None
-    return Masks(masks[0], masks[1], cyst, dict(zip(names, array, strict=True)))
+    return Masks(masks[0], masks[1], cyst, dict(zip(probabilities.channels, probabilities.array, strict=True)))
 
 
 def _masks(names: Sequence[str], array: NDArray[np.float16]) -> tuple[NDArray[np.bool_], ...]:

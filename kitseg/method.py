@@ -12,7 +12,7 @@ from kitseg import trust
 from kitseg.errors import UsageError
 from kitseg.labels import Scheme, scheme_of
 from kitseg.parts import check_stage, check_steps
-from kitseg.types import Grid
+from kitseg.types import EARLIER_TUMOR, Grid
 
 PARTS = ("intensity", "region", "sampler", "module", "link", "augmentation")
 # Keys of a stage that may be null.
@@ -146,10 +146,14 @@ def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Sourc
 
 
 def _outputs(stated: Any, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
-    """The sources of a method's channels, by name; ``stage[.head]`` alone means all of its channels."""
+    """The sources of a method's channels, by name; ``stage[.head]`` alone means all of its channels.
+
+    ``earlier_tumor`` makes no labels and comes last.
+    """
     if isinstance(stated, str):
         return stage_outputs(stated, stages)
-    return {trust.name(channel): parse_source(text, stages) for channel, text in stated.items()}
+    found = {trust.name(channel): parse_source(text, stages) for channel, text in stated.items()}
+    return dict(sorted(found.items(), key=lambda item: item[0] == EARLIER_TUMOR))
 
 
 class _Blocks(TypedDict):

@@ -189,6 +189,10 @@ class Box:
         return Box(start, stop)
 
 
+#: A channel that makes no labels, the last one: the probability of tumor by an earlier stage, for post-processing.
+EARLIER_TUMOR = "earlier_tumor"
+
+
 @dataclass(frozen=True)
 class Probabilities:
     """The class probabilities that a model predicts for a scan, on the scan's own grid.
@@ -203,6 +207,13 @@ class Probabilities:
     geometry: Geometry
     native: Geometry
     case_id: str
+
+    @property
+    def of_classes(self) -> Probabilities:
+        """The channels that labels follow from: all but ``earlier_tumor``."""
+        if self.channels[-1:] != (EARLIER_TUMOR,):
+            return self
+        return replace(self, array=self.array[:-1], channels=self.channels[:-1])
 
 
 @dataclass(frozen=True)

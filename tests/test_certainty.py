@@ -9,7 +9,7 @@ import pytest
 
 from kitseg.components import Components
 from kitseg.postprocess.certainty import KeepCertainTumors, contact_shares
-from kitseg.types import Masks
+from kitseg.types import EARLIER_TUMOR, Masks
 
 SPACING = (10.0, 10.0, 10.0)  # 1 ml a voxel
 
@@ -56,6 +56,16 @@ def test_what_is_kept(masks: Masks, step: KeepCertainTumors, kept: int) -> None:
     # a tumor inside becomes kidney, one at the surface background
     assert found.foreground.sum() == 729 + found.tumor[10, 5, 5]
     assert (found.tumor <= masks.tumor).all()
+
+
+@pytest.mark.parametrize(("least", "kept"), [(0.0, 9), (0.25, 8), (0.5, 8), (0.75, 0)])
+def test_an_earlier_network_confirms(masks: Masks, least: float, kept: int) -> None:
+    """Its probability of tumor is 0.5 in the mean in the inner one, and 0 in the outer one."""
+    earlier = np.zeros(masks.tumor.shape, np.float16)
+    earlier[4:6, 4:6, 4] = 1
+    shown = replace(masks, probabilities={**masks.probabilities, EARLIER_TUMOR: earlier})
+    assert KeepCertainTumors(min_earlier=least)(shown, np.zeros(earlier.shape), SPACING).tumor.sum() == kept
+    assert KeepCertainTumors(min_earlier=least)(masks, np.zeros(earlier.shape), SPACING).tumor.sum() == 9
 
 
 def test_a_removed_tumor_becomes_what_is_next_probable(masks: Masks) -> None:

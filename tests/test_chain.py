@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kitseg import config
+from kitseg import config, load_method
 from kitseg.config import Source, StageSpec
 from kitseg.errors import UsageError
 from kitseg.labels import KIDNEY, TUMOR
@@ -21,7 +21,7 @@ from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import ClipScale
 from kitseg.links.regions import AroundForeground, Region, RegionContext, Square
 from kitseg.models.chain import EMPTY, Output, run_chain, run_on_grid, to_scan
-from kitseg.types import Box, Geometry, Triple, Volume
+from kitseg.types import EARLIER_TUMOR, Box, Geometry, Triple, Volume
 
 SOFTMAX = ("background", "kidney", "tumor")
 
@@ -245,6 +245,29 @@ def test_channels_of_two_stages_in_one_box() -> None:
     expected = np.zeros_like(whole)
     expected[(0, *first.slices)], expected[(1, *second.slices)] = 1, 0.75
     assert np.array_equal(whole, expected)
+
+
+def test_an_earlier_tumor_does_not_enlarge_the_box() -> None:
+    """Its part inside the box of what labels follow from is kept."""
+    grid = lattice((6, 10, 12))
+    kidneys, tumors = Box((1, 2, 2), (3, 5, 5)), Box((2, 3, 3), (6, 10, 12))
+    scan = Volume(np.zeros(grid.shape, np.int16), grid, grid, "case_00000")
+    outputs, sources = two_outputs(alone(grid, "foreground", kidneys, 1), alone(grid, "tumor", tumors, 0.75))
+    found = to_scan(outputs, {"foreground": sources["foreground"], EARLIER_TUMOR: sources["tumor"]}, scan)
+    assert found.box == Box((0, 1, 1), (4, 6, 6))
+    expected = np.zeros(grid.shape, np.float32)
+    expected[tumors.slices] = 0.75
+    assert np.array_equal(found.array[1], expected[found.box.slices])
+    beyond = alone(grid, "tumor", Box((5, 9, 9), (6, 10, 12)), 1)
+    sources = {"foreground": sources["foreground"], EARLIER_TUMOR: sources["tumor"]}
+    assert not to_scan({**outputs, "tumors.main": beyond}, sources, scan).array[1].any()
+
+
+def test_an_earlier_tumor_is_the_last_channel() -> None:
+    classes = [f"{name}: masses.{name}" for name in SOFTMAX]
+    method = load_method("resenc", "tiny", [f"outputs={{{', '.join([f'{EARLIER_TUMOR}: kidneys.tumor', *classes])}}}"])
+    assert [*method.outputs] == [*SOFTMAX, EARLIER_TUMOR]
+    assert method.outputs[EARLIER_TUMOR] == Source("kidneys", "full", "tumor")
 
 
 def test_an_output_returns_by_its_own_way() -> None:

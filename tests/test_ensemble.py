@@ -20,7 +20,7 @@ from kitseg.errors import InputError, UsageError
 from kitseg.labels import KITS23
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.provenance import recipe
-from kitseg.types import Box, Geometry, Probabilities, Triple
+from kitseg.types import EARLIER_TUMOR, Box, Geometry, Probabilities, Triple
 from kitseg.volumes import blocks
 from kitseg.volumes.nifti import write_image
 
@@ -200,6 +200,26 @@ def test_members_that_do_not_fit(other: Probabilities, fact: str) -> None:
         mean([(belief([[0], [1], [0]], row(0, 1)), 1), (other, 1)])
     with pytest.raises(ValueError, match="at least one member"):
         mean([])
+
+
+EARLIER = (*CHANNELS, EARLIER_TUMOR)
+
+
+def test_an_earlier_networks_tumor_makes_no_labels() -> None:
+    """It reaches the post-processing with the masks, is averaged where each member has it, and else dropped."""
+    values = [[0.5, 0.2], [0.2, 0.3], [0.3, 0.5], [0.9, 0.8]]
+    found = to_masks(belief(values, row(0, 2), channels=EARLIER))
+    assert (found.foreground.ravel().tolist(), found.tumor.ravel().tolist()) == ([False, True], [False, True])
+    assert found.probabilities[EARLIER_TUMOR].ravel().tolist() == pytest.approx([0.9, 0.8], abs=1e-3)
+    assert common_channels([EARLIER, EARLIER]) == EARLIER
+    assert common_channels([EARLIER, CHANNELS]) == CHANNELS
+    assert common_channels([(*CHANNELS, "cyst", EARLIER_TUMOR), EARLIER]) == CHANNELS
+    both = belief(values, row(0, 2), channels=EARLIER)
+    assert np.array_equal(convert(both, CHANNELS).array, both.array[:3])
+    assert lost_classes([("a", EARLIER), ("b", EARLIER)]) == ""
+    assert lost_classes([("a", EARLIER), ("b", CHANNELS)]).endswith("no probabilities of one in b")
+    with pytest.raises(ValueError, match="unknown channels earlier_tumor"):
+        to_masks(belief(values, row(0, 2), channels=(EARLIER_TUMOR, *CHANNELS)))
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_boxes_that_tile_a_lattice_tile_every_other(source: Triple, target: Trip
 @given(shapes, shapes, st.sampled_from(["linear", "nearest"]))
 def test_what_is_the_same_everywhere_stays_so(grid: Triple, scan: Triple, how: str) -> None:
     values, found = np.full(grid, 0.25, np.float32), np.zeros(scan, np.float16)
-    resample.from_grid(values, Box((0, 0, 0), grid), grid, scan, how, found)
+    resample.from_grid(values, Box((0, 0, 0), grid), grid, Box((0, 0, 0), scan), scan, how, found)
     assert (found == np.float16(0.25)).all()
     numbers = np.arange(np.prod(grid), dtype=np.int16).reshape(grid)
     np.testing.assert_array_equal(resample.nearest(numbers, grid), numbers)

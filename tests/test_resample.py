@@ -213,7 +213,7 @@ def returned(values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: st
     """What ``from_grid`` writes, and the box of the scan that it fills."""
     filled = box_on(box, grid, scan)
     found = np.empty(filled.size, np.float16)
-    from_grid(values, box, grid, scan, how, found)
+    from_grid(values, box, grid, filled, scan, how, found)
     return found, filled
 
 

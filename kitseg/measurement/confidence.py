@@ -219,6 +219,7 @@ def sample(found: Probabilities, truth: NDArray[np.uint8]) -> list[tuple[NDArray
 
     truth: (D, H, W), the reference with kitseg's ids.
     """
+    found = found.of_classes
     flat, inside = found.array.reshape(len(found.channels), -1), truth[found.box.slices].reshape(-1)
     if not flat.size:
         return []
@@ -269,7 +270,7 @@ def uncertainty(found: Probabilities, temperature: float = 1.0) -> NDArray[np.ui
 
     The most uncertain channel counts where channels are independent. Outside the probabilities' box it is 0.
     """
-    percent = np.zeros(found.geometry.shape, np.uint8)
+    found, percent = found.of_classes, np.zeros(found.geometry.shape, np.uint8)
     inside = percent[found.box.slices]
     for place, values in zip(inside, np.moveaxis(found.array, 1, 0), strict=True):
         rows = np.moveaxis(values, 0, -1)

@@ -18,7 +18,7 @@ from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
 from kitseg.links.regions import Confirming, RegionContext
 from kitseg.models.stage import TrainedStage
-from kitseg.types import Box, Geometry, Probabilities, Volume
+from kitseg.types import EARLIER_TUMOR, Box, Geometry, Probabilities, Volume
 from kitseg.volumes.resample import box_on, from_grid, image_on_grid
 from kitseg.volumes.store import statistics
 
@@ -140,6 +140,8 @@ def run_chain(scan: Volume, stages: Mapping[str, TrainedStage], wanted: Sequence
 def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan: Volume) -> Probabilities:
     """The named channels on the scan's own grid, in the smallest box outside which foreground is below 1 %.
 
+    ``earlier_tumor`` is not foreground: what is found of it outside the box is dropped.
+
     Args:
         outputs: by ``stage.head``.
         channels: the source of each channel of the result.
@@ -151,15 +153,17 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
         for key, (_, box) in parts.items()
         if 0 not in box.size
     }
-    box = reduce(Box.union, boxes.values(), EMPTY)
+    keys = {name: f"{source.stage}.{source.head}" for name, source in channels.items()}
+    classes = {key for name, key in keys.items() if name != EARLIER_TUMOR}
+    box = reduce(Box.union, (boxes[key] for key in sorted(classes & boxes.keys())), EMPTY)
     array = np.zeros((len(channels), *box.size), np.float16)
     for row, (name, source) in zip(array, channels.items(), strict=True):
         row[...] = name == "background"
-        if (key := f"{source.stage}.{source.head}") in boxes:
+        if (key := keys[name]) in boxes:
             (values, near), output = parts[key], outputs[key]
-            inside = row[boxes[key].moved(box.start).slices]
-            channel = values[output.channels.index(source.channel)]
-            from_grid(channel, near, output.grid.shape, scan.geometry.shape, output.back, inside)
+            part, channel = boxes[key].moved(box.start).clip(box.size), values[output.channels.index(source.channel)]
+            place, grids = part.placed(box.start), (output.grid.shape, scan.geometry.shape)
+            from_grid(channel, near, grids[0], place, grids[1], output.back, row[part.slices])
     return Probabilities(array, tuple(channels), box, scan.geometry, scan.native, scan.case_id)
 
 

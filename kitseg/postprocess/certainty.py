@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from kitseg.components import Components
-from kitseg.types import Masks
+from kitseg.types import EARLIER_TUMOR, Masks
 
 INSIDE = 0.5  # of a component's surroundings: from there on it lies in the kidney
 
@@ -30,6 +30,8 @@ class KeepCertainTumors:
         min_contact: smallest share of the voxels around a component (within a corner of it) that are other foreground.
         outer_contact: a component with a smaller share than this may be another organ beside the kidney.
         outer_probability: smallest mean probability of such a component, if larger than ``min_probability``.
+        min_earlier: smallest mean probability of tumor by an earlier stage, where it is known: two networks that see
+            different extents of the scan seldom make the same mistake.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
@@ -38,6 +40,7 @@ class KeepCertainTumors:
     min_contact: float = 0.0
     outer_contact: float = 0.0
     outer_probability: float = 0.0
+    min_earlier: float = 0.0
     min_cyst_ml: float = 0.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
@@ -53,6 +56,8 @@ class KeepCertainTumors:
             outer = max(self.outer_probability, self.min_probability)
             least = np.where(contact < self.outer_contact, outer, self.min_probability)
             kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
+        if EARLIER_TUMOR in known:
+            kept &= tumors.total(known[EARLIER_TUMOR].astype(np.float32)) >= self.min_earlier * tumors.sizes
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)

@@ -72,18 +72,20 @@ def box_on(box: Box, source: Triple, target: Triple) -> Box:
     return Box(_first_centres(box.start, source, target), _first_centres(box.stop, source, target)).clip(target)
 
 
-def from_grid(values: NDArray[Any], box: Box, grid: Triple, scan: Triple, how: str, out: NDArray[np.float16]) -> None:
+def from_grid(
+    values: NDArray[Any], box: Box, grid: Triple, target: Box, scan: Triple, how: str, out: NDArray[np.float16]
+) -> None:
     """Resample probabilities in a box of a grid to the scan's own grid, slab by slab, so that only ``out`` is large.
 
     Args:
         values: (d, h, w), the values in ``box``.
         box: a box on the grid; it may reach outside.
         grid: the shape of the grid.
+        target: voxels of the scan's grid whose centres lie in ``box``, see ``box_on``.
         scan: the shape of the scan's grid, over the same extent.
         how: ``linear`` (with edge padding) or ``nearest``.
-        out: the output array: the voxels of the scan whose centres lie in ``box``, see ``box_on``.
+        out: the output array, of the size of ``target``.
     """
-    target = box_on(box, grid, scan)
     axes = list(zip(target.start, target.stop, scan, grid, box.start, values.shape, strict=True))
     if how == "nearest":
         z, y, x = (np.clip(_nearest(range(a, b), n, m) - o, 0, size - 1) for a, b, n, m, o, size in axes)
