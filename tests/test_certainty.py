@@ -44,9 +44,6 @@ def test_at_the_border_of_the_array() -> None:
         (KeepCertainTumors(min_ml=1.5), 8),
         (KeepCertainTumors(min_probability=0.5), 8),
         (KeepCertainTumors(min_contact=0.4), 8),
-        (KeepCertainTumors(outer_contact=0.4, outer_probability=0.5), 8),
-        (KeepCertainTumors(outer_contact=0.3, outer_probability=0.5), 9),
-        (KeepCertainTumors(min_probability=0.5, outer_contact=0.4, outer_probability=0.3), 8),
         (KeepCertainTumors(min_ml=9), 0),
     ],
 )

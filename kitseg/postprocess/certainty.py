@@ -28,8 +28,6 @@ class KeepCertainTumors:
         min_ml: smallest volume in millilitres.
         min_probability: smallest mean probability of tumor; not applied to masks without probabilities.
         min_contact: smallest share of the voxels around a component (within a corner of it) that are other foreground.
-        outer_contact: a component with a smaller share than this may be another organ beside the kidney.
-        outer_probability: smallest mean probability of such a component, if larger than ``min_probability``.
         min_earlier: smallest mean probability of tumor by an earlier stage, where it is known: two networks that see
             different extents of the scan seldom make the same mistake.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
@@ -38,8 +36,6 @@ class KeepCertainTumors:
     min_ml: float = 0.0
     min_probability: float = 0.0
     min_contact: float = 0.0
-    outer_contact: float = 0.0
-    outer_probability: float = 0.0
     min_earlier: float = 0.0
     min_cyst_ml: float = 0.0
 
@@ -52,12 +48,9 @@ class KeepCertainTumors:
         contact = contact_shares(tumors, masks.foreground)
         kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact)
         known = masks.probabilities
-        if "tumor" in known:
-            outer = max(self.outer_probability, self.min_probability)
-            least = np.where(contact < self.outer_contact, outer, self.min_probability)
-            kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
-        if EARLIER_TUMOR in known:
-            kept &= tumors.total(known[EARLIER_TUMOR].astype(np.float32)) >= self.min_earlier * tumors.sizes
+        for name, least in (("tumor", self.min_probability), (EARLIER_TUMOR, self.min_earlier)):
+            if name in known:
+                kept &= tumors.total(known[name].astype(np.float32)) >= least * tumors.sizes
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)
