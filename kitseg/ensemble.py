@@ -134,14 +134,12 @@ def can_weigh(weights: Sequence[float]) -> bool:
 def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """The channels in which members are averaged: their own if equal, else background, kidney and tumor.
 
-    ``earlier_tumor`` is averaged only where each has it. Raises ValueError: channels that can't be averaged with each
-    other.
+    ``earlier_tumor`` is dropped where they differ. Raises ValueError: channels that can't be averaged with each other.
     """
     if len(set(kinds)) == 1:
         return kinds[0]
-    kinds = [kind[:-1] if kind[-1:] == (EARLIER_TUMOR,) else kind for kind in kinds]
-    if len(set(kinds)) == 1:
-        return kinds[0]
+    if any(EARLIER_TUMOR in kind for kind in kinds):
+        return common_channels([tuple(name for name in kind if name != EARLIER_TUMOR) for kind in kinds])
     if strange := set(kinds) - {EXCLUSIVE, NESTED, WITH_CYST}:
         raise ValueError(f"channels {', '.join(sorted(strange)[0])} can't be averaged with others")
     return EXCLUSIVE
@@ -149,14 +147,10 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 def lost_classes(members: Sequence[tuple[str, Sequence[str]]]) -> str:
     """What the mean of members (name, channels) can't show, as a line; empty where nothing is lost."""
-    lines = {
-        "cyst": "cysts are labelled kidney in this mean: no class for them in",
-        EARLIER_TUMOR: "tumors are not confirmed by an earlier network in this mean: no probabilities of one in",
-    }
-    blind = {key: [name for name, channels in members if key not in channels] for key in lines}
-    return "; ".join(
-        f"{lines[key]} {', '.join(names)}" for key, names in blind.items() if 0 < len(names) < len(members)
-    )
+    blind = [name for name, channels in members if "cyst" not in channels]
+    if not blind or len(blind) == len(members):
+        return ""
+    return f"cysts are labelled kidney in this mean: no class for them in {', '.join(blind)}"
 
 
 def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
@@ -164,17 +158,15 @@ def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabil
 
     From independent foreground F and tumor T: tumor min(T, F), kidney F − tumor, background 1 − F. Cysts become kidney.
     """
-    if probabilities.channels == channels:
-        return probabilities
-    probabilities = probabilities.of_classes
-    if probabilities.channels == channels:
-        return probabilities
-    if probabilities.channels == WITH_CYST:
-        background, kidney, tumor, cyst = probabilities.array
-        return replace(probabilities, array=np.stack([background, kidney + cyst, tumor]), channels=channels)
-    foreground, tumor = probabilities.array
+    classes = probabilities if probabilities.channels == channels else probabilities.of_classes
+    if classes.channels == channels:
+        return classes
+    if classes.channels == WITH_CYST:
+        background, kidney, tumor, cyst = classes.array
+        return replace(classes, array=np.stack([background, kidney + cyst, tumor]), channels=channels)
+    foreground, tumor = classes.array
     inside = np.minimum(tumor, foreground)
-    return replace(probabilities, array=np.stack([1 - foreground, foreground - inside, inside]), channels=channels)
+    return replace(classes, array=np.stack([1 - foreground, foreground - inside, inside]), channels=channels)
 
 
 def to_masks(probabilities: Probabilities) -> Masks:
@@ -185,7 +177,8 @@ def to_masks(probabilities: Probabilities) -> Masks:
     "foreground" if there is one, else "kidney" ∪ "tumor" ∪ "cyst", and empty without "kidney". Raises ValueError: an
     unknown channel.
     """
-    names, array = probabilities.of_classes.channels, probabilities.of_classes.array
+    classes = probabilities.of_classes
+    names, array = classes.channels, classes.array
     if strange := sorted(set(names) - set(CHANNELS)):
         raise ValueError(f"unknown channels {', '.join(strange)}; masks need {', '.join(CHANNELS)}")
     masks = [np.zeros(probabilities.box.size, np.bool_) for _ in range(3 if "cyst" in names else 2)]

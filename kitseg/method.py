@@ -148,11 +148,13 @@ def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Sourc
 def _outputs(stated: Any, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
     """The sources of a method's channels, by name; ``stage[.head]`` alone means all of its channels.
 
-    ``earlier_tumor`` makes no labels and comes last.
+    ``earlier_tumor`` makes no labels and comes last. Raises ValueError: it is no tumor, or the only channel.
     """
     if isinstance(stated, str):
         return stage_outputs(stated, stages)
     found = {trust.name(channel): parse_source(text, stages) for channel, text in stated.items()}
+    if EARLIER_TUMOR in found and (len(found) == 1 or found[EARLIER_TUMOR].channel != "tumor"):
+        raise ValueError(f"outputs.{EARLIER_TUMOR} is a stage's channel tumor, beside the classes")
     return dict(sorted(found.items(), key=lambda item: item[0] == EARLIER_TUMOR))
 
 

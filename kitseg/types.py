@@ -189,7 +189,7 @@ class Box:
         return Box(start, stop)
 
 
-#: A channel that makes no labels, the last one: the probability of tumor by an earlier stage, for post-processing.
+#: A channel that makes no labels: the probability of tumor by an earlier stage, for post-processing.
 EARLIER_TUMOR = "earlier_tumor"
 
 
@@ -197,8 +197,9 @@ EARLIER_TUMOR = "earlier_tumor"
 class Probabilities:
     """The class probabilities that a model predicts for a scan, on the scan's own grid.
 
-    array: (K, D, H, W) float16 inside ``box``; outside it the background has probability 1.
-    channels: the K names; geometry: the whole scan in (I, P, L); native: the scan's file on disk.
+    array: (K, D, H, W) float16 inside ``box``; outside it the background has probability 1, and every other channel,
+    ``earlier_tumor`` too, is 0. channels: the K names; geometry: the whole scan in (I, P, L); native: the scan's file
+    on disk.
     """
 
     array: NDArray[np.float16]
@@ -211,9 +212,11 @@ class Probabilities:
     @property
     def of_classes(self) -> Probabilities:
         """The channels that labels follow from: all but ``earlier_tumor``."""
-        if self.channels[-1:] != (EARLIER_TUMOR,):
+        if EARLIER_TUMOR not in self.channels:
             return self
-        return replace(self, array=self.array[:-1], channels=self.channels[:-1])
+        kept = [place for place, name in enumerate(self.channels) if name != EARLIER_TUMOR]
+        part = slice(len(kept)) if self.channels[-1] == EARLIER_TUMOR else kept  # a slice makes no copy
+        return replace(self, array=self.array[part], channels=tuple(self.channels[place] for place in kept))
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ class Masks:
 
     foreground: (D, H, W), kidney with its lesions as the method predicts it; tumor: (D, H, W), which may reach outside
     the foreground if two networks predict them; cyst: (D, H, W), counts inside the foreground and outside the tumor;
-    None where the method has no such class; probabilities: (D, H, W) by class, empty where they aren't known.
+    None where the method has no such class; probabilities: (D, H, W) by channel, empty where they aren't known.
     """
 
     foreground: NDArray[np.bool_]

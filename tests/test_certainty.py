@@ -44,6 +44,10 @@ def test_at_the_border_of_the_array() -> None:
         (KeepCertainTumors(min_ml=1.5), 8),
         (KeepCertainTumors(min_probability=0.5), 8),
         (KeepCertainTumors(min_contact=0.4), 8),
+        (KeepCertainTumors(outer_contact=0.4, outer_probability=0.5), 8),
+        (KeepCertainTumors(outer_contact=0.3, outer_probability=0.5), 9),
+        (KeepCertainTumors(min_probability=0.5, outer_contact=0.4, outer_probability=0.3), 8),
+        (KeepCertainTumors(min_probability=0.95, min_earlier=0, confirmed_probability=0.3), 0),
         (KeepCertainTumors(min_ml=9), 0),
     ],
 )
@@ -55,14 +59,24 @@ def test_what_is_kept(masks: Masks, step: KeepCertainTumors, kept: int) -> None:
     assert (found.tumor <= masks.tumor).all()
 
 
-@pytest.mark.parametrize(("least", "kept"), [(0.0, 9), (0.25, 8), (0.5, 8), (0.75, 0)])
-def test_an_earlier_network_confirms(masks: Masks, least: float, kept: int) -> None:
+@pytest.mark.parametrize(
+    ("step", "kept"),
+    [
+        (KeepCertainTumors(min_probability=0.95), 0),
+        (KeepCertainTumors(min_probability=0.95, min_earlier=0.5, confirmed_probability=0.85), 8),
+        (KeepCertainTumors(min_probability=0.95, min_earlier=0.75, confirmed_probability=0.85), 0),
+        (KeepCertainTumors(min_probability=0.95, min_earlier=0.5, confirmed_probability=0.92), 0),
+        (KeepCertainTumors(min_probability=0.5, min_earlier=0.0, confirmed_probability=0.3), 9),
+        (KeepCertainTumors(min_probability=0.3, min_earlier=0.5, confirmed_probability=0.92), 9),
+        (KeepCertainTumors(outer_contact=0.4, outer_probability=0.5, min_earlier=0, confirmed_probability=0.3), 9),
+    ],
+)
+def test_an_earlier_network_confirms(masks: Masks, step: KeepCertainTumors, kept: int) -> None:
     """Its probability of tumor is 0.5 in the mean in the inner one, and 0 in the outer one."""
     earlier = np.zeros(masks.tumor.shape, np.float16)
     earlier[4:6, 4:6, 4] = 1
     shown = replace(masks, probabilities={**masks.probabilities, EARLIER_TUMOR: earlier})
-    assert KeepCertainTumors(min_earlier=least)(shown, np.zeros(earlier.shape), SPACING).tumor.sum() == kept
-    assert KeepCertainTumors(min_earlier=least)(masks, np.zeros(earlier.shape), SPACING).tumor.sum() == 9
+    assert step(shown, np.zeros(earlier.shape), SPACING).tumor.sum() == kept
 
 
 def test_a_removed_tumor_becomes_what_is_next_probable(masks: Masks) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitseg.commands.postprocess import postprocess
+from kitseg.commands.refine import background_of
 from kitseg.ensemble import common_channels, convert, lost_classes, mean, mean_in_slabs, to_masks
 from kitseg.errors import InputError, UsageError
 from kitseg.labels import KITS23
@@ -206,20 +207,21 @@ EARLIER = (*CHANNELS, EARLIER_TUMOR)
 
 
 def test_an_earlier_networks_tumor_makes_no_labels() -> None:
-    """It reaches the post-processing with the masks, is averaged where each member has it, and else dropped."""
+    """It reaches the post-processing with the masks, and is dropped from a mean of members with different channels."""
     values = [[0.5, 0.2], [0.2, 0.3], [0.3, 0.5], [0.9, 0.8]]
-    found = to_masks(belief(values, row(0, 2), channels=EARLIER))
-    assert (found.foreground.ravel().tolist(), found.tumor.ravel().tolist()) == ([False, True], [False, True])
-    assert found.probabilities[EARLIER_TUMOR].ravel().tolist() == pytest.approx([0.9, 0.8], abs=1e-3)
+    both = belief(values, row(0, 2), channels=EARLIER)
+    first = belief([values[3], *values[:3]], row(0, 2), channels=(EARLIER_TUMOR, *CHANNELS))
+    for found in (to_masks(both), to_masks(first)):
+        assert (found.foreground.ravel().tolist(), found.tumor.ravel().tolist()) == ([False, True], [False, True])
+        assert found.probabilities[EARLIER_TUMOR].ravel().tolist() == pytest.approx([0.9, 0.8], abs=1e-3)
     assert common_channels([EARLIER, EARLIER]) == EARLIER
     assert common_channels([EARLIER, CHANNELS]) == CHANNELS
     assert common_channels([(*CHANNELS, "cyst", EARLIER_TUMOR), EARLIER]) == CHANNELS
-    both = belief(values, row(0, 2), channels=EARLIER)
     assert np.array_equal(convert(both, CHANNELS).array, both.array[:3])
-    assert lost_classes([("a", EARLIER), ("b", EARLIER)]) == ""
-    assert lost_classes([("a", EARLIER), ("b", CHANNELS)]).endswith("no probabilities of one in b")
-    with pytest.raises(ValueError, match="unknown channels earlier_tumor"):
-        to_masks(belief(values, row(0, 2), channels=(EARLIER_TUMOR, *CHANNELS)))
+    assert convert(both, EARLIER) is both
+    alone = belief([[0.75], [0.25], [0.9]], row(0, 1), channels=("foreground", "tumor", EARLIER_TUMOR))
+    assert convert(alone, CHANNELS).array.ravel().tolist() == [0.25, 0.5, 0.25]
+    assert background_of(alone).ravel().tolist() == [0.25, 1, 1, 1, 1, 1]
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

@@ -255,5 +255,5 @@ def background_of(block: Probabilities) -> NDArray[np.float16]:
     if "background" in block.channels:
         found[block.box.slices] = block.array[block.channels.index("background")]
     else:
-        found[block.box.slices] = 1 - block.array.max(axis=0)
+        found[block.box.slices] = 1 - block.of_classes.array.max(axis=0)
     return found

@@ -155,15 +155,16 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
     }
     keys = {name: f"{source.stage}.{source.head}" for name, source in channels.items()}
     classes = {key for name, key in keys.items() if name != EARLIER_TUMOR}
-    box = reduce(Box.union, (boxes[key] for key in sorted(classes & boxes.keys())), EMPTY)
+    box = reduce(Box.union, (boxes[key] for key in classes & boxes.keys()), EMPTY)
     array = np.zeros((len(channels), *box.size), np.float16)
     for row, (name, source) in zip(array, channels.items(), strict=True):
         row[...] = name == "background"
         if (key := keys[name]) in boxes:
             (values, near), output = parts[key], outputs[key]
-            part, channel = boxes[key].moved(box.start).clip(box.size), values[output.channels.index(source.channel)]
-            place, grids = part.placed(box.start), (output.grid.shape, scan.geometry.shape)
-            from_grid(channel, near, grids[0], place, grids[1], output.back, row[part.slices])
+            part = boxes[key].moved(box.start).clip(box.size)
+            channel, target = values[output.channels.index(source.channel)], part.placed(box.start)
+            shape = scan.geometry.shape
+            from_grid(channel, near, output.grid.shape, target, shape, output.back, row[part.slices])
     return Probabilities(array, tuple(channels), box, scan.geometry, scan.native, scan.case_id)
 
 

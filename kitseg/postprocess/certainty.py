@@ -1,8 +1,9 @@
-"""Keep tumors that are large enough, of which the network is certain, and that touch the kidney."""
+"""Keep tumors that are large enough and touch the kidney, if the network is certain or an earlier one agrees."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,15 +29,20 @@ class KeepCertainTumors:
         min_ml: smallest volume in millilitres.
         min_probability: smallest mean probability of tumor; not applied to masks without probabilities.
         min_contact: smallest share of the voxels around a component (within a corner of it) that are other foreground.
-        min_earlier: smallest mean probability of tumor by an earlier stage, where it is known: two networks that see
-            different extents of the scan seldom make the same mistake.
+        outer_contact: a component with a smaller share than this may be another organ beside the kidney.
+        outer_probability: smallest mean probability of such a component, if larger than ``min_probability``.
+        min_earlier: mean probability of tumor by an earlier stage from which a component is confirmed; None: none is.
+        confirmed_probability: smallest mean probability of a confirmed component, if smaller than the others.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
     min_ml: float = 0.0
     min_probability: float = 0.0
     min_contact: float = 0.0
-    min_earlier: float = 0.0
+    outer_contact: float = 0.0
+    outer_probability: float = 0.0
+    min_earlier: float | None = None
+    confirmed_probability: float = 0.0
     min_cyst_ml: float = 0.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
@@ -48,9 +54,10 @@ class KeepCertainTumors:
         contact = contact_shares(tumors, masks.foreground)
         kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact)
         known = masks.probabilities
-        for name, least in (("tumor", self.min_probability), (EARLIER_TUMOR, self.min_earlier)):
-            if name in known:
-                kept &= tumors.total(known[name].astype(np.float32)) >= least * tumors.sizes
+        if "tumor" in known:
+            kept &= (
+                tumors.total(known["tumor"].astype(np.float32)) >= self._least(tumors, contact, known) * tumors.sizes
+            )
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)
@@ -59,6 +66,17 @@ class KeepCertainTumors:
                 healthy = np.where(outside[removed], healthy, np.maximum(healthy, known["cyst"][removed]))
             outside[removed] = healthy <= known["background"][removed]
         return replace(masks, foreground=masks.foreground & ~outside, tumor=tumors.chosen(kept))
+
+    def _least(
+        self, tumors: Components, contact: NDArray[np.float64], known: Mapping[str, NDArray[np.float16]]
+    ) -> NDArray[np.float64]:
+        """The smallest mean probability of each component, by its number."""
+        outer = max(self.outer_probability, self.min_probability)
+        least = np.where(contact < self.outer_contact, outer, self.min_probability)
+        if self.min_earlier is None or EARLIER_TUMOR not in known:
+            return least
+        confirmed = tumors.total(known[EARLIER_TUMOR].astype(np.float32)) >= self.min_earlier * tumors.sizes
+        return np.where(confirmed, np.minimum(least, self.confirmed_probability), least)
 
     def _without_small_cysts(self, masks: Masks, spacing: tuple[float, float, float]) -> Masks:
         if masks.cyst is None or not self.min_cyst_ml:
