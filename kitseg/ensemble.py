@@ -156,7 +156,8 @@ def lost_classes(members: Sequence[tuple[str, Sequence[str]]]) -> str:
 def convert(probabilities: Probabilities, channels: tuple[str, ...]) -> Probabilities:
     """Convert probabilities to ``channels``, the result of ``common_channels``.
 
-    From independent foreground F and tumor T: tumor min(T, F), kidney F − tumor, background 1 − F. Cysts become kidney.
+    From independent foreground F and tumor T: tumor min(T, F), kidney F − tumor, background 1 − F. Cysts become kidney;
+    ``earlier_tumor`` is dropped unless it is one of ``channels``.
     """
     classes = probabilities if probabilities.channels == channels else probabilities.of_classes
     if classes.channels == channels:

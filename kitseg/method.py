@@ -148,13 +148,15 @@ def stage_outputs(text: str, stages: Mapping[str, StageSpec]) -> dict[str, Sourc
 def _outputs(stated: Any, stages: Mapping[str, StageSpec]) -> dict[str, Source]:
     """The sources of a method's channels, by name; ``stage[.head]`` alone means all of its channels.
 
-    ``earlier_tumor`` makes no labels and comes last. Raises ValueError: it is no tumor, or the only channel.
+    ``earlier_tumor`` makes no labels and comes last. Raises ValueError: it is not an earlier stage's tumor.
     """
     if isinstance(stated, str):
         return stage_outputs(stated, stages)
     found = {trust.name(channel): parse_source(text, stages) for channel, text in stated.items()}
-    if EARLIER_TUMOR in found and (len(found) == 1 or found[EARLIER_TUMOR].channel != "tumor"):
-        raise ValueError(f"outputs.{EARLIER_TUMOR} is a stage's channel tumor, beside the classes")
+    if EARLIER_TUMOR in found:
+        earlier, last = found[EARLIER_TUMOR], found["tumor"].stage
+        if earlier.channel != "tumor" or earlier.stage not in needed(stages, last)[:-1]:
+            raise ValueError(f"outputs.{EARLIER_TUMOR} must be the channel tumor of a stage before {last}")
     return dict(sorted(found.items(), key=lambda item: item[0] == EARLIER_TUMOR))
 
 

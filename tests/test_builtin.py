@@ -114,5 +114,6 @@ def test_its_size_and_its_card() -> None:
     manifest = open_builtin().manifest
     assert manifest.licenses["weights"] == manifest.licenses["labels"] == "CC-BY-NC-SA-4.0"
     card = (open_builtin().path / CARD).read_text()
+    assert card == (Path(__file__).parents[1] / "docs" / "methods" / "builtin.md").read_text()
     for part in ("non-commercial", "HCC-TACE-Seg", "KiTS19", "not a medical device"):
         assert part in card

@@ -64,6 +64,7 @@ def test_what_is_kept(masks: Masks, step: KeepCertainTumors, kept: int) -> None:
     [
         (KeepCertainTumors(min_probability=0.95), 0),
         (KeepCertainTumors(min_probability=0.95, min_earlier=0.5, confirmed_probability=0.85), 8),
+        (KeepCertainTumors(min_probability=0.95, min_earlier=0.5), 0),
         (KeepCertainTumors(min_probability=0.95, min_earlier=0.75, confirmed_probability=0.85), 0),
         (KeepCertainTumors(min_probability=0.95, min_earlier=0.5, confirmed_probability=0.92), 0),
         (KeepCertainTumors(min_probability=0.5, min_earlier=0.0, confirmed_probability=0.3), 9),

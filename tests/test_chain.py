@@ -268,9 +268,15 @@ def test_an_earlier_tumor_is_the_last_channel() -> None:
     method = load_method("resenc", "tiny", [f"outputs={{{', '.join([f'{EARLIER_TUMOR}: kidneys.tumor', *classes])}}}"])
     assert [*method.outputs] == [*SOFTMAX, EARLIER_TUMOR]
     assert method.outputs[EARLIER_TUMOR] == Source("kidneys", "full", "tumor")
-    for wrong in (f"{EARLIER_TUMOR}: kidneys.tumor", f"tumor: masses.tumor, {EARLIER_TUMOR}: kidneys.background"):
-        with pytest.raises(UsageError, match="beside the classes"):
-            load_method("resenc", "tiny", [f"outputs={{{wrong}}}"])
+    for tumor, earlier, fault in (
+        ("masses.tumor", "kidneys.background", "a stage before masses"),
+        ("masses.tumor", "masses.tumor", "a stage before masses"),
+        ("kidneys.tumor", "masses.tumor", "a stage before kidneys"),
+    ):
+        with pytest.raises(UsageError, match=fault):
+            load_method("resenc", "tiny", [f"outputs={{tumor: {tumor}, {EARLIER_TUMOR}: {earlier}}}"])
+    with pytest.raises(UsageError, match="lacks 'tumor'"):
+        load_method("resenc", "tiny", [f"outputs={{{EARLIER_TUMOR}: kidneys.tumor}}"])
 
 
 def test_an_output_returns_by_its_own_way() -> None:

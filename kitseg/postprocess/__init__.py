@@ -6,7 +6,7 @@
 ``overlap``    tumors lie in kidneys
 ``intensity``  tumors are not as dark as fluid
 ``distance``   nothing lies far from the kidneys
-``certainty``  tumors are large, certain or confirmed by an earlier network, and touch the kidney
+``certainty``  tumors are large, touch the kidney, and are certain or confirmed by an earlier network
 
 ``kitseg.components`` finds the connected components.
 """

@@ -31,7 +31,8 @@ class KeepCertainTumors:
         min_contact: smallest share of the voxels around a component (within a corner of it) that are other foreground.
         outer_contact: a component with a smaller share than this may be another organ beside the kidney.
         outer_probability: smallest mean probability of such a component, if larger than ``min_probability``.
-        min_earlier: mean probability of tumor by an earlier stage from which a component is confirmed; None: none is.
+        min_earlier: mean probability of tumor by an earlier stage from which a component is confirmed; None, or without
+            a channel ``earlier_tumor``: none is.
         confirmed_probability: smallest mean probability of a confirmed component, if smaller than the others.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
@@ -42,7 +43,7 @@ class KeepCertainTumors:
     outer_contact: float = 0.0
     outer_probability: float = 0.0
     min_earlier: float | None = None
-    confirmed_probability: float = 0.0
+    confirmed_probability: float = 1.0
     min_cyst_ml: float = 0.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
@@ -55,9 +56,8 @@ class KeepCertainTumors:
         kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact)
         known = masks.probabilities
         if "tumor" in known:
-            kept &= (
-                tumors.total(known["tumor"].astype(np.float32)) >= self._least(tumors, contact, known) * tumors.sizes
-            )
+            least = self._least(tumors, contact, known)
+            kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)
