@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.components import SPECK_ML
-from kitseg.types import EARLIER_TUMOR, Box, Masks, Probabilities
+from kitseg.types import Box, Masks, Probabilities, class_channels
 
 CHANNELS = ("background", "kidney", "tumor", "cyst", "foreground")
 SLAB = 16  # slices at a time
@@ -138,8 +138,8 @@ def common_channels(kinds: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """
     if len(set(kinds)) == 1:
         return kinds[0]
-    if any(EARLIER_TUMOR in kind for kind in kinds):
-        return common_channels([tuple(name for name in kind if name != EARLIER_TUMOR) for kind in kinds])
+    if (plain := [class_channels(kind) for kind in kinds]) != [*kinds]:
+        return common_channels(plain)
     if strange := set(kinds) - {EXCLUSIVE, NESTED, WITH_CYST}:
         raise ValueError(f"channels {', '.join(sorted(strange)[0])} can't be averaged with others")
     return EXCLUSIVE

@@ -5,7 +5,7 @@ Arrays are (D, H, W): slices, rows, columns in KiTS orientation (I, P, L).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,11 @@ class Box:
 EARLIER_TUMOR = "earlier_tumor"
 
 
+def class_channels(channels: Iterable[str]) -> tuple[str, ...]:
+    """The channels that labels follow from: all but ``earlier_tumor``."""
+    return tuple(name for name in channels if name != EARLIER_TUMOR)
+
+
 @dataclass(frozen=True)
 class Probabilities:
     """The class probabilities that a model predicts for a scan, on the scan's own grid.
@@ -211,12 +216,13 @@ class Probabilities:
 
     @property
     def of_classes(self) -> Probabilities:
-        """The channels that labels follow from: all but ``earlier_tumor``."""
-        if EARLIER_TUMOR not in self.channels:
+        """The channels that labels follow from."""
+        names = class_channels(self.channels)
+        if names == self.channels:
             return self
-        kept = [place for place, name in enumerate(self.channels) if name != EARLIER_TUMOR]
-        part = slice(len(kept)) if self.channels[-1] == EARLIER_TUMOR else kept  # a slice makes no copy
-        return replace(self, array=self.array[part], channels=tuple(self.channels[place] for place in kept))
+        leads = self.channels[: len(names)] == names
+        kept = slice(len(names)) if leads else [self.channels.index(name) for name in names]  # a slice makes no copy
+        return replace(self, array=self.array[kept], channels=names)
 
 
 @dataclass(frozen=True)

@@ -253,13 +253,13 @@ def test_an_earlier_tumor_does_not_enlarge_the_box() -> None:
     kidneys, tumors = Box((1, 2, 2), (3, 5, 5)), Box((2, 3, 3), (6, 10, 12))
     scan = Volume(np.zeros(grid.shape, np.int16), grid, grid, "case_00000")
     outputs, sources = two_outputs(alone(grid, "foreground", kidneys, 1), alone(grid, "tumor", tumors, 0.75))
-    found = to_scan(outputs, {"foreground": sources["foreground"], EARLIER_TUMOR: sources["tumor"]}, scan)
+    sources = {"foreground": sources["foreground"], EARLIER_TUMOR: sources["tumor"]}
+    found = to_scan(outputs, sources, scan)
     assert found.box == Box((0, 1, 1), (4, 6, 6))
     expected = np.zeros(grid.shape, np.float32)
     expected[tumors.slices] = 0.75
     assert np.array_equal(found.array[1], expected[found.box.slices])
     beyond = alone(grid, "tumor", Box((5, 9, 9), (6, 10, 12)), 1)
-    sources = {"foreground": sources["foreground"], EARLIER_TUMOR: sources["tumor"]}
     assert not to_scan({**outputs, "tumors.main": beyond}, sources, scan).array[1].any()
 
 

@@ -18,7 +18,7 @@ from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
 from kitseg.links.regions import Confirming, RegionContext
 from kitseg.models.stage import TrainedStage
-from kitseg.types import EARLIER_TUMOR, Box, Geometry, Probabilities, Volume
+from kitseg.types import Box, Geometry, Probabilities, Volume, class_channels
 from kitseg.volumes.resample import box_on, from_grid, image_on_grid
 from kitseg.volumes.store import statistics
 
@@ -154,17 +154,17 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
         if 0 not in box.size
     }
     keys = {name: f"{source.stage}.{source.head}" for name, source in channels.items()}
-    classes = {key for name, key in keys.items() if name != EARLIER_TUMOR}
+    classes = {keys[name] for name in class_channels(channels)}
     box = reduce(Box.union, (boxes[key] for key in classes & boxes.keys()), EMPTY)
     array = np.zeros((len(channels), *box.size), np.float16)
     for row, (name, source) in zip(array, channels.items(), strict=True):
         row[...] = name == "background"
         if (key := keys[name]) in boxes:
             (values, near), output = parts[key], outputs[key]
+            channel = values[output.channels.index(source.channel)]
             part = boxes[key].moved(box.start).clip(box.size)
-            channel, target = values[output.channels.index(source.channel)], part.placed(box.start)
-            shape = scan.geometry.shape
-            from_grid(channel, near, output.grid.shape, target, shape, output.back, row[part.slices])
+            target = part.placed(box.start)
+            from_grid(channel, near, output.grid.shape, target, scan.geometry.shape, output.back, row[part.slices])
     return Probabilities(array, tuple(channels), box, scan.geometry, scan.native, scan.case_id)
 
 

@@ -21,7 +21,7 @@ from kitseg.models.engines import Compiling, OpenVino, Torch, Winograd
 from kitseg.models.model import Model
 from kitseg.models.stage import TrainedStage
 from kitseg.stages.model import build_model
-from kitseg.types import EARLIER_TUMOR, Box, Case, Geometry, Probabilities, Triple
+from kitseg.types import Box, Case, Geometry, Probabilities, Triple, class_channels
 from kitseg.volumes.resample import grid_geometry
 from kitseg.volumes.scan import scan_geometry, voxel_bytes
 
@@ -123,7 +123,7 @@ def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, in
         network, data = _network(stage, weights, region), inputs + copies * output
         rows.append([("earlier stages", left), (f"{name}'s network", network), (f"{name}'s data", data)])
         left += output + (0 if isinstance(stage.engine, Compiling) else weights)
-        if name in {source.stage for channel, source in model.outputs.items() if channel != EARLIER_TUMOR}:
+        if name in {model.outputs[channel].stage for channel in class_channels(model.outputs)}:
             box = (min(n, -(-k * n // m)) for k, n, m in zip(region, scan.shape, grid.shape, strict=True))
             back = max(back, int(np.prod([*box])))
     numbers = 2 if members == 1 else 2 + 2 + 4  # bytes: a member, or the one before it and their sum, too
