@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import tempfile
 from pathlib import Path
 from zipfile import ZipFile
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import kitseg
@@ -117,3 +120,25 @@ def test_its_size_and_its_card() -> None:
     assert card == (Path(__file__).parents[1] / "docs" / "methods" / "builtin.md").read_text()
     for part in ("non-commercial", "HCC-TACE-Seg", "KiTS19", "not a medical device"):
         assert part in card
+
+
+def test_a_tumor_that_post_processing_removes_is_flagged(tmp_path: Path) -> None:
+    """A ball of 80 HU and 33 ml in the sample's left kidney, once with a probability that no tumor reaches."""
+    scan = nib.load(SAMPLE)
+    hu, mm = np.asarray(scan.dataobj), scan.header.get_zooms()
+    kidney = np.argwhere(np.asarray(nib.load(SAMPLE.with_name("segmentation.nii.gz")).dataobj) > 0)
+    left = kidney[kidney[:, 0] < kidney[:, 0].mean()].mean(axis=0)
+    far = np.linalg.norm((np.indices(hu.shape).reshape(3, -1).T - left) * mm, axis=1).reshape(hu.shape)
+    noise = np.random.default_rng(0).normal(80, 10, hu.shape)
+    nib.save(nib.Nifti1Image(np.where(far < 20, noise, hu).astype(np.int16), scan.affine), tmp_path / "scan.nii.gz")
+    shutil.copytree(open_builtin().path / "runs" / "0", tmp_path / "runs" / "strict")
+    config = tmp_path / "runs" / "strict" / "config.yaml"
+    config.write_text(re.sub("(min|outer|confirmed)_probability: .*", r"\1_probability: 1.0", config.read_text()))
+    for model, flagged in (("builtin", False), ("runs/strict", True)):
+        done = kitseg(tmp_path, "predict", "scan.nii.gz", f"--model={model}", f"--output={flagged}")
+        assert done.code == 0, done.text
+        record = json.loads((tmp_path / str(flagged) / "scan.json").read_text())
+        assert (record["volumes_ml"]["tumor"] > 15) != flagged
+        flags = [flag["reason"] for flag in record["quality"]["flags"] if flag["name"] == "removed-tumor"]
+        assert len(flags) == flagged
+        assert all(reason in done.text and "axial slice" in reason for reason in flags)

@@ -150,6 +150,27 @@ def test_a_tumor_that_touches_a_kidney_or_is_a_speck_is_no_doubt() -> None:
     assert not flags(labels)
 
 
+@pytest.mark.parametrize(
+    ("rows", "left", "column", "reason"),
+    [
+        (10, 0, 20, "removed 5 ml of tumor at a kidney (axial slice 12)"),  # beside the kidney
+        (10, 0, 18, "removed 5 ml of tumor at a kidney (axial slice 12)"),  # half of it in the kidney
+        (9, 0, 20, ""),  # 4.6 ml
+        (10, 1, 20, ""),  # a voxel of it is left
+        (10, 0, 25, ""),  # no kidney touches it
+    ],
+)
+def test_a_tumor_that_post_processing_removed(rows: int, left: int, column: int, reason: str) -> None:
+    outlined, labels = np.zeros(SHAPE, np.bool_), two_kidneys()
+    outlined[9:14, 20 : 20 + rows, column : column + 4] = True
+    outlined[11, 19, column : column + 4] = True  # the largest slice
+    outlined[20, 30:40, 20:30] = True  # 2.5 ml, too little by itself
+    labels[9, 20, column : column + left] = 2
+    quality = assess(labels, None, GEOMETRY, BOTH, None, None, outlined)
+    assert [(flag.name, flag.level) for flag in quality.flags] == [("removed-tumor", "amber")] * bool(reason)
+    assert all(reason in flag.reason for flag in quality.flags)
+
+
 def test_a_crumb_of_kidney_on_a_tumor_does_not_make_it_a_kidneys() -> None:
     labels = two_kidneys()
     labels[10:14, 20:24, 35:39] = 2

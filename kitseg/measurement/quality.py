@@ -15,6 +15,7 @@ from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
 from kitseg.measurement.findings import KIDNEY_ML, Findings
 from kitseg.measurement.phase import aorta_hu, contrast_phase, kidney_hu
 from kitseg.measurement.sides import HOLD_ML
+from kitseg.postprocess.certainty import contact_shares
 from kitseg.postprocess.distance import distances_mm
 from kitseg.types import Geometry, ball_diameter
 
@@ -41,6 +42,8 @@ _JOINED = (
     "right and a left kidney, cut where the parenchyma is thinnest."
 )
 BY_FRAME = "Without the scan, the only kidney's side is by the middle of the frame, which a cropped label map moves."
+REMOVED_ML = 5.0  # of one part
+_REMOVED = "Post-processing removed {:.0f} ml of tumor at a kidney (axial slice {}): check whether there is a tumor."
 _OVER_FAT = "The kidney outlines lie over fat or air ({:.0f} HU): the segmentation has failed, or is of another scan."
 #: The flags about what is labelled that figures can't show: the others are about a figure beside them.
 _SHAPES = ("third-kidney", "joined-kidneys", "cut-off", "tumor-far", "kidney-hu")
@@ -96,6 +99,7 @@ def assess(
     findings: Findings,
     agreement: Mapping[str, float] | None,
     training_domain: TrainingDomain | None,
+    outlined: NDArray[np.bool_] | None = None,
 ) -> Quality:
     """The flags of a case, and its contrast phase; docs/explanation/quality.md has every rule with its threshold.
 
@@ -107,6 +111,7 @@ def assess(
         agreement: Dice of an ensemble's members, pooled over their pairs, 0 to 1, for ``kidney`` and ``tumor``;
             None for a single member.
         training_domain: the ranges of the model's training cases; None leaves out the flags about them.
+        outlined: the tumor before post-processing, (D, H, W); None: unknown.
     """
     parts = Parts.of(labels, geometry)
     kidney = aorta = None
@@ -121,6 +126,7 @@ def assess(
         *border_flags(parts),
         *volume_flags(findings),
         *agreement_flags(agreement or {}),
+        *([] if outlined is None else removed_flags(labels, outlined, geometry)),
     ]
     if training_domain is not None:
         flags += [] if failed else phase_flags(kidney, aorta, phase, training_domain)
@@ -185,6 +191,18 @@ def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, fin
     gap = distances_mm(parts.components, holds, geometry.spacing)[alone].max()
     reason = f"{tumor_ml[alone].sum():.1f} ml of tumor are separate from the kidneys, up to {gap:.0f} mm from them."
     yield Flag("tumor-far", RED if gap > FAR_MM else AMBER, reason)
+
+
+def removed_flags(labels: NDArray[np.uint8], outlined: NDArray[np.bool_], geometry: Geometry) -> Iterator[Flag]:
+    """Parts of the tumor before post-processing (D, H, W) that touch the foreground and of which nothing is left."""
+    found = Components.of(outlined)
+    gone = (found.sizes * geometry.voxel_ml >= REMOVED_ML) & (found.total(labels == TUMOR) == 0)
+    gone &= contact_shares(found, labels != BACKGROUND) > 0
+    if gone.any():
+        largest = found.numbers == np.argmax(found.sizes * gone)
+        middle = found.box.start[0] + largest.sum(axis=(1, 2)).argmax()
+        removed = found.sizes[gone].sum() * geometry.voxel_ml
+        yield Flag("removed-tumor", AMBER, _REMOVED.format(removed, middle + 1))
 
 
 def border_flags(parts: Parts) -> Iterator[Flag]:

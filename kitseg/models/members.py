@@ -25,7 +25,7 @@ from kitseg.models.chain import run_chain, to_scan
 from kitseg.models.ensemble_file import Member, read_ensemble
 from kitseg.models.model import Model, open_model
 from kitseg.models.origin import describe_model, origin, origin_path
-from kitseg.models.postprocessing import build_steps, clean
+from kitseg.models.postprocessing import build_steps, clean, outlined_tumor
 from kitseg.models.run_folder import of_fold
 from kitseg.models.training_domain import merge_domains
 from kitseg.postprocess import Prior
@@ -170,7 +170,7 @@ def judge(
 
     labels = labels if scheme.cyst else to_kits19(labels)
     findings = measure(labels, scan.geometry, scan.array)
-    quality = assess(labels, scan.array, scan.geometry, findings, agreement, domain)
+    quality = assess(labels, scan.array, scan.geometry, findings, agreement, domain, outlined_tumor(found))
     return Prediction(labels, found, findings, quality, agreement, find_signs(labels, found, agreement), scheme)
 
 

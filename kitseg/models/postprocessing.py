@@ -44,3 +44,10 @@ def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Prior]) ->
         masks = step(masks, scan.array[box.slices], scan.geometry.spacing)
     labels[box.slices] = masks.labels()
     return labels
+
+
+def outlined_tumor(probabilities: Probabilities) -> NDArray[np.bool_]:
+    """The tumor of a scan (D, H, W) before the priors."""
+    tumor = np.zeros(probabilities.geometry.shape, np.bool_)
+    tumor[probabilities.box.slices] = ensemble.to_masks(probabilities).tumor
+    return tumor

@@ -34,6 +34,7 @@ class KeepCertainTumors:
         min_earlier: mean probability of tumor by an earlier stage from which a component is confirmed; None, or without
             a channel ``earlier_tumor``: none is.
         confirmed_probability: smallest mean probability of a confirmed component, if smaller than the others.
+        large_ml: volume in millilitres from which a component needs no least probability.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
@@ -44,6 +45,7 @@ class KeepCertainTumors:
     outer_probability: float = 0.0
     min_earlier: float | None = None
     confirmed_probability: float = 1.0
+    large_ml: float = math.inf
     min_cyst_ml: float = 0.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
@@ -57,7 +59,8 @@ class KeepCertainTumors:
         known = masks.probabilities
         if "tumor" in known:
             least = self._least(tumors, contact, known)
-            kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
+            certain = tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
+            kept &= certain | (tumors.sizes * ml >= self.large_ml)
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)
