@@ -14,7 +14,7 @@ from nifti_files import stored_case
 from kitseg import ensemble
 from kitseg.errors import InputError
 from kitseg.labels import TUMOR
-from kitseg.measurement.quality import TrainingDomain
+from kitseg.measurement.model_flags import TrainingDomain
 from kitseg.models.run_folder import Run, RunInfo
 from kitseg.models.training_domain import merge_domains, training_facts
 from kitseg.splits import Fold

@@ -51,8 +51,8 @@ def test_at_the_border_of_the_array() -> None:
         (KeepCertainTumors(min_ml=9), 0),
         (KeepCertainTumors(min_probability=0.95, large_ml=8), 8),
         (KeepCertainTumors(min_probability=0.95, large_ml=8.5), 0),
-        (KeepCertainTumors(min_contact=0.4, large_ml=1), 8),
-        (KeepCertainTumors(min_ml=9, large_ml=1), 0),
+        (KeepCertainTumors(min_contact=0.4, large_ml=1), 9),
+        (KeepCertainTumors(min_contact=0.4, large_ml=1.5), 8),
     ],
 )
 def test_what_is_kept(masks: Masks, step: KeepCertainTumors, kept: int) -> None:

@@ -158,6 +158,19 @@ def test_parts_of_one_kidney_do_not_take_the_place_of_the_other() -> None:
     assert np.array_equal(np.argwhere(kept.any((0, 1))).ravel(), [*range(2, 9), *range(24, 34)])
 
 
+def test_three_parts_may_be_the_kidneys_and_crumbs_are_none() -> None:
+    """Two parts have the most tissue, the third is the largest: each keeps what it overlaps with most."""
+    grid = Geometry((6, 20, 60), np.diag([-4.0, -4.0, -4.0, 1]))
+    guide, found = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.bool_)
+    guide[:, :, 2:10], guide[:, :, 20:28], guide[:, :, 34:58] = KIDNEY, KIDNEY, TUMOR
+    guide[:, :, 56:58] = KIDNEY
+    for columns in ((2, 6), (8, 9), (20, 26), (27, 28), (36, 50), (52, 54)):
+        found[:, :, slice(*columns)] = True
+    around = AroundForeground(margin=10_000, at_least=(1, 1, 1))
+    kept = around.confirmed(found, Box((0, 0, 0), grid.shape), RegionContext(grid, guide, grid))
+    assert np.array_equal(np.argwhere(kept.any((0, 1))).ravel(), [*range(2, 6), *range(20, 26), *range(36, 50)])
+
+
 @pytest.mark.parametrize("link", [SliceGate(), GuidedByForeground((1, 1, 1))])
 def test_a_guide_on_another_grid_is_refused(link: Link) -> None:
     stage = Stub(spec_of("two-stage", "segment"), tumor_everywhere, link)

@@ -15,7 +15,7 @@ from kitseg.commands.confidence import read_confidence
 from kitseg.errors import InputError
 from kitseg.labels import KIDNEY, TUMOR
 from kitseg.measurement.confidence import find_signs, fit_temperature, learn, order, sample, uncertainty
-from kitseg.measurement.quality import Flag, Quality
+from kitseg.measurement.flags import Flag, Quality
 from kitseg.types import Box, Geometry, Probabilities
 
 CHANNELS = ("background", "kidney", "tumor")

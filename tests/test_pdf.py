@@ -9,8 +9,8 @@ import pypdf
 import pytest
 
 from kitseg.labels import KIDNEY, TUMOR
+from kitseg.measurement.flags import Flag, Quality
 from kitseg.measurement.measure import measure
-from kitseg.measurement.quality import Flag, Quality
 from kitseg.report.case_page import CaseContent
 from kitseg.report.pdf import case_pdf
 from kitseg.report.slices import Scene

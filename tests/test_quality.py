@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from kitseg.measurement.findings import LEFT, RIGHT, Findings, Kidney, Lesion
+from kitseg.measurement.flags import Flag, Quality
 from kitseg.measurement.measure import measure
-from kitseg.measurement.quality import Flag, Quality, TrainingDomain, assess, doubts, tumor_size_flags
+from kitseg.measurement.model_flags import Outlined, TrainingDomain, tumor_size_flags
+from kitseg.measurement.quality import assess, doubts
 from kitseg.types import Box, Geometry
 from kitseg.volumes.nifti import read_labels
 
@@ -166,9 +168,31 @@ def test_a_tumor_that_post_processing_removed(rows: int, left: int, column: int,
     outlined[11, 19, column : column + 4] = True  # the largest slice
     outlined[20, 30:40, 20:30] = True  # 2.5 ml, too little by itself
     labels[9, 20, column : column + left] = 2
-    quality = assess(labels, None, GEOMETRY, BOTH, None, None, outlined)
+    quality = assess(labels, None, GEOMETRY, BOTH, None, None, Outlined(outlined, Box((0, 0, 0), SHAPE)))
     assert [(flag.name, flag.level) for flag in quality.flags] == [("removed-tumor", "amber")] * bool(reason)
     assert all(reason in flag.reason for flag in quality.flags)
+
+
+@pytest.mark.parametrize(
+    ("region", "sides"),
+    [
+        (Box((0, 0, 0), SHAPE), ""),
+        (Box((4, 19, 9), (36, 41, 71)), ""),
+        (Box((5, 19, 9), (36, 41, 70)), "top, left"),
+        (Box((4, 20, 10), (35, 40, 71)), "bottom, front, back, right"),
+    ],
+)
+def test_a_kidney_at_the_border_of_the_region(region: Box, sides: str) -> None:
+    quality = assess(two_kidneys(), None, GEOMETRY, BOTH, None, None, Outlined(np.zeros(SHAPE, np.bool_), region))
+    assert [(flag.name, flag.level) for flag in quality.flags] == [("region-border", "amber")] * bool(sides)
+    assert all(f"border ({sides})" in flag.reason for flag in quality.flags)
+
+
+def test_the_edge_of_the_scan_is_no_border_of_the_region() -> None:
+    labels = two_kidneys()
+    labels[0:5, 30, 12:14] = 1
+    nothing = Outlined(np.zeros(SHAPE, np.bool_), Box((0, 19, 9), (36, 41, 71)))
+    assert [flag.name for flag in assess(labels, None, GEOMETRY, BOTH, None, None, nothing).flags] == ["cut-off"]
 
 
 def test_a_crumb_of_kidney_on_a_tumor_does_not_make_it_a_kidneys() -> None:

@@ -19,8 +19,9 @@ from nifti_files import save
 from PIL import Image
 
 from kitseg.labels import CYST, KIDNEY, KITS23, TUMOR, find_scheme
+from kitseg.measurement.flags import Quality
 from kitseg.measurement.measure import measure
-from kitseg.measurement.quality import BY_FRAME, Quality
+from kitseg.measurement.quality import BY_FRAME
 from kitseg.report.html import page_name
 from kitseg.report.scores import StudyScores
 from kitseg.report.slices import UNIT, Scene, around, cut, outlines, scroll

@@ -106,14 +106,22 @@ def test_the_box_around_the_kidneys_has_its_margin_in_millimetres() -> None:
     assert region(RegionContext(fine, np.zeros_like(guide), coarse)) is None
 
 
-def test_a_false_mass_does_not_draw_the_box_away_from_a_kidney() -> None:
+def test_a_false_mass_keeps_no_kidney_out_of_the_box() -> None:
+    """Nor does a mass without kidney tissue, which two specks of kidney outrank by tissue, stay out of it."""
     grid = Geometry((8, 30, 60), np.diag([4.0, 4.0, 4.0, 1]))
     guide = np.zeros(grid.shape, np.uint8)
     guide[2:6, 4:12, 4:20] = guide[2:6, 4:12, 40:56] = KIDNEY  # 33 ml each
     region = AroundForeground(0, at_least=(4, 8, 8))
-    box = region(RegionContext(grid, guide, grid))
+    assert region(RegionContext(grid, guide, grid)) == Box((2, 4, 4), (6, 12, 56))
     guide[:, 14:28, 2:58] = TUMOR  # 401 ml, apart from the kidneys
-    assert region(RegionContext(grid, guide, grid)) == box == Box((2, 4, 4), (6, 12, 56))
+    assert region(RegionContext(grid, guide, grid)) == Box((0, 4, 2), (8, 28, 58))
+    guide[:], guide[2:6, 4:12, 4:20], guide[1:7, 16:28, 40:56] = 0, KIDNEY, TUMOR
+    guide[2:6, 4:12, 40:48] = KIDNEY  # 16 ml
+    assert region(RegionContext(grid, guide, grid)) == Box((1, 4, 4), (7, 28, 56))
+    guide[2:6, 4:13, 40:50] = KIDNEY  # 23 ml
+    assert region(RegionContext(grid, guide, grid)) == Box((1, 4, 4), (7, 28, 56))
+    guide[1:7, 16:28, 40:56] = 0
+    assert region(RegionContext(grid, guide, grid)) == Box((2, 4, 4), (6, 13, 50))
 
 
 def test_each_part_can_be_taken_away() -> None:

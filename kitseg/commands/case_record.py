@@ -13,7 +13,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from kitseg.errors import InputError, KitsegError, UsageError
 from kitseg.labels import KITS23, Scheme, data_set_places, predictions_scheme
-from kitseg.measurement.quality import Quality
+from kitseg.measurement.flags import Quality
 from kitseg.runtime.files import file_digest
 from kitseg.runtime.overwrite import OVERWRITE, refuse_overwrite
 from kitseg.runtime.provenance import FileFormat

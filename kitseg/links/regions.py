@@ -153,8 +153,9 @@ class FixedAroundForeground:
 class AroundForeground:
     """The bounding box of the guide's kidneys and masses with a margin, inside the volume.
 
-    Of more than two components that are large enough, the kidneys are those with the most kidney tissue. What the stage
-    then finds counts where it overlaps with them.
+    Of more than two components that are large enough, the two largest and the two with the most kidney tissue may be
+    the kidneys: a tumor leaves little tissue, and a false mass has hardly any. What the stage then finds counts where
+    it overlaps with them.
 
     margin: millimetres on each side; components too small to be kidneys are removed before; at_least: voxels (slices,
     rows, columns) to which a smaller box is grown.
@@ -184,7 +185,7 @@ class AroundForeground:
         return triple(np.maximum(grid.shape, self.at_least))
 
     def confirmed(self, found: NDArray[np.bool_], box: Box, known: RegionContext) -> NDArray[np.bool_]:
-        """The two components of a foreground (d, h, w) that overlap most with the guide's kidneys, one of each.
+        """The components of a foreground (d, h, w) that overlap most with the guide's kidneys, one of each, at least 2.
 
         Overlap with kidney tissue counts first, then with masses; without any overlap all remain.
         """
@@ -204,7 +205,7 @@ class AroundForeground:
             overlap, tissue = parts.total(kidney[near]), parts.total((kidney & (known.guide == KIDNEY))[near])
             order = np.lexsort((-overlap, -tissue))
             left = [int(number) for number in order if overlap[number] > 0 and number not in best]
-            best += left[: 2 - len(best) if kidney is kidneys else 1]
+            best += left[: max(0, 2 - len(best)) if kidney is kidneys else 1]
         return parts.chosen(np.isin(np.arange(parts.sizes.size), best)) if best else found
 
 
@@ -220,11 +221,15 @@ def _foreground(known: RegionContext, by_tissue: bool = False) -> Box | None:
 
 
 def _kidneys(known: RegionContext, by_tissue: bool) -> NDArray[np.bool_]:
-    """The guide's kidneys with their masses, on the guide's grid."""
+    """The guide's kidneys with their masses, on the guide's grid.
+
+    by_tissue: also the two components with the most kidney tissue, where they aren't the largest.
+    """
     if known.guide is None or known.guide_grid is None:
         raise ValueError("the box around the foreground needs a guide")
-    tissue = known.guide == KIDNEY if by_tissue else None
-    return keep_kidneys(known.guide > 0, known.guide_grid.voxel_ml, tissue=tissue)
+    found, ml = known.guide > 0, known.guide_grid.voxel_ml
+    largest = keep_kidneys(found, ml)
+    return largest | keep_kidneys(found, ml, tissue=known.guide == KIDNEY) if by_tissue else largest
 
 
 def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from kitseg.labels import BACKGROUND, CYST, KIDNEY, TUMOR
-from kitseg.measurement.quality import AMBER, LEVELS, Flag, Quality
+from kitseg.measurement.flags import AMBER, LEVELS, Flag, Quality
 from kitseg.types import Probabilities
 
 FAILED = 0.5  # a tumor Dice below it is a failure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,83 +12,43 @@ from numpy.typing import NDArray
 from kitseg.components import SPECK_ML, Components
 from kitseg.labels import BACKGROUND, KIDNEY, TUMOR
 from kitseg.measurement.findings import KIDNEY_ML, Findings
+from kitseg.measurement.flags import AMBER, RED, Flag, Quality
+from kitseg.measurement.model_flags import (
+    Outlined,
+    TrainingDomain,
+    agreement_flags,
+    phase_flags,
+    removed_flags,
+    spacing_flags,
+    tumor_size_flags,
+)
 from kitseg.measurement.phase import aorta_hu, contrast_phase, kidney_hu
 from kitseg.measurement.sides import HOLD_ML
-from kitseg.postprocess.certainty import contact_shares
 from kitseg.postprocess.distance import distances_mm
-from kitseg.types import Geometry, ball_diameter
-
-LEVELS = ("green", "amber", "red")
-GREEN, AMBER, RED = LEVELS
+from kitseg.types import Box, Geometry, Triple
 
 PARENCHYMA_ML = (50.0, 450.0)  # of one kidney
 FAILED_ML = 800.0  # of one kidney's parenchyma: no kidney has so much
 FAILED_HU = 0.0  # unenhanced parenchyma has 30 to 50 HU, fat -120 to -60
 TUMOR_ML = 2000.0  # of all tumors
 FAR_MM = 10.0
-AGREEMENT = {
-    "kidney": (0.90, 0.80),
-    "tumor": (0.70, 0.40),
-}  # Dice over all pairs; below: amber, red
-NEAR_HU, FAR_HU = 20.0, 60.0  # outside the range in training: amber, red
-SPACING_TOLERANCE = 0.1
 _CUT_OFF = (
     "Kidney or tumor reaches the edge of the scan ({}) and may be cut off: sizes are lower bounds, and what follows "
     "from them (size class, scores, function after surgery) may be wrong."
+)
+_REGION = (
+    "Kidney or tumor reaches the border ({}) of the region around the kidneys in which networks looked: it may be cut "
+    "off there, or be another organ."
 )
 _JOINED = (
     "One part of {:.0f} ml reaches to both sides, a horseshoe kidney or two kidneys that touch: it is measured as a "
     "right and a left kidney, cut where the parenchyma is thinnest."
 )
 BY_FRAME = "Without the scan, the only kidney's side is by the middle of the frame, which a cropped label map moves."
-REMOVED_ML = 5.0  # of one part
-_REMOVED = "Post-processing removed {:.0f} ml of tumor at a kidney (axial slice {}): check whether there is a tumor."
 _OVER_FAT = "The kidney outlines lie over fat or air ({:.0f} HU): the segmentation has failed, or is of another scan."
 #: The flags about what is labelled that figures can't show: the others are about a figure beside them.
 _SHAPES = ("third-kidney", "joined-kidneys", "cut-off", "tumor-far", "kidney-hu")
 BORDERS = (("top", "bottom"), ("front", "back"), ("right", "left"))  # first and last index of axes (I, P, L)
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A warning. name: such as ``no-kidney``; level: amber or red; reason: a sentence for the user."""
-
-    name: str
-    level: str
-    reason: str
-
-    def __post_init__(self) -> None:
-        if self.level not in LEVELS:  # a record that somebody else wrote
-            raise ValueError(f"a flag's level is one of {', '.join(LEVELS)}, not {self.level}")
-
-
-@dataclass(frozen=True)
-class Quality:
-    """A case's flags; phase: name of the contrast phase, None if unknown."""
-
-    flags: tuple[Flag, ...]
-    phase: str | None = None
-
-    @property
-    def level(self) -> str:
-        """The most severe level of the flags; green without flags."""
-        return LEVELS[max((LEVELS.index(flag.level) for flag in self.flags), default=0)]
-
-
-@dataclass(frozen=True)
-class TrainingDomain:
-    """The ranges (lowest, highest) of a model's training cases.
-
-    slice_mm: slice spacing; pixel_mm: pixel spacing; kidney_hu: median HU of the parenchyma; aorta_hu: HU of the
-    detected aorta, None if it was not found; tumor_mm: diameters of spheres with the volumes of each case's largest
-    tumor, None if unknown.
-    """
-
-    slice_mm: tuple[float, float]
-    pixel_mm: tuple[float, float]
-    kidney_hu: tuple[float, float]
-    aorta_hu: tuple[float, float] | None
-    tumor_mm: tuple[float, float] | None = None
 
 
 def assess(
@@ -99,7 +58,7 @@ def assess(
     findings: Findings,
     agreement: Mapping[str, float] | None,
     training_domain: TrainingDomain | None,
-    outlined: NDArray[np.bool_] | None = None,
+    outlined: Outlined | None = None,
 ) -> Quality:
     """The flags of a case, and its contrast phase; docs/explanation/quality.md has every rule with its threshold.
 
@@ -111,7 +70,7 @@ def assess(
         agreement: Dice of an ensemble's members, pooled over their pairs, 0 to 1, for ``kidney`` and ``tumor``;
             None for a single member.
         training_domain: the ranges of the model's training cases; None leaves out the flags about them.
-        outlined: the tumor before post-processing, (D, H, W); None: unknown.
+        outlined: by networks, before post-processing; None where unknown.
     """
     parts = Parts.of(labels, geometry)
     kidney = aorta = None
@@ -126,8 +85,9 @@ def assess(
         *border_flags(parts),
         *volume_flags(findings),
         *agreement_flags(agreement or {}),
-        *([] if outlined is None else removed_flags(labels, outlined, geometry)),
     ]
+    if outlined is not None:
+        flags += [*removed_flags(labels, outlined, geometry), *region_flags(parts, outlined.region)]
     if training_domain is not None:
         flags += [] if failed else phase_flags(kidney, aorta, phase, training_domain)
         flags += spacing_flags(geometry, training_domain)
@@ -193,30 +153,28 @@ def tumor_flags(labels: NDArray[np.uint8], geometry: Geometry, parts: Parts, fin
     yield Flag("tumor-far", RED if gap > FAR_MM else AMBER, reason)
 
 
-def removed_flags(labels: NDArray[np.uint8], outlined: NDArray[np.bool_], geometry: Geometry) -> Iterator[Flag]:
-    """Parts of the tumor before post-processing (D, H, W) that touch the foreground and of which nothing is left."""
-    found = Components.of(outlined)
-    gone = (found.sizes * geometry.voxel_ml >= REMOVED_ML) & (found.total(labels == TUMOR) == 0)
-    gone &= contact_shares(found, labels != BACKGROUND) > 0
-    if gone.any():
-        largest = found.numbers == np.argmax(found.sizes * gone)
-        middle = found.box.start[0] + largest.sum(axis=(1, 2)).argmax()
-        removed = found.sizes[gone].sum() * geometry.voxel_ml
-        yield Flag("removed-tumor", AMBER, _REMOVED.format(removed, middle + 1))
-
-
 def border_flags(parts: Parts) -> Iterator[Flag]:
     """Kidneys and tumors that reach an edge of the scan."""
-    found = parts.components
-    visible = parts.ml >= SPECK_ML
-    cut = []
-    for axis, names in enumerate(BORDERS):
-        planes = (found.box.start[axis] == 0, 0), (found.box.stop[axis] == found.shape[axis], -1)
-        for name, (touches, plane) in zip(names, planes, strict=True):
-            if touches and found.numbers.size and visible[found.numbers.take(plane, axis)].any():
-                cut.append(name)
-    if cut:
+    if cut := _reached(parts, (0, 0, 0), parts.components.shape):
         yield Flag("cut-off", AMBER, _CUT_OFF.format(", ".join(cut)))
+
+
+def region_flags(parts: Parts, region: Box) -> Iterator[Flag]:
+    """Kidneys and tumors that reach a border of the region in which networks looked, inside the scan."""
+    edges = _reached(parts, (0, 0, 0), parts.components.shape)
+    if cut := [name for name in _reached(parts, region.start, region.stop) if name not in edges]:
+        yield Flag("region-border", AMBER, _REGION.format(", ".join(cut)))
+
+
+def _reached(parts: Parts, start: Triple, stop: Triple) -> list[str]:
+    """The sides of a box around all components that one of them, larger than a speck, reaches."""
+    found, visible, names = parts.components, parts.ml >= SPECK_ML, []
+    for axis, sides in enumerate(BORDERS):
+        touched = (found.box.start[axis] == start[axis], 0), (found.box.stop[axis] == stop[axis], -1)
+        for name, (touches, plane) in zip(sides, touched, strict=True):
+            if touches and found.numbers.size and visible[found.numbers.take(plane, axis)].any():
+                names.append(name)
+    return names
 
 
 def doubts(
@@ -243,56 +201,3 @@ def volume_flags(findings: Findings) -> Iterator[Flag]:
     tumor = sum(lesion.volume_ml for lesion in findings.lesions if lesion.kind == "tumor")
     if tumor > TUMOR_ML:
         yield Flag("tumor-volume", AMBER, f"The tumors have {tumor:.0f} ml; more than {TUMOR_ML:.0f} ml are unlikely.")
-
-
-def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:
-    """Classes on which an ensemble's members disagree."""
-    for name, (amber, red) in AGREEMENT.items():
-        dice = agreement.get(name, math.nan)
-        if dice < amber:  # False for NaN
-            least = red if dice < red else amber
-            reason = f"The ensemble's members agree on the {name} with a Dice of only {dice:.2f}, below {least:.2f}."
-            yield Flag(f"{name}-agreement", RED if dice < red else AMBER, reason)
-
-
-def phase_flags(
-    kidney: float | None, aorta: float | None, phase: str | None, training_domain: TrainingDomain
-) -> Iterator[Flag]:
-    """Contrast outside the range of the training cases, which makes the tumor labels unreliable."""
-    pairs = (("kidney", kidney, training_domain.kidney_hu), ("aorta", aorta, training_domain.aorta_hu))
-    outside = {name: (hu, span) for name, hu, span in pairs if hu is not None and span and _beyond(hu, span) > NEAR_HU}
-    if outside:
-        worst = max(_beyond(hu, span) for hu, span in outside.values())
-        figures = "; ".join(
-            f"{name} at {hu:.0f} HU, {low:.0f} to {high:.0f} HU in training"
-            for name, (hu, (low, high)) in outside.items()
-        )
-        seen = f"phase appears to be {phase}" if phase else "differs from training"
-        reason = f"The contrast {seen} ({figures}): the tumor labels are unreliable."
-        yield Flag("phase", RED if worst > FAR_HU else AMBER, reason)
-
-
-def spacing_flags(geometry: Geometry, training_domain: TrainingDomain) -> Iterator[Flag]:
-    """Voxel sizes outside the range of the training cases."""
-    slices, *pixels = geometry.spacing
-    spans = (("slices", (slices,), training_domain.slice_mm), ("pixels", pixels, training_domain.pixel_mm))
-    for name, values, (low, high) in spans:
-        smallest, largest = low * (1 - SPACING_TOLERANCE), high * (1 + SPACING_TOLERANCE)
-        if strange := [value for value in values if not smallest <= value <= largest]:
-            reason = f"The {name} are {strange[0]:.2f} mm apart"
-            yield Flag("spacing", AMBER, f"{reason}; in training they were {low:.2f} to {high:.2f} mm apart.")
-
-
-def tumor_size_flags(findings: Findings, training_domain: TrainingDomain) -> Iterator[Flag]:
-    """A tumor larger than those of the training, where their sizes are known; by the sphere of its volume."""
-    volumes = [lesion.volume_ml for lesion in findings.lesions if lesion.kind == "tumor"]
-    mm = ball_diameter(max(volumes, default=0.0))
-    if training_domain.tumor_mm and mm > training_domain.tumor_mm[1] * (1 + SPACING_TOLERANCE):
-        low, high = training_domain.tumor_mm
-        seen = f"in training they had {low:.0f} to {high:.0f} mm"
-        yield Flag("tumor-size", AMBER, f"The largest tumor has the volume of a sphere of {mm:.0f} mm; {seen}.")
-
-
-def _beyond(value: float, span: tuple[float, float]) -> float:
-    """The distance of a value to a range; 0 inside it."""
-    return max(span[0] - value, value - span[1], 0.0)

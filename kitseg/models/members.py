@@ -16,7 +16,9 @@ from kitseg.errors import UsageError
 from kitseg.labels import KITS19, Scheme, to_kits19
 from kitseg.measurement.confidence import find_signs
 from kitseg.measurement.findings import Findings
-from kitseg.measurement.quality import Quality, TrainingDomain, assess
+from kitseg.measurement.flags import Quality
+from kitseg.measurement.model_flags import TrainingDomain
+from kitseg.measurement.quality import assess
 from kitseg.models.builtin import BUILTIN, open_builtin
 from kitseg.models.bundles.address import SCHEME, fetch_bundle
 from kitseg.models.bundles.archive import MANIFEST
@@ -25,7 +27,7 @@ from kitseg.models.chain import run_chain, to_scan
 from kitseg.models.ensemble_file import Member, read_ensemble
 from kitseg.models.model import Model, open_model
 from kitseg.models.origin import describe_model, origin, origin_path
-from kitseg.models.postprocessing import build_steps, clean, outlined_tumor
+from kitseg.models.postprocessing import build_steps, clean, outlined
 from kitseg.models.run_folder import of_fold
 from kitseg.models.training_domain import merge_domains
 from kitseg.postprocess import Prior
@@ -170,7 +172,7 @@ def judge(
 
     labels = labels if scheme.cyst else to_kits19(labels)
     findings = measure(labels, scan.geometry, scan.array)
-    quality = assess(labels, scan.array, scan.geometry, findings, agreement, domain, outlined_tumor(found))
+    quality = assess(labels, scan.array, scan.geometry, findings, agreement, domain, outlined(found))
     return Prediction(labels, found, findings, quality, agreement, find_signs(labels, found, agreement), scheme)
 
 

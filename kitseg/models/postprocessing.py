@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kitseg import config, ensemble
 from kitseg.components import bounding_box
 from kitseg.errors import UsageError
+from kitseg.measurement.model_flags import Outlined
 from kitseg.parts import check_steps
 from kitseg.postprocess import Prior
 from kitseg.types import Probabilities, Volume
@@ -46,8 +47,8 @@ def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Prior]) ->
     return labels
 
 
-def outlined_tumor(probabilities: Probabilities) -> NDArray[np.bool_]:
-    """The tumor of a scan (D, H, W) before the priors."""
+def outlined(probabilities: Probabilities) -> Outlined:
+    """What the networks outline in a scan, before the priors."""
     tumor = np.zeros(probabilities.geometry.shape, np.bool_)
     tumor[probabilities.box.slices] = ensemble.to_masks(probabilities).tumor
-    return tumor
+    return Outlined(tumor, probabilities.box)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kitseg.errors import InputError, UsageError
-from kitseg.measurement.quality import TrainingDomain
+from kitseg.measurement.model_flags import TrainingDomain
 from kitseg.runtime.provenance import FileFormat
 
 SCHEMA = 1

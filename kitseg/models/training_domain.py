@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from kitseg.measurement.quality import TrainingDomain
+from kitseg.measurement.model_flags import TrainingDomain
 from kitseg.models.run_folder import PHANTOMS, SYNTHETIC
 from kitseg.splits import Fold
 from kitseg.volumes.store import StoredCase

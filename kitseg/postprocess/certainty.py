@@ -34,7 +34,8 @@ class KeepCertainTumors:
         min_earlier: mean probability of tumor by an earlier stage from which a component is confirmed; None, or without
             a channel ``earlier_tumor``: none is.
         confirmed_probability: smallest mean probability of a confirmed component, if smaller than the others.
-        large_ml: volume in millilitres from which a component needs no least probability.
+        large_ml: volume in millilitres from which a component is kept whatever its contact and probability: the share
+            of a tumor's surroundings that the kidney can be falls with its size.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
@@ -59,8 +60,8 @@ class KeepCertainTumors:
         known = masks.probabilities
         if "tumor" in known:
             least = self._least(tumors, contact, known)
-            certain = tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
-            kept &= certain | (tumors.sizes * ml >= self.large_ml)
+            kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
+        kept |= tumors.sizes * ml >= self.large_ml
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kitseg.labels import CYST
 from kitseg.measurement.findings import Findings, Lesion
-from kitseg.measurement.quality import Quality
+from kitseg.measurement.flags import Quality
 from kitseg.measurement.renal_function import AfterSurgery, Patient
 from kitseg.report import LEVEL_TEXTS
 from kitseg.report.html import number, write_page

@@ -12,7 +12,7 @@ import numpy as np
 
 from kitseg.labels import Scheme
 from kitseg.measurement.findings import Findings, Lesion
-from kitseg.measurement.quality import LEVELS, Quality
+from kitseg.measurement.flags import LEVELS, Quality
 from kitseg.report.case_page import middle_of
 from kitseg.report.html import page_name, write_page
 from kitseg.report.scores import ScoreTable, StudyScores

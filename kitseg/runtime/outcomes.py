@@ -14,7 +14,7 @@ from kitseg.runtime.signals import raise_again
 from kitseg.types import Case
 
 if TYPE_CHECKING:
-    from kitseg.measurement.quality import Quality
+    from kitseg.measurement.flags import Quality
 
 OnDone = Callable[["Outcome"], None]
 C = TypeVar("C", str, Case)
