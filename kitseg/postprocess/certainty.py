@@ -34,8 +34,8 @@ class KeepCertainTumors:
         min_earlier: mean probability of tumor by an earlier stage from which a component is confirmed; None, or without
             a channel ``earlier_tumor``: none is.
         confirmed_probability: smallest mean probability of a confirmed component, if smaller than the others.
-        large_ml: volume in millilitres from which a component is kept whatever its contact and probability: the share
-            of a tumor's surroundings that the kidney can be falls with its size.
+        large_ml: volume in millilitres from which a component needs no least probability, and less contact: the share
+            of its surroundings that a kidney can be falls with the volume to the power of two thirds.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
@@ -55,13 +55,13 @@ class KeepCertainTumors:
         tumors = Components.of(masks.tumor)
         if not tumors.sizes.any():
             return masks
-        contact = contact_shares(tumors, masks.foreground)
-        kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact)
+        contact, large = contact_shares(tumors, masks.foreground), tumors.sizes * ml >= self.large_ml
+        surface = np.maximum(1, tumors.sizes * ml / self.large_ml) ** (-2 / 3)
+        kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact * surface)
         known = masks.probabilities
         if "tumor" in known:
             least = self._least(tumors, contact, known)
-            kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
-        kept |= tumors.sizes * ml >= self.large_ml
+            kept &= large | (tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes)
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)
