@@ -141,4 +141,4 @@ def test_a_tumor_that_post_processing_removes_is_flagged(tmp_path: Path) -> None
         assert (record["volumes_ml"]["tumor"] > 15) != flagged
         flags = [flag["reason"] for flag in record["quality"]["flags"] if flag["name"] == "removed-tumor"]
         assert len(flags) == flagged
-        assert all(reason in done.text and "axial slice" in reason for reason in flags)
+        assert all(reason in done.text and "from the head" in reason for reason in flags)

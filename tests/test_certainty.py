@@ -49,9 +49,11 @@ def test_at_the_border_of_the_array() -> None:
         (KeepCertainTumors(min_probability=0.5, outer_contact=0.4, outer_probability=0.3), 8),
         (KeepCertainTumors(min_probability=0.95, min_earlier=0, confirmed_probability=0.3), 0),
         (KeepCertainTumors(min_ml=9), 0),
-        (KeepCertainTumors(min_probability=0.95, large_ml=8), 8),
-        (KeepCertainTumors(min_probability=0.95, large_ml=8.5), 0),
-        (KeepCertainTumors(min_probability=0.95, min_contact=0.4, large_ml=1), 8),
+        (KeepCertainTumors(min_probability=0.95, large_ml=8, confirmed_probability=0.85), 8),
+        (KeepCertainTumors(min_probability=0.95, large_ml=8, confirmed_probability=0.92), 0),
+        (KeepCertainTumors(min_probability=0.95, large_ml=8), 0),
+        (KeepCertainTumors(min_probability=0.95, large_ml=8.5, confirmed_probability=0.85), 0),
+        (KeepCertainTumors(min_contact=0.4, large_ml=1), 8),
         (KeepCertainTumors(min_contact=0.6, large_ml=0.125), 9),  # 0.15 for 1 ml
         (KeepCertainTumors(min_contact=0.6, large_ml=0.5), 8),  # 0.38
     ],

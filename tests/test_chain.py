@@ -260,6 +260,23 @@ def test_channels_of_two_stages_in_one_box() -> None:
     assert np.array_equal(whole, expected)
 
 
+@pytest.mark.parametrize("thick", [20, 12, 7, 5, 3])
+def test_the_foreground_reaches_a_side_of_its_box_only_where_the_network_saw_no_farther(thick: int) -> None:
+    """Whatever the scan's slices; an image of 20 slices has a part of sharp foreground."""
+    shape = (thick, 12, 12)
+    grid, scan = lattice((20, 12, 12)), Volume(np.zeros(shape, np.int16), lattice(shape), lattice(shape), "case_00000")
+    for first in range(4, 9):
+        whole = alone(grid, "foreground", Box((first, 4, 4), (first + 7, 8, 8)), 1)
+        cut = replace(whole, array=whole.array[:, first : first + 7, :7], box=Box((first, 0, 0), (first + 7, 7, 12)))
+        source = {"foreground": Source("kidneys", "main", "foreground")}
+        free, reached = (
+            [found.take(end, axis).any() for axis in range(3) for end in (0, -1)]
+            for found in (to_scan({"kidneys.main": output}, source, scan).array[0] >= 0.5 for output in (whole, cut))
+        )
+        assert not any(free)
+        assert reached == [True, True, False, True, False, False]
+
+
 def test_an_earlier_tumor_does_not_enlarge_the_box() -> None:
     """Its part inside the box of what labels follow from is kept."""
     grid = lattice((6, 10, 12))

@@ -155,22 +155,36 @@ def test_a_tumor_that_touches_a_kidney_or_is_a_speck_is_no_doubt() -> None:
 @pytest.mark.parametrize(
     ("rows", "left", "column", "reason"),
     [
-        (10, 0, 20, "removed 5 ml of tumor at a kidney (axial slice 12)"),  # beside the kidney
-        (10, 0, 18, "removed 5 ml of tumor at a kidney (axial slice 12)"),  # half of it in the kidney
+        (10, 0, 20, ": 5 ml (slice 12 from the head)."),  # beside the kidney
+        (10, 0, 18, ": 5 ml (slice 12 from the head)."),  # half of it in the kidney
         (9, 0, 20, ""),  # 4.6 ml
         (10, 1, 20, ""),  # a voxel of it is left
         (10, 0, 25, ""),  # no kidney touches it
+        (41, 0, 25, ": 21 ml (slice 12 from the head)."),  # nor this one, but it may have been a kidney
     ],
 )
 def test_a_tumor_that_post_processing_removed(rows: int, left: int, column: int, reason: str) -> None:
     outlined, labels = np.zeros(SHAPE, np.bool_), two_kidneys()
-    outlined[9:14, 20 : 20 + rows, column : column + 4] = True
-    outlined[11, 19, column : column + 4] = True  # the largest slice
-    outlined[20, 30:40, 20:30] = True  # 2.5 ml, too little by itself
+    outlined[9:14, 18 : 18 + rows, column : column + 4] = True
+    outlined[11, 17, column : column + 4] = True  # the largest slice
+    outlined[20, 45:55, 30:40] = True  # 2.5 ml, too little by itself
     labels[9, 20, column : column + left] = 2
-    quality = assess(labels, None, GEOMETRY, BOTH, None, None, Outlined(outlined, Box((0, 0, 0), SHAPE)))
-    assert [(flag.name, flag.level) for flag in quality.flags] == [("removed-tumor", "amber")] * bool(reason)
-    assert all(reason in flag.reason for flag in quality.flags)
+    region = Box((8, 10, 5), (30, 60, 75))
+    quality = assess(
+        labels, None, GEOMETRY, BOTH, None, None, Outlined(outlined[region.slices], Box(region.start, region.stop))
+    )
+    flags = [flag for flag in quality.flags if flag.name != "region-border"]
+    assert [(flag.name, flag.level) for flag in flags] == [("removed-tumor", "amber")] * bool(reason)
+    assert all(flag.reason.endswith(f"{reason} Look at it.") for flag in flags)
+
+
+def test_of_many_removed_parts_the_largest_are_named() -> None:
+    outlined = np.zeros(SHAPE, np.bool_)
+    for n, row in enumerate((2, 17, 32, 47)):
+        outlined[2 + 9 * n : 10 + 9 * n, row : row + 10 + n % 2, 30:40] = True  # 20 and 22 ml
+    (flag,) = assess(two_kidneys(), None, GEOMETRY, BOTH, None, None, Outlined(outlined, Box((0, 0, 0), SHAPE))).flags
+    places = "22 ml (slice 12 from the head), 22 ml (slice 30 from the head), 20 ml (slice 3 from the head)"
+    assert flag.reason == f"Post-processing removed what may be a tumor: {places}, and 1 more. Look at it."
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ class AroundForeground:
 
     def __call__(self, known: RegionContext) -> Box | None:
         """The box on the stage's grid; None if the guide has no foreground."""
-        found = _foreground(known, by_tissue=True)
+        found = _foreground(known, or_by_tissue=True)
         if found is None or known.guide_grid is None:
             return None
         step = np.divide(known.grid.shape, known.guide_grid.shape)
@@ -185,11 +185,11 @@ class AroundForeground:
         return triple(np.maximum(grid.shape, self.at_least))
 
     def confirmed(self, found: NDArray[np.bool_], box: Box, known: RegionContext) -> NDArray[np.bool_]:
-        """The components of a foreground (d, h, w) that overlap most with the guide's kidneys, one of each, at least 2.
+        """The components of a foreground (d, h, w) that overlap most with the guide's kidneys, one of each, or two.
 
         Overlap with kidney tissue counts first, then with masses; without any overlap all remain.
         """
-        kidneys = _kidneys(known, by_tissue=True)
+        kidneys = _kidneys(known, or_by_tissue=True)
         if known.guide is None or known.guide_grid is None:
             raise ValueError("to confirm a foreground takes a guide")
         parts, steps = Components.of(found), np.divide(known.guide_grid.shape, known.grid.shape)
@@ -215,21 +215,21 @@ def _check_voxels(size: Sequence[int], fewest: int = 0) -> None:
         raise ValueError(f"a box has {fewest} to 2048 voxels on each axis, and at most 2**27 in all")
 
 
-def _foreground(known: RegionContext, by_tissue: bool = False) -> Box | None:
+def _foreground(known: RegionContext, or_by_tissue: bool = False) -> Box | None:
     """The bounding box of the guide's kidneys and masses on the guide's grid."""
-    return bounding_box(_kidneys(known, by_tissue))
+    return bounding_box(_kidneys(known, or_by_tissue))
 
 
-def _kidneys(known: RegionContext, by_tissue: bool) -> NDArray[np.bool_]:
+def _kidneys(known: RegionContext, or_by_tissue: bool) -> NDArray[np.bool_]:
     """The guide's kidneys with their masses, on the guide's grid.
 
-    by_tissue: also the two components with the most kidney tissue, where they aren't the largest.
+    or_by_tissue: also the two components with the most kidney tissue, where they aren't the largest.
     """
     if known.guide is None or known.guide_grid is None:
         raise ValueError("the box around the foreground needs a guide")
     found, ml = known.guide > 0, known.guide_grid.voxel_ml
     largest = keep_kidneys(found, ml)
-    return largest | keep_kidneys(found, ml, tissue=known.guide == KIDNEY) if by_tissue else largest
+    return largest | keep_kidneys(found, ml, tissue=known.guide == KIDNEY) if or_by_tissue else largest
 
 
 def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:

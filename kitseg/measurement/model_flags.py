@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kitseg.components import Components
 from kitseg.labels import BACKGROUND, TUMOR
-from kitseg.measurement.findings import Findings
+from kitseg.measurement.findings import KIDNEY_ML, Findings
 from kitseg.measurement.flags import AMBER, RED, Flag
 from kitseg.postprocess.certainty import contact_shares
 from kitseg.types import Box, Geometry, ball_diameter
@@ -22,8 +22,8 @@ AGREEMENT = {
 }  # Dice over all pairs; below: amber, red
 NEAR_HU, FAR_HU = 20.0, 60.0  # outside the range in training: amber, red
 SPACING_TOLERANCE = 0.1
-REMOVED_ML = 5.0  # of one part
-_REMOVED = "Post-processing removed {:.0f} ml of tumor at a kidney (axial slice {}): check whether there is a tumor."
+REMOVED_ML, _NAMED = 5.0, 3  # of one part; parts in a sentence
+_REMOVED = "Post-processing removed what may be a tumor: {}. Look at it."
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class TrainingDomain:
 
 @dataclass(frozen=True)
 class Outlined:
-    """What networks outline: the tumor before post-processing (D, H, W), and the box with all that they find.
+    """What networks outline: the tumor before post-processing (d, h, w) in the box of the scan with all that they find.
 
-    Where the foreground reaches a side of the box, it is a border of the region that the last network was given.
+    Where the foreground reaches a side of the box, it is a border of what the last network was given; of several
+    networks, the box is the union of theirs.
     """
 
     tumor: NDArray[np.bool_]
@@ -54,15 +55,22 @@ class Outlined:
 
 
 def removed_flags(labels: NDArray[np.uint8], outlined: Outlined, geometry: Geometry) -> Iterator[Flag]:
-    """Parts of the tumor before post-processing that touch the foreground and of which nothing is left."""
-    found = Components.of(outlined.tumor)
-    gone = (found.sizes * geometry.voxel_ml >= REMOVED_ML) & (found.total(labels == TUMOR) == 0)
-    gone &= contact_shares(found, labels != BACKGROUND) > 0
-    if gone.any():
-        largest = found.numbers == np.argmax(found.sizes * gone)
-        middle = found.box.start[0] + largest.sum(axis=(1, 2)).argmax()
-        removed = found.sizes[gone].sum() * geometry.voxel_ml
-        yield Flag("removed-tumor", AMBER, _REMOVED.format(removed, middle + 1))
+    """Parts of the tumor of which post-processing leaves nothing, where they are large or touch what is left."""
+    kept, found = labels[outlined.region.slices], Components.of(outlined.tumor)
+    gone = (found.sizes * geometry.voxel_ml >= REMOVED_ML) & (found.total(kept == TUMOR) == 0)
+    if not gone.any():
+        return
+    parts = Components.of(found.chosen(gone))
+    ml = parts.sizes * geometry.voxel_ml
+    flagged = np.flatnonzero((ml >= KIDNEY_ML) | (contact_shares(parts, kept != BACKGROUND) > 0))
+    largest = sorted(flagged, key=lambda number: -ml[number])[:_NAMED]
+    first = outlined.region.start[0] + parts.box.start[0] + 1
+    middles = [first + int((parts.numbers == number).sum(axis=(1, 2)).argmax()) for number in largest]
+    if named := [
+        f"{ml[number]:.0f} ml (slice {at} from the head)" for number, at in zip(largest, middles, strict=True)
+    ]:
+        named += [f"and {flagged.size - _NAMED} more"] if flagged.size > _NAMED else []
+        yield Flag("removed-tumor", AMBER, _REMOVED.format(", ".join(named)))
 
 
 def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:

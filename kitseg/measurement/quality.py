@@ -37,7 +37,7 @@ _CUT_OFF = (
     "from them (size class, scores, function after surgery) may be wrong."
 )
 _REGION = (
-    "Kidney or tumor reaches the border ({}) of the region around the kidneys in which networks looked: it may be cut "
+    "Kidney or tumor reaches the border ({}) of the part of the scan that the last network was given: it may be cut "
     "off there, or be another organ."
 )
 _JOINED = (

@@ -18,7 +18,7 @@ from kitseg.inference.channels import foreground, label_ids, spread
 from kitseg.links.crop import paste
 from kitseg.links.regions import Confirming, RegionContext
 from kitseg.models.stage import TrainedStage
-from kitseg.types import Box, Geometry, Probabilities, Volume, class_channels
+from kitseg.types import Box, Geometry, Probabilities, Triple, Volume, class_channels, triple
 from kitseg.volumes.resample import box_on, from_grid, image_on_grid
 from kitseg.volumes.store import statistics
 
@@ -147,7 +147,7 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
         channels: the source of each channel of the result.
         scan: the scan.
     """
-    parts = {key: _foreground_part(output) for key, output in outputs.items()}
+    parts = {key: _foreground_part(output, scan.geometry.shape) for key, output in outputs.items()}
     boxes = {
         key: box_on(box, outputs[key].grid.shape, scan.geometry.shape)
         for key, (_, box) in parts.items()
@@ -168,8 +168,12 @@ def to_scan(outputs: Mapping[str, Output], channels: Mapping[str, Source], scan:
     return Probabilities(array, tuple(channels), box, scan.geometry, scan.native, scan.case_id)
 
 
-def _foreground_part(output: Output) -> tuple[NDArray[np.float32], Box]:
-    """The part of an output inside the grid around its foreground, with a margin of one voxel."""
+def _foreground_part(output: Output, scan: Triple) -> tuple[NDArray[np.float32], Box]:
+    """The part of an output inside the grid around its foreground, with a margin of a voxel, of the scan, too.
+
+    scan: the shape of the scan's grid, over the same extent. Its outermost voxels in the box are foreground only where
+    the output's own box ends.
+    """
     if output.array is None:
         return np.empty((0, 0, 0, 0), np.float32), EMPTY
     box = output.box.clip(output.grid.shape)
@@ -177,5 +181,6 @@ def _foreground_part(output: Output) -> tuple[NDArray[np.float32], Box]:
     found = bounding_box(foreground(torch.from_numpy(values), output.channels).numpy() > NEGLIGIBLE)
     if found is None:
         return values, EMPTY
-    near = found.grown(1).clip(box.size)
+    margin = [1 if n <= m else 1 - (-n // m) for n, m in zip(output.grid.shape, scan, strict=True)]
+    near = Box(triple(np.subtract(found.start, margin)), triple(np.add(found.stop, margin))).clip(box.size)
     return values[(slice(None), *near.slices)], near.placed(box.start)

@@ -49,6 +49,4 @@ def clean(probabilities: Probabilities, scan: Volume, steps: Sequence[Prior]) ->
 
 def outlined(probabilities: Probabilities) -> Outlined:
     """What the networks outline in a scan, before the priors."""
-    tumor = np.zeros(probabilities.geometry.shape, np.bool_)
-    tumor[probabilities.box.slices] = ensemble.to_masks(probabilities).tumor
-    return Outlined(tumor, probabilities.box)
+    return Outlined(ensemble.to_masks(probabilities).tumor, probabilities.box)

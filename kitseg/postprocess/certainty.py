@@ -34,8 +34,8 @@ class KeepCertainTumors:
         min_earlier: mean probability of tumor by an earlier stage from which a component is confirmed; None, or without
             a channel ``earlier_tumor``: none is.
         confirmed_probability: smallest mean probability of a confirmed component, if smaller than the others.
-        large_ml: volume in millilitres from which a component needs no least probability, and less contact: the share
-            of its surroundings that a kidney can be falls with the volume to the power of two thirds.
+        large_ml: volume in millilitres from which a component counts as confirmed, and needs less contact: the share of
+            its surroundings that a kidney can be falls with the volume to the power of two thirds.
         min_cyst_ml: smallest volume of a cyst; smaller ones become kidney.
     """
 
@@ -55,13 +55,13 @@ class KeepCertainTumors:
         tumors = Components.of(masks.tumor)
         if not tumors.sizes.any():
             return masks
-        contact, large = contact_shares(tumors, masks.foreground), tumors.sizes * ml >= self.large_ml
-        surface = np.maximum(1, tumors.sizes * ml / self.large_ml) ** (-2 / 3)
-        kept = (tumors.sizes * ml >= self.min_ml) & (contact >= self.min_contact * surface)
+        volumes, contact = tumors.sizes * ml, contact_shares(tumors, masks.foreground)
+        surface = np.maximum(1, volumes / self.large_ml) ** (-2 / 3)
+        kept = (volumes >= self.min_ml) & (contact >= self.min_contact * surface)
         known = masks.probabilities
         if "tumor" in known:
-            least = self._least(tumors, contact, known)
-            kept &= large | (tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes)
+            least = self._least(tumors, volumes, contact, known)
+            kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)
@@ -72,14 +72,18 @@ class KeepCertainTumors:
         return replace(masks, foreground=masks.foreground & ~outside, tumor=tumors.chosen(kept))
 
     def _least(
-        self, tumors: Components, contact: NDArray[np.float64], known: Mapping[str, NDArray[np.float16]]
+        self,
+        tumors: Components,
+        volumes: NDArray[np.floating[Any]],
+        contact: NDArray[np.float64],
+        known: Mapping[str, NDArray[np.float16]],
     ) -> NDArray[np.float64]:
-        """The smallest mean probability of each component, by its number."""
+        """The smallest mean probability of each component, by its number; volumes: in ml."""
         outer = max(self.outer_probability, self.min_probability)
         least = np.where(contact < self.outer_contact, outer, self.min_probability)
-        if self.min_earlier is None or EARLIER_TUMOR not in known:
-            return least
-        confirmed = tumors.total(known[EARLIER_TUMOR].astype(np.float32)) >= self.min_earlier * tumors.sizes
+        confirmed = volumes >= self.large_ml
+        if self.min_earlier is not None and EARLIER_TUMOR in known:
+            confirmed |= tumors.total(known[EARLIER_TUMOR].astype(np.float32)) >= self.min_earlier * tumors.sizes
         return np.where(confirmed, np.minimum(least, self.confirmed_probability), least)
 
     def _without_small_cysts(self, masks: Masks, spacing: tuple[float, float, float]) -> Masks:
