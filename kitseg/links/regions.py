@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from kitseg.components import Components, bounding_box, keep_kidneys
+from kitseg.components import Components, bounding_box, kidneys_among
 from kitseg.labels import KIDNEY
 from kitseg.types import Box, Geometry, Triple, triple
 
@@ -227,9 +227,11 @@ def _kidneys(known: RegionContext, or_by_tissue: bool) -> NDArray[np.bool_]:
     """
     if known.guide is None or known.guide_grid is None:
         raise ValueError("the box around the foreground needs a guide")
-    found, ml = known.guide > 0, known.guide_grid.voxel_ml
-    largest = keep_kidneys(found, ml)
-    return largest | keep_kidneys(found, ml, tissue=known.guide == KIDNEY) if or_by_tissue else largest
+    parts, ml = Components.of(known.guide > 0), known.guide_grid.voxel_ml
+    kept = kidneys_among(parts.sizes, ml)
+    if or_by_tissue:
+        kept |= kidneys_among(parts.sizes, ml, tissue=parts.total(known.guide == KIDNEY).astype(np.int64))
+    return parts.chosen(kept)
 
 
 def _components(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:

@@ -63,14 +63,14 @@ def removed_flags(labels: NDArray[np.uint8], outlined: Outlined, geometry: Geome
     parts = Components.of(found.chosen(gone))
     ml = parts.sizes * geometry.voxel_ml
     flagged = np.flatnonzero((ml >= KIDNEY_ML) | (contact_shares(parts, kept != BACKGROUND) > 0))
-    largest = sorted(flagged, key=lambda number: -ml[number])[:_NAMED]
-    first = outlined.region.start[0] + parts.box.start[0] + 1
-    middles = [first + int((parts.numbers == number).sum(axis=(1, 2)).argmax()) for number in largest]
-    if named := [
-        f"{ml[number]:.0f} ml (slice {at} from the head)" for number, at in zip(largest, middles, strict=True)
-    ]:
-        named += [f"and {flagged.size - _NAMED} more"] if flagged.size > _NAMED else []
-        yield Flag("removed-tumor", AMBER, _REMOVED.format(", ".join(named)))
+    if not flagged.size:
+        return
+    first, named = outlined.region.start[0] + parts.box.start[0] + 1, []
+    for number in sorted(flagged, key=lambda number: -ml[number])[:_NAMED]:
+        middle = int((parts.numbers == number).sum(axis=(1, 2)).argmax())
+        named.append(f"{ml[number]:.0f} ml (slice {first + middle} from the head)")
+    named += [f"and {flagged.size - _NAMED} more"] if flagged.size > _NAMED else []
+    yield Flag("removed-tumor", AMBER, _REMOVED.format(", ".join(named)))
 
 
 def agreement_flags(agreement: Mapping[str, float]) -> Iterator[Flag]:
