@@ -47,7 +47,7 @@ def test_the_whole_run() -> None:
     assert run["published"] == {"kidney": 0.968, "tumor": 0.75}
     built = [config.build(step) for step in run["postprocess"].values()]
     assert [(type(step).__name__, vars(step)) for step in built] == [
-        ("KeepKidneys", {"most": 2, "min_ratio": 0.05, "min_ml": 20, "by_tissue": False}),
+        ("KeepKidneys", {"most": 2, "min_ratio": 0.05, "min_ml": 20, "by_tissue": False, "min_probability": 0.0}),
         ("RemoveLowHuTumors", {"threshold": 10}),
     ]
 

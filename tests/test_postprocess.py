@@ -211,6 +211,18 @@ def test_a_false_tumor_takes_no_kidneys_place() -> None:
     assert (found.foreground.sum(), found.tumor.sum()) == (20, 0)
 
 
+@pytest.mark.parametrize(("least", "stays"), [(0.0, [100, 30]), (0.75, [100, 0]), (0.85, [0, 0])])
+def test_an_improbable_part_is_no_kidney(least: float, stays: list[int]) -> None:
+    foreground = two_rows(30)
+    background = np.full(foreground.shape, 0.9, np.float16)
+    background[foreground], background[0, 0] = 0.35, 0.2  # the row of 30 voxels, then the one of 100
+    masks = Masks(foreground, foreground & False, probabilities={"background": background})
+    found = KeepKidneys(min_probability=least)(masks, np.zeros(foreground.shape), ML)
+    assert [int(found.foreground[0, 0].sum()), int(found.foreground[4, 4].sum())] == stays
+    unknown = KeepKidneys(min_probability=least)(Masks(foreground, foreground & False), np.zeros(foreground.shape), ML)
+    np.testing.assert_array_equal(unknown.foreground, foreground)
+
+
 # --- tumors ----------------------------------------------------------------------------------------------------------
 
 

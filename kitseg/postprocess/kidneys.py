@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.components import keep_kidneys
+from kitseg.components import Components, keep_kidneys
 from kitseg.labels import KIDNEY
 from kitseg.types import Masks
 
@@ -18,20 +19,30 @@ class KeepKidneys:
     """Keeps the foreground components that are kidneys; ``components.kidneys_among`` describes the settings.
 
     by_tissue: of the components that are large enough, those with the most kidney without masses stay instead of the
-    largest ones.
+    largest ones; min_probability: components whose mean probability of foreground is smaller are none; not applied to
+    masks without a probability of background.
     """
 
     most: int = 2
     min_ratio: float = 0.05
     min_ml: float = 20.0
     by_tissue: bool = False
+    min_probability: float = 0.0
 
     def __call__(self, masks: Masks, hu: NDArray[Any], spacing: tuple[float, float, float]) -> Masks:
         """``masks`` without the other foreground components and their tumor; tumor outside the foreground remains.
 
         ``hu`` is not used.
         """
-        ml = math.prod(spacing) / 1000
+        masks, ml = self._without_improbable(masks), math.prod(spacing) / 1000
         tissue = masks.labels() == KIDNEY if self.by_tissue else None
         kept = keep_kidneys(masks.foreground, ml, self.most, self.min_ratio, self.min_ml, tissue)
         return masks.without(masks.foreground & ~kept)
+
+    def _without_improbable(self, masks: Masks) -> Masks:
+        background = masks.probabilities.get("background")
+        if background is None or not self.min_probability:
+            return masks
+        found = Components.of(masks.foreground)
+        improbable = found.total(background.astype(np.float32)) > (1 - self.min_probability) * found.sizes
+        return masks.without(found.chosen(improbable))
