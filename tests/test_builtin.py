@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from zipfile import ZipFile
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 from conftest import kitseg
 from method_runs import untrained
 from nifti_files import save
@@ -133,12 +133,15 @@ def test_a_tumor_that_post_processing_removes_is_flagged(tmp_path: Path) -> None
     nib.save(nib.Nifti1Image(np.where(far < 20, noise, hu).astype(np.int16), scan.affine), tmp_path / "scan.nii.gz")
     shutil.copytree(open_builtin().path / "runs" / "0", tmp_path / "runs" / "strict")
     config = tmp_path / "runs" / "strict" / "config.yaml"
-    config.write_text(re.sub("(min|outer|confirmed)_probability: .*", r"\1_probability: 1.0", config.read_text()))
+    run = yaml.safe_load(config.read_text())
+    run["postprocess"]["certain"].update(min_probability=1.0, outer_probability=1.0, confirmed_probability=1.0)
+    config.write_text(yaml.safe_dump(run, sort_keys=False))
     for model, flagged in (("builtin", False), ("runs/strict", True)):
         done = kitseg(tmp_path, "predict", "scan.nii.gz", f"--model={model}", f"--output={flagged}")
         assert done.code == 0, done.text
         record = json.loads((tmp_path / str(flagged) / "scan.json").read_text())
         assert (record["volumes_ml"]["tumor"] > 15) != flagged
+        assert record["volumes_ml"]["kidney"] > 100
         flags = [flag["reason"] for flag in record["quality"]["flags"] if flag["name"] == "removed-tumor"]
         assert len(flags) == flagged
         assert all(reason in done.text and "from the head" in reason for reason in flags)

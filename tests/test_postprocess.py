@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -211,16 +212,20 @@ def test_a_false_tumor_takes_no_kidneys_place() -> None:
     assert (found.foreground.sum(), found.tumor.sum()) == (20, 0)
 
 
-@pytest.mark.parametrize(("least", "stays"), [(0.0, [100, 30]), (0.75, [100, 0]), (0.85, [0, 0])])
+@pytest.mark.parametrize(("least", "stays"), [(0.0, [100, 0]), (0.65, [100, 0]), (0.75, [0, 4]), (0.85, [0, 0])])
 def test_an_improbable_part_is_no_kidney(least: float, stays: list[int]) -> None:
-    foreground = two_rows(30)
+    """Rows of 100 and 4 voxels (less than 5 %) with mean probabilities of 0.7 and 0.8."""
+    foreground, hu = two_rows(4), np.zeros((5, 5, 100))
     background = np.full(foreground.shape, 0.9, np.float16)
-    background[foreground], background[0, 0] = 0.35, 0.2  # the row of 30 voxels, then the one of 100
-    masks = Masks(foreground, foreground & False, probabilities={"background": background})
-    found = KeepKidneys(min_probability=least)(masks, np.zeros(foreground.shape), ML)
-    assert [int(found.foreground[0, 0].sum()), int(found.foreground[4, 4].sum())] == stays
-    unknown = KeepKidneys(min_probability=least)(Masks(foreground, foreground & False), np.zeros(foreground.shape), ML)
-    np.testing.assert_array_equal(unknown.foreground, foreground)
+    background[0, 0, :50], background[0, 0, 50:] = 0.1, 0.5
+    background[4, 4, :2], background[4, 4, 2:4] = 0.0, 0.4
+    masks = Masks(foreground, foreground & (np.arange(100) < 2), probabilities={"background": background})
+    found = KeepKidneys(min_ml=0, min_probability=least)(masks, hu, ML)
+    assert [int(found.foreground[row, row].sum()) for row in (0, 4)] == stays
+    assert [int(found.tumor[row, row].sum()) for row in (0, 4)] == [min(n, 2) for n in stays]
+    for unknown in (replace(masks, probabilities={}), replace(masks, probabilities={"kidney": 1 - background})):
+        kept = KeepKidneys(min_ml=0, min_probability=least)(unknown, hu, ML)
+        np.testing.assert_array_equal(kept.foreground, two_rows(0))
 
 
 # --- tumors ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Keep at most two kidneys of sufficient size."""
+"""Keep at most two kidneys of sufficient size and probability."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from kitseg.components import Components, keep_kidneys
@@ -19,8 +18,8 @@ class KeepKidneys:
     """Keeps the foreground components that are kidneys; ``components.kidneys_among`` describes the settings.
 
     by_tissue: of the components that are large enough, those with the most kidney without masses stay instead of the
-    largest ones; min_probability: components whose mean probability of foreground is smaller are none; not applied to
-    masks without a probability of background.
+    largest ones; min_probability: components whose mean probability of foreground is smaller are removed first, so that
+    they count neither for ``most`` nor for ``min_ratio``; not applied to masks without a probability of background.
     """
 
     most: int = 2
@@ -44,5 +43,5 @@ class KeepKidneys:
         if background is None or not self.min_probability:
             return masks
         found = Components.of(masks.foreground)
-        improbable = found.total(background.astype(np.float32)) > (1 - self.min_probability) * found.sizes
+        improbable = found.total(background) > (1 - self.min_probability) * found.sizes
         return masks.without(found.chosen(improbable))
