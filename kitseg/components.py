@@ -81,7 +81,7 @@ def kidneys_among(
     most: int = 2,
     min_ratio: float = 0.05,
     min_ml: float = 20.0,
-    tissue: NDArray[np.int64] | None = None,
+    tissue: NDArray[np.float64] | None = None,
 ) -> NDArray[np.bool_]:
     """Which foreground components are kidneys: the largest one, and others that are large enough.
 
@@ -113,12 +113,7 @@ def keep_kidneys(
     most: int = 2,
     min_ratio: float = 0.05,
     min_ml: float = 20.0,
-    tissue: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
-    """The kidneys (with their tumors) of a foreground mask (D, H, W), as ``kidneys_among`` selects them.
-
-    tissue: where the mask is kidney without masses (D, H, W), to rank by it.
-    """
+    """The kidneys (with their tumors) of a foreground mask (D, H, W), as ``kidneys_among`` selects them."""
     found = Components.of(mask)
-    ranked = None if tissue is None else found.total(tissue).astype(np.int64)
-    return found.chosen(kidneys_among(found.sizes, voxel_ml, most, min_ratio, min_ml, ranked))
+    return found.chosen(kidneys_among(found.sizes, voxel_ml, most, min_ratio, min_ml))

@@ -10,7 +10,7 @@ import pytest
 from loops import FULL, parts_of, plain_keep, two_rows
 from scipy import ndimage
 
-from kitseg.components import Components, bounding_box, keep_kidneys
+from kitseg.components import Components, bounding_box, keep_kidneys, kidneys_among
 from kitseg.types import Box
 
 
@@ -72,7 +72,8 @@ def test_kidneys_by_their_tissue() -> None:
     mask, tissue = np.zeros((7, 1, 10), bool), np.zeros((7, 1, 10), bool)
     for z, size, share in ((0, 9, 1), (2, 7, 3), (4, 5, 5), (6, 2, 2)):
         mask[z, 0, :size] = tissue[z, 0, :share] = True
-    kept = keep_kidneys(mask, 1.0, 2, 0.05, 3.0, tissue)
+    found = Components.of(mask)
+    kept = found.chosen(kidneys_among(found.sizes, 1.0, 2, 0.05, 3.0, found.total(tissue)))
     assert kept.sum(axis=(1, 2)).tolist() == [0, 0, 7, 0, 5, 0, 0]
     assert keep_kidneys(mask, 1.0, 2, 0.05, 3.0).sum(axis=(1, 2)).tolist() == [9, 0, 7, 0, 0, 0, 0]
 

@@ -230,7 +230,7 @@ def _kidneys(known: RegionContext, or_by_tissue: bool) -> NDArray[np.bool_]:
     parts, ml = Components.of(known.guide > 0), known.guide_grid.voxel_ml
     kept = kidneys_among(parts.sizes, ml)
     if or_by_tissue:
-        kept |= kidneys_among(parts.sizes, ml, tissue=parts.total(known.guide == KIDNEY).astype(np.int64))
+        kept |= kidneys_among(parts.sizes, ml, tissue=parts.total(known.guide == KIDNEY))
     return parts.chosen(kept)
 
 

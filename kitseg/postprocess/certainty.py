@@ -61,7 +61,7 @@ class KeepCertainTumors:
         known = masks.probabilities
         if "tumor" in known:
             least = self._least(tumors, volumes, contact, known)
-            kept &= tumors.total(known["tumor"].astype(np.float32)) >= least * tumors.sizes
+            kept &= tumors.total(known["tumor"]) >= least * tumors.sizes
         outside = tumors.chosen(~kept & (contact < INSIDE))
         if {"background", "kidney"} <= known.keys():
             removed = tumors.chosen(~kept)
@@ -83,7 +83,7 @@ class KeepCertainTumors:
         least = np.where(contact < self.outer_contact, outer, self.min_probability)
         confirmed = volumes >= self.large_ml
         if self.min_earlier is not None and EARLIER_TUMOR in known:
-            confirmed |= tumors.total(known[EARLIER_TUMOR].astype(np.float32)) >= self.min_earlier * tumors.sizes
+            confirmed |= tumors.total(known[EARLIER_TUMOR]) >= self.min_earlier * tumors.sizes
         return np.where(confirmed, np.minimum(least, self.confirmed_probability), least)
 
     def _without_small_cysts(self, masks: Masks, spacing: tuple[float, float, float]) -> Masks:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from kitseg.components import Components, keep_kidneys
+from kitseg.components import Components, kidneys_among
 from kitseg.labels import KIDNEY
 from kitseg.types import Masks
 
@@ -33,15 +34,10 @@ class KeepKidneys:
 
         ``hu`` is not used.
         """
-        masks, ml = self._without_improbable(masks), math.prod(spacing) / 1000
-        tissue = masks.labels() == KIDNEY if self.by_tissue else None
-        kept = keep_kidneys(masks.foreground, ml, self.most, self.min_ratio, self.min_ml, tissue)
+        parts, ml = Components.of(masks.foreground), math.prod(spacing) / 1000
+        if self.min_probability and "background" in masks.probabilities:
+            improbable = parts.total(masks.probabilities["background"]) > (1 - self.min_probability) * parts.sizes
+            parts = replace(parts, sizes=np.where(improbable, 0, parts.sizes))
+        tissue = parts.total(masks.labels() == KIDNEY) if self.by_tissue else None
+        kept = parts.chosen(kidneys_among(parts.sizes, ml, self.most, self.min_ratio, self.min_ml, tissue))
         return masks.without(masks.foreground & ~kept)
-
-    def _without_improbable(self, masks: Masks) -> Masks:
-        background = masks.probabilities.get("background")
-        if background is None or not self.min_probability:
-            return masks
-        found = Components.of(masks.foreground)
-        improbable = found.total(background) > (1 - self.min_probability) * found.sizes
-        return masks.without(found.chosen(improbable))
