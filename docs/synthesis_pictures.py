@@ -31,6 +31,7 @@ from kitseg.types import Case
 NONE = SynthesisParts(**dict.fromkeys(asdict(SynthesisParts()), False))
 NEAR = View((72, 80, 80), (1.2, 1.2, 1.2), (1.0, 1.0, 0.0), radii=(5, 26))
 KIDNEY = replace(NEAR, focus=(0.0, 1.0, 0.0))
+WIDE = View((64, 96, 120), (3.0, 3.0, 3.0), (0.0, 1.0, 0.0))
 COLOURS = {1: "#00d5ff", 2: "#ff2d2d", 3: "#ffd500"}
 Wanted = Callable[[SyntheticPatient], bool]
 
@@ -90,6 +91,7 @@ def main(scan: Path, mask: Path, out: Path, label_maps: Path, other_scan: Path, 
     body, _ = body_of(Case("body", scan, mask))
     other, _ = body_of(Case("other", other_scan, other_mask))
     page(out / "synthesis_neighbours.png", neighbours_of(body, other))
+    page(out / "synthesis_masses.png", masses_of(body))
     some = replace(NONE, tumors=True, pushes=True)
     tumors = {name: find(body, shapes, NEAR, some, lesion("tumor", name, 4)) for name in LOOKS}
     page(out / "synthesis_tumors.png", {name: axial(patient) for name, patient in tumors.items()})
@@ -134,6 +136,25 @@ def neighbours_of(body: RealBody, other: RealBody) -> dict[str, tuple[torch.Tens
             break
     names = ("as scanned", "other neighbours")
     return {f"{name} {n}": panel for n, pair in enumerate(pairs, 1) for name, panel in zip(names, pair, strict=True)}
+
+
+def masses_of(body: RealBody) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Patches of the whole body with a mass, and with ascites, in the slices where most is changed."""
+    panels = {}
+    for part, title in (("lookalikes", "mass"), ("fluid", "fluid")):
+        for seed in range(2000):
+            plain, made = (
+                make(body, Shapes(), WIDE, replace(NONE, **{part: on}), np.random.default_rng(seed))
+                for on in (False, True)
+            )
+            changed = ((made.hu - plain.hu).abs() > 30) & (part == "fluid" or made.made["lesions"][:1] != [])
+            kinds = {row["kind"] for row in made.made["lesions"]}
+            if changed.float().mean() > 0.02 and (part == "fluid" or kinds == {"mass"}) and plain.label.any():
+                best = (changed.sum((1, 2)) * (made.label > 0).any((1, 2))).argmax()
+                panels[f"{title} {sum(title in name for name in panels) + 1}"] = (made.hu[best], made.label[best])
+            if sum(title in name for name in panels) == 3:
+                break
+    return panels
 
 
 def in_view(patient: SyntheticPatient, urine: bool = False) -> bool:

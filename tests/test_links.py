@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from kitseg import config
 from kitseg.links.crop import crop, paste
 from kitseg.links.input_transform import InputTransform
-from kitseg.links.intensity import AIR, ClipScale, ZScore
+from kitseg.links.intensity import AIR, ClipScale, HuWindows, Intensity, ZScore
 from kitseg.links.regions import Body, FixedAroundForeground, RegionContext, Square
+from kitseg.nets.residual_unet import ResidualUNet
 from kitseg.patches.samplers import ForegroundSampler, patch_of
 from kitseg.types import Box, Geometry, Grid, Triple
 from kitseg.volumes.nifti import read_image, read_labels
@@ -258,6 +259,39 @@ def test_padding_with_air_becomes_the_lowest_intensity() -> None:
     hu = np.full((1, 1, 2), 125, np.int16)
     padded = crop(hu, Box((0, 0, -1), (1, 1, 3)), AIR)
     assert ClipScale(-250, 250, 250)(torch.from_numpy(padded), ANY).tolist() == [[[-1, 0.5, 0.5, -1]]]
+
+
+def test_windows_are_channels_by_hand() -> None:
+    hu = torch.tensor([-1000, 0, 20, 75, 1000], dtype=torch.int16).reshape(1, 1, 1, 5)
+    found = HuWindows([[-200, 350], [-20, 40]])(hu, ANY)
+    assert (found.shape, found.dtype) == ((2, 1, 1, 5), torch.float32)
+    torch.testing.assert_close(found[0, 0, 0], torch.tensor([-1, -75 / 275, -55 / 275, 0, 1]))
+    torch.testing.assert_close(found[1, 0, 0], torch.tensor([-1, -1 / 3, 1 / 3, 1, 1]))
+
+
+@pytest.mark.parametrize("windows", [[], [[40, 40]], [[50, 40]], [[0, 10, 20]]])
+def test_impossible_windows_are_refused(windows: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="low less than high"):
+        HuWindows(windows)
+
+
+def test_a_network_with_instance_normalization_sees_a_level_only_in_windows() -> None:
+    """Water in tissue, and both 20 HU brighter, which no simple cyst is."""
+    generator = torch.Generator().manual_seed(0)
+    hu = torch.randn(1, 40, 40, 40, generator=generator).mul(20).add(40)
+    hu[:, ::2] -= 100  # fat
+    hu[:, 14:26, 14:26, 14:26] = 5
+    middle = (slice(None), slice(None), *[slice(16, 24)] * 3)
+
+    def difference(intensity: Intensity, channels: int) -> float:
+        torch.manual_seed(0)
+        net = ResidualUNet(channels, 4, [8, 16], [0, 1], [[1] * 3, [2] * 3], [[3] * 3] * 2).eval()
+        with torch.inference_mode():
+            a, b = (net(intensity(x, ANY)[None])[-1].softmax(1)[middle] for x in (hu, hu + 20))
+        return float((a - b).abs().mean())
+
+    assert difference(ClipScale(-1000, 1000, 120, 40), 1) < 0.03
+    assert difference(HuWindows([[-1000, 1000], [-20, 40]]), 2) > 0.15
 
 
 def test_z_score_by_hand() -> None:

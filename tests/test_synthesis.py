@@ -241,6 +241,31 @@ def test_a_lookalike_keeps_away_from_the_kidney(body: RealBody) -> None:
             assert (hu - fields[0])[beside].max() > 60
 
 
+def test_a_mass_is_far_from_the_kidneys_and_has_no_label(body: RealBody) -> None:
+    fields = [torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)]
+    phase, found = phases.Phase("", 150, 150), 0
+    for seed in range(8):
+        hu = fields[0].clone()
+        label, numbers = torch.zeros(2, *body.hu.shape, dtype=torch.uint8)
+        scene = lesions.Surroundings(hu, *fields[1:], label, np.array(MM), phase, 0.0, numbers)
+        rng = np.random.default_rng(seed)
+        plan = lesions.any_mass(scene, rng)
+        assert plan is not None
+        lesions.insert(plan, scene, rng)
+        assert (hu - fields[0])[fields[1] < 0].abs().max() < 25, "but for the blurred edge"
+        assert not label.any()
+        found += scene.made != [] and scene.made[0]["ml"] > 20
+    assert found >= 4
+
+
+def test_without_room_there_is_no_mass(body: RealBody) -> None:
+    near = torch.zeros(body.hu.shape)
+    label, numbers = torch.zeros(2, *body.hu.shape, dtype=torch.uint8)
+    phase = phases.Phase("", 150, 150)
+    scene = lesions.Surroundings(near, near, near, label, np.array(MM), phase, 0.0, numbers)
+    assert lesions.any_mass(scene, np.random.default_rng(0)) is None
+
+
 def test_a_kidney_that_a_tumor_replaces_can_be_transplanted(body: RealBody) -> None:
     labels = np.where(kidney_map() == 1, 2, 0).astype(np.uint8)
     labels[24, 32, 28] = 1
@@ -359,17 +384,17 @@ def test_the_old_sinus_is_not_in_a_transplant(body: RealBody) -> None:
     assert float(fields[2][fields[1] < -3].min()) == 0, "where it would be filled with urine or fluid"
 
 
-def test_fluid_replaces_fat_near_kidneys_and_no_label(body: RealBody) -> None:
+def test_fluid_replaces_fat_near_kidneys_or_anywhere_and_no_label(body: RealBody) -> None:
     parts = SynthesisParts(**{**asdict(NONE), "fluid": True})
-    kidney = np.asarray(body.distance) < 0
-    changed = np.zeros(body.hu.shape, np.bool_)
+    kidney, farthest = np.asarray(body.distance) < 0, list[float]()
     for number in range(40):
         one = patient(body, parts, 9, number, view=View.on(body))
         assert np.array_equal(one.label.numpy() > 0, kidney)
-        changed |= (one.hu.numpy() > -30) & (body.hu == -100)
+        changed = (one.hu.numpy() > -30) & (body.hu == -100)
+        farthest += [float(np.asarray(body.distance)[changed].max())] if changed.any() else []
         assert abs(one.hu.numpy()[ndimage.binary_erosion(kidney)] - 150).max() < 1, "parenchyma stays"
-    assert changed.any()
-    assert np.asarray(body.distance)[changed].max() < 45
+    assert min(farthest) < 45
+    assert max(farthest) == FAR, "ascites"
 
 
 def test_no_label_out_of_view() -> None:
@@ -441,16 +466,17 @@ def test_each_part_can_be_switched_off(body: RealBody) -> None:
     for part, kind in kinds.items():
         parts = SynthesisParts(**{**asdict(NONE), part: True})
         made = [row["kind"] for n in range(20) for row in patient(body, parts, n, view=view).made["lesions"]]
-        assert set(made) == {kind}, part
+        assert set(made) - {"mass"} == {kind}, part
+        assert kind == "lookalike" or "mass" not in made, part
 
 
 def test_what_has_a_label_is_put_over_what_has_none(body: RealBody) -> None:
     """Otherwise a lookalike beside the kidney would be seen where the label says cyst."""
     parts, view = replace(NONE, tumors=True, cysts=True, lookalikes=True), View.on(body)
     found = [[row["kind"] for row in patient(body, parts, n, view=view).made["lesions"]] for n in range(14)]
-    both = [kinds for kinds in found if {"lookalike"} < set(kinds)]
-    assert both
-    assert all(kinds[0] == "lookalike" and kinds[1:] == sorted(kinds[1:], reverse=True) for kinds in both)
+    assert any({"lookalike"} < set(kinds) for kinds in found)
+    assert any({"mass"} < set(kinds) for kinds in found)
+    assert all(kinds == sorted(kinds, key=["mass", "lookalike", "tumor", "cyst"].index) for kinds in found)
 
 
 def bodies_folder(folder: Path, count: int = 2) -> Path:

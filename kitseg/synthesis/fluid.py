@@ -1,4 +1,4 @@
-"""Fluid that is neither tumor nor cyst: a wide renal pelvis, and ascites or fluid around a kidney."""
+"""Fluid that is neither tumor nor cyst: a wide renal pelvis, fluid around a kidney, and ascites."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from torch import Tensor
 from kitseg.synthesis.fields import box_mean, smooth_noise, step
 from kitseg.synthesis.phases import Tissues
 
-PELVIS, AROUND = 0.15, 0.08  # of the patients
+PELVIS, AROUND, ASCITES = 0.15, 0.08, 0.08  # of the patients
 WATER = (-3.0, 22.0)  # HU
-APART, REACH = 1.5, 40.0  # mm from the kidney's surface, between which fat may be replaced
+APART, REACH = 1.5, 40.0  # mm from the kidney's surface, between which fat may be replaced by fluid around it
+CELL, ASCITES_CELL = 25.0, 50.0  # mm, of their shapes
 
 
 def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
-    """HU (D, H, W), in some patients with fluid in the renal sinus or instead of fat near a kidney."""
+    """HU (D, H, W), in some patients with fluid in the renal sinus, or instead of fat near a kidney or anywhere."""
     if rng.random() < PELVIS:
         sinus = (-on.tissue).clamp(0, 1)
         shape = step(smooth_noise(rng, hu.shape, 12 / on.spacing) + rng.uniform(-0.3, 1.5), 0.15)
         hu = _filled(hu, sinus * shape, rng)
-    if rng.random() < AROUND:
-        mean = box_mean(hu, 3)
-        fat = step(-20 - mean, 8) * step(mean + 200, 10)
-        near = step(on.distance - APART, 0.5) * step(REACH - on.distance, 3)
-        shape = step(smooth_noise(rng, hu.shape, 25 / on.spacing) + rng.uniform(-1, 0.5), 0.1)
-        hu = _filled(hu, fat * near * shape, rng)
+    for share, cell, near in (
+        (AROUND, CELL, step(REACH - on.distance, 3)),
+        (ASCITES, ASCITES_CELL, torch.ones(())),
+    ):
+        if rng.random() < share:
+            mean = box_mean(hu, 3)
+            fat = step(-20 - mean, 8) * step(mean + 200, 10) * step(on.distance - APART, 0.5)
+            shape = step(smooth_noise(rng, hu.shape, cell / on.spacing) + rng.uniform(-1, 0.5), 0.1)
+            hu = _filled(hu, fat * near * shape, rng)
     return hu
 
 

@@ -28,10 +28,13 @@ from kitseg.synthesis.phases import Phase
 from kitseg.synthesis.textures import Site
 
 #: Label ids in the order in which lesions are put, later ones over earlier ones; None: the label stays as it is.
-IDS = {"lookalike": None, "tumor": TUMOR, "cyst": CYST, "stone": None}
-RADII = {"tumor": (2.5, 55.0), "lookalike": (2.5, 25.0), "cyst": (2.5, 35.0), "stone": (1.0, 6.0)}  # mm
+IDS = {"mass": None, "lookalike": None, "tumor": TUMOR, "cyst": CYST, "stone": None}
+RADII = {
+    "mass": (20.0, 80.0), "tumor": (2.5, 55.0), "lookalike": (2.5, 25.0), "cyst": (2.5, 35.0), "stone": (1.0, 6.0),
+}  # fmt: skip # mm
 IN_KIDNEY = ("tumor", "cyst")
-APART = 3.0  # mm between a lookalike and the kidney
+APART = 3.0  # mm between the kidney and a lookalike or mass
+BODY, CLEAR = -200.0, 55.0  # HU from which it is the patient, not air; mm from the kidney that a mass needs at most
 Box3 = tuple[slice, slice, slice]
 
 
@@ -70,8 +73,8 @@ class Part:
 class PlannedLesion:
     """A lesion to be put into a patch.
 
-    kind: tumor, cyst, stone, or lookalike, the image of a tumor away from the kidney, without a label; scale, turn: of
-    the shape; centre: mm from the patch's centre.
+    kind: tumor, cyst, stone, or without a label lookalike, the image of a tumor beside the kidney, and mass, that of a
+    large tumor anywhere but there; scale, turn: of the shape; centre: mm from the patch's centre.
     """
 
     kind: str
@@ -178,6 +181,19 @@ def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rn
     return found
 
 
+def any_mass(scene: Surroundings, rng: Generator) -> PlannedLesion | None:
+    """A large mass somewhere in the patient, its centre away from the kidneys; None where there is no room."""
+    low, high = np.log(RADII["mass"])
+    shape = drawn_shape(rng, float(np.exp(rng.uniform(low, high))), False)
+    coarse = slice(None, None, 4)
+    hu, distance = (field[coarse, coarse, coarse] for field in (scene.hu, scene.distance))
+    voxels = 4 * np.argwhere(((hu > BODY) & (distance > min(shape.radius, CLEAR))).numpy())
+    if not len(voxels):
+        return None
+    centre = (voxels[int(rng.integers(len(voxels)))] - (np.array(scene.hu.shape) - 1) / 2) * scene.spacing
+    return PlannedLesion("mass", shape, 1.0, any_rotation(rng), centre)
+
+
 def insert(plan: PlannedLesion, scene: Surroundings, rng: Generator) -> None:
     """Put a lesion into a scene, unless nothing of it is in the patch, or in the kidney (of a lookalike: beside it)."""
     if (box := _box(plan, scene)) is not None:
@@ -189,9 +205,11 @@ def put(kind: str, lesion: Tensor, radius: float, part: Part, scene: Surrounding
     """Put what is within a surface into a part of a scene; see ``insert``. lesion: distance in mm, negative inside."""
     box = part.box
     hu, distance, label = scene.hu[box], scene.distance[box], scene.label[box]
+    if kind in ("lookalike", *IN_KIDNEY):
+        lesion = _into_fat(lesion, scene, box, rng)
     if kind != "stone":
-        lesion = _kept_apart(lesion, radius, scene, box, rng)
-    if kind == "lookalike":
+        lesion = _kept_apart(lesion, radius, scene, box)
+    if kind in ("lookalike", "mass"):
         lesion = torch.maximum(lesion, APART - distance)
     inside = lesion < 0
     if kind != "stone" and not inside.any():
@@ -243,12 +261,21 @@ def lesion_distance(plan: PlannedLesion, box: Box3, scene: Surroundings, rng: Ge
     return found + beyond + bumps * float(min(0.12 * plan.radius, 3.0) * rng.uniform(0, 1))
 
 
-def _kept_apart(lesion: Tensor, radius: float, scene: Surroundings, box: Box3, rng: Generator) -> Tensor:
-    """The distance to a lesion that grows into fat, and stops at bone, vessels, air and ribs."""
-    distance, edge = scene.distance[box], max(3, 2 * round(3 / float(scene.spacing.mean())) + 1)
+def _into_fat(lesion: Tensor, scene: Surroundings, box: Box3, rng: Generator) -> Tensor:
+    """The distance to a lesion that grows into fat rather than into organs."""
+    soft = ((box_mean(scene.hu[box], _edge(scene)) + 50) / 50).clamp(0, 1)
+    return lesion + float(rng.uniform(0.3, 0.9)) * (scene.distance[box] - 1).clamp(0, 40) * soft
+
+
+def _edge(scene: Surroundings) -> int:
+    """Voxels of a cube of about 6 mm."""
+    return max(3, 2 * round(3 / float(scene.spacing.mean())) + 1)
+
+
+def _kept_apart(lesion: Tensor, radius: float, scene: Surroundings, box: Box3) -> Tensor:
+    """The distance to a lesion that stops at bone, vessels, air and ribs."""
+    distance, edge = scene.distance[box], _edge(scene)
     around, vessel = box_mean(scene.hu[box], edge), box_mean(scene.tissue[box].clamp(min=0), edge)
-    soft = ((around + 50) / 50).clamp(0, 1)
-    lesion = lesion + float(rng.uniform(0.3, 0.9)) * (distance - 1).clamp(0, 40) * soft
     barred = ((around > 190) | (vessel > 0.5)) & (distance > 6) | (around < -250)
     out = torch.tensor(float(scene.spacing.mean()))
     lesion = box_mean(torch.where(barred, torch.maximum(lesion, out), lesion), 3)

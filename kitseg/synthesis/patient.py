@@ -21,7 +21,7 @@ from kitseg.synthesis.habitus import Frame
 from kitseg.synthesis.lesions import PlannedLesion, Shapes, Surroundings
 
 LESIONS = (0.38, 0.41, 0.15, 0.06)  # probability of 0, 1, 2, 3 lesions
-TUMORS, SEVERAL, STONES, LOOKALIKES = 0.6, 0.12, 0.08, 0.18  # of the lesions; of the patients
+TUMORS, SEVERAL, STONES, LOOKALIKES, MASSES = 0.6, 0.12, 0.08, 0.18, 0.1  # of the lesions; of the patients
 ROOM = 9.0  # mm: the radius from which a lesion may push
 NEAR = 50.0  # mm around the kidneys, from which patches of a kidney stage are taken
 JITTER, FEWEST = 0.22, 50  # of a patch's extent; places in view, below which no further lesion is put there
@@ -32,7 +32,8 @@ class SynthesisParts:
     """The parts of the synthesis, each of which can be switched off.
 
     anatomies: kidneys of other patients with their tumors and cysts; tumors, cysts, stones; lookalikes: of tumors,
-    away from the kidney; fluid: in a wide renal pelvis or around a kidney; pushes: large lesions displace tissue;
+    away from the kidney, small ones beside it and large masses anywhere; fluid: in a wide renal pelvis, around a
+    kidney, or anywhere in fat; pushes: large lesions displace tissue;
     neighbours: tissue of other bodies and other contrast beside the kidneys, in patches; phases; habitus: rotation,
     scale, flip, displacement; kidneys: absent, small, low and malrotated ones; scanners.
     """
@@ -109,6 +110,8 @@ def make(
     label = (on.distance < 0).to(torch.uint8) * KIDNEY
     numbers = torch.zeros_like(label)
     scene = Surroundings(hu, on.distance, on.tissue, label, spacing, phase, body.facts.noise, numbers)
+    if parts.lookalikes and rng.random() < MASSES and (mass := lesions.any_mass(scene, rng)) is not None:
+        lesions.insert(mass, scene, rng)
     for plan in sorted(plans, key=lambda plan: list(lesions.IDS).index(plan.kind)):
         lesions.insert(plan, scene, rng)
     for one in grafts:
