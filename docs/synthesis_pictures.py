@@ -23,8 +23,8 @@ from kitseg.synthesis import phases, scanners
 from kitseg.synthesis.bodies import RealBody
 from kitseg.synthesis.fields import blur
 from kitseg.synthesis.habitus import KINDS
-from kitseg.synthesis.lesions import Shapes
 from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
+from kitseg.synthesis.shapes import Shapes
 from kitseg.synthesis.textures import LOOKS
 from kitseg.types import Case
 

@@ -30,8 +30,8 @@ from kitseg.synthesis import habitus, lesions, neighbours, phases, scanners, tex
 from kitseg.synthesis.anatomies import SCALES, anatomies_of, any_transplants, graft
 from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
 from kitseg.synthesis.fields import smooth_noise
-from kitseg.synthesis.lesions import Shapes, drawn_shape, shapes_of
 from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
+from kitseg.synthesis.shapes import Shapes, drawn_shape, shapes_of
 from kitseg.training import stage_inputs
 from kitseg.training.data_source import DataSettings
 from kitseg.training.stage_inputs import read_places

@@ -20,8 +20,8 @@ from kitseg.runtime.files import atomic_write, write_table
 from kitseg.runtime.outcomes import Outcome, each, in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile
 from kitseg.synthesis.bodies import RealBody
-from kitseg.synthesis.lesions import Shapes
 from kitseg.synthesis.patient import SynthesisParts, View, make
+from kitseg.synthesis.shapes import Shapes
 from kitseg.types import Case, Volume
 from kitseg.volumes.tables import PATIENTS, read_patients
 

@@ -23,7 +23,7 @@ from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile, unreadable
 from kitseg.synthesis.anatomies import Anatomy, anatomies_of
 from kitseg.synthesis.bodies import Facts, RealBody, describe, kidney_distance
-from kitseg.synthesis.lesions import Shape, Shapes, shapes_of
+from kitseg.synthesis.shapes import Shape, Shapes, shapes_of
 from kitseg.types import Case, Volume
 from kitseg.volumes.kits import find_labels
 from kitseg.volumes.references import read_reference

@@ -20,8 +20,8 @@ from kitseg.links.input_transform import InputTransform
 from kitseg.patches.bodies import open_body, open_shapes
 from kitseg.patches.queue import Address
 from kitseg.synthesis.bodies import RealBody
-from kitseg.synthesis.lesions import Shapes
 from kitseg.synthesis.patient import SynthesisParts, SyntheticPatient, View, make
+from kitseg.synthesis.shapes import Shapes
 from kitseg.types import Geometry
 from kitseg.volumes.kits import IMAGE, LABEL
 from kitseg.volumes.nifti import SYNTHETIC_MARK, write_image, write_labels

@@ -18,7 +18,8 @@ from kitseg.synthesis.anatomies import GAS, SHARE, Graft, Transplant, any_transp
 from kitseg.synthesis.bodies import KidneyBox, RealBody
 from kitseg.synthesis.fields import Vector
 from kitseg.synthesis.habitus import Frame
-from kitseg.synthesis.lesions import PlannedLesion, Shapes, Surroundings
+from kitseg.synthesis.lesions import PlannedLesion, Surroundings
+from kitseg.synthesis.shapes import Shape, Shapes, ball_radius
 
 LESIONS = (0.38, 0.41, 0.15, 0.06)  # probability of 0, 1, 2, 3 lesions
 TUMORS, SEVERAL, STONES, LOOKALIKES, MASSES = 0.6, 0.12, 0.08, 0.18, 0.1  # of the lesions; of the patients
@@ -136,7 +137,7 @@ def _grow(one: Graft, parts: SynthesisParts, zoom: float, scene: Surroundings, r
         volume = float((lesion < 0).sum()) * float(np.prod(scene.spacing))
         if on and volume > 0:
             part = lesions.Part(one.box, one.case)
-            lesions.put(kind, lesion, lesions.ball_radius(volume), part, scene, rng)
+            lesions.put(kind, lesion, ball_radius(volume), part, scene, rng)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class _Chosen:
     """A lesion, and the voxel of the body where it lies."""
 
     kind: str
-    shape: lesions.Shape
+    shape: Shape
     scale: float
     voxel: Vector
 

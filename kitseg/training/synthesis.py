@@ -33,8 +33,8 @@ from kitseg.runtime.console import bar
 from kitseg.runtime.files import atomic_write, file_digest
 from kitseg.runtime.outcomes import in_parallel
 from kitseg.runtime.provenance import FileFormat, InputFile, recipe
-from kitseg.synthesis.lesions import Shapes
 from kitseg.synthesis.patient import View, make
+from kitseg.synthesis.shapes import Shapes
 from kitseg.training.data_source import DataSettings, data_settings
 from kitseg.training.plan import Plan
 from kitseg.types import Case, Grid
