@@ -54,6 +54,7 @@ OmegaConf.register_new_resolver("len", len, replace=True)
 OmegaConf.register_new_resolver(
     "classes", lambda *, _root_: ["background", *scheme_of(OmegaConf.to_container(_root_.labels)).ids], replace=True
 )
+OmegaConf.register_new_resolver("inputs", lambda intensity: 1 + len(intensity.windows), replace=True)
 OmegaConf.register_new_resolver("share", lambda whole, by: max(1, round(whole / by)), replace=True)
 OmegaConf.register_new_resolver("sixteens", lambda voxels, by: math.ceil(voxels / by / 16) * 16, replace=True)
 
@@ -234,9 +235,12 @@ def _differences(old: Config, new: Config, prefix: str) -> Iterator[str]:
 
 
 def _used(value: Any) -> Any:
-    """A configuration, or a part of it, without copies of lesions of probability 0, which older runs don't have."""
+    """A configuration, or a part of it, without copies of lesions of probability 0 and without an empty ``windows``.
+
+    Older runs don't have them.
+    """
     if isinstance(value, dict):
-        return {key: _used(item) for key, item in value.items()}
+        return {key: _used(item) for key, item in value.items() if (key, item) != ("windows", [])}
     return [_used(item) for item in value if item != COPIES] if isinstance(value, list) else value
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kitseg import config
 from kitseg.links.crop import crop, paste
 from kitseg.links.input_transform import InputTransform
-from kitseg.links.intensity import AIR, ClipScale, HuWindows, Intensity, ZScore
+from kitseg.links.intensity import AIR, ClipScale, Intensity, ZScore
 from kitseg.links.regions import Body, FixedAroundForeground, RegionContext, Square
 from kitseg.nets.residual_unet import ResidualUNet
 from kitseg.patches.samplers import ForegroundSampler, patch_of
@@ -263,16 +263,16 @@ def test_padding_with_air_becomes_the_lowest_intensity() -> None:
 
 def test_windows_are_channels_by_hand() -> None:
     hu = torch.tensor([-1000, 0, 20, 75, 1000], dtype=torch.int16).reshape(1, 1, 1, 5)
-    found = HuWindows([[-200, 350], [-20, 40]])(hu, ANY)
+    found = ClipScale(-200, 350, 275, 75, [[-20, 40]])(hu, ANY)
     assert (found.shape, found.dtype) == ((2, 1, 1, 5), torch.float32)
     torch.testing.assert_close(found[0, 0, 0], torch.tensor([-1, -75 / 275, -55 / 275, 0, 1]))
     torch.testing.assert_close(found[1, 0, 0], torch.tensor([-1, -1 / 3, 1 / 3, 1, 1]))
 
 
-@pytest.mark.parametrize("windows", [[], [[40, 40]], [[50, 40]], [[0, 10, 20]]])
+@pytest.mark.parametrize("windows", [[[40, 40]], [[50, 40]], [[0, 10, 20]]])
 def test_impossible_windows_are_refused(windows: list[list[float]]) -> None:
     with pytest.raises(ValueError, match="low less than high"):
-        HuWindows(windows)
+        ClipScale(-200, 350, 275, 75, windows)
 
 
 def test_a_network_with_instance_normalization_sees_a_level_only_in_windows() -> None:
@@ -291,7 +291,7 @@ def test_a_network_with_instance_normalization_sees_a_level_only_in_windows() ->
         return float((a - b).abs().mean())
 
     assert difference(ClipScale(-1000, 1000, 120, 40), 1) < 0.03
-    assert difference(HuWindows([[-1000, 1000], [-20, 40]]), 2) > 0.15
+    assert difference(ClipScale(-1000, 1000, 120, 40, [[-20, 40]]), 2) > 0.15
 
 
 def test_z_score_by_hand() -> None:

@@ -267,14 +267,15 @@ def test_plans_that_can_not_be_used(tmp_path: Path, change: Any, words: str) -> 
     assert words in " ".join(refused.text.split()), refused.text
 
 
-def test_a_plan_of_an_earlier_version_copies_no_lesions(tmp_path: Path) -> None:
+def test_a_plan_of_an_earlier_version_copies_no_lesions_and_has_no_windows(tmp_path: Path) -> None:
     sizes = config.sizes("resenc")
     plan = {"method": "resenc", "size": "tiny", "budget": "CPU", "values": sizes["tiny"]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     assert read_plan(tmp_path / "plan.yaml", "resenc", sizes) == plan
-    changed(tmp_path / "plan.yaml", lambda values: values.pop("copies"))
+    changed(tmp_path / "plan.yaml", lambda values: (values.pop("copies"), values["hu"].pop("windows")))
     values = read_plan(tmp_path / "plan.yaml", "resenc", sizes)["values"]
     assert values == {**sizes["tiny"], "copies": 0}
+    assert values["hu"]["windows"] == []
 
 
 def test_a_size_and_a_plan_exclude_each_other(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ MARGIN = 20  # mm around the kidneys, as in resenc_masses.yaml
 TRAINED_ON = 0.8  # of the cases, with five folds
 FLOPS = 50e12  # a second: nnU-Net's 12 hours for its preset M on an A100
 SPARE = 0.95  # of a GPU's memory
-ADDED = {"copies": 0}  # values that plans of earlier versions lack
+ADDED, ADDED_HU = {"copies": 0}, {"windows": []}  # values that plans of earlier versions lack
 HEADER = """\
 # Written by `kitseg plan`. `values` takes the place of the size's block in the method's file: edit it as you like.
 # kitseg train --method {method} --plan {name}
@@ -81,7 +81,7 @@ def fit_size(
     values = deepcopy(block)
     steps = values["plan"]["steps"]
     if seen.hu is not None or start is not None:
-        values["hu"] = dict(start.hu if start is not None else seen.hu or {})
+        values["hu"] |= start.hu if start is not None else seen.hu or {}
     finest, each = target_spacing(seen), bytes_a_parameter(values.get("optimizer"), ema)
     regions = (np.array(seen.scan_mm), np.array(seen.kidneys_mm) + 2 * MARGIN)
     for name, region in zip(("kidneys", "masses"), regions, strict=True):
@@ -261,8 +261,11 @@ def read_plan(path: Path, method: str, sizes: Mapping[str, Any]) -> Config:
     if plan["method"] != method or plan["size"] not in sizes:
         raise InputError(path, f"is a plan for {plan['method']} {plan['size']}", f"This is {method}: {remedy}")
     size = sizes[plan["size"]]
-    if isinstance(plan["values"], dict):
-        plan["values"] = {**{key: value for key, value in ADDED.items() if key in size}, **plan["values"]}
+    values: Any = plan["values"]
+    if isinstance(values, dict):
+        plan["values"] = values = {**{key: value for key, value in ADDED.items() if key in size}, **values}
+        if isinstance(hu := values.get("hu"), dict):
+            values["hu"] = {**ADDED_HU, **hu}
     if odd := _odd_keys(plan["values"], size, "values") or _odd_patch(plan["values"]):
         raise InputError(path, odd, remedy)
     return plan
