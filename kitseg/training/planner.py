@@ -43,7 +43,8 @@ MARGIN = 20  # mm around the kidneys, as in resenc_masses.yaml
 TRAINED_ON = 0.8  # of the cases, with five folds
 FLOPS = 50e12  # a second: nnU-Net's 12 hours for its preset M on an A100
 SPARE = 0.95  # of a GPU's memory
-ADDED, ADDED_HU = {"copies": 0}, {"windows": []}  # values that plans of earlier versions lack
+ADDED: Config = {"copies": 0}  # values that plans of earlier versions lack
+ADDED_HU: Config = {"windows": []}
 HEADER = """\
 # Written by `kitseg plan`. `values` takes the place of the size's block in the method's file: edit it as you like.
 # kitseg train --method {method} --plan {name}
