@@ -139,21 +139,22 @@ def neighbours_of(body: RealBody, other: RealBody) -> dict[str, tuple[torch.Tens
 
 
 def masses_of(body: RealBody) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Patches of the whole body with a mass, and with ascites, in the slices where most is changed."""
+    """Patches of the whole body with a mass, and with fluid, in the slices where most is changed."""
     panels = {}
-    for part, title in (("lookalikes", "mass"), ("fluid", "fluid")):
+    for part, kinds, title in (("lookalikes", {"mass"}, "mass"), ("fluid", set(), "fluid")):
+        found = []
         for seed in range(2000):
             plain, made = (
                 make(body, Shapes(), WIDE, replace(NONE, **{part: on}), np.random.default_rng(seed))
                 for on in (False, True)
             )
-            changed = ((made.hu - plain.hu).abs() > 30) & (part == "fluid" or made.made["lesions"][:1] != [])
-            kinds = {row["kind"] for row in made.made["lesions"]}
-            if changed.float().mean() > 0.02 and (part == "fluid" or kinds == {"mass"}) and plain.label.any():
-                best = (changed.sum((1, 2)) * (made.label > 0).any((1, 2))).argmax()
-                panels[f"{title} {sum(title in name for name in panels) + 1}"] = (made.hu[best], made.label[best])
-            if sum(title in name for name in panels) == 3:
+            changed = (made.hu - plain.hu).abs() > 30
+            if {row["kind"] for row in made.made["lesions"]} == kinds and changed.float().mean() > 0.02:
+                best = (changed.sum((1, 2)) * (1 + (made.label > 0).any((1, 2)))).argmax()
+                found.append((made.hu[best], made.label[best]))
+            if len(found) == 3:
                 break
+        panels |= {f"{title} {number}": panel for number, panel in enumerate(found, 1)}
     return panels
 
 

@@ -45,6 +45,7 @@ TARGETS = {  # classes that were dropped, whose parts the general ones take
     "kitseg.stages.fused_vnet.FusedVNet": "kitseg.stages.model.StageModel",
     "kitseg.stages.slice_unet.SliceUNet": "kitseg.stages.model.SliceModel",
 }
+CLIP_SCALE = "kitseg.links.intensity.ClipScale"
 COPIES = {"_target_": "kitseg.patches.lesion_copies.LesionCopies", "p": 0}
 ADDED = {"kitseg.losses.tversky.FocalTversky": {"count_absent": True}}  # options of classes, as before there were these
 
@@ -54,7 +55,7 @@ OmegaConf.register_new_resolver("len", len, replace=True)
 OmegaConf.register_new_resolver(
     "classes", lambda *, _root_: ["background", *scheme_of(OmegaConf.to_container(_root_.labels)).ids], replace=True
 )
-OmegaConf.register_new_resolver("inputs", lambda intensity: 1 + len(intensity.windows), replace=True)
+OmegaConf.register_new_resolver("channels_of", lambda intensity: 1 + len(intensity.get("windows") or ()), replace=True)
 OmegaConf.register_new_resolver("share", lambda whole, by: max(1, round(whole / by)), replace=True)
 OmegaConf.register_new_resolver("sixteens", lambda voxels, by: math.ceil(voxels / by / 16) * 16, replace=True)
 
@@ -235,12 +236,13 @@ def _differences(old: Config, new: Config, prefix: str) -> Iterator[str]:
 
 
 def _used(value: Any) -> Any:
-    """A configuration, or a part of it, without copies of lesions of probability 0 and without an empty ``windows``.
+    """A configuration, or a part of it, without copies of lesions of probability 0 and without empty windows of HU.
 
     Older runs don't have them.
     """
     if isinstance(value, dict):
-        return {key: _used(item) for key, item in value.items() if (key, item) != ("windows", [])}
+        scale = value.get("_target_") == CLIP_SCALE
+        return {key: _used(item) for key, item in value.items() if not (scale and (key, item) == ("windows", []))}
     return [_used(item) for item in value if item != COPIES] if isinstance(value, list) else value
 
 

@@ -42,8 +42,7 @@ def stage_of(spec: StageSpec, seed: int = 0) -> StageModel:
 
 def region(spec: StageSpec, *shape: int) -> Tensor:
     """Noise as a network's input; where it takes a mask as its last channel, half of it."""
-    link = build_input_transform(spec).link
-    channels = 1 if link is None else link.channels
+    channels = build_input_transform(spec).channels
     x = torch.randn(2, channels, *shape, generator=torch.Generator().manual_seed(1))
     if channels > 1:
         x[:, -1] = (x[:, -1] > 0).float()

@@ -154,9 +154,8 @@ def test_the_methods_page_states_what_each_stage_began_with(plan: Plan, tmp_path
 def test_the_built_in_network_fits_the_training_that_the_page_states() -> None:
     command = next(text for text in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL) if "builtin" in text)
     words = shlex.split(command.replace("\\\n", " "))
-    values = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
     size, labels = (words[words.index(option) + 1] for option in ("--size", "--labels"))
-    method = config.method_of(config.compose("resenc", size, [f"labels={labels}", *values]))
+    method = config.method_of(config.compose("resenc", size, [f"labels={labels}"]))
     found = find_initial("builtin", method, 0)
     assert (list(found.stages), found.note) == (["kidneys", "masses"], "")
     for name, path in found.stages.items():
@@ -164,5 +163,11 @@ def test_the_built_in_network_fits_the_training_that_the_page_states() -> None:
         with torch.device("meta"):
             own = build_model(method.stages[name]).state_dict()
         assert {key: value.shape for key, value in weights.items()} == {key: value.shape for key, value in own.items()}
-    plain = config.method_of(config.compose("resenc", size, [f"labels={labels}"]))
+    theirs = config.method_of(config.read(found.stages["masses"].parents[3] / "config.yaml")).stages
+    for name, stage in method.stages.items():
+        assert (stage.parts["region"], stage.parts["sampler"]) == (
+            theirs[name].parts["region"],
+            theirs[name].parts["sampler"],
+        )
+    plain = config.method_of(config.compose("resenc", "small", [f"labels={labels}"]))
     assert "kidneys and masses learned on another grid" in find_initial("builtin", plain, 0).note

@@ -16,7 +16,9 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from kitseg import config
+from kitseg.errors import UsageError
 from kitseg.links.crop import crop, paste
+from kitseg.links.guides import GuidedByForeground
 from kitseg.links.input_transform import InputTransform
 from kitseg.links.intensity import AIR, ClipScale, Intensity, ZScore
 from kitseg.links.regions import Body, FixedAroundForeground, RegionContext, Square
@@ -269,10 +271,15 @@ def test_windows_are_channels_by_hand() -> None:
     torch.testing.assert_close(found[1, 0, 0], torch.tensor([-1, -1 / 3, 1 / 3, 1, 1]))
 
 
-@pytest.mark.parametrize("windows", [[[40, 40]], [[50, 40]], [[0, 10, 20]]])
-def test_impossible_windows_are_refused(windows: list[list[float]]) -> None:
+@pytest.mark.parametrize("windows", [[[40, 40]], [[50, 40]], [[0, 10, 20]], [0, 40]])
+def test_impossible_windows_are_refused(windows: Any) -> None:
     with pytest.raises(ValueError, match="low less than high"):
         ClipScale(-200, 350, 275, 75, windows)
+
+
+def test_a_link_takes_one_channel() -> None:
+    with pytest.raises(UsageError, match="takes one channel"):
+        InputTransform(ClipScale(-200, 350, 275, 75, [[-20, 40]]), GuidedByForeground((1, 1, 1)))
 
 
 def test_a_network_with_instance_normalization_sees_a_level_only_in_windows() -> None:
@@ -283,15 +290,16 @@ def test_a_network_with_instance_normalization_sees_a_level_only_in_windows() ->
     hu[:, 14:26, 14:26, 14:26] = 5
     middle = (slice(None), slice(None), *[slice(16, 24)] * 3)
 
-    def difference(intensity: Intensity, channels: int) -> float:
-        torch.manual_seed(0)
+    def difference(seed: int, intensity: Intensity, channels: int) -> float:
+        torch.manual_seed(seed)
         net = ResidualUNet(channels, 4, [8, 16], [0, 1], [[1] * 3, [2] * 3], [[3] * 3] * 2).eval()
         with torch.inference_mode():
             a, b = (net(intensity(x, ANY)[None])[-1].softmax(1)[middle] for x in (hu, hu + 20))
         return float((a - b).abs().mean())
 
-    assert difference(ClipScale(-1000, 1000, 120, 40), 1) < 0.03
-    assert difference(ClipScale(-1000, 1000, 120, 40, [[-20, 40]]), 2) > 0.15
+    one = np.mean([difference(seed, ClipScale(-1000, 1000, 120, 40), 1) for seed in range(4)])
+    two = np.mean([difference(seed, ClipScale(-1000, 1000, 120, 40, [[-20, 40]]), 2) for seed in range(4)])
+    assert two > 5 * one
 
 
 def test_z_score_by_hand() -> None:

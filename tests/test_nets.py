@@ -88,12 +88,12 @@ def test_every_network_takes_the_patches_and_regions_it_is_given(method: str, si
     lattice = Geometry(shape, np.diag([3.0, 0.8, 0.8, 1.0]))
     for spec in stages_of(method, size).values():
         region = config.build(spec.parts["region"]).shape(grid_geometry(lattice, spec.grid))
-        sampler, link = config.build(spec.parts["sampler"]), build_input_transform(spec).link
+        sampler, channels = config.build(spec.parts["sampler"]), build_input_transform(spec).channels
         patch = sampler.size(region)
         assert sampler.expected(region) >= 1
         with torch.device("meta"):
             module = build_model(spec).eval()
-            x = torch.empty(1, 1 if link is None else link.channels, *patch)
+            x = torch.empty(1, channels, *patch)
         heads = module.logits(x)
         assert len(heads) == len(spec.heads)
         assert {head.shape[1] for head in heads} == {len(spec.channels)}

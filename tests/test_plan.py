@@ -267,6 +267,14 @@ def test_plans_that_can_not_be_used(tmp_path: Path, change: Any, words: str) -> 
     assert words in " ".join(refused.text.split()), refused.text
 
 
+def test_a_plan_of_sizes_without_windows(tmp_path: Path) -> None:
+    sizes = config.sizes("resenc")
+    del sizes["tiny"]["hu"]["windows"]
+    plan = {"method": "resenc", "size": "tiny", "values": sizes["tiny"]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    assert read_plan(tmp_path / "plan.yaml", "resenc", sizes) == plan
+
+
 def test_a_plan_of_an_earlier_version_copies_no_lesions_and_has_no_windows(tmp_path: Path) -> None:
     sizes = config.sizes("resenc")
     plan = {"method": "resenc", "size": "tiny", "budget": "CPU", "values": sizes["tiny"]}

@@ -151,8 +151,7 @@ def test_every_trained_weight_gets_a_gradient(method: str) -> None:
     for spec in config.method_of(config.compose(method, "small")).stages.values():
         with torch.device("meta"):
             model, feed = build_model(spec).train(), make_feed(spec, seed=0, workers=0)
-            link = feed.input_transform.link
-            heads = model.logits(torch.empty(1, link.channels if link else 1, *feed.sampler.size((64, 64, 64))))
+            heads = model.logits(torch.empty(1, feed.input_transform.channels, *feed.sampler.size((64, 64, 64))))
             torch.stack([head.sum() for head in heads]).sum().backward()
         weights = dict(model.named_parameters())
         assert any(weight.requires_grad for weight in weights.values())

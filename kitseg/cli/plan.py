@@ -89,8 +89,9 @@ def make_plan(
     from kitseg.training.nnunet import find_nnunet
 
     size = given.get("size") or planner.choose_size(sizes, memory)
-    if "plan" not in (sizes.get(size) or {}):
-        raise UsageError(f"{method} has no size '{size}' that can be planned. Choose from {', '.join(sizes)}")
+    planned = [name for name, block in sizes.items() if block and "plan" in block]
+    if size not in planned:
+        raise UsageError(f"{method} has no size '{size}' that can be planned. Choose from {', '.join(planned)}")
     start = given.get("start")
     if start is not None and (start := find_nnunet(start)) is None:
         raise UsageError(f"--init-from {given['start']}: it is no model folder of nnU-Net; others need no plan")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kitseg.errors import UsageError
 from kitseg.links.crop import crop
 from kitseg.links.guides import Link
 from kitseg.links.intensity import AIR, Intensity
@@ -18,10 +20,27 @@ from kitseg.types import Box
 
 @dataclass(frozen=True)
 class InputTransform:
-    """Makes a network's input from HU and, where the stage has a link, from the guide of the earlier stage."""
+    """Makes a network's input from HU and, where the stage has a link, from the guide of the earlier stage.
+
+    Raises:
+        UsageError: a link, which takes one channel, and an intensity that makes several.
+    """
 
     intensity: Intensity
     link: Link | None
+
+    def __post_init__(self) -> None:
+        if self.link is not None and self._of_scan > 1:
+            raise UsageError(f"{self.link} takes one channel, and {self.intensity} makes {self._of_scan}")
+
+    @cached_property
+    def _of_scan(self) -> int:
+        return len(self.intensity(torch.zeros(1, 1, 1, 1), (0.0, 1.0)))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's input."""
+        return self._of_scan if self.link is None else self.link.channels
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float], guide: Tensor | None) -> Tensor:
         """(C, d, h, w) float32 from HU (1, d, h, w) and a guide (G, d, h, w)."""

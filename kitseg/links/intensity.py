@@ -25,9 +25,12 @@ class ClipScale:
 
     The two-phase paper clips to [-250, 250] (section 2.2), then / 250. Padding with air thus becomes -250 HU.
 
-    windows: ranges of HU for further channels, each clipped to [low, high] and scaled to [-1, 1]. Instance
-    normalization takes the level of a channel away, so that from one channel a network can hardly know whether a
-    homogeneous region is water or tissue; where a range is clipped doesn't depend on the level.
+    windows: [low, high] in HU for further channels, each clipped and scaled to [-1, 1]. Instance normalization takes
+    the level of a channel away, so that from one channel a network can hardly know whether a homogeneous region is
+    water or tissue. A window ends at fixed HU: what it leaves depends on the level.
+
+    Raises:
+        ValueError: low is not less than high, or the scale is not above 0.
     """
 
     low: float
@@ -40,8 +43,8 @@ class ClipScale:
         if not (self.low < self.high and self.scale > 0):
             stated = f"HU from {self.low:g} to {self.high:g} divided by {self.scale:g}"
             raise ValueError(f"{stated}: low must be less than high, and the divisor more than 0")
-        if not all(len(one) == 2 and one[0] < one[1] for one in self.windows):
-            raise ValueError(f"windows {self.windows}: each is [low, high] in HU, low less than high")
+        if not all(isinstance(one, Sequence) and len(one) == 2 and one[0] < one[1] for one in self.windows):
+            raise ValueError(f"windows {list(self.windows)}: each is [low, high] in HU, low less than high")
 
     def __call__(self, hu: Tensor, statistics: tuple[float, float]) -> Tensor:
         """(1 + windows, ...) from HU (1, ...), or without windows any shape; the scan's statistics are not used."""

@@ -118,7 +118,7 @@ def _rows(model: Model, scan: Geometry, members: int) -> list[list[tuple[str, in
         region = stage.region.shape(grid)
         output = 4 * len(stage.spec.channels) * _voxels(region)
         copies = 1 + 2 * stage.mirror + (len(stage.checkpoints) > 1)  # the mirrored one, also flipped back; the sum
-        inputs = 4 * 2 * _channels(stage) * _voxels(region) + 2 * _voxels(grid.shape)
+        inputs = 4 * 2 * stage.input_transform.channels * _voxels(region) + 2 * _voxels(grid.shape)
         weights = sum(weight.nbytes for weight in stage.model.parameters())
         network, data = _network(stage, weights, region), inputs + copies * output
         rows.append([("earlier stages", left), (f"{name}'s network", network), (f"{name}'s data", data)])
@@ -137,7 +137,7 @@ def _network(stage: TrainedStage, weights: int, region: Triple) -> int:
         return weights
     with torch.device("meta"):
         model = build_model(stage.spec).eval()
-    active = activation_bytes(model.probabilities, (1, _channels(stage), *stage.window.part(region)))
+    active = activation_bytes(model.probabilities, (1, stage.input_transform.channels, *stage.window.part(region)))
     engine = stage.engine
     if isinstance(engine, Winograd):
         from kitseg.native.layers import memory_needs
@@ -149,11 +149,6 @@ def _network(stage: TrainedStage, weights: int, region: Triple) -> int:
     if isinstance(engine, OpenVino):  # it packs the weights into a form of its own, after which ours are dropped
         return int(max(2 * weights, weights * (0.5 if half else 1) + running))
     return int(weights + running)
-
-
-def _channels(stage: TrainedStage) -> int:
-    link = stage.input_transform.link
-    return 1 if link is None else link.channels
 
 
 def _voxels(shape: Triple) -> int:

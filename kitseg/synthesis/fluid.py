@@ -1,4 +1,4 @@
-"""Fluid that is neither tumor nor cyst: a wide renal pelvis, fluid around a kidney, and ascites."""
+"""Fluid that is neither tumor nor cyst: a wide renal pelvis, fluid around a kidney, ascites and oedema."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
         sinus = (-on.tissue).clamp(0, 1)
         shape = step(smooth_noise(rng, hu.shape, 12 / on.spacing) + rng.uniform(-0.3, 1.5), 0.15)
         hu = _filled(hu, sinus * shape, rng)
-    for share, cell, near in (
-        (AROUND, CELL, step(REACH - on.distance, 3)),
-        (ASCITES, ASCITES_CELL, torch.ones(())),
-    ):
-        if rng.random() < share:
-            mean = box_mean(hu, 3)
-            fat = step(-20 - mean, 8) * step(mean + 200, 10) * step(on.distance - APART, 0.5)
-            shape = step(smooth_noise(rng, hu.shape, cell / on.spacing) + rng.uniform(-1, 0.5), 0.1)
-            hu = _filled(hu, fat * near * shape, rng)
+    if rng.random() < AROUND:
+        hu = _filled(hu, _in_fat(hu, on, CELL, rng) * step(REACH - on.distance, 3), rng)
+    if rng.random() < ASCITES:
+        hu = _filled(hu, _in_fat(hu, on, ASCITES_CELL, rng), rng)
     return hu
+
+
+def _in_fat(hu: Tensor, on: Tissues, cell: float, rng: Generator) -> Tensor:
+    """Regions of a size in mm in fat outside the kidneys, from 0 to 1."""
+    mean = box_mean(hu, 3)
+    fat = step(-20 - mean, 8) * step(mean + 200, 10) * step(on.distance - APART, 0.5)
+    return fat * step(smooth_noise(rng, hu.shape, cell / on.spacing) + rng.uniform(-1, 0.5), 0.1)
 
 
 def _filled(hu: Tensor, share: Tensor, rng: Generator) -> Tensor:

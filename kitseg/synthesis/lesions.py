@@ -31,7 +31,7 @@ RADII = {
 }  # fmt: skip # mm
 IN_KIDNEY = ("tumor", "cyst")
 APART = 3.0  # mm between the kidney and a lookalike or mass
-BODY, CLEAR = -200.0, 55.0  # HU from which it is the patient, not air; mm from the kidney that a mass needs at most
+BODY, CLEAR = -200.0, 45.0  # HU from which it is the patient; mm from the kidneys, of a mass's centre, below FAR
 Box3 = tuple[slice, slice, slice]
 
 
@@ -125,16 +125,17 @@ def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rn
 
 
 def any_mass(scene: Surroundings, rng: Generator) -> PlannedLesion | None:
-    """A large mass somewhere in the patient, its centre away from the kidneys; None where there is no room."""
-    low, high = np.log(RADII["mass"])
-    shape = drawn_shape(rng, float(np.exp(rng.uniform(low, high))), False)
-    coarse = slice(None, None, 4)
+    """A large mass in the patient, its centre away from the kidneys; None where there is no place for one."""
+    (smallest, largest), coarse = RADII["mass"], slice(None, None, 4)
     hu, distance = (field[coarse, coarse, coarse] for field in (scene.hu, scene.distance))
-    voxels = 4 * np.argwhere(((hu > BODY) & (distance > min(shape.radius, CLEAR))).numpy())
+    voxels = np.argwhere(((hu > BODY) & (distance > smallest)).numpy())
     if not len(voxels):
         return None
-    centre = (voxels[int(rng.integers(len(voxels)))] - (np.array(scene.hu.shape) - 1) / 2) * scene.spacing
-    return PlannedLesion("mass", shape, 1.0, any_rotation(rng), centre)
+    voxel = voxels[int(rng.integers(len(voxels)))]
+    room = float(distance[tuple(voxel)])
+    radius = float(np.exp(rng.uniform(np.log(smallest), np.log(largest if room > CLEAR else min(room, largest)))))
+    centre = (4 * voxel - (np.array(scene.hu.shape) - 1) / 2) * scene.spacing
+    return PlannedLesion("mass", drawn_shape(rng, radius, False), 1.0, any_rotation(rng), centre)
 
 
 def insert(plan: PlannedLesion, scene: Surroundings, rng: Generator) -> None:

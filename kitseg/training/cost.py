@@ -125,11 +125,11 @@ def stage_cost(spec: StageSpec, region: Triple, device: str, ema: bool) -> Cost:
     Raises:
         UsageError: the network can't take a patch of it.
     """
-    sampler, link = config.build(spec.parts["sampler"]), build_input_transform(spec).link
+    sampler, channels = config.build(spec.parts["sampler"]), build_input_transform(spec).channels
     patch: Triple = sampler.size(region)
     with torch.device("meta"):
         module = build_model(spec).train()
-        x = torch.empty(min(spec.batch, spec.micro_batch_size), 1 if link is None else link.channels, *patch)
+        x = torch.empty(min(spec.batch, spec.micro_batch_size), channels, *patch)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module.eval().logits(x[:1])

@@ -81,7 +81,9 @@ class NnunetModel:
         grid, seen = stage.grid, stage.parts["intensity"]
         here = [grid.slices, grid.inplane, grid.inplane, *(seen.get(key) for key in self.hu)]
         there = [*self.spacing, *self.hu.values()]
-        if all(a is not None and abs(a - b) <= 0.05 * abs(b) for a, b in zip(here, there, strict=True)):
+        if not seen.get("windows") and all(
+            a is not None and abs(a - b) <= 0.05 * abs(b) for a, b in zip(here, there, strict=True)
+        ):
             return ""
         spacing = " × ".join(f"{mm:.3g}" for mm in self.spacing)
         return (

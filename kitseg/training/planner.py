@@ -82,7 +82,7 @@ def fit_size(
     values = deepcopy(block)
     steps = values["plan"]["steps"]
     if seen.hu is not None or start is not None:
-        values["hu"] |= start.hu if start is not None else seen.hu or {}
+        values["hu"] = {**values.get("hu", {}), **(start.hu if start is not None else seen.hu or {})}
     finest, each = target_spacing(seen), bytes_a_parameter(values.get("optimizer"), ema)
     regions = (np.array(seen.scan_mm), np.array(seen.kidneys_mm) + 2 * MARGIN)
     for name, region in zip(("kidneys", "masses"), regions, strict=True):
@@ -266,7 +266,7 @@ def read_plan(path: Path, method: str, sizes: Mapping[str, Any]) -> Config:
     if isinstance(values, dict):
         plan["values"] = values = {**{key: value for key, value in ADDED.items() if key in size}, **values}
         if isinstance(hu := values.get("hu"), dict):
-            values["hu"] = {**ADDED_HU, **hu}
+            values["hu"] = {**{key: value for key, value in ADDED_HU.items() if key in size.get("hu", {})}, **hu}
     if odd := _odd_keys(plan["values"], size, "values") or _odd_patch(plan["values"]):
         raise InputError(path, odd, remedy)
     return plan

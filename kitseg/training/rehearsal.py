@@ -15,6 +15,7 @@ from kitseg import config
 from kitseg.config import StageSpec
 from kitseg.errors import KitsegError, UsageError, fault
 from kitseg.links.regions import RegionContext
+from kitseg.models.stage import build_input_transform
 from kitseg.patches.datamodule import Feed
 from kitseg.patches.subjects import CaseSubjects, StageInput
 from kitseg.stages.base import Stage
@@ -78,8 +79,8 @@ def seconds_a_step(spec: StageSpec, patch: Triple, device: str) -> float:
     stage = Stage.of(spec).to(device)
     optimizer = _optimizer_of(stage)
     mixed = precision_on(device, spec.precision)
-    image = torch.randn(spec.batch, 1, *patch, device=device)
-    label = torch.randint(0, 3, image.shape, dtype=torch.uint8, device=device)
+    image = torch.randn(spec.batch, build_input_transform(spec).channels, *patch, device=device)
+    label = torch.randint(0, 3, (spec.batch, 1, *patch), dtype=torch.uint8, device=device)
 
     def step() -> None:
         kind = torch.float16 if mixed == "16-mixed" else torch.bfloat16
@@ -104,12 +105,11 @@ def _smallest_patch(spec: StageSpec, feed: Feed) -> Triple:
     """The smallest patch size that the network accepts, computed on the meta device."""
     with torch.device("meta"):
         model = build_model(spec).train()
-    channels = 1 if feed.input_transform.link is None else feed.input_transform.link.channels
     for edge in SIZES:
         z, y, x = feed.sampler.size((edge, edge, edge))
         size = min(z, edge), min(y, edge), min(x, edge)
         try:
-            model.logits(torch.empty(1, channels, *size, device="meta"))
+            model.logits(torch.empty(1, feed.input_transform.channels, *size, device="meta"))
         except Exception:  # too small, or a network that needs values
             continue
         return size

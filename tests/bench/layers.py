@@ -46,7 +46,7 @@ def layers() -> dict[tuple[str, Shape], tuple[nn.Module, set[str]]]:
         for name, spec in config.method_of(config.compose(method, size)).stages.items():
             with torch.device("meta"):
                 model = build_model(spec).eval()
-            link, region = build_input_transform(spec).link, config.build(spec.parts["region"])
+            channels, region = build_input_transform(spec).channels, config.build(spec.parts["region"])
             window = build_window(spec).part(region.shape(grid_geometry(SCAN, spec.grid)))
 
             def note(module: nn.Module, inputs: Any, _: Any, stage: str = f"{method} {name}") -> None:
@@ -57,7 +57,7 @@ def layers() -> dict[tuple[str, Shape], tuple[nn.Module, set[str]]]:
                 if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
                     module.register_forward_hook(note)
             with torch.inference_mode():
-                model.logits(torch.empty(1, 1 if link is None else link.channels, *window, device="meta"))
+                model.logits(torch.empty(1, channels, *window, device="meta"))
     return found
 
 

@@ -52,9 +52,9 @@ def main() -> None:
     specs = config.method_of(config.compose(given.method, given.size)).stages
     for spec in (specs[stage] for stage in given.stages):
         module = build_model(spec).eval().requires_grad_(False)
-        link, region = build_input_transform(spec).link, config.build(spec.parts["region"])
+        channels, region = build_input_transform(spec).channels, config.build(spec.parts["region"])
         window = build_window(spec).part(region.shape(grid_geometry(SCAN, spec.grid)))
-        x, labels = torch.randn(1, 1 if link is None else link.channels, *window), []
+        x, labels = torch.randn(1, channels, *window), []
         engines = [Winograd(), OpenVino(), *([Torch()] if given.torch else [])]
         for turn, engine in [(turn, engine) for turn in range(3) for engine in engines]:
             begun = time.process_time()

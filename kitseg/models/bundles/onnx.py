@@ -166,8 +166,7 @@ def _networks(model: Model, to: Path, prefix: str) -> Iterator[Network]:
 
 def _inputs(stage: TrainedStage) -> list[Tensor]:
     """Noise of the shapes that a network is compared with, the first one also traced with."""
-    link = stage.input_transform.link
-    channels, random = 1 if link is None else link.channels, torch.Generator().manual_seed(0)
+    channels, random = stage.input_transform.channels, torch.Generator().manual_seed(0)
     flat = stage.window.part((2, 2, 2))[0] == 1
     shape = stage.window.part((SLICE, SLICE, SLICE) if flat else (SIDE, SIDE, SIDE))
     shapes = [shape] if _is_fixed(stage) else [shape, (*shape[:2], shape[2] // 2)]
