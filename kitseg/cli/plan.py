@@ -89,8 +89,7 @@ def make_plan(
     from kitseg.training.nnunet import find_nnunet
 
     size = given.get("size") or planner.choose_size(sizes, memory)
-    planned = [name for name, block in sizes.items() if block and "plan" in block]
-    if size not in planned:
+    if size not in (planned := planner.planned(sizes)):
         raise UsageError(f"{method} has no size '{size}' that can be planned. Choose from {', '.join(planned)}")
     start = given.get("start")
     if start is not None and (start := find_nnunet(start)) is None:

@@ -149,10 +149,11 @@ def put(kind: str, lesion: Tensor, radius: float, part: Part, scene: Surrounding
     """Put what is within a surface into a part of a scene; see ``insert``. lesion: distance in mm, negative inside."""
     box = part.box
     hu, distance, label = scene.hu[box], scene.distance[box], scene.label[box]
-    if kind in ("lookalike", *IN_KIDNEY):
-        lesion = _into_fat(lesion, scene, box, rng)
     if kind != "stone":
-        lesion = _kept_apart(lesion, radius, scene, box)
+        around = box_mean(hu, _edge(scene))
+        if kind != "mass":
+            lesion = _into_fat(lesion, around, distance, rng)
+        lesion = _kept_apart(lesion, radius, around, scene, box)
     if kind in ("lookalike", "mass"):
         lesion = torch.maximum(lesion, APART - distance)
     inside = lesion < 0
@@ -205,10 +206,10 @@ def lesion_distance(plan: PlannedLesion, box: Box3, scene: Surroundings, rng: Ge
     return found + beyond + bumps * float(min(0.12 * plan.radius, 3.0) * rng.uniform(0, 1))
 
 
-def _into_fat(lesion: Tensor, scene: Surroundings, box: Box3, rng: Generator) -> Tensor:
-    """The distance to a lesion that grows into fat rather than into organs."""
-    soft = ((box_mean(scene.hu[box], _edge(scene)) + 50) / 50).clamp(0, 1)
-    return lesion + float(rng.uniform(0.3, 0.9)) * (scene.distance[box] - 1).clamp(0, 40) * soft
+def _into_fat(lesion: Tensor, around: Tensor, distance: Tensor, rng: Generator) -> Tensor:
+    """The distance to a lesion that grows into fat rather than into organs; around: HU, a mean over some mm."""
+    soft = ((around + 50) / 50).clamp(0, 1)
+    return lesion + float(rng.uniform(0.3, 0.9)) * (distance - 1).clamp(0, 40) * soft
 
 
 def _edge(scene: Surroundings) -> int:
@@ -216,10 +217,9 @@ def _edge(scene: Surroundings) -> int:
     return max(3, 2 * round(3 / float(scene.spacing.mean())) + 1)
 
 
-def _kept_apart(lesion: Tensor, radius: float, scene: Surroundings, box: Box3) -> Tensor:
-    """The distance to a lesion that stops at bone, vessels, air and ribs."""
-    distance, edge = scene.distance[box], _edge(scene)
-    around, vessel = box_mean(scene.hu[box], edge), box_mean(scene.tissue[box].clamp(min=0), edge)
+def _kept_apart(lesion: Tensor, radius: float, around: Tensor, scene: Surroundings, box: Box3) -> Tensor:
+    """The distance to a lesion that stops at bone, vessels, air and ribs; around: HU, a mean over some mm."""
+    distance, vessel = scene.distance[box], box_mean(scene.tissue[box].clamp(min=0), _edge(scene))
     barred = ((around > 190) | (vessel > 0.5)) & (distance > 6) | (around < -250)
     out = torch.tensor(float(scene.spacing.mean()))
     lesion = box_mean(torch.where(barred, torch.maximum(lesion, out), lesion), 3)

@@ -51,17 +51,22 @@ HEADER = """\
 """
 
 
+def planned(sizes: Mapping[str, Any]) -> Config:
+    """The blocks of those sizes that can be planned."""
+    return {name: block for name, block in sizes.items() if block and "plan" in block}
+
+
 def choose_size(sizes: Mapping[str, Any], memory: float | None) -> str:
     """The largest of a method's sizes for a GPU of so many GB, the smallest one if none is; None: for a CPU.
 
     Raises:
         UsageError: its sizes have no ``plan``.
     """
-    planned = {name: block["plan"].get("memory") for name, block in sizes.items() if block and "plan" in block}
+    budgets = {name: block["plan"].get("memory") for name, block in planned(sizes).items()}
     if memory is None:
-        found = [name for name, needed in planned.items() if needed is None]
+        found = [name for name, needed in budgets.items() if needed is None]
     else:
-        gpu = sorted((needed, name) for name, needed in planned.items() if needed is not None)
+        gpu = sorted((needed, name) for name, needed in budgets.items() if needed is not None)
         found = [name for needed, name in gpu if needed <= memory][-1:] or [name for _, name in gpu]
     if not found:
         raise UsageError(f"this method can't be planned; choose a --size of {', '.join(sizes)}")
@@ -80,7 +85,6 @@ def fit_size(
         UsageError: the memory is too small for any patch.
     """
     values = deepcopy(block)
-    steps = values["plan"]["steps"]
     if seen.hu is not None or start is not None:
         values["hu"] = {**values.get("hu", {}), **(start.hu if start is not None else seen.hu or {})}
     finest, each = target_spacing(seen), bytes_a_parameter(values.get("optimizer"), ema)
@@ -98,7 +102,7 @@ def fit_size(
             stage["batch"] = max(stage["batch"], min(fits.batch(stage["patch"]), round(most)))
         if start is not None and name == "masses":
             values[name] = stage = start.adopt(stage)
-        stage["per_case"] = max(1, round(steps * stage["batch"] / (TRAINED_ON * seen.cases)))
+        stage["per_case"] = max(1, round(values["plan"]["steps"] * stage["batch"] / (TRAINED_ON * seen.cases)))
     return values
 
 
@@ -262,9 +266,8 @@ def read_plan(path: Path, method: str, sizes: Mapping[str, Any]) -> Config:
     if plan["method"] != method or plan["size"] not in sizes:
         raise InputError(path, f"is a plan for {plan['method']} {plan['size']}", f"This is {method}: {remedy}")
     size = sizes[plan["size"]]
-    values: Any = plan["values"]
-    if isinstance(values, dict):
-        plan["values"] = values = {**{key: value for key, value in ADDED.items() if key in size}, **values}
+    if isinstance(plan["values"], dict):
+        values = plan["values"] = {**{key: value for key, value in ADDED.items() if key in size}, **plan["values"]}
         if isinstance(hu := values.get("hu"), dict):
             values["hu"] = {**{key: value for key, value in ADDED_HU.items() if key in size.get("hu", {})}, **hu}
     if odd := _odd_keys(plan["values"], size, "values") or _odd_patch(plan["values"]):
