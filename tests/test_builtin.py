@@ -122,6 +122,28 @@ def test_its_size_and_its_card() -> None:
         assert part in card
 
 
+def test_the_card_states_the_values_of_the_bundle() -> None:
+    run = open_builtin().path / "runs" / "0"
+    config, card = yaml.safe_load((run / "config.yaml").read_text()), (open_builtin().path / CARD).read_text()
+    stages = config["stages"]
+    for name, least in (
+        ("kidneys", "min_probability"),
+        ("certain", "min_probability"),
+        ("certain", "outer_probability"),
+    ):
+        assert f"{config['postprocess'][name][least]:.2f}" in card
+    for key in ("confirmed_probability", "min_earlier"):
+        assert f"{config['postprocess']['certain'][key]:.2f}" in card
+    weights = [(run / "fold_0" / stage / "best" / "0.safetensors").stat().st_size / 2e6 for stage in stages]
+    assert "of {:.1f} and {:.1f} million parameters".format(*weights) in card
+    patches = [stage["module"]["window"]["size"][0] for stage in stages.values()]
+    assert "grid of 3 mm, in windows of {}³ voxels; ".format(patches[0]) in (flat := " ".join(card.split()))
+    assert "grid of 1.5 mm in the kidneys' box, in windows of {}³".format(patches[1]) in flat
+    assert [stage["grid"]["slices"] for stage in stages.values()] == [3.0, 1.5]
+    for stage in stages.values():
+        assert "clipped to −{} to {}".format(-stage["intensity"]["low"], stage["intensity"]["high"]) in flat
+
+
 def test_a_tumor_that_post_processing_removes_is_flagged(tmp_path: Path) -> None:
     """A ball of 80 HU and 33 ml in the sample's left kidney, once with a probability that no tumor reaches."""
     scan = nib.load(SAMPLE)

@@ -26,7 +26,7 @@ from kitseg.models.training_domain import training_facts
 from kitseg.patches.bodies import shape_cases
 from kitseg.patches.queue import AddressSampler
 from kitseg.patches.synthetic import SyntheticQueue
-from kitseg.synthesis import habitus, lesions, neighbours, phases, scanners, textures
+from kitseg.synthesis import fluid, habitus, lesions, neighbours, phases, scanners, textures
 from kitseg.synthesis.anatomies import SCALES, anatomies_of, any_transplants, graft
 from kitseg.synthesis.bodies import FAR, RealBody, describe, kidney_distance, signed_distance
 from kitseg.synthesis.fields import smooth_noise
@@ -399,6 +399,42 @@ def test_fluid_replaces_fat_near_kidneys_or_anywhere_and_no_label(body: RealBody
         assert abs(one.hu.numpy()[ndimage.binary_erosion(kidney)] - 150).max() < 1, "parenchyma stays"
     assert min(farthest) < 45
     assert max(farthest) == FAR, "ascites"
+
+
+def test_an_organ_full_of_fluid_is_away_from_the_kidneys(body: RealBody, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PELVIS", "AROUND", "ASCITES", "WITH_AGENT"):
+        monkeypatch.setattr(fluid, name, 0.0)
+    monkeypatch.setattr(fluid, "ORGAN", 1.0)
+    on = phases.Tissues(
+        *(torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)), np.array(MM)
+    )
+    largest = 0.0
+    for seed in range(20):
+        hu = fluid.add(on.hu, on, np.random.default_rng(seed))
+        assert (hu - on.hu)[on.distance < 0].abs().max() < 20, "but for the blurred edge"
+        assert (hu - on.hu)[on.hu < -250].abs().max() < 20, "air stays"
+        organ = hu > -50
+        parts, count = ndimage.label((organ & (on.distance > 0)).numpy())
+        assert count <= 1 or np.sort(np.bincount(parts[parts > 0]))[-2] < 30, "one bag"
+        inner = torch.from_numpy(ndimage.binary_erosion(parts > 0, iterations=3))
+        if inner.any():
+            assert fluid.WATER[0] - 5 < float(hu[inner].mean()) < fluid.WATER[1] + 5
+        largest = max(largest, float((parts > 0).sum()) * 0.027)
+    assert largest > 200, "ml, a full bladder"
+
+
+def test_no_organ_without_room() -> None:
+    hu = torch.zeros(12, 12, 12)
+    on = phases.Tissues(hu, hu, hu, np.array(MM))
+    assert fluid._organ(hu, on, np.random.default_rng(0)) is hu
+
+
+def test_some_scanners_are_far_off_in_hu() -> None:
+    water = torch.zeros(8, 8, 8)
+    offsets = [float(scanners.scan(water, np.array(MM), np.random.default_rng(seed)).mean()) for seed in range(300)]
+    assert np.percentile(np.abs(offsets), 60) < 6
+    assert min(offsets) < -20
+    assert max(offsets) > 12
 
 
 def test_no_label_out_of_view() -> None:

@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from kitseg.components import Components, kidneys_among
 
+BODY = -200.0  # HU from which it is the patient
 FAR = 60.0  # mm, where distances are cut off
 NATIVE = 60.0  # HU of the parenchyma, below which a scan has no contrast
 VESSEL, SINUS = 1, -1  # in ``RealBody.tissue``
@@ -63,7 +64,7 @@ class RealBody:
         """A point of the body in mm from the centre of voxel 0, or after some tries one outside."""
         for _ in range(8):
             voxel: Vector = rng.uniform(0, 1, 3) * (np.array(self.hu.shape) - 1)
-            if self.hu[tuple(voxel.astype(int))] > -200:
+            if self.hu[tuple(voxel.astype(int))] > BODY:
                 break
         return voxel * self.spacing
 

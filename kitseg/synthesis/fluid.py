@@ -1,18 +1,25 @@
-"""Fluid that is neither tumor nor cyst: a wide renal pelvis, fluid around a kidney, ascites and oedema."""
+"""Fluid that is neither tumor nor cyst: a wide renal pelvis, around a kidney, ascites, a bladder or another organ."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from kitseg.synthesis.fields import box_mean, smooth_noise, step
+from kitseg.synthesis.bodies import BODY, FAR
+from kitseg.synthesis.fields import Vector, any_rotation, any_voxel, box_mean, smooth_noise, step
 from kitseg.synthesis.phases import Tissues
 
-PELVIS, AROUND, ASCITES = 0.15, 0.08, 0.08  # of the patients
+PELVIS, AROUND, ASCITES, ORGAN = 0.15, 0.08, 0.08, 0.2  # of the patients
 WATER = (-3.0, 22.0)  # HU
 APART, REACH = 1.5, 40.0  # mm from the kidney's surface, between which fat may be replaced by fluid around it
 CELL, ASCITES_CELL = 25.0, 50.0  # mm, of their shapes
+RADIUS, AXES, WALL = (15.0, 60.0), (0.7, 1.4), (1.0, 5.0)  # mm of a fluid-filled organ; its axes to that; mm
+MUSCLE, OPAQUE = (25.0, 90.0), (80.0, 500.0)  # HU of the wall; of fluid with contrast agent
+WITH_AGENT = 0.12  # of the organs
 
 
 def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
@@ -25,7 +32,33 @@ def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
         hu = _filled(hu, _in_fat(hu, on, CELL, rng) * step(REACH - on.distance, 3), rng)
     if rng.random() < ASCITES:
         hu = _filled(hu, _in_fat(hu, on, ASCITES_CELL, rng), rng)
-    return hu
+    return _organ(hu, on, rng) if rng.random() < ORGAN else hu
+
+
+def _organ(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
+    """HU with a fluid-filled organ away from the kidneys, such as a bladder, stomach or gallbladder: a smooth bag."""
+    radius = float(np.exp(rng.uniform(*np.log(RADIUS))))
+    centre = any_voxel((hu > BODY) & (on.distance > min(radius, FAR - 5)), rng)
+    if centre is None:
+        return hu
+    depth = _bag(hu.shape, centre, radius, on.spacing, rng).minimum(on.distance - APART)
+    mean = box_mean(hu, 3)
+    free = step(200 - mean, 15) * step(mean + 250, 15)
+    lumen = step(depth - rng.uniform(*WALL), 0.8)
+    hu = torch.lerp(hu, rng.uniform(*MUSCLE) + 5 * smooth_noise(rng, hu.shape, 1.2), step(depth, 0.8) * free)
+    if rng.random() < WITH_AGENT:
+        return torch.lerp(hu, torch.tensor(float(np.exp(rng.uniform(*np.log(OPAQUE))))), lumen * free)
+    return _filled(hu, lumen * free, rng)
+
+
+def _bag(shape: Sequence[int], centre: Vector, radius: float, spacing: Vector, rng: Generator) -> Tensor:
+    """Depth in mm, about, below the surface of a turned ellipsoid, negative outside."""
+    axes = [torch.arange(n) - float(c) for n, c in zip(shape, centre, strict=True)]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    half = radius * rng.uniform(*AXES, 3)
+    turned = torch.tensor(any_rotation(rng) * spacing / half[:, None], dtype=torch.float32)
+    reach = (turned @ points.reshape(3, -1)).square().sum(0).sqrt().reshape(points.shape[1:])
+    return radius * (1 - reach + 0.06 * smooth_noise(rng, shape, 0.7 * radius / spacing))
 
 
 def _in_fat(hu: Tensor, on: Tissues, cell: float, rng: Generator) -> Tensor:

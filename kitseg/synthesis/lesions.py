@@ -19,7 +19,8 @@ from torch.nn.functional import grid_sample
 
 from kitseg.labels import BACKGROUND, CYST, TUMOR
 from kitseg.synthesis import phases, textures
-from kitseg.synthesis.fields import Vector, any_rotation, box_mean, rotation, smooth_noise
+from kitseg.synthesis.bodies import BODY
+from kitseg.synthesis.fields import Vector, any_rotation, any_voxel, box_mean, rotation, smooth_noise
 from kitseg.synthesis.phases import Phase
 from kitseg.synthesis.shapes import Shape, Shapes, drawn_shape
 from kitseg.synthesis.textures import Site
@@ -31,7 +32,7 @@ RADII = {
 }  # fmt: skip # mm
 IN_KIDNEY = ("tumor", "cyst")
 APART = 3.0  # mm between the kidney and a lookalike or mass
-BODY, CLEAR = -200.0, 45.0  # HU from which it is the patient; mm from the kidneys, of a mass's centre, below FAR
+CLEAR = 45.0  # mm from the kidneys, of the centre of a mass of any size; below FAR
 Box3 = tuple[slice, slice, slice]
 
 
@@ -126,15 +127,13 @@ def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rn
 
 def any_mass(scene: Surroundings, rng: Generator) -> PlannedLesion | None:
     """A large mass in the patient, its centre away from the kidneys; None where there is no place for one."""
-    (smallest, largest), coarse = RADII["mass"], slice(None, None, 4)
-    hu, distance = (field[coarse, coarse, coarse] for field in (scene.hu, scene.distance))
-    voxels = np.argwhere(((hu > BODY) & (distance > smallest)).numpy())
-    if not len(voxels):
+    smallest, largest = RADII["mass"]
+    voxel = any_voxel((scene.hu > BODY) & (scene.distance > smallest), rng)
+    if voxel is None:
         return None
-    voxel = voxels[int(rng.integers(len(voxels)))]
-    room = float(distance[tuple(voxel)])
+    room = float(scene.distance[tuple(voxel.astype(int))])
     radius = float(np.exp(rng.uniform(np.log(smallest), np.log(largest if room > CLEAR else min(room, largest)))))
-    centre = (4 * voxel - (np.array(scene.hu.shape) - 1) / 2) * scene.spacing
+    centre = (voxel - (np.array(scene.hu.shape) - 1) / 2) * scene.spacing
     return PlannedLesion("mass", drawn_shape(rng, radius, False), 1.0, any_rotation(rng), centre)
 
 

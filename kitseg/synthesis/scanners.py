@@ -14,11 +14,14 @@ from kitseg.synthesis.fields import Vector, blur, deviation, upsampled, white
 from kitseg.synthesis.habitus import AIR
 
 THICKEST = 5.0  # mm
+OFFSET, FAR_OFF = (-5.0, 5.0), (-30.0, 20.0)  # HU, of the calibration; of a share of BADLY of the scanners
+BADLY = 0.2
 
 
 def scan(hu: Tensor, spacing: Vector, rng: Generator) -> Tensor:
     """HU (D, H, W) as another scanner would show them; each of the changes at random."""
-    hu = hu * float(rng.uniform(0.97, 1.03)) + float(rng.uniform(-5, 5))
+    offset = rng.uniform(*(FAR_OFF if rng.random() < BADLY else OFFSET))
+    hu = hu * float(rng.uniform(0.97, 1.03)) + float(offset)
     draw = rng.random()
     if draw < 0.3:
         hu = blur(hu, rng.uniform(0.4, 1.3) / spacing)
