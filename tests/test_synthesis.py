@@ -426,7 +426,7 @@ def test_an_organ_full_of_fluid_is_away_from_the_kidneys(body: RealBody, monkeyp
 def test_no_organ_without_room() -> None:
     hu = torch.zeros(12, 12, 12)
     on = phases.Tissues(hu, hu, hu, np.array(MM))
-    assert fluid._organ(hu, on, np.random.default_rng(0)) is hu
+    assert fluid.organ(hu, on, np.random.default_rng(0)) is hu
 
 
 def test_some_scanners_are_far_off_in_hu() -> None:

@@ -32,10 +32,10 @@ def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
         hu = _filled(hu, _in_fat(hu, on, CELL, rng) * step(REACH - on.distance, 3), rng)
     if rng.random() < ASCITES:
         hu = _filled(hu, _in_fat(hu, on, ASCITES_CELL, rng), rng)
-    return _organ(hu, on, rng) if rng.random() < ORGAN else hu
+    return organ(hu, on, rng) if rng.random() < ORGAN else hu
 
 
-def _organ(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
+def organ(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
     """HU with a fluid-filled organ away from the kidneys, such as a bladder, stomach or gallbladder: a smooth bag."""
     radius = float(np.exp(rng.uniform(*np.log(RADIUS))))
     centre = any_voxel((hu > BODY) & (on.distance > min(radius, FAR - 5)), rng)

@@ -33,8 +33,8 @@ class SynthesisParts:
     """The parts of the synthesis, each of which can be switched off.
 
     anatomies: kidneys of other patients with their tumors and cysts; tumors, cysts, stones; lookalikes: of tumors,
-    small ones beside the kidney and large masses anywhere; fluid: in a wide renal pelvis, around a kidney, or anywhere
-    in fat; pushes: large lesions displace tissue; neighbours: tissue of other bodies and other contrast beside the
+    small ones beside the kidney and large masses anywhere; fluid: in a wide renal pelvis, around a kidney, anywhere in
+    fat, or in an organ such as a bladder; pushes: large lesions displace tissue; neighbours: tissue of other bodies and other contrast beside the
     kidneys, in patches; phases; habitus: rotation, scale, flip, displacement; kidneys: absent, small, low and
     malrotated ones; scanners.
     """
