@@ -137,8 +137,8 @@ def test_the_card_states_the_values_of_the_bundle() -> None:
     weights = [(run / "fold_0" / stage / "best" / "0.safetensors").stat().st_size / 2e6 for stage in stages]
     assert "of {:.1f} and {:.1f} million parameters".format(*weights) in card
     patches = [stage["module"]["window"]["size"][0] for stage in stages.values()]
-    assert "grid of 3 mm, in windows of {}³ voxels; ".format(patches[0]) in (flat := " ".join(card.split()))
-    assert "grid of 1.5 mm in the kidneys' box, in windows of {}³".format(patches[1]) in flat
+    assert f"grid of 3 mm, in windows of {patches[0]}³ voxels; " in (flat := " ".join(card.split()))
+    assert f"grid of 1.5 mm in the kidneys' box, in windows of {patches[1]}³" in flat
     assert [stage["grid"]["slices"] for stage in stages.values()] == [3.0, 1.5]
     for stage in stages.values():
         assert "clipped to −{} to {}".format(-stage["intensity"]["low"], stage["intensity"]["high"]) in flat

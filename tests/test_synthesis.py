@@ -405,6 +405,7 @@ def test_an_organ_full_of_fluid_is_away_from_the_kidneys(body: RealBody, monkeyp
     for name in ("PELVIS", "AROUND", "ASCITES", "WITH_AGENT"):
         monkeypatch.setattr(fluid, name, 0.0)
     monkeypatch.setattr(fluid, "ORGAN", 1.0)
+    monkeypatch.setattr(fluid, "LIKE_WATER", 1.0)
     on = phases.Tissues(
         *(torch.from_numpy(np.asarray(a, np.float32)) for a in (body.hu, body.distance, body.tissue)), np.array(MM)
     )

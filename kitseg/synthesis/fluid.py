@@ -13,13 +13,13 @@ from kitseg.synthesis.bodies import BODY, FAR
 from kitseg.synthesis.fields import Vector, any_rotation, any_voxel, box_mean, smooth_noise, step
 from kitseg.synthesis.phases import Tissues
 
-PELVIS, AROUND, ASCITES, ORGAN = 0.15, 0.08, 0.08, 0.2  # of the patients
+PELVIS, AROUND, ASCITES, ORGAN = 0.15, 0.08, 0.08, 0.3  # of the patients
 WATER = (-3.0, 22.0)  # HU
 APART, REACH = 1.5, 40.0  # mm from the kidney's surface, between which fat may be replaced by fluid around it
 CELL, ASCITES_CELL = 25.0, 50.0  # mm, of their shapes
 RADIUS, AXES, WALL = (15.0, 60.0), (0.7, 1.4), (1.0, 5.0)  # mm of a fluid-filled organ; its axes to that; mm
-MUSCLE, OPAQUE = (25.0, 90.0), (80.0, 500.0)  # HU of the wall; of fluid with contrast agent
-WITH_AGENT = 0.12  # of the organs
+MUSCLE, THICK, OPAQUE = (25.0, 90.0), (-5.0, 60.0), (80.0, 500.0)  # HU of the wall; of fluid with more than water in it
+LIKE_WATER, WITH_AGENT = 0.45, 0.1  # of the organs; in the others fluid is as bright as soft tissue without contrast
 
 
 def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
@@ -46,9 +46,10 @@ def organ(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
     free = step(200 - mean, 15) * step(mean + 250, 15)
     lumen = step(depth - rng.uniform(*WALL), 0.8)
     hu = torch.lerp(hu, rng.uniform(*MUSCLE) + 5 * smooth_noise(rng, hu.shape, 1.2), step(depth, 0.8) * free)
-    if rng.random() < WITH_AGENT:
+    content = rng.random()
+    if content < WITH_AGENT:
         return torch.lerp(hu, torch.tensor(float(np.exp(rng.uniform(*np.log(OPAQUE))))), lumen * free)
-    return _filled(hu, lumen * free, rng)
+    return _filled(hu, lumen * free, rng, WATER if content < WITH_AGENT + LIKE_WATER else THICK)
 
 
 def _bag(shape: Sequence[int], centre: Vector, radius: float, spacing: Vector, rng: Generator) -> Tensor:
@@ -68,6 +69,6 @@ def _in_fat(hu: Tensor, on: Tissues, cell: float, rng: Generator) -> Tensor:
     return fat * step(smooth_noise(rng, hu.shape, cell / on.spacing) + rng.uniform(-1, 0.5), 0.1)
 
 
-def _filled(hu: Tensor, share: Tensor, rng: Generator) -> Tensor:
-    water = rng.uniform(*WATER) + 5 * smooth_noise(rng, hu.shape, 1.2)
+def _filled(hu: Tensor, share: Tensor, rng: Generator, level: tuple[float, float] = WATER) -> Tensor:
+    water = rng.uniform(*level) + 5 * smooth_noise(rng, hu.shape, 1.2)
     return torch.lerp(hu, water, share)

@@ -22,7 +22,7 @@ from kitseg.synthesis.lesions import PlannedLesion, Surroundings
 from kitseg.synthesis.shapes import Shape, Shapes, ball_radius
 
 LESIONS = (0.38, 0.41, 0.15, 0.06)  # probability of 0, 1, 2, 3 lesions
-TUMORS, SEVERAL, STONES, LOOKALIKES, MASSES = 0.6, 0.12, 0.08, 0.18, 0.1  # of the lesions; of the patients
+TUMORS, SEVERAL, STONES, LOOKALIKES, MASSES = 0.6, 0.12, 0.08, 0.18, 0.15  # of the lesions; of the patients
 ROOM = 9.0  # mm: the radius from which a lesion may push
 NEAR = 50.0  # mm around the kidneys, from which patches of a kidney stage are taken
 JITTER, FEWEST = 0.22, 50  # of a patch's extent; places in view, below which no further lesion is put there
@@ -34,9 +34,9 @@ class SynthesisParts:
 
     anatomies: kidneys of other patients with their tumors and cysts; tumors, cysts, stones; lookalikes: of tumors,
     small ones beside the kidney and large masses anywhere; fluid: in a wide renal pelvis, around a kidney, anywhere in
-    fat, or in an organ such as a bladder; pushes: large lesions displace tissue; neighbours: tissue of other bodies and other contrast beside the
-    kidneys, in patches; phases; habitus: rotation, scale, flip, displacement; kidneys: absent, small, low and
-    malrotated ones; scanners.
+    fat, or in an organ such as a bladder; pushes: large lesions displace tissue; neighbours: tissue of other bodies and
+    other contrast beside the kidneys, in patches; phases; habitus: rotation, scale, flip, displacement; kidneys:
+    absent, small, low and malrotated ones; scanners.
     """
 
     anatomies: bool = True
