@@ -8,6 +8,7 @@ from typing import Any
 import cc3d
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from kitseg.types import Box, Triple, triple
 
@@ -55,6 +56,13 @@ class Components:
         inside = self.numbers > 0
         held = values[self.box.slices][inside]
         return np.bincount(self.numbers[inside], held, self.sizes.size).astype(np.float64)
+
+    def gaps(self, number: int) -> NDArray[np.int64]:
+        """Slices (first axis) between each component and that of a number, by number; negative: slices with both."""
+        extents = [s[0] if s else slice(0, 0) for s in ndimage.find_objects(self.numbers)]
+        start, stop = np.array([(0, 0), *((s.start, s.stop) for s in extents)]).T
+        gaps: NDArray[np.int64] = np.maximum(start - stop[number], start[number] - stop)
+        return gaps
 
     def number_at(self, voxel: Triple) -> int:
         """The number of the component that holds a voxel of the mask's grid."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,17 @@ def test_the_whole_run() -> None:
     assert run["published"] == {"kidney": 0.968, "tumor": 0.75}
     built = [config.build(step) for step in run["postprocess"].values()]
     assert [(type(step).__name__, vars(step)) for step in built] == [
-        ("KeepKidneys", {"most": 2, "min_ratio": 0.05, "min_ml": 20, "by_tissue": False, "min_probability": 0.0}),
+        (
+            "KeepKidneys",
+            {
+                "most": 2,
+                "min_ratio": 0.05,
+                "min_ml": 20,
+                "by_tissue": False,
+                "min_probability": 0.0,
+                "max_gap": math.inf,
+            },
+        ),
         ("RemoveLowHuTumors", {"threshold": 10}),
     ]
 

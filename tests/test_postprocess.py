@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -226,6 +227,23 @@ def test_an_improbable_part_is_no_kidney(least: float, stays: list[int]) -> None
     for unknown in (replace(masks, probabilities={}), replace(masks, probabilities={"kidney": 1 - background})):
         kept = KeepKidneys(min_ml=0, min_probability=least)(unknown, hu, ML)
         np.testing.assert_array_equal(kept.foreground, two_rows(0))
+
+
+@pytest.mark.parametrize(("gap", "kept"), [(math.inf, "abc"), (130.0, "ab"), (70.0, "ab"), (69.0, "a")])
+def test_kidneys_lie_beside_each_other(gap: float, kept: str) -> None:
+    """A kidney in slices 0 to 8, another in slice 16, 70 mm away, and a larger bag of tumor from slice 30 on."""
+    foreground, parts = np.zeros((40, 5, 20), bool), {"a": slice(0, 9), "b": slice(16, 17), "c": slice(30, 40)}
+    foreground[parts["a"], 0, :10] = foreground[parts["b"], 4] = foreground[parts["c"], 1:4] = True
+    tumor = foreground & (np.arange(40) >= 30)[:, None, None]
+    step = KeepKidneys(most=3, by_tissue=True, min_ml=0, min_ratio=0, max_gap=gap)
+    found = step(Masks(foreground, tumor), np.zeros(foreground.shape), ML)
+    assert "".join(name for name, part in parts.items() if found.foreground[part].any()) == kept
+    assert bool(found.tumor.any()) == ("c" in kept)
+
+
+def test_no_kidney_has_no_distance() -> None:
+    empty = np.zeros((4, 4, 4), bool)
+    assert not KeepKidneys(max_gap=10)(Masks(empty, empty), np.zeros(empty.shape), ML).foreground.any()
 
 
 # --- tumors ----------------------------------------------------------------------------------------------------------
