@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from unittest.mock import patch
+from unittest import mock
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ def masses_of(body: RealBody) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     ):
         found = []
         for seed in range(2000):
-            with patch.multiple(fluid, PELVIS=0.0, AROUND=0.0, **shares):
+            with mock.patch.multiple(fluid, PELVIS=0.0, AROUND=0.0, **shares):
                 plain, made = (
                     make(body, Shapes(), WIDE, replace(NONE, **{part: on}), np.random.default_rng(seed))
                     for on in (False, True)

@@ -125,22 +125,22 @@ def test_its_size_and_its_card() -> None:
 def test_the_card_states_the_values_of_the_bundle() -> None:
     run = open_builtin().path / "runs" / "0"
     config, card = yaml.safe_load((run / "config.yaml").read_text()), (open_builtin().path / CARD).read_text()
-    stages = config["stages"]
-    for name, least in (
-        ("kidneys", "min_probability"),
-        ("certain", "min_probability"),
-        ("certain", "outer_probability"),
+    flat, stages = " ".join(card.split()), config["stages"]
+    kidneys, certain = config["postprocess"]["kidneys"], config["postprocess"]["certain"]
+    first, second = (stages[name] for name in ("kidneys", "masses"))
+    millions = [(run / "fold_0" / name / "best" / "0.safetensors").stat().st_size / 2e6 for name in stages]
+    for words in (
+        "of {:.1f} and {:.1f} million parameters".format(*millions),
+        f"grid of 3 mm, in windows of {first['module']['window']['size'][0]}³ voxels; ",
+        f"grid of 1.5 mm in the kidneys' box, in windows of {second['module']['window']['size'][0]}³",
+        f"a mean probability of kidney or lesion of at least {kidneys['min_probability']:.2f}",
+        f"a mean probability of at least {certain['min_probability']:.2f}; of {certain['outer_probability']:.2f} if",
+        f"In both cases {certain['confirmed_probability']:.2f} is enough",
+        f"a mean probability of tumor of at least {certain['min_earlier']:.2f}",
     ):
-        assert f"{config['postprocess'][name][least]:.2f}" in card
-    for key in ("confirmed_probability", "min_earlier"):
-        assert f"{config['postprocess']['certain'][key]:.2f}" in card
-    weights = [(run / "fold_0" / stage / "best" / "0.safetensors").stat().st_size / 2e6 for stage in stages]
-    assert "of {:.1f} and {:.1f} million parameters".format(*weights) in card
-    patches = [stage["module"]["window"]["size"][0] for stage in stages.values()]
-    assert f"grid of 3 mm, in windows of {patches[0]}³ voxels; " in (flat := " ".join(card.split()))
-    assert f"grid of 1.5 mm in the kidneys' box, in windows of {patches[1]}³" in flat
-    assert [stage["grid"]["slices"] for stage in stages.values()] == [3.0, 1.5]
-    for stage in stages.values():
+        assert words in flat
+    for stage, mm in ((first, 3.0), (second, 1.5)):
+        assert stage["grid"]["slices"] == stage["grid"]["inplane"] == mm
         assert "clipped to −{} to {}".format(-stage["intensity"]["low"], stage["intensity"]["high"]) in flat
 
 

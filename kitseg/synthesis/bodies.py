@@ -11,11 +11,12 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
 from kitseg.components import Components, kidneys_among
 
 BODY = -200.0  # HU from which it is the patient
-FAR = 60.0  # mm, where distances are cut off
+FAR, CLEAR = 60.0, 45.0  # mm, where distances are cut off; less, also in the smallest patients
 NATIVE = 60.0  # HU of the parenchyma, below which a scan has no contrast
 VESSEL, SINUS = 1, -1  # in ``RealBody.tissue``
 CLOSING, DEPTH = 9.0, 5.0  # mm: the sinus is what closing a kidney by so much fills, where it is this deep
@@ -67,6 +68,16 @@ class RealBody:
             if self.hu[tuple(voxel.astype(int))] > BODY:
                 break
         return voxel * self.spacing
+
+
+def any_voxel(hu: Tensor, distance: Tensor, least: float, rng: Generator) -> Vector | None:
+    """A random voxel (slice, row, column) of the patient, ``least`` mm or more from the kidneys; None without one.
+
+    Of every fourth voxel along each axis.
+    """
+    coarse = (slice(None, None, 4),) * 3
+    voxels = np.argwhere(((hu[coarse] > BODY) & (distance[coarse] > least)).numpy())
+    return 4.0 * voxels[int(rng.integers(len(voxels)))] if len(voxels) else None
 
 
 def signed_distance(mask: Mask, spacing: Sequence[float]) -> Floats:

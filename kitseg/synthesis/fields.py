@@ -58,12 +58,6 @@ def step(x: Tensor, width: float) -> Tensor:
     return torch.sigmoid(x / width)
 
 
-def any_voxel(where: Tensor, rng: Generator) -> Vector | None:
-    """A random voxel (slice, row, column) of every fourth along each axis at which a mask holds; None without one."""
-    voxels = np.argwhere(where[::4, ::4, ::4].numpy())
-    return 4.0 * voxels[int(rng.integers(len(voxels)))] if len(voxels) else None
-
-
 def rotation(rng: Generator, degrees: Sequence[float]) -> Vector:
     """A random rotation (3, 3) about slice, row and column axis, each by at most so many degrees."""
     turned: Vector = Rotation.from_euler("xyz", rng.uniform(-1, 1, 3) * degrees, degrees=True).as_matrix()

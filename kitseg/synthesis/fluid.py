@@ -1,4 +1,4 @@
-"""Fluid that is neither tumor nor cyst: a wide renal pelvis, around a kidney, ascites, a bladder or another organ."""
+"""Fluid that is neither tumor nor cyst: in a wide renal pelvis, around a kidney, anywhere in fat, or in an organ."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from kitseg.synthesis.bodies import BODY, FAR
-from kitseg.synthesis.fields import Vector, any_rotation, any_voxel, box_mean, smooth_noise, step
+from kitseg.synthesis.bodies import CLEAR, any_voxel
+from kitseg.synthesis.fields import Vector, any_rotation, box_mean, smooth_noise, step
 from kitseg.synthesis.phases import Tissues
 
 PELVIS, AROUND, ASCITES, ORGAN = 0.15, 0.08, 0.08, 0.3  # of the patients
 WATER = (-3.0, 22.0)  # HU
 APART, REACH = 1.5, 40.0  # mm from the kidney's surface, between which fat may be replaced by fluid around it
 CELL, ASCITES_CELL = 25.0, 50.0  # mm, of their shapes
-RADIUS, AXES, WALL = (15.0, 60.0), (0.7, 1.4), (1.0, 5.0)  # mm of a fluid-filled organ; its axes to that; mm
-MUSCLE, THICK, OPAQUE = (25.0, 90.0), (-5.0, 60.0), (80.0, 500.0)  # HU of the wall; of fluid with more than water in it
-LIKE_WATER, WITH_AGENT = 0.45, 0.1  # of the organs; in the others fluid is as bright as soft tissue without contrast
+RADIUS, AXES = (15.0, 60.0), (0.7, 1.4)  # mm, of an organ; times that, of its axes
+WALL, MUSCLE = (1.0, 5.0), (25.0, 90.0)  # mm, about; HU, of an organ's wall
+THICK, OPAQUE = (-5.0, 60.0), (80.0, 500.0)  # HU of an organ's fluid, from water to soft tissue; with contrast agent
+LIKE_WATER, WITH_AGENT = 0.45, 0.1  # of the organs: fluid of ``WATER``, and of ``OPAQUE``; otherwise of ``THICK``
 
 
 def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
-    """HU (D, H, W), in some patients with fluid in the renal sinus, or instead of fat near a kidney or anywhere."""
+    """HU (D, H, W), in some patients with fluid in the renal sinus, in fat near a kidney or anywhere, in an organ."""
     if rng.random() < PELVIS:
         sinus = (-on.tissue).clamp(0, 1)
         shape = step(smooth_noise(rng, hu.shape, 12 / on.spacing) + rng.uniform(-0.3, 1.5), 0.15)
@@ -36,29 +37,30 @@ def add(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
 
 
 def organ(hu: Tensor, on: Tissues, rng: Generator) -> Tensor:
-    """HU with a fluid-filled organ away from the kidneys, such as a bladder, stomach or gallbladder: a smooth bag."""
+    """HU with a smooth organ full of fluid, such as a bladder or stomach, its centre away from the kidneys."""
     radius = float(np.exp(rng.uniform(*np.log(RADIUS))))
-    centre = any_voxel((hu > BODY) & (on.distance > min(radius, FAR - 5)), rng)
+    centre = any_voxel(hu, on.distance, min(radius, CLEAR), rng)
     if centre is None:
         return hu
     depth = _bag(hu.shape, centre, radius, on.spacing, rng).minimum(on.distance - APART)
     mean = box_mean(hu, 3)
-    free = step(200 - mean, 15) * step(mean + 250, 15)
-    lumen = step(depth - rng.uniform(*WALL), 0.8)
-    hu = torch.lerp(hu, rng.uniform(*MUSCLE) + 5 * smooth_noise(rng, hu.shape, 1.2), step(depth, 0.8) * free)
-    content = rng.random()
+    free = step(200 - mean, 15) * step(mean + 250, 15) * (1 + on.tissue.clamp(-1, 0))
+    wall = rng.uniform(*MUSCLE) + 5 * smooth_noise(rng, hu.shape, 1.2)
+    hu = torch.lerp(hu, wall, step(depth, 0.8) * free)
+    content, lumen = rng.random(), step(depth - rng.uniform(*WALL), 0.8) * free
     if content < WITH_AGENT:
-        return torch.lerp(hu, torch.tensor(float(np.exp(rng.uniform(*np.log(OPAQUE))))), lumen * free)
-    return _filled(hu, lumen * free, rng, WATER if content < WITH_AGENT + LIKE_WATER else THICK)
+        level = float(np.exp(rng.uniform(*np.log(OPAQUE))))
+        return _filled(hu, lumen, rng, (level, level))
+    return _filled(hu, lumen, rng, WATER if content < WITH_AGENT + LIKE_WATER else THICK)
 
 
 def _bag(shape: Sequence[int], centre: Vector, radius: float, spacing: Vector, rng: Generator) -> Tensor:
-    """Depth in mm, about, below the surface of a turned ellipsoid, negative outside."""
+    """Depth in mm, about, below the surface of a turned ellipsoid around a voxel, negative outside."""
     axes = [torch.arange(n) - float(c) for n, c in zip(shape, centre, strict=True)]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    z, y, x = torch.meshgrid(*axes, indexing="ij")
     half = radius * rng.uniform(*AXES, 3)
-    turned = torch.tensor(any_rotation(rng) * spacing / half[:, None], dtype=torch.float32)
-    reach = (turned @ points.reshape(3, -1)).square().sum(0).sqrt().reshape(points.shape[1:])
+    turned = (any_rotation(rng) * spacing / half[:, None]).tolist()
+    reach = sum(((a * z + b * y + c * x).square() for a, b, c in turned), torch.zeros(())).sqrt()
     return radius * (1 - reach + 0.06 * smooth_noise(rng, shape, 0.7 * radius / spacing))
 
 

@@ -19,8 +19,8 @@ from torch.nn.functional import grid_sample
 
 from kitseg.labels import BACKGROUND, CYST, TUMOR
 from kitseg.synthesis import phases, textures
-from kitseg.synthesis.bodies import BODY
-from kitseg.synthesis.fields import Vector, any_rotation, any_voxel, box_mean, rotation, smooth_noise
+from kitseg.synthesis.bodies import CLEAR, any_voxel
+from kitseg.synthesis.fields import Vector, any_rotation, box_mean, rotation, smooth_noise
 from kitseg.synthesis.phases import Phase
 from kitseg.synthesis.shapes import Shape, Shapes, drawn_shape
 from kitseg.synthesis.textures import Site
@@ -32,7 +32,6 @@ RADII = {
 }  # fmt: skip # mm
 IN_KIDNEY = ("tumor", "cyst")
 APART = 3.0  # mm between the kidney and a lookalike or mass
-CLEAR = 45.0  # mm from the kidneys, of the centre of a mass of any size; below FAR
 Box3 = tuple[slice, slice, slice]
 
 
@@ -128,7 +127,7 @@ def place(kind: str, radius: float, places: NDArray[np.float32], zoom: float, rn
 def any_mass(scene: Surroundings, rng: Generator) -> PlannedLesion | None:
     """A large mass in the patient, its centre away from the kidneys; None where there is no place for one."""
     smallest, largest = RADII["mass"]
-    voxel = any_voxel((scene.hu > BODY) & (scene.distance > smallest), rng)
+    voxel = any_voxel(scene.hu, scene.distance, smallest, rng)
     if voxel is None:
         return None
     room = float(scene.distance[tuple(voxel.astype(int))])

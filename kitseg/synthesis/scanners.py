@@ -1,4 +1,4 @@
-"""Another scanner: kernel, dose, slice thickness, streaks, field of view, table."""
+"""Another scanner: calibration, kernel, dose, slice thickness, streaks, field of view, table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kitseg.synthesis.fields import Vector, blur, deviation, upsampled, white
 from kitseg.synthesis.habitus import AIR
 
 THICKEST = 5.0  # mm
-OFFSET, FAR_OFF = (-5.0, 5.0), (-30.0, 20.0)  # HU, of the calibration; of a share of BADLY of the scanners
-BADLY = 0.2
+OFFSET, FAR_OFF = (-5.0, 5.0), (-30.0, 20.0)  # HU, of the calibration of most scanners, and of FAR_OFF_SHARE
+FAR_OFF_SHARE = 0.2
 
 
 def scan(hu: Tensor, spacing: Vector, rng: Generator) -> Tensor:
     """HU (D, H, W) as another scanner would show them; each of the changes at random."""
-    offset = rng.uniform(*(FAR_OFF if rng.random() < BADLY else OFFSET))
-    hu = hu * float(rng.uniform(0.97, 1.03)) + float(offset)
+    offset = rng.uniform(*(FAR_OFF if rng.random() < FAR_OFF_SHARE else OFFSET))
+    hu = hu * float(rng.uniform(0.97, 1.03)) + offset
     draw = rng.random()
     if draw < 0.3:
         hu = blur(hu, rng.uniform(0.4, 1.3) / spacing)
