@@ -131,11 +131,12 @@ def test_the_card_states_the_values_of_the_bundle() -> None:
     millions = [(run / "fold_0" / name / "best" / "0.safetensors").stat().st_size / 2e6 for name in stages]
     for words in (
         "of {:.1f} and {:.1f} million parameters".format(*millions),
-        f"grid of 3 mm, in windows of {first['module']['window']['size'][0]}³ voxels; ",
+        f"grid of 3 mm, in windows of {first['module']['window']['size'][0]}³ voxels",
         f"grid of 1.5 mm in the kidneys' box, in windows of {second['module']['window']['size'][0]}³",
         f"a mean probability of kidney or lesion of at least {kidneys['min_probability']:.2f}",
         f"a mean probability of at least {certain['min_probability']:.2f}; of {certain['outer_probability']:.2f} if",
         f"In both cases {certain['confirmed_probability']:.2f} is enough",
+        f"at most {kidneys['max_gap']:.0f} mm away",
         f"a mean probability of tumor of at least {certain['min_earlier']:.2f}",
     ):
         assert words in flat
