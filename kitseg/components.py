@@ -108,7 +108,7 @@ def kidneys_among(
     """
     can_be = (sizes >= min_ratio * sizes.max()) & (sizes * voxel_ml >= min_ml)
     can_be[sizes.argmax()] = True
-    can_be[0] = False
+    can_be[sizes == 0] = False
     order = np.argsort(-(sizes if tissue is None else tissue), kind="stable")
     kidneys = np.zeros(sizes.size, np.bool_)
     kidneys[order[can_be[order]][:most]] = True

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from kitseg.components import Components
+from kitseg.components import Components, kidneys_among
 from kitseg.postprocess import Prior
 from kitseg.postprocess.distance import RemoveDistant
 from kitseg.postprocess.holes import FillHoles
@@ -239,6 +239,11 @@ def test_kidneys_lie_beside_each_other(gap: float, kept: str) -> None:
     found = step(Masks(foreground, tumor), np.zeros(foreground.shape), ML)
     assert "".join(name for name, part in parts.items() if found.foreground[part].any()) == kept
     assert bool(found.tumor.any()) == ("c" in kept)
+
+
+def test_what_was_removed_takes_no_kidneys_place() -> None:
+    sizes, tissue = np.array([0, 5, 0, 4]), np.array([0.0, 5.0, 9.0, 1.0])
+    assert kidneys_among(sizes, 1.0, 2, 0.0, 0.0, tissue).tolist() == [False, True, False, True]
 
 
 def test_no_kidney_has_no_distance() -> None:
