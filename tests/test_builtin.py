@@ -140,6 +140,9 @@ def test_the_card_states_the_values_of_the_bundle() -> None:
         f"a mean probability of tumor of at least {certain['min_earlier']:.2f}",
     ):
         assert words in flat
+    with ZipFile(FILE) as archive:
+        facts = json.loads(archive.read("bundle.json"))["members"][0]["stages"]
+    assert {name: facts[name]["normalization"] for name in stages} == {n: s["intensity"] for n, s in stages.items()}
     for stage, mm in ((first, 3.0), (second, 1.5)):
         assert stage["grid"]["slices"] == stage["grid"]["inplane"] == mm
         assert "clipped to −{} to {}".format(-stage["intensity"]["low"], stage["intensity"]["high"]) in flat
