@@ -58,7 +58,10 @@ class Components:
         return np.bincount(self.numbers[inside], held, self.sizes.size).astype(np.float64)
 
     def gaps(self, number: int) -> NDArray[np.int64]:
-        """Slices (first axis) between each component and that of a number, by number; negative: slices with both."""
+        """Slices (first axis) between each component and that of a number, by number; negative: slices with both.
+
+        There must be one.
+        """
         extents = [s[0] if s else slice(0, 0) for s in ndimage.find_objects(self.numbers)]
         start, stop = np.array([(0, 0), *((s.start, s.stop) for s in extents)]).T
         gaps: NDArray[np.int64] = np.maximum(start - stop[number], start[number] - stop)

@@ -229,15 +229,16 @@ def test_an_improbable_part_is_no_kidney(least: float, stays: list[int]) -> None
         np.testing.assert_array_equal(kept.foreground, two_rows(0))
 
 
+@pytest.mark.parametrize("turn", [1, -1])
 @pytest.mark.parametrize(("gap", "kept"), [(math.inf, "abc"), (130.0, "ab"), (70.0, "ab"), (69.0, "a")])
-def test_kidneys_lie_beside_each_other(gap: float, kept: str) -> None:
+def test_kidneys_lie_beside_each_other(gap: float, kept: str, turn: int) -> None:
     """A kidney in slices 0 to 8, another in slice 16, 70 mm away, and a larger bag of tumor from slice 30 on."""
     foreground, parts = np.zeros((40, 5, 20), bool), {"a": slice(0, 9), "b": slice(16, 17), "c": slice(30, 40)}
     foreground[parts["a"], 0, :10] = foreground[parts["b"], 4] = foreground[parts["c"], 1:4] = True
     tumor = foreground & (np.arange(40) >= 30)[:, None, None]
     step = KeepKidneys(most=3, by_tissue=True, min_ml=0, min_ratio=0, max_gap=gap)
-    found = step(Masks(foreground, tumor), np.zeros(foreground.shape), ML)
-    assert "".join(name for name, part in parts.items() if found.foreground[part].any()) == kept
+    found = step(Masks(foreground[::turn], tumor[::turn]), np.zeros(foreground.shape), (10.0, 1.0, 1.0))
+    assert "".join(name for name, part in parts.items() if found.foreground[::turn][part].any()) == kept
     assert bool(found.tumor.any()) == ("c" in kept)
 
 
